@@ -1,0 +1,49 @@
+"""Cross-entropy with label smoothing and z-loss: the default objective of language modeling.
+
+    loss = -(1 - eps) log p_y - (eps / V) sum_j log p_j + zeta lse^2
+
+Source: z-loss: Chowdhery et al. 2022, PaLM, arXiv:2204.02311, sec. 5; label smoothing: Szegedy et al. 2016,
+arXiv:1512.00567, sec. 7, as torch.nn.functional.cross_entropy defines it.
+Statistics: lse, target; mean with label smoothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import Stats
+from .base import Loss
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """`-(1 - eps) log p_y - (eps / V) sum_j log p_j + zeta lse^2` per token, nats."""
+
+    label_smoothing: float = 0.0
+    """eps in [0, 1): share of the target spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """zeta >= 0: weight of lse^2, which keeps the normalizer near 1 (PaLM: 1e-4)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a share in [0, 1)")
+
+    @property
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Statistics it differentiates: `mean` only with label smoothing."""
+        return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
+
+    def of(self, stats: Stats) -> Tensor:
+        """Per-token loss [N]."""
+        loss = stats.nll
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * (stats.lse - stats.mean)
+        return loss + self.z_loss * stats.lse**2 if self.z_loss else loss
+
+    def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
+        """Torch's own cross-entropy, plus the z-loss."""
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        return loss + self.z_loss * logits.logsumexp(-1) ** 2

@@ -1,0 +1,44 @@
+"""The dense oracle: statistics from their definitions on `[N, V]` logits, gradients by autograd. Small inputs only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .algebra import TENSORS, Problem
+
+
+def forward(problem: Problem) -> dict[str, Tensor]:
+    """Every requested statistic, [N] each."""
+    z = problem.head.logits(problem.hidden)  # [N, V]
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    target = z.gather(-1, problem.labels[:, None])  # [N, 1]
+    finite = logp.clamp(min=-1e4)  # 0 * -inf is 0 here: a banned token adds no entropy
+    entropy = -(p * finite).sum(-1)
+    payload = problem.payload[1].logits(problem.payload[0]) if problem.payload else torch.zeros_like(z)
+    values = {
+        "lse": z.logsumexp(-1),
+        "target": target.squeeze(-1),
+        "mean": z.mean(-1),
+        "entropy": entropy,
+        "variance": (p * (finite + entropy[:, None]) ** 2).sum(-1),
+        "payload": (p * payload).sum(-1),
+        "top": z.argmax(-1),
+        "rank": (z > target).sum(-1),
+        "log_sum_sq": (2 * logp).logsumexp(-1),
+    }
+    return {name: value for name, value in values.items() if name in problem.outputs}
+
+
+def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`."""
+    leaves = {name: t.detach().requires_grad_() for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
+    with torch.enable_grad():
+        again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
+        total = sum((again[name] * grad).sum() for name, grad in grads.items())
+    wanted = [name for name in TENSORS if name in problem.needs]
+    found = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
+    return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(wanted, found, strict=True)}
