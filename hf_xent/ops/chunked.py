@@ -110,7 +110,7 @@ def _fold_chunk(
         values, e, l = _fold(problem, z[tile], labels[tile], tile_pay, spend=softmax or not keep)
         if softmax:
             torch.div(e, l[:, None], out=e)
-            if e.dtype != z.dtype:
+            if e.data_ptr() != z[tile].data_ptr():
                 z[tile] = e
         parts.append(values)
     return _cat(parts, problem)

@@ -58,7 +58,7 @@ def vocab_stats(
     backend = _backend(impl)
     problem = _problem(rows, outputs, payload, memory_budget)
     values = _run(backend, problem)
-    return rows.scatter({name: values[name] for name in problem.outputs})
+    return rows.scatter(values)
 
 
 def vocab_loss(
@@ -278,7 +278,8 @@ def _run(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
     with _no_autocast(problem.hidden):
         if not problem.needs:
             with torch.no_grad():
-                return backend.forward(problem)
+                values = backend.forward(problem)
+            return {name: values[name] for name in _order(problem)}
         found = _VocabStats.apply(backend, problem, *problem.tensors)
     return dict(zip(_order(problem), found, strict=True))
 

@@ -1,0 +1,339 @@
+"""`patch(model)`: the only place that knows how a model produces logits, and all it knows is its output embeddings.
+
+The head's *instance* `forward` returns `LazyLogits` while the model is asked for a loss; the model's own forward runs
+unchanged over them. No class and no global is touched, `unpatch` deletes what was set. Another objective is the model's
+own `loss_function` (an official setter), a module that reads hidden states and head off the lazy logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import losses
+from .lazy import LazyLogits, Seam, next_token_labels
+from .losses import CrossEntropy, Loss
+
+Model = TypeVar("Model", bound=nn.Module)
+_LABELS = ("labels", "shift_labels")
+
+
+def patch(
+    model: Model,
+    loss: str | Loss | None = None,
+    *,
+    observe: tuple[str, ...] = (),
+    always: bool = False,
+    impl: str | None = None,
+    memory_budget: int | None = None,
+    verify: bool = False,
+) -> Model:
+    """Make a causal LM compute its loss without logits, or another loss; returns the same model, changed in place.
+
+    Called with labels, the model returns its loss and lazy `logits` that become real when touched; with `always`, also
+    when called without labels (for losses computed outside the model). `loss` is a registry name or a
+    `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the loss
+    (see `Seam.take`). `verify` runs a few tokens both ways and refuses the model if they differ. Patching again replaces
+    the earlier patch.
+
+    Raises: ValueError for a model without a linear head, or for an unknown loss; RuntimeError if verification fails.
+    """
+    objective = losses.get(loss)
+    if objective.needs_teacher:
+        raise ValueError(f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself")
+    unpatch(model)
+    inner, head = _inner(model), head_of(model)
+    seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget})
+    forward = _LazyForward(head, seam, awake=always)
+    head.forward = forward
+    asked = inner.register_forward_pre_hook(_Asked(forward), with_kwargs=True)
+    answered = inner.register_forward_hook(_Answered(forward), always_call=True)
+    inner._hf_xent = _Patch(seam, forward, (asked, answered), inner.__dict__.get("_loss_function"))
+    if objective != CrossEntropy():
+        forward.objective = ModelLoss(objective.bind(head.weight), seam)
+        type(inner).loss_function.fset(inner, forward.objective)  # nn.Module.__setattr__ would shadow the property
+    if verify:
+        report = compare(model)
+        if not report.equal:
+            unpatch(model)
+            raise RuntimeError(f"{report.model} does not compute the same loss when patched and was left as it was: {report}")
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`; does nothing to a model that was not patched."""
+    inner = _inner(model)
+    state = inner.__dict__.pop("_hf_xent", None)
+    if state is not None:
+        for handle in state.hooks:
+            handle.remove()
+        state.forward.head.__dict__.pop("forward", None)
+        if state.forward.objective is not None:
+            del inner._loss_function
+            if state.loss_function is not None:
+                inner.loss_function = state.loss_function
+    return model
+
+
+def seam_of(model: nn.Module) -> Seam:
+    """The counts and sums of a patched model. Raises: ValueError if it is not patched."""
+    state = _inner(model).__dict__.get("_hf_xent")
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call hf_xent.patch(model) first")
+    return state.seam
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """The linear layer that makes a model's logits, inside whatever wraps it.
+
+    Raises: ValueError if there is none, it is not a plain linear layer, or something else already replaced its forward.
+    """
+    name = type(_inner(model)).__name__
+    get = getattr(_inner(model), "get_output_embeddings", None)  # absent on modules that are not transformers models
+    head = get() if get else None
+    if head is None:
+        raise ValueError(f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head")
+    while not isinstance(head, nn.Linear) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
+        saved = getattr(head, "modules_to_save", {})
+        active = [a for a in head.active_adapters if a in saved]
+        head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise ValueError(f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed")
+    if "forward" in head.__dict__ and not isinstance(head.__dict__["forward"], _LazyForward):
+        raise ValueError(f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper (device_map?) first")
+    return head
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, torch.compile and PEFT wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+class _LazyForward:
+    """The head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
+
+    def __init__(self, head: nn.Linear, seam: Seam, awake: bool):
+        self.head, self.seam, self.always = head, seam, awake
+        self.awake = awake  # whether the model was asked for a loss
+        self.objective: ModelLoss | None = None
+
+    def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
+        head = self.head
+        if not self.awake or torch.compiler.is_compiling():
+            return F.linear(input, head.weight, head.bias)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            bias = None if head.bias is None else head.bias.to(dtype)
+            return LazyLogits.of(input.to(dtype), head.weight.to(dtype), bias, self.seam)
+        return LazyLogits.of(input, head.weight, head.bias, self.seam)
+
+
+class _Asked:
+    """Before the model's forward: wakes the head if labels are given."""
+
+    def __init__(self, forward: _LazyForward):
+        self.forward = forward
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward = self.forward
+        forward.seam.training = model.training
+        forward.awake = forward.always or _labels_given(model, args, kwargs)
+        if forward.objective is not None:
+            forward.objective.called = not _labels_given(model, args, kwargs)
+
+
+class _Answered:
+    """After the model's forward, even a failed one: puts the head back to sleep; a loss that was bypassed is an error."""
+
+    def __init__(self, forward: _LazyForward):
+        self.forward = forward
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.forward.awake = self.forward.always
+        objective = self.forward.objective
+        if objective is not None and not objective.called and output is not None:
+            raise RuntimeError(
+                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r} had no"
+                " effect: call the model with patch(model, always=True) and without labels, and apply the loss to out.logits"
+            )
+
+
+def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if any(kwargs.get(name) is not None for name in _LABELS):
+        return True
+    names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
+    return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
+
+
+@dataclass
+class _Patch:
+    seam: Seam
+    forward: _LazyForward
+    hooks: tuple[Any, ...]
+    loss_function: Any  # what the user had set before, or None
+
+
+class ModelLoss(nn.Module):
+    """A `Loss` in the place of a causal LM's `loss_function`; its tensors move with the model and are never saved."""
+
+    def __init__(self, loss: Loss, seam: Seam):
+        super().__init__()
+        self.loss, self.seam, self.called = loss, seam, False
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The loss of next-token labels, as `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
+        self.called = True
+        if not isinstance(logits, LazyLogits) or logits.is_dense:
+            raise RuntimeError(
+                f"{self.loss!r} needs the head's hidden states, but the logits were materialized on their way (an adapter on"
+                " the head, or an unusual operation after it): see hf-xent check"
+            )
+        targets = next_token_labels(labels, ignore_index) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        loss, stats = self.loss.compute(
+            logits.hidden, logits.head, targets.to(logits.device).reshape(logits.shape[:-1]), num_items=num_items_in_batch,
+            ignore_index=ignore_index, observe=self.seam.observe, **self.seam.options,
+        )  # fmt: skip
+        self.seam.record(stats)
+        return loss
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model run both ways on the same tokens: what its head is, and how far loss and gradients differ."""
+
+    model: str
+    head: str
+    vocabulary: int
+    hidden: int
+    bias: bool
+    tied: bool
+    scale: float
+    softcap: float | None
+    dtype: str
+    loss: float
+    loss_error: float  # relative
+    gradient_error: float  # largest over parameters, relative to the parameter's gradient norm
+    worst: str  # the parameter that has it
+    streamed: int
+    materialized: int
+    tolerance: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether loss and every gradient agree to the tolerance of the dtype."""
+        return self.loss_error <= self.tolerance and self.gradient_error <= self.tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and the verdict, for JSON."""
+        return {**asdict(self), "equal": self.equal, "lean": self.materialized == 0}
+
+
+def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
+    """Loss and every parameter's gradient, stock against patched, on random tokens; leaves the model as it was.
+
+    A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the model's
+    own loss that is compared. Raises: as `patch`.
+    """
+    inner = _inner(model)
+    state = inner.__dict__.get("_hf_xent")
+    if state is None:
+        patch(model)
+        try:
+            return compare(model, tokens=tokens)
+        finally:
+            unpatch(model)
+    training, objective = inner.training, inner.__dict__.get("_modules", {}).pop("_loss_function", None)
+    inner.eval()
+    state.forward.objective = None
+    head = state.forward.head
+    try:
+        ids = _tokens(head.weight, tokens)
+        head.__dict__.pop("forward")
+        stock = _loss_and_gradients(model, ids)
+        head.forward = state.forward
+        before = (state.seam.streamed, state.seam.materialized)
+        ours = _loss_and_gradients(model, ids)
+        counts = (state.seam.streamed - before[0], state.seam.materialized - before[1])
+        state.seam.take(training=False)
+        recipe = _recipe(model, ids)
+    finally:
+        head.forward = state.forward
+        inner.train(training)
+        if objective is not None:
+            inner._loss_function = state.forward.objective = objective
+    return _comparison(inner, head, stock, ours, counts, recipe)
+
+
+def _tokens(weight: Tensor, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
+
+
+def _loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
+    return loss.detach(), {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _recipe(model: nn.Module, ids: Tensor) -> Any:
+    with torch.no_grad():
+        logits = model(input_ids=ids, labels=ids).logits
+    return logits.head if isinstance(logits, LazyLogits) else None
+
+
+def _comparison(inner: Any, head: nn.Linear, stock: Any, ours: Any, counts: tuple[int, int], recipe: Any) -> Comparison:
+    total = sum(float(g.float().norm()) ** 2 for g in stock[1].values()) ** 0.5
+    # some gradients are zero but for rounding (key biases): errors below a thousandth of the whole are no differences
+    errors = {name: _relative(ours[1].get(name), g, floor=1e-3 * total) for name, g in stock[1].items()}
+    worst = max(errors, key=errors.__getitem__, default="")
+    embeddings = inner.get_input_embeddings()
+    dtype = head.weight.dtype
+    return Comparison(
+        model=type(inner).__name__,
+        head=next((name for name, m in inner.named_modules() if m is head), "?"),
+        vocabulary=head.weight.shape[0],
+        hidden=head.weight.shape[1],
+        bias=head.bias is not None,
+        tied=embeddings is not None and getattr(embeddings, "weight", None) is head.weight,
+        scale=float("nan") if recipe is None else recipe.scale,
+        softcap=None if recipe is None else recipe.softcap,
+        dtype=str(dtype).removeprefix("torch."),
+        loss=float(stock[0]),
+        loss_error=_relative(ours[0], stock[0]),
+        gradient_error=errors.get(worst, 0.0),
+        worst=worst,
+        streamed=counts[0],
+        materialized=counts[1],
+        tolerance=5e-2 if dtype.itemsize == 2 else 1e-4,
+    )
+
+
+def _relative(ours: Tensor | None, stock: Tensor, floor: float = 1e-30) -> float:
+    if ours is None:
+        return float("inf")
+    return float((ours.float() - stock.float()).norm()) / max(float(stock.float().norm()), floor)
