@@ -1,1 +1,49 @@
+"""Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.
 
+model = hf_xent.patch(model)                     # any AutoModelForCausalLM: same loss, no logits
+model = hf_xent.patch(model, loss="emo")         # another loss: `hf-xent losses` lists them
+loss = hf_xent.linear_cross_entropy(hidden, weight, labels)
+stats = hf_xent.vocab_stats(hidden, hf_xent.Head(weight), labels)
+trainer = hf_xent.XentTrainer(model, hf_xent.XentConfig(output_dir="out"), train_dataset=dataset)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from . import losses
+from .lazy import LazyLogits, Seam
+from .losses import linear_cross_entropy
+from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
+from .patching import Comparison, compare, patch, seam_of, unpatch
+
+if TYPE_CHECKING:
+    from .trainers import XentConfig, XentTrainer
+
+__version__ = "0.1.0"
+_TRAINERS = ("XentConfig", "XentTrainer")
+
+__all__ = [
+    "Comparison",
+    "Head",
+    "LazyLogits",
+    "Seam",
+    "Stats",
+    "XentConfig",
+    "XentTrainer",
+    "compare",
+    "linear_cross_entropy",
+    "losses",
+    "map_logits",
+    "patch",
+    "seam_of",
+    "unpatch",
+    "vocab_loss",
+    "vocab_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _TRAINERS:  # imported on first use: transformers' Trainer takes seconds
+        from . import trainers
+
+        return getattr(trainers, name)
+    raise AttributeError(f"module 'hf_xent' has no attribute {name!r}")

@@ -161,7 +161,9 @@ class _Lazy(torch.autograd.Function):
     """Gives the wrapper a place in the graph; its backward serves consumers that took dense values below Python."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: _Recipe, dtype: Any, seam: Seam) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: _Recipe, dtype: Any, seam: Seam
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.recipe, ctx.dtype = recipe, dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
@@ -171,7 +173,10 @@ class _Lazy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+        leaves = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
         hidden, weight, bias = leaves
         with torch.enable_grad():
             z = ctx.recipe.head(weight, bias).logits(hidden)
@@ -182,7 +187,13 @@ class _Lazy(torch.autograd.Function):
 
 
 def _lazy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, recipe: _Recipe, dtype: torch.dtype, seam: Seam, parent: Any = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: _Recipe,
+    dtype: torch.dtype,
+    seam: Seam,
+    parent: Any = None,
 ) -> LazyLogits:
     lazy = _Lazy.apply(hidden, weight, bias, recipe, dtype, seam)
     lazy.hidden, lazy.weight, lazy.bias, lazy.parent = hidden, weight, bias, parent
@@ -208,7 +219,9 @@ def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """`.to(dtype)`, `.to(device)` of the same device, `.to(other)`."""
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()})
+    device, dtype, _, memory_format = torch._C._nn._parse_to(
+        *(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()}
+    )
     if memory_format is not None or (device is not None and device != x.device):
         return NotImplemented
     return x if dtype is None else _cast(x, dtype)
@@ -219,7 +232,11 @@ def _meta(x: Any) -> Any:
 
 
 def _same(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format) else x
+    return (
+        NotImplemented
+        if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format)
+        else x
+    )
 
 
 def _detach(x: LazyLogits) -> LazyLogits:
@@ -301,7 +318,11 @@ def _squeeze(x: LazyLogits, *dims: Any) -> Any:
 def _getitem(x: LazyLogits, index: Any) -> Any:
     """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last place."""
     index = index if isinstance(index, tuple) else (index,)
-    used = sum(i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in index if i is not None and i is not ...)
+    used = sum(
+        i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+        for i in index
+        if i is not None and i is not ...
+    )
     counted_from_the_end = any(i is ... for i in index) and index[-1] is not ...
     vocabulary = slice(None)
     if counted_from_the_end or used >= x.ndim:
@@ -335,7 +356,9 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     """`F.cross_entropy` of [N, V] and class indices; 0 (not NaN) where every label is ignored, for DDP's sake."""
-    indices = isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
+    indices = (
+        isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
+    )
     if not indices or size_average is not None or reduce is not None or (weight is not None and label_smoothing):
         return NotImplemented
     token_weight = None if weight is None else weight[torch.where(target == ignore_index, 0, target)]
@@ -414,9 +437,31 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 }
 _METADATA = {
     *torch.overrides.get_default_nowrap_functions(),
-    *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "layout", "ndim")),
-    *(getattr(_T, name).__get__ for name in ("is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta", "is_nested", "_version")),
-    *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.is_floating_point, _T.is_complex, _T.__len__, _T.get_device),
-    *(_T.register_hook, _T.retain_grad, _T._backward_hooks.__get__, _T._backward_hooks.__set__, torch.is_floating_point),
+    *(
+        getattr(_T, name).__get__
+        for name in ("shape", "dtype", "device", "requires_grad", "grad_fn", "is_leaf", "layout", "ndim")
+    ),
+    *(
+        getattr(_T, name).__get__
+        for name in ("is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_meta", "is_nested", "_version")
+    ),
+    *(
+        _T.size,
+        _T.dim,
+        _T.ndimension,
+        _T.numel,
+        _T.nelement,
+        _T.is_floating_point,
+        _T.is_complex,
+        _T.__len__,
+        _T.get_device,
+    ),
+    *(
+        _T.register_hook,
+        _T.retain_grad,
+        _T._backward_hooks.__get__,
+        _T._backward_hooks.__set__,
+        torch.is_floating_point,
+    ),
     *(_T.stride, _T.is_contiguous, _T.element_size, _T.storage_offset, torch.numel, torch.is_complex),
 }

@@ -45,7 +45,9 @@ def patch(
     """
     objective = losses.get(loss)
     if objective.needs_teacher:
-        raise ValueError(f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself")
+        raise ValueError(
+            f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself"
+        )
     unpatch(model)
     inner, head = _inner(model), head_of(model)
     seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget})
@@ -61,7 +63,9 @@ def patch(
         report = compare(model)
         if not report.equal:
             unpatch(model)
-            raise RuntimeError(f"{report.model} does not compute the same loss when patched and was left as it was: {report}")
+            raise RuntimeError(
+                f"{report.model} does not compute the same loss when patched and was left as it was: {report}"
+            )
     return model
 
 
@@ -97,15 +101,21 @@ def head_of(model: nn.Module) -> nn.Linear:
     get = getattr(_inner(model), "get_output_embeddings", None)  # absent on modules that are not transformers models
     head = get() if get else None
     if head is None:
-        raise ValueError(f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head")
+        raise ValueError(
+            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
+        )
     while not isinstance(head, nn.Linear) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
         saved = getattr(head, "modules_to_save", {})
         active = [a for a in head.active_adapters if a in saved]
         head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed")
+        raise ValueError(
+            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
+        )
     if "forward" in head.__dict__ and not isinstance(head.__dict__["forward"], _LazyForward):
-        raise ValueError(f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper (device_map?) first")
+        raise ValueError(
+            f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper (device_map?) first"
+        )
     return head
 
 
@@ -188,7 +198,7 @@ class _Patch:
 
 
 class ModelLoss(nn.Module):
-    """A `Loss` in the place of a causal LM's `loss_function`; its tensors move with the model and are never saved."""
+    """A `Loss` in the place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
 
     def __init__(self, loss: Loss, seam: Seam):
         super().__init__()

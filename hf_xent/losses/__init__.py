@@ -2,33 +2,99 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
+from . import catalog
 from .base import Loss
-from .cross_entropy import CrossEntropy
+from .comp_sum import CompSum
+from .cross_entropy import CrossEntropy, linear_cross_entropy
+from .eisl import EISL
+from .emo import EMO
+from .focal import Focal
+from .forward_kl import ForwardKL
+from .jsd import JSD
+from .mixce import MixCE
+from .reverse_kl import ReverseKL
+from .tailr import TaiLr
 
 LOSSES: dict[str, type[Loss]] = {
     "cross_entropy": CrossEntropy,
+    "focal": Focal,
+    "comp_sum": CompSum,
+    "tailr": TaiLr,
+    "mixce": MixCE,
+    "emo": EMO,
+    "eisl": EISL,
+    "forward_kl": ForwardKL,
+    "reverse_kl": ReverseKL,
+    "jsd": JSD,
 }
 
 
 def get(loss: str | Loss | None, **options: Any) -> Loss:
     """A loss by registry name (with its fields as options) or as it is; None is plain cross-entropy.
 
-    Raises: ValueError for an unknown name or an option the loss does not have.
+    Options may follow the name, 'focal:gamma=3' or 'eisl:ngrams=(1, 2), ce_factor=0.5'; those given as text, here or by
+    keyword, are read as Python literals, else as words.
+
+    Raises: ValueError for an unknown name, or an option that the loss does not have or does not accept.
     """
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on it, not beside it")
         return loss
-    name = loss or "cross_entropy"
+    name, _, text = (loss or "cross_entropy").partition(":")
     if name not in LOSSES:
         raise ValueError(f"loss is {name!r}: choose one of {', '.join(LOSSES)}, or pass a hf_xent.losses.Loss")
+    options = _parse(text) | {k: _literal(v) if isinstance(v, str) else v for k, v in options.items()}
+    known = tuple(LOSSES[name].__dataclass_fields__)  # type: ignore[attr-defined]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(
+            f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
+        )
     try:
         return LOSSES[name](**options)
     except TypeError as error:
-        known = ", ".join(LOSSES[name].__dataclass_fields__)  # type: ignore[attr-defined]
-        raise ValueError(f"loss {name!r} does not take {', '.join(options)}: its options are {known or 'none'}") from error
+        raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
 
 
-__all__ = ["LOSSES", "CrossEntropy", "Loss", "get"]
+def _parse(text: str) -> dict[str, Any]:
+    """'gamma=3, variant=emo2' -> {'gamma': 3, 'variant': 'emo2'}"""
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    except (SyntaxError, AssertionError):
+        raise ValueError(f"options are {text!r}: write them as key=value, key=value") from None
+    return {str(keyword.arg): _literal(ast.unparse(keyword.value)) for keyword in call.keywords}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def table() -> list[dict[str, Any]]:
+    """One row a registered loss for help texts and the README: its name, class, summary, formula, source, statistics, options."""
+    return [catalog.row(name, loss) for name, loss in LOSSES.items()]
+
+
+__all__ = [
+    "EISL",
+    "EMO",
+    "JSD",
+    "LOSSES",
+    "CompSum",
+    "CrossEntropy",
+    "Focal",
+    "ForwardKL",
+    "Loss",
+    "MixCE",
+    "ReverseKL",
+    "TaiLr",
+    "get",
+    "linear_cross_entropy",
+    "table",
+]

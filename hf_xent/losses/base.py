@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, vocab_loss
+from ..ops.algebra import wide
 
 
 class Loss:
@@ -27,7 +28,11 @@ class Loss:
         raise NotImplementedError
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The paper's formula on dense logits [N, V] and labels [N], per token [N]; independent of `of`, for tests."""
+        """The paper's formula on dense logits [N, V] and labels [N], per token [N]; independent of `of`, for tests.
+
+        `second` is what a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense logits
+        [N, V]. Callers pass all they have and a loss takes what it needs. N tokens are one sequence where that matters.
+        """
         raise NotImplementedError
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload | None:
@@ -69,7 +74,7 @@ class Loss:
             raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'")
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} compares with a teacher: pass teacher=(hidden, head)")
-        weight = labels.new_ones(labels.shape, dtype=torch.float32) if token_weight is None else token_weight
+        weight = labels.new_ones(labels.shape, dtype=wide(hidden.dtype)) if token_weight is None else token_weight
         if reduction != "none":
             weight = weight / self._denominator(weight, labels != ignore_index, reduction, num_items)
         options = {"ignore_index": ignore_index, "impl": impl, "memory_budget": memory_budget}
@@ -90,8 +95,24 @@ class Loss:
         """The weighted sum (or, unreduced, the weighted losses in the shape of labels) and detached statistics."""
         second = self.second(head, labels, teacher)
         return vocab_loss(
-            self, hidden, head, labels, token_weight=weight, observe=observe, payload=second, unreduced=unreduced, **options
+            self,
+            hidden,
+            head,
+            labels,
+            token_weight=weight,
+            observe=observe,
+            payload=second,
+            unreduced=unreduced,
+            **options,
         )
+
+    @staticmethod
+    def _weighted(loss: Tensor, weight: Tensor, stats: Stats, unreduced: bool) -> tuple[Tensor, Stats]:
+        """What `per_token` returns, from losses [...] that are 0 at ignored positions; for those who override it."""
+        stats = stats.detach()
+        stats.values["loss"] = loss.detach()
+        weighted = loss * torch.where(stats.mask, weight, 0)
+        return weighted if unreduced else weighted.sum(), stats
 
     @staticmethod
     def _denominator(weight: Tensor, mask: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor | float:

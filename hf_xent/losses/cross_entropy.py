@@ -10,11 +10,12 @@ Statistics: lse, target; mean with label smoothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import Stats
+from ..ops import Head, Stats
 from .base import Loss
 
 
@@ -30,6 +31,8 @@ class CrossEntropy(Loss):
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a share in [0, 1)")
+        if not 0 <= self.z_loss < float("inf"):
+            raise ValueError(f"z_loss is {self.z_loss}: choose a finite weight >= 0 (PaLM: 1e-4)")
 
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -47,3 +50,32 @@ class CrossEntropy(Loss):
         """Torch's own cross-entropy, plus the z-loss."""
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return loss + self.z_loss * logits.logsumexp(-1) ** 2
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    scale: float = 1.0,
+    softcap: float | None = None,
+    class_weight: Tensor | None = None,  # [V]
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """Cross-entropy of `softcap(scale * (hidden @ weight.T + bias))` without the logits, in nats.
+
+    `class_weight` weighs tokens by their label, as `weight` of torch's F.cross_entropy. Further options are those of
+    `Loss.compute`: reduction, num_items, token_weight, ignore_index, impl, memory_budget. The functional twin of
+    torch's `F.linear_cross_entropy`. Raises: ValueError as `Loss.compute`, and for class weights with smoothing or
+    token weights, whose meaning together is not defined.
+    """
+    if class_weight is not None:
+        if label_smoothing or "token_weight" in options:
+            raise ValueError("class_weight is given with label_smoothing or token_weight: pass one of them alone")
+        ignore_index = options.get("ignore_index", -100)
+        options["token_weight"] = class_weight[torch.where(labels == ignore_index, 0, labels)]
+    loss = CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss)
+    return loss(hidden, Head(weight, bias, scale, softcap), labels, **options)

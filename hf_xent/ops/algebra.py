@@ -144,7 +144,9 @@ def merge(x: State, y: State) -> State:
     m = torch.maximum(x.m, y.m)
     x_moved, y_moved = _move(x, m), _move(y, m)
     summed = {
-        f.name: _add(getattr(x_moved, f.name), getattr(y_moved, f.name)) for f in fields(State) if f.name not in ("m", "top")
+        f.name: _add(getattr(x_moved, f.name), getattr(y_moved, f.name))
+        for f in fields(State)
+        if f.name not in ("m", "top")
     }
     top = None if x.top is None or y.top is None else torch.where(x.m >= y.m, x.top, y.top)
     return State(m=m, top=top, **summed)
@@ -267,6 +269,8 @@ class Problem:
         count = len(self.labels)
         row = self.head.size * self.hidden.element_size() * (1 if self.payload is None else 2)
         rows = max(1, min(count, self.memory_budget // row))
-        pieces = -(-count // rows) if count else 0  # equal pieces: no ragged last chunk that runs at a tenth of the speed
+        pieces = (
+            -(-count // rows) if count else 0
+        )  # equal pieces: no ragged last chunk that runs at a tenth of the speed
         rows = -(-count // pieces) if pieces else 1
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))

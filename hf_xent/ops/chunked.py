@@ -168,7 +168,9 @@ def _dlogits_(problem: Problem, rows: slice, z: Tensor, pay: Tensor | None, lse:
             if p.dtype != z.dtype or p.data_ptr() != z[tile].data_ptr():
                 z[tile] = p
         else:
-            _dlogits_tile_(problem, z[tile], None if pay is None else pay[tile], lse[tile], problem.labels[rows][tile], coef[tile])
+            _dlogits_tile_(
+                problem, z[tile], None if pay is None else pay[tile], lse[tile], problem.labels[rows][tile], coef[tile]
+            )
     if plain:
         _spike_(z, problem.labels[rows], coef)
 
@@ -207,10 +209,18 @@ class _Gradients:
         self.sums = {name: self._start(name) for name in problem.needs}
 
     def _start(self, name: str) -> Tensor:
-        tensor = dict(zip(("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"), self.problem.tensors, strict=True))[name]
+        tensor = dict(
+            zip(
+                ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"),
+                self.problem.tensors,
+                strict=True,
+            )
+        )[name]
         assert tensor is not None
-        if "hidden" in name:
+        if name == "hidden":
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if name == "payload_hidden":  # not written where no upstream gradient reaches the payload
+            return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
         return torch.zeros_like(tensor, dtype=wide(tensor.dtype) if self.several or "bias" in name else None)
 
     def push(self, rows: slice, dz: Tensor, dpay: Tensor | None, coef: Coefficients) -> None:
@@ -235,7 +245,13 @@ class _Gradients:
             self.sums[prefix + "bias"] += torch.mv(_wide(dz).T, ones.squeeze(-1).to(self.sums[prefix + "bias"].dtype))
 
     def finish(self) -> dict[str, Tensor]:
-        like = dict(zip(("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"), self.problem.tensors, strict=True))
+        like = dict(
+            zip(
+                ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"),
+                self.problem.tensors,
+                strict=True,
+            )
+        )
         return {name: total.to(like[name].dtype) for name, total in self.sums.items()}  # type: ignore[union-attr]
 
 

@@ -86,22 +86,25 @@ def vocab_loss(
     backend = _backend(impl)
     problem = _problem(rows, (*loss.uses, *observe), payload, memory_budget)
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
+    unit = _unit(weight, problem.hidden.dtype)
     values, per_token = {}, []
 
     def objective(chunk: slice, found: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {name: found[name].detach().requires_grad_() for name in loss.uses}
         with torch.enable_grad():
             loss_of = loss.of(Stats({**found, **leaves}, problem.labels[chunk], rows.ones[chunk]))
-            total = (loss_of * (weight[chunk] if isinstance(weight, Tensor) and weight.ndim else weight)).sum()
+            total = (loss_of * (weight[chunk] if isinstance(weight, Tensor) and weight.ndim else weight) / unit).sum()
         per_token.append(loss_of.detach())
         if not total.requires_grad:  # a constant loss
-            return {}
+            return {"lse": torch.zeros_like(found["lse"])}
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
 
     if problem.needs and not unreduced:
         with _no_autocast(hidden):
-            total, *tail = _VocabLoss.apply(backend, problem, objective, per_token, loss.uses, weight, *problem.tensors)
+            total, *tail = _VocabLoss.apply(
+                backend, problem, objective, per_token, loss.uses, weight, unit, *problem.tensors
+            )
         values = dict(zip(_order(problem), tail, strict=True))
         values["loss"] = torch.cat(per_token) if per_token else values["lse"]
     else:
@@ -165,6 +168,8 @@ class _Rows:
             )
         if labels.dtype.is_floating_point or labels.dtype == torch.bool:
             raise ValueError(f"labels is {labels.dtype}: pass token ids as int64")
+        if labels.device != hidden.device:
+            raise ValueError(f"labels is on {labels.device} but hidden on {hidden.device}: move one of them")
         self.labels = labels
         self.mask = labels != ignore_index
         flat = labels.reshape(-1)
@@ -174,7 +179,8 @@ class _Rows:
         self.head = _autocast_head(head, hidden)
         self.flat = self.select(labels).long()
         self.ones = torch.ones_like(self.flat, dtype=torch.bool)
-        if len(self.flat) and not 0 <= (low := int(self.flat.min())) <= (high := int(self.flat.max())) < head.size:
+        low, high = (int(self.flat.min()), int(self.flat.max())) if len(self.flat) else (0, 0)
+        if low < 0 or high >= head.size:
             raise ValueError(
                 f"labels range over [{low}, {high}] but the head has {head.size} tokens: pass ids in [0, {head.size - 1}],"
                 f" or ignore_index={ignore_index} for positions without a label"
@@ -184,7 +190,9 @@ class _Rows:
         """Valid rows of a tensor shaped like labels (and `trailing` more dimensions)."""
         shape = x.shape[x.ndim - trailing :]
         if x.shape[: x.ndim - trailing] != self.labels.shape:
-            raise ValueError(f"a per-token tensor has shape {tuple(x.shape)}: its rows must be shaped like labels, {tuple(self.labels.shape)}")
+            raise ValueError(
+                f"a per-token tensor has shape {tuple(x.shape)}: its rows must be shaped like labels, {tuple(self.labels.shape)}"
+            )
         x = x.reshape(-1, *shape)
         return x if self.index is None else x.index_select(0, self.index)
 
@@ -217,6 +225,8 @@ def _check_head(hidden: Tensor, head: Head) -> None:
         raise ValueError(f"hidden is on {hidden.device} but weight on {weight.device}: move one of them")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
+    if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"bias is {bias.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -242,7 +252,9 @@ def _problem(rows: _Rows, outputs: tuple[str, ...], payload: Payload | None, mem
     if unknown:
         raise ValueError(f"outputs has {unknown[0]!r}: choose among {', '.join(STATISTICS)}")
     if ("payload" in outputs) != (payload is not None):
-        raise ValueError("outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither")
+        raise ValueError(
+            "outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither"
+        )
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes")
     ask = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
@@ -257,16 +269,35 @@ def _problem(rows: _Rows, outputs: tuple[str, ...], payload: Payload | None, mem
         memory_budget=memory_budget or default_budget(rows.head),
     )
     wanted = torch.is_grad_enabled()
-    needs = {name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad}
+    needs = {
+        name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad
+    }
     return replace(problem, needs=frozenset(needs))
 
 
 def _payload(rows: _Rows, payload: Payload) -> Payload:
     hidden, head = payload
     _check_head(hidden, head)
+    if hidden.device != rows.hidden.device:
+        raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
     if head.size != rows.head.size:
-        raise ValueError(f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary")
+        raise ValueError(
+            f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
+        )
     return _autocast(rows.select(hidden, trailing=1)).contiguous(), _autocast_head(head, hidden)
+
+
+def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """The largest token weight: what float16 gradients of mode eager are held in until a GradScaler's factor reaches them.
+
+    Weights of 1 / (number of tokens) would push them below float16's range before they could be scaled up.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    if not isinstance(weight, Tensor):
+        return abs(weight) or 1.0
+    largest = weight.detach().abs().amax() if weight.numel() else weight.new_ones(())
+    return torch.where(largest == 0, 1.0, largest)
 
 
 def _order(problem: Problem) -> list[str]:
@@ -295,6 +326,7 @@ class _VocabStats(torch.autograd.Function):
         ctx.hollow = problem.with_tensors((None,) * len(TENSORS), None)  # no tensor outlives the graph through ctx
         ctx.save_for_backward(*tensors, problem.labels, *(values[name] for name in order))
         ctx.mark_non_differentiable(*(values[name] for name in order if name in FORWARD_ONLY))
+        ctx.set_materialize_grads(False)  # statistics without an upstream gradient cost the backward nothing
         return tuple(values[name] for name in order)
 
     @staticmethod
@@ -305,7 +337,7 @@ class _VocabStats(torch.autograd.Function):
         order = _order(problem)
         values = dict(zip(order, found, strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
-        out = ctx.backend.backward(problem, values, grads)
+        out = ctx.backend.backward(problem, values, grads) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
 
@@ -314,11 +346,19 @@ class _VocabLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: ModuleType, problem: Problem, objective: Any, per_token: list[Tensor], uses: Any, weight: Any,
+        ctx: Any,
+        backend: ModuleType,
+        problem: Problem,
+        objective: Any,
+        per_token: list[Tensor],
+        uses: Any,
+        weight: Any,
+        unit: Any,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         values, grads = _eager(backend)(problem, objective, uses)
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS))
+        ctx.empty, ctx.unit = not len(problem.labels), unit
         order = _order(problem)
         ctx.mark_non_differentiable(*(values[name] for name in order))
         losses = torch.cat(per_token) if per_token else values["lse"]
@@ -327,14 +367,16 @@ class _VocabLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-        grads = ctx.saved_tensors
-        if upstream.device.type != "cpu" or upstream != 1:
+        grads, upstream = ctx.saved_tensors, upstream * ctx.unit
+        if ctx.empty:  # zeros, also where the caller divided by the number of tokens and upstream is infinite
+            pass
+        elif upstream.device.type != "cpu" or upstream != 1:
             # the graph dies after this backward unless asked to stay: its buffers can be scaled in place
             stays = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [None if g is None else (g * upstream.to(g.dtype) if stays else g.mul_(upstream)) for g in grads]
+            grads = [None if g is None else (g * upstream if stays else g.mul_(upstream)) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [None if g is None else g.clone() for g in grads]  # a taken buffer would be added to next time
-        return None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, *grads
 
 
 def _eager(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -35,7 +35,9 @@ def forward(problem: Problem) -> dict[str, Tensor]:
 
 def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`."""
-    leaves = {name: t.detach().requires_grad_() for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
+    leaves = {
+        name: t.detach().requires_grad_() for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None
+    }
     with torch.enable_grad():
         again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
         total = sum((again[name] * grad).sum() for name, grad in grads.items())

@@ -24,15 +24,16 @@ from ..patching import patch, seam_of
 class XentConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the loss."""
 
-    loss: str = field(default="cross_entropy", metadata={"help": "Registry name of the loss; `hf-xent losses` lists them."})
-    loss_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the loss, as a dictionary or JSON: '{\"gamma\": 2.0}'."}
+    loss: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "Registry name of the loss, with options if any: 'focal:gamma=3'. `hf-xent losses` lists them."
+        },
     )
     memory_budget: int | None = field(
-        default=None, metadata={"help": "Bytes of logits alive at a time; default: an eighth of the head, at least 24 MiB."}
+        default=None,
+        metadata={"help": "Bytes of logits alive at a time; default: an eighth of the head, at least 24 MiB."},
     )
-
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_options"]
 
 
 class XentTrainer(Trainer):
@@ -63,7 +64,7 @@ class XentTrainer(Trainer):
 
     @staticmethod
     def _objective(args: XentConfig, loss: str | Loss | None) -> Loss:
-        objective = loss if isinstance(loss, Loss) else losses.get(loss or args.loss, **(args.loss_options or {}))
+        objective = losses.get(loss or args.loss)
         if args.label_smoothing_factor and isinstance(objective, CrossEntropy):
             return CrossEntropy(label_smoothing=args.label_smoothing_factor, z_loss=objective.z_loss)
         if args.label_smoothing_factor:

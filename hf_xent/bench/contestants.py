@@ -1,0 +1,149 @@
+"""Who is measured: mean cross-entropy of `hidden @ weight.T` against labels, by every method at hand, one function each.
+
+A contestant's function returns the scalar loss with its graph; `take` adds the backward. All see the same leaves:
+hidden [N, D] and weight [V, D] in the run's dtype, labels [N] without ignored positions.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..losses import CrossEntropy
+from ..ops import Head, map_logits, vocab_stats
+
+Loss = Callable[..., Tensor]
+
+
+def take(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
+    """One iteration: the detached loss, with fresh gradients in `hidden.grad` and `weight.grad`."""
+    hidden.grad = weight.grad = None
+    value = loss(hidden, weight, labels, **setting)
+    value.backward()
+    return value.detach()
+
+
+def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Plain torch: all logits at once, in the inputs' dtype."""
+    return F.cross_entropy(F.linear(hidden, weight), labels)
+
+
+def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Plain torch under torch.compile, default mode."""
+    return _compile()(hidden, weight, labels)
+
+
+@cache
+def _compile() -> Loss:
+    return torch.compile(dense, dynamic=False)
+
+
+def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Torch's own chunked loss (2.13); without options its 'auto' choice."""
+    return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions(**options))
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """TRL's fused head as its trainers call it, asked for log-probabilities alone."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    # bias, targets, temperature, vocabulary tile (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE), softcap, scale, outputs
+    return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0].mean()
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger's fused linear cross-entropy."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
+
+
+def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Apple's cut cross-entropy, default implementation: its gradients leave out what is below its filter."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, labels)
+
+
+def eager(hidden: Tensor, weight: Tensor, labels: Tensor, impl: str = "chunked") -> Tensor:
+    """Ours as `patch` uses it: gradients taken while a chunk of logits is alive, three matmuls."""
+    return CrossEntropy()(hidden, Head(weight), labels, impl=impl)
+
+
+def recompute(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours for any graph on top of the statistics: the backward recomputes the logits, four matmuls."""
+    return vocab_stats(hidden, Head(weight), labels, outputs=("lse", "target"), impl="chunked").nll.mean()
+
+
+def mapped(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Ours for functions of whole rows of logits: checkpointed chunks."""
+    return map_logits(lambda z, y: F.cross_entropy(z, y, reduction="none"), hidden, Head(weight), labels).mean()
+
+
+def _anywhere(device: str) -> str | None:
+    return None
+
+
+def _compiler(device: str) -> str | None:
+    if device != "cpu" or any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return None
+    return "torch.compile needs a C++ compiler on a CPU"
+
+
+def _torch_has_it(device: str) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"F.linear_cross_entropy needs torch 2.13, here {torch.__version__}"
+
+
+def _installed(package: str, device: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+def _on_cuda(package: str, device: str) -> str | None:
+    return "runs on CUDA alone" if device != "cuda" else _installed(package, device)
+
+
+def _no_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Any]]:
+    return {"": {}}
+
+
+def _torch_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Any]]:
+    """Rows a chunk and accumulation policies that can win; 'auto' chunks are too thin for a CPU's matmuls."""
+    sizes = (64, 128, 256, 512) if device == "cpu" else (512, 1024, 2048, 4096)
+    policies = ("auto",) if dtype == torch.float32 else ("accurate",) if device == "cpu" else ("compact", "balanced")
+    shape = [{"batch_chunk_size": size, "chunking_method": None} for size in sizes if size <= max(tokens, sizes[0])]
+    found = [{**size, "acc_policy": policy} for size in shape for policy in policies]
+    return {f"batch_chunk_size={s['batch_chunk_size']} acc_policy={s['acc_policy']}": s for s in found}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method: its loss function, where it can run, and the settings it may choose from (the fastest correct one wins)."""
+
+    loss: Loss
+    available: Callable[[str], str | None] = _anywhere  # device type -> None, or why not
+    settings: Callable[[str, torch.dtype, int], dict[str, dict[str, Any]]] = _no_settings
+    logits: int = field(default=0, kw_only=True)  # [N, V] tensors alive at once: dense methods are refused where they cannot fit
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "dense": Contestant(dense, logits=3),
+    "dense compiled": Contestant(compiled, _compiler, logits=2),
+    "torch chunked": Contestant(torch_chunked, _torch_has_it),
+    "torch chunked tuned": Contestant(torch_chunked, _torch_has_it, _torch_settings),
+    "trl": Contestant(trl, partial(_installed, "trl")),
+    "liger": Contestant(liger, partial(_on_cuda, "liger_kernel")),
+    "cut_cross_entropy": Contestant(cut, partial(_on_cuda, "cut_cross_entropy")),
+    "hf_xent": Contestant(eager),
+    "hf_xent recompute": Contestant(recompute),
+    "hf_xent triton": Contestant(partial(eager, impl="triton"), partial(_on_cuda, "triton")),
+    "hf_xent map_logits": Contestant(mapped),
+}
+"""Name -> contestant, in the order of the result tables; ratios are to 'dense'."""

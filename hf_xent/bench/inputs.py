@@ -1,0 +1,131 @@
+"""What is measured on: real activations before a model's head with that head and next-token labels, or random ones.
+
+The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable (float32
+otherwise), row chunk by row chunk, saved once for all contestants.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data import DATASETS, load_text, pack
+from ..embedded import DEFAULT, cache_folder, load
+
+if TYPE_CHECKING:
+    from .measure import BenchConfig
+
+BLOCK = 512  # tokens a document block: long enough for realistic contexts
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM = "random"
+AFFORDABLE = 2e12  # floating-point operations of a float64 truth on a CPU, about a minute
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a table says about the inputs."""
+
+    N: int
+    V: int
+    D: int
+    dtype: torch.dtype
+    source: str
+
+    @property
+    def logits_bytes(self) -> int:
+        """The size of dense logits [N, V]."""
+        return self.N * self.V * self.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        """The size of the head [V, D], and of its gradient."""
+        return self.V * self.D * self.dtype.itemsize
+
+
+def prepare(config: BenchConfig, folder: Path) -> Facts:
+    """Inputs and truth as safetensors in `folder`, for the contestants' processes."""
+    dtype = DTYPES[config.dtype]
+    if config.model == RANDOM:
+        tensors, source = _random(config.tokens, config.vocab, config.width), RANDOM
+    else:
+        tensors, source = _activations(config), f"{config.model} on {config.data}"
+    hidden, weight, labels = tensors["hidden"].to(dtype), tensors["weight"].to(dtype), tensors["labels"]
+    save_file({"hidden": hidden, "weight": weight, "labels": labels}, folder / "inputs.safetensors")
+    save_file(truth(hidden, weight, labels, config.device), folder / "truth.safetensors")
+    return Facts(*hidden.shape[:1], *weight.shape, dtype, source)
+
+
+def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[str, Tensor]:
+    """Loss, hidden and weight gradient in float32 on the CPU, from torch in the widest affordable dtype."""
+    N, (V, D) = len(hidden), weight.shape
+    affordable = device != "cpu" or 6 * N * V * D <= AFFORDABLE
+    dtype = torch.float64 if hidden.dtype == torch.float32 and affordable else torch.float32
+    hidden, weight = (x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight))
+    labels, total = labels.to(device), torch.zeros((), device=device, dtype=dtype)
+    rows = max(1, (256 << 20) // (V * dtype.itemsize))
+    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+        loss = F.cross_entropy(F.linear(h, weight), y, reduction="sum") / N
+        loss.backward()
+        total += loss.detach()
+    assert hidden.grad is not None and weight.grad is not None
+    found = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
+    return {name: x.float().cpu().contiguous() for name, x in found.items()}
+
+
+def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator)
+    weight = torch.randn(V, D, generator=generator) * D**-0.5
+    return {"hidden": hidden, "weight": weight, "labels": torch.randint(V, (N,), generator=generator)}
+
+
+def _activations(config: BenchConfig) -> dict[str, Tensor]:
+    """float32 tensors of the first `tokens` positions; kept in the cache for the embedded model, which cannot change."""
+    if config.model != DEFAULT or config.data not in DATASETS:
+        return collect(config)
+    name = f"{config.model}-{config.data}-python{platform.python_version()}"  # pydoc's wording goes with Python's version
+    path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
+    kept = load_file(path) if path.is_file() else None
+    if kept is None or len(kept["labels"]) < config.tokens:
+        kept = collect(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        save_file(kept, draft)
+        os.replace(draft, path)  # in one step: another run may be reading
+    return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in kept.items()}
+
+
+@torch.no_grad()
+def collect(config: BenchConfig) -> dict[str, Tensor]:
+    """Hidden states that enter the model's head over text, the head's weight, and each position's next token.
+
+    The head's bias, scale and softcap are left out: every contestant computes the plain loss of `hidden @ weight.T`.
+    """
+    model, tokenizer = load(config.model, dtype="float32")
+    head = model.eval().to(config.device).get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{config.model} has no output head: name a causal language model")
+    blocks = pack(load_text(config.data), tokenizer, BLOCK)
+    caught: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0][0, :-1].float().cpu()))
+    labels: list[Tensor] = []
+    for block in blocks:
+        ids = torch.tensor(block["input_ids"])
+        model(input_ids=ids[None].to(config.device), use_cache=False)
+        labels.append(ids[1:])
+        if sum(map(len, labels)) >= config.tokens:
+            break
+    hook.remove()
+    if sum(map(len, labels)) < config.tokens:
+        raise ValueError(f"{config.data} has {sum(map(len, labels))} positions with a next token: ask for fewer tokens")
+    hidden, targets = torch.cat(caught)[: config.tokens], torch.cat(labels)[: config.tokens]
+    return {"hidden": hidden.contiguous(), "weight": head.weight.detach().float().cpu().contiguous(), "labels": targets}

@@ -1,0 +1,254 @@
+"""The benchmark: gate first, then one iteration of each contestant in turn.
+
+Every contestant has its own process and must pass the gate before it is timed: its gradients' relative errors against
+the truth may be at most twice those of dense torch in the same dtype (or 1e-5). Then memory, warm-up, and rounds: in
+each, the parent asks every contestant for one iteration, so a loaded machine slows all alike and the ratio to dense is
+taken within the round. Where memory is short, contestants run in groups, dense in each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from .contestants import CONTESTANTS, Contestant
+from .inputs import DTYPES, Facts, prepare
+from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
+from .worker import Errors, Failed, Remote
+
+Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+BASE = "dense"
+PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
+ATOL = 1e-5
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "smollm2"
+    """Whose activations: 'smollm2' (embedded), a Hub id, a path, or 'random' for a given shape."""
+    data: str = "pydoc"
+    """Text the activations come from: any source of `hf_xent.data.load_text`."""
+    tokens: int = 1024
+    """Positions, N."""
+    vocab: int = 4096
+    """Vocabulary V of 'random'."""
+    width: int = 64
+    """Hidden size D of 'random'."""
+    dtype: str = "float32"
+    """'float32', 'bfloat16' or 'float16'."""
+    contestants: tuple[str, ...] = ()
+    """Names among CONTESTANTS; empty for all. 'dense' always runs: the others are held against it."""
+    repeats: int = 10
+    """Timed iterations of each."""
+    warmup: int = 2
+    """Untimed iterations before them."""
+    patience: float = 60.0
+    """Seconds after which a contestant with 3 timed iterations is not asked again."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """'cpu' or 'cuda'."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """Threads of torch in every contestant's process."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}: choose 'cpu' or 'cuda'")
+        if unknown := [name for name in self.contestants if name not in CONTESTANTS]:
+            raise ValueError(f"no contestant {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
+        for name in ("tokens", "vocab", "width", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+
+
+def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
+    """One row a contestant, in the registry's order; `report` hears of every step.
+
+    Raises: ValueError for inputs that cannot be had. What a contestant raises becomes its row.
+    """
+    names = [name for name in CONTESTANTS if name == BASE or not config.contestants or name in config.contestants]
+    with tempfile.TemporaryDirectory(prefix="hf_xent-bench-") as folder:
+        session = _Session(config, Path(folder), len(names), report or (lambda text, done, total: None))
+        entries = {name: _Entry(name, CONTESTANTS[name]) for name in names}
+        try:
+            session.measure(entries)
+        finally:
+            for entry in entries.values():
+                entry.close()
+        where = environment(config.device, config.threads)
+        return [_row(entry, session, where) for entry in entries.values()]
+
+
+@dataclass
+class _Entry:
+    """What is known of a contestant so far."""
+
+    name: str
+    contestant: Contestant
+    status: str = OK
+    note: str = ""
+    remote: Remote | None = None
+    errors: Errors | None = None
+    memory: int | None = None
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    def stop(self, status: str, note: str) -> None:
+        """Out of the race."""
+        self.status, self.note = status, note
+        self.close()
+
+    def close(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
+            self.remote = None
+
+
+class _Session:
+    """One run: its inputs, its tolerances, its order of events."""
+
+    def __init__(self, config: BenchConfig, folder: Path, count: int, report: Report):
+        self.config, self.folder, self.report = config, folder, report
+        self.done, self.total = 0, 1 + count * (2 + config.repeats)
+        self.step("inputs and truth")
+        self.facts: Facts = prepare(config, folder)
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+        floor = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
+        self.tolerance = {"hidden": floor, "weight": floor}  # where dense itself cannot run
+
+    def step(self, text: str, steps: int = 1) -> None:
+        """Tell the listener."""
+        self.report(text, self.done, self.total)
+        self.done += steps
+
+    def measure(self, entries: dict[str, _Entry]) -> None:
+        """Everything, entry by entry and round by round."""
+        base = entries[BASE]
+        self.enter([base])
+        if base.errors is not None:
+            self.tolerance = {name: max(2 * base.errors[name], ATOL) for name in self.tolerance}
+        others = [entry for entry in entries.values() if entry is not base]
+        size = self.group_size()
+        for start in range(0, max(1, len(others)), size):
+            group = others[start : start + size]
+            self.enter(group)
+            self.race([base, *group])
+            for entry in group:
+                entry.close()
+        self.report("done", self.total, self.total)
+
+    def group_size(self) -> int:
+        """How many contestants' processes fit beside dense: each holds inputs and, in its turn, gradients and scratch."""
+        free = self.free()
+        turn = 2 * self.facts.weight_bytes + 3 * self.facts.logits_bytes
+        return max(1, int((0.8 * free - turn) // (PROCESS_BYTES + self.facts.weight_bytes)))
+
+    def free(self) -> int:
+        """Bytes free on the device."""
+        return torch.cuda.mem_get_info()[0] if self.config.device == "cuda" else psutil.virtual_memory().available
+
+    def enter(self, group: list[_Entry]) -> None:
+        """Start the processes, all at once; then gate, memory and warm-up one by one."""
+        config = self.config
+        for entry in group:
+            reason = entry.contestant.available(config.device) or self.too_large(entry.contestant)
+            if reason:
+                entry.stop(ABSENT, reason)
+            else:
+                entry.remote = Remote(entry.name, entry.contestant, self.folder, config.device, config.threads)
+        for entry in group:
+            self.step(f"{entry.name}: gate, memory, warm-up", 2)
+            if entry.remote is not None:
+                try:
+                    self.gate(entry, entry.remote)
+                except Failed as error:
+                    entry.stop(FAILED, str(error))
+
+    def too_large(self, contestant: Contestant) -> str | None:
+        """Why a dense method is not tried: a process killed for memory may not be the guilty one."""
+        need, free = contestant.logits * self.facts.logits_bytes, self.free()
+        return f"needs about {need >> 30} GiB for the logits, {free >> 30} GiB are free" if need > free else None
+
+    def gate(self, entry: _Entry, remote: Remote) -> None:
+        """Errors of every setting; the fastest correct one goes on to memory and warm-up."""
+        settings = entry.contestant.settings(self.config.device, self.facts.dtype, self.facts.N)
+        found: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
+        correct = [label for label in found if entry.name == BASE or self.passes(found[label][0])]
+        label = min(correct or found, key=lambda label: found[label][1])
+        entry.errors, entry.note = found[label][0], label
+        if not correct:
+            entry.stop(WRONG, label)
+            return
+        remote.ask("use", settings[label])
+        remote.ask("warm", self.config.warmup)
+        entry.memory = remote.ask("memory")
+
+    def passes(self, errors: Errors) -> bool:
+        """Whether both gradients are within tolerance; nan is not."""
+        return all(errors[name] <= bound for name, bound in self.tolerance.items())
+
+    def race(self, group: list[_Entry]) -> None:
+        """Rounds of one iteration each; the order turns, so that nobody always follows the same neighbor."""
+        spent = {entry.name: 0.0 for entry in group}
+        for turn in range(self.config.repeats):
+            shift = turn % len(group)
+            times: dict[str, float] = {}
+            for entry in [*group[shift:], *group[:shift]]:
+                self.step(f"round {turn + 1}: {entry.name}", entry.name != BASE)
+                if entry.remote is None or (turn >= 3 and spent[entry.name] > self.config.patience):
+                    continue
+                try:
+                    times[entry.name] = seconds = entry.remote.ask("time")
+                    spent[entry.name] += seconds
+                    entry.times.append(seconds)
+                except Failed as error:
+                    entry.stop(FAILED, str(error))
+            for entry in group:
+                if entry.name in times and BASE in times:
+                    entry.ratios.append(times[entry.name] / times[BASE])
+
+
+def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
+    facts, errors = session.facts, entry.errors or {}
+    median = statistics.median(entry.times) if entry.status == OK and entry.times else None
+    memory = entry.memory if entry.status == OK else None
+    return Row(
+        contestant=entry.name,
+        status=entry.status,
+        time_ms=None if median is None else 1e3 * median,
+        iqr_ms=None if median is None else 1e3 * _iqr(entry.times),
+        repeats=len(entry.times),
+        tokens_per_s=None if median is None else facts.N / median,
+        time_ratio=statistics.median(entry.ratios) if median is not None and entry.ratios else None,
+        peak_mib=None if memory is None else memory / 2**20,
+        peak_ratio=None if memory is None else memory / facts.logits_bytes,
+        loss_error=errors.get("loss"),
+        hidden_error=errors.get("hidden"),
+        weight_error=errors.get("weight"),
+        hidden_tolerance=session.tolerance["hidden"],
+        weight_tolerance=session.tolerance["weight"],
+        note=entry.note,
+        N=facts.N,
+        V=facts.V,
+        D=facts.D,
+        dtype=session.config.dtype,
+        source=facts.source,
+        **where,
+    )
+
+
+def _iqr(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return high - low

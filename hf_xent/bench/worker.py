@@ -1,0 +1,176 @@
+"""A contestant's own process: `serve` runs in it, `Remote` is the parent's handle on it.
+
+Separate processes keep allocators, compilers and libraries of one contestant out of another's numbers; the parent asks
+for one iteration at a time, so that what else happens on the machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .contestants import Contestant, take
+from .memory import PeakMemory
+
+Errors = dict[str, float]  # relative to the truth: loss, hidden (its gradient), weight (its gradient)
+
+
+class Failed(RuntimeError):
+    """A contestant could not do what it was asked, in one line."""
+
+
+class Remote:
+    """The parent's handle: `ask(what)` waits for the answer, or raises Failed with the contestant's reason."""
+
+    def __init__(self, name: str, contestant: Contestant, folder: Path, device: str, threads: int):
+        self.name, self.contestant = name, contestant
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, contestant, folder, device, threads)
+        self.process = context.Process(target=serve, args=arguments, name=f"bench {name}", daemon=True)
+        with _environment(OMP_WAIT_POLICY="PASSIVE"):
+            self.process.start()
+        theirs.close()
+
+    def ask(self, what: str, *args: Any) -> Any:
+        """The answer to 'check', 'use', 'warm', 'time' or 'memory', as methods of `_Job` give it."""
+        try:
+            self.pipe.send((what, args))
+            fine, answer = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(5)
+            raise Failed(f"its process died with exit code {self.process.exitcode} (-9: out of memory)") from error
+        if not fine:
+            raise Failed(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+@contextmanager
+def _environment(**defaults: str) -> Iterator[None]:
+    """Variables that the processes started in the block inherit, unless the user has set them.
+
+    OpenMP's waiting threads spin by default; on cores shared with anything else they keep the working thread of another
+    process from running, and small iterations take ten times as long.
+    """
+    added = [name for name in defaults if name not in os.environ]
+    os.environ.update({name: defaults[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def serve(pipe: Connection, contestant: Contestant, folder: Path, device: str, threads: int) -> None:
+    """Answer the parent until it hangs up."""
+    job = None
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            what, args = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            job = job or _Job(contestant, folder, device)
+            pipe.send((True, getattr(job, what)(*args)))
+        except Exception as error:  # whatever a contestant raises becomes its row's note
+            text = str(error).strip().split("\n")[0]
+            pipe.send((False, f"{type(error).__name__}: {text}"[:200]))
+
+
+class _Job:
+    """One contestant over its own copy of the inputs. Gradients are dropped after every answer."""
+
+    def __init__(self, contestant: Contestant, folder: Path, device: str):
+        self.loss, self.folder, self.device = contestant.loss, folder, device
+        # cloned: safetensors maps files lazily, and page faults must not count as the contestant's time or memory
+        inputs = {name: x.to(device, copy=True) for name, x in load_file(folder / "inputs.safetensors").items()}
+        self.labels = inputs["labels"]
+        self.hidden, self.weight = inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()
+        self.setting: dict[str, Any] = {}
+
+    def check(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Errors, float]]:
+        """Errors and seconds of every setting; a first iteration each warms up where there is a choice."""
+        truth = load_file(self.folder / "truth.safetensors", device=self.device)
+        found = {}
+        for label, setting in settings.items():
+            self.use(setting)
+            seconds = [self._time() for _ in range(2 if len(settings) > 1 else 1)]
+            loss = self._step()
+            results = {"loss": loss, "hidden": self.hidden.grad, "weight": self.weight.grad}
+            found[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds[-1])
+            self._drop()
+        return found
+
+    def use(self, setting: dict[str, Any]) -> None:
+        """The setting of all iterations from here."""
+        self.setting = setting
+
+    def warm(self, iterations: int) -> None:
+        """Iterations that nobody times."""
+        for _ in range(iterations):
+            self._step()
+        self._drop()
+
+    def time(self) -> float:
+        """Seconds of one iteration."""
+        if self.device == "cuda":
+            self._step()  # the allocator's pool was handed back to the others: fill it again, and wake the clocks
+        seconds = self._time()
+        self._drop()
+        return seconds
+
+    def memory(self) -> int:
+        """Peak bytes of one iteration beyond inputs and gradients."""
+        self._drop()
+        with PeakMemory(self.device) as memory:
+            self._step()
+        gradients = sum(x.grad.numel() * x.grad.element_size() for x in (self.hidden, self.weight) if x.grad is not None)
+        self._drop()
+        return max(0, memory.extra - gradients)
+
+    def _step(self) -> torch.Tensor:
+        return take(self.loss, self.hidden, self.weight, self.labels, **self.setting)
+
+    def _time(self) -> float:
+        self.hidden.grad = self.weight.grad = None
+        self._wait()
+        start = time.perf_counter()
+        self._step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _drop(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # the next contestant is another process on the same device
+
+
+def _error(found: torch.Tensor | None, truth: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm; a missing gradient is all wrong."""
+    if found is None or found.shape != truth.shape:
+        return math.inf
+    norm = torch.linalg.vector_norm
+    return float(norm(found.float() - truth) / norm(truth))

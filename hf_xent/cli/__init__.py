@@ -1,0 +1,265 @@
+"""`hf-xent`: train, check, losses, bench. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from .arms import Outcome, Run
+
+app = typer.Typer(
+    name="hf-xent",
+    help="Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, Option("--debug", help="Show the whole trace of an error.")] = False) -> None:
+    """Global options; `main` looks at them."""
+
+
+def main() -> None:
+    """The entry point: an expected error is one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _plain(error: BaseException) -> str:
+    return " ".join(str(error).split()).replace("[", r"\[") or type(error).__name__
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, Option(help="'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")
+    ] = "smollm2",
+    dataset: Annotated[
+        str, Option(help="'pydoc' (embedded, offline), a text/JSON/CSV/Parquet file or folder, or a Hub id.")
+    ] = "pydoc",
+    split: Annotated[str | None, Option(help="Split of the dataset, such as 'train[:10%]'.")] = None,
+    column: Annotated[str, Option(help="Column that holds the text.")] = "text",
+    loss: Annotated[
+        str, Option(help="Loss, with options if any: 'focal:gamma=3'; `hf-xent losses` lists them.")
+    ] = "cross_entropy",
+    steps: Annotated[int, Option(help="Optimizer steps.", min=1)] = 30,
+    batch_size: Annotated[int, Option(help="Blocks per forward pass.", min=1)] = 4,
+    accumulation: Annotated[int, Option(help="Forward passes per optimizer step.", min=1)] = 1,
+    block_size: Annotated[int, Option(help="Tokens per block.", min=2)] = 256,
+    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW, decayed linearly.")] = 2e-5,
+    eval_blocks: Annotated[int, Option(help="Blocks held out for evaluation.", min=1)] = 4,
+    seed: Annotated[int, Option(help="Seed of batches, dropout and everything else.")] = 0,
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    memory_budget: Annotated[
+        int | None, Option(help="Bytes of logits alive at a time [default: an eighth of the head].")
+    ] = None,
+    output: Annotated[Path, Option(help="Folder for the model, checkpoints, results.json and the plot.")] = Path(
+        "out/train"
+    ),
+    save_steps: Annotated[int, Option(help="Write a checkpoint every so many steps; 0 for none.", min=0)] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    save: Annotated[bool, Option(help="Save the fine-tuned model (never with --compare).")] = True,
+    compare: Annotated[
+        bool, Option("--compare", help="Train twice, stock loss and ours in turn, and compare.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
+    from .arms import PATCHED, Run, fit, side_by_side, write
+    from .plot import draw
+
+    run = Run(
+        model=model, dataset=dataset, split=split, column=column, loss=loss, steps=steps,
+        batch_size=batch_size, accumulation=accumulation, block_size=block_size, learning_rate=learning_rate,
+        eval_blocks=eval_blocks, seed=seed, dtype=dtype, memory_budget=memory_budget, output=str(output),
+        save_steps=0 if compare else save_steps, resume=resume and not compare, save=save and not compare,
+    )  # fmt: skip
+    _check_run(run)
+    _prepare(model)
+    with _progress() as progress:
+        if compare:
+            bars = {arm: progress.add_task(arm, total=steps) for arm in ("stock", PATCHED)}
+            outcomes = side_by_side(run, lambda arm, step: progress.update(bars[arm], completed=step))
+        else:
+            bar = progress.add_task(loss, total=steps)
+            outcomes = [fit(run, PATCHED, lambda step: progress.update(bar, completed=step))]
+        for task in progress.task_ids:
+            progress.update(task, completed=steps)
+    results = write(output, run, outcomes)
+    picture = draw(outcomes, output / "curves.png", f"{model} on {dataset}, {loss}")
+    summary = _summary(run, outcomes)
+    if as_json:
+        print(json.dumps({**summary, "results": str(results), "plot": str(picture)}))
+        return
+    out.print(_train_table(run, outcomes, summary))
+    kept = f"model in {output}, " if run.save else ""
+    out.print(f"{kept}curves in {picture}, every number in {results}", highlight=False, soft_wrap=True)
+
+
+def _check_run(run: Run) -> None:
+    """What can be refused before anything is loaded."""
+    from .. import losses
+
+    objective = losses.get(run.loss)
+    if objective.needs_teacher:
+        raise ValueError(
+            f"loss is {run.loss!r}: it needs a teacher model, which this command has no option for; choose another"
+        )
+    if run.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {run.dtype!r}: choose float32, bfloat16 or float16")
+
+
+def _prepare(model: str) -> None:
+    """The embedded model is made once; say so, since it takes a while."""
+    from .. import embedded
+
+    if model == embedded.DEFAULT and not (embedded.cache_folder() / embedded.FOLDER).is_dir():
+        with err.status("unpacking the embedded model (once, about half a minute)"):
+            embedded.resolve(model)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err)
+
+
+def _summary(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
+    rows = {}
+    for o in outcomes:
+        steady = o.seconds[1:] or o.seconds  # the first step also allocates gradients and optimizer state
+        median = statistics.median(steady)
+        rows[o.arm] = {
+            "first_loss": o.losses[0], "last_loss": o.losses[-1], "eval_before": o.eval_before, "eval_after": o.eval_after,
+            "seconds_per_step": median, "tokens_per_second": o.tokens_per_step / median, "peak_memory_mib": o.peak / 2**20,
+        }  # fmt: skip
+    summary: dict[str, Any] = {
+        "model": run.model,
+        "dataset": run.dataset,
+        "loss": run.loss,
+        "steps": run.steps,
+        "runs": rows,
+    }
+    if len(outcomes) == 2:
+        stock, ours = outcomes
+        pairs = zip(stock.seconds[1:] or stock.seconds, ours.seconds[1:] or ours.seconds, strict=True)
+        summary["largest_loss_difference"] = max(
+            abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=True)
+        )
+        summary["step_time_ratio"] = statistics.median(b / a for a, b in pairs)
+        summary["memory_saved_mib"] = (stock.peak - ours.peak) / 2**20
+    return summary
+
+
+def _train_table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{run.model} on {run.dataset}: {run.loss}, {run.steps} steps of {outcomes[0].tokens_per_step} tokens"
+    )
+    for name in ("", "loss", "eval loss", "s/step", "tokens/s", "peak MiB"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for arm, r in summary["runs"].items():
+        table.add_row(
+            arm, f"{r['first_loss']:.3f} > {r['last_loss']:.3f}", f"{r['eval_before']:.3f} > {r['eval_after']:.3f}",
+            f"{r['seconds_per_step']:.2f}", f"{r['tokens_per_second']:.0f}", f"{r['peak_memory_mib']:.0f}",
+        )  # fmt: skip
+    if len(outcomes) == 2:
+        table.caption = (
+            f"largest relative difference of the losses {summary['largest_loss_difference']:.1e}; step time"
+            f" {summary['step_time_ratio']:.2f}x (median over pairs of steps); {summary['memory_saved_mib']:.0f} MiB saved"
+        )
+    return table
+
+
+@app.command()
+def check(
+    model: Annotated[str, Argument(help="'smollm2', or any Hub id or path of a causal LM.")] = "smollm2",
+    dtype: Annotated[str, Option(help="Dtype to load the model in; 'auto' for its own.")] = "auto",
+    tokens: Annotated[int, Option(help="Random tokens to compare on.", min=4)] = 24,
+    as_json: Json = False,
+) -> None:
+    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ."""
+    from .. import embedded
+    from ..patching import compare
+
+    _prepare(model)
+    with err.status(f"comparing {model}"):
+        loaded, _ = embedded.load(model, dtype=dtype)
+        found = compare(loaded, tokens=tokens)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        table = Table(title=f"{model}", show_header=False)
+        for name, value in found.as_dict().items():
+            table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+        out.print(table)
+        lean = (
+            "without materializing logits"
+            if not found.materialized
+            else f"logits were materialized {found.materialized} times"
+        )
+        out.print(
+            f"[green]equal[/], {lean}"
+            if found.equal
+            else "[bold red]different[/]: do not patch this model, and report it"
+        )
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command()
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the registered losses: formula, statistics, source, options."""
+    from ..losses import table as rows
+
+    found = rows()
+    if as_json:
+        print(json.dumps(found))
+        return
+    if markdown:
+        print("| loss | per token | statistics | source |\n|---|---|---|---|")
+        for row in found:
+            print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
+        return
+    table = Table(title="losses", show_lines=True)
+    for name in ("name", "formula", "options", "statistics", "source"):
+        table.add_column(name, overflow="fold")
+    for row in found:
+        options = (
+            ", ".join(f"{k}={v}" for k, v in row["options"].items())
+            if isinstance(row["options"], dict)
+            else str(row["options"])
+        )
+        table.add_row(
+            *(
+                f"{x}".replace("[", r"\[")
+                for x in (row["name"], row["formula"], options, row["statistics"], row["source"])
+            )
+        )
+    out.print(table)

@@ -1,0 +1,231 @@
+"""One fine-tuning run as data (`Run`), and two of them side by side: the stock loss and ours, each in its own process.
+
+The processes take their steps in turn, so that whatever else the machine does slows both alike; each reads its own peak
+of memory. Same seed, same batches, same optimizer: only the loss differs.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+STOCK, PATCHED = "stock", "hf_xent"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one fine-tuning run depends on."""
+
+    model: str = "smollm2"
+    dataset: str = "pydoc"
+    split: str | None = None
+    column: str = "text"
+    loss: str = "cross_entropy"
+    steps: int = 30
+    batch_size: int = 4
+    accumulation: int = 1
+    block_size: int = 256
+    learning_rate: float = 2e-5
+    eval_blocks: int = 4
+    seed: int = 0
+    dtype: str = "float32"
+    memory_budget: int | None = None
+    output: str = "out/train"
+    save_steps: int = 0
+    resume: bool = False
+    save: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a run measured; one number a step where it is a list."""
+
+    arm: str
+    losses: list[float]
+    seconds: list[float]
+    memory: list[int]  # peak of resident memory during the step, bytes (one entry if it cannot be reset)
+    eval_before: float
+    eval_after: float
+    tokens_per_step: int
+    logs: list[dict[str, float]]
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of the process over all training steps, bytes."""
+        return max(self.memory)
+
+
+def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcome:
+    """Train in this process. `turn(step)` is called before each step and may wait."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    from .. import embedded
+    from ..trainers import XentConfig, XentTrainer
+
+    set_seed(run.seed)
+    model, tokenizer = embedded.load(run.model, dtype=run.dtype)
+    train, held_out = _data(run, tokenizer)
+    common = _arguments(run)
+    watch = _watch(turn)
+    options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "callbacks": [watch]}
+    if arm == PATCHED:
+        config = XentConfig(**common, loss=run.loss, memory_budget=run.memory_budget)
+        trainer: Trainer = XentTrainer(model, config, processing_class=tokenizer, **options)
+    else:
+        trainer = Trainer(model, TrainingArguments(**common), processing_class=tokenizer, **options)
+    trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=run.resume or None)
+    after = trainer.evaluate()["eval_loss"]
+    if run.save:
+        trainer.save_model(run.output)
+    return Outcome(
+        arm=arm,
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        seconds=watch.seconds,
+        memory=watch.memory,
+        eval_before=before,
+        eval_after=after,
+        tokens_per_step=run.batch_size * run.accumulation * run.block_size,
+        logs=[entry for entry in trainer.state.log_history if "loss" in entry],
+    )
+
+
+def side_by_side(run: Run, report: Callable[[str, int], None] | None = None) -> list[Outcome]:
+    """The run under the stock loss and under ours, step by step in turn; `report(arm, step)` follows them.
+
+    Raises: RuntimeError with the message of an arm that failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for arm in (STOCK, PATCHED):
+        pipes[arm], theirs = context.Pipe()
+        process = context.Process(target=_arm, args=(run, arm, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+    try:
+        outcomes = _conduct(run, pipes, report or (lambda arm, step: None))
+        for process in processes:  # let them clean up after themselves
+            process.join(timeout=30)
+        return outcomes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _conduct(run: Run, pipes: dict[str, Any], report: Callable[[str, int], None]) -> list[Outcome]:
+    """Nobody steps while another does: an arm's next message comes before the next arm may go."""
+    messages = {arm: _receive(arm, pipe) for arm, pipe in pipes.items()}
+    while any(kind == "step" for kind, _ in messages.values()):
+        for arm, pipe in pipes.items():
+            kind, step = messages[arm]
+            if kind == "step":
+                report(arm, step)
+                pipe.send("go")
+                messages[arm] = _receive(arm, pipe)
+    return [Outcome(**messages[arm][1]) for arm in pipes]
+
+
+def _receive(arm: str, pipe: Any) -> tuple[str, Any]:
+    try:
+        kind, value = pipe.recv()
+    except EOFError:
+        raise RuntimeError(
+            f"the {arm} run ended without a word (killed for memory?): try a smaller batch_size"
+        ) from None
+    if kind == "error":
+        raise RuntimeError(f"the {arm} run failed: {value}")
+    return kind, value
+
+
+def _arm(run: Run, arm: str, pipe: Any) -> None:
+    """The life of one process."""
+
+    def turn(step: int) -> None:
+        pipe.send(("step", step))
+        pipe.recv()
+
+    try:
+        from datasets import disable_progress_bars
+        from transformers.utils import logging
+
+        disable_progress_bars()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        pipe.send(("outcome", asdict(fit(run, arm, turn))))
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _data(run: Run, tokenizer: Any) -> tuple[Any, Any]:
+    from ..data import load_text, pack
+
+    blocks = pack(load_text(run.dataset, run.split, run.column), tokenizer, run.block_size, run.column)
+    if len(blocks) < 2:
+        raise ValueError(
+            f"dataset {run.dataset!r} makes {len(blocks)} block of {run.block_size} tokens: 2 are needed, choose a smaller block_size"
+        )
+    held_out = min(run.eval_blocks, len(blocks) // 2)
+    split = blocks.train_test_split(test_size=held_out, seed=run.seed)
+    return split["train"], split["test"]
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    import torch
+
+    return {
+        "output_dir": run.output,
+        "max_steps": run.steps,
+        "per_device_train_batch_size": run.batch_size,
+        "per_device_eval_batch_size": run.batch_size,
+        "gradient_accumulation_steps": run.accumulation,
+        "learning_rate": run.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "steps" if run.save_steps else "no",
+        "save_steps": run.save_steps or 500,
+        "seed": run.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": False,  # the dtype of the run is the model's
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _watch(turn: Callable[[int], None] | None) -> Any:
+    """A callback that waits for its turn, and reads time and memory of every optimizer step."""
+    from transformers import TrainerCallback
+
+    from ..bench.memory import PeakMemory
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.memory: list[int] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if turn is not None:
+                turn(state.global_step)
+            self.meter = PeakMemory(args.device).__enter__()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+            self.meter.__exit__()
+            self.memory.append(self.meter.peak)
+
+    return Watch()
+
+
+def write(folder: Path, run: Run, outcomes: list[Outcome]) -> Path:
+    """Everything measured, as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    path.write_text(json.dumps({"run": asdict(run), "outcomes": [asdict(o) for o in outcomes]}, indent=1))
+    return path

@@ -1,0 +1,36 @@
+"""The picture of a fine-tuning run: loss and memory against steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .arms import Outcome
+
+STYLES = {"stock": {"color": "#8a8f98", "lw": 5, "alpha": 0.6}, "hf_xent": {"color": "#d1495b", "lw": 1.6}}
+
+
+def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
+    """Loss curves over each other (left) and peak memory of each step (right), as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for outcome in outcomes:
+        style = STYLES[outcome.arm]
+        steps = range(1, len(outcome.losses) + 1)
+        left.plot(steps, outcome.losses, label=outcome.arm, **style)
+        right.plot(range(1, len(outcome.memory) + 1), [m / 2**20 for m in outcome.memory], label=outcome.arm, **style)
+    left.set(xlabel="step", ylabel="loss (nats per token)", title="the same loss")
+    right.set(xlabel="step", ylabel="peak memory of the step (MiB)", title="less memory", ylim=(0, None))
+    if len(outcomes) == 1:
+        left.set_title("loss")
+        right.set_title("memory")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,20 @@
+"""Floor 1: datasets, one file each, registered by hand; `load_text` opens any source of text, `pack` cuts it into blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from . import pydoc
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "pydoc": pydoc.load,
+}
+"""Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""
+
+from .text import load_text, pack  # noqa: E402  text reads DATASETS
+
+__all__ = ["DATASETS", "load_text", "pack"]

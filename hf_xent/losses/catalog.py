@@ -1,0 +1,49 @@
+"""What the registry says about itself: one row a loss, read from its docstrings and dataclass fields."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+from dataclasses import fields
+from itertools import pairwise
+from typing import Any
+
+from .base import Loss
+
+
+def row(name: str, loss: type[Loss]) -> dict[str, Any]:
+    """`name`, `class`, `summary`, `formula`, `source`, `statistics`, `options` (defaults) and their `help`; JSON throughout."""
+    doc = inspect.getdoc(sys.modules[loss.__module__]) or ""
+    formula = next(line for line in doc.splitlines() if line.startswith("    "))  # parts are spaces apart
+    return {
+        "name": name,
+        "class": loss.__name__,
+        "summary": doc.splitlines()[0],
+        "formula": "; ".join(part.strip() for part in formula.split("   ") if part.strip()),
+        "source": section(doc, "Source"),
+        "statistics": section(doc, "Statistics"),
+        "options": {f.name: f.default for f in fields(loss)},  # type: ignore[arg-type]
+        "help": {f.name: _help(loss)[f.name] for f in fields(loss)},  # type: ignore[arg-type]
+    }
+
+
+def section(doc: str, title: str) -> str:
+    """The text after `title:` in a docstring, up to the next section or blank line, on one line."""
+    found = re.search(rf"^{title}:(.*?)(?=\n\n|\n(?:Source|Statistics|Relations):|\Z)", doc, re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise ValueError(f"the docstring has no '{title}:' line: write one, every loss has it")
+    return " ".join(found[1].split()).removesuffix(".")
+
+
+def _help(loss: type) -> dict[str, str]:
+    """Field -> the string under it, its own and inherited."""
+    texts: dict[str, str] = {}
+    for cls in reversed(loss.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts[field.target.id] = " ".join(text.value.value.split())  # type: ignore[union-attr]
+    return texts

@@ -1,0 +1,89 @@
+"""EMO: the earth mover's distance from the prediction to the label over embedding cosines, mixed with cross-entropy.
+
+    loss = 1/2 (nll + sg[nll / d] d)          d = 1 - sum_i p_i cos(E_i, E_y)
+
+That is emo1, whose value is the nll; emo2 is sg[d / nll] nll + d (value 2 d); emo is d alone, exact as all mass moves to one
+label. E carries no gradient; its zero rows have cosine 0. In the ratios d is at least 1/256 of the mass off the label and
+nll at least 1e-6: below that rounding would decide.
+
+Source: Ren, Wu, Zhu 2024, arXiv:2310.04691; the variants as in the authors' code, github.com/DRSY/EMO.
+Statistics: payload; lse and target too, except for variant 'emo' without gt_detach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from ..ops import Head, Payload, Stats
+from ..ops.algebra import wide
+from .base import Loss
+
+
+@dataclass(frozen=True, eq=False)
+class EMO(Loss):
+    """`1/2 (nll + sg[nll / d] d)` per token, d the expected cosine distance between predicted token and label."""
+
+    variant: str = "emo1"
+    """'emo1' leans on cross-entropy, 'emo2' on the distance, 'emo' is the distance alone."""
+    cost: str | Tensor = "frozen"
+    """The embeddings E: 'frozen' (the head's when bound), 'current' (the head's at every step) or a tensor [V, any width]."""
+    gt_detach: bool = False
+    """Add sg[p_y] to d, which changes its value but not its gradient: in emo2 confident tokens keep a gradient then."""
+    ratio_clamp: float | None = None
+    """Upper bound of emo1's ratio (the authors' package: 3.0); where it binds the value is below the nll."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("emo1", "emo2", "emo"):
+            raise ValueError(f"variant is {self.variant!r}: choose 'emo1', 'emo2' or 'emo'")
+        if self.ratio_clamp is not None and not (self.variant == "emo1" and self.ratio_clamp > 0):
+            raise ValueError(f"ratio_clamp is {self.ratio_clamp} in {self.variant}: pass a number > 0, to emo1 only")
+        if isinstance(self.cost, Tensor) and self.cost.ndim == 2:  # a copy with rows of length 1, 0 for zero rows
+            rows = self.cost.detach().to(wide(self.cost.dtype))
+            object.__setattr__(self, "cost", normalize(rows, dim=-1).to(self.cost.dtype))
+        elif isinstance(self.cost, Tensor) or self.cost not in ("frozen", "current"):
+            raise ValueError(f"cost is {self.cost!r}: choose 'frozen', 'current' or a [V, H] tensor of embeddings")
+
+    @property
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Statistics it differentiates."""
+        return ("payload",) if self.variant == "emo" and not self.gt_detach else ("lse", "target", "payload")
+
+    def bind(self, weight: Tensor) -> EMO:
+        """For cost='frozen', a copy that holds the unit rows of a clone of this weight; else itself."""
+        return replace(self, cost=weight) if isinstance(self.cost, str) and self.cost == "frozen" else self
+
+    def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload:
+        """The label's unit embedding and, as a head, everybody's: logits are cosines."""
+        if isinstance(self.cost, str) and self.cost == "frozen":
+            raise ValueError("cost is 'frozen' but nothing was frozen: use loss.bind(head.weight), or cost='current'")
+        if isinstance(self.cost, str):
+            return replace(self, cost=head.weight).second(head, labels, teacher)
+        if len(self.cost) != head.size:
+            raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: embed its vocabulary")
+        if self.cost.device != head.weight.device:  # the model moved after binding: follow once, not at every step
+            object.__setattr__(self, "cost", self.cost.to(head.weight.device))
+        return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
+
+    def of(self, stats: Stats) -> Tensor:
+        """Per-token loss [N]."""
+        d = 1 - stats.payload + (stats.logp.detach().exp() if self.gt_detach else 0)
+        if self.variant == "emo":
+            return d
+        nll, safe = stats.nll, torch.maximum(d, -torch.expm1(stats.logp) / 256).detach()
+        if self.variant == "emo2":
+            return safe / nll.detach().clamp(min=1e-6) * nll + d
+        return 0.5 * (nll + (nll.detach() / safe.clamp(min=1e-30)).clamp(max=self.ratio_clamp or torch.inf) * d)
+
+    def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
+        """Dense p and cosines; `weight` stands in for a cost that is not a tensor."""
+        cost = self.cost if isinstance(self.cost, Tensor) else second["weight"].detach()
+        units = normalize(cost.to(logits.dtype), dim=-1)
+        p, mle = logits.softmax(-1), -logits.log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+        moved = p - (p * one_hot(labels, len(units))).detach() if self.gt_detach else p
+        emo = 1 - ((moved @ units) * units[labels]).sum(-1)
+        emo1 = 0.5 * (mle + (mle / (emo + 1e-10)).detach().clamp(max=self.ratio_clamp or torch.inf) * emo)
+        return {"emo1": emo1, "emo2": (emo / (mle + 1e-10)).detach() * mle + emo, "emo": emo}[self.variant]

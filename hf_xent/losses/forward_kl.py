@@ -1,0 +1,43 @@
+"""Forward KL distillation: the student covers everything the teacher finds likely.
+
+    loss = T^2 KL(teacher || student) = T^2 (lse_s - H_t - sum_j t_j z_j)
+
+t and H_t are the teacher's softmax and entropy, z and lse_s the student's logits, all at temperature T. The last term is
+the payload of the teacher's softmax: the student's logits are never kept.
+
+Source: Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
+Statistics: lse of the student; entropy and payload of the teacher.
+Relations: ReverseKL seeks one mode of the teacher; JSD is between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import Head, Payload, Stats, vocab_stats
+from .distillation import Distillation
+
+
+@dataclass(frozen=True)
+class ForwardKL(Distillation):
+    """`T^2 KL(teacher || student)` per token, nats."""
+
+    uses = ("lse",)
+
+    def of(self, stats: Stats) -> Tensor:
+        """The student's part of the loss [N]."""
+        return stats.lse
+
+    def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
+        """Minus the teacher's entropy and its expectation of the student's logits."""
+        stats = vocab_stats(*teacher, labels, outputs=("entropy", "payload"), payload=(hidden, head), **options)
+        return -stats.entropy - stats.payload
+
+    def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
+        """The definition on dense logits of both."""
+        student = (logits / self.temperature).log_softmax(-1)
+        teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
+        return self.temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)

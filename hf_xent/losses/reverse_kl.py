@@ -1,0 +1,49 @@
+"""Reverse KL distillation: the student avoids everything the teacher finds unlikely.
+
+    loss = T^2 KL(student || teacher) = T^2 (lse_t - H_s - sum_j s_j z_j)
+
+s and H_s are the student's softmax and entropy, z and lse_t the teacher's logits, all at temperature T. The full-vocabulary
+divergence of every token; sequence-level policy gradients are not part of it.
+
+Source: Gu et al. 2024, MiniLLM, arXiv:2306.08543; Agarwal et al. 2024, On-Policy Distillation of Language Models,
+arXiv:2306.13649.
+Statistics: entropy and payload of the student; lse of the teacher.
+Relations: ForwardKL covers all modes of the teacher; JSD is between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Head, Payload, Stats, vocab_stats
+from .distillation import Distillation
+
+
+@dataclass(frozen=True)
+class ReverseKL(Distillation):
+    """`T^2 KL(student || teacher)` per token, nats."""
+
+    uses = ("entropy", "payload")
+
+    def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload | None:
+        """The teacher, tempered and frozen by then."""
+        return teacher
+
+    def of(self, stats: Stats) -> Tensor:
+        """The student's part of the loss [N]."""
+        return -stats.entropy - stats.payload
+
+    def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
+        """The teacher's normalizer, a constant."""
+        with torch.no_grad():
+            return vocab_stats(*teacher, labels, outputs=("lse",), **options).lse
+
+    def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
+        """The definition on dense logits of both."""
+        student = (logits / self.temperature).log_softmax(-1)
+        teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
+        return self.temperature**2 * (student.exp() * (student - teacher)).sum(-1)

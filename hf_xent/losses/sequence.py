@@ -1,0 +1,67 @@
+"""What a loss over whole sequences is given: every run of labels, with the log-probability of each label everywhere in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import Head, Payload, Stats, vocab_stats
+from ..ops.algebra import wide
+from .base import Loss
+
+
+@dataclass(frozen=True)
+class SequenceLoss(Loss):
+    """Base of losses that compare positions of a sequence with each other; hidden [B, T, D], labels [B, T].
+
+    A run is a maximal stretch of labeled positions in a row of labels: an answer, a turn, a document without its padding.
+    A subclass writes `of_run`; log p_i(y_j) = h_i . W[y_j] - lse_i is one small product. Plain cross-entropy may be added.
+    """
+
+    ce_factor: float = field(default=0.0, kw_only=True)
+    """Weight of plain cross-entropy beside it."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ce_factor < float("inf"):
+            raise ValueError(f"ce_factor is {self.ce_factor}: choose a finite number >= 0")
+
+    @property
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Statistics it differentiates: `target` only with cross-entropy beside it."""
+        return ("lse", "target") if self.ce_factor else ("lse",)
+
+    def of(self, stats: Stats) -> Tensor:
+        """The cross-entropy part; without it a 0 that still hangs on the graph, should there be no run."""
+        return self.ce_factor * stats.nll if self.ce_factor else 0 * stats.lse
+
+    def of_run(self, logp: Tensor) -> Tensor:
+        """Per-token loss [T] of a run from log p_i(y_j) at output position i for the label of position j, [T, T]."""
+        raise NotImplementedError
+
+    def per_token(
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, observe: tuple[str, ...],
+        unreduced: bool, options: dict[str, Any],
+    ) -> tuple[Tensor, Stats]:  # fmt: skip
+        """One visit of the vocabulary for the statistics, one [T, T] product per run."""
+        stats = vocab_stats(hidden, head, labels, outputs=(*self.uses, *observe), **options)
+        valid = stats.mask.reshape(-1).nonzero().squeeze(-1)
+        ids, exact = labels.reshape(-1)[valid], wide(hidden.dtype)
+        lse = stats.lse.reshape(-1)[valid]
+        bias = torch.zeros_like(lse) if head.bias is None else head.bias[ids]
+        # one gather for all runs: the gradient of each would be a dense [V, D]
+        parts = hidden.reshape(-1, hidden.shape[-1])[valid], lse, head.weight[ids], bias
+        found = [lse[:0]]
+        for h, norm, w, b in zip(*(x.to(exact).split(_runs(stats.mask)) for x in parts), strict=True):
+            found.append(self.of_run(replace(head, weight=w, bias=b).logits(h) - norm[:, None]))
+        loss = self.of(stats).reshape(-1).index_add(0, valid, torch.cat(found)).reshape(labels.shape)
+        return self._weighted(loss, weight, stats, unreduced)
+
+
+def _runs(mask: Tensor) -> list[int]:
+    """Lengths of the runs of True in the rows of a mask, in reading order."""
+    edges = F.pad(mask.reshape(-1, mask.shape[-1]).int(), (1, 1)).diff()  # 1 where a run starts, -1 past its end
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()

@@ -1,0 +1,145 @@
+"""hf-xent: every command, its JSON, its errors in one line, its help."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_xent import cli
+from models import tiny
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A tiny model with a byte-level tokenizer trained on the spot, as a user would have it on disk."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=90, special_tokens=["<pad>", "<s>", "</s>"]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    tiny(std=0.05).save_pretrained(folder)
+    return folder
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT * 4)
+    return path
+
+
+def invoke(*arguments):
+    result = runner.invoke(cli.app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def small_run(model_folder, text_file, output, *more):
+    return invoke(
+        *("train", "--model", model_folder, "--dataset", text_file, "--output", output),
+        *("--steps", 3, "--batch-size", 2, "--block-size", 16, "--json", *more),
+    )
+
+
+def test_train_saves_a_model_that_loads(model_folder, text_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    result = small_run(model_folder, text_file, tmp_path / "out", "--loss", "focal:gamma=1.0")
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    run = summary["runs"]["hf_xent"]
+    assert run["eval_after"] < run["eval_before"] and run["tokens_per_second"] > 0 and run["peak_memory_mib"] > 0
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(stored["outcomes"][0]["losses"]) == 3 and stored["run"]["loss"] == "focal:gamma=1.0"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 97
+
+
+def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
+    small_run(model_folder, text_file, tmp_path, "--save-steps", 2)
+    losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
+    small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
+    assert json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"] == losses
+
+
+def test_compare_runs_both_and_they_agree(model_folder, text_file, tmp_path):
+    result = small_run(model_folder, text_file, tmp_path, "--compare")
+    summary = json.loads(result.stdout)
+    assert set(summary["runs"]) == {"stock", "hf_xent"} and summary["largest_loss_difference"] < 1e-3
+    assert not (tmp_path / "model.safetensors").exists()
+    outcomes = json.loads((tmp_path / "results.json").read_text())["outcomes"]
+    assert "entropy" in outcomes[1]["logs"][0] and "entropy" not in outcomes[0]["logs"][0]
+
+
+def test_an_arm_that_fails_is_reported(model_folder, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the dog")
+    with pytest.raises(RuntimeError, match="run failed: ValueError: dataset .* choose a smaller block_size"):
+        small_run(model_folder, short, tmp_path, "--compare")
+
+
+def test_check_prints_the_head_and_the_proof(model_folder):
+    found = json.loads(invoke("check", model_folder, "--json").stdout)
+    assert found["equal"] and found["lean"] and found["vocabulary"] == 97 and found["gradient_error"] < 1e-4
+    shown = invoke("check", model_folder).stdout
+    assert "equal" in shown and "LlamaForCausalLM" in shown
+
+
+def test_losses_lists_the_registry():
+    from hf_xent.losses import LOSSES
+
+    rows = json.loads(invoke("losses", "--json").stdout)
+    assert [row["name"] for row in rows] == list(LOSSES)
+    assert invoke("losses", "--markdown").stdout.count("\n") == len(LOSSES) + 2
+    assert all(name in invoke("losses").stdout for name in ("focal", "emo"))
+
+
+def test_bench_writes_its_tables(tmp_path):
+    result = invoke(
+        *("bench", "--inputs", "random:40x300x16", "--contestants", "dense,hf_xent", "--rounds", 2, "--output", tmp_path, "--json")
+    )
+    rows = {row["contestant"]: row for row in json.loads(result.stdout)}
+    assert set(rows) == {"dense", "hf_xent"} and rows["hf_xent"]["gate"] == "ok"
+    assert list(tmp_path.glob("*.csv")) and list(tmp_path.glob("*.md"))
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("bench",)])
+def test_help_explains_every_option(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--loss", "nonesuch"), "loss is 'nonesuch': choose one of cross_entropy"),
+        (("train", "--loss", "focal:gama=2"), "does not take gama: its options are gamma"),
+        (("train", "--loss", "forward_kl"), "it needs a teacher"),
+        (("train", "--dtype", "int8"), "dtype is 'int8': choose float32"),
+        (("check", "no/such-model"), "no/such-model"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["hf-xent", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+    assert len([line for line in shown.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_debug_shows_the_trace(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "train", "--loss", "nonesuch"])
+    with pytest.raises(ValueError, match="nonesuch"):
+        cli.main()

@@ -1,0 +1,204 @@
+"""LazyLogits: every consumer gives what the dense tensor gives, value and gradients, and the lean ones make no logits."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_xent.lazy import LazyLogits, Seam, next_token_labels
+
+V = 30
+
+
+@pytest.fixture
+def operands():
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    weight = torch.randn(V, 8, requires_grad=True)
+    bias = torch.randn(V, requires_grad=True)
+    labels = torch.randint(0, V, (2, 5))
+    labels[0, 0] = -100
+    return hidden, weight, bias, labels
+
+
+def moved(labels):
+    return next_token_labels(labels).reshape(-1)
+
+
+LEAN = {
+    "model loss": lambda x, y: F.cross_entropy(x.float().view(-1, V), moved(y)),
+    "sliced and flattened": lambda x, y: F.cross_entropy(x[:, :-1].flatten(0, 1), y[:, 1:].flatten()),
+    "ellipsis": lambda x, y: F.cross_entropy(x[..., :-1, :].contiguous().view(-1, V), y[:, 1:].reshape(-1)),
+    "sum": lambda x, y: F.cross_entropy(x.reshape(-1, V), moved(y), reduction="sum"),
+    "none": lambda x, y: F.cross_entropy(x.reshape(-1, V), moved(y), reduction="none"),
+    "label smoothing": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1), label_smoothing=0.2),
+    "class weights": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1), torch.linspace(0.1, 2, V)),
+    "other ignore_index": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1).clamp(min=3), ignore_index=3),
+    "module": lambda x, y: torch.nn.CrossEntropyLoss()(x.view(10, V), y.view(-1)),
+    "softcap": lambda x, y: F.cross_entropy((torch.tanh(x / 3.0) * 3.0).view(-1, V), moved(y)),
+    "scaled softcap, vocabulary slice": lambda x, y: F.cross_entropy(
+        ((x * 0.7 / 2.0).tanh() * 2.0)[..., : V - 1].reshape(-1, V - 1), moved(y).clamp(max=V - 2)
+    ),
+    "nll_loss": lambda x, y: F.nll_loss(F.log_softmax(x, dim=-1).view(-1, V), moved(y)),
+    "log_softmax gather": lambda x, y: x.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None]),
+    "gather": lambda x, y: x.gather(-1, y.clamp(min=0)[..., None]),
+    "logsumexp": lambda x, y: x.logsumexp(-1),
+    "logsumexp keepdim": lambda x, y: torch.logsumexp(x, dim=-1, keepdim=True),
+    "argmax": lambda x, y: x.argmax(-1),
+    "one row": lambda x, y: F.cross_entropy(x[:, -1], y[:, -1]),
+    "mask": lambda x, y: F.cross_entropy(x[y != -100], y[y != -100]),
+    "index list": lambda x, y: x[:, [0, 2]].logsumexp(-1),
+    "unsqueezed and squeezed": lambda x, y: x.unsqueeze(0).squeeze(0).logsumexp(-1),
+    "cast there and back": lambda x, y: F.cross_entropy(x.double().to(torch.float32).view(10, V), y.view(-1)),
+}
+DENSE = {
+    "softmax": lambda x, y: x.softmax(-1),
+    "add": lambda x, y: x + 1.0,
+    "varying scale": lambda x, y: x * torch.arange(V),
+    "one column": lambda x, y: x[:, :, 3],
+    "columns": lambda x, y: x[..., [1, 4]],
+    "classes second": lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
+    "max": lambda x, y: x.max(-1).values,
+    "soft targets": lambda x, y: F.cross_entropy(x.view(10, V), torch.full((10, V), 1 / V)),
+    "smoothed class weights": lambda x, y: F.cross_entropy(
+        x.view(10, V), y.view(-1), torch.ones(V), label_smoothing=0.1
+    ),
+    "scaled log-probabilities": lambda x, y: x.log_softmax(-1) * 2.0,
+    "two tanhs": lambda x, y: x.tanh().tanh().sum(-1),
+    "normalized twice": lambda x, y: x.log_softmax(-1).log_softmax(-1),
+}
+
+
+def consume(fn, operands, lazily):
+    hidden, weight, bias, labels = operands
+    seam = Seam()
+    logits = LazyLogits.of(hidden, weight, bias, seam) if lazily else F.linear(hidden, weight, bias)
+    out = fn(logits, labels)
+    value = out.dense() if isinstance(out, LazyLogits) else out
+    grads = None
+    if value.requires_grad:
+        torch.manual_seed(3)
+        grads = torch.autograd.grad(value, operands[:3], torch.randn_like(value), allow_unused=True)
+    return value, grads, seam
+
+
+@pytest.mark.parametrize("name", [*LEAN, *DENSE])
+def test_consumers_agree_with_the_dense_tensor(name, operands):
+    fn = {**LEAN, **DENSE}[name]
+    value, grads, seam = consume(fn, operands, lazily=True)
+    expected, expected_grads, _ = consume(fn, operands, lazily=False)
+    assert value.dtype == expected.dtype
+    torch.testing.assert_close(value, expected)
+    assert (grads is None) == (expected_grads is None)
+    if grads is not None:
+        for ours, theirs in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert (seam.materialized == 0) == (name in LEAN)
+    assert (seam.streamed > 0) == (name in LEAN)
+
+
+def test_written_values_are_seen_by_views(operands):
+    def write(x, labels):
+        view = x.view(-1, V)
+        x[:, :, :3] = 0.0
+        return F.cross_entropy(view, moved(labels))
+
+    value, grads, seam = consume(write, operands, lazily=True)
+    expected, expected_grads, _ = consume(write, operands, lazily=False)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grads, expected_grads)
+    assert seam.materialized == 1, "the view shares its base's dense tensor"
+
+
+def test_materializes_once(operands):
+    x = LazyLogits.of(*operands[:3], Seam())
+    first, second = x.dense(), (x + 0.0)
+    assert x.seam.materialized == 1 and x.is_dense
+    torch.testing.assert_close(first, second)
+
+
+def test_gradients_of_consumers_below_python(operands):
+    """A custom autograd function never calls __torch_function__; its gradient must still reach the operands."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    value, grads, _ = consume(lambda x, y: Double.apply(x.tanh()).sum(-1), operands, lazily=True)
+    expected, expected_grads, _ = consume(lambda x, y: Double.apply(x.tanh()).sum(-1), operands, lazily=False)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_every_label_ignored_is_a_connected_zero(operands):
+    hidden, weight, bias, labels = operands
+    for reduction in ("mean", "sum"):
+        loss = F.cross_entropy(
+            LazyLogits.of(hidden, weight, bias).view(-1, V), torch.full_like(labels.view(-1), -100), reduction=reduction
+        )
+        grads = torch.autograd.grad(loss, (hidden, weight, bias))
+        assert loss.item() == 0.0
+        assert all(g.abs().max() == 0 for g in grads)
+
+
+def test_metadata_costs_nothing(operands):
+    x = LazyLogits.of(*operands[:3], Seam())
+    assert (
+        isinstance(x, torch.Tensor) and x.shape == (2, 5, V) and x.size(-1) == V and x.numel() == 10 * V and len(x) == 2
+    )
+    assert (
+        x.requires_grad and not x.is_leaf and x.grad_fn is not None and x.device.type == "cpu" and x.is_floating_point()
+    )
+    assert "not computed" in repr(x)
+    assert x.seam.materialized == 0
+
+
+def test_detached_and_without_grad(operands):
+    x = LazyLogits.of(*operands[:3], Seam())
+    assert not x.detach().requires_grad
+    with torch.no_grad():
+        loss = F.cross_entropy(LazyLogits.of(*operands[:3]).view(-1, V), moved(operands[3]))
+    assert not loss.requires_grad
+
+
+def test_copies_and_files_are_ordinary_tensors(operands):
+    hidden, weight, bias, _ = (t.detach() for t in operands)
+    x, expected = LazyLogits.of(hidden, weight, bias), F.linear(hidden, weight, bias)
+    torch.testing.assert_close(copy.deepcopy(x), expected)
+    file = io.BytesIO()
+    torch.save(LazyLogits.of(hidden, weight, bias), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file), expected)
+    torch.testing.assert_close(torch.from_numpy(LazyLogits.of(hidden, weight, bias).numpy()), expected)
+
+
+def test_stats_of_labels_and_of_next_tokens(operands):
+    hidden, weight, bias, labels = operands
+    x = LazyLogits.of(hidden, weight, bias)
+    logp = F.linear(hidden, weight, bias).log_softmax(-1)
+    aligned = x.stats(labels)
+    expected = torch.where(labels == -100, 0, logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1))
+    torch.testing.assert_close(aligned.logp, expected)
+    shifted = x.stats(labels, shift=True, outputs=("lse", "target", "rank"))
+    torch.testing.assert_close(shifted.logp[:, :-1], logp[:, :-1].gather(-1, labels[:, 1:, None]).squeeze(-1))
+    assert not shifted.mask[:, -1].any() and shifted.logp[:, -1].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_no_worse_than_torch(dtype, operands):
+    hidden, weight, bias, labels = operands
+    low = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+    exact = F.cross_entropy(F.linear(*(t.double() for t in low)).view(-1, V), moved(labels))
+    dense = F.cross_entropy(F.linear(*low).float().view(-1, V), moved(labels))
+    ours = F.cross_entropy(LazyLogits.of(*low).float().view(-1, V), moved(labels))
+    assert abs(ours - exact) <= 2 * abs(dense - exact) + 1e-5
+    truth = torch.autograd.grad(exact, low)
+    for mine, theirs, g in zip(torch.autograd.grad(ours, low), torch.autograd.grad(dense, low), truth, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - g.double()).norm() <= 2 * (theirs.double() - g.double()).norm() + 1e-5

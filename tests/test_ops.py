@@ -1,0 +1,652 @@
+"""Floor 0: every backend and gradient mode against dense torch, in values, gradients, memory and error messages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import Case, Polynomial, assert_no_worse, gradients, make, statistics
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_xent.ops import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Head, State, Stats, map_logits, merge, vocab_loss, vocab_stats
+from hf_xent.ops.algebra import finish
+from hf_xent.ops.functional import IMPLS, default_budget
+
+MODES = ("recompute", "eager")
+DTYPES = (torch.float64, torch.float32)
+LOSSES = (("lse", "target"), ("lse", "target", "mean"), ("entropy", "variance"), DIFFERENTIABLE)
+SOFT = {"scale": 0.7, "softcap": 4.0, "payload_scale": 1.3, "payload_softcap": 3.0}
+
+
+def ours(case: Case, impl: str, loss: Polynomial, mode: str, *, outputs: tuple[str, ...] = (), **options):
+    """Statistics and the weighted sum of `loss`, through one of the two doors."""
+    asked = tuple(dict.fromkeys((*loss.uses, *outputs)))
+    options |= {"impl": impl, "payload": case.payload if "payload" in asked else None}
+    hidden = case.tensors["hidden"]
+    if mode == "eager":
+        total, stats = vocab_loss(loss, hidden, case.head, case.labels, token_weight=case.weight, observe=asked, **options)
+        return stats, total
+    stats = vocab_stats(hidden, case.head, case.labels, outputs=asked, **options)
+    return stats, (loss.of(stats) * case.weight)[stats.mask].sum()
+
+
+def verify(case: Case, impl: str, loss: Polynomial, mode: str = "recompute", **options) -> None:
+    """Values and every gradient equal dense torch: in float64 exactly, else no worse than torch in the same dtype."""
+    stats, total = ours(case, impl, loss, mode, **options)
+    grads = gradients(total, case.leaves)
+    true_values, true_grads = case.to(torch.float64).solve(loss)
+    dtype = case.tensors["hidden"].dtype
+    torch_values, torch_grads = (true_values, true_grads) if dtype == torch.float64 else case.solve(loss)
+    found = {**{k: v[stats.mask] for k, v in stats.values.items() if k != "loss"}, **dict(enumerate(grads))}
+    truth = {**true_values, **dict(enumerate(true_grads))}
+    plain = {**torch_values, **dict(enumerate(torch_grads))}
+    for name, value in found.items():
+        if name in ("top", "rank"):
+            assert torch.equal(value, plain[name]), name
+        elif dtype == torch.float64:
+            torch.testing.assert_close(value, truth[name].to(value.dtype), msg=lambda m, name=name: f"{name}: {m}")
+        else:
+            assert_no_worse(value, plain[name], truth[name], what=str(name))
+    assert all(g.dtype == dtype for g in grads)
+    assert not any(v[~stats.mask].any() for v in stats.values.values()), "ignored positions hold 0"
+
+
+# ---- values and gradients -------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "tiles": {"N": 21, "V": 70, "D": 40, "D2": 24},
+    "small vocabulary": {"N": 5, "V": 7, "D": 50, "D2": 3},
+    "one token": {"N": 1, "V": 40, "D": 20, "D2": 20},
+    "no token": {"N": 0, "V": 40, "D": 20, "D2": 20},
+    "all ignored": {"N": 6, "V": 40, "D": 20, "D2": 20, "ignore": lambda rows: rows >= 0},
+    "half ignored": {"N": 35, "V": 33, "D": 17, "D2": 20, "ignore": lambda rows: rows % 2 == 0},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_statistic_and_gradient(impl, device, mode, dtype, shape):
+    """All statistics at once, softcapped heads with bias, several chunks."""
+    case = make(**SHAPES[shape], **SOFT, dtype=dtype, device=device)
+    verify(case, impl, Polynomial(DIFFERENTIABLE), mode, outputs=STATISTICS, memory_budget=8 * case.head.size * 8)
+
+
+@pytest.mark.parametrize("uses", LOSSES, ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head", ("plain", "bias", "scale", "softcap"))
+def test_every_kind_of_loss_and_head(impl, device, mode, uses, head):
+    """What a loss does not use gets no gradient from it; every branch of the head's chain rule."""
+    options = {"scale": {"scale": -0.5}, "softcap": SOFT}.get(head, {})
+    case = make(19, 37, 18, D2=5 if "payload" in uses else None, bias=head == "bias", device=device, **options)
+    verify(case, impl, Polynomial(uses), mode, memory_budget=5 * 37 * 8)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_one_statistic_alone(impl, device, name):
+    """Asked for alone, a statistic is what it is among others, and so is its gradient."""
+    case = make(18, 40, 17, D2=3 if name == "payload" else None, device=device)
+    uses = (name,) if name in DIFFERENTIABLE else ("lse",)
+    verify(case, impl, Polynomial(uses), outputs=(name,))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_of_one_among_all(impl, device, mode, name):
+    """Statistics that are there but unused upstream leave every gradient alone, the payload's too."""
+    case = make(9, 35, 6, D2=4, device=device)
+    verify(case, impl, Polynomial((name,)), mode, outputs=DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("kind", ("plain", "softcap", "payload"))
+def test_gradcheck(impl, device, kind):
+    """Finite differences in float64 of every differentiable statistic in every trained tensor."""
+    case = make(3, 5, 4, D2=2 if kind == "payload" else None, bias=kind != "plain", device=device, **(SOFT if kind != "plain" else {}))
+    outputs = DIFFERENTIABLE if kind == "payload" else DIFFERENTIABLE[:-1]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        again = replace(case, tensors=dict(zip(case.tensors, tensors, strict=True)))
+        hidden = again.tensors["hidden"]
+        stats = vocab_stats(hidden, again.head, case.labels, outputs=outputs, payload=again.payload, impl=impl)
+        return tuple(stats.values[name] for name in outputs)
+
+    assert torch.autograd.gradcheck(run, tuple(case.tensors.values()))
+
+
+@pytest.mark.parametrize("trained", ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"))
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_tensors(impl, device, mode, trained):
+    """One trained tensor: its gradient is right; all others have no gradient."""
+    case = make(17, 36, 18, D2=6, device=device, **SOFT)
+    case = case.frozen(*(name for name in case.tensors if name != trained))
+    verify(case, impl, Polynomial(DIFFERENTIABLE), mode)
+    total = ours(case, impl, Polynomial(DIFFERENTIABLE), mode)[1]
+    total.backward()
+    assert [name for name, t in case.tensors.items() if t.grad is not None] == [trained]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_to_train(impl, device, mode):
+    """Frozen throughout, or without grad mode: values, and no graph."""
+    case = make(5, 9, 4, device=device)
+    frozen = case.frozen(*case.tensors)
+    assert not ours(frozen, impl, Polynomial(), mode)[1].requires_grad
+    with torch.no_grad():
+        total = ours(case, impl, Polynomial(), mode)[1]
+    assert not total.requires_grad
+    torch.testing.assert_close(total, ours(case, impl, Polynomial(), mode)[1].detach())
+
+
+def test_shapes_and_strides(impl, device):
+    """Labels [B, T], hidden states and a weight that are not contiguous: the same numbers in the labels' shape."""
+    case = make(12, 35, 18, device=device)
+    hidden, weight = case.tensors["hidden"].detach(), case.tensors["weight"].detach()
+    spread = hidden.reshape(3, 4, 18).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    turned = weight.T.contiguous().T.requires_grad_()
+    assert not spread.is_contiguous() and not turned.is_contiguous()
+    labels = case.labels.reshape(4, 3).T.contiguous().T.reshape(3, 4)
+    stats = vocab_stats(spread, Head(turned, case.head.bias), labels, outputs=STATISTICS[:5], impl=impl)
+    flat = vocab_stats(case.tensors["hidden"], case.head, labels.reshape(-1), outputs=STATISTICS[:5], impl=impl)
+    assert stats.lse.shape == (3, 4)
+    for name, value in flat.values.items():
+        torch.testing.assert_close(stats.values[name], value.reshape(3, 4))
+    found = torch.autograd.grad(stats.nll.sum() + stats.entropy.sum(), (spread, turned))
+    wanted = torch.autograd.grad(flat.nll.sum() + flat.entropy.sum(), (case.tensors["hidden"], case.tensors["weight"]))
+    torch.testing.assert_close(found[0].reshape(12, 18), wanted[0])
+    torch.testing.assert_close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_budget_changes_nothing(impl, device, mode):
+    """Chunks of one row give what one chunk gives."""
+    case, loss = make(7, 20, 6, D2=3, device=device, **SOFT), Polynomial(DIFFERENTIABLE)
+    (one, one_total), (all_, all_total) = (ours(case, impl, loss, mode, memory_budget=b) for b in (1, 1 << 30))
+    torch.testing.assert_close(one.values, all_.values)
+    torch.testing.assert_close(gradients(one_total, case.leaves), gradients(all_total, case.leaves))
+
+
+# ---- the eager mode -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uses", LOSSES, ids="+".join)
+def test_eager_equals_recompute(impl, device, uses):
+    """`vocab_loss` is the weighted sum over `vocab_stats`, in value, per-token loss and all gradients."""
+    case = make(13, 34, 6, D2=3 if "payload" in uses else None, device=device, ignore=lambda rows: rows % 4 == 1)
+    loss = Polynomial(uses)
+    (stats, total), (again, again_total) = (ours(case, impl, loss, mode, memory_budget=4 * 34 * 8) for mode in MODES)
+    torch.testing.assert_close(again_total, total)
+    torch.testing.assert_close(again.loss, loss.of(stats).detach())
+    torch.testing.assert_close(gradients(again_total, case.leaves), gradients(total, case.leaves))
+    assert not any(value.requires_grad for value in again.values.values())
+
+
+def test_unreduced(impl, device):
+    """Weighted per-token losses in the labels' shape, differentiable with any upstream gradient."""
+    case, upstream = make(8, 34, 5, device=device, ignore=lambda rows: rows == 2), torch.randn(8, device=device)
+    losses, stats = vocab_loss(
+        Polynomial(), case.tensors["hidden"], case.head, case.labels, token_weight=case.weight, unreduced=True, impl=impl
+    )
+    again, _ = ours(case, impl, Polynomial(), "recompute")
+    wanted = Polynomial().of(again) * case.weight
+    torch.testing.assert_close(losses, wanted)
+    assert losses[2] == 0 and stats.loss.shape == (8,)
+    torch.testing.assert_close(
+        gradients((losses * upstream).sum(), case.leaves), gradients((wanted * upstream).sum(), case.leaves)
+    )
+
+
+@pytest.mark.parametrize("head", ({}, {"softcap": 3.0}), ids=("plain", "softcap"))
+@pytest.mark.parametrize("mode", MODES)
+def test_zero_token_weights(impl, device, mode, head):
+    """Tokens of weight 0 are as if they were not there."""
+    case = make(18, 34, 6, device=device, **head)
+    weight = torch.where(torch.arange(18, device=device) % 3 == 0, 0.0, case.weight)
+    fewer = replace(case, labels=torch.where(weight == 0, -100, case.labels))
+    found, wanted = (gradients(ours(c, impl, Polynomial(), mode)[1], case.leaves) for c in (replace(case, weight=weight), fewer))
+    torch.testing.assert_close(found, wanted)
+    assert not found[0][weight == 0].any()
+
+
+def test_token_weight_may_be_a_number(impl, device):
+    """A Python number or a 0-d tensor weighs every token."""
+    case = make(5, 9, 4, device=device)
+    hidden, head, labels = case.tensors["hidden"], case.head, case.labels
+    wanted = 0.25 * vocab_loss(Polynomial(), hidden, head, labels, impl=impl)[0]
+    for weight in (0.25, torch.tensor(0.25, device=device)):
+        found = vocab_loss(Polynomial(), hidden, head, labels, token_weight=weight, impl=impl)[0]
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradients(found, case.leaves), gradients(wanted, case.leaves, retain_graph=True))
+
+
+@pytest.mark.parametrize("uses", ((), ("lse",)), ids=("uses nothing", "detaches"))
+def test_constant_loss(impl, device, uses):
+    """A loss without a gradient has gradient 0."""
+
+    class Constant(Polynomial):
+        def of(self, stats: Stats) -> Tensor:
+            return stats.lse.detach()
+
+    case = make(5, 9, 4, device=device)
+    total = ours(case, impl, Constant(uses), "eager")[0].loss.sum()
+    assert not total.requires_grad
+    grads = gradients(ours(case, impl, Constant(uses), "eager")[1], case.leaves)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+# ---- autograd citizenship -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_upstream_gradient_and_retained_graph(impl, device, mode, dtype):
+    """Upstream 1/3 scales gradients; a retained graph gives them again; a freed one says so."""
+    case, loss = make(6, 34, 5, device=device, dtype=dtype), Polynomial()
+    total = ours(case, impl, loss, mode)[1] / 3
+    first = [g.clone() for g in gradients(total, case.leaves, retain_graph=True)]
+    second = gradients(total, case.leaves)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradients(total, case.leaves)
+    true = [g / 3 for g in case.to(torch.float64).solve(loss)[1]]
+    plain = case.solve(loss)[1]
+    for found, dense, truth in zip(first, plain, true, strict=True):
+        assert_no_worse(found, dense / 3, truth)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_accumulate(impl, device, mode):
+    """Two backwards into .grad add up, and no buffer is shared between them."""
+    case, loss = make(6, 34, 5, device=device), Polynomial()
+    total = ours(case, impl, loss, mode)[1]
+    once = gradients(total, case.leaves, retain_graph=True)
+    once = [g.clone() for g in once]
+    total.backward(retain_graph=True)
+    total.backward()
+    torch.testing.assert_close([t.grad for t in case.leaves], [2 * g for g in once])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_second_derivative(impl, device, mode):
+    """The backward is not differentiable, and says so instead of giving zeros."""
+    case = make(4, 9, 3, device=device)
+    grads = torch.autograd.grad(ours(case, impl, Polynomial(), mode)[1].square(), case.leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
+
+
+# ---- low precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("uses", (("lse", "target"), DIFFERENTIABLE), ids=("cross-entropy", "all"))
+def test_low_precision(impl, device, mode, dtype, uses):
+    """No worse than plain torch in the dtype, in several chunks."""
+    options = SOFT if "payload" in uses else {}
+    case = make(48, 150, 40, D2=12 if "payload" in uses else None, dtype=dtype, device=device, **options)
+    verify(case, impl, Polynomial(uses), mode, memory_budget=13 * 150 * 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float16_with_a_scaled_loss(impl, device, mode):
+    """A mean over tokens under a GradScaler: small gradients must not be rounded before the scale reaches them."""
+    case, loss = make(32, 200, 24, dtype=torch.float16, device=device), Polynomial()
+    case = replace(case, weight=torch.full((32,), 1e-4, device=device))
+    found = gradients(ours(case, impl, loss, mode, memory_budget=9 * 200 * 2)[1] * 2.0**12, case.leaves)
+    larger = replace(case, weight=case.weight * 2.0**12)
+    for ours_, plain, truth in zip(found, larger.solve(loss)[1], larger.to(torch.float64).solve(loss)[1], strict=True):
+        assert_no_worse(ours_, plain, truth)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backward_inside", (True, False))
+def test_autocast(impl, device, mode, backward_inside):
+    """Under torch.autocast: F.linear and F.cross_entropy under the same autocast, values and float32 gradients."""
+    case = make(20, 90, 33, dtype=torch.float32, device=device)
+
+    class CrossEntropy(Polynomial):
+        def of(self, stats: Stats) -> Tensor:
+            return stats.nll
+
+    def run(dense: bool) -> tuple[Tensor, list[Tensor]]:
+        hidden, head = case.tensors["hidden"], case.head
+        with torch.autocast(device, dtype=torch.bfloat16):
+            if dense:
+                each = F.cross_entropy(F.linear(hidden, head.weight, head.bias), case.labels, reduction="none")
+                total = (each * case.weight).sum()
+            else:
+                total = ours(case, impl, CrossEntropy(), mode, memory_budget=7 * 90 * 2)[1]
+            if backward_inside:
+                return total, gradients(total, case.leaves)
+        return total, gradients(total, case.leaves)
+
+    (total, grads), (plain_total, plain) = run(False), run(True)
+    exact = case.to(torch.float64)
+    logits = F.linear(exact.tensors["hidden"], exact.head.weight, exact.head.bias)
+    true_total = (F.cross_entropy(logits, case.labels, reduction="none") * case.weight).sum()
+    assert total.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads)
+    assert_no_worse(total, plain_total, true_total, atol=1e-3 * true_total.item())
+    for found, dense, truth in zip(grads, plain, gradients(true_total, exact.leaves), strict=True):
+        assert_no_worse(found, dense, truth)
+
+
+# ---- extremes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_logits(impl, device, mode, dtype):
+    """Logits of +-1e4: finite, and right."""
+    case = make(6, 40, 5, dtype=dtype, device=device)
+    large = case.tensors["weight"].detach() * 1e4 / 3
+    case = replace(case, tensors={**case.tensors, "weight": large.requires_grad_()})
+    stats, total = ours(case, impl, Polynomial(("lse", "target", "entropy", "variance", "mean")), mode, outputs=STATISTICS[6:])
+    assert stats.lse.abs().max() > 5e3 and stats.target.abs().max() > 5e3
+    assert all(torch.isfinite(value).all() for value in stats.values.values())
+    values, grads = case.solve(Polynomial(("lse", "target", "entropy", "variance", "mean")))
+    for name in ("entropy", "variance", "log_sum_sq"):
+        torch.testing.assert_close(stats.values[name], values[name])
+    torch.testing.assert_close(gradients(total, case.leaves), grads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_banned_tokens(impl, device, mode):
+    """A bias of -inf removes its token from lse, entropy and variance, and gets no gradient."""
+    case = make(9, 45, 6, device=device)
+    banned = torch.arange(45, device=device) % 3 == 0
+    banned |= torch.arange(45, device=device) >= 32  # a whole tile
+    keep = ~banned
+    labels = keep.nonzero().squeeze(-1)[torch.randint(int(keep.sum()), (9,), device=device)]
+    bias = case.tensors["bias"].detach().masked_fill(banned, float("-inf"))
+    case = replace(case, labels=labels, tensors={**case.tensors, "bias": bias.requires_grad_()})
+    loss = Polynomial(("lse", "target", "entropy", "variance"))
+    stats, total = ours(case, impl, loss, mode, outputs=("log_sum_sq", "rank"))
+    fewer = {"hidden": case.tensors["hidden"], "weight": case.tensors["weight"][keep], "bias": bias[keep]}
+    few = replace(case, tensors=fewer, labels=(keep.cumsum(0) - 1)[labels])
+    values = few.dense()[0]
+    for name in ("lse", "target", "entropy", "variance", "log_sum_sq", "rank"):
+        torch.testing.assert_close(stats.values[name], values[name].detach())
+    wanted = gradients((loss.of(Stats(values, few.labels, stats.mask)) * case.weight).sum(), case.leaves)
+    torch.testing.assert_close(gradients(total, case.leaves), wanted)
+
+
+def test_nan_stays_in_its_row(impl, device):
+    """A NaN hidden state makes its own token's statistics NaN and nobody else's."""
+    case = make(18, 40, 5, D2=3, device=device)
+    clean, _ = ours(case, impl, Polynomial(DIFFERENTIABLE), "recompute")
+    hidden = case.tensors["hidden"].detach().clone()
+    hidden[7, 2] = float("nan")
+    stats, _ = ours(replace(case, tensors={**case.tensors, "hidden": hidden}), impl, Polynomial(DIFFERENTIABLE), "eager")
+    others = torch.arange(18, device=device) != 7
+    for name in DIFFERENTIABLE:
+        assert stats.values[name][7].isnan(), name
+        torch.testing.assert_close(stats.values[name][others], clean.values[name][others].detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties(impl, device, dtype):
+    """Of equal logits the first is `top`; a copy of the label's row does not outrank it. Integers: logits are exact."""
+    hidden = torch.randint(-3, 4, (20, 33), device=device).to(dtype)
+    weight = torch.randint(-3, 4, (35, 33), device=device).to(dtype).repeat(2, 1)
+    labels = torch.randint(70, (20,), device=device)
+    stats = vocab_stats(hidden, Head(weight), labels, outputs=("top", "rank"), impl=impl)
+    z = hidden @ weight[:35].T
+    assert torch.equal(stats.top, z.argmax(-1))
+    assert torch.equal(stats.rank, 2 * (z > z.gather(1, labels[:, None] % 35)).sum(-1))
+
+
+# ---- the monoid -----------------------------------------------------------------------------------------------------
+
+
+def fold(z: Tensor, pay: Tensor, target: Tensor, first: int) -> State:
+    """The state of some columns of logits, from its definition."""
+    m = z.amax(-1) if z.shape[1] else z.new_full(z.shape[:1], float("-inf"))
+    u = z - m[:, None]
+    e = u.exp()
+    top = z.argmax(-1) + first if z.shape[1] else target.long() * 0
+    moments = {"s1": (e * u).sum(-1), "s2": (e * u * u).sum(-1), "sp": (e * pay).sum(-1), "sq": (e * e).sum(-1)}
+    return State(m=m, l=e.sum(-1), sz=z.sum(-1), top=top, rank=(z > target[:, None]).sum(-1), **moments)
+
+
+def same(x: State, y: State) -> None:
+    for f in fields(State):
+        torch.testing.assert_close(getattr(x, f.name), getattr(y, f.name), msg=lambda m, f=f: f"{f.name}: {m}")
+
+
+def parts() -> tuple[State, list[State], Tensor]:
+    """A row-block's state, its states over ragged parts (one of them empty, one far below), and the target logits."""
+    z, pay = 3 * torch.randn(6, 20, dtype=torch.float64), torch.randn(6, 20, dtype=torch.float64)
+    z[:, 5:9] -= 800
+    z[0, 3] = z[0, 15] = 30.0  # a tie of the maximum across parts
+    target, cuts = z[:, 12].clone(), (0, 5, 9, 9, 17, 20)
+    pieces = [fold(z[:, a:b], pay[:, a:b], target, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return fold(z, pay, target, 0), pieces, target
+
+
+def test_merge_folds_the_row():
+    """Parts fold to the whole in every bracketing; the first of tied maxima wins."""
+    whole, pieces, target = parts()
+    same(reduce(merge, pieces), whole)
+    same(reduce(lambda right, left: merge(left, right), reversed(pieces)), whole)
+    assert whole.top[0] == 3
+    for name, value in finish(reduce(merge, pieces), target, 20).items():
+        assert torch.isfinite(value).all(), name
+
+
+def test_merge_is_associative_with_identity():
+    """(x y) z = x (y z); an empty part changes nothing on either side, nor meets itself badly."""
+    _, (x, y, empty, z, _), _ = parts()
+    same(merge(merge(x, y), z), merge(x, merge(y, z)))
+    for state in (merge(x, empty), merge(empty, x)):
+        same(state, x)
+    assert merge(empty, empty).l.eq(0).all() and merge(empty, empty).m.eq(float("-inf")).all()
+
+
+def test_merge_keeps_what_both_sides_have():
+    """A moment one side did not compute is not invented."""
+    _, (x, y, *_), _ = parts()
+    bare = State(m=x.m, l=x.l)
+    assert merge(bare, y).s1 is None and merge(y, bare).top is None
+
+
+# ---- full rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", (None, 1))
+@pytest.mark.parametrize("rows", (7, 0))
+def test_map_logits(device, rows, budget):
+    """A function of full rows, with per-row tensors and a closure that all get gradients."""
+    case = make(rows, 30, 5, device=device, scale=0.5, softcap=5.0)
+    extra = torch.randn(rows, 30, dtype=torch.float64, device=device, requires_grad=True)
+    temperature = torch.tensor(1.7, dtype=torch.float64, device=device, requires_grad=True)
+
+    def divergence(z: Tensor, other: Tensor, labels: Tensor) -> Tensor:
+        p, q = (z / temperature).softmax(-1), other.softmax(-1)
+        return (p - q).abs().sum(-1) - z.gather(-1, labels[:, None]).squeeze(-1)
+
+    leaves = [*case.leaves, extra, temperature]
+    found = map_logits(divergence, case.tensors["hidden"], case.head, extra, case.labels, memory_budget=budget)
+    wanted = divergence(case.head.logits(case.tensors["hidden"]), extra, case.labels)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients(found.square().sum(), leaves), gradients(wanted.square().sum(), leaves))
+
+
+# ---- other people's answers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="F.linear_cross_entropy came with torch 2.13")
+@pytest.mark.parametrize("mode", MODES)
+def test_torch_linear_cross_entropy(impl, device, mode):
+    """Torch's own fused loss, with label smoothing, is one line over the statistics."""
+
+    class Smoothed(Polynomial):
+        def of(self, stats: Stats) -> Tensor:
+            return 0.9 * stats.nll + 0.1 * (stats.lse - stats.mean)
+
+    case = make(20, 70, 18, device=device, ignore=lambda rows: rows % 5 == 0)
+    case = replace(case, weight=torch.ones(20, device=device))
+    found = ours(case, impl, Smoothed(("lse", "target", "mean")), mode)[1]
+    hidden, head = case.tensors["hidden"], case.head
+    wanted = F.linear_cross_entropy(
+        hidden, head.weight, case.labels, linear_bias=head.bias, reduction="sum", label_smoothing=0.1
+    )
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients(found, case.leaves), gradients(wanted, case.leaves))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:  # bytes: the interpreter copying its arguments
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("uses", (("lse", "target"), DIFFERENTIABLE), ids=("cross-entropy", "all"))
+@pytest.mark.parametrize("mode", MODES)
+def test_no_logits_are_ever_allocated(impl, device, mode, uses):
+    """Forward and backward stay below N V elements; the dense backend shows that the meter works."""
+    N, V = 120, 60
+    case = make(N, V, 6, D2=3 if "payload" in uses else None, dtype=torch.float32, device=device)
+    with Largest() as largest:
+        total = ours(case, impl, Polynomial(uses), mode, outputs=FORWARD_ONLY, memory_budget=20 * V * 4)[1]
+        gradients(total, case.leaves)
+    assert (largest.numel >= N * V) == (impl == "reference"), largest.numel
+    if impl == "chunked":
+        assert largest.numel <= 20 * V
+    if impl == "triton":
+        assert largest.numel <= max(N * 6, V * 6, 2 * N)  # gradients, and the states of two splits
+
+
+def test_default_budget_grows_with_the_head():
+    """An eighth of the head's bytes, and at least what keeps a matmul busy."""
+    small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
+    assert default_budget(small) == 256 << 20 and default_budget(large) == (1 << 20) * 1024 * 4 // 8
+    assert default_budget(Head(torch.zeros(2, 2))) == 24 << 20
+
+
+# ---- Stats ----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_are_what_was_asked_for():
+    """Names, derived values, shape, printing; what was not computed says how to ask for it."""
+    case = make(6, 9, 4, ignore=lambda rows: rows == 1)
+    stats = vocab_stats(case.tensors["hidden"], case.head, case.labels, outputs=("top",))
+    assert set(stats.values) == {"lse", "target", "top"}
+    torch.testing.assert_close(stats.logp, -stats.nll)
+    assert torch.equal(stats.is_top1, (stats.top == case.labels) & (case.labels >= 0)) and stats.mask.sum() == 5
+    square = stats.reshape(2, 3)
+    assert square.lse.shape == square.mask.shape == square.labels.shape == (2, 3)
+    assert stats.lse.requires_grad and not stats.detach().lse.requires_grad
+    assert repr(square) == f"Stats({', '.join(stats.values)}; shape=(2, 3), tokens=5)"
+    with pytest.raises(AttributeError, match=r"entropy was not computed: ask for it with outputs=\('entropy', ...\)"):
+        _ = stats.entropy
+    with pytest.raises(AttributeError, match=r"Stats has no 'perplexity'; statistics are lse, target, .*log_sum_sq"):
+        _ = stats.perplexity
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(**changes) -> dict:
+    """Good arguments of vocab_stats, but for the changes."""
+    good = {"hidden": torch.randn(4, 3), "head": Head(torch.randn(7, 3)), "labels": torch.tensor([0, 6, -100, 2])}
+    return good | changes
+
+
+SECOND = (torch.randn(4, 2), Head(torch.randn(7, 2)))
+WRONG = {
+    "labels shape": ({"labels": torch.zeros(5).long()}, r"labels has shape \(5,\) but hidden \(4, 3\): pass one label per row of hidden, \(4,\)"),
+    "labels too high": ({"labels": torch.tensor([0, 1, 7, 2])}, r"labels range over \[0, 7\] but the head has 7 tokens: pass ids in \[0, 6\], or ignore_index=-100"),
+    "labels too low": ({"labels": torch.tensor([0, 1, -1, 2])}, r"labels range over \[-1, 2\] but the head has 7 tokens: pass ids"),
+    "labels float": ({"labels": torch.zeros(4)}, r"labels is torch.float32: pass token ids as int64"),
+    "labels bool": ({"labels": torch.zeros(4).bool()}, r"labels is torch.bool: pass token ids as int64"),
+    "weight shape": ({"head": Head(torch.randn(7))}, r"weight has shape \(7,\): a head needs a non-empty \[vocabulary, hidden\] matrix \(gather a sharded weight first\)"),
+    "weight empty": ({"head": Head(torch.randn(0, 3))}, r"weight has shape \(0, 3\): a head needs a non-empty"),
+    "bias shape": ({"head": Head(torch.randn(7, 3), torch.randn(3))}, r"bias has shape \(3,\): pass one value per row of weight, \[7\]"),
+    "bias dtype": ({"head": Head(torch.randn(7, 3), torch.randn(7).double())}, r"bias is torch.float64 but weight torch.float32: cast one of them"),
+    "softcap": ({"head": Head(torch.randn(7, 3), softcap=0)}, r"softcap is 0: pass None for a head without a softcap"),
+    "hidden size": ({"hidden": torch.randn(4, 5)}, r"hidden has shape \(4, 5\): its last dimension must be the head's hidden size, 3"),
+    "hidden scalar": ({"hidden": torch.randn(()), "labels": torch.tensor(0)}, r"hidden has shape \(\): its last dimension"),
+    "labels device": ({"labels": torch.zeros(4, device="meta").long()}, r"labels is on meta but hidden on cpu: move one of them"),
+    "payload device": ({"outputs": ("payload",), "payload": tuple(torch.randn(4, 2, device="meta") if i == 0 else Head(torch.randn(7, 2, device="meta")) for i in (0, 1))}, r"payload is on meta but hidden on cpu: move one of them"),
+    "device": ({"hidden": torch.randn(4, 3, device="meta")}, r"hidden is on meta but weight on cpu: move one of them"),
+    "dtype": ({"hidden": torch.randn(4, 3).double()}, r"hidden is torch.float64 but weight torch.float32: cast one of them, or use torch.autocast"),
+    "impl": ({"impl": "cuda"}, r"impl is 'cuda': choose one of reference, chunked, triton \(argument impl, or HF_XENT_IMPL\)"),
+    "statistic": ({"outputs": ("lse", "perplexity")}, r"outputs has 'perplexity': choose among lse, target, mean"),
+    "budget": ({"memory_budget": 0}, r"memory_budget is 0: pass a positive number of bytes"),
+    "payload alone": ({"payload": SECOND}, r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither"),
+    "payload missing": ({"outputs": ("payload",)}, r"outputs names 'payload' and payload=\(hidden, head\) is given only together"),
+    "payload vocabulary": ({"outputs": ("payload",), "payload": (SECOND[0], Head(torch.randn(8, 2)))}, r"payload's head has 8 tokens but the head 7: both need the same vocabulary"),
+    "payload rows": ({"outputs": ("payload",), "payload": (torch.randn(3, 2), SECOND[1])}, r"a per-token tensor has shape \(3, 2\): its rows must be shaped like labels, \(4,\)"),
+    "payload size": ({"outputs": ("payload",), "payload": (torch.randn(4, 9), SECOND[1])}, r"hidden has shape \(4, 9\): its last dimension must be the head's hidden size, 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_argument_value_and_remedy(name):
+    """Every refusal is one ValueError that says what was passed and what to do."""
+    changes, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        vocab_stats(**arguments(**changes))
+
+
+def test_errors_of_the_other_doors():
+    """Token weights of another shape, and heads that do not fit in map_logits."""
+    with pytest.raises(ValueError, match=r"a per-token tensor has shape \(3,\): its rows must be shaped like labels, \(4,\)"):
+        vocab_loss(Polynomial(), **arguments(), token_weight=torch.ones(3))
+    with pytest.raises(ValueError, match=r"hidden has shape \(4, 5\)"):
+        map_logits(lambda z: z, torch.randn(4, 5), Head(torch.randn(7, 3)))
+
+
+def test_impl_from_the_environment(monkeypatch):
+    """HF_XENT_IMPL chooses the backend; the argument wins over it."""
+    monkeypatch.setenv("HF_XENT_IMPL", "torch")
+    with pytest.raises(ValueError, match="impl is 'torch'"):
+        vocab_stats(**arguments())
+    by_name = [vocab_stats(**arguments(hidden=torch.ones(4, 3), head=Head(torch.eye(7, 3))), impl=impl).lse for impl in IMPLS[:2]]
+    torch.testing.assert_close(*by_name)
+
+
+def test_other_ignore_index(impl, device):
+    """Any id can mean 'no label', also one inside the vocabulary."""
+    case = make(6, 9, 4, device=device)
+    case = replace(case, labels=torch.tensor([0, 1, 2, 0, 4, 8], device=device))
+    stats = vocab_stats(case.tensors["hidden"], case.head, case.labels, ignore_index=0, impl=impl)
+    torch.testing.assert_close(stats.nll[stats.mask], (lambda v: v["lse"] - v["target"])(case.dense(0)[0]))
+    assert stats.mask.tolist() == [False, True, True, False, True, True] and not stats.lse[~stats.mask].any()
+
+
+# ---- Triton without a GPU -------------------------------------------------------------------------------------------
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a fresh interpreter where Triton compiles."""
+    root = str(Path(__file__).parents[1])
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean | {"PYTHONPATH": root} | environment)
+
+
+def test_triton_needs_a_gpu_or_the_interpreter():
+    """On a CPU without TRITON_INTERPRET: one clear error."""
+    script = "import torch, hf_xent.ops as o\no.vocab_stats(torch.ones(2, 3), o.Head(torch.ones(4, 3)), torch.zeros(2).long(), impl='triton')"
+    found = python(script, CUDA_VISIBLE_DEVICES="")
+    assert found.returncode == 1
+    assert "ValueError: impl is 'triton' but hidden is on cpu: move hidden and weight to a CUDA device, choose impl='chunked'" in found.stderr
+    assert "TRITON_INTERPRET=1" in found.stderr
