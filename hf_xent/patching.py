@@ -8,7 +8,7 @@ own `loss_function` (an official setter), a module that reads hidden states and 
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import losses
+from .comparison import Comparison, run_both_ways
 from .lazy import LazyLogits, Seam, next_token_labels
 from .losses import CrossEntropy, Loss
 
@@ -82,6 +83,23 @@ def unpatch(model: Model) -> Model:
             if state.loss_function is not None:
                 inner.loss_function = state.loss_function
     return model
+
+
+def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
+    """Loss and every parameter's gradient, stock against patched, on random tokens; leaves the model as it was.
+
+    A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the model's
+    own loss that is compared. Raises: as `patch`.
+    """
+    inner = _inner(model)
+    patched = "_hf_xent" in inner.__dict__
+    if not patched:
+        patch(model)
+    try:
+        return run_both_ways(model, inner, inner.__dict__["_hf_xent"], tokens)
+    finally:
+        if not patched:
+            unpatch(model)
 
 
 def seam_of(model: nn.Module) -> Seam:
@@ -228,122 +246,3 @@ class ModelLoss(nn.Module):
         )  # fmt: skip
         self.seam.record(stats)
         return loss
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A model run both ways on the same tokens: what its head is, and how far loss and gradients differ."""
-
-    model: str
-    head: str
-    vocabulary: int
-    hidden: int
-    bias: bool
-    tied: bool
-    scale: float
-    softcap: float | None
-    dtype: str
-    loss: float
-    loss_error: float  # relative
-    gradient_error: float  # largest over parameters, relative to the parameter's gradient norm
-    worst: str  # the parameter that has it
-    streamed: int
-    materialized: int
-    tolerance: float
-
-    @property
-    def equal(self) -> bool:
-        """Whether loss and every gradient agree to the tolerance of the dtype."""
-        return self.loss_error <= self.tolerance and self.gradient_error <= self.tolerance
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields and the verdict, for JSON."""
-        return {**asdict(self), "equal": self.equal, "lean": self.materialized == 0}
-
-
-def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
-    """Loss and every parameter's gradient, stock against patched, on random tokens; leaves the model as it was.
-
-    A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the model's
-    own loss that is compared. Raises: as `patch`.
-    """
-    inner = _inner(model)
-    state = inner.__dict__.get("_hf_xent")
-    if state is None:
-        patch(model)
-        try:
-            return compare(model, tokens=tokens)
-        finally:
-            unpatch(model)
-    training, objective = inner.training, inner.__dict__.get("_modules", {}).pop("_loss_function", None)
-    inner.eval()
-    state.forward.objective = None
-    head = state.forward.head
-    try:
-        ids = _tokens(head.weight, tokens)
-        head.__dict__.pop("forward")
-        stock = _loss_and_gradients(model, ids)
-        head.forward = state.forward
-        before = (state.seam.streamed, state.seam.materialized)
-        ours = _loss_and_gradients(model, ids)
-        counts = (state.seam.streamed - before[0], state.seam.materialized - before[1])
-        state.seam.take(training=False)
-        recipe = _recipe(model, ids)
-    finally:
-        head.forward = state.forward
-        inner.train(training)
-        if objective is not None:
-            inner._loss_function = state.forward.objective = objective
-    return _comparison(inner, head, stock, ours, counts, recipe)
-
-
-def _tokens(weight: Tensor, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
-
-
-def _loss_and_gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        loss = model(input_ids=ids, labels=ids).loss
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
-    return loss.detach(), {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
-
-
-def _recipe(model: nn.Module, ids: Tensor) -> Any:
-    with torch.no_grad():
-        logits = model(input_ids=ids, labels=ids).logits
-    return logits.head if isinstance(logits, LazyLogits) else None
-
-
-def _comparison(inner: Any, head: nn.Linear, stock: Any, ours: Any, counts: tuple[int, int], recipe: Any) -> Comparison:
-    total = sum(float(g.float().norm()) ** 2 for g in stock[1].values()) ** 0.5
-    # some gradients are zero but for rounding (key biases): errors below a thousandth of the whole are no differences
-    errors = {name: _relative(ours[1].get(name), g, floor=1e-3 * total) for name, g in stock[1].items()}
-    worst = max(errors, key=errors.__getitem__, default="")
-    embeddings = inner.get_input_embeddings()
-    dtype = head.weight.dtype
-    return Comparison(
-        model=type(inner).__name__,
-        head=next((name for name, m in inner.named_modules() if m is head), "?"),
-        vocabulary=head.weight.shape[0],
-        hidden=head.weight.shape[1],
-        bias=head.bias is not None,
-        tied=embeddings is not None and getattr(embeddings, "weight", None) is head.weight,
-        scale=float("nan") if recipe is None else recipe.scale,
-        softcap=None if recipe is None else recipe.softcap,
-        dtype=str(dtype).removeprefix("torch."),
-        loss=float(stock[0]),
-        loss_error=_relative(ours[0], stock[0]),
-        gradient_error=errors.get(worst, 0.0),
-        worst=worst,
-        streamed=counts[0],
-        materialized=counts[1],
-        tolerance=5e-2 if dtype.itemsize == 2 else 1e-4,
-    )
-
-
-def _relative(ours: Tensor | None, stock: Tensor, floor: float = 1e-30) -> float:
-    if ours is None:
-        return float("inf")
-    return float((ours.float() - stock.float()).norm()) / max(float(stock.float().norm()), floor)

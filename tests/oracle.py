@@ -18,7 +18,9 @@ def assert_no_worse(
     out: Tensor, same_dtype_torch: Tensor, truth: Tensor, factor: float = 2, atol: float = 1e-5, what: str = "result"
 ) -> None:
     """`out` is at most `factor` times as far from `truth` as plain torch in the same dtype is, by the norm of the error."""
-    assert out.shape == same_dtype_torch.shape == truth.shape, f"{what}: {out.shape}, {same_dtype_torch.shape}, {truth.shape}"
+    assert out.shape == same_dtype_torch.shape == truth.shape, (
+        f"{what}: {out.shape}, {same_dtype_torch.shape}, {truth.shape}"
+    )
     ours, torchs = ((x.double() - truth.double()).norm() for x in (out, same_dtype_torch))
     bound = factor * torchs + atol
     assert ours <= bound, f"{what}: error {ours:.3e} exceeds {bound:.3e} = {factor} x torch's {torchs:.3e} + {atol}"

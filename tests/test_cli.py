@@ -106,7 +106,18 @@ def test_losses_lists_the_registry():
 
 def test_bench_writes_its_tables(tmp_path):
     result = invoke(
-        *("bench", "--inputs", "random:40x300x16", "--contestants", "dense,hf_xent", "--rounds", 2, "--output", tmp_path, "--json")
+        *(
+            "bench",
+            "--inputs",
+            "random:40x300x16",
+            "--contestants",
+            "dense,hf_xent",
+            "--rounds",
+            2,
+            "--output",
+            tmp_path,
+            "--json",
+        )
     )
     rows = {row["contestant"]: row for row in json.loads(result.stdout)}
     assert set(rows) == {"dense", "hf_xent"} and rows["hf_xent"]["gate"] == "ok"

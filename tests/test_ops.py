@@ -16,7 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_xent.ops import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Head, State, Stats, map_logits, merge, vocab_loss, vocab_stats
+from hf_xent.ops import (
+    DIFFERENTIABLE,
+    FORWARD_ONLY,
+    STATISTICS,
+    Head,
+    State,
+    Stats,
+    map_logits,
+    merge,
+    vocab_loss,
+    vocab_stats,
+)
 from hf_xent.ops.algebra import finish
 from hf_xent.ops.functional import IMPLS, default_budget
 
@@ -32,7 +43,9 @@ def ours(case: Case, impl: str, loss: Polynomial, mode: str, *, outputs: tuple[s
     options |= {"impl": impl, "payload": case.payload if "payload" in asked else None}
     hidden = case.tensors["hidden"]
     if mode == "eager":
-        total, stats = vocab_loss(loss, hidden, case.head, case.labels, token_weight=case.weight, observe=asked, **options)
+        total, stats = vocab_loss(
+            loss, hidden, case.head, case.labels, token_weight=case.weight, observe=asked, **options
+        )
         return stats, total
     stats = vocab_stats(hidden, case.head, case.labels, outputs=asked, **options)
     return stats, (loss.of(stats) * case.weight)[stats.mask].sum()
@@ -109,7 +122,15 @@ def test_gradient_of_one_among_all(impl, device, mode, name):
 @pytest.mark.parametrize("kind", ("plain", "softcap", "payload"))
 def test_gradcheck(impl, device, kind):
     """Finite differences in float64 of every differentiable statistic in every trained tensor."""
-    case = make(3, 5, 4, D2=2 if kind == "payload" else None, bias=kind != "plain", device=device, **(SOFT if kind != "plain" else {}))
+    case = make(
+        3,
+        5,
+        4,
+        D2=2 if kind == "payload" else None,
+        bias=kind != "plain",
+        device=device,
+        **(SOFT if kind != "plain" else {}),
+    )
     outputs = DIFFERENTIABLE if kind == "payload" else DIFFERENTIABLE[:-1]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +139,8 @@ def test_gradcheck(impl, device, kind):
         stats = vocab_stats(hidden, again.head, case.labels, outputs=outputs, payload=again.payload, impl=impl)
         return tuple(stats.values[name] for name in outputs)
 
-    assert torch.autograd.gradcheck(run, tuple(case.tensors.values()))
+    # the order of atomic sums on a GPU is not fixed: float64 rounding may differ from call to call
+    assert torch.autograd.gradcheck(run, tuple(case.tensors.values()), nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("trained", ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"))
@@ -192,7 +214,13 @@ def test_unreduced(impl, device):
     """Weighted per-token losses in the labels' shape, differentiable with any upstream gradient."""
     case, upstream = make(8, 34, 5, device=device, ignore=lambda rows: rows == 2), torch.randn(8, device=device)
     losses, stats = vocab_loss(
-        Polynomial(), case.tensors["hidden"], case.head, case.labels, token_weight=case.weight, unreduced=True, impl=impl
+        Polynomial(),
+        case.tensors["hidden"],
+        case.head,
+        case.labels,
+        token_weight=case.weight,
+        unreduced=True,
+        impl=impl,
     )
     again, _ = ours(case, impl, Polynomial(), "recompute")
     wanted = Polynomial().of(again) * case.weight
@@ -210,7 +238,9 @@ def test_zero_token_weights(impl, device, mode, head):
     case = make(18, 34, 6, device=device, **head)
     weight = torch.where(torch.arange(18, device=device) % 3 == 0, 0.0, case.weight)
     fewer = replace(case, labels=torch.where(weight == 0, -100, case.labels))
-    found, wanted = (gradients(ours(c, impl, Polynomial(), mode)[1], case.leaves) for c in (replace(case, weight=weight), fewer))
+    found, wanted = (
+        gradients(ours(c, impl, Polynomial(), mode)[1], case.leaves) for c in (replace(case, weight=weight), fewer)
+    )
     torch.testing.assert_close(found, wanted)
     assert not found[0][weight == 0].any()
 
@@ -252,7 +282,8 @@ def test_upstream_gradient_and_retained_graph(impl, device, mode, dtype):
     total = ours(case, impl, loss, mode)[1] / 3
     first = [g.clone() for g in gradients(total, case.leaves, retain_graph=True)]
     second = gradients(total, case.leaves)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    atomic = impl == "triton" and device != "cpu"  # sums in an order that is not fixed
+    torch.testing.assert_close(second, first, **({} if atomic else {"rtol": 0, "atol": 0}))
     with pytest.raises(RuntimeError, match="second time"):
         gradients(total, case.leaves)
     true = [g / 3 for g in case.to(torch.float64).solve(loss)[1]]
@@ -348,7 +379,9 @@ def test_huge_logits(impl, device, mode, dtype):
     case = make(6, 40, 5, dtype=dtype, device=device)
     large = case.tensors["weight"].detach() * 1e4 / 3
     case = replace(case, tensors={**case.tensors, "weight": large.requires_grad_()})
-    stats, total = ours(case, impl, Polynomial(("lse", "target", "entropy", "variance", "mean")), mode, outputs=STATISTICS[6:])
+    stats, total = ours(
+        case, impl, Polynomial(("lse", "target", "entropy", "variance", "mean")), mode, outputs=STATISTICS[6:]
+    )
     assert stats.lse.abs().max() > 5e3 and stats.target.abs().max() > 5e3
     assert all(torch.isfinite(value).all() for value in stats.values.values())
     values, grads = case.solve(Polynomial(("lse", "target", "entropy", "variance", "mean")))
@@ -378,13 +411,16 @@ def test_banned_tokens(impl, device, mode):
     torch.testing.assert_close(gradients(total, case.leaves), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, inside Triton's interpreter
 def test_nan_stays_in_its_row(impl, device):
     """A NaN hidden state makes its own token's statistics NaN and nobody else's."""
     case = make(18, 40, 5, D2=3, device=device)
     clean, _ = ours(case, impl, Polynomial(DIFFERENTIABLE), "recompute")
     hidden = case.tensors["hidden"].detach().clone()
     hidden[7, 2] = float("nan")
-    stats, _ = ours(replace(case, tensors={**case.tensors, "hidden": hidden}), impl, Polynomial(DIFFERENTIABLE), "eager")
+    stats, _ = ours(
+        replace(case, tensors={**case.tensors, "hidden": hidden}), impl, Polynomial(DIFFERENTIABLE), "eager"
+    )
     others = torch.arange(18, device=device) != 7
     for name in DIFFERENTIABLE:
         assert stats.values[name][7].isnan(), name
@@ -513,7 +549,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8:  # bytes: the interpreter copying its arguments
+            if (
+                isinstance(tensor, Tensor) and tensor.dtype != torch.uint8
+            ):  # bytes: the interpreter copying its arguments
                 self.numel = max(self.numel, tensor.numel())
         return out
 
@@ -609,7 +647,9 @@ def test_errors_name_argument_value_and_remedy(name):
 
 def test_errors_of_the_other_doors():
     """Token weights of another shape, and heads that do not fit in map_logits."""
-    with pytest.raises(ValueError, match=r"a per-token tensor has shape \(3,\): its rows must be shaped like labels, \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"a per-token tensor has shape \(3,\): its rows must be shaped like labels, \(4,\)"
+    ):
         vocab_loss(Polynomial(), **arguments(), token_weight=torch.ones(3))
     with pytest.raises(ValueError, match=r"hidden has shape \(4, 5\)"):
         map_logits(lambda z: z, torch.randn(4, 5), Head(torch.randn(7, 3)))
@@ -620,7 +660,10 @@ def test_impl_from_the_environment(monkeypatch):
     monkeypatch.setenv("HF_XENT_IMPL", "torch")
     with pytest.raises(ValueError, match="impl is 'torch'"):
         vocab_stats(**arguments())
-    by_name = [vocab_stats(**arguments(hidden=torch.ones(4, 3), head=Head(torch.eye(7, 3))), impl=impl).lse for impl in IMPLS[:2]]
+    by_name = [
+        vocab_stats(**arguments(hidden=torch.ones(4, 3), head=Head(torch.eye(7, 3))), impl=impl).lse
+        for impl in IMPLS[:2]
+    ]
     torch.testing.assert_close(*by_name)
 
 
@@ -640,7 +683,9 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A script in a fresh interpreter where Triton compiles."""
     root = str(Path(__file__).parents[1])
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=clean | {"PYTHONPATH": root} | environment)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=clean | {"PYTHONPATH": root} | environment
+    )
 
 
 def test_triton_needs_a_gpu_or_the_interpreter():
@@ -648,5 +693,49 @@ def test_triton_needs_a_gpu_or_the_interpreter():
     script = "import torch, hf_xent.ops as o\no.vocab_stats(torch.ones(2, 3), o.Head(torch.ones(4, 3)), torch.zeros(2).long(), impl='triton')"
     found = python(script, CUDA_VISIBLE_DEVICES="")
     assert found.returncode == 1
-    assert "ValueError: impl is 'triton' but hidden is on cpu: move hidden and weight to a CUDA device, choose impl='chunked'" in found.stderr
+    assert (
+        "ValueError: impl is 'triton' but hidden is on cpu: move hidden and weight to a CUDA device, choose impl='chunked'"
+        in found.stderr
+    )
     assert "TRITON_INTERPRET=1" in found.stderr
+
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Launcher:
+    def __init__(self, src, metadata): pass
+    def __call__(self, *grid_and_more): print("launched", *grid_and_more[:3])
+
+class Utils:
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 << 10, "max_num_regs": 65536})
+    load_binary = staticmethod(lambda *_: (1, 2, 255, 0, 1024))
+    unload_module = staticmethod(lambda *_: None)
+
+class Hopper:  # a driver that compiles for a GPU that is not there, and launches nothing
+    utils, launcher_cls = Utils, Launcher
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Hopper())
+from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head, streaming
+from hf_xent.ops.algebra import TENSORS, Problem
+
+streaming._check = streaming._blocks
+torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
+hidden, labels = torch.zeros(300, 96, dtype=torch.bfloat16), torch.zeros(300, dtype=torch.int64)
+head = Head(torch.zeros(1000, 96, dtype=torch.bfloat16), torch.zeros(1000, dtype=torch.bfloat16), 0.7, 30.0)
+problem = Problem(hidden, head, labels, frozenset(STATISTICS), (hidden, head), needs=frozenset(TENSORS))
+values = streaming.forward(problem)
+streaming.backward(problem, {k: torch.ones(300) for k in values}, {k: torch.ones(300) for k in DIFFERENTIABLE})
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper(tmp_path):
+    """Every branch of every kernel compiles for sm_90 and takes the launchers' arguments, with no GPU about."""
+    found = python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.split("\n")[:3] == ["launched 5 1 1", "launched 5 8 1", "launched 5 8 1"]

@@ -127,7 +127,9 @@ def _stats_fwd(
         if RANK is not None:
             above = (z > target[:, None]) & (cols[None, :] != labels[:, None])
             rank += tl.sum(above.to(tl.int32), 1)
-        origin = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row with nothing but -inf so far: -inf - 0, not -inf + inf
+        origin = tl.where(
+            new_m == float("-inf"), 0.0, new_m
+        )  # a row with nothing but -inf so far: -inf - 0, not -inf + inf
         u = z - origin[:, None]
         e = tl.exp(u)
         # a banned token (z = -inf) adds 0 * -1e4 to the moments, not 0 * -inf; likewise an empty state when it moves

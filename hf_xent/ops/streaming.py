@@ -26,7 +26,9 @@ try:
 
     from . import kernels
 except ImportError as error:
-    raise ImportError("impl is 'triton' but triton cannot be imported: pip install triton, or choose impl='chunked'") from error
+    raise ImportError(
+        "impl is 'triton' but triton cannot be imported: pip install triton, or choose impl='chunked'"
+    ) from error
 
 INTERPRETED = not isinstance(kernels._stats_fwd, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
 
@@ -41,14 +43,13 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Largest that spill no registers when compiled for sm_90; a payload is a second float32 tile beside the first.
-BLOCKS = {
-    torch.float16: Blocks(128, 128, 64, 8, 3),
-    torch.bfloat16: Blocks(128, 128, 64, 8, 3),
-    torch.float32: Blocks(64, 64, 16, 8, 2),
-    torch.float64: Blocks(32, 32, 16, 4, 2),
-}
-PAYLOAD_BLOCKS = BLOCKS | dict.fromkeys((torch.float16, torch.bfloat16), Blocks(64, 128, 64, 8, 3))
+# By bytes of an element: the largest that spill no registers, as compiled for sm_90 (sm_75 to sm_120 compile too).
+BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2), 8: Blocks(32, 32, 16, 4, 2)}
+PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # the payload's tile lies beside the logits'
+SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
+LARGE_SHARED_MEMORY = (
+    160 << 10
+)  # bytes a program of BLOCKS[2] needs; A100, Hopper and B200 have them, GeForce cards do not
 INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows walk several tiles
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 STATE_OF = {"entropy": ("s1",), "variance": ("s1", "s2"), "payload": ("sp",), "log_sum_sq": ("sq",), "mean": ("sz",)}
@@ -63,10 +64,28 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     target = problem.hidden.new_empty(count, dtype=wide(problem.hidden.dtype))
     if count:
         operands = _operands(problem, problem.payload, blocks)
-        own = ("H", "W", "B", "Y", "N", "D", "stride_h", "stride_wv", "stride_wd", "scale", "CAP", "ACC", "DOT", "BT", "BD")
+        own = (
+            "H",
+            "W",
+            "B",
+            "Y",
+            "N",
+            "D",
+            "stride_h",
+            "stride_wv",
+            "stride_wd",
+            "scale",
+            "CAP",
+            "ACC",
+            "DOT",
+            "BT",
+            "BD",
+        )
         row_blocks = triton.cdiv(count, blocks.rows)
         with torch.cuda.device_of(problem.hidden):
-            kernels._target_fwd[(row_blocks,)](**{name: operands[name] for name in own}, TARGET=target, **_compile(blocks))
+            kernels._target_fwd[(row_blocks,)](
+                **{name: operands[name] for name in own}, TARGET=target, **_compile(blocks)
+            )
             pointers = {f.name.upper(): getattr(states, f.name) for f in fields(State)}
             kernels._stats_fwd[(row_blocks, splits)](
                 **operands, **pointers, TARGET=target, share=share, **_compile(blocks)
@@ -79,7 +98,9 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`."""
     blocks = _check(problem)
     coef = coefficients(values, grads, problem.head.size)
-    wanted = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if name in problem.needs and t is not None}
+    wanted = {
+        name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if name in problem.needs and t is not None
+    }
     sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in wanted.items()}
     if len(problem.labels) and sums:
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
@@ -101,11 +122,17 @@ def _check(problem: Problem) -> Blocks:
             f"impl is 'triton' but hidden is on {device}: move hidden and weight to a CUDA device, choose impl='chunked',"
             " or set TRITON_INTERPRET=1 before the first import to test the kernels slowly on a CPU"
         )
-    if dtype not in BLOCKS:
-        raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, BLOCKS))}")
-    if INTERPRETED:
-        return INTERPRETER_BLOCKS
-    return (BLOCKS if problem.payload is None else PAYLOAD_BLOCKS)[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
+    return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem)
+
+
+def _blocks(problem: Problem) -> Blocks:
+    table = BLOCKS if problem.payload is None else PAYLOAD_BLOCKS
+    index = problem.hidden.device.index or 0
+    if triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < LARGE_SHARED_MEMORY:
+        table = SMALL_BLOCKS
+    return table[problem.hidden.element_size()]
 
 
 def _splits(problem: Problem, blocks: Blocks) -> tuple[int, int]:
@@ -162,7 +189,15 @@ def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Bloc
 
 def _head_operands(hidden: Tensor | None, head: Any, suffix: str, accumulator: tl.dtype) -> dict[str, Any]:
     if hidden is None:
-        pointers: dict[str, Any] = {"H": None, "W": None, "B": None, "D": 0, "stride_h": 0, "stride_wv": 0, "stride_wd": 0}
+        pointers: dict[str, Any] = {
+            "H": None,
+            "W": None,
+            "B": None,
+            "D": 0,
+            "stride_h": 0,
+            "stride_wv": 0,
+            "stride_wd": 0,
+        }
         return {name + suffix: x for name, x in {**pointers, "scale": 1.0, "CAP": None, "DOT": accumulator}.items()}
     operands = {
         "H": hidden,

@@ -1,0 +1,45 @@
+"""What all lazy logits of one model share, and the shift that turns a model's labels into targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import Stats
+
+
+@dataclass
+class Seam:
+    """What the lazy logits of one model share: options on the way down, counts and token sums on the way up."""
+
+    observe: tuple[str, ...] = ()  # statistics to collect beside the loss
+    options: dict[str, Any] = field(default_factory=dict)  # impl, memory_budget
+    streamed: int = 0  # consumers answered without logits
+    materialized: int = 0  # dense tensors made
+    training: bool = True  # the model's mode in its last forward
+    sums: dict[bool, dict[str, Tensor]] = field(default_factory=dict)  # by mode, over tokens since the last `take`
+
+    def record(self, stats: Stats) -> None:
+        """Count a streamed consumer, and add its tokens to the sums if anything is observed."""
+        self.streamed += 1
+        if not self.observe:
+            return
+        found = {"tokens": stats.mask.sum(), "nll": stats.nll.sum()}
+        if "entropy" in stats.values:
+            found["entropy"] = stats.entropy.sum()
+        if "top" in stats.values:
+            found["correct"] = stats.is_top1.sum()
+        before = self.sums.get(self.training, {})
+        self.sums[self.training] = {name: value + before.get(name, 0) for name, value in found.items()}
+
+    def take(self, *, training: bool = True) -> dict[str, Tensor]:
+        """The sums over tokens seen in that mode since the last call: tokens, nll, entropy, correct."""
+        return self.sums.pop(training, {})
+
+
+def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels [B, T] moved one to the left: what position t has to predict; the last position is ignored."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
