@@ -69,7 +69,13 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
 
     source = resolve(model)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error
 
 
 def _gguf() -> Path:
@@ -97,7 +103,7 @@ def _dequantize(folder: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = deepcopy(quantized.config)
     config.__dict__.pop("quantization_config", None)
-    # a fresh model without the quantizer: the loaded one is dense already, but Trainer and save_pretrained go by its flags
+    # a fresh model without the quantizer: the loaded one is dense already, but Trainer and save_pretrained ask its flags
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config

@@ -1,4 +1,4 @@
-"""What tests compare with: dense torch in the same dtype, dense torch in float64, and the one tolerance of the project."""
+"""What tests compare with: dense torch in the same dtype, dense torch in float64, and the project's one tolerance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payloa
 def assert_no_worse(
     out: Tensor, same_dtype_torch: Tensor, truth: Tensor, factor: float = 2, atol: float = 1e-5, what: str = "result"
 ) -> None:
-    """`out` is at most `factor` times as far from `truth` as plain torch in the same dtype is, by the norm of the error."""
+    """`out` is at most `factor` times as far from `truth` as torch in the same dtype, by the norm of the error."""
     assert out.shape == same_dtype_torch.shape == truth.shape, (
         f"{what}: {out.shape}, {same_dtype_torch.shape}, {truth.shape}"
     )
@@ -128,7 +128,7 @@ def make(
     N: int, V: int, D: int, *, D2: int | None = None, bias: bool = True, dtype: torch.dtype = torch.float64,
     device: str = "cpu", ignore: Callable[[Tensor], Tensor] | None = None, **options: float | None,
 ) -> Case:  # fmt: skip
-    """A random problem; logits are of the order of 1 to 3. `D2` adds a payload, `ignore` says which rows have no label."""
+    """A random problem with logits of the order of 1 to 3. `D2` adds a payload, `ignore` picks rows without a label."""
 
     def leaf(*shape: int, gain: float = 1.0) -> Tensor:
         return (gain * torch.randn(*shape, dtype=torch.float64)).to(device, dtype).requires_grad_()

@@ -1,6 +1,7 @@
 """hf-xent: every command, its JSON, its errors in one line, its help."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -68,6 +69,9 @@ def test_train_saves_a_model_that_loads(model_folder, text_file, tmp_path):
 def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2)
     losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
+    with pytest.raises(ValueError, match="nothing to resume: checkpoint-3 .* is at step 3 of 3, ask for more steps"):
+        small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
+    shutil.rmtree(tmp_path / "checkpoint-3")
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
     assert json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"] == losses
 
@@ -120,7 +124,7 @@ def test_bench_writes_its_tables(tmp_path):
         )
     )
     rows = {row["contestant"]: row for row in json.loads(result.stdout)}
-    assert set(rows) == {"dense", "hf_xent"} and rows["hf_xent"]["gate"] == "ok"
+    assert set(rows) == {"dense", "hf_xent"} and rows["hf_xent"]["status"] == "ok"
     assert list(tmp_path.glob("*.csv")) and list(tmp_path.glob("*.md"))
 
 
@@ -137,7 +141,7 @@ def test_help_explains_every_option(command):
         (("train", "--loss", "focal:gama=2"), "does not take gama: its options are gamma"),
         (("train", "--loss", "forward_kl"), "it needs a teacher"),
         (("train", "--dtype", "int8"), "dtype is 'int8': choose float32"),
-        (("check", "no/such-model"), "no/such-model"),
+        (("check", "no/such-model"), "model is 'no/such-model': no local folder, and the Hub does not give it"),
     ],
 )
 def test_errors_are_one_line(arguments, message, monkeypatch, capsys):

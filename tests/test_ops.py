@@ -7,11 +7,12 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import Case, Polynomial, assert_no_worse, gradients, make, statistics
+from oracle import Case, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,7 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
-from hf_xent.ops.functional import IMPLS, default_budget
+from hf_xent.ops.functional import IMPLS, _backend, default_budget
 
 MODES = ("recompute", "eager")
 DTYPES = (torch.float64, torch.float32)
@@ -153,6 +154,16 @@ def test_frozen_tensors(impl, device, mode, trained):
     total = ours(case, impl, Polynomial(DIFFERENTIABLE), mode)[1]
     total.backward()
     assert [name for name, t in case.tensors.items() if t.grad is not None] == [trained]
+
+
+def test_backends_compute_what_is_needed(impl, device, monkeypatch):
+    """A backend's backward is told what trains, and returns that and nothing else."""
+    case = make(5, 9, 4, D2=3, device=device).frozen("weight", "payload_hidden")
+    backend = _backend(impl)
+    found, backward = [], backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *problem: found.append(backward(*problem)) or found[-1])
+    gradients(ours(case, impl, Polynomial(DIFFERENTIABLE), "recompute")[1], case.leaves)
+    assert [set(out) for out in found] == [{"hidden", "bias", "payload_weight", "payload_bias"}]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -463,7 +474,7 @@ def parts() -> tuple[State, list[State], Tensor]:
     z[:, 5:9] -= 800
     z[0, 3] = z[0, 15] = 30.0  # a tie of the maximum across parts
     target, cuts = z[:, 12].clone(), (0, 5, 9, 9, 17, 20)
-    pieces = [fold(z[:, a:b], pay[:, a:b], target, a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    pieces = [fold(z[:, a:b], pay[:, a:b], target, a) for a, b in pairwise(cuts)]
     return fold(z, pay, target, 0), pieces, target
 
 
@@ -484,6 +495,15 @@ def test_merge_is_associative_with_identity():
     for state in (merge(x, empty), merge(empty, x)):
         same(state, x)
     assert merge(empty, empty).l.eq(0).all() and merge(empty, empty).m.eq(float("-inf")).all()
+
+
+def test_splits_fold_in_order():
+    """The streaming backend's tree over 8 splits, some empty: the row's state, and the first of tied maxima."""
+    streaming = pytest.importorskip("hf_xent.ops.streaming", reason="Triton is not installed")
+    whole, pieces, _ = parts()
+    splits = [*pieces, pieces[2], pieces[2], pieces[2]]
+    stacked = {f.name: torch.stack([getattr(state, f.name) for state in splits]) for f in fields(State)}
+    same(streaming._fold(State(**stacked)), whole)
 
 
 def test_merge_keeps_what_both_sides_have():
@@ -608,33 +628,95 @@ def arguments(**changes) -> dict:
     return good | changes
 
 
-SECOND = (torch.randn(4, 2), Head(torch.randn(7, 2)))
+def second(*shape: int, vocabulary: int = 7, device: str = "cpu") -> dict:
+    """A payload with hidden states of this shape and a head of hidden size 2."""
+    return {"payload": (torch.randn(*shape, device=device), Head(torch.randn(vocabulary, 2, device=device)))}
+
+
+PAYLOAD = {"outputs": ("payload",)}
 WRONG = {
-    "labels shape": ({"labels": torch.zeros(5).long()}, r"labels has shape \(5,\) but hidden \(4, 3\): pass one label per row of hidden, \(4,\)"),
-    "labels too high": ({"labels": torch.tensor([0, 1, 7, 2])}, r"labels range over \[0, 7\] but the head has 7 tokens: pass ids in \[0, 6\], or ignore_index=-100"),
-    "labels too low": ({"labels": torch.tensor([0, 1, -1, 2])}, r"labels range over \[-1, 2\] but the head has 7 tokens: pass ids"),
-    "labels float": ({"labels": torch.zeros(4)}, r"labels is torch.float32: pass token ids as int64"),
-    "labels bool": ({"labels": torch.zeros(4).bool()}, r"labels is torch.bool: pass token ids as int64"),
-    "weight shape": ({"head": Head(torch.randn(7))}, r"weight has shape \(7,\): a head needs a non-empty \[vocabulary, hidden\] matrix \(gather a sharded weight first\)"),
+    "labels shape": (
+        {"labels": torch.zeros(5).long()},
+        r"labels has shape \(5,\) but hidden \(4, 3\): pass one label per row of hidden, \(4,\)",
+    ),
+    "labels too high": (
+        {"labels": torch.tensor([0, 1, 7, 2])},
+        r"labels range over \[0, 7\] but the head has 7 tokens: pass ids in \[0, 6\], or ignore_index=-100",
+    ),
+    "labels too low": (
+        {"labels": torch.tensor([0, 1, -1, 2])},
+        r"labels range over \[-1, 2\] but the head has 7 tokens: pass ids in \[0, 6\]",
+    ),
+    "labels float": ({"labels": torch.zeros(4)}, "labels is torch.float32: pass token ids as int64"),
+    "labels bool": ({"labels": torch.zeros(4).bool()}, "labels is torch.bool: pass token ids as int64"),
+    "labels device": (
+        {"labels": torch.zeros(4, device="meta").long()},
+        "labels is on meta but hidden on cpu: move one of them",
+    ),
+    "weight shape": (
+        {"head": Head(torch.randn(7))},
+        r"weight has shape \(7,\): a head needs a non-empty \[vocabulary, hidden\] matrix \(gather a sharded weight",
+    ),
     "weight empty": ({"head": Head(torch.randn(0, 3))}, r"weight has shape \(0, 3\): a head needs a non-empty"),
-    "bias shape": ({"head": Head(torch.randn(7, 3), torch.randn(3))}, r"bias has shape \(3,\): pass one value per row of weight, \[7\]"),
-    "bias dtype": ({"head": Head(torch.randn(7, 3), torch.randn(7).double())}, r"bias is torch.float64 but weight torch.float32: cast one of them"),
-    "softcap": ({"head": Head(torch.randn(7, 3), softcap=0)}, r"softcap is 0: pass None for a head without a softcap"),
-    "hidden size": ({"hidden": torch.randn(4, 5)}, r"hidden has shape \(4, 5\): its last dimension must be the head's hidden size, 3"),
-    "hidden scalar": ({"hidden": torch.randn(()), "labels": torch.tensor(0)}, r"hidden has shape \(\): its last dimension"),
-    "labels device": ({"labels": torch.zeros(4, device="meta").long()}, r"labels is on meta but hidden on cpu: move one of them"),
-    "payload device": ({"outputs": ("payload",), "payload": tuple(torch.randn(4, 2, device="meta") if i == 0 else Head(torch.randn(7, 2, device="meta")) for i in (0, 1))}, r"payload is on meta but hidden on cpu: move one of them"),
-    "device": ({"hidden": torch.randn(4, 3, device="meta")}, r"hidden is on meta but weight on cpu: move one of them"),
-    "dtype": ({"hidden": torch.randn(4, 3).double()}, r"hidden is torch.float64 but weight torch.float32: cast one of them, or use torch.autocast"),
-    "impl": ({"impl": "cuda"}, r"impl is 'cuda': choose one of reference, chunked, triton \(argument impl, or HF_XENT_IMPL\)"),
-    "statistic": ({"outputs": ("lse", "perplexity")}, r"outputs has 'perplexity': choose among lse, target, mean"),
-    "budget": ({"memory_budget": 0}, r"memory_budget is 0: pass a positive number of bytes"),
-    "payload alone": ({"payload": SECOND}, r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither"),
-    "payload missing": ({"outputs": ("payload",)}, r"outputs names 'payload' and payload=\(hidden, head\) is given only together"),
-    "payload vocabulary": ({"outputs": ("payload",), "payload": (SECOND[0], Head(torch.randn(8, 2)))}, r"payload's head has 8 tokens but the head 7: both need the same vocabulary"),
-    "payload rows": ({"outputs": ("payload",), "payload": (torch.randn(3, 2), SECOND[1])}, r"a per-token tensor has shape \(3, 2\): its rows must be shaped like labels, \(4,\)"),
-    "payload size": ({"outputs": ("payload",), "payload": (torch.randn(4, 9), SECOND[1])}, r"hidden has shape \(4, 9\): its last dimension must be the head's hidden size, 2"),
-}  # fmt: skip
+    "bias shape": (
+        {"head": Head(torch.randn(7, 3), torch.randn(3))},
+        r"bias has shape \(3,\): pass one value per row of weight, \[7\]",
+    ),
+    "bias dtype": (
+        {"head": Head(torch.randn(7, 3), torch.randn(7).double())},
+        "bias is torch.float64 but weight torch.float32: cast one of them, or use torch.autocast",
+    ),
+    "softcap": ({"head": Head(torch.randn(7, 3), softcap=0)}, "softcap is 0: pass None for a head without a softcap"),
+    "hidden size": (
+        {"hidden": torch.randn(4, 5)},
+        r"hidden has shape \(4, 5\): its last dimension must be the head's hidden size, 3",
+    ),
+    "hidden scalar": (
+        {"hidden": torch.randn(()), "labels": torch.tensor(0)},
+        r"hidden has shape \(\): its last dimension must be the head's hidden size, 3",
+    ),
+    "device": (
+        {"hidden": torch.randn(4, 3, device="meta")},
+        "hidden is on meta but weight on cpu: move one of them",
+    ),
+    "dtype": (
+        {"hidden": torch.randn(4, 3).double()},
+        "hidden is torch.float64 but weight torch.float32: cast one of them, or use torch.autocast",
+    ),
+    "impl": (
+        {"impl": "cuda"},
+        r"impl is 'cuda': choose one of reference, chunked, triton \(argument impl, or HF_XENT_IMPL\)",
+    ),
+    "statistic": (
+        {"outputs": ("lse", "perplexity")},
+        "outputs has 'perplexity': choose among lse, target, mean, entropy, variance, payload, top, rank, log_sum_sq",
+    ),
+    "budget": ({"memory_budget": 0}, "memory_budget is 0: pass a positive number of bytes"),
+    "payload alone": (
+        second(4, 2),
+        r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither",
+    ),
+    "payload missing": (
+        PAYLOAD,
+        r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither",
+    ),
+    "payload vocabulary": (
+        PAYLOAD | second(4, 2, vocabulary=8),
+        "payload's head has 8 tokens but the head 7: both need the same vocabulary",
+    ),
+    "payload rows": (
+        PAYLOAD | second(3, 2),
+        r"a per-token tensor has shape \(3, 2\): its rows must be shaped like labels, \(4,\)",
+    ),
+    "payload size": (
+        PAYLOAD | second(4, 9),
+        r"hidden has shape \(4, 9\): its last dimension must be the head's hidden size, 2",
+    ),
+    "payload device": (
+        PAYLOAD | second(4, 2, device="meta"),
+        "payload is on meta but hidden on cpu: move one of them",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -672,7 +754,8 @@ def test_other_ignore_index(impl, device):
     case = make(6, 9, 4, device=device)
     case = replace(case, labels=torch.tensor([0, 1, 2, 0, 4, 8], device=device))
     stats = vocab_stats(case.tensors["hidden"], case.head, case.labels, ignore_index=0, impl=impl)
-    torch.testing.assert_close(stats.nll[stats.mask], (lambda v: v["lse"] - v["target"])(case.dense(0)[0]))
+    values = case.dense(ignore_index=0)[0]
+    torch.testing.assert_close(stats.nll[stats.mask], values["lse"] - values["target"])
     assert stats.mask.tolist() == [False, True, True, False, True, True] and not stats.lse[~stats.mask].any()
 
 
@@ -684,20 +767,27 @@ def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(__file__).parents[1])
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=clean | {"PYTHONPATH": root} | environment
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=clean | {"PYTHONPATH": root} | environment,
     )
 
 
 def test_triton_needs_a_gpu_or_the_interpreter():
     """On a CPU without TRITON_INTERPRET: one clear error."""
-    script = "import torch, hf_xent.ops as o\no.vocab_stats(torch.ones(2, 3), o.Head(torch.ones(4, 3)), torch.zeros(2).long(), impl='triton')"
+    script = (
+        "import torch, hf_xent.ops as o\n"
+        "o.vocab_stats(torch.ones(2, 3), o.Head(torch.ones(4, 3)), torch.zeros(2).long(), impl='triton')"
+    )
     found = python(script, CUDA_VISIBLE_DEVICES="")
     assert found.returncode == 1
-    assert (
-        "ValueError: impl is 'triton' but hidden is on cpu: move hidden and weight to a CUDA device, choose impl='chunked'"
-        in found.stderr
+    error = found.stderr.strip().splitlines()[-1]
+    assert error.startswith(
+        "ValueError: impl is 'triton' but hidden is on cpu: move hidden and weight to a CUDA device"
     )
-    assert "TRITON_INTERPRET=1" in found.stderr
+    assert "choose impl='chunked'" in error and "TRITON_INTERPRET=1" in error
 
 
 COMPILE = """

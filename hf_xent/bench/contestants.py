@@ -1,4 +1,4 @@
-"""Who is measured: mean cross-entropy of `hidden @ weight.T` against labels, by every method at hand, one function each.
+"""Who is measured: mean cross-entropy of `hidden @ weight.T` against labels, one small function a method.
 
 A contestant's function returns the scalar loss with its graph; `take` adds the backward. All see the same leaves:
 hidden [N, D] and weight [V, D] in the run's dtype, labels [N] without ignored positions.
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from ..losses import CrossEntropy
 from ..ops import Head, map_logits, vocab_stats
 
-Loss = Callable[..., Tensor]
+Method = Callable[..., Tensor]
 
 
-def take(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
+def take(loss: Method, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
     """One iteration: the detached loss, with fresh gradients in `hidden.grad` and `weight.grad`."""
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, labels, **setting)
@@ -42,7 +42,7 @@ def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 @cache
-def _compile() -> Loss:
+def _compile() -> Method:
     return torch.compile(dense, dynamic=False)
 
 
@@ -55,7 +55,7 @@ def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """TRL's fused head as its trainers call it, asked for log-probabilities alone."""
     from trl.kernels import ChunkedLogProbFunction
 
-    # bias, targets, temperature, vocabulary tile (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE), softcap, scale, outputs
+    # bias, targets, temperature, vocabulary tile (as trl.trainer.utils sets it), softcap, scale, outputs
     return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0].mean()
 
 
@@ -99,7 +99,11 @@ def _compiler(device: str) -> str | None:
 
 
 def _torch_has_it(device: str) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else f"F.linear_cross_entropy needs torch 2.13, here {torch.__version__}"
+    return (
+        None
+        if hasattr(F, "linear_cross_entropy")
+        else f"F.linear_cross_entropy needs torch 2.13, here {torch.__version__}"
+    )
 
 
 def _installed(package: str, device: str) -> str | None:
@@ -125,12 +129,14 @@ def _torch_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, d
 
 @dataclass(frozen=True)
 class Contestant:
-    """A method: its loss function, where it can run, and the settings it may choose from (the fastest correct one wins)."""
+    """A method: its function, where it can run, and the settings it may choose from (the fastest correct one wins)."""
 
-    loss: Loss
+    loss: Method
     available: Callable[[str], str | None] = _anywhere  # device type -> None, or why not
     settings: Callable[[str, torch.dtype, int], dict[str, dict[str, Any]]] = _no_settings
-    logits: int = field(default=0, kw_only=True)  # [N, V] tensors alive at once: dense methods are refused where they cannot fit
+    logits: int = field(default=0, kw_only=True)  # [N, V] tensors alive at once; not tried where these cannot fit
+        default=0, kw_only=True
+    )  # [N, V] tensors alive at once: dense methods are refused where they cannot fit
 
 
 CONTESTANTS: dict[str, Contestant] = {

@@ -1,7 +1,7 @@
 """What is measured on: real activations before a model's head with that head and next-token labels, or random ones.
 
-The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable (float32
-otherwise), row chunk by row chunk, saved once for all contestants.
+The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable
+(float32 otherwise), row chunk by row chunk, saved once for all contestants.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 BLOCK = 512  # tokens a document block: long enough for realistic contexts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "random"
-AFFORDABLE = 2e12  # floating-point operations of a float64 truth on a CPU, about a minute
+AFFORDABLE = (
+    5e11  # floating-point operations of a float64 truth on a CPU: seconds on an idle one, a minute on a busy one
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,12 @@ def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
 
 
 def _activations(config: BenchConfig) -> dict[str, Tensor]:
-    """float32 tensors of the first `tokens` positions; kept in the cache for the embedded model, which cannot change."""
+    """float32 tensors of the first `tokens` positions; cached for the embedded model, which cannot change."""
     if config.model != DEFAULT or config.data not in DATASETS:
         return collect(config)
-    name = f"{config.model}-{config.data}-python{platform.python_version()}"  # pydoc's wording goes with Python's version
+    name = (
+        f"{config.model}-{config.data}-python{platform.python_version()}"  # pydoc's wording goes with Python's version
+    )
     path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
     kept = load_file(path) if path.is_file() else None
     if kept is None or len(kept["labels"]) < config.tokens:

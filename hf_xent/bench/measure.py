@@ -148,7 +148,7 @@ class _Session:
         self.report("done", self.total, self.total)
 
     def group_size(self) -> int:
-        """How many contestants' processes fit beside dense: each holds inputs and, in its turn, gradients and scratch."""
+        """How many contestants fit beside dense: each holds its inputs and, in its turn, gradients and scratch."""
         free = self.free()
         turn = 2 * self.facts.weight_bytes + 3 * self.facts.logits_bytes
         return max(1, int((0.8 * free - turn) // (PROCESS_BYTES + self.facts.weight_bytes)))
@@ -190,7 +190,8 @@ class _Session:
             entry.stop(WRONG, label)
             return
         remote.ask("use", settings[label])
-        remote.ask("warm", self.config.warmup)
+        if found[label][1] < self.config.patience / 20:  # a longer iteration does not feel the cold
+            remote.ask("warm", self.config.warmup)
         entry.memory = remote.ask("memory")
 
     def passes(self, errors: Errors) -> bool:

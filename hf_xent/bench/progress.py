@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .measure import Report
@@ -14,6 +15,6 @@ from .measure import Report
 def progress() -> Iterator[Report]:
     """A bar for the time of the block: `with progress() as report: rows = run(config, report)`."""
     columns = (TextColumn("{task.description:<40.40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("start")
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

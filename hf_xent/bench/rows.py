@@ -100,7 +100,7 @@ def from_csv(path: Path | str) -> list[Row]:
 
 
 def to_markdown(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write `<device>-<dtype>.md` beside the CSV files: all rows these hold, one table an input. Returns their paths."""
+    """Write `<device>-<dtype>.md` beside the CSV files, of all rows these hold, and return their paths."""
     paths = []
     for path, found in _files(rows, Path(folder)).items():
         target = path.with_suffix(".md")
@@ -141,12 +141,16 @@ def _table(rows: list[Row]) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    time = row.status if row.time_ms is None else f"{row.time_ms:.4g} ({_number(row.iqr_ms, '.2g')})"
+    time = row.status if row.time_ms is None else f"{_time(row.time_ms)} ({_time(row.iqr_ms or 0.0)})"
     return [
         row.contestant, time, _number(row.tokens_per_s, ".0f"), _number(row.time_ratio, ".2f"),
         _number(row.peak_mib, ".0f"), _number(row.peak_ratio, ".2f"), _number(row.loss_error, ".1e"),
         _number(row.hidden_error, ".1e"), _number(row.weight_error, ".1e"), row.note.replace("|", "/"),
     ]  # fmt: skip
+
+
+def _time(value: float) -> str:
+    return format(value, ".0f" if value >= 100 else ".3g")
 
 
 def _number(value: float | None, spec: str) -> str:
@@ -195,7 +199,9 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != package.parent:  # a virtual environment inside another repository
+        if (
+            Path(git("rev-parse", "--show-toplevel")) != package.parent
+        ):  # a virtual environment inside another repository
             return ""
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "hf_xent") else "")
     except (OSError, subprocess.CalledProcessError):

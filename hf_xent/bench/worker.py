@@ -108,15 +108,16 @@ class _Job:
         self.setting: dict[str, Any] = {}
 
     def check(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Errors, float]]:
-        """Errors and seconds of every setting; a first iteration each warms up where there is a choice."""
+        """Errors and seconds of every setting; where there is a choice, the second iteration of each counts."""
         truth = load_file(self.folder / "truth.safetensors", device=self.device)
         found = {}
         for label, setting in settings.items():
             self.use(setting)
-            seconds = [self._time() for _ in range(2 if len(settings) > 1 else 1)]
-            loss = self._step()
+            if len(settings) > 1:
+                self._step()
+            seconds, loss = self._timed()
             results = {"loss": loss, "hidden": self.hidden.grad, "weight": self.weight.grad}
-            found[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds[-1])
+            found[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds)
             self._drop()
         return found
 
@@ -134,7 +135,7 @@ class _Job:
         """Seconds of one iteration."""
         if self.device == "cuda":
             self._step()  # the allocator's pool was handed back to the others: fill it again, and wake the clocks
-        seconds = self._time()
+        seconds, _ = self._timed()
         self._drop()
         return seconds
 
@@ -143,20 +144,22 @@ class _Job:
         self._drop()
         with PeakMemory(self.device) as memory:
             self._step()
-        gradients = sum(x.grad.numel() * x.grad.element_size() for x in (self.hidden, self.weight) if x.grad is not None)
+        gradients = sum(
+            x.grad.numel() * x.grad.element_size() for x in (self.hidden, self.weight) if x.grad is not None
+        )
         self._drop()
         return max(0, memory.extra - gradients)
 
     def _step(self) -> torch.Tensor:
         return take(self.loss, self.hidden, self.weight, self.labels, **self.setting)
 
-    def _time(self) -> float:
+    def _timed(self) -> tuple[float, torch.Tensor]:
         self.hidden.grad = self.weight.grad = None
         self._wait()
         start = time.perf_counter()
-        self._step()
+        loss = self._step()
         self._wait()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, loss
 
     def _wait(self) -> None:
         if self.device == "cuda":

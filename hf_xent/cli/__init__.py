@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _plain(error: BaseException) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[") or type(error).__name__
+    return _literal(" ".join(str(error).split())) or type(error).__name__
 
 
 @app.command()
@@ -247,19 +247,74 @@ def losses(
         for row in found:
             print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
         return
-    table = Table(title="losses", show_lines=True)
-    for name in ("name", "formula", "options", "statistics", "source"):
-        table.add_column(name, overflow="fold")
+    table = Table(title="losses (--json has their help texts)", show_lines=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("per token, source", overflow="fold")
+    table.add_column("options", overflow="fold")
     for row in found:
-        options = (
-            ", ".join(f"{k}={v}" for k, v in row["options"].items())
-            if isinstance(row["options"], dict)
-            else str(row["options"])
-        )
-        table.add_row(
-            *(
-                f"{x}".replace("[", r"\[")
-                for x in (row["name"], row["formula"], options, row["statistics"], row["source"])
-            )
-        )
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        table.add_row(row["name"], f"{_literal(row['formula'])}\n[dim]{_literal(row['source'])}[/]", _literal(options))
     out.print(table)
+
+
+def _literal(text: str) -> str:
+    """Text that rich must not read as markup."""
+    return text.replace("[", r"\[")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, Option(help="Whose activations: 'smollm2', a Hub id or path, or 'random' with --vocab and --width.")
+    ] = "smollm2",
+    data: Annotated[str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")] = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens, N.", min=1)] = 1024,
+    vocab: Annotated[int, Option(help="Vocabulary of 'random'.", min=1)] = 4096,
+    width: Annotated[int, Option(help="Hidden size of 'random'.", min=1)] = 64,
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    contestants: Annotated[
+        str, Option(help="Comma-separated names; all by default. 'dense' always runs, the others are held against it.")
+    ] = "",
+    repeats: Annotated[int, Option(help="Timed iterations of each contestant.", min=1)] = 10,
+    threads: Annotated[int | None, Option(help="Threads of torch [default: torch's own].", min=1)] = None,
+    output: Annotated[Path, Option(help="Folder for the CSV and Markdown files.")] = Path("benchmarks/results"),
+    as_json: Json = False,
+) -> None:
+    """Time loss and gradients against dense torch and other libraries; only who passes the correctness gate gets a time."""
+    from dataclasses import asdict
+
+    from ..bench import BenchConfig, progress, run, to_csv, to_markdown
+
+    chosen = {} if threads is None else {"threads": threads}
+    names = tuple(name.strip() for name in contestants.split(",") if name.strip())
+    config = BenchConfig(
+        model=model, data=data, tokens=tokens, vocab=vocab, width=width, dtype=dtype, contestants=names, repeats=repeats, **chosen
+    )  # fmt: skip
+    with progress() as report:
+        rows = run(config, report)
+    files = [*to_csv(rows, output), *to_markdown(rows, output)]
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    out.print(_bench_table(rows))
+    out.print(f"written: {', '.join(str(file) for file in files)}", highlight=False, soft_wrap=True)
+
+
+def _bench_table(rows: list[Any]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first.source}: N={first.N}, V={first.V}, D={first.D}, {first.dtype}, {first.device}",
+        caption="extra memory beyond the gradients; ratios to dense torch's time and to the size of the logits",
+    )
+    for name in ("", "ms", "x dense", "MiB", "x logits", "dX error", "dW error"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        time = shown(row.time_ms, ".0f") if row.status == "ok" else f"[bold red]{row.status}[/]"
+        errors = (shown(row.hidden_error, ".1e"), shown(row.weight_error, ".1e"))
+        ratios = (shown(row.time_ratio, ".2f"), shown(row.peak_mib, ".0f"), shown(row.peak_ratio, ".2f"))
+        table.add_row(row.contestant, time, *ratios, *errors)
+    return table

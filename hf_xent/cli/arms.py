@@ -79,8 +79,9 @@ def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcom
     else:
         trainer = Trainer(model, TrainingArguments(**common), processing_class=tokenizer, **options)
     trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
+    checkpoint = _checkpoint(run)
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=run.resume or None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"]
     if run.save:
         trainer.save_model(run.output)
@@ -162,6 +163,21 @@ def _arm(run: Run, arm: str, pipe: Any) -> None:
         pipe.send(("outcome", asdict(fit(run, arm, turn))))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _checkpoint(run: Run) -> str | None:
+    """The newest checkpoint to go on from; a finished one is refused, since Trainer would take one step too many."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not run.resume:
+        return None
+    found = get_last_checkpoint(run.output) if Path(run.output).is_dir() else None
+    if found is None:
+        raise ValueError(f"no checkpoint in {run.output}: train with save_steps first, or without resume")
+    step = int(found.rsplit("-", 1)[1])
+    if step >= run.steps:
+        raise ValueError(f"nothing to resume: {Path(found).name} in {run.output} is at step {step} of {run.steps}, ask for more steps")
+    return found
 
 
 def _data(run: Run, tokenizer: Any) -> tuple[Any, Any]:

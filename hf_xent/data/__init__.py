@@ -1,9 +1,9 @@
-"""Floor 1: datasets, one file each, registered by hand; `load_text` opens any source of text, `pack` cuts it into blocks."""
+"""Floor 1: datasets, one file each, registered by hand; `load_text` opens any text, `pack` cuts it into blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import pydoc
 
@@ -15,6 +15,6 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 """Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""
 
-from .text import load_text, pack  # noqa: E402  text reads DATASETS
+from .text import load_text, pack
 
 __all__ = ["DATASETS", "load_text", "pack"]

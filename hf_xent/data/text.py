@@ -1,6 +1,6 @@
 """Text from anywhere, and its blocks of tokens: `load_text` (registry, local files, Hub) and `pack`.
 
-    source -> Dataset with a text column -> tokens of every row + EOS, end to end -> blocks of block_size tokens
+source -> Dataset with a text column -> tokens of every row + EOS, end to end -> blocks of block_size tokens
 """
 
 from __future__ import annotations

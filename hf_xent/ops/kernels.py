@@ -4,9 +4,9 @@
     forward:   (m, l, s1, s2, sp, sq, sz, top, rank) of z's rows, folded tile by tile (`algebra.merge` in registers)
     backward:  dz = p (a + b logp + c logp^2 + d pay) + s + o 1[j = y]        dH = dz W    dW = dz^T H    db = sum_t dz
 
-Shapes: N tokens, V vocabulary, D hidden (D2 of the second head), walked in blocks BT, BV, BD. A pointer is the capital of
-its host name; a 2 marks the second head, a leading D a gradient, a leading G a coefficient. A pointer that is None is a
-compile-time constant: what was not asked for costs nothing.
+Shapes: N tokens, V vocabulary, D hidden (D2 of the second head), walked in blocks BT, BV, BD. A pointer is the capital
+of its host name; a 2 marks the second head, a leading D a gradient, a leading G a coefficient. A pointer that is None
+is a compile-time constant: what was not asked for costs nothing.
 Numerics: ACC (float32; float64 for float64 inputs) holds logits, states and sums. dz is rounded to the inputs' dtype
 for its matmuls, as dense autograd rounds it. DOT is the dtype tl.dot sees.
 Indexing: a row or column is widened to 64 bits before it meets a stride, as V D passes 2^31 in large heads.
@@ -71,7 +71,7 @@ def _target_fwd(
     """The label's logit [N]: the diagonal of the tile (BT tokens) x (their BT labels).
 
     A tl.dot like the tiles of `_stats_fwd`, not a sum of products: `rank` compares the two, and a copy of the
-    label's row elsewhere in the head must come out equal, not larger by a rounding.
+    label's row elsewhere in the head should come out equal, not larger by a rounding.
     """
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     row_in = rows < N
@@ -123,7 +123,7 @@ def _stats_fwd(
             sz += tl.sum(tl.where(col_in[None, :], z, 0.0), 1)
         if TOP is not None:
             first = tl.min(tl.where(z == tile_m[:, None], cols[None, :], V), 1)
-            top = tl.where((tile_m > m) & (first < V), first, top)
+            top = tl.where((tile_m >= m) & (first < V), first, top)
         if RANK is not None:
             above = (z > target[:, None]) & (cols[None, :] != labels[:, None])
             rank += tl.sum(above.to(tl.int32), 1)

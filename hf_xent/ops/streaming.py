@@ -1,8 +1,8 @@
 """Triton backend: the vocabulary streamed through registers; memory is O(N + parameters), never a row of logits.
 
 Forward: every program folds BT rows over one split of the vocabulary; the splits' states [splits, N] are folded by
-`algebra.merge`. Backward: every tile of logits is computed again, turned into dz, and multiplied into float32 sums of the
-gradients at once (atomics, so the order of the sum is not fixed). Kernels and formulas: `kernels`.
+`algebra.merge`. Backward: every tile of logits is computed again, turned into dz, and multiplied into float32 sums of
+the gradients at once (atomics, so the order of the sum is not fixed). Kernels and formulas: `kernels`.
 
 Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as `algebra` says; matmuls of float32
 inputs are IEEE float32, not TF32.
@@ -47,11 +47,11 @@ class Blocks(NamedTuple):
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2), 8: Blocks(32, 32, 16, 4, 2)}
 PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # the payload's tile lies beside the logits'
 SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
-LARGE_SHARED_MEMORY = (
-    160 << 10
-)  # bytes a program of BLOCKS[2] needs; A100, Hopper and B200 have them, GeForce cards do not
+# Bytes of shared memory a program of BLOCKS[2] needs: A100, Hopper and B200 have them, GeForce cards do not.
+LARGE_SHARED_MEMORY = 160 << 10
 INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows walk several tiles
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+SIZES = ("D", "stride_h", "stride_wv", "stride_wd")
 STATE_OF = {"entropy": ("s1",), "variance": ("s1", "s2"), "payload": ("sp",), "log_sum_sq": ("sq",), "mean": ("sz",)}
 
 
@@ -63,33 +63,11 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     states = _empty_states(problem, splits)
     target = problem.hidden.new_empty(count, dtype=wide(problem.hidden.dtype))
     if count:
-        operands = _operands(problem, problem.payload, blocks)
-        own = (
-            "H",
-            "W",
-            "B",
-            "Y",
-            "N",
-            "D",
-            "stride_h",
-            "stride_wv",
-            "stride_wd",
-            "scale",
-            "CAP",
-            "ACC",
-            "DOT",
-            "BT",
-            "BD",
-        )
+        operands = {**_operands(problem, problem.payload, blocks), "TARGET": target, "share": share}
+        operands |= {f.name.upper(): getattr(states, f.name) for f in fields(State)}
         row_blocks = triton.cdiv(count, blocks.rows)
-        with torch.cuda.device_of(problem.hidden):
-            kernels._target_fwd[(row_blocks,)](
-                **{name: operands[name] for name in own}, TARGET=target, **_compile(blocks)
-            )
-            pointers = {f.name.upper(): getattr(states, f.name) for f in fields(State)}
-            kernels._stats_fwd[(row_blocks, splits)](
-                **operands, **pointers, TARGET=target, share=share, **_compile(blocks)
-            )
+        _launch(kernels._target_fwd, (row_blocks,), operands, blocks)
+        _launch(kernels._stats_fwd, (row_blocks, splits), operands, blocks)
     values = finish(_fold(states), target, size)
     return {name: values[name].long() if name in ("top", "rank") else values[name] for name in problem.outputs}
 
@@ -104,13 +82,9 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
     sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in wanted.items()}
     if len(problem.labels) and sums:
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
-        with torch.cuda.device_of(problem.hidden):
-            kernels._stats_bwd[grid](
-                **_operands(problem, None if coef.d is None else problem.payload, blocks),
-                **_gradient_pointers(coef, sums),
-                LSE=values["lse"].contiguous(),
-                **_compile(blocks),
-            )
+        operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
+        operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous()}
+        _launch(kernels._stats_bwd, grid, operands, blocks)
     return {name: sums[name].to(t.dtype) for name, t in wanted.items()}
 
 
@@ -119,8 +93,8 @@ def _check(problem: Problem) -> Blocks:
     device, dtype = problem.hidden.device, problem.hidden.dtype
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"impl is 'triton' but hidden is on {device}: move hidden and weight to a CUDA device, choose impl='chunked',"
-            " or set TRITON_INTERPRET=1 before the first import to test the kernels slowly on a CPU"
+            f"impl is 'triton' but hidden is on {device}: move hidden and weight to a CUDA device, choose"
+            " impl='chunked', or set TRITON_INTERPRET=1 before the first import to test the kernels slowly on a CPU"
         )
     if dtype not in DTYPES:
         raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
@@ -156,7 +130,7 @@ def _empty_states(problem: Problem, splits: int) -> State:
     shape, dtype = (splits, len(problem.labels)), wide(problem.hidden.dtype)
     floats = {name: problem.hidden.new_empty(shape, dtype=dtype) for name in names}
     integers = {name: problem.labels.new_empty(shape, dtype=torch.int32) for name in {"top", "rank"} & problem.outputs}
-    return State(**floats, **integers)
+    return State(**floats, **integers)  # type: ignore[arg-type]
 
 
 def _fold(states: State) -> State:
@@ -168,12 +142,13 @@ def _fold(states: State) -> State:
 
 def _take(states: State, index: slice | int) -> State:
     parts = {f.name: getattr(states, f.name) for f in fields(State)}
-    return State(**{name: None if part is None else part[index] for name, part in parts.items()})
+    return State(**{name: None if part is None else part[index] for name, part in parts.items()})  # type: ignore[arg-type]
 
 
 def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Blocks) -> dict[str, Any]:
     """What every kernel reads, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
+    second, second_head = payload or (None, None)
     return {
         "Y": problem.labels.contiguous(),
         "N": len(problem.labels),
@@ -183,22 +158,15 @@ def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Bloc
         "BV": blocks.columns,
         "BD": blocks.depth,
         **_head_operands(problem.hidden, problem.head, "", accumulator),
-        **_head_operands(*(payload or (None, None)), "2", accumulator),
+        **_head_operands(second, second_head, "2", accumulator),
     }
 
 
 def _head_operands(hidden: Tensor | None, head: Any, suffix: str, accumulator: tl.dtype) -> dict[str, Any]:
+    """One head's operands; without a head its pointers are None, so that the kernels leave it out."""
     if hidden is None:
-        pointers: dict[str, Any] = {
-            "H": None,
-            "W": None,
-            "B": None,
-            "D": 0,
-            "stride_h": 0,
-            "stride_wv": 0,
-            "stride_wd": 0,
-        }
-        return {name + suffix: x for name, x in {**pointers, "scale": 1.0, "CAP": None, "DOT": accumulator}.items()}
+        none = {"H": None, "W": None, "B": None, "scale": 1.0, "CAP": None, "DOT": accumulator}
+        return {name + suffix: x for name, x in {**none, **dict.fromkeys(SIZES, 0)}.items()}
     operands = {
         "H": hidden,
         "W": head.weight,
@@ -209,7 +177,7 @@ def _head_operands(hidden: Tensor | None, head: Any, suffix: str, accumulator: t
         "stride_wd": head.weight.stride(1),
         "scale": float(head.scale),
         "CAP": None if head.softcap is None else float(head.softcap),
-        # the interpreter computes in numpy, which takes bfloat16 for integers; a float32 product of low-precision inputs is exact
+        # Triton's interpreter takes bfloat16 for integers; products of low-precision inputs are exact in float32
         "DOT": accumulator if INTERPRETED else DTYPES[hidden.dtype],
     }
     return {name + suffix: x for name, x in operands.items()}
@@ -222,6 +190,8 @@ def _gradient_pointers(coef: Coefficients, sums: Mapping[str, Tensor]) -> dict[s
     return {**coefs, **dict(zip(("DH", "DW", "DB", "DH2", "DW2", "DB2"), map(sums.get, TENSORS), strict=True))}
 
 
-def _compile(blocks: Blocks) -> dict[str, Any]:
-    """Compiler options; the default of `enable_fp_fusion` differs between Triton's versions."""
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+def _launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], blocks: Blocks) -> None:
+    """Run a kernel on its share of the operands. Fused multiply-add is asked for: Triton's default varies."""
+    arguments = {name: operands[name] for name in kernel.arg_names}
+    with torch.cuda.device_of(operands["H"]):  # Triton launches on the current device
+        kernel[grid](**arguments, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)
