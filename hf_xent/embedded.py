@@ -103,7 +103,7 @@ def _dequantize(folder: Path) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     config = deepcopy(quantized.config)
     config.__dict__.pop("quantization_config", None)
-    # a fresh model without the quantizer: the loaded one is dense already, but Trainer and save_pretrained ask its flags
+    # a fresh model without the quantizer: the loaded one is dense, but Trainer and save_pretrained go by its flags
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config

@@ -402,6 +402,21 @@ def test_huge_logits(impl, device, mode, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shift", (-5e3, 5e3))
+def test_shifted_logits(impl, device, mode, shift):
+    """A shift of all logits moves lse and target and nothing else; the vocabulary's ragged end has no logit of 0."""
+    case = make(19, 45, 6, device=device)
+    loss = Polynomial(("entropy", "variance"))
+    moved = {**case.tensors, "bias": (case.tensors["bias"].detach() + shift).requires_grad_()}
+    moved = replace(case, tensors=moved)
+    (stats, total), (far, far_total) = (ours(c, impl, loss, mode) for c in (case, moved))
+    torch.testing.assert_close(far.lse, stats.lse + shift)
+    torch.testing.assert_close(far.nll, stats.nll)
+    torch.testing.assert_close(far_total, total)
+    torch.testing.assert_close(gradients(far_total, moved.leaves), gradients(total, case.leaves))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_banned_tokens(impl, device, mode):
     """A bias of -inf removes its token from lse, entropy and variance, and gets no gradient."""
     case = make(9, 45, 6, device=device)

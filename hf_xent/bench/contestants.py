@@ -135,8 +135,6 @@ class Contestant:
     available: Callable[[str], str | None] = _anywhere  # device type -> None, or why not
     settings: Callable[[str, torch.dtype, int], dict[str, dict[str, Any]]] = _no_settings
     logits: int = field(default=0, kw_only=True)  # [N, V] tensors alive at once; not tried where these cannot fit
-        default=0, kw_only=True
-    )  # [N, V] tensors alive at once: dense methods are refused where they cannot fit
 
 
 CONTESTANTS: dict[str, Contestant] = {

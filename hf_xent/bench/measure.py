@@ -118,7 +118,7 @@ class _Session:
 
     def __init__(self, config: BenchConfig, folder: Path, count: int, report: Report):
         self.config, self.folder, self.report = config, folder, report
-        self.done, self.total = 0, 1 + count * (2 + config.repeats)
+        self.done, self.total = 0, 1 + 2 * count + (count - 1) * config.repeats
         self.step("inputs and truth")
         self.facts: Facts = prepare(config, folder)
         if config.device == "cuda":

@@ -11,7 +11,7 @@ import ctypes
 import gc
 import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -32,7 +32,7 @@ class PeakMemory:
         self.peak = self.extra = 0
         self._meter = _meter(str(device))
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         gc.collect()
         self._before = self._meter.start()
         return self

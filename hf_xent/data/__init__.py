@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import pydoc
+from .text import load_text, pack
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -14,7 +15,5 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "pydoc": pydoc.load,
 }
 """Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""
-
-from .text import load_text, pack
 
 __all__ = ["DATASETS", "load_text", "pack"]

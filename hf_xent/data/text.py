@@ -9,8 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import DATASETS
-
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +26,8 @@ def load_text(source: str, split: str | None = None, column: str = "text") -> Da
 
     Raises: ValueError for a source that is none of these, without rows, or without `column`.
     """
+    from . import DATASETS  # late: the registry's module imports this one
+
     path = Path(source).expanduser()
     if source in DATASETS:
         dataset = DATASETS[source](split=split)
@@ -36,7 +36,7 @@ def load_text(source: str, split: str | None = None, column: str = "text") -> Da
     elif path.suffix in BUILDERS:
         raise ValueError(f"no file {source}: give the path of an existing file or folder")
     else:
-        dataset = _hub(source, split)
+        dataset = _hub(source, split, known=", ".join(DATASETS))
     return _checked(dataset, column, source)
 
 
@@ -102,7 +102,7 @@ def _local(path: Path, split: str | None) -> Dataset:
         raise ValueError(f"cannot read {path} (split {split or 'train'}): {_line(error)}") from error
 
 
-def _hub(source: str, split: str | None) -> Dataset:
+def _hub(source: str, split: str | None, known: str) -> Dataset:
     from datasets import DatasetDict, load_dataset
 
     name, _, config = source.partition(":")
@@ -110,7 +110,7 @@ def _hub(source: str, split: str | None) -> Dataset:
         found = load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:  # every error of the Hub and of `datasets` is one of these
         raise ValueError(
-            f"{source!r} is no registered dataset ({', '.join(DATASETS)}) and no local path, and as a Hub dataset"
+            f"{source!r} is no registered dataset ({known}) and no local path, and as a Hub dataset"
             f" it does not load: {_line(error)}"
         ) from error
     if not isinstance(found, DatasetDict):

@@ -123,13 +123,12 @@ def _stats_fwd(
             sz += tl.sum(tl.where(col_in[None, :], z, 0.0), 1)
         if TOP is not None:
             first = tl.min(tl.where(z == tile_m[:, None], cols[None, :], V), 1)
-            top = tl.where((tile_m >= m) & (first < V), first, top)
+            top = tl.where((tile_m > m) & (first < V), first, top)
         if RANK is not None:
             above = (z > target[:, None]) & (cols[None, :] != labels[:, None])
             rank += tl.sum(above.to(tl.int32), 1)
-        origin = tl.where(
-            new_m == float("-inf"), 0.0, new_m
-        )  # a row with nothing but -inf so far: -inf - 0, not -inf + inf
+        # a row with nothing but -inf so far: -inf - 0, not -inf + inf
+        origin = tl.where(new_m == float("-inf"), 0.0, new_m)
         u = z - origin[:, None]
         e = tl.exp(u)
         # a banned token (z = -inf) adds 0 * -1e4 to the moments, not 0 * -inf; likewise an empty state when it moves
@@ -208,10 +207,11 @@ def _stats_bwd(
     cols = tl.program_id(1) * BV + tl.arange(0, BV)
     row_in = rows < N
     col_in = cols < V
-    inside = row_in[:, None] & col_in[None, :]
     raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
     z = _activate(raw, scale, CAP, ACC)
-    logp = z - tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
+    lse = tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
+    # outside the masks z - lse is no logp: its exponential could be infinite, and NaN against the zeros loaded there
+    logp = tl.where(row_in[:, None] & col_in[None, :], z - lse, float("-inf"))
     p = tl.exp(logp)
     logp = tl.maximum(logp, -1e4)  # 0 * -inf of a banned token
     g = tl.load(GA + rows, mask=row_in, other=0.0)[:, None]
@@ -226,14 +226,14 @@ def _stats_bwd(
         )
         pay = _activate(raw2, scale2, CAP2, ACC)
         g += d * pay
-        dpay = tl.where(inside, _chain(d * p, pay, scale2, CAP2, ACC), 0.0)
+        dpay = _chain(d * p, pay, scale2, CAP2, ACC)
     dz = p * g
     if GS is not None:
         dz += tl.load(GS + rows, mask=row_in, other=0.0)[:, None]
     if GO is not None:
         labels = tl.load(Y + rows, mask=row_in, other=-1)
         dz += tl.where(cols[None, :] == labels[:, None], tl.load(GO + rows, mask=row_in, other=0.0)[:, None], 0.0)
-    dz = tl.where(inside, _chain(dz, z, scale, CAP, ACC), 0.0)
+    dz = _chain(dz, z, scale, CAP, ACC)
     if DB is not None:
         tl.atomic_add(DB + cols, tl.sum(dz, 0).to(DB.dtype.element_ty), mask=col_in, sem="relaxed")
     # both tiles are rounded before the first matmul: two wide ones would not fit the registers
