@@ -267,7 +267,9 @@ def bench(
     model: Annotated[
         str, Option(help="Whose activations: 'smollm2', a Hub id or path, or 'random' with --vocab and --width.")
     ] = "smollm2",
-    data: Annotated[str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")] = "pydoc",
+    data: Annotated[
+        str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")
+    ] = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens, N.", min=1)] = 1024,
     vocab: Annotated[int, Option(help="Vocabulary of 'random'.", min=1)] = 4096,
     width: Annotated[int, Option(help="Hidden size of 'random'.", min=1)] = 64,

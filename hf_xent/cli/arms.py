@@ -176,7 +176,9 @@ def _checkpoint(run: Run) -> str | None:
         raise ValueError(f"no checkpoint in {run.output}: train with save_steps first, or without resume")
     step = int(found.rsplit("-", 1)[1])
     if step >= run.steps:
-        raise ValueError(f"nothing to resume: {Path(found).name} in {run.output} is at step {step} of {run.steps}, ask for more steps")
+        raise ValueError(
+            f"nothing to resume: {Path(found).name} in {run.output} is at step {step} of {run.steps}, ask for more steps"
+        )
     return found
 
 

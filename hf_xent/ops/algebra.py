@@ -7,8 +7,8 @@ upstream gradients become six numbers a token (`coefficients`) from which every 
 
     dz[t,j] = p_tj (a_t + b_t logp + c_t logp^2 + d_t pay_tj) + s_t + o_t 1[j = y_t]
 
-Statistics, states and accumulators are float32 (float64 for float64 inputs); hidden states and weights keep their dtype.
-Shapes: N tokens, D hidden, V vocabulary.
+Statistics, states and accumulators are float32 (float64 for float64 inputs); hidden states and weights keep their
+dtype. Shapes: N tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STATISTICS = DIFFERENTIABLE + FORWARD_ONLY
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """An output head: `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, without tanh if `softcap` is None.
+    """An output head: `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; no tanh if `softcap` is None.
 
     Every post-head operation of transformers' causal LMs is of this form, so a head describes them all.
     """
@@ -43,7 +43,7 @@ class Head:
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Dense logits [..., V] of hidden states [..., D] in the statistics' dtype, with autograd. The oracle's first line."""
+        """Dense logits [..., V] of hidden states [..., D] in the statistics' dtype, with autograd."""
         return self.activate(F.linear(hidden, self.weight, self.bias).to(wide(hidden.dtype)))
 
     def activate(self, raw: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class State:
-    """One row's running fold, [N] each, moments taken about the running maximum m (u = z - m); None where not asked for."""
+    """One row's running fold, [N] each, moments about the running maximum m (u = z - m); None where not asked for."""
 
     m: Tensor  # max z
     l: Tensor  # sum e^u

@@ -1,7 +1,7 @@
-"""Row chunks in plain torch: one buffer of logits under the memory budget, worked on in place, cache-sized tile by tile.
+"""Row chunks in plain torch: one buffer of logits under the memory budget, worked on in place, tile by cache-sized tile.
 
-Forward: one matmul a chunk, then `_fold`. Backward: the matmul again, then dz in place of z (`_dlogits_`) and two matmuls
-(`_push`). Eager: the gradient is taken while the chunk is alive, three matmuls in all.
+Forward: one matmul a chunk, then `_fold`. Backward: the matmul again, then dz in place of z (`_dlogits_`) and two
+matmuls (`_push`). Eager: the gradient is taken while the chunk is alive, three matmuls in all.
 
 A loss of log p_y alone has dz = a (p - r 1_y): the rows of p stay unscaled in the buffer, `a` scales the [n, D] side
 matrices instead, and one entry a row is corrected. No pass over [n, V] is spent on the loss.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .algebra import Coefficients, Head, Problem, State, coefficients, finish, wide
+from .algebra import TENSORS, Coefficients, Head, Problem, State, coefficients, finish, wide
 
 TILE_BYTES = 1 << 20  # a tile and its scratch stay in the second-level cache of a CPU core
 GPU_TILE_BYTES = 64 << 20  # on accelerators a tile only bounds the scratch
@@ -159,7 +159,7 @@ def _spike_(p: Tensor, labels: Tensor, coef: Coefficients) -> None:
 
 
 def _dlogits_(problem: Problem, rows: slice, z: Tensor, pay: Tensor | None, lse: Tensor, coef: Coefficients) -> None:
-    """Raw products -> gradient of the raw products (over a, for plain coefficients), and the payload's likewise, in place."""
+    """Raw products -> their gradient (over a, for plain coefficients), and the payload's likewise, in place."""
     plain = coef.plain and problem.head.softcap is None
     for tile in _tiles(z):
         if plain:
@@ -206,17 +206,11 @@ class _Gradients:
     def __init__(self, problem: Problem):
         self.problem = problem
         self.several = sum(1 for _ in problem.chunks()) != 1
+        self.likes = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
         self.sums = {name: self._start(name) for name in problem.needs}
 
     def _start(self, name: str) -> Tensor:
-        tensor = dict(
-            zip(
-                ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"),
-                self.problem.tensors,
-                strict=True,
-            )
-        )[name]
-        assert tensor is not None
+        tensor = self.likes[name]
         if name == "hidden":
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if name == "payload_hidden":  # not written where no upstream gradient reaches the payload
@@ -245,14 +239,7 @@ class _Gradients:
             self.sums[prefix + "bias"] += torch.mv(_wide(dz).T, ones.squeeze(-1).to(self.sums[prefix + "bias"].dtype))
 
     def finish(self) -> dict[str, Tensor]:
-        like = dict(
-            zip(
-                ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias"),
-                self.problem.tensors,
-                strict=True,
-            )
-        )
-        return {name: total.to(like[name].dtype) for name, total in self.sums.items()}  # type: ignore[union-attr]
+        return {name: total.to(self.likes[name].dtype) for name, total in self.sums.items()}
 
 
 def _addmm_(total: Tensor, x: Tensor, y: Tensor) -> None:

@@ -1,0 +1,116 @@
+"""The two places of a backend in the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
+
+
+def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
+    """Every requested statistic, differentiable by whatever stands on them."""
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        if not problem.needs:
+            with torch.no_grad():
+                values = backend.forward(problem)
+            return {name: values[name] for name in _order(problem)}
+        found = _Recompute.apply(backend, problem, *problem.tensors)
+    return dict(zip(_order(problem), found, strict=True))
+
+
+class Objective(Protocol):
+    """What mode eager differentiates: a sum over tokens, visited chunk by chunk."""
+
+    uses: tuple[str, ...]  # statistics it can have gradients for
+    unit: Tensor | float  # what its gradients are measured in
+
+    def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sum's gradients, over `unit`, by these rows' statistics; called once a chunk, in order."""
+        ...
+
+    def total(self) -> Tensor:
+        """The sum over all chunks visited."""
+        ...
+
+
+def eager(backend: ModuleType, problem: Problem, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    """A sum and detached statistics; the sum's gradients are ready when this returns."""
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        total, *found = _Eager.apply(backend, problem, objective, *problem.tensors)
+    return total, dict(zip(_order(problem), found, strict=True))
+
+
+def _order(problem: Problem) -> list[str]:
+    """Statistics as a Function returns them: differentiable ones first."""
+    return [name for name in STATISTICS if name in problem.outputs]
+
+
+class _Recompute(torch.autograd.Function):
+    """Mode recompute: nothing but the inputs and the statistics is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        values = backend.forward(problem)
+        order = _order(problem)
+        ctx.backend, ctx.count = backend, len(tensors)
+        ctx.hollow = problem.with_tensors((None,) * len(TENSORS), None)  # no tensor outlives the graph through ctx
+        ctx.save_for_backward(*tensors, problem.labels, *(values[name] for name in order))
+        ctx.mark_non_differentiable(*(values[name] for name in order if name in FORWARD_ONLY))
+        ctx.set_materialize_grads(False)  # statistics without an upstream gradient cost the backward nothing
+        return tuple(values[name] for name in order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        tensors, labels, *found = ctx.saved_tensors[: ctx.count], *ctx.saved_tensors[ctx.count :]
+        problem = ctx.hollow.with_tensors(tensors, labels)
+        order = _order(problem)
+        values = dict(zip(order, found, strict=True))
+        grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
+        out = ctx.backend.backward(problem, values, grads) if grads else {}
+        return None, None, *(out.get(name) for name in TENSORS)
+
+
+class _Eager(torch.autograd.Function):
+    """Mode eager: the gradients are ready when the forward ends; the backward scales them by one number."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: ModuleType, problem: Problem, objective: Objective, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        visit = getattr(backend, "eager", None) or _two_visits(backend)
+        values, grads = visit(problem, objective.gradients, objective.uses)
+        ctx.save_for_backward(*(grads.get(name) for name in TENSORS))
+        ctx.empty, ctx.unit = not len(problem.labels), objective.unit
+        found = [values[name] for name in _order(problem)]
+        ctx.mark_non_differentiable(*found)
+        return objective.total(), *found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+        grads, upstream = ctx.saved_tensors, upstream * ctx.unit
+        if ctx.empty:  # zeros, also where the caller divided by the number of tokens and upstream is infinite
+            pass
+        elif upstream.device.type != "cpu" or upstream != 1:
+            # the graph dies after this backward unless asked to stay: its buffers can be scaled in place
+            stays = torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = [None if g is None else (g * upstream if stays else g.mul_(upstream)) for g in grads]
+        elif torch._C._autograd._get_current_graph_task_keep_graph():
+            grads = [None if g is None else g.clone() for g in grads]  # a taken buffer would be added to next time
+        return None, None, None, *grads
+
+
+def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Eager for a backend that streams: all statistics, then all gradients."""
+
+    def visit(problem: Problem, gradients: Any, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        values = backend.forward(problem)
+        return values, backend.backward(problem, values, gradients(slice(0, len(problem.labels)), values))
+
+    return visit
