@@ -14,7 +14,12 @@ def main(model_name: str = "smollm2", loss: str = "cross_entropy", steps: int = 
     model, tokenizer = embedded.load(model_name)
     blocks = data.pack(data.load_text("pydoc", split="train[:10%]"), tokenizer, block_size=64)
     config = hf_xent.XentConfig(
-        output_dir="out/example", loss=loss, max_steps=steps, per_device_train_batch_size=2, logging_steps=1, save_strategy="no"
+        output_dir="out/example",
+        loss=loss,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
     )
     trainer = hf_xent.XentTrainer(model, config, train_dataset=blocks)
     trainer.train()

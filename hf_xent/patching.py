@@ -38,9 +38,9 @@ def patch(
 
     Called with labels, the model returns its loss and lazy `logits` that become real when touched; with `always`, also
     when called without labels (for losses computed outside the model). `loss` is a registry name or a
-    `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the loss
-    (see `Seam.take`). `verify` runs a few tokens both ways and refuses the model if they differ. Patching again replaces
-    the earlier patch.
+    `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the
+    loss (see `Seam.take`). `verify` runs a few tokens both ways and refuses the model if they differ. Patching again
+    replaces the earlier patch.
 
     Raises: ValueError for a model without a linear head, or for an unknown loss; RuntimeError if verification fails.
     """
@@ -53,13 +53,14 @@ def patch(
     inner, head = _inner(model), head_of(model)
     seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget})
     forward = _LazyForward(head, seam, awake=always)
-    head.forward = forward
+    head.forward = forward  # type: ignore[method-assign]  # on the instance: the class stays as it is
     asked = inner.register_forward_pre_hook(_Asked(forward), with_kwargs=True)
     answered = inner.register_forward_hook(_Answered(forward), always_call=True)
-    inner._hf_xent = _Patch(seam, forward, (asked, answered), inner.__dict__.get("_loss_function"))
+    inner.__dict__["_hf_xent"] = _Patch(seam, forward, (asked, answered), inner.__dict__.get("_loss_function"))
     if objective != CrossEntropy():
         forward.objective = ModelLoss(objective.bind(head.weight), seam)
-        type(inner).loss_function.fset(inner, forward.objective)  # nn.Module.__setattr__ would shadow the property
+        kind: Any = type(inner)  # transformers' own, so it has the property
+        kind.loss_function.fset(inner, forward.objective)  # nn.Module.__setattr__ would shadow the property
     if verify:
         report = compare(model)
         if not report.equal:
@@ -88,8 +89,8 @@ def unpatch(model: Model) -> Model:
 def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
     """Loss and every parameter's gradient, stock against patched, on random tokens; leaves the model as it was.
 
-    A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the model's
-    own loss that is compared. Raises: as `patch`.
+    A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the
+    model's own loss that is compared. Raises: as `patch`.
     """
     inner = _inner(model)
     patched = "_hf_xent" in inner.__dict__
@@ -132,22 +133,24 @@ def head_of(model: nn.Module) -> nn.Linear:
         )
     if "forward" in head.__dict__ and not isinstance(head.__dict__["forward"], _LazyForward):
         raise ValueError(
-            f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper (device_map?) first"
+            f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper"
+            " (device_map?) first"
         )
     return head
 
 
 def _inner(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, torch.compile and PEFT wrappers."""
+    inner: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()  # type: ignore[operator]
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner
 
 
 class _LazyForward:
@@ -185,7 +188,7 @@ class _Asked:
 
 
 class _Answered:
-    """After the model's forward, even a failed one: puts the head back to sleep; a loss that was bypassed is an error."""
+    """After the model's forward, even a failed one: puts the head back to sleep; a bypassed loss is an error."""
 
     def __init__(self, forward: _LazyForward):
         self.forward = forward
@@ -195,8 +198,9 @@ class _Answered:
         objective = self.forward.objective
         if objective is not None and not objective.called and output is not None:
             raise RuntimeError(
-                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r} had no"
-                " effect: call the model with patch(model, always=True) and without labels, and apply the loss to out.logits"
+                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
+                " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
+                " to out.logits"
             )
 
 
@@ -216,7 +220,7 @@ class _Patch:
 
 
 class ModelLoss(nn.Module):
-    """A `Loss` in the place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
+    """A `Loss` in place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
 
     def __init__(self, loss: Loss, seam: Seam):
         super().__init__()
@@ -236,13 +240,21 @@ class ModelLoss(nn.Module):
         self.called = True
         if not isinstance(logits, LazyLogits) or logits.is_dense:
             raise RuntimeError(
-                f"{self.loss!r} needs the head's hidden states, but the logits were materialized on their way (an adapter on"
-                " the head, or an unusual operation after it): see hf-xent check"
+                f"{self.loss!r} needs the head's hidden states, but the logits were materialized on their way (an"
+                " adapter on the head, or an unusual operation after it): see hf-xent check"
             )
-        targets = next_token_labels(labels, ignore_index) if shift_labels is None else shift_labels  # type: ignore[arg-type]
+        targets = shift_labels
+        if targets is None:
+            assert labels is not None  # a model asks for a loss with labels of one kind or the other
+            targets = next_token_labels(labels, ignore_index)
         loss, stats = self.loss.compute(
-            logits.hidden, logits.head, targets.to(logits.device).reshape(logits.shape[:-1]), num_items=num_items_in_batch,
-            ignore_index=ignore_index, observe=self.seam.observe, **self.seam.options,
-        )  # fmt: skip
+            logits.hidden,
+            logits.head,
+            targets.to(logits.device).reshape(logits.shape[:-1]),
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+            observe=self.seam.observe,
+            **self.seam.options,
+        )
         self.seam.record(stats)
         return loss

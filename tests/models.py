@@ -17,9 +17,14 @@ from transformers import (
 
 V = 97
 _SIZES = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 _LLAMA = {**_SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 _OLD = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {
@@ -40,7 +45,7 @@ CONFIGS = {
         max_position_embeddings=64,
         word_embed_proj_dim=32,
         pad_token_id=0,
-    ),  # fmt: skip
+    ),
     "mixtral aux loss": lambda: MixtralConfig(
         **_LLAMA, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5
     ),
@@ -80,7 +85,7 @@ def gradients(model):
 
 
 def assert_same_gradients(ours, stock, rtol=2e-5, floor=1e-3):
-    """Relative to each parameter's norm, but at least to `floor` of the whole: key biases have zero but for rounding."""
+    """Relative to each parameter's norm, but at least to `floor` of the whole: key biases have zero up to rounding."""
     total = sum(g.double().norm() ** 2 for g in stock.values()) ** 0.5
     assert ours.keys() == stock.keys()
     for name, g in stock.items():

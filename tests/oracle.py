@@ -125,9 +125,17 @@ def gradients(total: Tensor, leaves: list[Tensor], **options: bool) -> list[Tens
 
 
 def make(
-    N: int, V: int, D: int, *, D2: int | None = None, bias: bool = True, dtype: torch.dtype = torch.float64,
-    device: str = "cpu", ignore: Callable[[Tensor], Tensor] | None = None, **options: float | None,
-) -> Case:  # fmt: skip
+    N: int,
+    V: int,
+    D: int,
+    *,
+    D2: int | None = None,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    ignore: Callable[[Tensor], Tensor] | None = None,
+    **options: float | None,
+) -> Case:
     """A random problem with logits of the order of 1 to 3. `D2` adds a payload, `ignore` picks rows without a label."""
 
     def leaf(*shape: int, gain: float = 1.0) -> Tensor:

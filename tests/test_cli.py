@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
+from models import tiny
 from typer.testing import CliRunner
 
 from hf_xent import cli
-from models import tiny
 
 runner = CliRunner()
 
@@ -69,7 +69,7 @@ def test_train_saves_a_model_that_loads(model_folder, text_file, tmp_path):
 def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2)
     losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
-    with pytest.raises(ValueError, match="nothing to resume: checkpoint-3 .* is at step 3 of 3, ask for more steps"):
+    with pytest.raises(ValueError, match=r"nothing to resume: checkpoint-3 .* is at step 3 of 3, ask for more steps"):
         small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
     shutil.rmtree(tmp_path / "checkpoint-3")
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
@@ -88,7 +88,7 @@ def test_compare_runs_both_and_they_agree(model_folder, text_file, tmp_path):
 def test_an_arm_that_fails_is_reported(model_folder, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("the dog")
-    with pytest.raises(RuntimeError, match="run failed: ValueError: dataset .* choose a smaller block_size"):
+    with pytest.raises(RuntimeError, match=r"run failed: ValueError: dataset .* choose a smaller block_size"):
         small_run(model_folder, short, tmp_path, "--compare")
 
 
@@ -110,18 +110,8 @@ def test_losses_lists_the_registry():
 
 def test_bench_writes_its_tables(tmp_path):
     result = invoke(
-        *(
-            "bench",
-            "--inputs",
-            "random:40x300x16",
-            "--contestants",
-            "dense,hf_xent",
-            "--rounds",
-            2,
-            "--output",
-            tmp_path,
-            "--json",
-        )
+        *("bench", "--model", "random", "--tokens", 40, "--vocab", 300, "--width", 16, "--repeats", 2),
+        *("--contestants", "dense,hf_xent", "--output", tmp_path, "--json"),
     )
     rows = {row["contestant"]: row for row in json.loads(result.stdout)}
     assert set(rows) == {"dense", "hf_xent"} and rows["hf_xent"]["status"] == "ok"

@@ -1,4 +1,4 @@
-"""LazyLogits: every consumer gives what the dense tensor gives, value and gradients, and the lean ones make no logits."""
+"""LazyLogits: every consumer gives what the dense tensor gives, value and gradients; the lean ones make no logits."""
 
 import copy
 import io

@@ -60,7 +60,7 @@ registered = pytest.mark.parametrize("name", LOSSES)
 
 
 def problem(dtype=torch.float64, device="cpu", labels=None, plain=False):
-    """Hidden states, a head that does everything, labels [2, 7] ignored at their ends, and a teacher of another width."""
+    """Hidden states, a head that does everything, labels [2, 7] ignored at the ends, and a teacher of another width."""
     shape = (2, 7)
     if labels is None:
         labels = torch.randint(V, shape)
@@ -345,13 +345,19 @@ COMP_SUM_AT = {
     0.9: {0: 0.111111, 0.5: 0.108185, 1: 0.105361, 1.5: 0.102633, 1.7: 0.101569, 2: 0.1},
 }
 POINTS = [
-    *((TaiLr(gamma=g, w_min=w), p, value) for p, g, w, value in (
-        (0.25, 0.1, 0.3, 1.066380), (0.25, 1.0, 0, 0.346574), (0.05, 0.1, 0.3, 1.033011), (0.25, 1e-7, 0.2, 1.386294),
-        (0.25, 0.8, 0.2, 0.407734),
-    )),
+    *(
+        (TaiLr(gamma=g, w_min=w), p, value)
+        for p, g, w, value in (
+            (0.25, 0.1, 0.3, 1.066380),
+            (0.25, 1.0, 0, 0.346574),
+            (0.05, 0.1, 0.3, 1.033011),
+            (0.25, 1e-7, 0.2, 1.386294),
+            (0.25, 0.8, 0.2, 0.407734),
+        )
+    ),
     *((MixCE(eta=eta), 0.25, value) for eta, value in ((0.1, 0.450546), (0.7, 1.074378), (1, 1.386294), (0, 0.346574))),
     *((CompSum(tau=tau), p, value) for p, row in COMP_SUM_AT.items() for tau, value in row.items()),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("loss", "p_y", "value"), POINTS)
@@ -359,12 +365,15 @@ def test_golden_at_a_probability(loss, p_y, value):
     assert at(loss, p_y) == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize(("tau", "value", "gradient"), [
-    (0, 3.086161, [2.718282, -3.086161, 0.367879]),
-    (0.5, 2.042851, [1.344735, -1.526725, 0.181990]),
-    (1.5, 1.010599, [0.329095, -0.373633, 0.044538]),
-    (2, 0.755272, [0.162803, -0.184836, 0.022033]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tau", "value", "gradient"),
+    [
+        (0, 3.086161, [2.718282, -3.086161, 0.367879]),
+        (0.5, 2.042851, [1.344735, -1.526725, 0.181990]),
+        (1.5, 1.010599, [0.329095, -0.373633, 0.044538]),
+        (2, 0.755272, [0.162803, -0.184836, 0.022033]),
+    ],
+)
 def test_comp_sum_golden(tau, value, gradient):
     found, dz = on_logits(CompSum(tau=tau), [2.0, 1, 0], 1)
     assert found == pytest.approx(value, abs=1e-6)
@@ -630,47 +639,56 @@ def test_get():
     assert losses.get(Focal(1.0)) == Focal(1.0)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: losses.get("cross-entropy"), "loss is 'cross-entropy': choose one of cross_entropy, focal"),
-    (lambda: losses.get("focal", alpha=1), "does not take alpha: its options are gamma"),
-    (lambda: losses.get("focal:gamma"), "options are 'gamma': write them as key=value"),
-    (lambda: losses.get("focal:gamma=much"), "cannot take {'gamma': 'much'}"),
-    (lambda: losses.get(Focal(), gamma=1), "loss is an object"),
-    (lambda: Focal(gamma=-1), "gamma is -1: choose a finite number >= 0"),
-    (lambda: Focal(gamma=math.nan), "gamma is nan"),
-    (lambda: CompSum(tau=-0.5), "tau is -0.5: choose a finite number >= 0"),
-    (lambda: TaiLr(gamma=2), r"gamma is 2: choose a number in \[0, 1\]"),
-    (lambda: TaiLr(w_min=-1), "w_min is -1: choose"),
-    (lambda: TaiLr(label_smoothing=1), "label_smoothing is 1: choose"),
-    (lambda: CrossEntropy(z_loss=-1), "z_loss is -1: choose"),
-    (lambda: MixCE(eta=1.5), "eta is 1.5: choose a share"),
-    (lambda: EMO(variant="emo3"), "variant is 'emo3': choose 'emo1', 'emo2' or 'emo'"),
-    (lambda: EMO(cost="head"), "cost is 'head': choose 'frozen', 'current' or a"),
-    (lambda: EMO(cost=torch.zeros(3)), "cost is tensor"),
-    (lambda: EMO(ratio_clamp=0), "ratio_clamp is 0 in emo1: pass a number > 0"),
-    (lambda: EMO(variant="emo2", ratio_clamp=3), "ratio_clamp is 3 in emo2: pass a number > 0, to emo1 only"),
-    (lambda: EISL(weights=(1.0,)), "weights is .*: pass one positive number for each of ngrams"),
-    (lambda: EISL(ce_factor=-1), "ce_factor is -1: choose"),
-    (lambda: EISL(ngram_factor=-1), "ngram_factor is -1: choose"),
-    (lambda: EISL(floor=1), "floor is 1: choose"),
-    (lambda: ForwardKL(temperature=0), "temperature is 0: choose a positive number"),
-    (lambda: JSD(beta=1), "beta is 1: choose a share in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: losses.get("cross-entropy"), "loss is 'cross-entropy': choose one of cross_entropy, focal"),
+        (lambda: losses.get("focal", alpha=1), "does not take alpha: its options are gamma"),
+        (lambda: losses.get("focal:gamma"), "options are 'gamma': write them as key=value"),
+        (lambda: losses.get("focal:gamma=much"), "cannot take {'gamma': 'much'}"),
+        (lambda: losses.get(Focal(), gamma=1), "loss is an object"),
+        (lambda: Focal(gamma=-1), "gamma is -1: choose a finite number >= 0"),
+        (lambda: Focal(gamma=math.nan), "gamma is nan"),
+        (lambda: CompSum(tau=-0.5), "tau is -0.5: choose a finite number >= 0"),
+        (lambda: TaiLr(gamma=2), r"gamma is 2: choose a number in \[0, 1\]"),
+        (lambda: TaiLr(w_min=-1), "w_min is -1: choose"),
+        (lambda: TaiLr(label_smoothing=1), "label_smoothing is 1: choose"),
+        (lambda: CrossEntropy(z_loss=-1), "z_loss is -1: choose"),
+        (lambda: MixCE(eta=1.5), "eta is 1.5: choose a share"),
+        (lambda: EMO(variant="emo3"), "variant is 'emo3': choose 'emo1', 'emo2' or 'emo'"),
+        (lambda: EMO(cost="head"), "cost is 'head': choose 'frozen', 'current' or a"),
+        (lambda: EMO(cost=torch.zeros(3)), "cost is tensor"),
+        (lambda: EMO(ratio_clamp=0), "ratio_clamp is 0 in emo1: pass a number > 0"),
+        (lambda: EMO(variant="emo2", ratio_clamp=3), "ratio_clamp is 3 in emo2: pass a number > 0, to emo1 only"),
+        (lambda: EISL(weights=(1.0,)), "weights is .*: pass one positive number for each of ngrams"),
+        (lambda: EISL(ce_factor=-1), "ce_factor is -1: choose"),
+        (lambda: EISL(ngram_factor=-1), "ngram_factor is -1: choose"),
+        (lambda: EISL(floor=1), "floor is 1: choose"),
+        (lambda: ForwardKL(temperature=0), "temperature is 0: choose a positive number"),
+        (lambda: JSD(beta=1), "beta is 1: choose a share in"),
+    ],
+)
 def test_errors_of_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize(("loss", "call", "message"), [
-    (EMO(), {}, r"cost is 'frozen' but nothing was frozen: use loss.bind\(head.weight\), or cost='current'"),
-    (EMO(cost=torch.ones(V + 1, 2, dtype=torch.float64)), {}, "cost has 38 rows but the head 37 tokens"),
-    (ForwardKL(), {}, r"ForwardKL compares with a teacher: pass teacher=\(hidden, head\)"),
-    *((loss, {"teacher": (torch.zeros(2, 7, 3).double(), Head(torch.ones(V + 1, 3).double()))}, "teacher's head has 38 tokens")
-      for loss in (ForwardKL(), ReverseKL(), JSD())),
-    *((loss, {"teacher": (torch.zeros(2, 3, 3).double(), Head(torch.ones(V, 3).double()))}, r"shape \(2, ") 
-      for loss in (ForwardKL(), ReverseKL(), JSD())),
-    (Focal(), {"reduction": "average"}, "reduction is 'average': choose 'mean', 'sum' or 'none'"),
-])  # fmt: skip
+# teachers that do not fit
+LARGER = (torch.zeros(2, 7, 3).double(), Head(torch.ones(V + 1, 3).double()))
+SHORTER = (torch.zeros(2, 3, 3).double(), Head(torch.ones(V, 3).double()))
+
+
+@pytest.mark.parametrize(
+    ("loss", "call", "message"),
+    [
+        (EMO(), {}, r"cost is 'frozen' but nothing was frozen: use loss.bind\(head.weight\), or cost='current'"),
+        (EMO(cost=torch.ones(V + 1, 2, dtype=torch.float64)), {}, "cost has 38 rows but the head 37 tokens"),
+        (ForwardKL(), {}, r"ForwardKL compares with a teacher: pass teacher=\(hidden, head\)"),
+        *((loss, {"teacher": LARGER}, "teacher's head has 38 tokens") for loss in (ForwardKL(), ReverseKL(), JSD())),
+        *((loss, {"teacher": SHORTER}, r"shape \(2, ") for loss in (ForwardKL(), ReverseKL(), JSD())),
+        (Focal(), {"reduction": "average"}, "reduction is 'average': choose 'mean', 'sum' or 'none'"),
+    ],
+)
 def test_errors_of_calls(loss, call, message):
     p = problem()
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,11 @@
-"""patch(): a model's own forward over lazy logits gives the stock loss and every stock gradient; unpatch leaves no trace."""
+"""patch(): a model's own forward over lazy logits gives stock loss and stock gradients; unpatch leaves no trace."""
 
 import copy
 import io
 
 import pytest
 import torch
+from models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, gradients, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -13,7 +14,6 @@ import hf_xent
 from hf_xent.lazy import LazyLogits, next_token_labels
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import compare, patch, seam_of, unpatch
-from models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, gradients, tiny
 
 
 def run(model, **inputs):
@@ -280,7 +280,7 @@ class Doctored(nn.Linear):
 
 
 def test_refusals_name_the_model_and_the_remedy():
-    with pytest.raises(ValueError, match="LlamaModel.*no output embeddings.*language-modeling head"):
+    with pytest.raises(ValueError, match=r"LlamaModel.*no output embeddings.*language-modeling head"):
         patch(
             LlamaModel(
                 LlamaConfig(
@@ -288,7 +288,7 @@ def test_refusals_name_the_model_and_the_remedy():
                 )
             )
         )
-    with pytest.raises(ValueError, match="Linear.*no output embeddings"):
+    with pytest.raises(ValueError, match=r"Linear.*no output embeddings"):
         patch(nn.Linear(3, 4))
     model = tiny()
     model.lm_head = Doctored(32, V, bias=False)

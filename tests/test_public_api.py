@@ -10,8 +10,8 @@ import hf_xent
 from hf_xent import losses, ops, trainers
 
 PUBLIC = {
-    hf_xent: """Comparison Head LazyLogits Seam Stats XentConfig XentTrainer compare linear_cross_entropy losses map_logits
-        patch seam_of unpatch vocab_loss vocab_stats""",
+    hf_xent: """Comparison Head LazyLogits Seam Stats XentConfig XentTrainer compare linear_cross_entropy losses
+        map_logits patch seam_of unpatch vocab_loss vocab_stats""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload State Stats map_logits merge vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get
         linear_cross_entropy table""",
@@ -44,7 +44,8 @@ def test_unknown_names_are_attribute_errors():
 
 def test_import_is_light():
     """Trainers, datasets and TRL are loaded when they are used."""
-    code = "import sys, hf_xent; print([m for m in ('transformers', 'trl', 'datasets', 'peft', 'triton') if m in sys.modules])"
+    heavy = ("transformers", "trl", "datasets", "peft", "triton")
+    code = f"import sys, hf_xent; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -1,4 +1,4 @@
-"""The README is true: every Python block runs, every hf-xent command runs, its generated parts are what is generated."""
+"""The README is true: every Python block runs, every hf-xent command runs, its generated parts are as generated."""
 
 import re
 import shlex

@@ -3,12 +3,12 @@
 import datasets
 import pytest
 import torch
+from models import V, gradients, tiny
 from transformers import Trainer, TrainingArguments
 
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import seam_of
 from hf_xent.trainers import XentConfig, XentTrainer
-from models import V, gradients, tiny
 
 STEPS = 4
 
@@ -33,9 +33,16 @@ def collate(examples):
 
 def arguments(folder, kind=XentConfig, **options):
     common = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True,
-        "report_to": [], "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     return kind(**{**common, **options})
 
 
@@ -66,10 +73,8 @@ def test_accumulation_does_not_change_gradients(tmp_path, rows, loss):
     """1 x 8, 2 x 4 and 8 x 1 sequences of unequal lengths are the same step."""
     found = []
     for size, accumulation in ((8, 1), (4, 2), (1, 8)):
-        trainer = fit(
-            tmp_path, rows, loss=loss, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            learning_rate=0.0, max_grad_norm=0.0,
-        )  # fmt: skip
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = fit(tmp_path, rows, loss=loss, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
         entry = trainer.state.log_history[0]
         found.append((entry["loss"], entry["grad_norm"], entry["perplexity"]))
     for other in found[1:]:
@@ -107,7 +112,7 @@ def test_training_and_evaluation_sums_do_not_mix(tmp_path, rows):
     trainer = fit(tmp_path, rows, max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=1)
     [train] = [entry for entry in trainer.state.log_history if "loss" in entry]
     alone = fit(tmp_path, rows, max_steps=2, logging_steps=2)
-    assert train["perplexity"] == [entry for entry in alone.state.log_history if "loss" in entry][0]["perplexity"]
+    assert train["perplexity"] == next(entry for entry in alone.state.log_history if "loss" in entry)["perplexity"]
 
 
 def test_compute_metrics_still_sees_logits(tmp_path, rows):
@@ -121,9 +126,12 @@ def test_compute_metrics_still_sees_logits(tmp_path, rows):
     assert trainer.evaluate()["eval_vocabulary"] == V and seen["shape"][0] == len(rows)
     assert seam_of(trainer.model).materialized > 0
     top = fit(
-        tmp_path, rows, max_steps=1, compute_metrics=lambda p: {"columns": p.predictions.ndim},
+        tmp_path,
+        rows,
+        max_steps=1,
+        compute_metrics=lambda p: {"columns": p.predictions.ndim},
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-    )  # fmt: skip
+    )
     assert top.evaluate()["eval_columns"] == 2
     assert seam_of(top.model).materialized == 0, "an arg max is streamed"
 

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 BLOCK = 512  # tokens a document block: long enough for realistic contexts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "random"
-AFFORDABLE = (
-    5e11  # floating-point operations of a float64 truth on a CPU: seconds on an idle one, a minute on a busy one
-)
+# Floating-point operations of a float64 truth on a CPU: seconds on an idle one, a minute on a busy one.
+AFFORDABLE = 5e11
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def prepare(config: BenchConfig, folder: Path) -> Facts:
     hidden, weight, labels = tensors["hidden"].to(dtype), tensors["weight"].to(dtype), tensors["labels"]
     save_file({"hidden": hidden, "weight": weight, "labels": labels}, folder / "inputs.safetensors")
     save_file(truth(hidden, weight, labels, config.device), folder / "truth.safetensors")
-    return Facts(*hidden.shape[:1], *weight.shape, dtype, source)
+    return Facts(len(hidden), len(weight), weight.shape[1], dtype, source)
 
 
 def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[str, Tensor]:
@@ -94,9 +93,8 @@ def _activations(config: BenchConfig) -> dict[str, Tensor]:
     """float32 tensors of the first `tokens` positions; cached for the embedded model, which cannot change."""
     if config.model != DEFAULT or config.data not in DATASETS:
         return collect(config)
-    name = (
-        f"{config.model}-{config.data}-python{platform.python_version()}"  # pydoc's wording goes with Python's version
-    )
+    # pydoc's wording goes with Python's version
+    name = f"{config.model}-{config.data}-python{platform.python_version()}"
     path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
     kept = load_file(path) if path.is_file() else None
     if kept is None or len(kept["labels"]) < config.tokens:

@@ -130,9 +130,17 @@ def _title(row: Row) -> str:
 
 
 COLUMNS = (
-    "contestant", "time (ms)", "tokens/s", "time / dense", "peak (MiB)", "peak / logits",
-    "loss error", "hidden grad error", "weight grad error", "note",
-)  # fmt: skip
+    "contestant",
+    "time (ms)",
+    "tokens/s",
+    "time / dense",
+    "peak (MiB)",
+    "peak / logits",
+    "loss error",
+    "hidden grad error",
+    "weight grad error",
+    "note",
+)
 
 
 def _table(rows: list[Row]) -> str:
@@ -143,10 +151,17 @@ def _table(rows: list[Row]) -> str:
 def _cells(row: Row) -> list[str]:
     time = row.status if row.time_ms is None else f"{_time(row.time_ms)} ({_time(row.iqr_ms or 0.0)})"
     return [
-        row.contestant, time, _number(row.tokens_per_s, ".0f"), _number(row.time_ratio, ".2f"),
-        _number(row.peak_mib, ".0f"), _number(row.peak_ratio, ".2f"), _number(row.loss_error, ".1e"),
-        _number(row.hidden_error, ".1e"), _number(row.weight_error, ".1e"), row.note.replace("|", "/"),
-    ]  # fmt: skip
+        row.contestant,
+        time,
+        _number(row.tokens_per_s, ".0f"),
+        _number(row.time_ratio, ".2f"),
+        _number(row.peak_mib, ".0f"),
+        _number(row.peak_ratio, ".2f"),
+        _number(row.loss_error, ".1e"),
+        _number(row.hidden_error, ".1e"),
+        _number(row.weight_error, ".1e"),
+        row.note.replace("|", "/"),
+    ]
 
 
 def _time(value: float) -> str:
@@ -199,10 +214,8 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        if (
-            Path(git("rev-parse", "--show-toplevel")) != package.parent
-        ):  # a virtual environment inside another repository
-            return ""
+        if Path(git("rev-parse", "--show-toplevel")) != package.parent:
+            return ""  # a virtual environment inside another repository
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "hf_xent") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

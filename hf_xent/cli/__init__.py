@@ -72,9 +72,7 @@ def train(
     memory_budget: Annotated[
         int | None, Option(help="Bytes of logits alive at a time [default: an eighth of the head].")
     ] = None,
-    output: Annotated[Path, Option(help="Folder for the model, checkpoints, results.json and the plot.")] = Path(
-        "out/train"
-    ),
+    output: Annotated[Path, Option(help="Folder for model, checkpoints, results.json and plot.")] = Path("out/train"),
     save_steps: Annotated[int, Option(help="Write a checkpoint every so many steps; 0 for none.", min=0)] = 0,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
     save: Annotated[bool, Option(help="Save the fine-tuned model (never with --compare).")] = True,
@@ -84,35 +82,31 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
-    from .arms import PATCHED, Run, fit, side_by_side, write
-    from .plot import draw
+    from .arms import Run
 
     run = Run(
-        model=model, dataset=dataset, split=split, column=column, loss=loss, steps=steps,
-        batch_size=batch_size, accumulation=accumulation, block_size=block_size, learning_rate=learning_rate,
-        eval_blocks=eval_blocks, seed=seed, dtype=dtype, memory_budget=memory_budget, output=str(output),
-        save_steps=0 if compare else save_steps, resume=resume and not compare, save=save and not compare,
-    )  # fmt: skip
+        model=model,
+        dataset=dataset,
+        split=split,
+        column=column,
+        loss=loss,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        block_size=block_size,
+        learning_rate=learning_rate,
+        eval_blocks=eval_blocks,
+        seed=seed,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        output=str(output),
+        save_steps=0 if compare else save_steps,
+        resume=resume and not compare,
+        save=save and not compare,
+    )
     _check_run(run)
     _prepare(model)
-    with _progress() as progress:
-        if compare:
-            bars = {arm: progress.add_task(arm, total=steps) for arm in ("stock", PATCHED)}
-            outcomes = side_by_side(run, lambda arm, step: progress.update(bars[arm], completed=step))
-        else:
-            bar = progress.add_task(loss, total=steps)
-            outcomes = [fit(run, PATCHED, lambda step: progress.update(bar, completed=step))]
-        for task in progress.task_ids:
-            progress.update(task, completed=steps)
-    results = write(output, run, outcomes)
-    picture = draw(outcomes, output / "curves.png", f"{model} on {dataset}, {loss}")
-    summary = _summary(run, outcomes)
-    if as_json:
-        print(json.dumps({**summary, "results": str(results), "plot": str(picture)}))
-        return
-    out.print(_train_table(run, outcomes, summary))
-    kept = f"model in {output}, " if run.save else ""
-    out.print(f"{kept}curves in {picture}, every number in {results}", highlight=False, soft_wrap=True)
+    _report_run(run, _outcomes(run, compare), as_json)
 
 
 def _check_run(run: Run) -> None:
@@ -126,6 +120,39 @@ def _check_run(run: Run) -> None:
         )
     if run.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {run.dtype!r}: choose float32, bfloat16 or float16")
+
+
+def _outcomes(run: Run, compare: bool) -> list[Outcome]:
+    """The run under a progress bar, or two of them."""
+    from .arms import PATCHED, STOCK, fit, side_by_side
+
+    with _progress() as progress:
+        if compare:
+            bars = {arm: progress.add_task(arm, total=run.steps) for arm in (STOCK, PATCHED)}
+            outcomes = side_by_side(run, lambda arm, step: progress.update(bars[arm], completed=step))
+        else:
+            bar = progress.add_task(run.loss, total=run.steps)
+            outcomes = [fit(run, PATCHED, lambda step: progress.update(bar, completed=step))]
+        for task in progress.task_ids:
+            progress.update(task, completed=run.steps)
+    return outcomes
+
+
+def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
+    """Files in the output folder, and what is printed about them."""
+    from .arms import write
+    from .plot import draw
+
+    output = Path(run.output)
+    results = write(output, run, outcomes)
+    picture = draw(outcomes, output / "curves.png", f"{run.model} on {run.dataset}, {run.loss}")
+    summary = _summary(run, outcomes)
+    if as_json:
+        print(json.dumps({**summary, "results": str(results), "plot": str(picture)}))
+        return
+    out.print(_train_table(run, outcomes, summary))
+    kept = f"model in {output}, " if run.save else ""
+    out.print(f"{kept}curves in {picture}, every number in {results}", highlight=False, soft_wrap=True)
 
 
 def _prepare(model: str) -> None:
@@ -154,9 +181,14 @@ def _summary(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
         steady = o.seconds[1:] or o.seconds  # the first step also allocates gradients and optimizer state
         median = statistics.median(steady)
         rows[o.arm] = {
-            "first_loss": o.losses[0], "last_loss": o.losses[-1], "eval_before": o.eval_before, "eval_after": o.eval_after,
-            "seconds_per_step": median, "tokens_per_second": o.tokens_per_step / median, "peak_memory_mib": o.peak / 2**20,
-        }  # fmt: skip
+            "first_loss": o.losses[0],
+            "last_loss": o.losses[-1],
+            "eval_before": o.eval_before,
+            "eval_after": o.eval_after,
+            "seconds_per_step": median,
+            "tokens_per_second": o.tokens_per_step / median,
+            "peak_memory_mib": o.peak / 2**20,
+        }
     summary: dict[str, Any] = {
         "model": run.model,
         "dataset": run.dataset,
@@ -183,13 +215,18 @@ def _train_table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> 
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for arm, r in summary["runs"].items():
         table.add_row(
-            arm, f"{r['first_loss']:.3f} > {r['last_loss']:.3f}", f"{r['eval_before']:.3f} > {r['eval_after']:.3f}",
-            f"{r['seconds_per_step']:.2f}", f"{r['tokens_per_second']:.0f}", f"{r['peak_memory_mib']:.0f}",
-        )  # fmt: skip
+            arm,
+            f"{r['first_loss']:.3f} > {r['last_loss']:.3f}",
+            f"{r['eval_before']:.3f} > {r['eval_after']:.3f}",
+            f"{r['seconds_per_step']:.2f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['peak_memory_mib']:.0f}",
+        )
     if len(outcomes) == 2:
         table.caption = (
             f"largest relative difference of the losses {summary['largest_loss_difference']:.1e}; step time"
-            f" {summary['step_time_ratio']:.2f}x (median over pairs of steps); {summary['memory_saved_mib']:.0f} MiB saved"
+            f" {summary['step_time_ratio']:.2f}x (median over pairs of steps);"
+            f" {summary['memory_saved_mib']:.0f} MiB saved"
         )
     return table
 
@@ -216,16 +253,10 @@ def check(
         for name, value in found.as_dict().items():
             table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
         out.print(table)
-        lean = (
-            "without materializing logits"
-            if not found.materialized
-            else f"logits were materialized {found.materialized} times"
-        )
-        out.print(
-            f"[green]equal[/], {lean}"
-            if found.equal
-            else "[bold red]different[/]: do not patch this model, and report it"
-        )
+        times = found.materialized
+        lean = f"logits were materialized {times} times" if times else "without materializing logits"
+        different = "[bold red]different[/]: do not patch this model, and report it"
+        out.print(f"[green]equal[/], {lean}" if found.equal else different)
     if not found.equal:
         raise typer.Exit(1)
 
@@ -282,16 +313,24 @@ def bench(
     output: Annotated[Path, Option(help="Folder for the CSV and Markdown files.")] = Path("benchmarks/results"),
     as_json: Json = False,
 ) -> None:
-    """Time loss and gradients against dense torch and other libraries; only who passes the correctness gate gets a time."""
+    """Time loss and gradients against dense torch and others; only who passes the correctness gate gets a time."""
     from dataclasses import asdict
 
     from ..bench import BenchConfig, progress, run, to_csv, to_markdown
 
-    chosen = {} if threads is None else {"threads": threads}
+    chosen: dict[str, Any] = {} if threads is None else {"threads": threads}
     names = tuple(name.strip() for name in contestants.split(",") if name.strip())
     config = BenchConfig(
-        model=model, data=data, tokens=tokens, vocab=vocab, width=width, dtype=dtype, contestants=names, repeats=repeats, **chosen
-    )  # fmt: skip
+        model=model,
+        data=data,
+        tokens=tokens,
+        vocab=vocab,
+        width=width,
+        dtype=dtype,
+        contestants=names,
+        repeats=repeats,
+        **chosen,
+    )
     with progress() as report:
         rows = run(config, report)
     files = [*to_csv(rows, output), *to_markdown(rows, output)]

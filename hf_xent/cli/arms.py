@@ -177,7 +177,8 @@ def _checkpoint(run: Run) -> str | None:
     step = int(found.rsplit("-", 1)[1])
     if step >= run.steps:
         raise ValueError(
-            f"nothing to resume: {Path(found).name} in {run.output} is at step {step} of {run.steps}, ask for more steps"
+            f"nothing to resume: {Path(found).name} in {run.output} is at step {step} of {run.steps}, ask for more"
+            " steps"
         )
     return found
 
@@ -188,7 +189,8 @@ def _data(run: Run, tokenizer: Any) -> tuple[Any, Any]:
     blocks = pack(load_text(run.dataset, run.split, run.column), tokenizer, run.block_size, run.column)
     if len(blocks) < 2:
         raise ValueError(
-            f"dataset {run.dataset!r} makes {len(blocks)} block of {run.block_size} tokens: 2 are needed, choose a smaller block_size"
+            f"dataset {run.dataset!r} makes {len(blocks)} block of {run.block_size} tokens: 2 are needed, choose a"
+            " smaller block_size"
         )
     held_out = min(run.eval_blocks, len(blocks) // 2)
     split = blocks.train_test_split(test_size=held_out, seed=run.seed)

@@ -54,7 +54,8 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token to join rows with: set tokenizer.eos_token")
     _checked(dataset, column, "dataset")
-    eos, rest = tokenizer.eos_token_id, []
+    eos = tokenizer.eos_token_id
+    rest: list[int] = []
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         rows = tokenizer([text or "" for text in batch[column]], verbose=False)["input_ids"]

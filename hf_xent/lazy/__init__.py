@@ -7,7 +7,7 @@ What a causal LM does to its logits on the way to the loss is recorded:
 
 (scale, softcap, dtype casts), row slices and reshapes act on hidden, a vocabulary slice on the weight. Consumers that
 need a few floats a token (`F.cross_entropy`, `nll_loss` and `gather` of `log_softmax`, `logsumexp`, `argmax`) are
-answered by `hf_xent.ops`. Any other operation makes the dense tensor, once, with autograd: always correct, only not lean.
+answered by `hf_xent.ops`. Any other operation makes the dense tensor, once, with autograd: always right, only not lean.
 
 The wrapper has a grad_fn of its own, so consumers below Python (custom autograd functions, hooks of wrappers) see a
 value through `__torch_dispatch__` and their gradients still reach hidden and the weight.

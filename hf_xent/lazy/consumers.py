@@ -18,7 +18,7 @@ from .shapes import derive, detach
 from .tensor import ANSWERS, LazyLogits
 
 
-def _cross_entropy(
+def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     x: LazyLogits,
     target: Tensor,
     weight: Tensor | None = None,
@@ -36,9 +36,15 @@ def _cross_entropy(
         return NotImplemented
     token_weight = None if weight is None else weight[torch.where(target == ignore_index, 0, target)]
     loss, stats = CrossEntropy(label_smoothing=label_smoothing).compute(
-        x.hidden, x.head, target, reduction=reduction, token_weight=token_weight, ignore_index=ignore_index,
-        observe=x.seam.observe, **x.seam.options,
-    )  # fmt: skip
+        x.hidden,
+        x.head,
+        target,
+        reduction=reduction,
+        token_weight=token_weight,
+        ignore_index=ignore_index,
+        observe=x.seam.observe,
+        **x.seam.options,
+    )
     x.seam.record(stats)
     return loss.to(x.dtype)
 

@@ -35,9 +35,8 @@ def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """`.to(dtype)`, `.to(device)` of the same device, `.to(other)`."""
-    device, dtype, _, memory_format = torch._C._nn._parse_to(
-        *(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()}
-    )
+    parse: Any = torch._C._nn._parse_to  # its stub leaves out that each answer may be None
+    device, dtype, _, memory_format = parse(*(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()})
     if memory_format is not None or (device is not None and device != x.device):
         return NotImplemented
     return x if dtype is None else _cast(x, dtype)
@@ -48,14 +47,12 @@ def _meta(x: Any) -> Any:
 
 
 def _same(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    return (
-        NotImplemented
-        if kwargs.get("memory_format") not in (None, torch.preserve_format, torch.contiguous_format)
-        else x
-    )
+    plain = kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
+    return x if plain else NotImplemented
 
 
 def detach(x: LazyLogits) -> LazyLogits:
+    """The same value without its graph, still lazy."""
     bias = None if x.bias is None else x.bias.detach()
     return derive(x, hidden=x.hidden.detach(), weight=x.weight.detach(), bias=bias)
 
@@ -157,23 +154,22 @@ def _vocabulary(x: LazyLogits, part: slice) -> Any:
 
 
 _T = torch.Tensor
-ANSWERS.update(
-    {
-        **dict.fromkeys((_T.contiguous, _T.clone, torch.clone), _same),
-        **dict.fromkeys((_T.detach, torch.detach), detach),
-        **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
-        **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
-        **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
-        **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape),
-        **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
-        **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),
-        **dict.fromkeys((_T.squeeze, torch.squeeze), _squeeze),
-        _T.float: lambda x: _cast(x, torch.float32),
-        _T.double: lambda x: _cast(x, torch.float64),
-        _T.half: lambda x: _cast(x, torch.float16),
-        _T.bfloat16: lambda x: _cast(x, torch.bfloat16),
-        _T.to: _to,
-        _T.view_as: _view_as,
-        _T.__getitem__: _getitem,
-    }
-)
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((_T.contiguous, _T.clone, torch.clone), _same),
+    **dict.fromkeys((_T.detach, torch.detach), detach),
+    **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
+    **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
+    **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape),
+    **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
+    **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),
+    **dict.fromkeys((_T.squeeze, torch.squeeze), _squeeze),
+    _T.float: lambda x: _cast(x, torch.float32),
+    _T.double: lambda x: _cast(x, torch.float64),
+    _T.half: lambda x: _cast(x, torch.float16),
+    _T.bfloat16: lambda x: _cast(x, torch.bfloat16),
+    _T.to: _to,
+    _T.view_as: _view_as,
+    _T.__getitem__: _getitem,
+}
+ANSWERS.update(_RULES)

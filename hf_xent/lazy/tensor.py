@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map
 from ..ops import Head, Stats, vocab_stats
 from .seam import Seam, next_token_labels
 
-ANSWERS: dict[
-    Any, Callable[..., Any]
-] = {}  # torch function -> what a lazy tensor does instead; see shapes and consumers
-METADATA: set[Any] = set()  # functions that look at the wrapper alone
+ANSWERS: dict[Any, Callable[..., Any]] = {}
+"""Torch function -> what a lazy tensor does instead; see `shapes` and `consumers`."""
+METADATA: set[Any] = set()
+"""Functions that look at the wrapper alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,13 @@ class Recipe:
     log_probs: bool = False  # log_softmax on top
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head with these operands whose activated logits the value is (before any log_softmax)."""
         if self.outer is None:
             return Head(weight, bias, scale=self.inner)
         return Head(weight, bias, scale=self.inner * self.outer, softcap=self.outer)
 
     def times(self, factor: float) -> Recipe:
+        """The recipe of `factor` times the value."""
         if self.outer is None:
             return replace(self, inner=self.inner * factor)
         return replace(self, outer=self.outer * factor)
@@ -100,10 +102,10 @@ class LazyLogits(torch.Tensor):
         """
         if shift:
             labels = next_token_labels(labels)
-        asked = {} if outputs is None else {"outputs": outputs}
+        asked: dict[str, Any] = {} if outputs is None else {"outputs": outputs}
         return vocab_stats(self.hidden, self.head, labels, **asked, **self.seam.options)
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
@@ -120,7 +122,9 @@ class LazyLogits(torch.Tensor):
         return func(*_densify(args), **_densify(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function that stands in for none
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # below autograd: whoever comes here differentiates with respect to the wrapper, and _Lazy.backward takes over
         def value(x: Any) -> Any:
             return x.dense().detach() if isinstance(x, LazyLogits) else x
@@ -177,6 +181,7 @@ def make(
     seam: Seam,
     parent: Any = None,
 ) -> LazyLogits:
+    """A lazy tensor of these operands, with its place in the graph; `parent` as the attribute."""
     lazy = _Lazy.apply(hidden, weight, bias, recipe, dtype, seam)
     lazy.hidden, lazy.weight, lazy.bias, lazy.parent = hidden, weight, bias, parent
     return lazy
@@ -187,16 +192,15 @@ def _densify(tree: Any) -> Any:
 
 
 _PROPERTIES = (
-    "shape dtype device requires_grad grad_fn is_leaf layout ndim is_cuda is_cpu is_sparse is_quantized is_meta is_nested"
-    " _version _backward_hooks"
+    "shape dtype device requires_grad grad_fn is_leaf layout ndim is_cuda is_cpu is_sparse is_quantized is_meta"
+    " is_nested _version _backward_hooks"
 )
 _METHODS = (
-    "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device register_hook retain_grad stride"
-    " is_contiguous element_size storage_offset"
+    "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device register_hook retain_grad"
+    " stride is_contiguous element_size storage_offset"
 )
+_HOOKS: Any = torch.Tensor._backward_hooks  # a descriptor of the class; torch's stub has what it holds on a tensor
 METADATA |= torch.overrides.get_default_nowrap_functions()
-METADATA |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()} | {
-    torch.Tensor._backward_hooks.__set__
-}
+METADATA |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()} | {_HOOKS.__set__}
 METADATA |= {getattr(torch.Tensor, name) for name in _METHODS.split()}
 METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex}

@@ -48,7 +48,7 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
     if name not in LOSSES:
         raise ValueError(f"loss is {name!r}: choose one of {', '.join(LOSSES)}, or pass a hf_xent.losses.Loss")
     options = _parse(text) | {k: _literal(v) if isinstance(v, str) else v for k, v in options.items()}
-    known = tuple(LOSSES[name].__dataclass_fields__)  # type: ignore[attr-defined]
+    known = tuple(field.name for field in catalog.options(LOSSES[name]))
     if unknown := [option for option in options if option not in known]:
         raise ValueError(
             f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
@@ -77,7 +77,7 @@ def _literal(text: str) -> Any:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row a registered loss for help texts and the README: its name, class, summary, formula, source, statistics, options."""
+    """One row a registered loss, for help texts and the README; its keys are those of `catalog.row`."""
     return [catalog.row(name, loss) for name, loss in LOSSES.items()]
 
 

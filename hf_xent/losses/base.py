@@ -30,8 +30,9 @@ class Loss:
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The paper's formula on dense logits [N, V] and labels [N], per token [N]; independent of `of`, for tests.
 
-        `second` is what a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense logits
-        [N, V]. Callers pass all they have and a loss takes what it needs. N tokens are one sequence where that matters.
+        `second` is what a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense
+        logits [N, V]. Callers pass all they have and a loss takes what it needs. N tokens are one sequence where that
+        matters.
         """
         raise NotImplementedError
 
@@ -40,7 +41,7 @@ class Loss:
         return None
 
     def bind(self, weight: Tensor) -> Loss:
-        """The loss with everything it takes from the pretrained head's weight [V, D] in its fields; `self` by default."""
+        """The loss with all it takes from the pretrained head's weight [V, D] in its fields; `self` by default."""
         return self
 
     def __call__(self, hidden: Tensor, head: Head, labels: Tensor, **options: Any) -> Tensor:
@@ -125,6 +126,6 @@ class Loss:
 
     def describe(self) -> dict[str, Any]:
         """The loss as JSON: its registry key under 'loss' and its fields; tensors appear as their shape."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
         shown = {k: f"tensor{list(v.shape)}" if isinstance(v, Tensor) else v for k, v in values.items()}
         return {"loss": type(self).__module__.rsplit(".", 1)[-1], **shown}

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import Field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +15,7 @@ from .base import Loss
 
 
 def row(name: str, loss: type[Loss]) -> dict[str, Any]:
-    """`name`, `class`, `summary`, `formula`, `source`, `statistics`, `options` (defaults) and their `help`; JSON throughout."""
+    """As JSON: `name`, `class`, `summary`, `formula`, `source`, `statistics`, `options` (defaults) and their `help`."""
     doc = inspect.getdoc(sys.modules[loss.__module__]) or ""
     formula = next(line for line in doc.splitlines() if line.startswith("    "))  # parts are spaces apart
     return {
@@ -25,9 +25,14 @@ def row(name: str, loss: type[Loss]) -> dict[str, Any]:
         "formula": "; ".join(part.strip() for part in formula.split("   ") if part.strip()),
         "source": section(doc, "Source"),
         "statistics": section(doc, "Statistics"),
-        "options": {f.name: f.default for f in fields(loss)},  # type: ignore[arg-type]
-        "help": {f.name: _help(loss)[f.name] for f in fields(loss)},  # type: ignore[arg-type]
+        "options": {f.name: f.default for f in options(loss)},
+        "help": {f.name: _help(loss)[f.name] for f in options(loss)},
     }
+
+
+def options(loss: type[Loss]) -> tuple[Field[Any], ...]:
+    """The fields of a loss, its hyper-parameters."""
+    return fields(loss)  # type: ignore[arg-type]  # the base is no dataclass, every registered loss is one
 
 
 def section(doc: str, title: str) -> str:
@@ -42,8 +47,9 @@ def _help(loss: type) -> dict[str, str]:
     """Field -> the string under it, its own and inherited."""
     texts: dict[str, str] = {}
     for cls in reversed(loss.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        for field, text in pairwise(body):
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                texts[field.target.id] = " ".join(text.value.value.split())  # type: ignore[union-attr]
+                texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return texts

@@ -55,7 +55,10 @@ class CompSum(Loss):
         return (inside + beyond) / (1 - self.tau)
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """Phi^tau(u) = ((1 + u)^(1 - tau) - 1) / (1 - tau) of u = sum_{y' != y} exp(z_y' - z_y); log(1 + u) for tau = 1."""
+        """Phi^tau of u = sum_{y' != y} exp(z_y' - z_y).
+
+        Phi^tau(u) = ((1 + u)^(1 - tau) - 1) / (1 - tau), and log(1 + u) for tau = 1.
+        """
         z_y = logits.gather(-1, labels[:, None])
         u = (logits - z_y).exp().sum(-1) - 1
         return u.log1p() if self.tau == 1 else ((1 + u) ** (1 - self.tau) - 1) / (1 - self.tau)

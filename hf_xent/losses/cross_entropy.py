@@ -35,7 +35,7 @@ class CrossEntropy(Loss):
             raise ValueError(f"z_loss is {self.z_loss}: choose a finite weight >= 0 (PaLM: 1e-4)")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
         """Statistics it differentiates: `mean` only with label smoothing."""
         return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
 

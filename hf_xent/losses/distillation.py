@@ -21,7 +21,7 @@ class Distillation(Loss):
     """
 
     temperature: float = field(default=1.0, kw_only=True)
-    """T > 0: both softmaxes are taken of z / T, and the loss is multiplied by T^2 (Hinton et al. 2015, arXiv:1503.02531)."""
+    """T > 0: both softmaxes are of z / T, and the loss is multiplied by T^2 (Hinton et al. 2015, arXiv:1503.02531)."""
 
     needs_teacher = True
 
@@ -34,9 +34,16 @@ class Distillation(Loss):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, observe: tuple[str, ...],
-        unreduced: bool, options: dict[str, Any],
-    ) -> tuple[Tensor, Stats]:  # fmt: skip
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        weight: Tensor,
+        teacher: Payload | None,
+        observe: tuple[str, ...],
+        unreduced: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus `rest`; statistics are the student's at temperature 1."""
         own, teacher = self.tempered(head), self.frozen(teacher, head)
         weight = weight * self.temperature**2

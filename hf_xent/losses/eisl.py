@@ -2,10 +2,10 @@
 
     loss = sum_n w_n mean_j -sum_i G_ij S_ij          S_ij = 1/n sum_{k<n} log p_{i+k}(y_{j+k})
 
-i and j run over output and target positions, G is the softmax of S over i (Gumbel-softmax with `gumbel`), differentiated
-too. n = T is cross-entropy, above the floor. Sequences are runs of labels: no n-gram touches padding or masked text. The
-loss of a run is spread over its tokens, token t = j + k taking its share of log p_{i+k}(y_t) times T / (T - n + 1): a token
-mean then weighs runs by length, as cross-entropy does (the authors average over sequences).
+i and j run over output and target positions, G is the softmax of S over i (Gumbel-softmax with `gumbel`),
+differentiated too. n = T is cross-entropy, above the floor. Sequences are runs of labels: no n-gram touches padding or
+masked text. The loss of a run is spread over its tokens, token t = j + k taking its share of log p_{i+k}(y_t) times
+T / (T - n + 1): a token mean then weighs runs by length, as cross-entropy does (the authors average over sequences).
 
 Source: Liu et al. 2022, Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation, arXiv:2106.15078,
 with the floor of the authors' code, github.com/guangyliu/EISL; masking and spreading are this project's.
@@ -55,7 +55,7 @@ class EISL(SequenceLoss):
         for n, weight in self.sizes(count).items():
             size = count - n + 1
             windows = [logp[k : k + size, k : k + size] for k in range(n)]
-            scores = sum(windows) / n
+            scores = sum(windows[1:], windows[0]) / n
             match = F.gumbel_softmax(scores, dim=0) if self.gumbel else scores.softmax(0)
             credit = sum(F.pad((match * window).sum(0), (k, n - 1 - k)) for k, window in enumerate(windows))
             loss = loss - self.ngram_factor * weight * count / (size * n) * credit

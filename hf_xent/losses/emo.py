@@ -2,9 +2,9 @@
 
     loss = 1/2 (nll + sg[nll / d] d)          d = 1 - sum_i p_i cos(E_i, E_y)
 
-That is emo1, whose value is the nll; emo2 is sg[d / nll] nll + d (value 2 d); emo is d alone, exact as all mass moves to one
-label. E carries no gradient; its zero rows have cosine 0. In the ratios d is at least 1/256 of the mass off the label and
-nll at least 1e-6: below that rounding would decide.
+That is emo1, whose value is the nll; emo2 is sg[d / nll] nll + d (value 2 d); emo is d alone, exact as all mass moves
+to one label. E carries no gradient; its zero rows have cosine 0. In the ratios d is at least 1/256 of the mass off the
+label and nll at least 1e-6: below that rounding would decide.
 
 Source: Ren, Wu, Zhu 2024, arXiv:2310.04691; the variants as in the authors' code, github.com/DRSY/EMO.
 Statistics: payload; lse and target too, except for variant 'emo' without gt_detach.
@@ -30,7 +30,7 @@ class EMO(Loss):
     variant: str = "emo1"
     """'emo1' leans on cross-entropy, 'emo2' on the distance, 'emo' is the distance alone."""
     cost: str | Tensor = "frozen"
-    """The embeddings E: 'frozen' (the head's when bound), 'current' (the head's at every step) or a tensor [V, any width]."""
+    """E: 'frozen' (the head's embeddings when bound), 'current' (those at every step) or a tensor [V, any width]."""
     gt_detach: bool = False
     """Add sg[p_y] to d, which changes its value but not its gradient: in emo2 confident tokens keep a gradient then."""
     ratio_clamp: float | None = None
@@ -48,7 +48,7 @@ class EMO(Loss):
             raise ValueError(f"cost is {self.cost!r}: choose 'frozen', 'current' or a [V, H] tensor of embeddings")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
         """Statistics it differentiates."""
         return ("payload",) if self.variant == "emo" and not self.gt_detach else ("lse", "target", "payload")
 

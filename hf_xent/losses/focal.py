@@ -34,7 +34,7 @@ class Focal(Loss):
             raise ValueError(f"gamma is {self.gamma}: choose a finite number >= 0")
 
     def of(self, stats: Stats) -> Tensor:
-        """Per-token loss [N]. At p_y = 1 the factor stops at the smallest float: its slope is infinite for gamma < 1."""
+        """Per-token loss [N]. At p_y = 1 the factor stops at the smallest float: its slope is infinite if gamma < 1."""
         missed = -torch.expm1(stats.logp)
         return missed.clamp(min=torch.finfo(missed.dtype).tiny) ** self.gamma * stats.nll
 

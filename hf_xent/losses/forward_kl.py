@@ -2,8 +2,8 @@
 
     loss = T^2 KL(teacher || student) = T^2 (lse_s - H_t - sum_j t_j z_j)
 
-t and H_t are the teacher's softmax and entropy, z and lse_s the student's logits, all at temperature T. The last term is
-the payload of the teacher's softmax: the student's logits are never kept.
+t and H_t are the teacher's softmax and entropy, z and lse_s the student's logits, all at temperature T. The last term
+is the payload of the teacher's softmax: the student's logits are never kept.
 
 Source: Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
 Statistics: lse of the student; entropy and payload of the teacher.

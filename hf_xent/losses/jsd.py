@@ -3,8 +3,8 @@
     loss = T^2 (beta KL(p || m) + (1 - beta) KL(q || m))          m = beta p + (1 - beta) q
 
 p is the teacher, q the student, both at temperature T. loss / beta -> KL(teacher || student) as beta -> 0 and
-loss / (1 - beta) -> KL(student || teacher) as beta -> 1; symmetric at 1/2. The mixture is not a moment of either softmax:
-full rows of both are held for a chunk of tokens at a time, and recomputed in the backward.
+loss / (1 - beta) -> KL(student || teacher) as beta -> 1; symmetric at 1/2. The mixture is not a moment of either
+softmax: full rows of both are held for a chunk of tokens at a time, and recomputed in the backward.
 
 Source: Agarwal et al. 2024, On-Policy Distillation of Language Models, arXiv:2306.13649.
 Statistics: none (map_logits).
@@ -26,7 +26,7 @@ from .distillation import Distillation
 
 @dataclass(frozen=True)
 class JSD(Distillation):
-    """`T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))` per token, m the mixture with share beta of the teacher."""
+    """`T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))` per token, m the mixture with beta of the teacher."""
 
     beta: float = 0.5
     """beta in (0, 1): the teacher's share of the mixture."""
@@ -41,9 +41,16 @@ class JSD(Distillation):
             )
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, observe: tuple[str, ...],
-        unreduced: bool, options: dict[str, Any],
-    ) -> tuple[Tensor, Stats]:  # fmt: skip
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        weight: Tensor,
+        teacher: Payload | None,
+        observe: tuple[str, ...],
+        unreduced: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Stats]:
         """Full rows of the valid tokens; statistics of the student as it is, from a forward of their own."""
         stats = self.seen(hidden, head, labels, observe, options)
         other, teacher_head = self.frozen(teacher, head)

@@ -2,8 +2,8 @@
 
     loss = T^2 KL(student || teacher) = T^2 (lse_t - H_s - sum_j s_j z_j)
 
-s and H_s are the student's softmax and entropy, z and lse_t the teacher's logits, all at temperature T. The full-vocabulary
-divergence of every token; sequence-level policy gradients are not part of it.
+s and H_s are the student's softmax and entropy, z and lse_t the teacher's logits, all at temperature T. The
+full-vocabulary divergence of every token; sequence-level policy gradients are not part of it.
 
 Source: Gu et al. 2024, MiniLLM, arXiv:2306.08543; Agarwal et al. 2024, On-Policy Distillation of Language Models,
 arXiv:2306.13649.

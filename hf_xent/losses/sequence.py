@@ -1,4 +1,4 @@
-"""What a loss over whole sequences is given: every run of labels, with the log-probability of each label everywhere in it."""
+"""What a loss over sequences is given: every run of labels, with the log-probability of each label all over it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from .base import Loss
 class SequenceLoss(Loss):
     """Base of losses that compare positions of a sequence with each other; hidden [B, T, D], labels [B, T].
 
-    A run is a maximal stretch of labeled positions in a row of labels: an answer, a turn, a document without its padding.
-    A subclass writes `of_run`; log p_i(y_j) = h_i . W[y_j] - lse_i is one small product. Plain cross-entropy may be added.
+    A run is a maximal stretch of labeled positions in a row of labels: an answer, a turn, a document without padding.
+    A subclass writes `of_run`; log p_i(y_j) = h_i . W[y_j] - lse_i is one small product. Plain cross-entropy may be
+    added.
     """
 
     ce_factor: float = field(default=0.0, kw_only=True)
@@ -30,7 +31,7 @@ class SequenceLoss(Loss):
             raise ValueError(f"ce_factor is {self.ce_factor}: choose a finite number >= 0")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
         """Statistics it differentiates: `target` only with cross-entropy beside it."""
         return ("lse", "target") if self.ce_factor else ("lse",)
 
@@ -43,9 +44,16 @@ class SequenceLoss(Loss):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, observe: tuple[str, ...],
-        unreduced: bool, options: dict[str, Any],
-    ) -> tuple[Tensor, Stats]:  # fmt: skip
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        weight: Tensor,
+        teacher: Payload | None,
+        observe: tuple[str, ...],
+        unreduced: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Stats]:
         """One visit of the vocabulary for the statistics, one [T, T] product per run."""
         stats = vocab_stats(hidden, head, labels, outputs=(*self.uses, *observe), **options)
         valid = stats.mask.reshape(-1).nonzero().squeeze(-1)

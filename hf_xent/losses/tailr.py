@@ -42,7 +42,7 @@ class TaiLr(Loss):
             raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a share in [0, 1)")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
         """Statistics it differentiates: `mean` only with label smoothing."""
         return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def merge(x: State, y: State) -> State:
     """
     m = torch.maximum(x.m, y.m)
     x_moved, y_moved = _move(x, m), _move(y, m)
-    summed = {
+    summed: dict[str, Any] = {
         f.name: _add(getattr(x_moved, f.name), getattr(y_moved, f.name))
         for f in fields(State)
         if f.name not in ("m", "top")
@@ -204,7 +205,8 @@ class Coefficients:
         return self.b is None and self.c is None and self.d is None and self.s is None
 
     def __getitem__(self, rows: slice) -> Coefficients:
-        return Coefficients(**{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)})
+        kept: dict[str, Any] = {f.name: _rows(getattr(self, f.name), rows) for f in fields(self)}
+        return Coefficients(**kept)
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
@@ -255,8 +257,8 @@ class Problem:
             return (*own, None, None, None)
         return (*own, self.payload[0], self.payload[1].weight, self.payload[1].bias)
 
-    def with_tensors(self, tensors: tuple[Tensor | None, ...], labels: Tensor) -> Problem:
-        """The same problem over other tensors, in the order of TENSORS."""
+    def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
+        """The same problem over other tensors, in the order of TENSORS; over None, to keep what is no tensor."""
         hidden, weight, bias, payload_hidden, payload_weight, payload_bias = tensors
         head = replace(self.head, weight=weight, bias=bias)
         payload = self.payload
@@ -269,8 +271,7 @@ class Problem:
         count = len(self.labels)
         row = self.head.size * self.hidden.element_size() * (1 if self.payload is None else 2)
         rows = max(1, min(count, self.memory_budget // row))
-        pieces = (
-            -(-count // rows) if count else 0
-        )  # equal pieces: no ragged last chunk that runs at a tenth of the speed
+        # equal pieces: no ragged last chunk that runs at a tenth of the speed
+        pieces = -(-count // rows) if count else 0
         rows = -(-count // pieces) if pieces else 1
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))

@@ -67,10 +67,10 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
-        tensors, labels, *found = ctx.saved_tensors[: ctx.count], *ctx.saved_tensors[ctx.count :]
-        problem = ctx.hollow.with_tensors(tensors, labels)
+        saved = ctx.saved_tensors
+        problem = ctx.hollow.with_tensors(saved[: ctx.count], saved[ctx.count])
         order = _order(problem)
-        values = dict(zip(order, found, strict=True))
+        values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
         out = ctx.backend.backward(problem, values, grads) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)

@@ -1,4 +1,4 @@
-"""Row chunks in plain torch: one buffer of logits under the memory budget, worked on in place, tile by cache-sized tile.
+"""Row chunks in plain torch: one buffer of logits under the memory budget, worked on in place in cache-sized tiles.
 
 Forward: one matmul a chunk, then `_fold`. Backward: the matmul again, then dz in place of z (`_dlogits_`) and two
 matmuls (`_push`). Eager: the gradient is taken while the chunk is alive, three matmuls in all.

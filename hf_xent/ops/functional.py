@@ -26,7 +26,8 @@ class TokenLoss(Protocol):
 
     uses: tuple[str, ...]
 
-    def of(self, stats: Stats) -> Tensor:  # [N], nats
+    def of(self, stats: Stats) -> Tensor:
+        """Per-token loss [N], nats."""
         ...
 
 
@@ -154,7 +155,7 @@ def map_logits(
 def default_budget(head: Head) -> int:
     """Bytes of logits alive at a time: an eighth of the head's own, so that they never stand out beside its gradient.
 
-    At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that its matmuls slow down), 256 MiB elsewhere.
+    At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that matmuls slow down), 256 MiB elsewhere.
     """
     weight = head.weight
     return max((24 if weight.device.type == "cpu" else 256) << 20, weight.numel() * weight.element_size() // 8)

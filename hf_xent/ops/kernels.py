@@ -244,11 +244,7 @@ def _stats_bwd(
         low2 = dpay.to(H2.dtype.element_ty)
         if DH2 is not None or DW2 is not None:
             _push(
-                low2, H2, W2, DH2, DW2,
-                rows, row_in, cols, col_in, D2, stride_h2, stride_wv2, stride_wd2, ACC, DOT2, BD,
-            )  # fmt: skip
+                low2, H2, W2, DH2, DW2, rows, row_in, cols, col_in, D2, stride_h2, stride_wv2, stride_wd2, ACC, DOT2, BD
+            )
     if DH is not None or DW is not None:
-        _push(
-            low, H, W, DH, DW,
-            rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd, ACC, DOT, BD,
-        )  # fmt: skip
+        _push(low, H, W, DH, DW, rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd, ACC, DOT, BD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
     }
     with torch.enable_grad():
         again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
-        total = sum((again[name] * grad).sum() for name, grad in grads.items())
+        total = cast(Tensor, sum((again[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
     wanted = [name for name in TENSORS if name in problem.needs]
     found = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
     return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(wanted, found, strict=True)}

@@ -65,6 +65,7 @@ class Rows:
 
 
 def check_head(hidden: Tensor, head: Head) -> None:
+    """Refuse hidden states and a head that do not fit together, with a ValueError that names the remedy."""
     weight, bias = head.weight, head.bias
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
@@ -97,6 +98,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def autocast_head(head: Head, hidden: Tensor) -> Head:
+    """The head that torch.autocast would multiply with, on the device of `hidden`."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return head
     return replace(head, weight=autocast(head.weight), bias=None if head.bias is None else autocast(head.bias))

@@ -130,7 +130,7 @@ def _empty_states(problem: Problem, splits: int) -> State:
     shape, dtype = (splits, len(problem.labels)), wide(problem.hidden.dtype)
     floats = {name: problem.hidden.new_empty(shape, dtype=dtype) for name in names}
     integers = {name: problem.labels.new_empty(shape, dtype=torch.int32) for name in {"top", "rank"} & problem.outputs}
-    return State(**floats, **integers)  # type: ignore[arg-type]
+    return State(**floats, **integers)
 
 
 def _fold(states: State) -> State:
@@ -142,7 +142,8 @@ def _fold(states: State) -> State:
 
 def _take(states: State, index: slice | int) -> State:
     parts = {f.name: getattr(states, f.name) for f in fields(State)}
-    return State(**{name: None if part is None else part[index] for name, part in parts.items()})  # type: ignore[arg-type]
+    taken: dict[str, Any] = {name: None if part is None else part[index] for name, part in parts.items()}
+    return State(**taken)
 
 
 def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Blocks) -> dict[str, Any]:

