@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +16,22 @@ if not torch.cuda.is_available():
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 IMPLS = ("reference", "chunked", "triton")
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Markers a run can leave out with -m."""
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "net: needs the network")
+@pytest.fixture(autouse=True)
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but this machine is spoken to, unless a test is marked `net`: a connection elsewhere is an error."""
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        here = self.family == socket.AF_UNIX or str(address[0]) in ("127.0.0.1", "::1", "localhost")
+        assert here, f"a test tried to reach {address}"
+        real(self, address)
+
+    if request.node.get_closest_marker("net") is None:
+        monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 @pytest.fixture(params=DEVICES)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .algebra import TENSORS, Coefficients, Head, Problem, State, coefficients, finish, wide
 
 TILE_BYTES = 1 << 20  # a tile and its scratch stay in the second-level cache of a CPU core
+PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
 GPU_TILE_BYTES = 64 << 20  # on accelerators a tile only bounds the scratch
 
 
@@ -79,9 +80,27 @@ class _Buffers:
 
 
 def _project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
+    """The raw products of a chunk, written to `out` [n, V]."""
+    panels = head.size // PANEL
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and panels >= 2 * GROUP and len(hidden) > 1:
+        _project_by_panels(hidden, head.weight, out)
+        return out if head.bias is None else out.add_(head.bias)
     if head.bias is None:
         return torch.mm(hidden, head.weight.T, out=out)
     return torch.addmm(head.bias, hidden, head.weight.T, out=out)
+
+
+def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The same by batches of narrow products: for few rows and a wide head, a CPU's BLAS runs these faster."""
+    rows, step = len(hidden), GROUP * PANEL
+    scratch = hidden.new_empty(GROUP, rows, PANEL)
+    many = hidden.expand(GROUP, *hidden.shape)
+    whole = weight.shape[0] // step * step
+    for i in range(0, whole, step):
+        torch.bmm(many, weight[i : i + step].unflatten(0, (GROUP, PANEL)).transpose(1, 2), out=scratch)
+        out[:, i : i + step].unflatten(1, (GROUP, PANEL)).copy_(scratch.transpose(0, 1))
+    if whole < weight.shape[0]:
+        torch.mm(hidden, weight[whole:].T, out=out[:, whole:])
 
 
 def _tiles(z: Tensor) -> Iterator[slice]:
