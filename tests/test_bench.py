@@ -89,13 +89,14 @@ def test_what_a_contestant_raises_is_its_note(rows: list[Row]) -> None:
 def test_a_wrong_setting_is_passed_over(rows: list[Row]) -> None:
     row = named(rows, "choice")
     assert (row.status, row.note) == ("ok", "factor=1")
-    assert named(rows, "torch chunked tuned").note.startswith("batch_chunk_size=64")
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
+        assert named(rows, "torch chunked tuned").note.startswith("batch_chunk_size=64")
 
 
 def test_rows_say_where_they_were_measured(rows: list[Row]) -> None:
     row = rows[0]
     assert (row.N, row.V, row.D, row.dtype, row.source, row.threads) == (37, 301, 16, "float32", "random", 1)
-    assert row.device and row.torch == torch.__version__ and row.date[:2] == "20"
+    assert row.device and row.torch.split("+")[0] == torch.__version__.split("+")[0] and row.date[:2] == "20"
 
 
 def test_csv_round_trip_and_merge(rows: list[Row], tmp_path: Path) -> None:

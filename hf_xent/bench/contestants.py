@@ -110,6 +110,14 @@ def _installed(package: str, device: str) -> str | None:
     return None if find_spec(package) else f"{package} is not installed"
 
 
+def _trl_kernel(device: str) -> str | None:
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        return f"needs trl 1.16: {error}"
+    return None if ChunkedLogProbFunction is not None else "trl has no kernel for this device"
+
+
 def _on_cuda(package: str, device: str) -> str | None:
     return "runs on CUDA alone" if device != "cuda" else _installed(package, device)
 
@@ -142,7 +150,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "dense compiled": Contestant(compiled, _compiler, logits=2),
     "torch chunked": Contestant(torch_chunked, _torch_has_it),
     "torch chunked tuned": Contestant(torch_chunked, _torch_has_it, _torch_settings),
-    "trl": Contestant(trl, partial(_installed, "trl")),
+    "trl": Contestant(trl, _trl_kernel),
     "liger": Contestant(liger, partial(_on_cuda, "liger_kernel")),
     "cut_cross_entropy": Contestant(cut, partial(_on_cuda, "cut_cross_entropy")),
     "hf_xent": Contestant(eager),

@@ -64,7 +64,7 @@ def train(
     steps: Annotated[int, Option(help="Optimizer steps.", min=1)] = 30,
     batch_size: Annotated[int, Option(help="Blocks per forward pass.", min=1)] = 4,
     accumulation: Annotated[int, Option(help="Forward passes per optimizer step.", min=1)] = 1,
-    block_size: Annotated[int, Option(help="Tokens per block.", min=2)] = 256,
+    block_size: Annotated[int, Option(help="Tokens per block.", min=2)] = 192,
     learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW, decayed linearly.")] = 2e-5,
     eval_blocks: Annotated[int, Option(help="Blocks held out for evaluation.", min=1)] = 4,
     seed: Annotated[int, Option(help="Seed of batches, dropout and everything else.")] = 0,

@@ -29,7 +29,7 @@ class Run:
     steps: int = 30
     batch_size: int = 4
     accumulation: int = 1
-    block_size: int = 256
+    block_size: int = 192
     learning_rate: float = 2e-5
     eval_blocks: int = 4
     seed: int = 0
