@@ -49,8 +49,9 @@ def patch(
         raise ValueError(
             f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself"
         )
-    unpatch(model)
     inner, head = _inner(model), head_of(model)
+    objective = objective.bind(head.weight)
+    unpatch(model)  # now that nothing can be refused any more
     seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget})
     forward = _LazyForward(head, seam, awake=always)
     head.forward = forward  # type: ignore[method-assign]  # on the instance: the class stays as it is
@@ -58,7 +59,7 @@ def patch(
     answered = inner.register_forward_hook(_Answered(forward), always_call=True)
     inner.__dict__["_hf_xent"] = _Patch(seam, forward, (asked, answered), inner.__dict__.get("_loss_function"))
     if objective != CrossEntropy():
-        forward.objective = ModelLoss(objective.bind(head.weight), seam)
+        forward.objective = ModelLoss(objective, seam)
         kind: Any = type(inner)  # transformers' own, so it has the property
         kind.loss_function.fset(inner, forward.objective)  # nn.Module.__setattr__ would shadow the property
     if verify:

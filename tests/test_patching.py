@@ -306,6 +306,13 @@ def test_refusals_name_the_model_and_the_remedy():
         seam_of(tiny())
 
 
+def test_a_refused_patch_leaves_the_earlier_one():
+    model = patch(tiny(), loss=Focal())
+    with pytest.raises(ValueError, match="nonesuch"):
+        patch(model, loss="nonesuch")
+    assert isinstance(model.loss_function.loss, Focal) and seam_of(model).streamed == 0
+
+
 def test_nan_weights_give_a_nan_loss():
     model, (ids, labels) = patch(tiny()), batch()
     with torch.no_grad():

@@ -22,11 +22,8 @@ def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
         steps = range(1, len(outcome.losses) + 1)
         left.plot(steps, outcome.losses, label=outcome.arm, **style)
         right.plot(range(1, len(outcome.memory) + 1), [m / 2**20 for m in outcome.memory], label=outcome.arm, **style)
-    left.set(xlabel="step", ylabel="loss (nats per token)", title="the same loss")
-    right.set(xlabel="step", ylabel="peak memory of the step (MiB)", title="less memory", ylim=(0, None))
-    if len(outcomes) == 1:
-        left.set_title("loss")
-        right.set_title("memory")
+    left.set(xlabel="step", ylabel="loss (nats per token)", title="loss")
+    right.set(xlabel="step", ylabel="peak memory of the step (MiB)", title="memory", ylim=(0, None))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
