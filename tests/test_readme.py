@@ -30,7 +30,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):
-        exec(compile(block.replace(HUB_ID, str(embedded.smollm2())), "README.md", "exec"), namespace)
+        exec(compile(block.replace(HUB_ID, str(embedded.checkpoint())), "README.md", "exec"), namespace)
     assert namespace["loss"].isfinite() and namespace["trainer"].state.global_step == 2
 
 

