@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _LABELS = ("labels", "shift_labels")
 
 
-def patch(
+def patch(  # noqa: PLR0913  one keyword a choice the user has
     model: Model,
     loss: str | Loss | None = None,
     *,
@@ -32,6 +32,7 @@ def patch(
     always: bool = False,
     impl: str | None = None,
     memory_budget: int | None = None,
+    tail: float = 0.0,
     verify: bool = False,
 ) -> Model:
     """Make a causal LM compute its loss without logits, or another loss; returns the same model, changed in place.
@@ -39,8 +40,9 @@ def patch(
     Called with labels, the model returns its loss and lazy `logits` that become real when touched; with `always`, also
     when called without labels (for losses computed outside the model). `loss` is a registry name or a
     `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the
-    loss (see `Seam.take`). `verify` runs a few tokens both ways and refuses the model if they differ. Patching again
-    replaces the earlier patch.
+    loss (see `Seam.take`). `tail` compresses the gradient of unlikely tokens (see `hf_xent.vocab_loss`). `verify` runs
+    a few tokens both ways, without the tail, and refuses the model if they differ. Patching again replaces the earlier
+    patch.
 
     Raises: ValueError for a model without a linear head, or for an unknown loss; RuntimeError if verification fails.
     """
@@ -49,6 +51,7 @@ def patch(
         raise ValueError(
             f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself"
         )
+    objective.check_tail(tail)
     inner, head = _inner(model), head_of(model)
     objective = objective.bind(head.weight)
     unpatch(model)  # now that nothing can be refused any more
@@ -69,6 +72,7 @@ def patch(
             raise RuntimeError(
                 f"{report.model} does not compute the same loss when patched and was left as it was: {report}"
             )
+    seam.tail = tail
     return model
 
 
@@ -255,6 +259,7 @@ class ModelLoss(nn.Module):
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
             observe=self.seam.observe,
+            tail=self.seam.tail,
             **self.seam.options,
         )
         self.seam.record(stats)

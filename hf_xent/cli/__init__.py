@@ -72,6 +72,10 @@ def train(
     memory_budget: Annotated[
         int | None, Option(help="Bytes of logits alive at a time [default: an eighth of the head].")
     ] = None,
+    tail: Annotated[
+        float,
+        Option(help="Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact."),
+    ] = 0.0,
     output: Annotated[Path, Option(help="Folder for model, checkpoints, results.json and plot.")] = Path("out/train"),
     save_steps: Annotated[int, Option(help="Write a checkpoint every so many steps; 0 for none.", min=0)] = 0,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
@@ -99,6 +103,7 @@ def train(
         seed=seed,
         dtype=dtype,
         memory_budget=memory_budget,
+        tail=tail,
         output=str(output),
         save_steps=0 if compare else save_steps,
         resume=resume and not compare,
@@ -118,6 +123,7 @@ def _check_run(run: Run) -> None:
         raise ValueError(
             f"loss is {run.loss!r}: it needs a teacher model, which this command has no option for; choose another"
         )
+    objective.check_tail(run.tail)
     if run.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {run.dtype!r}: choose float32, bfloat16 or float16")
 

@@ -35,6 +35,7 @@ class Run:
     seed: int = 0
     dtype: str = "float32"
     memory_budget: int | None = None
+    tail: float = 0.0
     output: str = "out/train"
     save_steps: int = 0
     resume: bool = False
@@ -74,7 +75,7 @@ def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcom
     watch = _watch(turn)
     options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "callbacks": [watch]}
     if arm == PATCHED:
-        config = XentConfig(**common, loss=run.loss, memory_budget=run.memory_budget)
+        config = XentConfig(**common, loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
         trainer: Trainer = XentTrainer(model, config, processing_class=tokenizer, **options)
     else:
         trainer = Trainer(model, TrainingArguments(**common), processing_class=tokenizer, **options)

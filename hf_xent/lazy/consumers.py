@@ -43,6 +43,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         token_weight=token_weight,
         ignore_index=ignore_index,
         observe=x.seam.observe,
+        tail=x.seam.tail,
         **x.seam.options,
     )
     x.seam.record(stats)

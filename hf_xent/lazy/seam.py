@@ -17,6 +17,7 @@ class Seam:
 
     observe: tuple[str, ...] = ()  # statistics to collect beside the loss
     options: dict[str, Any] = field(default_factory=dict)  # impl, memory_budget
+    tail: float = 0.0  # relative error allowed to the loss's gradient by logits
     streamed: int = 0  # consumers answered without logits
     materialized: int = 0  # dense tensors made
     training: bool = True  # the model's mode in its last forward

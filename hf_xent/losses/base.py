@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats, vocab_loss
 from ..ops.algebra import wide
+from ..ops.functional import check_tail
 
 
 class Loss:
@@ -62,6 +63,7 @@ class Loss:
         ignore_index: int = -100,
         impl: str | None = None,
         memory_budget: int | None = None,
+        tail: float = 0.0,
     ) -> tuple[Tensor, Stats]:
         """The loss over all tokens with a label, and their detached statistics (`observe` adds some).
 
@@ -78,7 +80,10 @@ class Loss:
         weight = labels.new_ones(labels.shape, dtype=wide(hidden.dtype)) if token_weight is None else token_weight
         if reduction != "none":
             weight = weight / self._denominator(weight, labels != ignore_index, reduction, num_items)
-        options = {"ignore_index": ignore_index, "impl": impl, "memory_budget": memory_budget}
+        self.check_tail(tail, head)
+        options: dict[str, Any] = {"ignore_index": ignore_index, "impl": impl, "memory_budget": memory_budget}
+        if tail:
+            options["tail"] = tail
         loss, stats = self.per_token(hidden, head, labels, weight, teacher, observe, reduction == "none", options)
         return loss.to(stats.lse.dtype), stats
 
@@ -106,6 +111,15 @@ class Loss:
             unreduced=unreduced,
             **options,
         )
+
+    def check_tail(self, tail: float, head: Head | None = None) -> None:
+        """Refuse a sparse gradient for a loss that has none, with a ValueError that names the remedy."""
+        check_tail(tail, self, head)
+        if tail and type(self).per_token is not Loss.per_token:
+            raise ValueError(
+                f"tail is {tail} but {type(self).__name__} is more than a sum over tokens of functions of log p, and"
+                " only such losses have a sparse gradient: pass tail=0"
+            )
 
     @staticmethod
     def _weighted(loss: Tensor, weight: Tensor, stats: Stats, unreduced: bool) -> tuple[Tensor, Stats]:

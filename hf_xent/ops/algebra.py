@@ -13,7 +13,7 @@ dtype. Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,6 +42,10 @@ class Head:
     def size(self) -> int:
         """The number of tokens in the vocabulary, V."""
         return self.weight.shape[0]
+
+    def __getitem__(self, columns: slice | Tensor) -> Head:
+        """The same head over some of its tokens; a slice copies nothing."""
+        return replace(self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Dense logits [..., V] of hidden states [..., D] in the statistics' dtype, with autograd."""
@@ -234,6 +238,21 @@ def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None
     return Coefficients(a=a, o=o, b=b, c=g.get("variance"), d=g.get("payload"), s=s)
 
 
+def row_factor(coef: Coefficients, head: Head) -> Tensor:
+    """What plain coefficients leave out of dz, [N, 1]: a * scale, but the scale alone where a is 0."""
+    return torch.where(coef.a == 0, 1.0, coef.a)[:, None] * head.scale
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one visit of all logits leaves for the sparse tail."""
+
+    values: dict[str, Tensor]  # statistics, [N] each
+    coef: Coefficients  # plain, [N] each
+    energy: Tensor  # [V] sum_t (a_t p_tj)^2, in units of the largest a^2
+    mass: Tensor  # [groups, V] sum_t |a_t| p_tj, in units of the largest |a|
+
+
 TENSORS = ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias")
 
 
@@ -247,6 +266,7 @@ class Problem:
     outputs: frozenset[str]  # statistics to compute, closed under what their gradients need
     payload: tuple[Tensor, Head] | None = None  # ([N, D2], head of the same V)
     memory_budget: int = 24 << 20  # bytes of logits alive at a time
+    tail: float = 0.0  # relative error allowed to the logits' gradient by compressing its tail; 0 is exact
     needs: frozenset[str] = frozenset()  # which of TENSORS want a gradient
 
     @property
@@ -266,12 +286,21 @@ class Problem:
             payload = (payload_hidden, replace(payload[1], weight=payload_weight, bias=payload_bias))
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
-    def chunks(self) -> Iterator[slice]:
-        """Row slices whose logits (and payload) fit the memory budget."""
-        count = len(self.labels)
-        row = self.head.size * self.hidden.element_size() * (1 if self.payload is None else 2)
-        rows = max(1, min(count, self.memory_budget // row))
-        # equal pieces: no ragged last chunk that runs at a tenth of the speed
-        pieces = -(-count // rows) if count else 0
-        rows = -(-count // pieces) if pieces else 1
-        return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    def rows(self) -> list[slice]:
+        """Row chunks whose logits (and payload) over the whole vocabulary fit the memory budget."""
+        return pieces(len(self.labels), self._fitting(self.head.size))
+
+    def columns(self) -> list[slice]:
+        """Column panels whose logits (and payload) for all tokens fit the memory budget."""
+        return pieces(self.head.size, self._fitting(len(self.labels)))
+
+    def _fitting(self, length: int) -> int:
+        """How many rows or columns of `length` logits fit the memory budget."""
+        bytes_each = length * self.hidden.element_size() * (1 if self.payload is None else 2)
+        return max(1, self.memory_budget // max(1, bytes_each))
+
+
+def pieces(count: int, most: int) -> list[slice]:
+    """0..count in as few slices of at most `most` as can be, of equal length: a ragged last one would run slowly."""
+    step = -(-count // max(1, -(-count // most))) or 1
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

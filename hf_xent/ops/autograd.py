@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import tail
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
 
 
@@ -83,8 +84,11 @@ class _Eager(torch.autograd.Function):
     def forward(
         ctx: Any, backend: ModuleType, problem: Problem, objective: Objective, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        visit = getattr(backend, "eager", None) or _two_visits(backend)
-        values, grads = visit(problem, objective.gradients, objective.uses)
+        if problem.tail and len(problem.labels) and hasattr(backend, "survey"):
+            values, grads = tail.eager(backend, problem, objective.gradients)
+        else:
+            visit = getattr(backend, "eager", None) or _two_visits(backend)
+            values, grads = visit(problem, objective.gradients, objective.uses)
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS))
         ctx.empty, ctx.unit = not len(problem.labels), objective.unit
         found = [values[name] for name in _order(problem)]

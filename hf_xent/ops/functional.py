@@ -74,6 +74,7 @@ def vocab_loss(
     ignore_index: int = -100,
     impl: str | None = None,
     memory_budget: int | None = None,
+    tail: float = 0.0,
 ) -> tuple[Tensor, Stats]:
     """The sum `token_weight * loss.of(stats)` over all valid tokens, and detached statistics.
 
@@ -81,10 +82,16 @@ def vocab_loss(
     statistics in `loss.uses`, `observe` adds others to the returned Stats, which also holds each token's unweighted
     `loss`. With `unreduced` the weighted losses come in the shape of labels, 0 at ignored positions (mode *recompute*:
     their upstream gradients are not known yet). Other parameters, errors and source: `vocab_stats`.
+
+    `tail` above 0 compresses the gradient of unlikely tokens (`hf_xent.ops.tail`): the relative error it may make in
+    the gradient of the logits, 1e-3 for instance; the loss itself stays exact. 1 + 3k matmuls, k the share of the
+    vocabulary that matters. For losses of log p alone and heads without softcap: refused elsewhere with a ValueError.
+    Exact with `unreduced` and with impl='reference'.
     """
+    check_tail(tail, loss, head)
     rows = Rows(hidden, head, labels, ignore_index)
     backend = _backend(impl)
-    problem = _problem(rows, (*loss.uses, *observe), payload, memory_budget)
+    problem = replace(_problem(rows, (*loss.uses, *observe), payload, memory_budget), tail=tail)
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not unreduced:
         objective = _WeightedSum(loss, problem, weight)
@@ -159,6 +166,20 @@ def default_budget(head: Head) -> int:
     """
     weight = head.weight
     return max((24 if weight.device.type == "cpu" else 256) << 20, weight.numel() * weight.element_size() // 8)
+
+
+def check_tail(tail: float, loss: TokenLoss, head: Head | None = None) -> None:
+    """Refuse a sparse tail where it does not hold, with a ValueError that names the remedy."""
+    if not 0 <= tail < 1:
+        raise ValueError(f"tail is {tail}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
+    if tail and not set(loss.uses) <= {"lse", "target"}:
+        other = sorted(set(loss.uses) - {"lse", "target"})[0]
+        raise ValueError(
+            f"tail is {tail} but the loss {type(loss).__name__} differentiates {other!r}, and only losses of log p have"
+            " a sparse gradient: pass tail=0"
+        )
+    if tail and head is not None and head.softcap is not None:
+        raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
 
 
 def _backend(impl: str | None) -> ModuleType:

@@ -195,6 +195,7 @@ def _push(
 def _stats_bwd(
     H, W, B, Y, LSE, H2, W2, B2,
     GA, GB, GC, GD, GS, GO,  # coefficients [N], or None for zero
+    SHARE,  # [N] gains sum_j p_tj, or None
     DH, DW, DB, DH2, DW2, DB2,  # sums, or None where frozen
     N, V, D, stride_h, stride_wv, stride_wd,
     D2, stride_h2, stride_wv2, stride_wd2,
@@ -213,6 +214,8 @@ def _stats_bwd(
     # outside the masks z - lse is no logp: its exponential could be infinite, and NaN against the zeros loaded there
     logp = tl.where(row_in[:, None] & col_in[None, :], z - lse, float("-inf"))
     p = tl.exp(logp)
+    if SHARE is not None:
+        tl.atomic_add(SHARE + rows, tl.sum(p, 1), mask=row_in, sem="relaxed")
     logp = tl.maximum(logp, -1e4)  # 0 * -inf of a banned token
     g = tl.load(GA + rows, mask=row_in, other=0.0)[:, None]
     if GB is not None:
@@ -248,3 +251,34 @@ def _stats_bwd(
             )
     if DH is not None or DW is not None:
         _push(low, H, W, DH, DW, rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd, ACC, DOT, BD)
+
+
+@triton.jit(do_not_specialize=("N",))
+def _survey(
+    H, W, B, LSE, GA,
+    ENERGY, MASS,  # [groups, V] each
+    N, V, D, stride_h, stride_wv, stride_wd,
+    scale: tl.float64, CAP: tl.constexpr,
+    step,  # tokens of a group
+    ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Sums over a group's tokens, a column each: of (a p)^2 and of a p, a >= 0. Grid: (column blocks, groups)."""
+    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    col_in = cols < V
+    begin = tl.program_id(1) * step
+    end = tl.minimum(begin + step, N)
+    energy = tl.zeros((BV,), ACC)
+    mass = tl.zeros((BV,), ACC)
+    for start in range(begin, end, BT):
+        rows = start + tl.arange(0, BT)
+        row_in = rows < end
+        raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
+        lse = tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
+        a = tl.load(GA + rows, mask=row_in, other=0.0)[:, None]
+        z = tl.where(row_in[:, None] & col_in[None, :], _activate(raw, scale, CAP, ACC) - lse, float("-inf"))
+        x = a * tl.exp(z)
+        energy += tl.sum(x * x, 0)
+        mass += tl.sum(x, 0)
+    here = tl.program_id(1).to(tl.int64) * V + cols
+    tl.store(ENERGY + here, energy, mask=col_in)
+    tl.store(MASS + here, mass, mask=col_in)

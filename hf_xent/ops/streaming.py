@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .algebra import TENSORS, Coefficients, Problem, State, coefficients, finish, merge, wide
+from .algebra import TENSORS, Coefficients, Problem, State, Survey, coefficients, finish, merge, wide
 
 try:
     import triton
@@ -72,8 +72,10 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     return {name: values[name].long() if name in ("top", "rank") else values[name] for name in problem.outputs}
 
 
-def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`."""
+def backward(
+    problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], share: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`; `share` as `chunked.backward`."""
     blocks = _check(problem)
     coef = coefficients(values, grads, problem.head.size)
     wanted = {
@@ -83,9 +85,27 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
     if len(problem.labels) and sums:
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
         operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
-        operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous()}
+        operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous(), "SHARE": share}
         _launch(kernels._stats_bwd, grid, operands, blocks)
     return {name: sums[name].to(t.dtype) for name, t in wanted.items()}
+
+
+def survey(problem: Problem, objective: Any, groups: list[slice]) -> Survey:
+    """What `tail` needs to know of every column: a second visit, that stores no logit."""
+    blocks, values = _check(problem), forward(problem)
+    coef = coefficients(values, objective(slice(0, len(problem.labels)), values), problem.head.size)
+    a = coef.a.abs()
+    largest = a.amax()
+    energy, mass = (values["lse"].new_empty(len(groups), problem.head.size) for _ in range(2))
+    operands = _operands(problem, None, blocks) | {
+        "LSE": values["lse"].contiguous(),
+        "GA": a / torch.where(largest > 0, largest, 1.0),
+        "ENERGY": energy,
+        "MASS": mass,
+        "step": groups[0].stop,
+    }
+    _launch(kernels._survey, (triton.cdiv(problem.head.size, blocks.columns), len(groups)), operands, blocks)
+    return Survey(values, Coefficients(a=coef.a, o=coef.o), energy.sum(0), mass)
 
 
 def _check(problem: Problem) -> Blocks:

@@ -34,6 +34,13 @@ class XentConfig(TrainingArguments):
         default=None,
         metadata={"help": "Bytes of logits alive at a time; default: an eighth of the head, at least 24 MiB."},
     )
+    tail: float = field(
+        default=0.0,
+        metadata={
+            "help": "Relative error allowed to the gradient of the logits by compressing unlikely tokens, such as 1e-3;"
+            " 0 is exact. For losses of log p alone."
+        },
+    )
 
 
 class XentTrainer(Trainer):
@@ -58,7 +65,7 @@ class XentTrainer(Trainer):
     ):
         args = XentConfig(output_dir="out") if args is None else args
         self.objective = self._objective(args, loss)
-        patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget)
+        patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # part of the objective: transformers' own needs the logits
 

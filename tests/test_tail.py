@@ -1,0 +1,209 @@
+"""The sparse tail against a dense one written from its formula, its bound, its sums, and where it is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hf_xent
+from hf_xent import losses
+from hf_xent.losses import CrossEntropy, Focal
+from hf_xent.ops import Head
+from hf_xent.ops.algebra import pieces
+from hf_xent.ops.tail import GROUPS
+
+IMPLS = ("chunked", "triton")
+
+
+def peaked(
+    N: int, V: int, D: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens as uneven as a trained model's: some certain, some not, and a direction common to all of the head."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(V, D, generator=g, dtype=torch.float64) + 0.3 * torch.randn(
+        D, generator=g, dtype=torch.float64
+    )
+    labels = torch.randint(V, (N,), generator=g)
+    pull = 6 * torch.rand(N, 1, generator=g, dtype=torch.float64)
+    hidden = (pull * weight[labels] + 2 * torch.randn(N, D, generator=g, dtype=torch.float64)) / D**0.5
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def compressed(
+    hidden: Tensor, head: Head, labels: Tensor, a: Tensor, o: Tensor, tail: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz' [N, V] from the module's formula, dense: kept columns, and rank one a group; dz; the kept columns' mask."""
+    z = head.logits(hidden)
+    p = z.softmax(-1)
+    spike = F.one_hot(labels, head.size) * o[:, None]
+    dz = a[:, None] * p + spike
+    energy = (a[:, None] * p).square().sum(0)
+    total, spent, kept = dz.square().sum(), 0.0, torch.ones(head.size, dtype=torch.bool)
+    for j in energy.argsort().tolist():
+        spent += float(energy[j])
+        if spent > tail**2 * total:
+            break
+        kept[j] = False
+    kept[labels] = True
+    if kept.sum() > head.size // 2:
+        return dz, dz, kept
+    rest = torch.where(kept, 0.0, p)
+    for group in pieces(len(labels), max(1, math.ceil(len(labels) / GROUPS))):
+        mass = (a[group].abs()[:, None] * rest[group]).sum(0)
+        rest[group] = rest[group].sum(-1, keepdim=True) * mass / mass.sum()
+    return a[:, None] * torch.where(kept, p, rest) + spike, dz, kept
+
+
+def gradients(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [x for x in leaves if x is not None]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("N", "V", "D", "budget"),
+    [(37, 301, 19, None), (5, 1000, 8, None), (61, 517, 40, 20_000), (3, 64, 4, 1), (1, 97, 5, None)],
+)
+def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: int, D: int, budget: int | None) -> None:
+    hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in peaked(N, V, D))
+    head = Head(weight, torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_() if bias else None, scale=1.3)
+    found = CrossEntropy()(hidden, head, labels, tail=0.03, impl=impl, memory_budget=budget)
+    exact = F.cross_entropy(head.logits(hidden), labels)
+    ones = torch.full((N,), 1 / N, dtype=torch.float64)
+    with torch.no_grad():
+        dz, _, kept = compressed(hidden, head, labels, ones, -ones, 0.03)
+    assert torch.allclose(found, exact)
+    assert N == 3 or kept.sum() <= V // 2  # the case is one of compression
+    raw = F.linear(hidden, weight, head.bias)
+    for got, want in zip(
+        gradients(found, hidden, weight, head.bias),
+        torch.autograd.grad(raw, [x for x in (hidden, weight, head.bias) if x is not None], dz * head.scale),
+        strict=True,
+    ):
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(z_loss=0.01), Focal(gamma=2.0), losses.get("tailr"), losses.get("comp_sum:tau=2")]
+)
+def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, loss: losses.Loss) -> None:
+    hidden, weight, labels = peaked(29, 403, 12)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    token_weight = torch.linspace(-1, 2, 29, dtype=torch.float64)
+    token_weight[4] = 0
+    labels[7] = -100
+    kept = labels != -100
+    head = Head(weight)
+    stats = hf_xent.vocab_stats(hidden, head, labels, outputs=("lse", "target"))
+    stats.values = {name: value.detach().requires_grad_() for name, value in stats.values.items()}
+    (loss.of(stats) * token_weight)[kept].sum().backward()
+    a, o = (stats.values[name].grad[kept] for name in ("lse", "target"))
+    with torch.no_grad():
+        dz, exact, mask = compressed(hidden[kept], head, labels[kept], a, o, 0.05)
+    assert mask.sum() <= 201 and not torch.equal(dz, exact)
+    found = loss(
+        hidden, head, labels, token_weight=token_weight, reduction="sum", tail=0.05, impl=impl, memory_budget=30_000
+    )
+    dh, dw = gradients(found, hidden, weight)
+    assert torch.allclose(dh[kept], dz @ weight, rtol=1e-8, atol=1e-11) and not dh[7].any()
+    assert torch.allclose(dw, dz.T @ hidden[kept], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("tail", [0.1, 0.01, 1e-3])
+def test_the_bound_holds_and_rows_sum_to_zero(tail: float) -> None:
+    """With the identity for a head the hidden gradient is the logits' own."""
+    hidden, weight, labels = peaked(64, 800, 24)
+    logits = (hidden @ weight.T).requires_grad_()
+    [dz] = gradients(F.cross_entropy(logits, labels, reduction="sum"), logits)
+    head = Head(torch.eye(800, dtype=torch.float64))
+    [found] = gradients(CrossEntropy()(logits, head, labels, reduction="sum", tail=tail), logits)
+    assert 0 < (found - dz).norm() <= tail * dz.norm()
+    assert found.sum(-1).abs().max() < 1e-12
+    for group in pieces(64, 4):  # equal weights: a group's tail has its own mass in every column
+        assert torch.allclose(found[group].sum(0), dz[group].sum(0), atol=1e-12)
+
+
+def test_dropping_the_same_columns_is_at_least_twice_as_wrong() -> None:
+    hidden, weight, labels = peaked(128, 3000, 48)
+    hidden.requires_grad_()
+    head, ones = Head(weight), torch.ones(128, dtype=torch.float64)
+    found = gradients(CrossEntropy()(hidden, head, labels, reduction="sum", tail=0.02), hidden)[0]
+    with torch.no_grad():
+        _, dz, kept = compressed(hidden, head, labels, ones, -ones, 0.02)
+        exact, dropped = dz @ weight, torch.where(kept, dz, 0.0) @ weight
+    assert (found - exact).norm() < 0.5 * (dropped - exact).norm()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
+    hidden, weight, labels = peaked(20, 150, 6)
+    for h, tail in ((1e-4 * hidden, 1e-3), (hidden, 1e-12)):
+        h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), h, w)
+        want = gradients(F.cross_entropy(h @ w.T, labels), h, w)
+        assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-13) for x, y in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    truth = gradients(F.cross_entropy(h @ w.T, labels), h, w)
+    wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), h, w)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    dense = gradients(F.cross_entropy(h @ w.T, labels), h, w)
+    found = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03, impl=impl, memory_budget=50_000), h, w)
+    for got, plain, approximate, want in zip(found, dense, wide, truth, strict=True):
+        error, rounding, compression = ((x.double() - want).norm() / want.norm() for x in (got, plain, approximate))
+        assert compression > 1e-3  # something was compressed
+        assert error <= 2 * rounding + 1.5 * compression
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_costs_and_gets_nothing(frozen: str) -> None:
+    hidden, weight, labels = peaked(30, 400, 10)
+    hidden.requires_grad_(frozen != "hidden"), weight.requires_grad_(frozen != "weight")
+    loss = CrossEntropy()(hidden, Head(weight), labels, tail=0.02)
+    loss.backward()
+    both = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    want = gradients(CrossEntropy()(both[0], Head(both[1]), labels, tail=0.02), *both)
+    for x, grad in zip((hidden, weight), want, strict=True):
+        assert x.grad is None or torch.allclose(x.grad, grad, rtol=1e-12, atol=1e-15)
+    assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_nan_is_not_hidden_and_no_token_is_zero() -> None:
+    hidden, weight, labels = peaked(12, 300, 6)
+    hidden[3] = float("nan")
+    hidden.requires_grad_()
+    assert gradients(CrossEntropy()(hidden, Head(weight), labels, tail=0.01), hidden)[0][3].isnan().all()
+    none = CrossEntropy()(hidden, Head(weight), torch.full_like(labels, -100), tail=0.01)
+    assert none == 0 and not gradients(none, hidden)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "match"),
+    [
+        ("cross_entropy", {"tail": 1.0}, r"tail is 1.0: pass a relative error in \[0, 1\)"),
+        ("cross_entropy", {"tail": -0.1}, "tail is -0.1"),
+        ("cross_entropy:label_smoothing=0.1", {"tail": 1e-3}, "CrossEntropy differentiates 'mean'"),
+        ("emo", {"tail": 1e-3}, "EMO differentiates 'payload'"),
+        ("eisl", {"tail": 1e-3}, "EISL is more than a sum over tokens"),
+    ],
+)
+def test_refused_where_it_does_not_hold(loss: str, options: dict[str, float], match: str) -> None:
+    hidden, weight, labels = peaked(4, 10, 3)
+    with pytest.raises(ValueError, match=match):
+        losses.get(loss)(hidden.requires_grad_(), Head(weight), labels, **options)
+
+
+def test_refused_with_a_softcap() -> None:
+    hidden, weight, labels = peaked(4, 10, 3)
+    with pytest.raises(ValueError, match="the head has softcap 30"):
+        CrossEntropy()(hidden.requires_grad_(), Head(weight, softcap=30.0), labels, tail=1e-3)
