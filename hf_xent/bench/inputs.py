@@ -1,4 +1,7 @@
-"""What is measured on: real activations before a model's head with that head and next-token labels, or random ones.
+"""What is measured on: real activations before a model's head with that head and next-token labels, or generated ones.
+
+Real ones come from a model, or from a file that `export` wrote where the model was. Generated ones are 'calibrated' to
+a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's threshold.
 
 The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable
 (float32 otherwise), row chunk by row chunk, saved once for all contestants.
@@ -14,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import DATASETS, load_text, pack
 from ..embedded import DEFAULT, cache_folder, load
+from .calibrated import DEFAULT_LAW, generate
 
 if TYPE_CHECKING:
     from .measure import BenchConfig
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 BLOCK = 512  # tokens a document block: long enough for realistic contexts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "random"
+CALIBRATED = "calibrated"  # alone, or with ':' and the model it is calibrated to
+EXPORTED = ".safetensors"
 # Floating-point operations of a float64 truth on a CPU: seconds on an idle one, a minute on a busy one.
 AFFORDABLE = 5e11
 
@@ -55,10 +62,7 @@ class Facts:
 def prepare(config: BenchConfig, folder: Path) -> Facts:
     """Inputs and truth as safetensors in `folder`, for the contestants' processes."""
     dtype = DTYPES[config.dtype]
-    if config.model == RANDOM:
-        tensors, source = _random(config.tokens, config.vocab, config.width), RANDOM
-    else:
-        tensors, source = _activations(config), f"{config.model} on {config.data}"
+    tensors, source = _source(config)
     hidden, weight, labels = tensors["hidden"].to(dtype), tensors["weight"].to(dtype), tensors["labels"]
     save_file({"hidden": hidden, "weight": weight, "labels": labels}, folder / "inputs.safetensors")
     save_file(truth(hidden, weight, labels, config.device), folder / "truth.safetensors")
@@ -82,6 +86,20 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[s
     return {name: x.float().cpu().contiguous() for name, x in found.items()}
 
 
+def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
+    """float32 tensors hidden and weight, the labels, and what a table calls them."""
+    kind, _, like = config.model.partition(":")
+    if config.model == RANDOM:
+        return _random(config.tokens, config.vocab, config.width), RANDOM
+    if kind == CALIBRATED:
+        like = like or DEFAULT_LAW
+        tensors = generate(config.tokens, config.vocab, config.width, like, device=config.device)
+        return dict(zip(("hidden", "weight", "labels"), tensors, strict=True)), f"{CALIBRATED} to {like}"
+    if config.model.endswith(EXPORTED):
+        return exported(Path(config.model), config.tokens)
+    return activations(config), f"{config.model} on {config.data}"
+
+
 def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=generator)
@@ -89,7 +107,7 @@ def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
     return {"hidden": hidden, "weight": weight, "labels": torch.randint(V, (N,), generator=generator)}
 
 
-def _activations(config: BenchConfig) -> dict[str, Tensor]:
+def activations(config: BenchConfig) -> dict[str, Tensor]:
     """float32 tensors of the first `tokens` positions; cached for the embedded model, which cannot change."""
     if config.model != DEFAULT or config.data not in DATASETS:
         return collect(config)
@@ -131,3 +149,34 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
         raise ValueError(f"{config.data} has {sum(map(len, labels))} positions with a next token: ask for fewer tokens")
     hidden, targets = torch.cat(caught)[: config.tokens], torch.cat(labels)[: config.tokens]
     return {"hidden": hidden.contiguous(), "weight": head.weight.detach().float().cpu().contiguous(), "labels": targets}
+
+
+def export(config: BenchConfig, path: Path) -> None:
+    """Real activations small enough to travel: the head as int8 with a scale a row, hidden states as float16, labels.
+
+    int8 moves the tail curves of SmolLM2 and Gemma by less than 1 %. The model's license applies to the file;
+    `model=path` benchmarks on it where the model cannot be had.
+    """
+    if path.suffix != EXPORTED:
+        raise ValueError(f"output is {str(path)!r}: give a name that ends in {EXPORTED}")
+    tensors, source = _source(config)
+    scale = tensors["weight"].abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    hidden = tensors["hidden"].half()
+    if not hidden.isfinite().all():
+        raise ValueError(f"hidden states of {config.model} are beyond the range of float16")
+    weight = (tensors["weight"] / scale[:, None]).round().to(torch.int8)
+    kept = {"hidden": hidden, "weight": weight, "scale": scale, "labels": tensors["labels"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(kept, path, metadata={"source": f"{source}, int8 head"})
+
+
+def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
+    """The first `tokens` positions of what `export` wrote, dequantized to float32, and their source."""
+    with safe_open(path, "pt") as file:
+        source = (file.metadata() or {}).get("source")
+        if source is None or set(file.keys()) != {"hidden", "weight", "scale", "labels"}:
+            raise ValueError(f"{path} holds no exported activations: make it with `python -m hf_xent.bench export`")
+        hidden, weight, scale, labels = (file.get_tensor(name) for name in ("hidden", "weight", "scale", "labels"))
+    if len(labels) < tokens:
+        raise ValueError(f"{path} has {len(labels)} positions: ask for fewer tokens")
+    return {"hidden": hidden[:tokens].float(), "weight": weight * scale[:, None], "labels": labels[:tokens]}, source

@@ -34,15 +34,16 @@ class BenchConfig:
     """What to measure."""
 
     model: str = "smollm2"
-    """Whose activations: 'smollm2' (embedded), a Hub id, a path, or 'random' for a given shape."""
+    """Whose activations: 'smollm2' (embedded), a Hub id, a path, a file of `inputs.export`; or for a given shape
+    'calibrated' ('calibrated:smollm2'), whose softmax is as peaked and as thin as a real model's, or 'random'."""
     data: str = "pydoc"
     """Text the activations come from: any source of `hf_xent.data.load_text`."""
     tokens: int = 1024
     """Positions, N."""
     vocab: int = 4096
-    """Vocabulary V of 'random'."""
+    """Vocabulary V of 'random' and 'calibrated'."""
     width: int = 64
-    """Hidden size D of 'random'."""
+    """Hidden size D of 'random' and 'calibrated'."""
     dtype: str = "float32"
     """'float32', 'bfloat16' or 'float16'."""
     contestants: tuple[str, ...] = ()

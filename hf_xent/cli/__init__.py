@@ -303,14 +303,18 @@ def _literal(text: str) -> str:
 @app.command()
 def bench(
     model: Annotated[
-        str, Option(help="Whose activations: 'smollm2', a Hub id or path, or 'random' with --vocab and --width.")
+        str,
+        Option(
+            help="Whose activations: 'smollm2', a Hub id or path, an exported .safetensors file; or, with --vocab and"
+            " --width, 'calibrated' (a softmax like Gemma's; 'calibrated:smollm2') or 'random'."
+        ),
     ] = "smollm2",
     data: Annotated[
         str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")
     ] = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens, N.", min=1)] = 1024,
-    vocab: Annotated[int, Option(help="Vocabulary of 'random'.", min=1)] = 4096,
-    width: Annotated[int, Option(help="Hidden size of 'random'.", min=1)] = 64,
+    vocab: Annotated[int, Option(help="Vocabulary of 'calibrated' and 'random'.", min=1)] = 4096,
+    width: Annotated[int, Option(help="Hidden size of 'calibrated' (256 or more) and 'random'.", min=1)] = 64,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
     contestants: Annotated[
         str, Option(help="Comma-separated names; all by default. 'dense' always runs, the others are held against it.")

@@ -1,0 +1,49 @@
+"""`python -m hf_xent.bench`: what the benchmark's inputs are made of. The benchmark itself is `hf-xent bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from ..embedded import PACKAGED
+from . import inputs, tails
+from .measure import BenchConfig
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+Data = Annotated[str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")]
+
+
+@app.command()
+def export(
+    output: Annotated[Path, Option(help="The .safetensors file to write.")],
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 2048,
+) -> None:
+    """Write a model's head (int8) and activations (float16) for `hf-xent bench --model FILE` on another machine."""
+    inputs.export(BenchConfig(model=model, data=data, tokens=tokens, device="cpu"), output)
+    print(f"written: {output} ({output.stat().st_size / 1e6:.0f} MB); the license of {model} applies to it")
+
+
+@app.command()
+def curves(
+    output: Annotated[Path, Option(help="The JSON file to write.")] = tails.FILE,
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=max(tails.CHUNKS))] = 2044,
+) -> None:
+    """Measure the tail curves of the packaged models that `calibrated` inputs are held to."""
+    configs = {name: BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED}
+    entries = {name: tails.measure(name, data, inputs.activations(config)) for name, config in configs.items()}
+    output.write_text(tails.text(entries) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
