@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from hf_xent import bench
 from hf_xent.bench import CONTESTANTS, BenchConfig, Contestant, PeakMemory, Row, measure, memory
-from hf_xent.bench.contestants import take
+from hf_xent.bench.contestants import YARDSTICK, matmul_outputs, matmuls, take
 from hf_xent.bench.inputs import truth
 
 TINY = BenchConfig(model="random", tokens=37, vocab=301, width=16, repeats=2, warmup=1, device="cpu", threads=1)
-HERE = [name for name, contestant in CONTESTANTS.items() if contestant.available("cpu") is None]
+HERE = [name for name, contestant in CONTESTANTS.items() if contestant.gated and contestant.available("cpu") is None]
 
 
 def twice(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -31,22 +31,25 @@ def broken(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     raise RuntimeError("out of luck\nsecond line")
 
 
-def slow_but_right(hidden: Tensor, weight: Tensor, labels: Tensor, factor: int = 1) -> Tensor:
-    """A contestant one of whose settings is wrong."""
-    return twice(hidden, weight, labels) if factor == 2 else F.cross_entropy(F.linear(hidden, weight), labels)
+def near(hidden: Tensor, weight: Tensor, labels: Tensor, error: float = 1e-3) -> Tensor:
+    """An approximate contestant: right loss, gradients off by a relative error."""
+    loss = F.cross_entropy(F.linear(hidden, weight), labels)
+    return (1 + error) * loss - error * loss.detach()
 
 
-def two_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, int]]:
-    return {"factor=2": {"factor": 2}, "factor=1": {"factor": 1}}
+def two_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
+    """One beyond the promise, one within it."""
+    return {f"error={error}": {"error": error} for error in (1e-1, 1e-3)}
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """One run: every contestant of this machine but torch.compile (half a minute to build), and three odd ones."""
+    """One run: every contestant of this machine but torch.compile (half a minute to build), and some odd ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONTESTANTS, "twice", Contestant(twice))
         patch.setitem(CONTESTANTS, "broken", Contestant(broken))
-        patch.setitem(CONTESTANTS, "choice", Contestant(slow_but_right, settings=two_settings))
+        patch.setitem(CONTESTANTS, "choice", Contestant(near, settings=two_settings, promise=1e-2))
+        patch.setitem(CONTESTANTS, "overstated", Contestant(near, promise=1e-4))
         names = tuple(name for name in CONTESTANTS if name != "dense compiled")
         steps: list[tuple[str, int, int]] = []
         found = bench.run(replace(TINY, contestants=names), report=lambda *step: steps.append(step))
@@ -67,9 +70,37 @@ def test_every_contestant_of_this_machine_is_right(rows: list[Row]) -> None:
         row = named(rows, name)
         assert row.status == "ok", f"{name}: {row.status} {row.note}"
         assert row.time_ms and row.time_ms > 0 and row.time_ratio and row.tokens_per_s and row.repeats == 2
+        assert row.matmul_ratio and row.matmul_ratio > 0
         assert row.peak_mib is not None and row.peak_ratio is not None
         assert max(row.loss_error, row.hidden_error, row.weight_error) < 1e-5
     assert named(rows, "dense").time_ratio == 1
+
+
+def test_the_yardstick_has_a_time_alone(rows: list[Row]) -> None:
+    row = named(rows, YARDSTICK)
+    assert row.status == "ok" and row.time_ms and row.matmul_ratio == 1 and row.time_ratio and row.repeats == 2
+    assert {row.loss_error, row.hidden_error, row.weight_error, row.peak_mib} == {None}
+    assert {row.hidden_tolerance, row.weight_tolerance} == {None}
+
+
+def test_the_yardstick_is_the_three_products() -> None:
+    hidden, weight = torch.randn(5, 3), torch.randn(7, 3)
+    outputs = matmul_outputs(hidden, weight)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = take(matmuls, hidden, weight, torch.zeros(5, dtype=torch.long), **outputs)
+    assert loss.ndim == 0 and loss.untyped_storage().data_ptr() != outputs["logits"].untyped_storage().data_ptr()
+    logits = hidden @ weight.T
+    for name, expected in (("logits", logits), ("hidden_out", logits @ weight), ("weight_out", logits.T @ hidden)):
+        torch.testing.assert_close(outputs[name], expected.detach())
+    assert hidden.grad is None and weight.grad is None
+
+
+def test_a_promise_widens_the_gate_for_who_gives_it(rows: list[Row]) -> None:
+    exact, kept, broke = (named(rows, name) for name in ("twice", "choice", "overstated"))
+    assert (kept.status, broke.status) == ("ok", "wrong") and kept.time_ms and broke.time_ms is None
+    assert kept.hidden_error == pytest.approx(1e-3, rel=0.02) == broke.weight_error
+    assert [row.hidden_tolerance for row in (exact, kept, broke)] == [1e-5, 1e-2, 1e-4]
+    assert [row.weight_tolerance for row in (exact, kept, broke)] == [1e-5, 1e-2, 1e-4]
 
 
 def test_wrong_gradients_get_no_time(rows: list[Row]) -> None:
@@ -88,7 +119,7 @@ def test_what_a_contestant_raises_is_its_note(rows: list[Row]) -> None:
 
 def test_a_wrong_setting_is_passed_over(rows: list[Row]) -> None:
     row = named(rows, "choice")
-    assert (row.status, row.note) == ("ok", "factor=1")
+    assert (row.status, row.note) == ("ok", "error=0.001")
     if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
         assert named(rows, "torch chunked tuned").note.startswith("batch_chunk_size=64")
 
@@ -121,17 +152,20 @@ def test_markdown_has_one_table_an_input(rows: list[Row], tmp_path: Path) -> Non
 
 def test_contestants_run_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure._Session, "group_size", lambda self: 1)
-    config = replace(TINY, contestants=("hf_xent", "hf_xent recompute"), dtype="bfloat16")
-    found = bench.run(config)
+    config = replace(TINY, contestants=(YARDSTICK, "hf_xent", "hf_xent recompute"), dtype="bfloat16")
+    steps: list[tuple[str, int, int]] = []
+    found = bench.run(config, report=lambda *step: steps.append(step))
     assert [(row.contestant, row.status) for row in found] == [(n, "ok") for n in ("dense", *config.contestants)]
-    assert [row.repeats for row in found] == [4, 2, 2]  # dense runs beside each group
+    assert [row.repeats for row in found] == [4, 4, 2, 2]  # dense and the yardstick run beside each group
+    assert all(row.time_ratio and row.matmul_ratio for row in found)
+    assert max(done for _, done, _ in steps[:-1]) <= steps[0][2]  # a reference's turns are not counted
 
 
 def test_dense_is_not_tried_where_its_logits_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure._Session, "free", lambda self: 1000)
-    base, ours = bench.run(replace(TINY, contestants=("hf_xent",)))
-    assert base.status == "absent" and "GiB" in base.note
-    assert ours.status == "ok" and ours.time_ms and ours.time_ratio is None
+    base, bare, ours = bench.run(replace(TINY, contestants=("hf_xent", YARDSTICK)))
+    assert base.status == bare.status == "absent" and "GiB" in base.note and "GiB" in bare.note
+    assert ours.status == "ok" and ours.time_ms and ours.time_ratio is None and ours.matmul_ratio is None
 
 
 @pytest.mark.parametrize("name", [name for name in HERE if name != "dense compiled"])

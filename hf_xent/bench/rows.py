@@ -34,6 +34,8 @@ class Row:
     tokens_per_s: float | None = None
     time_ratio: float | None = None
     """Median over the rounds of time / dense's time in the same round."""
+    matmul_ratio: float | None = None
+    """Median over the rounds of time / the time of the three bare matmuls in the same round."""
     peak_mib: float | None = None
     """Extra peak memory of an iteration, beyond inputs and produced gradients."""
     peak_ratio: float | None = None
@@ -45,7 +47,9 @@ class Row:
     weight_error: float | None = None
     """Relative error of the weight gradient, Frobenius norm."""
     hidden_tolerance: float | None = None
+    """What the gate allowed `hidden_error` to be."""
     weight_tolerance: float | None = None
+    """What the gate allowed `weight_error` to be."""
     note: str = ""
     """The chosen setting, or why there are no numbers."""
     N: int = 0
