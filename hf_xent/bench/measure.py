@@ -21,7 +21,7 @@ import torch
 
 from .contestants import BASE, CONTESTANTS, YARDSTICK, Contestant
 from .inputs import DTYPES, Facts, prepare
-from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
+from .rows import ABSENT, FAILED, OK, SHAPED, WRONG, Row, environment
 from .worker import Errors, Failed, Remote
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -69,6 +69,12 @@ class BenchConfig:
         for name in ("tokens", "vocab", "width", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+
+    @property
+    def shape(self) -> str:
+        """Which inputs, in a few words."""
+        chosen = f", V={self.vocab}, D={self.width}" if self.model in SHAPED else ""
+        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"
 
 
 def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
