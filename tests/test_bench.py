@@ -19,6 +19,7 @@ from hf_xent.bench.contestants import BASE, YARDSTICK, matmul_outputs, matmuls, 
 from hf_xent.bench.inputs import truth
 from hf_xent.bench.pages import largest, summary
 from hf_xent.bench.plots import longest
+from hf_xent.bench.rows import shaped
 
 TINY = BenchConfig(model="random", tokens=37, vocab=301, width=16, repeats=2, warmup=1, device="cpu", threads=1)
 HERE = [name for name, contestant in CONTESTANTS.items() if contestant.gated and contestant.available("cpu") is None]
@@ -240,6 +241,16 @@ def test_a_sweep_is_every_combination() -> None:
     ]
     assert {c.repeats for c in configs} == {3}
     assert bench.sweep("7", None, "float32") == [BenchConfig(tokens=7)]
+    assert configs[0].shape == "random, float32, N=32, V=100, D=64"
+    assert BenchConfig(tokens=7).shape == "smollm2, float32, N=7"
+
+
+@pytest.mark.parametrize(
+    ("source", "made_up"),
+    [("random", True), ("random:odd", True), ("random to m", True), ("randomly/named on t", False)],
+)
+def test_what_counts_as_real(source: str, made_up: bool) -> None:
+    assert shaped(source) == made_up and made(1, 1, source=source).real != made_up
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 
 from .contestants import BASE, CONTESTANTS, YARDSTICK, Contestant
 from .inputs import DTYPES, Facts, prepare
-from .rows import ABSENT, FAILED, OK, SHAPED, WRONG, Row, environment
+from .rows import ABSENT, FAILED, OK, WRONG, Row, environment, shaped
 from .worker import Errors, Failed, Remote
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -73,7 +73,7 @@ class BenchConfig:
     @property
     def shape(self) -> str:
         """Which inputs, in a few words."""
-        chosen = f", V={self.vocab}, D={self.width}" if self.model in SHAPED else ""
+        chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
         return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"
 
 

@@ -19,7 +19,7 @@ import torch
 from .inputs import RANDOM
 
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
-SHAPED = (RANDOM,)  # models that are none: their shape is chosen, and a row's source starts with one of these
+SHAPED = (RANDOM,)  # in a model's place: inputs whose shape is chosen
 PACKAGES = ("torch", "transformers", "trl", "triton", "hf_xent")
 
 
@@ -84,7 +84,12 @@ class Row:
     @property
     def real(self) -> bool:
         """Whether the inputs are a model's."""
-        return self.source.split(" ")[0] not in SHAPED
+        return not shaped(self.source)
+
+
+def shaped(source: str) -> bool:
+    """Whether a config's model, or a row's source, is one of SHAPED, alone or with more words after it."""
+    return re.split("[: ]", source)[0] in SHAPED
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 from .measure import BenchConfig
-from .rows import SHAPED
+from .rows import SHAPED, shaped
 
 
 def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[BenchConfig]:
@@ -15,7 +15,7 @@ def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[Bench
     Raises: ValueError for what is no list, and for vocabularies (None: the default one) of a model that has its own.
     """
     model = same.get("model", BenchConfig.model)
-    if vocab is not None and model not in SHAPED:
+    if vocab is not None and not shaped(model):
         raise ValueError(
             f"vocab is {vocab!r}, but {model} has its own: leave it out, or choose model {' or '.join(SHAPED)}"
         )

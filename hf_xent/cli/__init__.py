@@ -346,10 +346,12 @@ def _bench_table(rows: list[Any]) -> Table:
     first = rows[0]
     table = Table(
         title=f"{first.source}: N={first.N}, V={first.V}, D={first.D}, {first.dtype}, {first.device}",
-        caption="extra memory beyond the gradients; ratios to the times of dense torch and of the bare matmuls, and to"
-        " the size of the logits",
+        caption="extra memory beyond the gradients; ratios to the times of dense torch and the bare matmuls (mm), and"
+        " to the size of the logits",
+        collapse_padding=True,  # eighty columns are enough
+        pad_edge=False,
     )
-    for name in ("", "ms", "x dense", "x matmuls", "MiB", "x logits", "dX error", "dW error"):
+    for name in ("", "ms", "/ dense", "/ mm", "MiB", "/ logits", "dX err", "dW err"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
     def shown(value: float | None, form: str) -> str:
