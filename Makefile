@@ -3,7 +3,7 @@ ARGS ?=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench gpu test-floor clean
+.PHONY: help venv demo test check bench report gpu test-floor clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ check: venv  ## lint, formatting, types
 
 bench: venv  ## time against dense torch and other libraries (ARGS="--tokens 4096")
 	HF_HUB_OFFLINE=1 .venv/bin/hf-xent bench $(ARGS)
+
+report: venv  ## pages, plots and the table of README.md from benchmarks/results/*.csv
+	.venv/bin/hf-xent report $(ARGS)
 
 gpu: venv  ## run the tests that need a GPU
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m gpu $(ARGS)

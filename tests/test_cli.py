@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from models import tiny
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from hf_xent import cli
 
 runner = CliRunner()
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,43 @@ def test_bench_writes_its_tables(tmp_path):
     assert list(tmp_path.glob("*.csv")) and list(tmp_path.glob("*.md"))
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("bench",)])
+def test_a_stopped_sweep_keeps_what_it_measured_and_report_makes_the_rest(tmp_path, monkeypatch):
+    from hf_xent import bench
+
+    def run(config, report):
+        if config.vocab == 400:
+            raise KeyboardInterrupt
+        shape = {"N": config.tokens, "V": config.vocab, "D": config.width, "dtype": config.dtype}
+        return [bench.Row("dense", "ok", time_ms=1.0, peak_mib=1.0, source="random", device="Slow One", **shape)]
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.chdir(tmp_path)
+    sweep = ("--model", "random", "--tokens", "40,48", "--vocab", "300,400", "--width", 16)
+    assert invoke("bench", *sweep, "--output", "kept").exit_code != 0
+    [path] = (tmp_path / "kept").glob("*.csv")
+    assert [(row.N, row.V) for row in bench.from_csv(path)] == [(40, 300), (48, 300)]
+    for file in (page := path.with_suffix(".md"), plot := path.with_name(f"{path.stem}-float32-tokens.png")):
+        file.unlink()
+    (tmp_path / "README.md").write_text("nothing here")
+    again = invoke("report", "kept", "--json")
+    assert [tmp_path / file for file in json.loads(again.stdout)["written"]] == [page, plot]
+    assert page.is_file() and plot.is_file() and "README.md has no table to replace" in again.stderr
+    with pytest.raises(ValueError, match="no results of a real model"):  # the readme was asked for
+        (tmp_path / "README.md").write_text("<!-- bench --><!-- /bench -->")
+        invoke("report", "kept", "--readme", "README.md")
+
+
+def test_report_puts_its_table_in_the_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench -->\n<!-- /bench -->\n")
+    results = shutil.copytree(RESULTS, tmp_path / "results")
+    shown = invoke("report", results, "--readme", readme)
+    assert str(readme) in shown.stdout.replace("\n", "") and "| **hf_xent** |" in readme.read_text()
+    with pytest.raises(ValueError, match=r"nowhere.md does not exist: name a file"):
+        invoke("report", results, "--readme", tmp_path / "nowhere.md")
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("bench",), ("report",)])
 def test_help_explains_every_option(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
@@ -131,6 +169,8 @@ def test_help_explains_every_option(command):
         (("train", "--loss", "focal:gama=2"), "does not take gama: its options are gamma"),
         (("train", "--loss", "forward_kl"), "it needs a teacher"),
         (("train", "--dtype", "int8"), "dtype is 'int8': choose float32"),
+        (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
+        (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
         (("check", "no/such-model"), "model is 'no/such-model': no local folder, and the Hub does not give it"),
     ],
 )

@@ -56,6 +56,16 @@ def test_table_of_losses_is_generated():
     assert shown == CliRunner().invoke(cli.app, ["losses", "--markdown"]).stdout
 
 
+def test_table_of_results_is_generated():
+    """If this fails: `make report`."""
+    from hf_xent.bench.pages import summary
+    from hf_xent.bench.rows import from_csv
+
+    shown = re.search(r"<!-- bench -->\n(.*?)<!-- /bench -->", README, re.DOTALL).group(1)
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
+    assert shown == summary([row for path in files for row in from_csv(path)], "benchmarks/results")
+
+
 @pytest.mark.slow
 def test_example_runs(tmp_path, monkeypatch):
     import runpy

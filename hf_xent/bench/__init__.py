@@ -1,4 +1,4 @@
-"""Floor 4: the benchmark. `run(BenchConfig(...))` gives rows, `to_csv` and `to_markdown` keep them.
+"""Floor 4: the benchmark. `run(BenchConfig(...))` gives rows, `to_csv` keeps them, `publish` makes a page of them.
 
 `hf_xent.bench.memory.PeakMemory` and the contestants stand alone.
 """
@@ -6,8 +6,10 @@
 from .contestants import CONTESTANTS, Contestant
 from .measure import BenchConfig, run
 from .memory import PeakMemory
+from .pages import markdown, publish, rewrite
 from .progress import progress
-from .rows import Row, from_csv, markdown, to_csv, to_markdown
+from .rows import Row, from_csv, to_csv
+from .sweep import sweep
 
 __all__ = [
     "CONTESTANTS",
@@ -18,7 +20,9 @@ __all__ = [
     "from_csv",
     "markdown",
     "progress",
+    "publish",
+    "rewrite",
     "run",
+    "sweep",
     "to_csv",
-    "to_markdown",
 ]

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from ..embedded import PACKAGED
-from . import inputs, tails
+from . import compression, inputs, tails
 from .measure import BenchConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -39,6 +39,18 @@ def curves(
     configs = {name: BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED}
     entries = {name: tails.measure(name, data, inputs.activations(config)) for name, config in configs.items()}
     output.write_text(tails.text(entries) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command()
+def tail(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/tail.md"),
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 1024,
+) -> None:
+    """Measure the gradient error of the sparse tail on the packaged models, beside dropping and bfloat16 rounding."""
+    configs = [BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED]
+    output.write_text(compression.page(configs), encoding="utf-8")
     print(f"written: {output}")
 
 

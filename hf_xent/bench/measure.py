@@ -1,9 +1,10 @@
 """The benchmark: gate first, then one iteration of each contestant in turn.
 
 Every contestant has its own process and must pass the gate before it is timed: its gradients' relative errors against
-the truth may be at most twice those of dense torch in the same dtype (or 1e-5). Then memory, warm-up, and rounds: in
-each, the parent asks every contestant for one iteration, so a loaded machine slows all alike and the ratio to dense is
-taken within the round. Where memory is short, contestants run in groups, dense in each.
+the truth may be at most twice those of dense torch in the same dtype (or 1e-5, or what an approximate contestant
+promises). Then memory, warm-up, and rounds: in each, the parent asks every contestant for one iteration, so a loaded
+machine slows all alike and the ratios to dense and to the bare matmuls are taken within the round. Where memory is
+short, contestants run in groups, these two in each.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 import psutil
 import torch
 
-from .contestants import CONTESTANTS, Contestant
+from .contestants import BASE, CONTESTANTS, YARDSTICK, Contestant
 from .inputs import DTYPES, Facts, prepare
-from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
+from .rows import ABSENT, FAILED, OK, WRONG, Row, environment, shaped
 from .worker import Errors, Failed, Remote
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-BASE = "dense"
+REFERENCES = (BASE, YARDSTICK)  # in every group: the others' times are held against theirs
 PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
 ATOL = 1e-5
 
@@ -70,6 +71,12 @@ class BenchConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
 
+    @property
+    def shape(self) -> str:
+        """Which inputs, in a few words."""
+        chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
+        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"
+
 
 def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
     """One row a contestant, in the registry's order; `report` hears of every step.
@@ -78,7 +85,7 @@ def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
     """
     names = [name for name in CONTESTANTS if name == BASE or not config.contestants or name in config.contestants]
     with tempfile.TemporaryDirectory(prefix="hf_xent-bench-") as folder:
-        session = _Session(config, Path(folder), len(names), report or (lambda text, done, total: None))
+        session = _Session(config, Path(folder), names, report or (lambda text, done, total: None))
         entries = {name: _Entry(name, CONTESTANTS[name]) for name in names}
         try:
             session.measure(entries)
@@ -101,7 +108,7 @@ class _Entry:
     errors: Errors | None = None
     memory: int | None = None
     times: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REFERENCES})
 
     def stop(self, status: str, note: str) -> None:
         """Out of the race."""
@@ -117,9 +124,10 @@ class _Entry:
 class _Session:
     """One run: its inputs, its tolerances, its order of events."""
 
-    def __init__(self, config: BenchConfig, folder: Path, count: int, report: Report):
+    def __init__(self, config: BenchConfig, folder: Path, names: list[str], report: Report):
         self.config, self.folder, self.report = config, folder, report
-        self.done, self.total = 0, 1 + 2 * count + (count - 1) * config.repeats
+        others = sum(name not in REFERENCES for name in names)
+        self.done, self.total = 0, 1 + 2 * len(names) + others * config.repeats
         self.step("inputs and truth")
         self.facts: Facts = prepare(config, folder)
         if config.device == "cuda":
@@ -134,16 +142,17 @@ class _Session:
 
     def measure(self, entries: dict[str, _Entry]) -> None:
         """Everything, entry by entry and round by round."""
-        base = entries[BASE]
-        self.enter([base])
-        if base.errors is not None:
-            self.tolerance = {name: max(2 * base.errors[name], ATOL) for name in self.tolerance}
-        others = [entry for entry in entries.values() if entry is not base]
+        references = [entry for name, entry in entries.items() if name in REFERENCES]
+        self.enter(references)
+        errors = entries[BASE].errors
+        if errors is not None:
+            self.tolerance = {name: max(2 * errors[name], ATOL) for name in self.tolerance}
+        others = [entry for name, entry in entries.items() if name not in REFERENCES]
         size = self.group_size()
         for start in range(0, max(1, len(others)), size):
             group = others[start : start + size]
             self.enter(group)
-            self.race([base, *group])
+            self.race([*references, *group])
             for entry in group:
                 entry.close()
         self.report("done", self.total, self.total)
@@ -184,20 +193,26 @@ class _Session:
         """Errors of every setting; the fastest correct one goes on to memory and warm-up."""
         settings = entry.contestant.settings(self.config.device, self.facts.dtype, self.facts.N)
         found: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
-        correct = [label for label in found if entry.name == BASE or self.passes(found[label][0])]
+        free = entry.name == BASE or not entry.contestant.gated
+        correct = [label for label in found if free or self.passes(entry.contestant, found[label][0])]
         label = min(correct or found, key=lambda label: found[label][1])
-        entry.errors, entry.note = found[label][0], label
+        entry.errors, entry.note = found[label][0] or None, label
         if not correct:
             entry.stop(WRONG, label)
             return
         remote.ask("use", settings[label])
         if found[label][1] < self.config.patience / 20:  # a longer iteration does not feel the cold
             remote.ask("warm", self.config.warmup)
-        entry.memory = remote.ask("memory")
+        if entry.contestant.gated:  # a yardstick is there for its time alone
+            entry.memory = remote.ask("memory")
 
-    def passes(self, errors: Errors) -> bool:
-        """Whether both gradients are within tolerance; nan is not."""
-        return all(errors[name] <= bound for name, bound in self.tolerance.items())
+    def passes(self, contestant: Contestant, errors: Errors) -> bool:
+        """Whether both gradients are within the contestant's tolerance; nan is not."""
+        return all(errors[name] <= bound for name, bound in self.allowed(contestant).items())
+
+    def allowed(self, contestant: Contestant) -> Errors:
+        """The errors its gradients may have: what it promises, where that is more than the run's tolerance."""
+        return {name: max(bound, contestant.promise) for name, bound in self.tolerance.items()}
 
     def race(self, group: list[_Entry]) -> None:
         """Rounds of one iteration each; the order turns, so that nobody always follows the same neighbor."""
@@ -206,7 +221,7 @@ class _Session:
             shift = turn % len(group)
             times: dict[str, float] = {}
             for entry in [*group[shift:], *group[:shift]]:
-                self.step(f"round {turn + 1}: {entry.name}", entry.name != BASE)
+                self.step(f"round {turn + 1}: {entry.name}", entry.name not in REFERENCES)
                 if entry.remote is None or (turn >= 3 and spent[entry.name] > self.config.patience):
                     continue
                 try:
@@ -216,14 +231,17 @@ class _Session:
                 except Failed as error:
                     entry.stop(FAILED, str(error))
             for entry in group:
-                if entry.name in times and BASE in times:
-                    entry.ratios.append(times[entry.name] / times[BASE])
+                for name in REFERENCES:
+                    if entry.name in times and name in times:
+                        entry.ratios[name].append(times[entry.name] / times[name])
 
 
 def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
     facts, errors = session.facts, entry.errors or {}
     median = statistics.median(entry.times) if entry.status == OK and entry.times else None
     memory = entry.memory if entry.status == OK else None
+    ratios = {name: statistics.median(found) for name, found in entry.ratios.items() if found and median is not None}
+    allowed = session.allowed(entry.contestant) if entry.contestant.gated else {}
     return Row(
         contestant=entry.name,
         status=entry.status,
@@ -231,14 +249,15 @@ def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
         iqr_ms=None if median is None else 1e3 * _iqr(entry.times),
         repeats=len(entry.times),
         tokens_per_s=None if median is None else facts.N / median,
-        time_ratio=statistics.median(entry.ratios) if median is not None and entry.ratios else None,
+        time_ratio=ratios.get(BASE),
+        matmul_ratio=ratios.get(YARDSTICK),
         peak_mib=None if memory is None else memory / 2**20,
         peak_ratio=None if memory is None else memory / facts.logits_bytes,
         loss_error=errors.get("loss"),
         hidden_error=errors.get("hidden"),
         weight_error=errors.get("weight"),
-        hidden_tolerance=session.tolerance["hidden"],
-        weight_tolerance=session.tolerance["weight"],
+        hidden_tolerance=allowed.get("hidden"),
+        weight_tolerance=allowed.get("weight"),
         note=entry.note,
         N=facts.N,
         V=facts.V,

@@ -12,9 +12,10 @@ from .measure import Report
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
-    """A bar for the time of the block: `with progress() as report: rows = run(config, report)`."""
-    columns = (TextColumn("{task.description:<40.40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def progress(title: str = "") -> Iterator[Report]:
+    """A bar for the time of the block: `with progress("first of two") as report: rows = run(config, report)`."""
+    texts = (TextColumn(title, markup=False), TextColumn("{task.description:<40.40}"))
+    columns = (*texts, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("start")
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

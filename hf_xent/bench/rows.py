@@ -1,8 +1,9 @@
-"""What a benchmark leaves behind: `Row`, its environment, and the CSV and Markdown files of a device and dtype."""
+"""What a benchmark leaves behind: `Row`, its environment, and the CSV file of a device."""
 
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import re
 import subprocess
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 
+from .inputs import CALIBRATED, RANDOM
+
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
+SHAPED = (CALIBRATED, RANDOM)  # in a model's place: inputs whose shape is chosen
 PACKAGES = ("torch", "transformers", "trl", "triton", "hf_xent")
 
 
@@ -34,6 +38,8 @@ class Row:
     tokens_per_s: float | None = None
     time_ratio: float | None = None
     """Median over the rounds of time / dense's time in the same round."""
+    matmul_ratio: float | None = None
+    """Median over the rounds of time / the time of the three bare matmuls in the same round."""
     peak_mib: float | None = None
     """Extra peak memory of an iteration, beyond inputs and produced gradients."""
     peak_ratio: float | None = None
@@ -45,7 +51,9 @@ class Row:
     weight_error: float | None = None
     """Relative error of the weight gradient, Frobenius norm."""
     hidden_tolerance: float | None = None
+    """What the gate allowed `hidden_error` to be."""
     weight_tolerance: float | None = None
+    """What the gate allowed `weight_error` to be."""
     note: str = ""
     """The chosen setting, or why there are no numbers."""
     N: int = 0
@@ -64,9 +72,24 @@ class Row:
     date: str = ""
 
     @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What contestants that can be compared share."""
+        return (self.source, self.N, self.V, self.D, self.dtype, self.device, self.threads)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What a newer row must share with an older one to replace it."""
-        return (self.contestant, self.source, self.N, self.V, self.D, self.dtype, self.device, self.threads)
+        return (self.contestant, *self.inputs)
+
+    @property
+    def real(self) -> bool:
+        """Whether the inputs are a model's."""
+        return not shaped(self.source)
+
+
+def shaped(source: str) -> bool:
+    """Whether a config's model, or a row's source, is one of SHAPED, alone or with more words after it."""
+    return re.split("[: ]", source)[0] in SHAPED
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -88,8 +111,13 @@ def device_name(device: str) -> str:
 
 
 def to_csv(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write `<device>-<dtype>.csv` files in `folder`; earlier rows stay unless measured again. Returns their paths."""
+    """Write `<device>.csv` files in `folder`; earlier rows stay unless measured again. Returns their paths."""
     return [_write_csv(path, found) for path, found in _files(rows, Path(folder)).items()]
+
+
+def stem(device: str) -> str:
+    """The name of a device's files, without what follows the dot."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def from_csv(path: Path | str) -> list[Row]:
@@ -99,84 +127,11 @@ def from_csv(path: Path | str) -> list[Row]:
         return [Row(**{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds}) for row in csv.DictReader(file)]
 
 
-def to_markdown(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write `<device>-<dtype>.md` beside the CSV files, of all rows these hold, and return their paths."""
-    paths = []
-    for path, found in _files(rows, Path(folder)).items():
-        target = path.with_suffix(".md")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(markdown(found), encoding="utf-8")
-        paths.append(target)
-    return paths
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """The rows as Markdown, one table an input and environment."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_title(row), []).append(row)
-    return "\n".join(f"{title}\n\n{_table(found)}" for title, found in groups.items())
-
-
-def _title(row: Row) -> str:
-    versions = ", ".join(f"{name} {getattr(row, name)}" for name in PACKAGES if getattr(row, name))
-    commit = f", commit {row.commit}" if row.commit else ""
-    return (
-        f"### {row.source}: N={row.N}, V={row.V}, D={row.D}, {row.dtype}\n\n"
-        f"{row.device}, {row.threads} threads; {versions}{commit}; {row.date[:10]}."
-        " Loss and both gradients, median (interquartile range); memory beyond inputs and gradients;"
-        " errors relative to the truth."
-    )
-
-
-COLUMNS = (
-    "contestant",
-    "time (ms)",
-    "tokens/s",
-    "time / dense",
-    "peak (MiB)",
-    "peak / logits",
-    "loss error",
-    "hidden grad error",
-    "weight grad error",
-    "note",
-)
-
-
-def _table(rows: list[Row]) -> str:
-    lines = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 2), "---"], *map(_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cells(row: Row) -> list[str]:
-    time = row.status if row.time_ms is None else f"{_time(row.time_ms)} ({_time(row.iqr_ms or 0.0)})"
-    return [
-        row.contestant,
-        time,
-        _number(row.tokens_per_s, ".0f"),
-        _number(row.time_ratio, ".2f"),
-        _number(row.peak_mib, ".0f"),
-        _number(row.peak_ratio, ".2f"),
-        _number(row.loss_error, ".1e"),
-        _number(row.hidden_error, ".1e"),
-        _number(row.weight_error, ".1e"),
-        row.note.replace("|", "/"),
-    ]
-
-
-def _time(value: float) -> str:
-    return format(value, ".0f" if value >= 100 else ".3g")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
-
-
 def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:
     """Path of the CSV -> what it shall hold: its rows of now, each replaced by its newer measurement."""
     found: dict[Path, dict[tuple[Any, ...], Row]] = {}
     for row in rows:
-        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', row.device.lower()).strip('-')}-{row.dtype}.csv"
+        path = folder / f"{stem(row.device)}.csv"
         if path not in found:
             found[path] = {old.key: old for old in from_csv(path)} if path.is_file() else {}
         found[path][row.key] = row
@@ -185,10 +140,12 @@ def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:
 
 def _write_csv(path: Path, rows: list[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    draft = path.with_suffix(".draft")
+    with draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    os.replace(draft, path)  # in one step: a sweep that is stopped here loses nothing
     return path
 
 

@@ -103,7 +103,7 @@ class _Job:
     """One contestant over its own copy of the inputs. Gradients are dropped after every answer."""
 
     def __init__(self, contestant: Contestant, folder: Path, device: str):
-        self.loss, self.folder, self.device = contestant.loss, folder, device
+        self.contestant, self.folder, self.device = contestant, folder, device
         # cloned: safetensors maps files lazily, and page faults must not count as the contestant's time or memory
         inputs = {name: x.to(device, copy=True) for name, x in load_file(folder / "inputs.safetensors").items()}
         self.labels = inputs["labels"]
@@ -112,7 +112,7 @@ class _Job:
 
     def check(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Errors, float]]:
         """Errors and seconds of every setting; where there is a choice, the best of two warm iterations counts."""
-        truth = load_file(self.folder / "truth.safetensors", device=self.device)
+        truth = load_file(self.folder / "truth.safetensors", device=self.device) if self.contestant.gated else {}
         found = {}
         for label, setting in settings.items():
             self.use(setting)
@@ -130,13 +130,13 @@ class _Job:
     def warm(self, iterations: int) -> None:
         """Iterations that nobody times."""
         for _ in range(iterations):
-            self._step()
+            self._timed()
         self._drop()
 
     def time(self) -> float:
         """Seconds of one iteration."""
         if self.device == "cuda":
-            self._step()  # the allocator's pool was handed back to the others: fill it again, and wake the clocks
+            self._timed()  # the allocator's pool was handed back to the others: fill it again, and wake the clocks
         seconds, _ = self._timed()
         self._drop()
         return seconds
@@ -152,14 +152,15 @@ class _Job:
         self._drop()
         return max(0, memory.extra - gradients)
 
-    def _step(self) -> torch.Tensor:
-        return take(self.loss, self.hidden, self.weight, self.labels, **self.setting)
+    def _step(self, **outputs: torch.Tensor) -> torch.Tensor:
+        return take(self.contestant.loss, self.hidden, self.weight, self.labels, **self.setting, **outputs)
 
     def _timed(self) -> tuple[float, torch.Tensor]:
         self.hidden.grad = self.weight.grad = None
+        outputs = self.contestant.outputs(self.hidden.detach(), self.weight.detach()) if self.contestant.outputs else {}
         self._wait()
         start = time.perf_counter()
-        loss = self._step()
+        loss = self._step(**outputs)
         self._wait()
         return time.perf_counter() - start, loss
 

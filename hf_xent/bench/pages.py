@@ -1,0 +1,190 @@
+"""What readers see of the rows: a page a device, and the table of the README, made from the CSV files alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .contestants import CONTESTANTS
+from .plots import draw
+from .rows import OK, PACKAGES, WRONG, Row, from_csv, stem
+
+OPEN, CLOSE = "<!-- bench -->", "<!-- /bench -->"
+README_DTYPES = ("float32", "bfloat16")
+
+PAGE = """\
+# {device}
+
+Made by `hf-xent report` from [{csv}]({csv}), to which `hf-xent bench` adds what it measures.
+
+Times are of mean cross-entropy and both gradients: the median iteration (interquartile range), and medians over rounds
+of its ratio to dense torch and to the three bare matmuls. Peak memory is what an iteration needs beyond inputs and
+gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype, in the
+Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as dense's
+and more than it promises; `absent` and `failed` ones have the reason in their note, others their fastest setting.
+
+{legend}
+"""
+
+README = """\
+Mean cross-entropy and both gradients. Of each device, the table has the largest inputs (N times V) from a real model,
+in {dtypes}, with everyone who ran; who fails the correctness gate is `wrong` and gets no time.
+Peak memory is what an iteration needs beyond inputs and gradients, also as a share of the [N, V] logits; errors are
+relative to torch in the widest affordable dtype.
+"""
+
+
+def publish(path: Path) -> list[Path]:
+    """The page and the plots of a device's CSV file, beside it; returns their paths."""
+    rows = _ordered(from_csv(path))
+    plots = draw(rows, path.with_suffix(""))
+    parts = [
+        PAGE.format(device=rows[0].device, csv=path.name, legend=_legend(rows)),
+        *(f"![{plot.stem}]({plot.name})\n" for plot in plots),
+        markdown(rows),
+    ]
+    page = path.with_suffix(".md")
+    page.write_text("\n".join(parts), encoding="utf-8")
+    return [page, *plots]
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The rows as Markdown, one table an input and environment."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(_ordered(rows), key=lambda row: (row.dtype, row.source, row.D, row.V, row.N)):
+        groups.setdefault(_title(row), []).append(row)
+    return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, found))}" for title, found in groups.items())
+
+
+def rewrite(readme: Path, folder: Path) -> None:
+    """Put the table of the results in `folder` between the two markers of a README.
+
+    Raises: ValueError without such a file, markers in it, or results of a real model.
+    """
+    if not readme.is_file():
+        raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")
+    head, opened, rest = readme.read_text(encoding="utf-8").partition(OPEN)
+    _, closed, tail = rest.partition(CLOSE)
+    if not (opened and closed):
+        raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where it shall be")
+    pages = Path(os.path.relpath(folder, readme.parent)).as_posix()
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in from_csv(path)]
+    readme.write_text(f"{head}{OPEN}\n{summary(rows, pages)}{CLOSE}{tail}", encoding="utf-8")
+
+
+def summary(rows: Iterable[Row], pages: str) -> str:
+    """The README's table, with the rule that selects its rows; `pages` is where it links to."""
+    sections = largest(rows)
+    if not sections:
+        raise ValueError("no results of a real model: run `hf-xent bench` first, without --model random")
+    lines = [line for section in sections for line in (_section(section[0], pages), *map(_summary_cells, section))]
+    shown = [row for section in sections for row in section]
+    dtypes = " and ".join(dtype for dtype in README_DTYPES if any(row.dtype == dtype for row in shown))
+    return "\n".join((README.format(dtypes=dtypes), _table(SUMMARY_COLUMNS, lines), _legend(shown), ""))
+
+
+def largest(rows: Iterable[Row]) -> list[list[Row]]:
+    """What the README shows: of each device and dtype, the rows of a real model's largest inputs, N * V, that ran."""
+    found: dict[tuple[str, int], dict[tuple[object, ...], list[Row]]] = {}
+    for row in _ordered(rows):
+        if row.real and row.dtype in README_DTYPES and row.status in (OK, WRONG):
+            section = found.setdefault((row.device, README_DTYPES.index(row.dtype)), {})
+            section.setdefault(row.inputs, []).append(row)
+    return [max(groups.values(), key=_size) for _, groups in sorted(found.items())]
+
+
+def _size(group: list[Row]) -> tuple[int, ...]:
+    row = group[0]
+    return (row.N * row.V, row.D, row.threads)
+
+
+def _ordered(rows: Iterable[Row]) -> list[Row]:
+    """In the registry's order, whenever measured; contestants it no longer has come last."""
+    places = {name: place for place, name in enumerate(CONTESTANTS)}
+    return sorted(rows, key=lambda row: places.get(row.contestant, len(places)))
+
+
+def _title(row: Row) -> str:
+    versions = ", ".join(f"{name} {getattr(row, name)}" for name in PACKAGES if getattr(row, name))
+    commit = f", commit {row.commit}" if row.commit else ""
+    shape = f"{row.source}: N={row.N}, V={row.V}, D={row.D}, {row.dtype}"
+    return f"## {shape}\n\n{row.threads} threads; {versions}{commit}; {row.date[:10]}."
+
+
+def _legend(rows: Iterable[Row]) -> str:
+    """What the contestants are, in a sentence."""
+    names = dict.fromkeys(row.contestant for row in rows)
+    known = [f"*{name}*: {CONTESTANTS[name].about}" for name in names if name in CONTESTANTS]
+    return "; ".join(known) + "."
+
+
+def _section(row: Row, pages: str) -> list[str]:
+    """The line above those of one input: which input, a cell a fact."""
+    where = f"[{row.device}]({pages}/{stem(row.device)}.md): {row.source}"
+    facts = (where, f"N={row.N}", f"V={row.V}", f"D={row.D}", row.dtype, f"{row.threads} threads")
+    return [f"*{fact}*" for fact in facts]
+
+
+COLUMNS = (
+    "contestant",
+    "time (ms)",
+    "tokens/s",
+    "time / dense",
+    "time / matmuls",
+    "peak (MiB)",
+    "peak / logits",
+    "loss error",
+    "hidden grad error",
+    "weight grad error",
+    "note",
+)
+SUMMARY_COLUMNS = (
+    "contestant",
+    "time / dense",
+    "peak (MiB)",
+    "peak / logits",
+    "hidden grad error",
+    "weight grad error",
+)
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    aligned = ["---" if name in ("contestant", "note") else "---:" for name in columns]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, aligned, *lines))
+
+
+def _cells(row: Row) -> list[str]:
+    time = row.status if row.time_ms is None else f"{_time(row.time_ms)} ({_time(row.iqr_ms or 0.0)})"
+    return [
+        row.contestant,
+        time,
+        _number(row.tokens_per_s, ".0f"),
+        _number(row.time_ratio, ".2f"),
+        _number(row.matmul_ratio, ".2f"),
+        *_memory(row),
+        _number(row.loss_error, ".1e"),
+        *_errors(row),
+        row.note.replace("|", "/"),
+    ]
+
+
+def _summary_cells(row: Row) -> list[str]:
+    name = f"**{row.contestant}**" if row.contestant.startswith("hf_xent") else row.contestant
+    return [name, _number(row.time_ratio, ".2f") if row.status == OK else row.status, *_memory(row), *_errors(row)]
+
+
+def _memory(row: Row) -> list[str]:
+    return [_number(row.peak_mib, ".0f"), _number(row.peak_ratio, ".2f")]
+
+
+def _errors(row: Row) -> list[str]:
+    return [_number(row.hidden_error, ".1e"), _number(row.weight_error, ".1e")]
+
+
+def _time(value: float) -> str:
+    return format(value, ".0f" if value >= 100 else ".3g")
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

@@ -1,0 +1,38 @@
+"""A sweep: the runs of several shapes and dtypes, from comma-separated lists."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from .measure import BenchConfig
+from .rows import SHAPED, shaped
+
+
+def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[BenchConfig]:
+    """Every combination of the lists, each with the options they share; all are checked before the first runs.
+
+    Raises: ValueError for what is no list, and for vocabularies (None: the default one) of a model that has its own.
+    """
+    model = same.get("model", BenchConfig.model)
+    if vocab is not None and not shaped(model):
+        raise ValueError(
+            f"vocab is {vocab!r}, but {model} has its own: leave it out, or choose model {' or '.join(SHAPED)}"
+        )
+    lists: dict[str, list[Any]] = {
+        "dtype": _words(dtype),
+        "vocab": [BenchConfig.vocab] if vocab is None else _integers("vocab", vocab),
+        "tokens": _integers("tokens", tokens),
+    }
+    return [BenchConfig(**same, **dict(zip(lists, point, strict=True))) for point in product(*lists.values())]
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: give whole numbers, with commas between them") from None
