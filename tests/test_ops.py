@@ -608,7 +608,7 @@ def test_no_logits_are_ever_allocated(impl, device, mode, uses):
 
 
 def test_default_budget_grows_with_the_head():
-    """An eighth of the head's bytes, and at least what keeps a matmul busy."""
+    """Half a byte a number, and at least what keeps a matmul busy."""
     small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
     assert default_budget(small) == 256 << 20 and default_budget(large) == (1 << 20) * 1024 * 4 // 8
     assert default_budget(Head(torch.zeros(2, 2))) == 24 << 20

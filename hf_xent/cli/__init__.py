@@ -70,7 +70,7 @@ def train(
     seed: Annotated[int, Option(help="Seed of batches, dropout and everything else.")] = 0,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
     memory_budget: Annotated[
-        int | None, Option(help="Bytes of logits alive at a time [default: an eighth of the head].")
+        int | None, Option(help="Bytes of logits alive at a time [default: half a byte a number in the head].")
     ] = None,
     tail: Annotated[
         float,

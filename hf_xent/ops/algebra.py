@@ -253,6 +253,7 @@ class Survey:
     mass: Tensor  # [groups, V] sum_t |a_t| p_tj, in units of the largest |a|
 
 
+ALIGNMENT = 16  # rows or columns: what matmul kernels work in
 TENSORS = ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias")
 
 
@@ -301,6 +302,10 @@ class Problem:
 
 
 def pieces(count: int, most: int) -> list[slice]:
-    """0..count in as few slices of at most `most` as can be, of equal length: a ragged last one would run slowly."""
+    """0..count in as few slices of at most `most` as can be: about equal (a short one would run slowly), and multiples
+    of ALIGNMENT where that fits.
+    """
     step = -(-count // max(1, -(-count // most))) or 1
+    aligned = -(-step // ALIGNMENT) * ALIGNMENT
+    step = aligned if aligned <= most else step
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

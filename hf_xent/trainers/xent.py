@@ -32,7 +32,7 @@ class XentConfig(TrainingArguments):
     )
     memory_budget: int | None = field(
         default=None,
-        metadata={"help": "Bytes of logits alive at a time; default: an eighth of the head, at least 24 MiB."},
+        metadata={"help": "Bytes of logits alive at a time; default: half a byte a number in the head."},
     )
     tail: float = field(
         default=0.0,
