@@ -260,7 +260,10 @@ def test_what_counts_as_real(source: str, made_up: bool) -> None:
         (("5,", None, "float32"), "tokens is '5,': give whole numbers"),
         (("5,0", None, "float32"), "tokens is 0: give a positive number"),
         (("5", None, "float32,int8"), "dtype is 'int8': choose one of"),
-        (("5", "9,10", "float32"), "vocab is '9,10', but smollm2 has its own: leave it out, or choose model calibrated or random"),
+        (
+            ("5", "9,10", "float32"),
+            "vocab is '9,10', but smollm2 has its own: leave it out, or choose model calibrated or random",
+        ),
     ],
 )
 def test_a_sweep_is_checked_before_it_runs(lists: tuple[str, str | None, str], message: str) -> None:

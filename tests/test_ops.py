@@ -835,6 +835,18 @@ head = Head(torch.zeros(1000, 96, dtype=torch.bfloat16), torch.zeros(1000, dtype
 problem = Problem(hidden, head, labels, frozenset(STATISTICS), (hidden, head), needs=frozenset(TENSORS))
 values = streaming.forward(problem)
 streaming.backward(problem, {k: torch.ones(300) for k in values}, {k: torch.ones(300) for k in DIFFERENTIABLE})
+
+from hf_xent.ops import fused
+one = torch.ones(300)
+plain, asked = Head(head.weight, head.bias), frozenset({"lse", "target"})
+problem = Problem(hidden, plain, labels, asked, needs=frozenset(TENSORS[:3]))
+streaming.survey(problem, lambda rows, values: {"lse": one, "target": -one}, [slice(0, 160), slice(160, 300)])
+streaming.backward(problem, values, {"lse": one, "target": one}, share=one)
+for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    z = torch.zeros(300, 1000, dtype=dtype)
+    fused.softmax_(z, labels, head)
+    fused.softmax_(z, labels, head, lse=one, share=one)
+    fused.column_sums(z, one, torch.ones(1000), torch.ones(1000))
 """
 
 
@@ -844,3 +856,7 @@ def test_kernels_compile_for_hopper(tmp_path):
     found = python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.split("\n")[:3] == ["launched 5 1 1", "launched 5 8 1", "launched 5 8 1"]
+    # the survey's statistics and columns, gradients with the columns' share, then rows, rows and columns a dtype
+    survey = ["launched 3 1 1", "launched 3 8 1", "launched 8 2 1", "launched 3 8 1"]
+    fused = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1"]
+    assert found.stdout.split()[3 * 4 :] == " ".join(survey + 3 * fused).split()

@@ -11,6 +11,8 @@ matrices instead, and one entry a row is corrected. No pass over [n, V] is spent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -99,15 +101,37 @@ def survey(
         energy *= shrink**2
         mass *= shrink
         unit, a = largest, a / torch.where(largest > 0, largest, 1.0)
-        for tile in _tiles(p):
-            strip = _wide(p[tile])
-            for group, sums in zip(groups, mass, strict=True):
-                here = slice(max(group.start - rows.start, tile.start), min(group.stop - rows.start, tile.stop))
-                if here.start < min(here.stop, len(p)):
-                    sums.addmv_(strip[here.start - tile.start : here.stop - tile.start].T, a[here])
-            energy[0].addmv_(strip.square().T, a[tile] ** 2)
+        for group, sums in zip(groups, mass, strict=True):
+            here = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
+            if here.start < here.stop:
+                _add_columns(p[here], a[here], energy[0], sums)
     coef = Coefficients(a=torch.cat([c.a for c in coefs]), o=torch.cat([c.o for c in coefs]))
     return Survey(_cat(parts, problem), coef, energy[0], mass)
+
+
+def _add_columns(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
+    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj."""
+    if kernels := _kernels(p):
+        kernels.column_sums(p, a, energy, mass)
+        return
+    for tile in _tiles(p):
+        strip = _wide(p[tile])
+        mass.addmv_(strip.T, a[tile])
+        energy.addmv_(strip.square().T, a[tile] ** 2)
+
+
+def _kernels(z: Tensor) -> ModuleType | None:
+    """One pass over the logits instead of several, on a GPU with Triton."""
+    return _triton() if z.is_cuda else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from . import fused  # imported here: triton is optional, and slow to import
+    except ImportError:
+        return None
+    return fused
 
 
 class _Buffers:
@@ -175,6 +199,10 @@ def _fold_chunk(
     """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be spent."""
     z, pay = loaded
     labels = problem.labels[rows]
+    kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
+    if kernels and problem.outputs <= kernels.GIVEN:
+        values = kernels.softmax_(z, labels, problem.head, spend=softmax)
+        return {name: values[name] for name in problem.outputs}
     parts = []
     for tile in _tiles(z):
         tile_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[tile]))
@@ -249,6 +277,9 @@ def _dlogits_(
     """
     z, pay = loaded
     plain = coef.plain and problem.head.softcap is None
+    if plain and (kernels := _kernels(z)):
+        kernels.softmax_(z, labels, problem.head, lse=lse, share=share)
+        return _spike_(z, labels, coef)
     for tile in _tiles(z):
         if plain:
             p = problem.head.activate(_wide(z[tile]))
