@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Case, Polynomial, assert_no_worse, gradients, make
+from oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_xent.ops import (
     DIFFERENTIABLE,
@@ -574,21 +573,6 @@ def test_torch_linear_cross_entropy(impl, device, mode):
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if (
-                isinstance(tensor, Tensor) and tensor.dtype != torch.uint8
-            ):  # bytes: the interpreter copying its arguments
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("uses", (("lse", "target"), DIFFERENTIABLE), ids=("cross-entropy", "all"))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from oracle import Largest, gradients
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,10 +59,6 @@ def compressed(
     return a[:, None] * torch.where(kept, p, rest) + spike, dz, kept
 
 
-def gradients(loss: Tensor, *leaves: Tensor | None) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, [x for x in leaves if x is not None]))
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
@@ -80,7 +77,7 @@ def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: in
     assert N == 3 or kept.sum() <= V // 2  # the case is one of compression
     raw = F.linear(hidden, weight, head.bias)
     for got, want in zip(
-        gradients(found, hidden, weight, head.bias),
+        gradients(found, [x for x in (hidden, weight, head.bias) if x is not None]),
         torch.autograd.grad(raw, [x for x in (hidden, weight, head.bias) if x is not None], dz * head.scale),
         strict=True,
     ):
@@ -109,7 +106,7 @@ def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, loss: losses.L
     found = loss(
         hidden, head, labels, token_weight=token_weight, reduction="sum", tail=0.05, impl=impl, memory_budget=30_000
     )
-    dh, dw = gradients(found, hidden, weight)
+    dh, dw = gradients(found, [hidden, weight])
     assert torch.allclose(dh[kept], dz @ weight, rtol=1e-8, atol=1e-11) and not dh[7].any()
     assert torch.allclose(dw, dz.T @ hidden[kept], rtol=1e-8, atol=1e-11)
 
@@ -119,9 +116,9 @@ def test_the_bound_holds_and_rows_sum_to_zero(tail: float) -> None:
     """With the identity for a head the hidden gradient is the logits' own."""
     hidden, weight, labels = peaked(64, 800, 24)
     logits = (hidden @ weight.T).requires_grad_()
-    [dz] = gradients(F.cross_entropy(logits, labels, reduction="sum"), logits)
+    [dz] = gradients(F.cross_entropy(logits, labels, reduction="sum"), [logits])
     head = Head(torch.eye(800, dtype=torch.float64))
-    [found] = gradients(CrossEntropy()(logits, head, labels, reduction="sum", tail=tail), logits)
+    [found] = gradients(CrossEntropy()(logits, head, labels, reduction="sum", tail=tail), [logits])
     assert 0 < (found - dz).norm() <= tail * dz.norm()
     assert found.sum(-1).abs().max() < 1e-12
     for group in pieces(64, 4):  # equal weights: a group's tail has its own mass in every column
@@ -132,7 +129,7 @@ def test_dropping_the_same_columns_is_at_least_twice_as_wrong() -> None:
     hidden, weight, labels = peaked(128, 3000, 48)
     hidden.requires_grad_()
     head, ones = Head(weight), torch.ones(128, dtype=torch.float64)
-    found = gradients(CrossEntropy()(hidden, head, labels, reduction="sum", tail=0.02), hidden)[0]
+    found = gradients(CrossEntropy()(hidden, head, labels, reduction="sum", tail=0.02), [hidden])[0]
     with torch.no_grad():
         _, dz, kept = compressed(hidden, head, labels, ones, -ones, 0.02)
         exact, dropped = dz @ weight, torch.where(kept, dz, 0.0) @ weight
@@ -144,8 +141,8 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
     hidden, weight, labels = peaked(20, 150, 6)
     for h, tail in ((1e-4 * hidden, 1e-3), (hidden, 1e-12)):
         h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), h, w)
-        want = gradients(F.cross_entropy(h @ w.T, labels), h, w)
+        found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), [h, w])
+        want = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
         assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-13) for x, y in zip(found, want, strict=True))
 
 
@@ -154,15 +151,25 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
 def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, dtype: torch.dtype) -> None:
     hidden, weight, labels = peaked(40, 900, 33, dtype=dtype)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    truth = gradients(F.cross_entropy(h @ w.T, labels), h, w)
-    wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), h, w)
+    truth = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
+    wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), [h, w])
     h, w = hidden.requires_grad_(), weight.requires_grad_()
-    dense = gradients(F.cross_entropy(h @ w.T, labels), h, w)
-    found = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03, impl=impl, memory_budget=50_000), h, w)
+    dense = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
+    found = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03, impl=impl, memory_budget=50_000), [h, w])
     for got, plain, approximate, want in zip(found, dense, wide, truth, strict=True):
         error, rounding, compression = ((x.double() - want).norm() / want.norm() for x in (got, plain, approximate))
         assert compression > 1e-3  # something was compressed
         assert error <= 2 * rounding + 1.5 * compression
+
+
+@pytest.mark.parametrize("N", [200, 800])
+def test_memory_is_the_budget_and_a_few_rows_of_the_vocabulary(N: int) -> None:
+    hidden, weight, labels = peaked(N, 600, 4)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    with Largest() as largest:
+        loss = CrossEntropy()(hidden, Head(weight), labels, tail=0.1, memory_budget=20 * 600 * 8)
+        gradients(loss, [hidden, weight])
+    assert largest.numel <= 20 * 600  # and N D <= 16 V here; GROUPS V are fewer
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -172,7 +179,7 @@ def test_what_is_frozen_costs_and_gets_nothing(frozen: str) -> None:
     loss = CrossEntropy()(hidden, Head(weight), labels, tail=0.02)
     loss.backward()
     both = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
-    want = gradients(CrossEntropy()(both[0], Head(both[1]), labels, tail=0.02), *both)
+    want = gradients(CrossEntropy()(both[0], Head(both[1]), labels, tail=0.02), both)
     for x, grad in zip((hidden, weight), want, strict=True):
         assert x.grad is None or torch.allclose(x.grad, grad, rtol=1e-12, atol=1e-15)
     assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
@@ -182,9 +189,9 @@ def test_nan_is_not_hidden_and_no_token_is_zero() -> None:
     hidden, weight, labels = peaked(12, 300, 6)
     hidden[3] = float("nan")
     hidden.requires_grad_()
-    assert gradients(CrossEntropy()(hidden, Head(weight), labels, tail=0.01), hidden)[0][3].isnan().all()
+    assert gradients(CrossEntropy()(hidden, Head(weight), labels, tail=0.01), [hidden])[0][3].isnan().all()
     none = CrossEntropy()(hidden, Head(weight), torch.full_like(labels, -100), tail=0.01)
-    assert none == 0 and not gradients(none, hidden)[0].any()
+    assert none == 0 and not gradients(none, [hidden])[0].any()
 
 
 @pytest.mark.parametrize(
