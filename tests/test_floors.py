@@ -80,7 +80,7 @@ def test_imports_point_down(module):
         ("hf_xent.losses.base", False, "import torch, hf_xent.ops, hf_xent.cli", ["hf_xent.cli"]),
         ("hf_xent.losses.base", False, "import hf_xent", ["hf_xent"]),
         ("hf_xent.data", True, "def load():\n    from hf_xent import trainers", ["hf_xent.trainers"]),
-        ("hf_xent.patching", False, "if TYPE_CHECKING:\n    from .cli import app", ["hf_xent.cli"]),
+        ("hf_xent.patching", False, "if TYPE_CHECKING:\n    from .cli import main", ["hf_xent.cli"]),
         ("hf_xent.patching", False, "from .lazy import LazyLogits\nfrom hf_xent.losses import get", []),
         ("hf_xent", True, "from . import losses\nfrom .patching import patch", []),
     ],

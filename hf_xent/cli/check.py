@@ -1,0 +1,67 @@
+"""`hf-xent check` and `hf-xent losses`: what a model's head is, what the registry holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from typer import Argument, Option
+
+from .app import Json, err, literal, out, prepare
+
+
+def check(
+    model: Annotated[str, Argument(help="'smollm2', or any Hub id or path of a causal LM.")] = "smollm2",
+    dtype: Annotated[str, Option(help="Dtype to load the model in; 'auto' for its own.")] = "auto",
+    tokens: Annotated[int, Option(help="Random tokens to compare on.", min=4)] = 24,
+    as_json: Json = False,
+) -> None:
+    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ."""
+    from .. import embedded
+    from ..patching import compare
+
+    prepare(model)
+    with err.status(f"comparing {model}"):
+        loaded, _ = embedded.load(model, dtype=dtype)
+        found = compare(loaded, tokens=tokens)
+    if as_json:
+        print(json.dumps(found.as_dict()))
+    else:
+        table = Table(title=f"{model}", show_header=False)
+        for name, value in found.as_dict().items():
+            table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+        out.print(table)
+        times = found.materialized
+        lean = f"logits were materialized {times} times" if times else "without materializing logits"
+        different = "[bold red]different[/]: do not patch this model, and report it"
+        out.print(f"[green]equal[/], {lean}" if found.equal else different)
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+def losses(
+    markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the registered losses: formula, statistics, source, options."""
+    from ..losses import table as rows
+
+    found = rows()
+    if as_json:
+        print(json.dumps(found))
+        return
+    if markdown:
+        print("| loss | per token | statistics | source |\n|---|---|---|---|")
+        for row in found:
+            print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
+        return
+    table = Table(title="losses (--json has their help texts)", show_lines=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("per token, source", overflow="fold")
+    table.add_column("options", overflow="fold")
+    for row in found:
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        table.add_row(row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]", literal(options))
+    out.print(table)

@@ -1,0 +1,196 @@
+"""`hf-xent train`: one run, or two in turn and a comparison."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer import Option
+
+from .app import Json, err, out, prepare
+
+if TYPE_CHECKING:
+    from .arms import Outcome, Run
+
+
+def train(
+    model: Annotated[
+        str, Option(help="'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")
+    ] = "smollm2",
+    dataset: Annotated[
+        str, Option(help="'pydoc' (embedded, offline), a text/JSON/CSV/Parquet file or folder, or a Hub id.")
+    ] = "pydoc",
+    split: Annotated[str | None, Option(help="Split of the dataset, such as 'train[:10%]'.")] = None,
+    column: Annotated[str, Option(help="Column that holds the text.")] = "text",
+    loss: Annotated[
+        str, Option(help="Loss, with options if any: 'focal:gamma=3'; `hf-xent losses` lists them.")
+    ] = "cross_entropy",
+    steps: Annotated[int, Option(help="Optimizer steps.", min=1)] = 30,
+    batch_size: Annotated[int, Option(help="Blocks per forward pass.", min=1)] = 4,
+    accumulation: Annotated[int, Option(help="Forward passes per optimizer step.", min=1)] = 1,
+    block_size: Annotated[int, Option(help="Tokens per block.", min=2)] = 192,
+    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW, decayed linearly.")] = 2e-5,
+    eval_blocks: Annotated[int, Option(help="Blocks held out for evaluation.", min=1)] = 4,
+    seed: Annotated[int, Option(help="Seed of batches, dropout and everything else.")] = 0,
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    memory_budget: Annotated[
+        int | None, Option(help="Bytes of logits alive at a time [default: half a byte a number in the head].")
+    ] = None,
+    tail: Annotated[
+        float,
+        Option(help="Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact."),
+    ] = 0.0,
+    output: Annotated[Path, Option(help="Folder for model, checkpoints, results.json and plot.")] = Path("out/train"),
+    save_steps: Annotated[int, Option(help="Write a checkpoint every so many steps; 0 for none.", min=0)] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
+    save: Annotated[bool, Option(help="Save the fine-tuned model (never with --compare).")] = True,
+    compare: Annotated[
+        bool, Option("--compare", help="Train twice, stock loss and ours in turn, and compare.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
+    from .arms import Run
+
+    run = Run(
+        model=model,
+        dataset=dataset,
+        split=split,
+        column=column,
+        loss=loss,
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        block_size=block_size,
+        learning_rate=learning_rate,
+        eval_blocks=eval_blocks,
+        seed=seed,
+        dtype=dtype,
+        memory_budget=memory_budget,
+        tail=tail,
+        output=str(output),
+        save_steps=0 if compare else save_steps,
+        resume=resume and not compare,
+        save=save and not compare,
+    )
+    _check_run(run)
+    prepare(model)
+    _report_run(run, _outcomes(run, compare), as_json)
+
+
+def _check_run(run: Run) -> None:
+    """What can be refused before anything is loaded."""
+    from .. import losses
+
+    objective = losses.get(run.loss)
+    if objective.needs_teacher:
+        raise ValueError(
+            f"loss is {run.loss!r}: it needs a teacher model, which this command has no option for; choose another"
+        )
+    objective.check_tail(run.tail)
+    if run.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {run.dtype!r}: choose float32, bfloat16 or float16")
+
+
+def _outcomes(run: Run, compare: bool) -> list[Outcome]:
+    """The run under a progress bar, or two of them."""
+    from .arms import PATCHED, STOCK, fit, side_by_side
+
+    with _progress() as progress:
+        if compare:
+            bars = {arm: progress.add_task(arm, total=run.steps) for arm in (STOCK, PATCHED)}
+            outcomes = side_by_side(run, lambda arm, step: progress.update(bars[arm], completed=step))
+        else:
+            bar = progress.add_task(run.loss, total=run.steps)
+            outcomes = [fit(run, PATCHED, lambda step: progress.update(bar, completed=step))]
+        for task in progress.task_ids:
+            progress.update(task, completed=run.steps)
+    return outcomes
+
+
+def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
+    """Files in the output folder, and what is printed about them."""
+    from .arms import write
+    from .plot import draw
+
+    output = Path(run.output)
+    results = write(output, run, outcomes)
+    picture = draw(outcomes, output / "curves.png", f"{run.model} on {run.dataset}, {run.loss}")
+    summary = _summary(run, outcomes)
+    if as_json:
+        print(json.dumps({**summary, "results": str(results), "plot": str(picture)}))
+        return
+    out.print(_train_table(run, outcomes, summary))
+    kept = f"model in {output}, " if run.save else ""
+    out.print(f"{kept}curves in {picture}, every number in {results}", highlight=False, soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=err)
+
+
+def _summary(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
+    rows = {}
+    for o in outcomes:
+        steady = o.seconds[1:] or o.seconds  # the first step also allocates gradients and optimizer state
+        median = statistics.median(steady)
+        rows[o.arm] = {
+            "first_loss": o.losses[0],
+            "last_loss": o.losses[-1],
+            "eval_before": o.eval_before,
+            "eval_after": o.eval_after,
+            "seconds_per_step": median,
+            "tokens_per_second": o.tokens_per_step / median,
+            "peak_memory_mib": o.peak / 2**20,
+        }
+    summary: dict[str, Any] = {
+        "model": run.model,
+        "dataset": run.dataset,
+        "loss": run.loss,
+        "steps": run.steps,
+        "runs": rows,
+    }
+    if len(outcomes) == 2:
+        stock, ours = outcomes
+        pairs = zip(stock.seconds[1:] or stock.seconds, ours.seconds[1:] or ours.seconds, strict=True)
+        summary["largest_loss_difference"] = max(
+            abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=True)
+        )
+        summary["step_time_ratio"] = statistics.median(b / a for a, b in pairs)
+        summary["memory_saved_mib"] = (stock.peak - ours.peak) / 2**20
+    return summary
+
+
+def _train_table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{run.model} on {run.dataset}: {run.loss}, {run.steps} steps of {outcomes[0].tokens_per_step} tokens"
+    )
+    for name in ("", "loss", "eval loss", "s/step", "tokens/s", "peak MiB"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for arm, r in summary["runs"].items():
+        table.add_row(
+            arm,
+            f"{r['first_loss']:.3f} > {r['last_loss']:.3f}",
+            f"{r['eval_before']:.3f} > {r['eval_after']:.3f}",
+            f"{r['seconds_per_step']:.2f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['peak_memory_mib']:.0f}",
+        )
+    if len(outcomes) == 2:
+        table.caption = (
+            f"largest relative difference of the losses {summary['largest_loss_difference']:.1e}; step time"
+            f" {summary['step_time_ratio']:.2f}x (median over pairs of steps);"
+            f" {summary['memory_saved_mib']:.0f} MiB saved"
+        )
+    return table
