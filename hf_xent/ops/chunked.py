@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .algebra import TENSORS, Coefficients, Head, Problem, State, Survey, coefficients, finish, row_factor, wide
 
-TILE_BYTES = 1 << 20  # a strip and its scratch stay in the second-level cache of a CPU core
+TILE_BYTES = 4 << 20  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
 PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
 GPU_TILE_BYTES = 64 << 20  # on accelerators a strip only bounds the scratch
 FEW = 256  # rows
@@ -203,6 +203,8 @@ def _fold_chunk(
     if kernels and problem.outputs <= kernels.GIVEN:
         values = kernels.softmax_(z, labels, problem.head, spend=softmax)
         return {name: values[name] for name in problem.outputs}
+    if softmax and z.dtype == wide(z.dtype) and problem.outputs <= {"lse", "target"}:
+        return _softmax_(z if problem.head.scale == 1 else z.mul_(problem.head.scale), labels)
     parts = []
     for tile in _tiles(z):
         tile_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[tile]))
@@ -213,6 +215,13 @@ def _fold_chunk(
                 z[tile] = e
         parts.append(values)
     return _cat(parts, problem)
+
+
+def _softmax_(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """z -> softmax in place, by torch's own kernel, which keeps a row in the cache; its largest entry is 1 / sum e^u."""
+    m, target = z.amax(-1), z.gather(-1, labels[:, None]).squeeze(-1)
+    torch.softmax(z, -1, out=z)
+    return {"lse": m - z.amax(-1).log(), "target": target}
 
 
 def _wide(x: Tensor) -> Tensor:
