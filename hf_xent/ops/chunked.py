@@ -218,7 +218,7 @@ def _fold_chunk(
 
 
 def _softmax_(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """z -> softmax in place, by torch's own kernel, which keeps a row in the cache; its largest entry is 1 / sum e^u."""
+    """z -> softmax in place by torch's own kernel, a row at a time in the cache; its largest entry is 1 / sum e^u."""
     m, target = z.amax(-1), z.gather(-1, labels[:, None]).squeeze(-1)
     torch.softmax(z, -1, out=z)
     return {"lse": m - z.amax(-1).log(), "target": target}
