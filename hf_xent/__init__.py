@@ -16,15 +16,16 @@ from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
 from .patching import Comparison, compare, patch, seam_of, unpatch
 
 if TYPE_CHECKING:
-    from .trainers import XentConfig, XentTrainer
+    from .trainers import PatchCallback, XentConfig, XentTrainer
 
 __version__ = "0.1.0"
-_TRAINERS = ("XentConfig", "XentTrainer")
+_TRAINERS = ("PatchCallback", "XentConfig", "XentTrainer")
 
 __all__ = [
     "Comparison",
     "Head",
     "LazyLogits",
+    "PatchCallback",
     "Seam",
     "Stats",
     "XentConfig",

@@ -45,26 +45,25 @@ class Comparison:
 def run_both_ways(model: nn.Module, inner: nn.Module, state: Any, tokens: int) -> Comparison:
     """Compare a patched model (`inner` without its wrappers, `state` its patch); leaves it as it was."""
     training, objective = inner.training, inner._modules.pop("_loss_function", None)
-    forward, head, seam = state.forward, state.forward.head, state.seam
+    head, seam = state.forwards[0].linear, state.seam
     tail, seam.tail = seam.tail, 0.0  # what is compared is the seam, not an approximation asked for
     inner.eval()
-    forward.objective = None
+    state.objective, state.paused, state.awake = None, True, False
     try:
         ids = _tokens(head.weight, tokens)
-        head.__dict__.pop("forward")
         stock = _loss_and_gradients(model, ids)
-        head.forward = forward
+        state.paused = False
         before = (seam.streamed, seam.materialized)
         ours = _loss_and_gradients(model, ids)
         counts = (seam.streamed - before[0], seam.materialized - before[1])
         seam.take(training=False)
         recipe = _recipe(model, ids)
     finally:
-        head.forward = forward
+        state.paused, state.awake = False, state.always
         seam.tail = tail
         inner.train(training)
         if objective is not None:
-            inner._loss_function = forward.objective = objective
+            inner._loss_function = state.objective = objective
     return _comparison(inner, head, stock, ours, counts, recipe)
 
 

@@ -8,20 +8,22 @@ own `loss_function` (an official setter), a module that reads hidden states and 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import losses
 from .comparison import Comparison, run_both_ways
+from .fused_head import FusedCall, FusedHead
 from .lazy import LazyLogits, Seam, next_token_labels
 from .losses import CrossEntropy, Loss
+from .ops import Head, Shard
 
 Model = TypeVar("Model", bound=nn.Module)
 _LABELS = ("labels", "shift_labels")
+_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call the model in them
 
 
 def patch(  # noqa: PLR0913  one keyword a choice the user has
@@ -53,18 +55,20 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
         )
     objective.check_tail(tail)
     inner, head = _inner(model), head_of(model)
-    objective = objective.bind(head.weight)
+    weight: Any = head.weight
+    objective = objective.bind(weight.full_tensor() if _is_split(weight) else weight)
     unpatch(model)  # now that nothing can be refused any more
     seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
-    forward = _LazyForward(head, seam, awake=always)
-    head.forward = forward  # type: ignore[method-assign]  # on the instance: the class stays as it is
-    asked = inner.register_forward_pre_hook(_Asked(forward), with_kwargs=True)
-    answered = inner.register_forward_hook(_Answered(forward), always_call=True)
-    inner.__dict__["_hf_xent"] = _Patch(seam, forward, (asked, answered), inner.__dict__.get("_loss_function"))
+    state = _Patch(seam, always, awake=always, loss_function=inner.__dict__.get("_loss_function"))
+    state.install(inner)
+    asked = inner.register_forward_pre_hook(_Asked(state), with_kwargs=True)
+    answered = inner.register_forward_hook(_Answered(state), always_call=True)
+    state.hooks = (asked, answered)
+    inner.__dict__["_hf_xent"] = state
     if objective != CrossEntropy():
-        forward.objective = ModelLoss(objective, seam)
+        state.objective = ModelLoss(objective, seam)
         kind: Any = type(inner)  # transformers' own, so it has the property
-        kind.loss_function.fset(inner, forward.objective)  # nn.Module.__setattr__ would shadow the property
+        kind.loss_function.fset(inner, state.objective)  # nn.Module.__setattr__ would shadow the property
     if verify:
         report = compare(model)
         if not report.equal:
@@ -82,8 +86,10 @@ def unpatch(model: Model) -> Model:
     if state is not None:
         for handle in state.hooks:
             handle.remove()
-        state.forward.head.__dict__.pop("forward", None)
-        if state.forward.objective is not None:
+        state.uninstall()
+        if state.fused is not None:
+            state.fused.restore(inner)
+        if state.objective is not None:
             del inner._loss_function
             if state.loss_function is not None:
                 inner.loss_function = state.loss_function
@@ -120,9 +126,26 @@ def head_of(model: nn.Module) -> nn.Linear:
 
     Raises: ValueError if there is none, it is not a plain linear layer, or something else already replaced its forward.
     """
-    name = type(_inner(model)).__name__
-    get = getattr(_inner(model), "get_output_embeddings", None)  # absent on modules that are not transformers models
-    head = get() if get else None
+    inner = _inner(model)
+    name, head = type(inner).__name__, _linears(inner)[0]
+    if type(head.weight) not in (nn.Parameter, Tensor) and not _is_split(head.weight):
+        raise ValueError(
+            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
+            " streamed, leave the head out of the quantization"
+        )
+    forward = head.__dict__.get("forward")
+    if not (
+        forward is None or isinstance(forward, _LazyForward) or hasattr(head, "_hf_hook") or _is_split(head.weight)
+    ):
+        raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
+    return head
+
+
+def _linears(inner: nn.Module) -> list[nn.Linear]:
+    """The head, and the second halves of LoRA branches on it, whose products have the vocabulary's size too."""
+    name = type(inner).__name__
+    get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
+    head = layer = get() if get else None
     if head is None:
         raise ValueError(
             f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
@@ -135,77 +158,163 @@ def head_of(model: nn.Module) -> nn.Linear:
         raise ValueError(
             f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
         )
-    if "forward" in head.__dict__ and not isinstance(head.__dict__["forward"], _LazyForward):
-        raise ValueError(
-            f"the head of {name} already has another forward ({head.forward!r}): remove that wrapper"
-            " (device_map?) first"
-        )
-    return head
+    branches = getattr(layer, "lora_B", {}).values()
+    return [head, *(b for b in branches if isinstance(b, nn.Linear) and type(b).forward is nn.Linear.forward)]
+
+
+def _is_split(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    return hasattr(weight, "placements")
+
+
+def _local_head(linear: nn.Linear) -> Head | None:
+    """A head over this rank's operands; None if it is not split by vocabulary along one dimension of the mesh."""
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    if not _is_split(weight):
+        return Head(weight, bias)
+    split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
+        return None
+    shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
+    shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
+    return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, torch.compile and PEFT wrappers."""
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
     inner: Any = model
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif hasattr(inner, "_orig_mod"):  # torch.compile
-            inner = inner._orig_mod
+        wrapped = next((inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None), None)
+        if wrapped is not None:
+            inner = wrapped
         elif hasattr(inner, "get_base_model"):  # PEFT
             inner = inner.get_base_model()
         else:
             return inner
 
 
-class _LazyForward:
-    """The head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
+@dataclass
+class _Patch:
+    """What a patched model keeps: on the model, and shared by its hooks and its heads' forwards."""
 
-    def __init__(self, head: nn.Linear, seam: Seam, awake: bool):
-        self.head, self.seam, self.always = head, seam, awake
-        self.awake = awake  # whether the model was asked for a loss
-        self.objective: ModelLoss | None = None
+    seam: Seam
+    always: bool
+    awake: bool  # whether the model was asked for a loss
+    paused: bool = False  # the model runs stock
+    hooks: tuple[Any, ...] = ()
+    forwards: list[_LazyForward] = field(default_factory=list)
+    objective: ModelLoss | None = None
+    loss_function: Any = None  # what the user had set before, or None
+    fused: FusedHead | None = None  # TRL's, once a trainer installed it
+    asked: FusedCall | None = None  # a call of TRL's that is under way
+
+    def install(self, inner: nn.Module) -> None:
+        """Lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
+        linears = _linears(inner)
+        if [forward.linear for forward in self.forwards] == linears:
+            return
+        head_of(inner)  # refuses what cannot be streamed
+        self.uninstall()
+        self.forwards = [_LazyForward(linear, self) for linear in linears]
+
+    def uninstall(self) -> None:
+        """The heads' own forwards again."""
+        for forward in self.forwards:
+            forward.remove()
+        self.forwards = []
+
+
+class _LazyForward:
+    """A head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
+
+    def __init__(self, linear: nn.Linear, patch: _Patch):
+        self.linear, self.patch = linear, patch
+        # accelerate's hooks have taken the forward's place and call this one
+        self.slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+        self.before = linear.__dict__.get(self.slot)  # tensor parallelism's, or none
+        linear.__dict__[self.slot] = self
+
+    def remove(self) -> None:
+        if self.linear.__dict__.get(self.slot) is self:  # nobody put another one over it
+            del self.linear.__dict__[self.slot]
+            if self.before is not None:
+                self.linear.__dict__[self.slot] = self.before
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
-        head = self.head
-        if not self.awake or torch.compiler.is_compiling():
-            return F.linear(input, head.weight, head.bias)
+        linear = self.linear
+        awake = self.patch.awake and not torch.compiler.is_compiling() and type(input) is Tensor
+        raw = _local_head(linear) if awake and _stays(linear) else None
+        if raw is None:
+            before: Any = self.before
+            return nn.Linear.forward(linear, input) if before is None else before(input)
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-            bias = None if head.bias is None else head.bias.to(dtype)
-            return LazyLogits.of(input.to(dtype), head.weight.to(dtype), bias, self.seam)
-        return LazyLogits.of(input, head.weight, head.bias, self.seam)
+            bias = None if raw.bias is None else raw.bias.to(dtype)
+            input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
+        return LazyLogits.of(input, raw, self.patch.seam)
+
+
+def _stays(linear: nn.Linear) -> bool:
+    """Whether the weight outlives the call, so that it can be read later; makes FSDP2 keep it until the backward."""
+    keep: Any = getattr(linear, "set_reshard_after_forward", None)
+    if keep is not None:  # sharded by FSDP2 on its own; the backward, which comes next, would gather it again
+        keep(False, recurse=False)
+    return not (hasattr(linear.weight, "ds_id") or getattr(getattr(linear, "_hf_hook", None), "offload", False))
 
 
 class _Asked:
     """Before the model's forward: wakes the head if labels are given."""
 
-    def __init__(self, forward: _LazyForward):
-        self.forward = forward
+    def __init__(self, patch: _Patch):
+        self.patch = patch
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward = self.forward
-        forward.seam.training = model.training
-        forward.awake = forward.always or _labels_given(model, args, kwargs)
-        if forward.objective is not None:
-            forward.objective.called = not _labels_given(model, args, kwargs)
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        patch = self.patch
+        if patch.paused:
+            return None
+        patch.install(model)
+        patch.seam.training = model.training
+        patch.fused = FusedHead.installed(model) or patch.fused
+        given = _labels_given(model, args, kwargs)
+        patch.awake = patch.always or given
+        if patch.objective is not None:
+            patch.objective.called = not given
+        if not kwargs.get("fused_lm_head"):
+            return None
+        if patch.objective is not None:
+            raise RuntimeError(
+                f"the model is patched with {patch.objective.loss!r}, but TRL's trainer takes its loss from"
+                " log-probabilities (fused_lm_head=True), so it would have no effect: patch without a loss, or use"
+                " hf_xent.XentTrainer"
+            )
+        patch.asked = FusedCall.of(model, patch.fused, kwargs)
+        return None if patch.asked is None else (args, patch.asked.kwargs)
 
 
 class _Answered:
     """After the model's forward, even a failed one: puts the head back to sleep; a bypassed loss is an error."""
 
-    def __init__(self, forward: _LazyForward):
-        self.forward = forward
+    def __init__(self, patch: _Patch):
+        self.patch = patch
 
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        self.forward.awake = self.forward.always
-        objective = self.forward.objective
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
+        patch, call = self.patch, self.patch.asked
+        patch.awake, patch.asked = patch.always and not patch.paused, None
+        if call is not None:
+            FusedHead.remove(model)  # in a copy of the model, it would run the original
+            return None if output is None else call.answer(output)
+        objective = patch.objective
         if objective is not None and not objective.called and output is not None:
             raise RuntimeError(
                 f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
                 " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
                 " to out.logits"
             )
+        return None
 
 
 def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -213,14 +322,6 @@ def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return True
     names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
     return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
-
-
-@dataclass
-class _Patch:
-    seam: Seam
-    forward: _LazyForward
-    hooks: tuple[Any, ...]
-    loss_function: Any  # what the user had set before, or None
 
 
 class ModelLoss(nn.Module):

@@ -1,6 +1,8 @@
 """Tiny random causal LMs, with the settings on which losses go wrong: scale, softcap, bias, an auxiliary loss."""
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -12,6 +14,7 @@ from transformers import (
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -59,13 +62,23 @@ SETTINGS = {
 }
 
 
-def tiny(name: str = "llama", std: float = 0.2, dtype=torch.float32):
+def tiny(name: str = "llama", std: float = 0.2, dtype=torch.float32, **changes):
     """A random model in eval mode (no dropout) whose softmax is far from uniform, biases included."""
+    config = CONFIGS[name]()
+    config.update(changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model
+
+
+def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog " * 8):
+    """A byte-level tokenizer of at most 90 tokens, trained on the spot."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=90, special_tokens=["<pad>", "<s>", "</s>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def batch(rows: int = 3, length: int = 11):

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from models import tiny
+from models import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
 from hf_xent import cli
@@ -17,15 +17,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A tiny model with a byte-level tokenizer trained on the spot, as a user would have it on disk."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=90, special_tokens=["<pad>", "<s>", "</s>"]))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
+    tiny_tokenizer(TEXT).save_pretrained(folder)
     tiny(std=0.05).save_pretrained(folder)
     return folder
 

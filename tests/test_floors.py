@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops",),
     1: ("losses", "data"),
-    2: ("lazy", "patching", "comparison"),
+    2: ("lazy", "patching", "fused_head", "comparison"),
     3: ("trainers", "detection", "ln_free", "generation", "hub", "embedded"),
     4: ("bench", "cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }

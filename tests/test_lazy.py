@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_xent.lazy import LazyLogits, Seam, next_token_labels
+from hf_xent.ops import Head
 
 V = 30
 
@@ -73,7 +74,7 @@ DENSE = {
 def consume(fn, operands, lazily):
     hidden, weight, bias, labels = operands
     seam = Seam()
-    logits = LazyLogits.of(hidden, weight, bias, seam) if lazily else F.linear(hidden, weight, bias)
+    logits = LazyLogits.of(hidden, Head(weight, bias), seam) if lazily else F.linear(hidden, weight, bias)
     out = fn(logits, labels)
     value = out.dense() if isinstance(out, LazyLogits) else out
     grads = None
@@ -112,7 +113,7 @@ def test_written_values_are_seen_by_views(operands):
 
 
 def test_materializes_once(operands):
-    x = LazyLogits.of(*operands[:3], Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
     first, second = x.dense(), (x + 0.0)
     assert x.seam.materialized == 1 and x.is_dense
     torch.testing.assert_close(first, second)
@@ -140,7 +141,9 @@ def test_every_label_ignored_is_a_connected_zero(operands):
     hidden, weight, bias, labels = operands
     for reduction in ("mean", "sum"):
         loss = F.cross_entropy(
-            LazyLogits.of(hidden, weight, bias).view(-1, V), torch.full_like(labels.view(-1), -100), reduction=reduction
+            LazyLogits.of(hidden, Head(weight, bias)).view(-1, V),
+            torch.full_like(labels.view(-1), -100),
+            reduction=reduction,
         )
         grads = torch.autograd.grad(loss, (hidden, weight, bias))
         assert loss.item() == 0.0
@@ -148,7 +151,7 @@ def test_every_label_ignored_is_a_connected_zero(operands):
 
 
 def test_metadata_costs_nothing(operands):
-    x = LazyLogits.of(*operands[:3], Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
     assert (
         isinstance(x, torch.Tensor) and x.shape == (2, 5, V) and x.size(-1) == V and x.numel() == 10 * V and len(x) == 2
     )
@@ -160,27 +163,27 @@ def test_metadata_costs_nothing(operands):
 
 
 def test_detached_and_without_grad(operands):
-    x = LazyLogits.of(*operands[:3], Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
     assert not x.detach().requires_grad
     with torch.no_grad():
-        loss = F.cross_entropy(LazyLogits.of(*operands[:3]).view(-1, V), moved(operands[3]))
+        loss = F.cross_entropy(LazyLogits.of(operands[0], Head(*operands[1:3])).view(-1, V), moved(operands[3]))
     assert not loss.requires_grad
 
 
 def test_copies_and_files_are_ordinary_tensors(operands):
     hidden, weight, bias, _ = (t.detach() for t in operands)
-    x, expected = LazyLogits.of(hidden, weight, bias), F.linear(hidden, weight, bias)
+    x, expected = LazyLogits.of(hidden, Head(weight, bias)), F.linear(hidden, weight, bias)
     torch.testing.assert_close(copy.deepcopy(x), expected)
     file = io.BytesIO()
-    torch.save(LazyLogits.of(hidden, weight, bias), file)
+    torch.save(LazyLogits.of(hidden, Head(weight, bias)), file)
     file.seek(0)
     torch.testing.assert_close(torch.load(file), expected)
-    torch.testing.assert_close(torch.from_numpy(LazyLogits.of(hidden, weight, bias).numpy()), expected)
+    torch.testing.assert_close(torch.from_numpy(LazyLogits.of(hidden, Head(weight, bias)).numpy()), expected)
 
 
 def test_stats_of_labels_and_of_next_tokens(operands):
     hidden, weight, bias, labels = operands
-    x = LazyLogits.of(hidden, weight, bias)
+    x = LazyLogits.of(hidden, Head(weight, bias))
     logp = F.linear(hidden, weight, bias).log_softmax(-1)
     aligned = x.stats(labels)
     expected = torch.where(labels == -100, 0, logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1))
@@ -196,7 +199,7 @@ def test_low_precision_is_no_worse_than_torch(dtype, operands):
     low = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight, bias)]
     exact = F.cross_entropy(F.linear(*(t.double() for t in low)).view(-1, V), moved(labels))
     dense = F.cross_entropy(F.linear(*low).float().view(-1, V), moved(labels))
-    ours = F.cross_entropy(LazyLogits.of(*low).float().view(-1, V), moved(labels))
+    ours = F.cross_entropy(LazyLogits.of(low[0], Head(*low[1:])).float().view(-1, V), moved(labels))
     assert abs(ours - exact) <= 2 * abs(dense - exact) + 1e-5
     truth = torch.autograd.grad(exact, low)
     for mine, theirs, g in zip(torch.autograd.grad(ours, low), torch.autograd.grad(dense, low), truth, strict=True):

@@ -16,6 +16,7 @@ from oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_xent.losses import CrossEntropy
 from hf_xent.ops import (
     DIFFERENTIABLE,
     FORWARD_ONLY,
@@ -844,3 +845,43 @@ def test_kernels_compile_for_hopper(tmp_path):
     survey = ["launched 3 1 1", "launched 3 8 1", "launched 8 2 1", "launched 3 8 1"]
     fused = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1"]
     assert found.stdout.split()[3 * 4 :] == " ".join(survey + 3 * fused).split()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [None, 1500])
+def test_an_adapter_is_the_last_columns_of_a_wider_matrix(impl, dtype, frozen, budget):
+    """Against the same head in one piece: statistics, a loss of them all, and cross-entropy, exact and with a tail."""
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 20).to(dtype).requires_grad_()
+    weight = torch.randn(53, 16).to(dtype).requires_grad_(not frozen)
+    adapter = torch.randn(53, 4).to(dtype).requires_grad_()
+    bias, labels = torch.randn(53).to(dtype).requires_grad_(), torch.randint(53, (9,))
+    labels[2] = -100
+    whole = torch.cat([weight, adapter], 1).detach().requires_grad_()
+    pieces, joined = Head(weight, bias, 0.7, adapter=adapter), Head(whole, bias, 0.7)
+    leaves = [hidden, bias, adapter, *([] if frozen else [weight])]
+    uses = ("lse", "target", "entropy", "mean")
+
+    def answers(head, wanted):
+        stats = vocab_stats(hidden, head, labels, outputs=uses, impl=impl, memory_budget=budget)
+        found = [*stats.values.values(), *torch.autograd.grad(Polynomial(uses).of(stats).sum(), wanted)]
+        for tail in (0.0, 1e-2):
+            loss = vocab_loss(CrossEntropy(), hidden, head, labels, impl=impl, memory_budget=budget, tail=tail)[0]
+            found += [loss, *torch.autograd.grad(loss, wanted)]
+        return [t.detach() for t in found]
+
+    ours, theirs = answers(pieces, leaves), iter(answers(joined, [hidden, bias, whole]))
+    ours, rtol = iter(ours), 1e-4 if dtype == torch.float32 else 4e-2
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=rtol, atol=rtol)  # noqa: E731
+    for count in (len(uses), 1, 1):
+        for _ in range(count):
+            close(next(ours), next(theirs))
+        close(next(ours), next(theirs))  # hidden
+        close(next(ours), next(theirs))  # bias
+        expected = next(theirs)
+        close(next(ours), expected[:, 16:])
+        if not frozen:
+            close(next(ours), expected[:, :16])
+    with pytest.raises(ValueError, match=r"must be the head's hidden size, 20"):
+        vocab_stats(hidden[:, :16], pieces, labels)

@@ -260,18 +260,6 @@ def test_compiled_models_run_dense():
     torch.testing.assert_close(compiled(input_ids=ids, labels=labels).loss, expected)
 
 
-def test_peft_adapters():
-    from peft import LoraConfig, get_peft_model
-
-    ids, labels = batch()
-    for targets, saved, materialized in ((["q_proj"], None, 0), (["q_proj"], ["lm_head"], 0), (["lm_head"], None, 1)):
-        model = get_peft_model(
-            tiny(), LoraConfig(target_modules=targets, modules_to_save=saved, init_lora_weights=False)
-        )
-        _, _, seam = both_ways(model, input_ids=ids, labels=labels)
-        assert (seam.materialized, seam.streamed) == (materialized, 1 - materialized)
-
-
 class Doctored(nn.Linear):
     """A head that does more than multiply."""
 

@@ -18,14 +18,7 @@ from .tensor import ANSWERS, LazyLogits, make
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor that differs in some operands."""
-    now = {
-        "hidden": x.hidden,
-        "weight": x.weight,
-        "bias": x.bias,
-        "recipe": x.recipe,
-        "dtype": x.dtype,
-        "seam": x.seam,
-    }
+    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "seam": x.seam}
     return make(**{**now, **changes})
 
 
@@ -53,8 +46,28 @@ def _same(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
 
 def detach(x: LazyLogits) -> LazyLogits:
     """The same value without its graph, still lazy."""
-    bias = None if x.bias is None else x.bias.detach()
-    return derive(x, hidden=x.hidden.detach(), weight=x.weight.detach(), bias=bias)
+    raw = x.raw
+    bias, adapter = (None if t is None else t.detach() for t in (raw.bias, raw.adapter))
+    return derive(x, hidden=x.hidden.detach(), raw=replace(raw, weight=raw.weight.detach(), bias=bias, adapter=adapter))
+
+
+def _plus(x: LazyLogits, y: Any, **kwargs: Any) -> Any:
+    """Two products of the same tokens and vocabulary, a head's and its LoRA branch's: one product of both inputs."""
+    if kwargs or not isinstance(y, LazyLogits) or y.is_dense or x.shape != y.shape:
+        return NotImplemented
+    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
+    heads = (big.raw, small.raw)
+    bent = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
+    if bent or big.recipe.inner == 0 or any(head.shard is not None for head in heads):
+        return NotImplemented
+    ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
+    hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)
+    matrices = [m.to(dtype) for m in (big.raw.adapter, small.raw.weight, small.raw.adapter) if m is not None]
+    adapter = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+    biases = [b if head is big.raw else (b * ratio).to(dtype) for head in heads if (b := head.bias) is not None]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    raw = replace(big.raw, bias=bias, adapter=adapter)
+    return derive(big, hidden=hidden, raw=raw, dtype=torch.promote_types(x.dtype, y.dtype))
 
 
 def _times(x: LazyLogits, factor: Any, **kwargs: Any) -> Any:
@@ -147,16 +160,16 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
 def _vocabulary(x: LazyLogits, part: slice) -> Any:
     if part == slice(None) or range(*part.indices(x.shape[-1])) == range(x.shape[-1]):
         return x
-    if x.recipe.log_probs:
+    if x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
-    bias = None if x.bias is None else x.bias[part]
-    return derive(x, weight=x.weight[part], bias=bias, parent=(x, lambda d: d[..., part]))
+    return derive(x, raw=x.raw[part], parent=(x, lambda d: d[..., part]))
 
 
 _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.contiguous, _T.clone, torch.clone), _same),
     **dict.fromkeys((_T.detach, torch.detach), detach),
+    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _plus),
     **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
     **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
     **dict.fromkeys((_T.tanh, torch.tanh), _tanh),

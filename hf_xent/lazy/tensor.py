@@ -27,11 +27,16 @@ class Recipe:
     outer: float | None = None  # None: no tanh
     log_probs: bool = False  # log_softmax on top
 
-    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        """The head with these operands whose activated logits the value is (before any log_softmax)."""
+    def head(self, raw: Head) -> Head:
+        """The head, on the operands of one without scale, whose activated logits the value is (before log_softmax)."""
         if self.outer is None:
-            return Head(weight, bias, scale=self.inner)
-        return Head(weight, bias, scale=self.inner * self.outer, softcap=self.outer)
+            return replace(raw, scale=self.inner)
+        return replace(raw, scale=self.inner * self.outer, softcap=self.outer)
+
+    def value(self, hidden: Tensor, raw: Head) -> Tensor:
+        """The dense value."""
+        z = self.head(raw).logits(hidden)
+        return z.log_softmax(-1) if self.log_probs else z
 
     def times(self, factor: float) -> Recipe:
         """The recipe of `factor` times the value."""
@@ -44,27 +49,21 @@ class LazyLogits(torch.Tensor):
     """A head's output [..., V] that has not been multiplied; see the module's docstring. Made by a patched head."""
 
     hidden: Tensor  # [..., D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
+    raw: Head  # without scale and softcap
     recipe: Recipe
     seam: Seam
     parent: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # what this is a view of, and how
     made: Tensor | None  # the dense tensor, once something needed it
 
     @staticmethod
-    def of(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        seam: Seam | None = None,
-    ) -> LazyLogits:
-        """The lazy twin of `F.linear(hidden, weight, bias)`."""
-        return make(hidden, weight, bias, Recipe(), hidden.dtype, seam or Seam())
+    def of(hidden: Tensor, raw: Head, seam: Seam | None = None) -> LazyLogits:
+        """The lazy twin of `F.linear(hidden, raw.weight, raw.bias)`; the head has no scale and no softcap."""
+        return make(hidden, raw, Recipe(), hidden.dtype, seam or Seam())
 
     @property
     def head(self) -> Head:
         """The head whose activated logits of `hidden` this tensor is (before any log_softmax)."""
-        return self.recipe.head(self.weight, self.bias)
+        return self.recipe.head(self.raw)
 
     @property
     def is_dense(self) -> bool:
@@ -81,12 +80,8 @@ class LazyLogits(torch.Tensor):
                 torch.set_grad_enabled(self.requires_grad),
                 torch.autocast(self.hidden.device.type, enabled=False),
             ):
-                self.made = self._value(self.hidden, self.weight, self.bias)
+                self.made = self.recipe.value(self.hidden, self.raw).to(self.dtype)
         return self.made
-
-    def _value(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = self.recipe.head(weight, bias).logits(hidden)
-        return (z.log_softmax(-1) if self.recipe.log_probs else z).to(self.dtype)
 
     def stats(
         self,
@@ -136,54 +131,39 @@ class _Lazy(torch.autograd.Function):
     """Gives the wrapper a place in the graph; its backward serves consumers that took dense values below Python."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        recipe: Recipe,
-        dtype: Any,
-        seam: Seam,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias)
+    def forward(ctx: Any, raw: Head, recipe: Recipe, dtype: Any, seam: Seam, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        hollow: dict[str, Any] = dict.fromkeys(("weight", "bias", "adapter"))
+        ctx.hollow = replace(raw, **hollow)  # no tensor outlives the graph through ctx
         ctx.recipe, ctx.dtype = recipe, dtype
-        shape = (*hidden.shape[:-1], weight.shape[0])
+        hidden = tensors[0]
+        assert hidden is not None
+        shape = (*hidden.shape[:-1], raw.vocabulary)
         lazy = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
         lazy.recipe, lazy.seam, lazy.parent, lazy.made = recipe, seam, None, None
         return lazy
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
         leaves = [
             None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            for t, need in zip(ctx.saved_tensors, needs, strict=True)
         ]
-        hidden, weight, bias = leaves
+        hidden, weight, bias, adapter = leaves
         with torch.enable_grad():
-            z = ctx.recipe.head(weight, bias).logits(hidden)
-            value = (z.log_softmax(-1) if ctx.recipe.log_probs else z).to(ctx.dtype)
+            raw = replace(ctx.hollow, weight=weight, bias=bias, adapter=adapter)
+            value = ctx.recipe.value(hidden, raw).to(ctx.dtype)
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         grads = iter(torch.autograd.grad(value, wanted, upstream))
-        return (
-            *(next(grads) if t is not None and t.requires_grad else None for t in leaves),
-            None,
-            None,
-            None,
-        )
+        own = (next(grads) if t is not None and t.requires_grad else None for t in leaves)
+        return None, None, None, None, *own
 
 
-def make(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    seam: Seam,
-    parent: Any = None,
-) -> LazyLogits:
+def make(hidden: Tensor, raw: Head, recipe: Recipe, dtype: torch.dtype, seam: Seam, parent: Any = None) -> LazyLogits:
     """A lazy tensor of these operands, with its place in the graph; `parent` as the attribute."""
-    lazy = _Lazy.apply(hidden, weight, bias, recipe, dtype, seam)
-    lazy.hidden, lazy.weight, lazy.bias, lazy.parent = hidden, weight, bias, parent
+    lazy = _Lazy.apply(raw, recipe, dtype, seam, hidden, raw.weight, raw.bias, raw.adapter)
+    lazy.hidden, lazy.raw, lazy.parent = hidden, raw, parent
     return lazy
 
 

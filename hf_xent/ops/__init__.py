@@ -1,7 +1,8 @@
 """Floor 0: the vocabulary streamed once, every token's softmax reduced to a handful of floats. Needs torch alone."""
 
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Head, State, Stats, merge
-from .functional import Payload, map_logits, vocab_loss, vocab_stats
+from .functional import Payload, dense_stats, map_logits, vocab_loss, vocab_stats
+from .parallel import Shard
 
 __all__ = [
     "DIFFERENTIABLE",
@@ -9,8 +10,10 @@ __all__ = [
     "STATISTICS",
     "Head",
     "Payload",
+    "Shard",
     "State",
     "Stats",
+    "dense_stats",
     "map_logits",
     "merge",
     "vocab_loss",

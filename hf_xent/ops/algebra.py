@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .parallel import Shard, enter, gather
+
 DIFFERENTIABLE = ("lse", "target", "mean", "entropy", "variance", "payload")
 FORWARD_ONLY = ("top", "rank", "log_sum_sq")
 STATISTICS = DIFFERENTIABLE + FORWARD_ONLY
@@ -30,26 +32,62 @@ STATISTICS = DIFFERENTIABLE + FORWARD_ONLY
 class Head:
     """An output head: `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; no tanh if `softcap` is None.
 
-    Every post-head operation of transformers' causal LMs is of this form, so a head describes them all.
+    Every post-head operation of transformers' causal LMs is of this form, so a head describes them all. With an
+    `adapter`, hidden has R more features and the matrix is [weight | adapter]: two pieces, since one may be frozen.
+    With a `shard`, weight, bias and adapter are a rank's part of a larger vocabulary; see `parallel`.
     """
 
     weight: Tensor  # [V, D]
     bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float | None = None
+    adapter: Tensor | None = None  # [V, R], for the last R features of hidden
+    shard: Shard | None = None
 
     @property
     def size(self) -> int:
-        """The number of tokens in the vocabulary, V."""
+        """The number of tokens here, V."""
         return self.weight.shape[0]
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens in the whole vocabulary, on all ranks."""
+        return self.size if self.shard is None else self.shard.size
+
+    @property
+    def features(self) -> int:
+        """The hidden size it takes, D + R."""
+        return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
+
+    @property
+    def matrices(self) -> dict[str, tuple[Tensor, slice]]:
+        """Its matrices by the name in TENSORS, with the features of hidden each multiplies."""
+        width = self.weight.shape[1]
+        found = {"weight": (self.weight, slice(0, width))}
+        if self.adapter is not None:
+            found["adapter"] = (self.adapter, slice(width, None))
+        return found
 
     def __getitem__(self, columns: slice | Tensor) -> Head:
         """The same head over some of its tokens; a slice copies nothing."""
-        return replace(self, weight=self.weight[columns], bias=None if self.bias is None else self.bias[columns])
+        bias, adapter = (None if x is None else x[columns] for x in (self.bias, self.adapter))
+        return replace(self, weight=self.weight[columns], bias=bias, adapter=adapter)
+
+    def joined(self) -> Head:
+        """The same head with one matrix, a copy if there is an adapter."""
+        if self.adapter is None:
+            return self
+        return replace(self, weight=torch.cat([self.weight, self.adapter], 1), adapter=None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Dense logits [..., V] of hidden states [..., D] in the statistics' dtype, with autograd."""
-        return self.activate(F.linear(hidden, self.weight, self.bias).to(wide(hidden.dtype)))
+        """Dense logits [..., V] of hidden states [..., D] in the statistics' dtype, with autograd; of the whole
+        vocabulary also with a shard.
+        """
+        hidden = enter(hidden, self.shard)
+        raw = F.linear(hidden[..., : self.weight.shape[1]], self.weight, self.bias)
+        if self.adapter is not None:
+            raw = raw + F.linear(hidden[..., self.weight.shape[1] :], self.adapter)
+        return self.activate(gather(raw.to(wide(hidden.dtype)), self.shard))
 
     def activate(self, raw: Tensor) -> Tensor:
         """Scale and softcap of the raw product; a new tensor unless there is nothing to do."""
@@ -254,7 +292,7 @@ class Survey:
 
 
 ALIGNMENT = 16  # rows or columns: what matmul kernels work in
-TENSORS = ("hidden", "weight", "bias", "payload_hidden", "payload_weight", "payload_bias")
+TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +301,7 @@ class Problem:
 
     hidden: Tensor  # [N, D]
     head: Head
-    labels: Tensor  # [N]
+    labels: Tensor  # [N], of the whole vocabulary
     outputs: frozenset[str]  # statistics to compute, closed under what their gradients need
     payload: tuple[Tensor, Head] | None = None  # ([N, D2], head of the same V)
     memory_budget: int = 24 << 20  # bytes of logits alive at a time
@@ -273,23 +311,29 @@ class Problem:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor a gradient can flow to, in the order of TENSORS."""
-        own = (self.hidden, self.head.weight, self.head.bias)
+        own = (self.hidden, self.head.weight, self.head.bias, self.head.adapter)
         if self.payload is None:
             return (*own, None, None, None)
         return (*own, self.payload[0], self.payload[1].weight, self.payload[1].bias)
 
     def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
         """The same problem over other tensors, in the order of TENSORS; over None, to keep what is no tensor."""
-        hidden, weight, bias, payload_hidden, payload_weight, payload_bias = tensors
-        head = replace(self.head, weight=weight, bias=bias)
+        hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors
+        head = replace(self.head, weight=weight, bias=bias, adapter=adapter)
         payload = self.payload
         if payload is not None:
             payload = (payload_hidden, replace(payload[1], weight=payload_weight, bias=payload_bias))
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
+    @property
+    def places(self) -> Tensor:
+        """Labels as columns of the head [N]; outside [0, V) where another rank has them."""
+        return self.labels if self.head.shard is None else self.labels - self.head.shard.start
+
     def rows(self) -> list[slice]:
-        """Row chunks whose logits (and payload) over the whole vocabulary fit the memory budget."""
-        return pieces(len(self.labels), self._fitting(self.head.size))
+        """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""
+        shard = self.head.shard
+        return pieces(len(self.labels), self._fitting(self.head.size if shard is None else shard.width))
 
     def columns(self) -> list[slice]:
         """Column panels whose logits (and payload) for all tokens fit the memory budget."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import tail
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
+from .parallel import add_up, meet
 
 
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
@@ -18,7 +19,7 @@ def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
     with torch.autocast(problem.hidden.device.type, enabled=False):
         if not problem.needs:
             with torch.no_grad():
-                values = backend.forward(problem)
+                values = meet(problem, backend.forward(problem))
             return {name: values[name] for name in _order(problem)}
         found = _Recompute.apply(backend, problem, *problem.tensors)
     return dict(zip(_order(problem), found, strict=True))
@@ -56,7 +57,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        values = backend.forward(problem)
+        values = meet(problem, backend.forward(problem))
         order = _order(problem)
         ctx.backend, ctx.count = backend, len(tensors)
         ctx.hollow = problem.with_tensors((None,) * len(TENSORS), None)  # no tensor outlives the graph through ctx
@@ -73,7 +74,7 @@ class _Recompute(torch.autograd.Function):
         order = _order(problem)
         values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
-        out = ctx.backend.backward(problem, values, grads) if grads else {}
+        out = add_up(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
 
@@ -89,6 +90,7 @@ class _Eager(torch.autograd.Function):
         else:
             visit = getattr(backend, "eager", None) or _two_visits(backend)
             values, grads = visit(problem, objective.gradients, objective.uses)
+        add_up(problem, grads)
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS))
         ctx.empty, ctx.unit = not len(problem.labels), objective.unit
         found = [values[name] for name in _order(problem)]
@@ -114,7 +116,7 @@ def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], d
     """Eager for a backend that streams: all statistics, then all gradients."""
 
     def visit(problem: Problem, gradients: Any, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values = backend.forward(problem)
+        values = meet(problem, backend.forward(problem))
         return values, backend.backward(problem, values, gradients(slice(0, len(problem.labels)), values))
 
     return visit

@@ -11,6 +11,7 @@ matrices instead, and one entry a row is corrected. No pass over [n, V] is spent
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import TENSORS, Coefficients, Head, Problem, State, Survey, coefficients, finish, row_factor, wide
+from .parallel import meet
 
 TILE_BYTES = 4 << 20  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
 PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
@@ -46,10 +48,10 @@ def backward(
     """
     everything, panels = slice(0, len(problem.labels)), problem.columns()
     buffers, out = _Buffers(problem, [everything], panels), _Gradients(problem, [everything], panels)
-    coef = coefficients(values, grads, problem.head.size)
+    coef, places = coefficients(values, grads, problem.head.vocabulary), problem.places
     for cols in panels:
         z, pay = buffers.load(everything, cols)
-        _dlogits_(problem, (z, pay), problem.labels - cols.start, values["lse"], coef, share)
+        _dlogits_(problem, (z, pay), places - cols.start, values["lse"], coef, share)
         out.push(everything, cols, z, pay, coef)
     return out.finish()
 
@@ -65,18 +67,21 @@ def eager(
     """
     chunks, everything = problem.rows(), slice(0, problem.head.size)
     if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > ROUNDINGS:
-        values = forward(problem)
+        values = meet(problem, forward(problem))
         return values, backward(problem, values, objective(slice(0, len(problem.labels)), values))
     buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [everything]), []
     plain = problem.head.softcap is None and set(uses) <= {"lse", "target"}
     for rows in chunks:
         z, pay = buffers.load(rows)
-        values = _fold_chunk(problem, rows, (z, pay), keep=True, softmax=plain)
-        coef = coefficients(values, objective(rows, values), problem.head.size)
+        own = _fold_chunk(problem, rows, (z, pay), keep=True, softmax=plain)
+        values = meet(problem, own, rows)
+        coef = coefficients(values, objective(rows, values), problem.head.vocabulary)
         if plain:
-            _spike_(z, problem.labels[rows], coef)
+            if values is not own:  # the softmax in z is over this rank's columns
+                coef = replace(coef, a=coef.a * (own["lse"] - values["lse"]).exp())
+            _spike_(z, problem.places[rows], coef)
         else:
-            _dlogits_(problem, (z, pay), problem.labels[rows], values["lse"], coef)
+            _dlogits_(problem, (z, pay), problem.places[rows], values["lse"], coef)
         out.push(rows, everything, z, pay, coef)
         parts.append(values)
     return _cat(parts, problem), out.finish()
@@ -156,6 +161,10 @@ class _Buffers:
 
 def _project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     """The raw products of a chunk, written to `out` [n, V]."""
+    if head.adapter is not None:
+        width = head.weight.shape[1]
+        _project(hidden[:, :width], replace(head, adapter=None), out)
+        return out.addmm_(hidden[:, width:], head.adapter.T)
     panels = head.size // PANEL
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and panels >= 2 * GROUP and len(hidden) > 1:
         _project_by_panels(hidden, head.weight, out)
@@ -208,7 +217,9 @@ def _fold_chunk(
 ) -> dict[str, Tensor]:
     """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be spent."""
     z, pay = loaded
-    labels = problem.labels[rows]
+    labels = problem.places[rows]
+    if problem.head.shard is not None:  # `meet` drops the targets of labels that other ranks have
+        labels = labels.clamp(0, problem.head.size - 1)
     kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
     if kernels and problem.outputs <= kernels.GIVEN:
         values = kernels.softmax_(z, labels, problem.head, spend=softmax)
@@ -349,7 +360,7 @@ class _Gradients:
 
     def _start(self, name: str, empty: bool, several: bool) -> Tensor:
         tensor = self.likes[name]
-        keep = "weight" in name or ("hidden" in name and not several)
+        keep = "weight" in name or name == "adapter" or ("hidden" in name and not several)
         dtype = tensor.dtype if keep else wide(tensor.dtype)
         # the payload's are not written where no upstream gradient reaches it
         start = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
@@ -367,14 +378,16 @@ class _Gradients:
     def _head(
         self, prefix: str, rows: slice, cols: slice, dz: Tensor, factor: Tensor | None, hidden: Tensor, head: Head
     ) -> None:
-        if prefix + "hidden" in self.sums:
-            dh = self.sums[prefix + "hidden"][rows]
-            _matmul_into(dh, dz, head.weight[cols], first=cols.start == 0)
-            if factor is not None and cols == self.last:
-                dh.mul_(factor)
-        if prefix + "weight" in self.sums:
-            side = hidden[rows] if factor is None else (hidden[rows] * factor).to(hidden.dtype)
-            _matmul_into(self.sums[prefix + "weight"][cols], dz.T, side, first=rows.start == 0)
+        for name, (matrix, features) in head.matrices.items():
+            if prefix + "hidden" in self.sums:
+                dh = self.sums[prefix + "hidden"][rows, features]
+                _matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
+                if factor is not None and cols == self.last:
+                    dh.mul_(factor)
+            if prefix + name in self.sums:
+                side = hidden[rows, features]
+                side = side if factor is None else (side * factor).to(hidden.dtype)
+                _matmul_into(self.sums[prefix + name][cols], dz.T, side, first=rows.start == 0)
         if prefix + "bias" in self.sums:
             db = self.sums[prefix + "bias"][cols]
             ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor

@@ -57,9 +57,24 @@ def vocab_stats(
     """
     rows = Rows(hidden, head, labels, ignore_index)
     backend = _backend(impl)
-    problem = _problem(rows, outputs, payload, memory_budget)
+    problem = _problem(rows, outputs, payload, memory_budget, backend)
     values = recompute(backend, problem)
     return rows.scatter(values)
+
+
+def dense_stats(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    outputs: tuple[str, ...] = ("lse", "target", "entropy", "top"),
+    ignore_index: int = -100,
+) -> Stats:
+    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations."""
+    mask = labels != ignore_index
+    z = logits[mask]
+    found = reference.statistics(z.to(wide(z.dtype)), labels[mask])
+    values = {name: found[name].new_zeros(mask.shape).masked_scatter(mask, found[name]) for name in outputs}
+    return Stats(values, labels, mask)
 
 
 def vocab_loss(
@@ -92,7 +107,7 @@ def vocab_loss(
     check_tail(tail, loss, head)
     rows = Rows(hidden, head, labels, ignore_index)
     backend = _backend(impl)
-    problem = replace(_problem(rows, (*loss.uses, *observe), payload, memory_budget), tail=tail)
+    problem = replace(_problem(rows, (*loss.uses, *observe), payload, memory_budget, backend), tail=tail)
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not unreduced:
         objective = _WeightedSum(loss, problem, weight)
@@ -167,7 +182,8 @@ def default_budget(head: Head) -> int:
     want. At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that matmuls slow down), 256 MiB
     elsewhere (not yet measured there).
     """
-    return max((24 if head.weight.device.type == "cpu" else 256) << 20, head.weight.numel() // 2)
+    rows = head.size if head.shard is None else head.shard.width  # the same on all ranks
+    return max((24 if head.weight.device.type == "cpu" else 256) << 20, rows * head.weight.shape[1] // 2)
 
 
 def check_tail(tail: float, loss: TokenLoss, head: Head | None = None) -> None:
@@ -182,6 +198,8 @@ def check_tail(tail: float, loss: TokenLoss, head: Head | None = None) -> None:
         )
     if tail and head is not None and head.softcap is not None:
         raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
+    if tail and head is not None and head.shard is not None:
+        raise ValueError(f"tail is {tail} but the head is split over {head.shard.group.size()} ranks: pass tail=0")
 
 
 def _backend(impl: str | None) -> ModuleType:
@@ -195,7 +213,9 @@ def _backend(impl: str | None) -> ModuleType:
     return {"reference": reference, "chunked": chunked}[name]
 
 
-def _problem(rows: Rows, outputs: tuple[str, ...], payload: Payload | None, memory_budget: int | None) -> Problem:
+def _problem(
+    rows: Rows, outputs: tuple[str, ...], payload: Payload | None, memory_budget: int | None, backend: ModuleType
+) -> Problem:
     unknown = sorted(set(outputs) - set(STATISTICS))
     if unknown:
         raise ValueError(f"outputs has {unknown[0]!r}: choose among {', '.join(STATISTICS)}")
@@ -205,16 +225,20 @@ def _problem(rows: Rows, outputs: tuple[str, ...], payload: Payload | None, memo
         )
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes")
+    head = rows.head if backend is chunked else rows.head.joined()  # the others multiply one matrix
+    if head.shard is not None and (backend is reference or "rank" in outputs):
+        what = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
+        raise ValueError(f"{what} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
     ask = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = _payload(rows, payload)
     problem = Problem(
         hidden=rows.hidden.contiguous(),
-        head=rows.head,
+        head=head,
         labels=rows.flat,
         outputs=frozenset(ask),
         payload=payload,
-        memory_budget=memory_budget or default_budget(rows.head),
+        memory_budget=memory_budget or default_budget(head),
     )
     wanted = torch.is_grad_enabled()
     needs = {
@@ -228,11 +252,13 @@ def _payload(rows: Rows, payload: Payload) -> Payload:
     check_head(hidden, head)
     if hidden.device != rows.hidden.device:
         raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
+    if (head.shard is None) != (rows.head.shard is None):
+        raise ValueError("one of payload's head and the head is split over ranks: split both, or none")
     if head.size != rows.head.size:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
         )
-    return autocast(rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden)
+    return autocast(rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
 
 
 def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:

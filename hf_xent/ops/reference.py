@@ -11,26 +11,30 @@ from torch import Tensor
 from .algebra import TENSORS, Problem
 
 
-def forward(problem: Problem) -> dict[str, Tensor]:
-    """Every requested statistic, [N] each."""
-    z = problem.head.logits(problem.hidden)  # [N, V]
+def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict[str, Tensor]:
+    """Every statistic [N] of logits z [N, V] and their labels [N]; of the payload's logits [N, V] too, if given."""
     logp = z.log_softmax(-1)
     p = logp.exp()
-    target = z.gather(-1, problem.labels[:, None])  # [N, 1]
+    target = z.gather(-1, labels[:, None])  # [N, 1]
     finite = logp.clamp(min=-1e4)  # 0 * -inf is 0 here: a banned token adds no entropy
     entropy = -(p * finite).sum(-1)
-    payload = problem.payload[1].logits(problem.payload[0]) if problem.payload else torch.zeros_like(z)
-    values = {
+    return {
         "lse": z.logsumexp(-1),
         "target": target.squeeze(-1),
         "mean": z.mean(-1),
         "entropy": entropy,
         "variance": (p * (finite + entropy[:, None]) ** 2).sum(-1),
-        "payload": (p * payload).sum(-1),
+        "payload": (p * (torch.zeros_like(z) if payload is None else payload)).sum(-1),
         "top": z.argmax(-1),
         "rank": (z > target).sum(-1),
         "log_sum_sq": (2 * logp).logsumexp(-1),
     }
+
+
+def forward(problem: Problem) -> dict[str, Tensor]:
+    """Every requested statistic, [N] each."""
+    payload = problem.payload[1].logits(problem.payload[0]) if problem.payload else None
+    values = statistics(problem.head.logits(problem.hidden), problem.labels, payload)
     return {name: value for name, value in values.items() if name in problem.outputs}
 
 

@@ -37,10 +37,10 @@ class Rows:
         self.head = autocast_head(head, hidden)
         self.flat = self.select(labels).long()
         low, high = (int(self.flat.min()), int(self.flat.max())) if len(self.flat) else (0, 0)
-        if low < 0 or high >= head.size:
+        if low < 0 or high >= head.vocabulary:
             raise ValueError(
-                f"labels range over [{low}, {high}] but the head has {head.size} tokens: pass ids in"
-                f" [0, {head.size - 1}], or ignore_index={ignore_index} for positions without a label"
+                f"labels range over [{low}, {high}] but the head has {head.vocabulary} tokens: pass ids in"
+                f" [0, {head.vocabulary - 1}], or ignore_index={ignore_index} for positions without a label"
             )
 
     def select(self, x: Tensor, trailing: int = 0) -> Tensor:
@@ -76,15 +76,19 @@ def check_head(hidden: Tensor, head: Head) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one value per row of weight, [{head.size}]")
     if head.softcap == 0:
         raise ValueError("softcap is 0: pass None for a head without a softcap")
-    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+    if hidden.ndim == 0 or hidden.shape[-1] != head.features:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}: its last dimension must be the head's hidden size,"
-            f" {weight.shape[1]}"
+            f" {head.features}"
         )
+    if head.shard is not None and head.size > head.shard.width:
+        raise ValueError(f"the head's shard has {head.size} tokens: ranks hold at most {head.shard.width}, in order")
     if hidden.device != weight.device:
         raise ValueError(f"hidden is on {hidden.device} but weight on {weight.device}: move one of them")
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
+    if head.adapter is not None and head.adapter.dtype != weight.dtype and not torch.is_autocast_enabled():
+        raise ValueError(f"adapter is {head.adapter.dtype} but weight {weight.dtype}: cast one of them")
     if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"bias is {bias.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
 
@@ -101,4 +105,5 @@ def autocast_head(head: Head, hidden: Tensor) -> Head:
     """The head that torch.autocast would multiply with, on the device of `hidden`."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return head
-    return replace(head, weight=autocast(head.weight), bias=None if head.bias is None else autocast(head.bias))
+    bias, adapter = (None if x is None else autocast(x) for x in (head.bias, head.adapter))
+    return replace(head, weight=autocast(head.weight), bias=bias, adapter=adapter)

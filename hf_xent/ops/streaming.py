@@ -51,6 +51,8 @@ SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
 LARGE_SHARED_MEMORY = 160 << 10
 INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows walk several tiles
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+GRADIENTS = {"DH": "hidden", "DW": "weight", "DB": "bias"}
+GRADIENTS |= {name + "2": "payload_" + tensor for name, tensor in GRADIENTS.items()}
 SIZES = ("D", "stride_h", "stride_wv", "stride_wd")
 STATE_OF = {"entropy": ("s1",), "variance": ("s1", "s2"), "payload": ("sp",), "log_sum_sq": ("sq",), "mean": ("sz",)}
 
@@ -65,6 +67,8 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     if count:
         operands = {**_operands(problem, problem.payload, blocks), "TARGET": target, "share": share}
         operands |= {f.name.upper(): getattr(states, f.name) for f in fields(State)}
+        if problem.head.shard is not None:  # `meet` drops the targets of labels that other ranks have
+            operands["Y"] = problem.places.clamp(0, size - 1)
         row_blocks = triton.cdiv(count, blocks.rows)
         _launch(kernels._target_fwd, (row_blocks,), operands, blocks)
         _launch(kernels._stats_fwd, (row_blocks, splits), operands, blocks)
@@ -77,7 +81,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`; `share` as `chunked.backward`."""
     blocks = _check(problem)
-    coef = coefficients(values, grads, problem.head.size)
+    coef = coefficients(values, grads, problem.head.vocabulary)
     wanted = {
         name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if name in problem.needs and t is not None
     }
@@ -171,7 +175,7 @@ def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Bloc
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second, second_head = payload or (None, None)
     return {
-        "Y": problem.labels.contiguous(),
+        "Y": problem.places.contiguous(),
         "N": len(problem.labels),
         "V": problem.head.size,
         "ACC": accumulator,
@@ -208,7 +212,7 @@ def _gradient_pointers(coef: Coefficients, sums: Mapping[str, Tensor]) -> dict[s
     """Coefficients and sums by parameter name; None is zero, or frozen."""
     given = {f.name: getattr(coef, f.name) for f in fields(Coefficients)}
     coefs = {f"G{name.upper()}": None if g is None else g.contiguous() for name, g in given.items()}
-    return {**coefs, **dict(zip(("DH", "DW", "DB", "DH2", "DW2", "DB2"), map(sums.get, TENSORS), strict=True))}
+    return {**coefs, **{name: sums.get(tensor) for name, tensor in GRADIENTS.items()}}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], blocks: Blocks) -> None:

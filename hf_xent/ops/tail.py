@@ -71,7 +71,7 @@ def _gradients(
     for name in problem.needs:
         like = likes[name]
         assert like is not None
-        dtype = like.dtype if name == "weight" else wide(like.dtype)
+        dtype = like.dtype if name in head.matrices else wide(like.dtype)
         sums[name] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     share = found.values["lse"].new_zeros(len(problem.labels))
     place = problem.labels.new_full((head.size,), -1)
@@ -105,11 +105,15 @@ def _put_tail(
     dead, dtype = found.coef.a == 0, problem.hidden.dtype
     rest = torch.where(dead, 0.0, rest)[:, None] * row_factor(found.coef, problem.head)  # [N, 1]
     if "hidden" in sums:
-        centers = (q.to(dtype) @ problem.head.weight).to(q.dtype) * scale  # [groups, D]
+        parts = [q.to(dtype) @ matrix for matrix, _ in problem.head.matrices.values()]
+        centers = torch.cat(parts, -1).to(q.dtype) * scale  # [groups, D]
         for group, center in zip(groups, centers, strict=True):
             sums["hidden"][group] += rest[group] * center
-    if "weight" in sums:
+    if sums.keys() & problem.head.matrices.keys():
         moved = torch.stack([(rest[group] * problem.hidden[group]).sum(0) for group in groups])
-        sums["weight"].addmm_(q.T.to(dtype), (moved * scale).to(dtype))
+        moved = (moved * scale).to(dtype)
+        for name, (_, features) in problem.head.matrices.items():
+            if name in sums:
+                sums[name].addmm_(q.T.to(dtype), moved[:, features])
     if "bias" in sums:
         sums["bias"] += q.T @ (torch.stack([rest[group].sum() for group in groups]) * scale.squeeze(-1))

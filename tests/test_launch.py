@@ -1,0 +1,145 @@
+"""Two processes, stock and patched: the same losses, gradients and evaluation.
+
+DDP runs under `accelerate launch` and transformers' Trainer. On CPU ranks accelerate does not shard (its distributed
+type stays MULTI_CPU whatever is asked for), so FSDP2 is torch's `fully_shard`, applied as accelerate applies it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import assert_same_gradients, batch, gradients, tiny
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import hf_xent
+
+TESTS = Path(__file__).parent
+# accelerate's own CPU launcher wants MPI; its GPU launcher is torchrun, and `use_cpu` keeps the ranks on the CPU
+DDP = "--multi_gpu"
+LAUNCHES = {
+    "DDP": (DDP, {}),
+    "DDP, unused parameters looked for": (DDP, {"unused": True}),
+    "DDP, a rank without labels": (DDP, {"silent": True}),
+    "DDP, bf16": (f"{DDP} --mixed_precision bf16", {}),
+}
+
+
+def launch(flags, options, folder):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
+    command += [*flags.split(), str(TESTS / "launched.py"), str(folder / "out.json"), json.dumps(options)]
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=folder)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_training_on_two_ranks_equals_stock(name, tmp_path):
+    flags, options = LAUNCHES[name]
+    stock, ours = launch(flags, options, tmp_path)
+    assert ours["class"] == stock["class"] == "DistributedDataParallel"
+    rel = 2e-2 if "bf16" in name else 1e-4  # rounding of sums in bfloat16, four optimizer steps later
+    for mine, theirs in zip(ours["logs"], stock["logs"], strict=True):
+        assert mine == pytest.approx(theirs, rel=rel)
+    assert ours["eval"] == pytest.approx(stock["eval"], rel=rel)
+    assert ours["materialized"] == 0 and ours["streamed"] >= 8
+
+
+def fsdp2(rank, name, parts, patched_first, options):
+    """Losses and gradients of two steps and an evaluation, stock and patched; and how often ours streamed."""
+    found = []
+    for patched in (False, True):
+        model, (ids, labels) = tiny(name), batch(rows=4)
+        if patched and patched_first:
+            hf_xent.patch(model)
+        mesh = init_device_mesh("cpu", (2,))
+        shard = lambda part: fully_shard(part, mesh=mesh, **options)  # noqa: E731, B023
+        for part in (*model.model.layers, model.lm_head) if parts == "layers and head" else model.model.layers:
+            shard(part)
+        shard(model)
+        if patched and not patched_first:
+            hf_xent.patch(model)
+        mine = slice(2 * rank, 2 * rank + 2)
+        for _ in range(2):  # the second step starts from what the first one left
+            loss = model(input_ids=ids[mine], labels=labels[mine]).loss
+            loss.backward()
+            found.append((loss.detach(), {name: g.full_tensor() for name, g in gradients(model).items()}))
+        with torch.no_grad():
+            found.append((model(input_ids=ids, labels=labels).loss, {}))
+            found.append((model(input_ids=ids).logits, {}))
+    seam = hf_xent.seam_of(model)
+    return found, (seam.streamed, seam.materialized)
+
+
+FSDP2 = {  # model, which parts are groups of their own, patched before sharding, options of fully_shard
+    "root": ("llama", "layers", True, {}),
+    "root, tied": ("llama tied", "layers", True, {}),
+    "root, patched after": ("gemma2 softcap", "layers", False, {}),
+    # the head's weight is freed after its forward, before the loss is taken
+    "head apart": ("llama", "layers and head", True, {"reshard_after_forward": True}),
+    "head apart, patched after": ("llama", "layers and head", False, {"reshard_after_forward": True}),
+    "head apart, kept": ("llama", "layers and head", True, {"reshard_after_forward": False}),
+    "bf16": ("llama", "layers and head", True, {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}),
+}
+
+
+def every_case(rank):
+    return {case: fsdp2(rank, *arguments) for case, arguments in FSDP2.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks_of_fsdp2(tmp_path_factory):
+    return run_ranks(2, every_case, tmp_path_factory.mktemp("fsdp2"))
+
+
+@pytest.mark.parametrize("case", FSDP2)
+def test_fsdp2_equals_stock(case, ranks_of_fsdp2):
+    for rank in ranks_of_fsdp2:
+        found, counts = rank[case]
+        assert counts == (3, 0)
+        half = len(found) // 2
+        for (value, grads), (ours, our_grads) in zip(found[:half], found[half:], strict=True):
+            tolerance = {"rtol": 1e-2, "atol": 1e-2} if case == "bf16" else {"rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(ours, value, **tolerance)
+            assert_same_gradients(our_grads, grads, rtol=3e-2 if case == "bf16" else 2e-5)
+
+
+def zero3(rank):
+    import deepspeed
+
+    found = []
+    for patched in (False, True):
+        model, (ids, labels) = tiny(), batch(rows=4)
+        if patched:
+            hf_xent.patch(model)
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        mine, losses = slice(2 * rank, 2 * rank + 2), []
+        for _ in range(3):
+            loss = engine(input_ids=ids[mine], labels=labels[mine]).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        found.append(losses)
+    seam = hf_xent.seam_of(engine)
+    return *found, (seam.streamed, seam.materialized)
+
+
+def test_zero3_equals_stock(tmp_path):
+    """The head's weight is freed after its forward, so the logits are computed at once: right, not lean."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    for stock, ours, counts in run_ranks(2, zero3, tmp_path):
+        assert ours == pytest.approx(stock, rel=1e-5) and ours[2] < ours[0]
+        assert counts == (0, 0)
