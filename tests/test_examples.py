@@ -1,0 +1,44 @@
+"""The example scripts run as they are, and the two marked lines of run_clm.py are all that patching takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from models import tiny, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. "
+
+
+def test_run_clm_with_and_without_the_two_lines(tmp_path):
+    tiny(std=0.05).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(TEXT[i % 9 :] for i in range(120)))
+    source = (EXAMPLES / "run_clm.py").read_text()
+    stock = "\n".join(line for line in source.splitlines() if "# hf_xent:" not in line)
+    assert source.count("# hf_xent:") == 2 and "hf_xent" not in stock.split('"""')[2]
+    losses = []
+    for name, script in (("stock", stock), ("patched", source)):
+        (tmp_path / f"{name}.py").write_text(script)
+        command = [sys.executable, f"{name}.py", "--model_name_or_path", "model", "--train_file", "text.txt"]
+        command += ["--output_dir", name, "--block_size", "16", "--max_steps", "4", "--learning_rate", "1e-2"]
+        command += [
+            "--per_device_train_batch_size",
+            "4",
+            "--logging_steps",
+            "1",
+            "--report_to",
+            "none",
+            "--use_cpu",
+            "True",
+        ]
+        path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())
+        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
+    assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
+    assert all(abs(x - y) <= 1e-4 * x for x, y in zip(*losses, strict=True))
