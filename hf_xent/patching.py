@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -231,15 +232,19 @@ class _LazyForward:
     def __init__(self, linear: nn.Linear, patch: _Patch):
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
-        self.slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        self.before = linear.__dict__.get(self.slot)  # tensor parallelism's, or none
-        linear.__dict__[self.slot] = self
+        slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+        self.before = linear.__dict__.get(slot)  # tensor parallelism's, or none
+        linear.__dict__[slot] = self
 
     def remove(self) -> None:
-        if self.linear.__dict__.get(self.slot) is self:  # nobody put another one over it
-            del self.linear.__dict__[self.slot]
+        """Put back what was there, unless something else has been put in its place since."""
+        places = self.linear.__dict__
+        if places.get("_old_forward") is self:  # accelerate came first, or afterwards
+            places["_old_forward"] = self.before or MethodType(nn.Linear.forward, self.linear)
+        elif places.get("forward") is self:
+            del places["forward"]
             if self.before is not None:
-                self.linear.__dict__[self.slot] = self.before
+                places["forward"] = self.before
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         linear = self.linear
@@ -355,7 +360,7 @@ class ModelLoss(nn.Module):
         loss, stats = self.loss.compute(
             logits.hidden,
             logits.head,
-            targets.to(logits.device).reshape(logits.shape[:-1]),
+            targets.to(logits.hidden.device).reshape(logits.shape[:-1]),
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
             observe=self.seam.observe,

@@ -205,3 +205,29 @@ def test_low_precision_is_no_worse_than_torch(dtype, operands):
     for mine, theirs, g in zip(torch.autograd.grad(ours, low), torch.autograd.grad(dense, low), truth, strict=True):
         assert mine.dtype == dtype
         assert (mine.double() - g.double()).norm() <= 2 * (theirs.double() - g.double()).norm() + 1e-5
+
+
+def test_logits_moved_to_another_device_stay_lazy(operands):
+    """As accelerate moves a split model's outputs: the answers are there, nothing was made on the way."""
+    *tensors, labels = operands
+    x = LazyLogits.of(tensors[0], Head(*tensors[1:]), seam := Seam())
+    there = x.to("meta")[:, :-1]
+    assert there.device.type == "meta" and there.shape == (2, 4, V) and x.device.type == "cpu"
+    assert F.cross_entropy(there.flatten(0, 1), labels[:, 1:].flatten()).device.type == "meta"
+    assert there.argmax(-1).device.type == there.stats(labels[:, 1:]).lse.device.type == "meta"
+    assert seam.materialized == 0 and there.dense().device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_values_and_gradients_of_moved_logits(operands):
+    *tensors, labels = operands
+    there = LazyLogits.of(tensors[0], Head(*tensors[1:]), seam := Seam()).to("cuda")
+    loss = F.cross_entropy(there.view(-1, V), moved(labels).cuda())
+    expected = F.cross_entropy(F.linear(*tensors).view(-1, V), moved(labels))
+    torch.testing.assert_close(loss.cpu(), expected)
+    found, truth = torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors)
+    for mine, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert loss.is_cuda and seam.materialized == 0
+    torch.testing.assert_close(there.dense().cpu(), F.linear(*tensors))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from models import V, assert_same_gradients, batch, gradients, tiny
+from oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -213,6 +214,22 @@ def test_a_quantized_base_streams_and_a_quantized_head_is_refused(tmp_path):
         patch(load(four_bits))
 
 
+def test_an_adapter_on_the_head_makes_nothing_as_large_as_the_logits():
+    """No [tokens, vocabulary] tensor, and no merged weight either: the branch is a second product of the same row."""
+    vocabulary, tokens = 3000, 256
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA)
+    model = peft.get_peft_model(tiny(vocab_size=vocabulary), config)
+    for parameter in model.lm_head.base_layer.parameters():
+        parameter.requires_grad_(False)
+    patch(model, memory_budget=4 * 8 * vocabulary)
+    ids = torch.randint(vocabulary, (8, tokens // 8))
+    with Largest() as largest:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert largest.numel <= vocabulary * 32 < tokens * vocabulary, "nothing above the embedding itself"
+    merged = model.base_model.model.lm_head.base_layer.weight
+    assert merged.grad is None and merged.numel() == vocabulary * 32
+
+
 def test_views_and_hooks_of_wrappers_stream():
     """DDP's `find_unused_parameters` views the outputs as themselves, FSDP2 hooks their gradients."""
     model, (ids, labels) = tiny(), batch()
@@ -225,6 +242,19 @@ def test_views_and_hooks_of_wrappers_stream():
     torch.testing.assert_close(ours, loss)
     ours.backward()
     assert seam_of(model).materialized == 0 and not calls
+
+
+def test_device_map_after_the_patch():
+    model, (ids, labels) = tiny(), batch()
+    expected, grads = run(model, input_ids=ids, labels=labels)
+    model = dispatch_model(patch(model), {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    out, found = run(model, input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert_same_gradients(found, grads)
+    assert seam_of(model).streamed == 1
+    unpatch(model)
+    assert type(model(input_ids=ids, labels=labels).logits) is torch.Tensor
+    assert type(patch(model)(input_ids=ids, labels=labels).logits) is LazyLogits
 
 
 def test_a_head_offloaded_to_disk_is_computed_at_once(tmp_path):

@@ -34,7 +34,8 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     )
     if not indices or size_average is not None or reduce is not None or (weight is not None and label_smoothing):
         return NotImplemented
-    token_weight = None if weight is None else weight[torch.where(target == ignore_index, 0, target)]
+    target = target.to(x.hidden.device)
+    token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
     loss, stats = CrossEntropy(label_smoothing=label_smoothing).compute(
         x.hidden,
         x.head,
@@ -47,7 +48,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         **x.seam.options,
     )
     x.seam.record(stats)
-    return loss.to(x.dtype)
+    return loss.to(x.device, x.dtype)
 
 
 def _nll_loss(x: LazyLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -90,16 +91,10 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:
     if labels is None:
-        labels = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+        labels = torch.zeros(x.shape[:-1], dtype=torch.int64)
     x.seam.streamed += 1
-    return vocab_stats(
-        x.hidden,
-        x.head,
-        labels,
-        outputs=outputs,
-        ignore_index=-(2**31),
-        **x.seam.options,
-    )
+    labels, options = labels.to(x.hidden.device), x.seam.options
+    return vocab_stats(x.hidden, x.head, labels, outputs=outputs, ignore_index=-(2**31), **options).to(x.device)
 
 
 _T = torch.Tensor

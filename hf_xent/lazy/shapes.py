@@ -18,7 +18,7 @@ from .tensor import ANSWERS, LazyLogits, make
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor that differs in some operands."""
-    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "seam": x.seam}
+    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "seam": x.seam}
     return make(**{**now, **changes})
 
 
@@ -27,11 +27,13 @@ def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
 
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    """`.to(dtype)`, `.to(device)` of the same device, `.to(other)`."""
+    """`.to(dtype)`, `.to(device)`, `.to(other)`; on another device the answers will be there, the operands stay."""
     parse: Any = torch._C._nn._parse_to  # its stub leaves out that each answer may be None
     device, dtype, _, memory_format = parse(*(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()})
-    if memory_format is not None or (device is not None and device != x.device):
+    if memory_format is not None:
         return NotImplemented
+    moved = device is not None and device != x.device
+    x = derive(x, device=device, parent=(x, lambda d: d.to(device))) if moved else x
     return x if dtype is None else _cast(x, dtype)
 
 
@@ -142,6 +144,7 @@ def _squeeze(x: LazyLogits, *dims: Any) -> Any:
 def _getitem(x: LazyLogits, index: Any) -> Any:
     """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last place."""
     index = index if isinstance(index, tuple) else (index,)
+    index = tuple(i.to(x.hidden.device) if isinstance(i, Tensor) else i for i in index)
     used = sum(
         i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1
         for i in index

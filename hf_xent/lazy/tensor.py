@@ -58,7 +58,7 @@ class LazyLogits(torch.Tensor):
     @staticmethod
     def of(hidden: Tensor, raw: Head, seam: Seam | None = None) -> LazyLogits:
         """The lazy twin of `F.linear(hidden, raw.weight, raw.bias)`; the head has no scale and no softcap."""
-        return make(hidden, raw, Recipe(), hidden.dtype, seam or Seam())
+        return make(hidden, raw, Recipe(), hidden.dtype, hidden.device, seam or Seam())
 
     @property
     def head(self) -> Head:
@@ -80,7 +80,7 @@ class LazyLogits(torch.Tensor):
                 torch.set_grad_enabled(self.requires_grad),
                 torch.autocast(self.hidden.device.type, enabled=False),
             ):
-                self.made = self.recipe.value(self.hidden, self.raw).to(self.dtype)
+                self.made = self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
         return self.made
 
     def stats(
@@ -98,7 +98,8 @@ class LazyLogits(torch.Tensor):
         if shift:
             labels = next_token_labels(labels)
         asked: dict[str, Any] = {} if outputs is None else {"outputs": outputs}
-        return vocab_stats(self.hidden, self.head, labels, **asked, **self.seam.options)
+        labels = labels.to(self.hidden.device)
+        return vocab_stats(self.hidden, self.head, labels, **asked, **self.seam.options).to(self.device)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
@@ -131,7 +132,9 @@ class _Lazy(torch.autograd.Function):
     """Gives the wrapper a place in the graph; its backward serves consumers that took dense values below Python."""
 
     @staticmethod
-    def forward(ctx: Any, raw: Head, recipe: Recipe, dtype: Any, seam: Seam, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, raw: Head, recipe: Recipe, dtype: Any, device: Any, seam: Seam, *tensors: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
         hollow: dict[str, Any] = dict.fromkeys(("weight", "bias", "adapter"))
         ctx.hollow = replace(raw, **hollow)  # no tensor outlives the graph through ctx
@@ -139,7 +142,7 @@ class _Lazy(torch.autograd.Function):
         hidden = tensors[0]
         assert hidden is not None
         shape = (*hidden.shape[:-1], raw.vocabulary)
-        lazy = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=hidden.device)
+        lazy = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)
         lazy.recipe, lazy.seam, lazy.parent, lazy.made = recipe, seam, None, None
         return lazy
 
@@ -153,16 +156,27 @@ class _Lazy(torch.autograd.Function):
         hidden, weight, bias, adapter = leaves
         with torch.enable_grad():
             raw = replace(ctx.hollow, weight=weight, bias=bias, adapter=adapter)
-            value = ctx.recipe.value(hidden, raw).to(ctx.dtype)
+            value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         grads = iter(torch.autograd.grad(value, wanted, upstream))
         own = (next(grads) if t is not None and t.requires_grad else None for t in leaves)
-        return None, None, None, None, *own
+        return None, None, None, None, None, *own
 
 
-def make(hidden: Tensor, raw: Head, recipe: Recipe, dtype: torch.dtype, seam: Seam, parent: Any = None) -> LazyLogits:
-    """A lazy tensor of these operands, with its place in the graph; `parent` as the attribute."""
-    lazy = _Lazy.apply(raw, recipe, dtype, seam, hidden, raw.weight, raw.bias, raw.adapter)
+def make(
+    hidden: Tensor,
+    raw: Head,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    seam: Seam,
+    parent: Any = None,
+) -> LazyLogits:
+    """A lazy tensor of these operands, with its place in the graph; `parent` as the attribute.
+
+    `device` is where its values are to be; the operands may lie elsewhere (a model split over devices).
+    """
+    lazy = _Lazy.apply(raw, recipe, dtype, device, seam, hidden, raw.weight, raw.bias, raw.adapter)
     lazy.hidden, lazy.raw, lazy.parent = hidden, raw, parent
     return lazy
 

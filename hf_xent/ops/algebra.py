@@ -156,6 +156,11 @@ class Stats:
         values = {name: value.reshape(*shape) for name, value in self.values.items()}
         return Stats(values, self.labels.reshape(*shape), self.mask.reshape(*shape))
 
+    def to(self, device: torch.device | str) -> Stats:
+        """The same statistics on a device."""
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Stats(values, self.labels.to(device), self.mask.to(device))
+
     def detach(self) -> Stats:
         """The same statistics without their graph."""
         return Stats({name: value.detach() for name, value in self.values.items()}, self.labels, self.mask)
