@@ -8,7 +8,7 @@ import pytest
 from models import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
-from hf_xent import cli
+from hf_xent import cli, comparison
 
 runner = CliRunner()
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -188,3 +188,11 @@ def test_debug_shows_the_trace(monkeypatch):
     monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "train", "--loss", "nonesuch"])
     with pytest.raises(ValueError, match="nonesuch"):
         cli.main()
+
+
+def test_json_stands_alone_on_standard_output(model_folder, monkeypatch):
+    """Whatever libraries print on the way: DeepSpeed, where it is installed, greets on standard output."""
+    real = comparison._tokens
+    monkeypatch.setattr(comparison, "_tokens", lambda *args: (print("hello"), real(*args))[1])
+    found = invoke("check", model_folder, "--json")
+    assert json.loads(found.stdout)["equal"] is True and "hello" in found.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Annotated
+from contextlib import redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -17,7 +20,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)
-Json = Annotated[bool, Option("--json", help="Print one JSON object and nothing else on standard output.")]
+_STDOUT: ContextVar[TextIO] = ContextVar("standard output before it was redirected")
+
+
+def _alone(context: typer.Context, asked: bool) -> bool:
+    """What libraries print on the way goes to standard error."""
+    if asked:
+        _STDOUT.set(sys.stdout)
+        context.with_resource(redirect_stdout(sys.stderr))
+    return asked
+
+
+def print_json(value: Any) -> None:
+    """The one thing a command prints with --json."""
+    print(json.dumps(value), file=_STDOUT.get())
+
+
+JSON_HELP = "Print one JSON object and nothing else on standard output."
+Json = Annotated[bool, Option("--json", help=JSON_HELP, callback=_alone)]
 
 
 @app.callback()

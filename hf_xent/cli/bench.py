@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, out, plain
+from .app import Json, err, out, plain, print_json
 
 
 def bench(
@@ -56,7 +55,7 @@ def bench(
         if not as_json:
             out.print(_bench_table(rows))
     if as_json:
-        print(json.dumps([asdict(row) for row in found]))
+        print_json([asdict(row) for row in found])
     else:
         _written(files)
 
@@ -113,6 +112,6 @@ def report(
             raise
         err.print(f"no table: {plain(error)}", highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps({"written": [str(file) for file in files]}))
+        print_json({"written": [str(file) for file in files]})
     else:
         _written(files)

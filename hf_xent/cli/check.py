@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, literal, out, prepare
+from .app import Json, err, literal, out, prepare, print_json
 
 
 def check(
@@ -27,7 +26,7 @@ def check(
         loaded, _ = embedded.load(model, dtype=dtype)
         found = compare(loaded, tokens=tokens)
     if as_json:
-        print(json.dumps(found.as_dict()))
+        print_json(found.as_dict())
     else:
         table = Table(title=f"{model}", show_header=False)
         for name, value in found.as_dict().items():
@@ -50,7 +49,7 @@ def losses(
 
     found = rows()
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
     if markdown:
         print("| loss | per token | statistics | source |\n|---|---|---|---|")

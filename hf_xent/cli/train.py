@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer import Option
 
-from .app import Json, err, out, prepare
+from .app import Json, err, out, prepare, print_json
 
 if TYPE_CHECKING:
     from .arms import Outcome, Run
@@ -122,7 +121,7 @@ def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
     picture = draw(outcomes, output / "curves.png", f"{run.model} on {run.dataset}, {run.loss}")
     summary = _summary(run, outcomes)
     if as_json:
-        print(json.dumps({**summary, "results": str(results), "plot": str(picture)}))
+        print_json({**summary, "results": str(results), "plot": str(picture)})
         return
     out.print(_train_table(run, outcomes, summary))
     kept = f"model in {output}, " if run.save else ""
