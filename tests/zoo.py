@@ -1,0 +1,335 @@
+"""Every causal LM and image-text model of the installed transformers, tiny and random, stock against patched.
+
+No class is listed: transformers' own mappings name them, and a configuration is made small by the names of its fields.
+What a name cannot tell is in `OVERRIDES`, with the reason. `python tests/zoo.py` writes the table of all verdicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from models import V, assert_same_gradients
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+)
+from transformers.models.auto import modeling_auto
+
+from hf_xent.patching import patch, seam_of, unpatch
+
+TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "models.md"
+MAPPINGS: dict[str, tuple[Any, Any]] = {
+    "causal LM": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "image-text": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+}
+CASES = [(mapping, model_type) for mapping, (_, names) in MAPPINGS.items() for model_type in names]
+STATUSES = ("streamed", "materialized", "refused", "not run", "not built")
+LACKS_PACKAGE = "ImportError"  # in the note of a class that needs a package this machine lacks
+
+# Settings on which losses go wrong, set wherever a configuration has them.
+FORCED: dict[str, Any] = {
+    "logit_scale": 0.25,
+    "logits_scaling": 3.0,
+    "lm_head_multiplier": 0.5,
+    "output_multiplier": 0.5,
+    "logits_mup_width_multiplier": 3.0,
+    "final_logit_softcapping": 1.5,
+    "output_logit_soft_cap": 1.5,
+    "logits_soft_cap": 1.5,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "aux_loss_coef": 0.5,
+    "router_z_loss_coef": 0.5,
+    "z_loss_coefficient": 0.5,
+    "moe_loss_weight": 0.5,
+    "mtp_loss_scaling_factor": 0.5,
+    "lm_head_bias": True,
+    "is_decoder": True,
+}
+
+# What integers become, by the first pattern that fits the whole name of their field; any other is at most 32.
+SIZES: list[tuple[str, int]] = [
+    (r"(.*_)?vocab_size", V),
+    (r".*(n|num)_(key_value|kv)_heads|kv_n_heads", 2),
+    (r"mamba_(n|num)_heads|(n|num)_mamba_heads|mamba_n_heads", 8),
+    (r".*heads?", 4),
+    (r"qk_(rope|nope)_head_dim|rotary_dim", 4),
+    (r".*head_dim|.*dim_head|.*d_head|d_kv|kv_channels|attention_head_size", 8),
+    (r"num_kv_shared_layers", 0),
+    (r"vocab_offset", V),
+    (r"(.*_)?(n|num)_(.*_)?layers?|layers|(en|de)coder_layers|.*depth|num_blocks|.*merger_times", 2),
+    (r".*shared_experts|first_k_dense_replace|num_dense_layers", 1),
+    (r".*(n|num)_(.*_)?experts|.*expert_num", 4),
+    (r".*per_tok|moe_k|.*topk|.*top_k|top_k_experts", 2),
+    (r"n_group|topk_group", 1),
+    (r".*chunk_(size|length)", 4),
+    (r"n_positions|n_ctx|max_seq_len|context_length|max_.*positions|max_.*position_embeddings", 64),
+    (r"patch_size", 8),
+]
+# Fields that are None by default and must not be.
+ABSENT = re.compile(r"n_routed_experts|n_shared_experts|num_experts_per_tok|n_group|topk_group|num_experts")
+TOKEN = re.compile(r".*(token|start|end|newline|patch|bos|eos)_(id|ids|index)")
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head of 8
+# What a configuration class needs beyond its fields' names, and why.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # read by the layers, not given by the class
+    "DbrxAttentionConfig": {"rope_theta": 1e4},
+    # one entry a layer type expected, its default sections are of a head of 128
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _MROPE}},
+    # keys and values of its latent attention come in as many heads as queries
+    "Dots3NoteTextConfig": {"num_key_value_heads": 4},
+    # its own tower is one of timm's
+    "Gemma3nConfig": {"vision_config": SiglipVisionConfig},
+    "SiglipVisionConfig": {"vocab_size": V, "vocab_offset": V, "rms_norm_eps": 1e-6},
+    # the factors multiply to the positions and add up to the hidden size
+    "ReformerConfig": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (8, 24), "num_buckets": 2},
+    # no fewer layers have one of each kind
+    "ZambaConfig": {"num_hidden_layers": 3},
+    "Zamba2Config": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"]},
+}
+
+
+def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
+    """A configuration of a class with every size small; `given` are fields of the class."""
+    values = {**dict(_small(kind)), **OVERRIDES.get(kind.__name__, {}), **given}
+    for name, sub in _sub_kinds(kind):
+        chosen = values.get(name, {})  # fields, or another class
+        values[name] = tiny_config(chosen) if isinstance(chosen, type) else tiny_config(sub, **chosen)
+    config = kind(**values)
+    _split_rotation(config)
+    return config
+
+
+def _split_rotation(config: Any) -> None:
+    """Rotary sections for time, height and width: the defaults in transformers' code are of a head of 128."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    heads = getattr(config, "num_attention_heads", None)
+    if "rope_theta" in rope and heads:
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+        rope["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
+
+
+def _small(kind: type[PreTrainedConfig]) -> Iterator[tuple[str, Any]]:
+    tokens = iter(range(len(_SPECIAL), V))
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # transformers' decorator makes them dataclasses
+        name, value = field.name, field.default
+        if name in FORCED:
+            yield name, FORCED[name]
+        elif name in _SPECIAL:
+            yield name, _SPECIAL.index(name)
+        elif _is_size(value):
+            yield name, next(tokens) if TOKEN.fullmatch(name) else size_of(name, value)
+        elif isinstance(value, (tuple, list)) and value and all(map(_is_size, value)):
+            yield name, type(value)(size_of(name, v) for v in value)
+        elif value is None and ABSENT.fullmatch(name):
+            yield name, size_of(name, 32)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def size_of(name: str, value: int) -> int:
+    """What an integer field of this name and default becomes."""
+    return min(value, next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), 32))
+
+
+def _sub_kinds(kind: type[PreTrainedConfig]) -> Iterator[tuple[str, type[PreTrainedConfig]]]:
+    for name, spec in (getattr(kind, "sub_configs_defaults", None) or kind.sub_configs).items():
+        sub = getattr(spec, "config_class", spec)
+        if not getattr(spec, "optional", False):
+            yield name, sub if issubclass(sub, PreTrainedConfig) else CONFIG_MAPPING[spec.model_type]
+
+
+def build(mapping: str, model_type: str) -> nn.Module:
+    """A tiny random model of a type, in eval mode, with no parameter left at zero or one by its initialization."""
+    config = tiny_config(CONFIG_MAPPING[model_type])
+    cls = MAPPINGS[mapping][0]._model_mapping[type(config)]
+    cls = cls[0] if isinstance(cls, (tuple, list)) else cls
+    parts = [part for part in vars(config).values() if type(part) is cls.config_class]  # the text model of a whole
+    torch.manual_seed(0)
+    model = cls(parts[0] if parts else config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def text_inputs(rows: int = 2, length: int = 12) -> dict[str, Any]:
+    """Token ids [B, T] that are no special tokens, and labels with ignored positions at both ends."""
+    torch.manual_seed(1)
+    ids = torch.randint(V // 2, V, (rows, length))
+    labels = ids.clone()
+    labels[0, :4], labels[-1, -3:] = -100, -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def image_inputs(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What an image-text model may take, best first; each is tried until one is accepted."""
+    config: Any = model.config
+    asked = inspect.signature(model.forward).parameters
+    text = text_inputs(rows=1)
+    with contextlib.suppress(Exception):  # it wants its images another way
+        pixels = _pixels(config, asked)
+        with contextlib.suppress(Exception):  # no image tokens
+            features: Any = model.get_image_features(**pixels)
+            features = getattr(features, "pooler_output", features)
+            features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+            token = getattr(config, "image_token_id", None) or config.image_token_index
+            images = torch.full((1, features.numel() // features.shape[-1]), token)
+            ids = torch.cat([images, text["input_ids"]], 1)
+            labels = torch.cat([torch.full_like(images, -100), text["labels"]], 1)
+            types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in asked else {}
+            yield "with an image", {"input_ids": ids, "labels": labels, **pixels, **types}
+        yield "with an image", {name: x for name, x in {**text, **pixels}.items() if name in asked}
+    yield "text alone", text
+
+
+def _pixels(config: Any, asked: Any) -> dict[str, Tensor]:
+    """A random image as the vision tower takes it: flattened patches, or a square."""
+    vision = getattr(config, "vision_config", None) or config.encoder
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+    if "image_grid_thw" in asked:
+        numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+        return {"pixel_values": torch.randn(16, numbers), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    side = getattr(vision, "image_size", 32)
+    return {"pixel_values": torch.randn(1, channels, *(side if isinstance(side, (tuple, list)) else (side, side)))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One call's loss and every parameter's gradient; `own`: whether the model computed the loss itself."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    own: bool
+
+
+def _outside(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Answer:
+    """One call, with the same random numbers as in any other."""
+    torch.manual_seed(2)
+    out = model(**inputs)
+    own = out.get("loss") is not None
+    loss = out.loss if own else _outside(out.logits, inputs["labels"])
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    return Answer(loss.detach(), gradients, own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """How a class fared: streamed, materialized, refused or not built; a difference from stock is an AssertionError."""
+
+    model_type: str
+    cls: str
+    status: str
+    note: str = ""
+
+
+def judge(mapping: str, model_type: str) -> Verdict:
+    """Build a class, run it stock and patched on the same inputs, and compare loss and every parameter's gradient."""
+    names = MAPPINGS[mapping][1][model_type]
+    cls = names if isinstance(names, str) else names[0]
+    try:
+        model = build(mapping, model_type)
+    except Exception as error:  # whatever transformers raises is the reason
+        return Verdict(model_type, cls, "not built", f"{type(error).__name__}: {_one_line(error)}")
+    cls = type(model).__name__
+    try:
+        unpatch(patch(model))
+    except ValueError as refusal:
+        return Verdict(model_type, cls, "refused", _one_line(refusal))
+    try:
+        note, inputs, stock = _stock(model, image_inputs(model) if mapping == "image-text" else [("", text_inputs())])
+    except Exception as error:
+        return Verdict(model_type, cls, "not run", f"{type(error).__name__}: {_one_line(error)}")
+    patch(model, always=not stock.own)
+    ours = run(model, inputs)
+    torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(ours.gradients, stock.gradients)
+    seam = seam_of(model)
+    assert seam.streamed + seam.materialized > 0, "the head was never asked"
+    if not stock.own:
+        note = ", ".join(filter(None, [note, "computes no loss: always=True, and the loss outside"]))
+    return Verdict(model_type, cls, "materialized" if seam.materialized else "streamed", note)
+
+
+def _stock(model: nn.Module, candidates: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any], Answer]:
+    """The first inputs the unpatched model takes, what they are, and its answer. Raises: the last one's error."""
+    error = None
+    for note, inputs in candidates:
+        try:
+            return note, inputs, run(model, inputs)
+        except Exception as refused:  # it wants something else
+            error = refused
+    assert error is not None
+    raise error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].replace("|", "/")
+
+
+def table(verdicts: dict[str, list[Verdict]]) -> str:
+    """All verdicts as Markdown, counts first."""
+    lines = [
+        "# Every causal LM and image-text model of transformers, patched",
+        "",
+        "Each class is built tiny and random (scale, softcap, auxiliary losses and head bias set wherever its"
+        " configuration has them) and run stock and patched on the same inputs: loss and every parameter's gradient"
+        " agree, or `tests/test_zoo.py` fails. *streamed*: no logits were made; *materialized*: they were, once.",
+        "",
+        f"transformers {transformers.__version__}; made by `python tests/zoo.py`.",
+    ]
+    for mapping, rows in verdicts.items():
+        counts = Counter(row.status for row in rows)
+        summary = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
+        lines += ["", f"## {mapping.capitalize()}: {len(rows)} model types", "", f"{summary}.", ""]
+        lines += ["| model type | class | status | note |", "|---|---|---|---|"]
+        lines += [f"| {row.model_type} | {row.cls} | {row.status} | {row.note} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def committed() -> dict[tuple[str, str], str] | None:
+    """The table's statuses by mapping and model type; None if it was made with another transformers."""
+    text = TABLE.read_text()
+    if f"transformers {transformers.__version__};" not in text:
+        return None
+    found, mapping = {}, ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            mapping = next(name for name in MAPPINGS if line[3:].startswith(name.capitalize()))
+        elif line.startswith("| ") and not line.startswith("| model type"):
+            model_type, _, status, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            found[mapping, model_type] = status
+    return found
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # the models' own
+    transformers.logging.set_verbosity_error()
+    TABLE.write_text(
+        table({mapping: [judge(mapping, name) for name in names] for mapping, (_, names) in MAPPINGS.items()})
+    )
