@@ -46,6 +46,7 @@ def run_both_ways(model: nn.Module, inner: nn.Module, state: Any, tokens: int) -
     """Compare a patched model (`inner` without its wrappers, `state` its patch); leaves it as it was."""
     training, objective = inner.training, inner._modules.pop("_loss_function", None)
     forward, head, seam = state.forward, state.forward.head, state.seam
+    tail, seam.tail = seam.tail, 0.0  # what is compared is the seam, not an approximation asked for
     inner.eval()
     forward.objective = None
     try:
@@ -60,6 +61,7 @@ def run_both_ways(model: nn.Module, inner: nn.Module, state: Any, tokens: int) -
         recipe = _recipe(model, ids)
     finally:
         head.forward = forward
+        seam.tail = tail
         inner.train(training)
         if objective is not None:
             inner._loss_function = forward.objective = objective

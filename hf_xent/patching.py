@@ -55,7 +55,7 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     inner, head = _inner(model), head_of(model)
     objective = objective.bind(head.weight)
     unpatch(model)  # now that nothing can be refused any more
-    seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget})
+    seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
     forward = _LazyForward(head, seam, awake=always)
     head.forward = forward  # type: ignore[method-assign]  # on the instance: the class stays as it is
     asked = inner.register_forward_pre_hook(_Asked(forward), with_kwargs=True)
@@ -72,7 +72,6 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
             raise RuntimeError(
                 f"{report.model} does not compute the same loss when patched and was left as it was: {report}"
             )
-    seam.tail = tail
     return model
 
 

@@ -68,6 +68,13 @@ def test_train_saves_a_model_that_loads(model_folder, text_file, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 97
 
 
+def test_a_tail_is_taken_and_a_wrong_one_refused_early(model_folder, text_file, tmp_path):
+    assert small_run(model_folder, text_file, tmp_path / "out", "--tail", 0.1).exit_code == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["run"]["tail"] == 0.1
+    with pytest.raises(ValueError, match="EMO differentiates 'payload'"):
+        invoke("train", "--model", "nothing/here", "--loss", "emo", "--tail", 0.1)
+
+
 def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2)
     losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]

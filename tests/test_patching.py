@@ -344,3 +344,41 @@ def test_verify_refuses_a_model_that_differs(monkeypatch):
     assert "_hf_xent" not in model.__dict__
     monkeypatch.undo()
     assert hf_xent.patch(model, verify=True) is model
+
+
+def test_tail_reaches_the_gradient_and_leaves_loss_and_proof_alone():
+    ids, labels = batch()
+    model = tiny("llama")
+    exact = model(input_ids=ids, labels=labels).loss
+    stock = torch.autograd.grad(exact, list(model.parameters()))
+    hf_xent.patch(model, tail=0.3, verify=True)
+    loss = model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(loss, exact)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    size = torch.cat([x.flatten() for x in stock]).norm()
+    off = torch.cat([(x - y).flatten() for x, y in zip(found, stock, strict=True)]).norm()
+    assert 1e-4 * size < off < 0.3 * size
+    assert hf_xent.compare(model).equal and seam_of(model).tail == 0.3
+    assert model(input_ids=ids, labels=labels).loss == loss
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "match"),
+    [
+        ("llama", "emo", "EMO differentiates 'payload'"),
+        ("llama", "eisl", "more than a sum"),
+        ("llama", None, "tail is 2"),
+    ],
+)
+def test_a_tail_that_cannot_be_is_refused_before_anything_changes(name, loss, match):
+    model = tiny(name)
+    with pytest.raises(ValueError, match=match):
+        hf_xent.patch(model, loss, tail=2 if loss is None else 1e-3)
+    assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_softcap_refuses_the_tail_when_the_loss_is_taken():
+    ids, labels = batch()
+    model = hf_xent.patch(tiny("gemma2 softcap"), tail=1e-3)
+    with pytest.raises(ValueError, match=r"the head has softcap 1\.5: pass tail=0"):
+        model(input_ids=ids, labels=labels)

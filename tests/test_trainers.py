@@ -177,3 +177,9 @@ def test_bfloat16_and_saved_model(tmp_path, rows):
     reloaded = type(trainer.model).from_pretrained(tmp_path / "model")
     for name, value in reloaded.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name])
+
+
+def test_tail_reaches_the_model(tmp_path, rows):
+    trainer = fit(tmp_path / "tail", rows, tail=0.2)
+    assert seam_of(trainer.model).tail == 0.2
+    assert losses_of(trainer) == pytest.approx(losses_of(fit(tmp_path / "exact", rows)), rel=0.05)

@@ -27,6 +27,9 @@ LOG = logging.getLogger(__name__)
 Errors = dict[str, float]  # relative to the truth: loss, hidden (its gradient), weight (its gradient)
 
 
+SMALL = 32 << 20  # bytes of inputs below which an iteration takes milliseconds
+
+
 class Failed(RuntimeError):
     """A contestant could not do what it was asked, in one line."""
 
@@ -40,7 +43,8 @@ class Remote:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, contestant, folder, device, threads)
         self.process = context.Process(target=serve, args=arguments, name=f"bench {name}", daemon=True)
-        with _environment(OMP_WAIT_POLICY="PASSIVE"):
+        small = (folder / "inputs.safetensors").stat().st_size < SMALL
+        with _environment(**({"OMP_WAIT_POLICY": "PASSIVE"} if small else {})):
             self.process.start()
         theirs.close()
 
@@ -69,8 +73,8 @@ class Remote:
 def _environment(**defaults: str) -> Iterator[None]:
     """Variables that the processes started in the block inherit, unless the user has set them.
 
-    OpenMP's waiting threads spin by default; on cores shared with anything else they keep the working thread of another
-    process from running, and small iterations take ten times as long.
+    OpenMP's waiting threads spin for some milliseconds by default, as users have it; on cores shared with anything else
+    they keep the working thread of another process from running, and iterations of milliseconds take ten times as long.
     """
     added = [name for name in defaults if name not in os.environ]
     os.environ.update({name: defaults[name] for name in added})
