@@ -60,11 +60,12 @@ FORCED: dict[str, Any] = {
     "mtp_loss_scaling_factor": 0.5,
     "lm_head_bias": True,
     "is_decoder": True,
+    "use_cache": False,  # a cache asks for layers of attention, of which two layers may have none
 }
 
 # What integers become, by the first pattern that fits the whole name of their field; any other is at most 32.
 SIZES: list[tuple[str, int]] = [
-    (r"(.*_)?vocab_size", V),
+    (r"(.*_)?vocab_size(_per_layer_input)?", V),
     (r".*(n|num)_(key_value|kv)_heads|kv_n_heads", 2),
     (r"mamba_(n|num)_heads|(n|num)_mamba_heads|mamba_n_heads", 8),
     (r".*heads?", 4),
@@ -72,7 +73,7 @@ SIZES: list[tuple[str, int]] = [
     (r".*head_dim|.*dim_head|.*d_head|d_kv|kv_channels|attention_head_size", 8),
     (r"num_kv_shared_layers", 0),
     (r"vocab_offset", V),
-    (r"(.*_)?(n|num)_(.*_)?layers?|layers|(en|de)coder_layers|.*depth|num_blocks|.*merger_times", 2),
+    (r"(.*_)?(n|num)_(.*_)?layers?|layers|(en|de)coder_layers|.*depth|num_blocks|.*merger_times", 4),  # hybrids have one of each kind
     (r".*shared_experts|first_k_dense_replace|num_dense_layers", 1),
     (r".*(n|num)_(.*_)?experts|.*expert_num", 4),
     (r".*per_tok|moe_k|.*topk|.*top_k|top_k_experts", 2),
@@ -82,25 +83,43 @@ SIZES: list[tuple[str, int]] = [
     (r"patch_size", 8),
 ]
 # Fields that are None by default and must not be.
-ABSENT = re.compile(r"n_routed_experts|n_shared_experts|num_experts_per_tok|n_group|topk_group|num_experts")
-TOKEN = re.compile(r".*(token|start|end|newline|patch|bos|eos)_(id|ids|index)")
+ABSENT = re.compile(
+    r"n_(routed|shared)_experts|num_experts(_per_tok)?|n_group|topk_group|top_k_experts|head_dim|num_key_value_heads"
+)
+TOKEN = re.compile(r".*(token|start|end|newline|patch|bos|eos)(?<!layer_start)_(id|ids|index)")
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head of 8
 # What a configuration class needs beyond its fields' names, and why.
 OVERRIDES: dict[str, dict[str, Any]] = {
     # read by the layers, not given by the class
-    "DbrxAttentionConfig": {"rope_theta": 1e4},
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8.0},
+    "UdopConfig": {"decoder_start_token_id": 0},
+    "VisionEncoderDecoderConfig": {"decoder_start_token_id": 0, "pad_token_id": 0},
+    # None by default, and no checkpoint is without
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]]},
+    "DiffusionGemmaTextConfig": {"moe_intermediate_size": 32},
+    "Step3p7TextConfig": {"sliding_window": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+    "Blip2Config": {"image_token_index": 3},
     # one entry a layer type expected, its default sections are of a head of 128
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _MROPE}},
-    # keys and values of its latent attention come in as many heads as queries
-    "Dots3NoteTextConfig": {"num_key_value_heads": 4},
+    "Cosmos3EdgeTextConfig": {"rope_parameters": _MROPE},
+    # height, width and time, not time first
+    "Ernie4_5_VLMoeTextConfig": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 2]}},
+    # its lists are of as many layers as the checkpoint's
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+    "Molmo2AdapterConfig": {"vision_feature_layer": [2, 1]},
+    # its heads fill the expanded hidden size
+    "Mamba2Config": {"num_heads": 8},
     # its own tower is one of timm's
     "Gemma3nConfig": {"vision_config": SiglipVisionConfig},
     "SiglipVisionConfig": {"vocab_size": V, "vocab_offset": V, "rms_norm_eps": 1e-6},
     # the factors multiply to the positions and add up to the hidden size
     "ReformerConfig": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (8, 24), "num_buckets": 2},
-    # no fewer layers have one of each kind
+    # fewer have nothing to share
     "ZambaConfig": {"num_hidden_layers": 3},
     "Zamba2Config": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"]},
 }
@@ -112,8 +131,12 @@ def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
     for name, sub in _sub_kinds(kind):
         chosen = values.get(name, {})  # fields, or another class
         values[name] = tiny_config(chosen) if isinstance(chosen, type) else tiny_config(sub, **chosen)
+    if "kv_lora_rank" in values:  # latent attention has as many heads of keys and values as of queries
+        values |= {name: values["num_attention_heads"] for name in ("num_key_value_heads",) if name in values}
+        values |= {name: values["qk_rope_head_dim"] for name in ("head_dim",) if name in values}
     config = kind(**values)
-    _split_rotation(config)
+    if "rope_parameters" not in values:
+        _split_rotation(config)
     return config
 
 
@@ -232,7 +255,7 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> Answer:
     out = model(**inputs)
     own = out.get("loss") is not None
     loss = out.loss if own else _outside(out.logits, inputs["labels"])
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # sinusoidal positions do not
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
     return Answer(loss.detach(), gradients, own)
