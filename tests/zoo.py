@@ -12,7 +12,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ SIZES: list[tuple[str, int]] = [
     (r".*chunk_(size|length)", 4),
     (r"n_positions|n_ctx|max_seq_len|context_length|max_.*positions|max_.*position_embeddings", 64),
     (r"patch_size", 8),
+    (r"num_patches", 16),
+    (r"mm_tokens_per_image", 4),
 ]
 # Fields that are None by default and must not be.
 ABSENT = re.compile(
@@ -89,17 +91,31 @@ ABSENT = re.compile(
 TOKEN = re.compile(r".*(token|start|end|newline|patch|bos|eos)(?<!layer_start)_(id|ids|index)")
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
+_LETTERS = [a + b for a in "ABCDEFGHIJ" for b in "ABCDEFGHIJ"]  # digits of image tokens
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head of 8
 # What a configuration class needs beyond its fields' names, and why.
 OVERRIDES: dict[str, dict[str, Any]] = {
     # read by the layers, not given by the class
     "DbrxAttentionConfig": {"rope_theta": 1e4, "clip_qkv": 8.0},
     "UdopConfig": {"decoder_start_token_id": 0},
-    "VisionEncoderDecoderConfig": {"decoder_start_token_id": 0, "pad_token_id": 0},
     # None by default, and no checkpoint is without
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
-    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]]},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "vision_config": {"hidden_size": 64}},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 3, **{f"IMGIMG{_LETTERS[i]}Z": 60 + i for i in range(32)}}},
+    "Emu3Config": {
+        "vocabulary_map": {
+            "<image>": 3, "<|extra_200|>": 4, **{f"<|visual token {i:06}|>": 60 + i for i in range(32)}
+        }
+    },
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},
     "DiffusionGemmaTextConfig": {"moe_intermediate_size": 32},
     "Step3p7TextConfig": {"sliding_window": 8},
     "XmodConfig": {"default_language": "en_XX"},
@@ -115,14 +131,60 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # its heads fill the expanded hidden size
     "Mamba2Config": {"num_heads": 8},
     # its own tower is one of timm's
-    "Gemma3nConfig": {"vision_config": SiglipVisionConfig},
-    "SiglipVisionConfig": {"vocab_size": V, "vocab_offset": V, "rms_norm_eps": 1e-6},
+    "FastVlmConfig": {"vision_config": SiglipVisionConfig},
+    "PerceptionLMConfig": {"vision_config": SiglipVisionConfig},
+    # of sizes that are not fields, or that only its other towers have
+    "AriaConfig": {"projector_patch_to_query_dict": {16: 8}},
+    "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
+    "Llama4VisionConfig": {"intermediate_size": 128},
+    "VipLlavaConfig": {"vision_feature_layers": [-2, -1]},
+    "Glm5NextTextConfig": {"index_kpool": 2},
+    "Dots3NoteVisionConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
+    "Dots3NoteTextConfig": {
+        f"swa_{name}": size
+        for name, size in {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "head_dim": 8,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        }.items()
+    },
+    # drafts for another model, which has these
+    "Gemma4AssistantConfig": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    # reads an encoder
+    "VisionEncoderDecoderConfig": {
+        "decoder_start_token_id": 0, "pad_token_id": 0, "decoder": {"add_cross_attention": True}
+    },
     # the factors multiply to the positions and add up to the hidden size
     "ReformerConfig": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (8, 24), "num_buckets": 2},
-    # fewer have nothing to share
-    "ZambaConfig": {"num_hidden_layers": 3},
-    "Zamba2Config": {"num_hidden_layers": 2, "layers_block_type": ["linear_attention", "hybrid"]},
+    # two at least share their attention
+    "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
+
+
+# What goes beside a model's pixels (or is them), by the name of its argument.
+BESIDE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
+    "pixel_values": lambda pixels, text: pixels,
+    "high_res_pixel_values": lambda pixels, text: pixels,
+    "flattened_patches": lambda pixels, text: torch.cat([torch.ones(*pixels.shape[:-1], 2), pixels], -1),
+    "image_grid_thw": lambda pixels, text: torch.tensor([[1, 4, 4]]),
+    "image_merge_sizes": lambda pixels, text: torch.tensor([2]),
+    "image_sizes": lambda pixels, text: torch.tensor([pixels.shape[-2:]]),
+    "spatial_shapes": lambda pixels, text: torch.tensor([[4, 4]]),
+    "image_position_ids": lambda pixels, text: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None],
+    "pixel_attention_mask": lambda pixels, text: torch.ones(pixels.shape[:2], dtype=torch.bool),
+    "aspect_ratio_ids": lambda pixels, text: torch.ones(1, 1, dtype=torch.long),
+    "aspect_ratio_mask": lambda pixels, text: torch.ones(pixels.shape[:3], dtype=torch.long),
+    "cross_attention_mask": lambda pixels, text: torch.ones(*text["labels"].shape, *pixels.shape[1:3]),
+    "qformer_input_ids": lambda pixels, text: text["input_ids"],
+    "image_embeds_position_mask": lambda pixels, text: torch.arange(text["labels"].numel())[None] < 4,
+    "bbox": lambda pixels, text: torch.zeros(*text["labels"].shape, 4),
+}
+ALWAYS = ("pixel_values", "image_grid_thw")  # though their arguments are optional
 
 
 def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
@@ -132,20 +194,18 @@ def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
         chosen = values.get(name, {})  # fields, or another class
         values[name] = tiny_config(chosen) if isinstance(chosen, type) else tiny_config(sub, **chosen)
     if "kv_lora_rank" in values:  # latent attention has as many heads of keys and values as of queries
-        values |= {name: values["num_attention_heads"] for name in ("num_key_value_heads",) if name in values}
-        values |= {name: values["qk_rope_head_dim"] for name in ("head_dim",) if name in values}
+        values = {**values, "num_key_value_heads": values["num_attention_heads"], "head_dim": values["qk_rope_head_dim"]}
     config = kind(**values)
     if "rope_parameters" not in values:
-        _split_rotation(config)
+        _split_rotation(config, **values)
     return config
 
 
-def _split_rotation(config: Any) -> None:
+def _split_rotation(config: Any, num_attention_heads: int = 0, head_dim: int = 0, **_: Any) -> None:
     """Rotary sections for time, height and width: the defaults in transformers' code are of a head of 128."""
     rope = getattr(config, "rope_parameters", None) or {}
-    heads = getattr(config, "num_attention_heads", None)
-    if "rope_theta" in rope and heads:
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if "rope_theta" in rope and num_attention_heads:
+        size = head_dim or config.hidden_size // num_attention_heads
         half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
         rope["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
 
@@ -178,7 +238,7 @@ def size_of(name: str, value: int) -> int:
 def _sub_kinds(kind: type[PreTrainedConfig]) -> Iterator[tuple[str, type[PreTrainedConfig]]]:
     for name, spec in (getattr(kind, "sub_configs_defaults", None) or kind.sub_configs).items():
         sub = getattr(spec, "config_class", spec)
-        if not getattr(spec, "optional", False):
+        if name == "vision_config" or not getattr(spec, "optional", False):
             yield name, sub if issubclass(sub, PreTrainedConfig) else CONFIG_MAPPING[spec.model_type]
 
 
@@ -206,34 +266,62 @@ def text_inputs(rows: int = 2, length: int = 12) -> dict[str, Any]:
 
 def image_inputs(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """What an image-text model may take, best first; each is tried until one is accepted."""
-    config: Any = model.config
-    asked = inspect.signature(model.forward).parameters
     text = text_inputs(rows=1)
-    with contextlib.suppress(Exception):  # it wants its images another way
-        pixels = _pixels(config, asked)
-        with contextlib.suppress(Exception):  # no image tokens
-            features: Any = model.get_image_features(**pixels)
-            features = getattr(features, "pooler_output", features)
-            features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-            token = getattr(config, "image_token_id", None) or config.image_token_index
-            images = torch.full((1, features.numel() // features.shape[-1]), token)
-            ids = torch.cat([images, text["input_ids"]], 1)
-            labels = torch.cat([torch.full_like(images, -100), text["labels"]], 1)
-            types = {"mm_token_type_ids": (ids == token).int()} if "mm_token_type_ids" in asked else {}
-            yield "with an image", {"input_ids": ids, "labels": labels, **pixels, **types}
-        yield "with an image", {name: x for name, x in {**text, **pixels}.items() if name in asked}
+    asked = inspect.signature(model.forward).parameters
+    for pixels in _pixels(model.config):
+        with contextlib.suppress(Exception):  # it wants its images another way
+            yield "with an image", _interleaved(model, text, pixels)
+        if not hasattr(_tower(model), "get_image_features"):
+            images = {name: make(pixels, text) for name, make in BESIDE.items() if name in asked}
+            if images:
+                given = {name: x for name, x in text.items() if name in ("labels", *asked)}
+                yield "with an image", {**given, **images}
     yield "text alone", text
 
 
-def _pixels(config: Any, asked: Any) -> dict[str, Tensor]:
-    """A random image as the vision tower takes it: flattened patches, or a square."""
-    vision = getattr(config, "vision_config", None) or config.encoder
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
-    if "image_grid_thw" in asked:
-        numbers = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-        return {"pixel_values": torch.randn(16, numbers), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    side = getattr(vision, "image_size", 32)
-    return {"pixel_values": torch.randn(1, channels, *(side if isinstance(side, (tuple, list)) else (side, side)))}
+def _tower(model: Any) -> Any:
+    return model.base_model if hasattr(model.base_model, "get_image_features") else model
+
+
+def _interleaved(model: Any, text: dict[str, Any], pixels: Tensor) -> dict[str, Any]:
+    """Text after as many image tokens as the model makes of these pixels."""
+    get, config = _tower(model).get_image_features, model.config
+    wanted = inspect.signature(get).parameters
+    images = {
+        name: make(pixels, text)
+        for name, make in BESIDE.items()
+        if name in wanted and (wanted[name].default is inspect.Parameter.empty or name in ALWAYS)
+    }
+    features = get(**images)
+    features = getattr(features, "pooler_output", features)
+    features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+    tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id"))
+    token = next(token for token in tokens if token is not None)
+    added = torch.full((1, features.numel() // features.shape[-1]), token)
+    ids = torch.cat([added, text["input_ids"]], 1)
+    labels = torch.cat([torch.full_like(added, -100), text["labels"]], 1)
+    types = {"mm_token_type_ids": (ids == token).int(), "token_type_ids": (ids == token).long()}
+    asked = inspect.signature(model.forward).parameters
+    return {"input_ids": ids, "labels": labels, **images, **{name: x for name, x in types.items() if name in asked}}
+
+
+def _pixels(config: Any) -> Iterator[Tensor]:
+    """A random image in every form there is: flattened patches, patches, a square, one of several squares, tiles."""
+    vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
+
+    def first(*names: str, default: int) -> int:
+        found = next((x for x in (getattr(vision, name, None) for name in names) if x), default)
+        return found[0] if isinstance(found, (tuple, list)) else found
+
+    channels = first("in_channels", "num_channels", default=3)
+    side, patch = first("image_size", default=32), first("patch_size", default=8)
+    frames = first("temporal_patch_size", "patch_temporal", default=1)
+    yield torch.randn(16, channels * frames * patch**2)
+    yield torch.randn(16, channels, patch, patch)
+    yield torch.randn(1, channels, side, side)
+    yield torch.randn(1, 1, channels, side, side)
+    yield torch.randn(1, 16, channels * patch**2)
+    yield torch.randn(1, 1, first("max_num_tiles", default=1), channels, side, side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +373,7 @@ def judge(mapping: str, model_type: str) -> Verdict:
     except ValueError as refusal:
         return Verdict(model_type, cls, "refused", _one_line(refusal))
     try:
-        note, inputs, stock = _stock(model, image_inputs(model) if mapping == "image-text" else [("", text_inputs())])
+        note, inputs, stock = _stock(model, _candidates(mapping, model))
     except Exception as error:
         return Verdict(model_type, cls, "not run", f"{type(error).__name__}: {_one_line(error)}")
     patch(model, always=not stock.own)
@@ -297,6 +385,12 @@ def judge(mapping: str, model_type: str) -> Verdict:
     if not stock.own:
         note = ", ".join(filter(None, [note, "computes no loss: always=True, and the loss outside"]))
     return Verdict(model_type, cls, "materialized" if seam.materialized else "streamed", note)
+
+
+def _candidates(mapping: str, model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    if mapping == "causal LM":
+        yield "", text_inputs()
+    yield from image_inputs(model)
 
 
 def _stock(model: nn.Module, candidates: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any], Answer]:
