@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
     SiglipVisionConfig,
+    set_seed,
 )
 from transformers.models.auto import modeling_auto
 
@@ -60,6 +61,7 @@ FORCED: dict[str, Any] = {
     "mtp_loss_scaling_factor": 0.5,
     "lm_head_bias": True,
     "is_decoder": True,
+    "image_grid_pinpoints": [[32, 32]],
     "use_cache": False,  # a cache asks for layers of attention, of which two layers may have none
 }
 
@@ -82,7 +84,9 @@ SIZES: list[tuple[str, int]] = [
     (r"n_positions|n_ctx|max_seq_len|context_length|max_.*positions|max_.*position_embeddings", 64),
     (r"patch_size", 8),
     (r"num_patches", 16),
-    (r"mm_tokens_per_image", 4),
+    (r"mm_tokens_per_image|latent_query_num", 4),
+    (r"pooling_kernel_size", 2),
+    (r"patch_embed_hidden_size", 192),
 ]
 # Fields that are None by default and must not be.
 ABSENT = re.compile(
@@ -101,7 +105,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     # None by default, and no checkpoint is without
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
-    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "vision_config": {"hidden_size": 64}},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64}},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 3, **{f"IMGIMG{_LETTERS[i]}Z": 60 + i for i in range(32)}}},
     "Emu3Config": {
         "vocabulary_map": {
@@ -119,7 +123,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DiffusionGemmaTextConfig": {"moe_intermediate_size": 32},
     "Step3p7TextConfig": {"sliding_window": 8},
     "XmodConfig": {"default_language": "en_XX"},
-    "Blip2Config": {"image_token_index": 3},
     # one entry a layer type expected, its default sections are of a head of 128
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _MROPE}},
     "Cosmos3EdgeTextConfig": {"rope_parameters": _MROPE},
@@ -132,11 +135,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Mamba2Config": {"num_heads": 8},
     # its own tower is one of timm's
     "FastVlmConfig": {"vision_config": SiglipVisionConfig},
-    "PerceptionLMConfig": {"vision_config": SiglipVisionConfig},
     # of sizes that are not fields, or that only its other towers have
     "AriaConfig": {"projector_patch_to_query_dict": {16: 8}},
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
     "Llama4VisionConfig": {"intermediate_size": 128},
+    "Emu3VQVAEConfig": {"hidden_size": 128},
+    "Molmo2VisionConfig": {"image_size": [32, 32]},
+    "MuseGlimmerConfig": {"out_hidden_size": 128},
+    "MuseSparkConfig": {"out_hidden_size": 128},
     "VipLlavaConfig": {"vision_feature_layers": [-2, -1]},
     "Glm5NextTextConfig": {"index_kpool": 2},
     "Dots3NoteVisionConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
@@ -158,8 +164,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "VisionEncoderDecoderConfig": {
         "decoder_start_token_id": 0, "pad_token_id": 0, "decoder": {"add_cross_attention": True}
     },
-    # the factors multiply to the positions and add up to the hidden size
-    "ReformerConfig": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (8, 24), "num_buckets": 2},
+    # the factors multiply to the sequence's length and add up to the hidden size
+    "ReformerConfig": {
+        "axial_pos_shape": (3, 4),
+        "axial_pos_embds_dim": (8, 24),
+        "num_buckets": 2,
+        # it seeds dropout itself, from the clock
+        "hash_seed": 0,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
+    # replaces its layers in its first call otherwise, and draws random numbers for the new ones
+    "BigBirdConfig": {"attention_type": "original_full"},
     # two at least share their attention
     "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -173,6 +189,9 @@ BESIDE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "flattened_patches": lambda pixels, text: torch.cat([torch.ones(*pixels.shape[:-1], 2), pixels], -1),
     "image_grid_thw": lambda pixels, text: torch.tensor([[1, 4, 4]]),
     "image_merge_sizes": lambda pixels, text: torch.tensor([2]),
+    "image_token_pooling": lambda pixels, text: torch.arange(16).reshape(4, 4),
+    "image_grids": lambda pixels, text: torch.tensor([[2, 2, 0, 0]]),
+    "target_sizes": lambda pixels, text: torch.tensor([[4, 4]]),
     "image_sizes": lambda pixels, text: torch.tensor([pixels.shape[-2:]]),
     "spatial_shapes": lambda pixels, text: torch.tensor([[4, 4]]),
     "image_position_ids": lambda pixels, text: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None],
@@ -184,7 +203,7 @@ BESIDE: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
     "image_embeds_position_mask": lambda pixels, text: torch.arange(text["labels"].numel())[None] < 4,
     "bbox": lambda pixels, text: torch.zeros(*text["labels"].shape, 4),
 }
-ALWAYS = ("pixel_values", "image_grid_thw")  # though their arguments are optional
+ALWAYS = ("pixel_values", "image_grid_thw", "image_position_ids")  # though their arguments are optional
 
 
 def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
@@ -222,6 +241,8 @@ def _small(kind: type[PreTrainedConfig]) -> Iterator[tuple[str, Any]]:
             yield name, next(tokens) if TOKEN.fullmatch(name) else size_of(name, value)
         elif isinstance(value, (tuple, list)) and value and all(map(_is_size, value)):
             yield name, type(value)(size_of(name, v) for v in value)
+        elif value is None and TOKEN.fullmatch(name):
+            yield name, next(tokens)
         elif value is None and ABSENT.fullmatch(name):
             yield name, size_of(name, 32)
 
@@ -243,13 +264,14 @@ def _sub_kinds(kind: type[PreTrainedConfig]) -> Iterator[tuple[str, type[PreTrai
 
 
 def build(mapping: str, model_type: str) -> nn.Module:
-    """A tiny random model of a type, in eval mode, with no parameter left at zero or one by its initialization."""
-    config = tiny_config(CONFIG_MAPPING[model_type])
+    """A tiny random model of a type, in training mode, with no parameter left at zero or one by its initialization."""
+    config: Any = tiny_config(CONFIG_MAPPING[model_type])
+    config._experts_implementation = "eager"  # the fast ones have no float64
     cls = MAPPINGS[mapping][0]._model_mapping[type(config)]
     cls = cls[0] if isinstance(cls, (tuple, list)) else cls
     parts = [part for part in vars(config).values() if type(part) is cls.config_class]  # the text model of a whole
     torch.manual_seed(0)
-    model = cls(parts[0] if parts else config).eval()
+    model = cls(parts[0] if parts else config).train()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
@@ -276,7 +298,7 @@ def image_inputs(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
             if images:
                 given = {name: x for name, x in text.items() if name in ("labels", *asked)}
                 yield "with an image", {**given, **images}
-    yield "text alone", text
+    yield "text alone", {**text, **_types(model, text["input_ids"] < 0)}
 
 
 def _tower(model: Any) -> Any:
@@ -293,16 +315,21 @@ def _interleaved(model: Any, text: dict[str, Any], pixels: Tensor) -> dict[str, 
         if name in wanted and (wanted[name].default is inspect.Parameter.empty or name in ALWAYS)
     }
     features = get(**images)
-    features = getattr(features, "pooler_output", features)
+    parts = (getattr(features, name, None) for name in ("pooler_output", "last_hidden_state"))
+    features = next((part for part in parts if part is not None), features)
     features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
     tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id"))
     token = next(token for token in tokens if token is not None)
     added = torch.full((1, features.numel() // features.shape[-1]), token)
     ids = torch.cat([added, text["input_ids"]], 1)
     labels = torch.cat([torch.full_like(added, -100), text["labels"]], 1)
-    types = {"mm_token_type_ids": (ids == token).int(), "token_type_ids": (ids == token).long()}
+    return {"input_ids": ids, "labels": labels, **images, **_types(model, ids == token)}
+
+
+def _types(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Which tokens stand for an image, if the model wants to be told."""
     asked = inspect.signature(model.forward).parameters
-    return {"input_ids": ids, "labels": labels, **images, **{name: x for name, x in types.items() if name in asked}}
+    return {name: images.int() for name in ("mm_token_type_ids", "token_type_ids") if name in asked}
 
 
 def _pixels(config: Any) -> Iterator[Tensor]:
@@ -320,6 +347,7 @@ def _pixels(config: Any) -> Iterator[Tensor]:
     yield torch.randn(16, channels, patch, patch)
     yield torch.randn(1, channels, side, side)
     yield torch.randn(1, 1, channels, side, side)
+    yield torch.randn(1, 2, channels, side, side)
     yield torch.randn(1, 16, channels * patch**2)
     yield torch.randn(1, 1, first("max_num_tiles", default=1), channels, side, side)
 
@@ -334,12 +362,14 @@ class Answer:
 
 
 def _outside(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[:2] != labels.shape:  # diffusion models score a canvas of their own
+        labels = torch.arange(logits.shape[:2].numel()).reshape(logits.shape[:2]) % V
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Answer:
     """One call, with the same random numbers as in any other."""
-    torch.manual_seed(2)
+    set_seed(2)
     out = model(**inputs)
     own = out.get("loss") is not None
     loss = out.loss if own else _outside(out.logits, inputs["labels"])
@@ -394,13 +424,19 @@ def _candidates(mapping: str, model: nn.Module) -> Iterator[tuple[str, dict[str,
 
 
 def _stock(model: nn.Module, candidates: Iterable[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any], Answer]:
-    """The first inputs the unpatched model takes, what they are, and its answer. Raises: the last one's error."""
+    """The first inputs the unpatched model takes, what they are, and its answer. Raises: the last one's error.
+
+    The model is left in float64, where differences are no rounding, or else in float32 (some cast to it on their way).
+    """
     error = None
     for note, inputs in candidates:
-        try:
-            return note, inputs, run(model, inputs)
-        except Exception as refused:  # it wants something else
-            error = refused
+        for dtype in (torch.float64, torch.float32):
+            model.to(dtype)
+            cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+            try:
+                return note, cast, run(model, cast)
+            except Exception as refused:  # it wants something else
+                error = refused
     assert error is not None
     raise error
 
