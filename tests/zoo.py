@@ -106,10 +106,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"] * 2},
     "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 1], [-1, 2]], "downsample_rate": "1/2", "vision_config": {"hidden_size": 64}},
-    "ChameleonConfig": {"vocabulary_map": {"<image>": 3, **{f"IMGIMG{_LETTERS[i]}Z": 60 + i for i in range(32)}}},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 3, **{f"IMGIMG{_LETTERS[i]}Z": 10 + i for i in range(32)}}},
     "Emu3Config": {
         "vocabulary_map": {
-            "<image>": 3, "<|extra_200|>": 4, **{f"<|visual token {i:06}|>": 60 + i for i in range(32)}
+            "<image>": 3, "<|extra_200|>": 4, **{f"<|visual token {i:06}|>": 10 + i for i in range(32)}
         }
     },
     "Qwen4ExpTextConfig": {
@@ -140,6 +140,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
     "Llama4VisionConfig": {"intermediate_size": 128},
     "Emu3VQVAEConfig": {"hidden_size": 128},
+    "MllamaVisionConfig": {"intermediate_layers_indices": [1, 2], "vision_output_dim": 96},
     "Molmo2VisionConfig": {"image_size": [32, 32]},
     "MuseGlimmerConfig": {"out_hidden_size": 128},
     "MuseSparkConfig": {"out_hidden_size": 128},
@@ -293,7 +294,7 @@ def image_inputs(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     for pixels in _pixels(model.config):
         with contextlib.suppress(Exception):  # it wants its images another way
             yield "with an image", _interleaved(model, text, pixels)
-        if not hasattr(_tower(model), "get_image_features"):
+        if _reader(model) is None:
             images = {name: make(pixels, text) for name, make in BESIDE.items() if name in asked}
             if images:
                 given = {name: x for name, x in text.items() if name in ("labels", *asked)}
@@ -301,13 +302,15 @@ def image_inputs(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "text alone", {**text, **_types(model, text["input_ids"] < 0)}
 
 
-def _tower(model: Any) -> Any:
-    return model.base_model if hasattr(model.base_model, "get_image_features") else model
+def _reader(model: Any) -> Any:
+    """The method that makes a model's image tokens, or None."""
+    parts = [(part, f"get_{kind}_features") for part in (model.base_model, model) for kind in ("image", "video")]
+    return next((getattr(part, name) for part, name in parts if hasattr(part, name)), None)
 
 
 def _interleaved(model: Any, text: dict[str, Any], pixels: Tensor) -> dict[str, Any]:
     """Text after as many image tokens as the model makes of these pixels."""
-    get, config = _tower(model).get_image_features, model.config
+    get, config = _reader(model), model.config
     wanted = inspect.signature(get).parameters
     images = {
         name: make(pixels, text)
@@ -318,7 +321,8 @@ def _interleaved(model: Any, text: dict[str, Any], pixels: Tensor) -> dict[str, 
     parts = (getattr(features, name, None) for name in ("pooler_output", "last_hidden_state"))
     features = next((part for part in parts if part is not None), features)
     features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-    tokens = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "image_patch_id"))
+    names = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
+    tokens = (getattr(config, name, None) for name in names)
     token = next(token for token in tokens if token is not None)
     added = torch.full((1, features.numel() // features.shape[-1]), token)
     ids = torch.cat([added, text["input_ids"]], 1)
@@ -341,7 +345,7 @@ def _pixels(config: Any) -> Iterator[Tensor]:
         return found[0] if isinstance(found, (tuple, list)) else found
 
     channels = first("in_channels", "num_channels", default=3)
-    side, patch = first("image_size", default=32), first("patch_size", default=8)
+    side, patch = first("image_size", default=32), first("model_patch_size", "patch_size", default=8)
     frames = first("temporal_patch_size", "patch_temporal", default=1)
     yield torch.randn(16, channels * frames * patch**2)
     yield torch.randn(16, channels, patch, patch)
@@ -408,8 +412,8 @@ def judge(mapping: str, model_type: str) -> Verdict:
         return Verdict(model_type, cls, "not run", f"{type(error).__name__}: {_one_line(error)}")
     patch(model, always=not stock.own)
     ours = run(model, inputs)
-    torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-5, atol=1e-6)
-    assert_same_gradients(ours.gradients, stock.gradients)
+    torch.testing.assert_close(ours.loss, stock.loss, rtol=2e-6, atol=0)  # float32 in most: logits are cast to it
+    assert_same_gradients(ours.gradients, stock.gradients, rtol=1e-5)
     seam = seam_of(model)
     assert seam.streamed + seam.materialized > 0, "the head was never asked"
     if not stock.own:
@@ -434,7 +438,9 @@ def _stock(model: nn.Module, candidates: Iterable[tuple[str, dict[str, Any]]]) -
             model.to(dtype)
             cast = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
             try:
-                return note, cast, run(model, cast)
+                answer = run(model, cast)
+                assert answer.loss.isfinite(), "the loss is not finite"
+                return note, cast, answer
             except Exception as refused:  # it wants something else
                 error = refused
     assert error is not None
