@@ -141,6 +141,14 @@ def _squeeze(x: LazyLogits, *dims: Any) -> Any:
     return _rows(x, lambda h: h.squeeze(dims[0] % x.ndim), lambda d: d.squeeze(dims[0] % x.ndim))
 
 
+def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
+    """Of rows alone: ProphetNet scores all its prediction streams at once, and turns them to the front first."""
+    a, b = dim0 % x.ndim, dim1 % x.ndim
+    if x.ndim - 1 in (a, b):
+        return NotImplemented
+    return _rows(x, lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
+
+
 def _getitem(x: LazyLogits, index: Any) -> Any:
     """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last place."""
     index = index if isinstance(index, tuple) else (index,)
@@ -180,6 +188,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
     **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),
     **dict.fromkeys((_T.squeeze, torch.squeeze), _squeeze),
+    **dict.fromkeys((_T.transpose, torch.transpose), _transpose),
     _T.float: lambda x: _cast(x, torch.float32),
     _T.double: lambda x: _cast(x, torch.float64),
     _T.half: lambda x: _cast(x, torch.float16),
