@@ -1,7 +1,7 @@
 """Every class of transformers' causal-LM and image-text mappings: patched loss and gradients equal stock.
 
-One in eight runs by default, all of them with the slow tests. A class that cannot be built or run here is skipped with
-the reason. On the version of transformers that made the committed table, every status is the table's.
+A class that cannot be built or run here is skipped with the reason. On the version of transformers that made the
+committed table, every status is the table's.
 """
 
 import pytest
@@ -12,10 +12,7 @@ LISTED = committed()
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize(
-    ("mapping", "model_type"),
-    [pytest.param(*case, marks=[] if i % 8 == 0 else pytest.mark.slow) for i, case in enumerate(CASES)],
-)
+@pytest.mark.parametrize(("mapping", "model_type"), CASES)
 def test_loss_and_every_gradient_equal_stock(mapping, model_type):
     verdict = judge(mapping, model_type)
     if LISTED is not None:
