@@ -16,15 +16,35 @@ from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
 from .patching import Comparison, compare, patch, seam_of, unpatch
 
 if TYPE_CHECKING:
-    from .trainers import PatchCallback, XentConfig, XentTrainer
+    from .trainers import (
+        EMOConfig,
+        EMOTrainer,
+        NoiseFiTConfig,
+        NoiseFiTTrainer,
+        PatchCallback,
+        XentConfig,
+        XentTrainer,
+    )
 
 __version__ = "0.1.0"
-_TRAINERS = ("PatchCallback", "XentConfig", "XentTrainer")
+_TRAINERS = (
+    "EMOConfig",
+    "EMOTrainer",
+    "NoiseFiTConfig",
+    "NoiseFiTTrainer",
+    "PatchCallback",
+    "XentConfig",
+    "XentTrainer",
+)
 
 __all__ = [
     "Comparison",
+    "EMOConfig",
+    "EMOTrainer",
     "Head",
     "LazyLogits",
+    "NoiseFiTConfig",
+    "NoiseFiTTrainer",
     "PatchCallback",
     "Seam",
     "Stats",

@@ -8,6 +8,8 @@ own `loss_function` (an official setter), a module that reads hidden states and 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, TypeVar
@@ -95,6 +97,21 @@ def unpatch(model: Model) -> Model:
             if state.loss_function is not None:
                 inner.loss_function = state.loss_function
     return model
+
+
+@contextmanager
+def lazily(model: nn.Module) -> Iterator[None]:
+    """In here a patched model's logits are lazy without labels too, for losses computed outside of it.
+
+    Raises: ValueError if the model is not patched.
+    """
+    seam_of(model)
+    state: _Patch = _inner(model).__dict__["_hf_xent"]
+    always, state.always = state.always, True
+    try:
+        yield
+    finally:
+        state.always = state.awake = always
 
 
 def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:

@@ -53,7 +53,12 @@ class EMO(Loss):
         return ("payload",) if self.variant == "emo" and not self.gt_detach else ("lse", "target", "payload")
 
     def bind(self, weight: Tensor) -> EMO:
-        """For cost='frozen', a copy that holds the unit rows of a clone of this weight; else itself."""
+        """For cost='frozen', a copy that holds the unit rows of a clone of this weight; else itself.
+
+        Raises: ValueError if the cost is of another vocabulary.
+        """
+        if isinstance(self.cost, Tensor) and len(self.cost) != len(weight):
+            raise ValueError(f"cost has {len(self.cost)} rows but the head {len(weight)} tokens: embed its vocabulary")
         return replace(self, cost=weight) if isinstance(self.cost, str) and self.cost == "frozen" else self
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload:

@@ -43,7 +43,7 @@ class XentConfig(TrainingArguments):
     )
 
 
-class XentTrainer(Trainer):
+class XentTrainer(Trainer):  # subclasses of one method name their configuration and override one method
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
     `loss` (a name or a `hf_xent.losses.Loss`) goes before `args.loss`. A loss that takes something from the pretrained
@@ -55,6 +55,8 @@ class XentTrainer(Trainer):
     Raises: ValueError for an unknown loss or a model that cannot be patched.
     """
 
+    config_class: type[XentConfig] = XentConfig
+
     def __init__(
         self,
         model: PreTrainedModel | torch.nn.Module,
@@ -63,14 +65,15 @@ class XentTrainer(Trainer):
         loss: str | Loss | None = None,
         **kwargs: Any,
     ):
-        args = XentConfig(output_dir="out") if args is None else args
+        args = self.config_class(output_dir="out") if args is None else args
         self.objective = self._objective(args, loss)
         patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # part of the objective: transformers' own needs the logits
 
-    @staticmethod
-    def _objective(args: XentConfig, loss: str | Loss | None) -> Loss:
+    @classmethod
+    def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
+        """The loss that arguments ask for; what a trainer of one method overrides."""
         objective = losses.get(loss or args.loss)
         if args.label_smoothing_factor and isinstance(objective, CrossEntropy):
             return CrossEntropy(label_smoothing=args.label_smoothing_factor, z_loss=objective.z_loss)

@@ -1,0 +1,283 @@
+"""NoiseFiT: against a dense, readable step; its controls; noise where it belongs and nowhere else."""
+
+import datasets
+import peft
+import pytest
+import torch
+from models import V, assert_same_gradients, batch, gradients, tiny
+from torch.nn import functional as F
+
+from hf_xent.ops import Head
+from hf_xent.patching import seam_of
+from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
+from hf_xent.trainers.noisefit import divergence, layers_of, noise_scale, tempered
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(24):
+        ids = torch.randint(3, V, (int(torch.randint(4, 14, (1,), generator=generator)),), generator=generator).tolist()
+        found.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]], "attention_mask": [1] * len(ids)})
+    return datasets.Dataset.from_list(found)
+
+
+def collate(examples):
+    length = max(len(x["input_ids"]) for x in examples)
+    padded = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    return {k: torch.tensor([x[k] + [fill] * (length - len(x[k])) for x in examples]) for k, fill in padded.items()}
+
+
+def trainer_of(folder, rows, model=None, **options):
+    common = {
+        "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True, "report_to": [],
+        "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "num_noise_layers": 1,
+    }  # fmt: skip
+    config = NoiseFiTConfig(output_dir=str(folder), **{**common, **options})
+    model = tiny(std=0.05) if model is None else model
+    return NoiseFiTTrainer(model, config, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+
+def fit(folder, rows, model=None, resume=None, **options):
+    trainer = trainer_of(folder, rows, model, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_noise_scale_by_hand():
+    """The method sheet's worked example: lower medians, a factor cut at 5, features far from the median spared."""
+    h = torch.tensor([[[1.0, 2, 3, 10], [0, 0.5, 1, 1.5]]])
+    expected = [[1.454742, 1.607738, 1.454742, 0.722404], [0.152746, 0.168811, 0.152746, 0.138211]]
+    torch.testing.assert_close(noise_scale(h, 0.1), torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+    padded = torch.cat([h, 100 * torch.randn(1, 3, 4)], 1)
+    mask = torch.tensor([[1, 1, 0, 0, 0]])
+    torch.testing.assert_close(noise_scale(padded, 0.1, mask)[:, :2], torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+
+
+def test_noise_grows_with_the_square_of_the_activations():
+    h = torch.randn(2, 9, 32)
+    torch.testing.assert_close(noise_scale(2 * h, 0.1), 4 * noise_scale(h, 0.1), rtol=1e-3, atol=0)
+    h[0, 0] *= 1e3  # a massive activation
+    assert noise_scale(h, 0.1).isfinite().all()
+
+
+def test_divergence_is_that_of_dense_logits():
+    model = tiny()
+    hidden = [torch.randn(3, 5, 32, requires_grad=True) for _ in range(2)]
+    weight, labels = model.lm_head.weight, torch.randint(V, (3, 5))
+    labels[0, :2] = -100
+    p, q = [(h, Head(weight)) for h in hidden]
+    found = divergence(tempered(p, 2.0), q, labels)
+    logp, logq = (hidden[0] @ weight.T / 2).log_softmax(-1), (hidden[1] @ weight.T).log_softmax(-1)
+    expected = F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1) * (labels != -100)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    upstream, leaves = torch.randn(3, 5), [*hidden, weight]
+    grads = torch.autograd.grad((found * upstream).sum(), leaves)
+    for mine, theirs in zip(grads, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+def dense_step(model, inputs, options, chosen):
+    """One step's loss from full logits, three passes of a model whose layers are disturbed by hand."""
+    ids, mask = (torch.cat([inputs[k]] * 3) for k in ("input_ids", "attention_mask"))
+    rows = len(inputs["input_ids"])
+
+    def disturb(layer, _, h):
+        parts = [h[:rows]]
+        keep, scales = inputs["attention_mask"].bool(), []
+        for part in (h[rows : 2 * rows], h[2 * rows :]):
+            part = part.detach()
+            median = part.median(-1, keepdim=True).values
+            mad = (part - median).abs().median(-1, keepdim=True).values
+            variance = part.var(-1, keepdim=True)
+            factor = (variance / variance[keep].mean()).exp().clamp(max=5)
+            base = options.get("noise_std", 0.1) ** options.get("sigma_power", 2) * part[keep].std()
+            scales.append(base * mad * (-0.1 * (part - median).abs() / mad).exp() * factor)
+        for part, scale in zip((h[rows : 2 * rows], h[2 * rows :]), scales, strict=True):
+            parts.append(part + torch.randn_like(scale) * scale)
+        return torch.cat(parts)
+
+    handles = [layers_of(model)[i].register_forward_hook(disturb) for i in chosen]
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    for handle in handles:
+        handle.remove()
+    z, first, second = logits.chunk(3)
+    targets = inputs["labels"][:, 1:]
+    keep = targets != -100
+
+    def kl(p, q):
+        return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)[keep].mean()
+
+    heat, ce = options.get("temperature", 1.0), F.cross_entropy(z[keep], targets[keep])
+    if options.get("version") == "v2":
+        teacher, students, other, factor = z.detach() / heat, [first / heat, second / heat], second.detach(), heat**2
+    else:
+        teacher, students, other, factor = z / heat, [first, second], second, 1.0
+    soft = factor * sum(kl(teacher, student) for student in students) / 2
+    return 0.5 * ce + 0.5 * soft + options.get("consistency_weight", 0.1) * kl(other, first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"noise_std": 1.0}, {"noise_std": 0.7, "sigma_power": 1, "temperature": 2.0}, {"noise_std": 1.0, "version": "v2"},
+     {"noise_std": 1.0, "version": "v2", "temperature": 1.5, "consistency_weight": 0.05}],
+)  # fmt: skip
+def test_three_steps_equal_a_dense_reference(tmp_path, rows, options):
+    trainer = trainer_of(tmp_path, rows, model=tiny(std=0.3), noise_layers="0,1", **options)
+    dense = tiny(std=0.3).train()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.05)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.05)
+    trainer.noise_layers = [0, 1]
+    trainer.model.train()
+    for step in range(3):
+        inputs = collate([rows[i] for i in range(4 * step, 4 * step + 4)])
+        torch.manual_seed(step)
+        expected = dense_step(dense, inputs, options, [0, 1])
+        expected.backward()
+        torch.manual_seed(step)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        loss = trainer.training_step(trainer.model, dict(inputs), tokens)
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-6)
+        stock = {name: p.grad for name, p in dense.named_parameters() if p.grad is not None}
+        ours = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        assert_same_gradients(ours, stock, rtol=1e-4)
+        for each in (optimizer, trainer.optimizer):
+            each.step()
+            each.zero_grad()
+    assert seam_of(trainer.model).materialized == 0
+
+
+def test_without_noise_only_weighted_cross_entropy_is_left(tmp_path, rows):
+    """The control: no dropout in the model, sigma 0, so that all passes are one."""
+    trainer = fit(tmp_path, rows, noise_std=0.0, learning_rate=0.0)
+    entry = next(e for e in trainer.state.log_history if "loss" in e)
+    assert entry["loss"] == pytest.approx(0.5 * torch.tensor(entry["perplexity"]).log().item(), rel=1e-5)
+    plain = fit(tmp_path, rows, ce_weight=1.0, consistency_weight=0.0, learning_rate=0.0)
+    first = next(e for e in plain.state.log_history if "loss" in e)
+    assert first["loss"] == pytest.approx(torch.tensor(first["perplexity"]).log().item(), rel=1e-5)
+
+
+def test_rdrop_is_two_passes_and_their_symmetric_divergence(tmp_path, rows):
+    trainer = trainer_of(tmp_path, rows, model=tiny(std=0.3), method="rdrop", rdrop_weight=0.7)
+    trainer.model.train()
+    trainer.model.config.attention_dropout = 0.3  # the tiny model has no dropout of its own
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    inputs = collate([rows[i] for i in range(4)])
+    torch.manual_seed(0)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    torch.manual_seed(0)
+    doubled = {k: torch.cat([inputs[k]] * 2) for k in ("input_ids", "attention_mask")}
+    first, second = trainer.model(**doubled).logits[:, :-1].chunk(2)
+    targets = inputs["labels"][:, 1:]
+    keep = targets != -100
+    p, q = first[keep].log_softmax(-1), second[keep].log_softmax(-1)
+    symmetric = (
+        F.kl_div(q, p, log_target=True, reduction="batchmean") + F.kl_div(p, q, log_target=True, reduction="batchmean")
+    ) / 2
+    expected = (F.nll_loss(p, targets[keep]) + F.nll_loss(q, targets[keep])) / 2 + 0.7 * symmetric
+    assert symmetric > 1e-5
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_is_only_in_training_steps(tmp_path, rows):
+    trainer = fit(tmp_path, rows, noise_std=2.0, sigma_power=1, per_device_eval_batch_size=len(rows))
+    model, (ids, labels) = trainer.model, batch()
+    assert len(trainer.noise_layers) == 1
+    assert all(not layer._forward_hooks for layer in layers_of(model))
+    model.eval()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    clean = model(input_ids=ids, labels=labels).loss
+    assert torch.equal(clean, model(input_ids=ids, labels=labels).loss)
+    first, again = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == again["eval_loss"]
+    assert again["eval_loss"] == pytest.approx(torch.tensor(again["eval_perplexity"]).log().item(), rel=1e-5)
+    model.train()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    trainer.compute_loss = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.training_step(model, collate([rows[0]]))
+    assert all(not layer._forward_hooks for layer in layers_of(model)), "hooks go with an exception too"
+
+
+def test_accumulation_does_not_change_gradients(tmp_path, rows):
+    """With noise every micro-batch draws its own, so without it; the sums over tokens are what is tested."""
+    found = []
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = fit(tmp_path, rows, noise_std=0.0, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
+        entry = next(e for e in trainer.state.log_history if "loss" in e)
+        found.append((entry["loss"], entry["grad_norm"]))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_draws_the_same_noise_again(tmp_path, rows, reentrant):
+    inputs, found = collate([rows[i] for i in range(4)]), []
+    for checkpointing in (False, True):
+        trainer = trainer_of(tmp_path, rows, model=tiny(std=0.3), noise_std=1.0, noise_layers="0,1")
+        model = trainer.model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        trainer.noise_layers = [0, 1]
+        loss = trainer.training_step(model, dict(inputs), torch.tensor(30))
+        found.append((loss, gradients(model)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert_same_gradients(found[1][1], found[0][1])
+
+
+def test_resumed_losses_are_those_of_a_straight_run(tmp_path, rows):
+    options = {"noise_std": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "noise_layers": "1"}
+    straight = fit(tmp_path, rows, **options)
+    resumed = fit(tmp_path, rows, resume=str(tmp_path / "checkpoint-2"), **options)
+    assert losses_of(resumed) == losses_of(straight)
+
+
+@pytest.mark.parametrize("kind", ["peft", "bfloat16", "gpt2"])
+def test_adapters_low_precision_and_tuples_of_outputs(tmp_path, rows, kind):
+    if kind == "peft":
+        model = peft.get_peft_model(tiny(std=0.05), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    else:
+        model = tiny(std=0.05, dtype=torch.bfloat16) if kind == "bfloat16" else tiny("gpt2", std=0.05)
+    trainer = fit(tmp_path, rows, model=model, noise_std=1.0, num_noise_layers=1)
+    assert all(0 < loss < 10 for loss in losses_of(trainer)) and len(losses_of(trainer)) == 3
+    assert losses_of(trainer)[-1] < losses_of(trainer)[0] and seam_of(trainer.model).materialized == 0
+
+
+def test_layers_are_chosen_by_their_signal_to_noise_ratio(tmp_path, rows):
+    """Noise grows with the square of the activations, so the ratio falls with their size."""
+    model = tiny(std=0.3, num_hidden_layers=4)
+    for i, layer in enumerate(layers_of(model)):  # residuals grow from layer to layer
+        layer.mlp.down_proj.weight.data.mul_(100.0**i)
+    inputs, chosen = collate([rows[i] for i in range(4)]), {}
+    for which in ("largest", "lowest", "2,0"):
+        trainer = trainer_of(tmp_path, rows, model=model, noise_layers=which, num_noise_layers=2)
+        chosen[which] = trainer._choose_layers(model, inputs)
+    assert chosen == {"largest": [0, 1], "lowest": [2, 3], "2,0": [0, 2]}
+
+
+def test_refusals(tmp_path, rows):
+    for options, match in (
+        ({"method": "other"}, r"method is 'other': choose 'noisefit' or 'rdrop'"),
+        ({"sigma_power": 3}, r"sigma_power is 3"),
+        ({"ce_weight": 1.5}, r"ce_weight 1.5"),
+        ({"loss": "focal"}, r"built on plain cross-entropy"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            trainer_of(tmp_path, rows, **options)
+    for options, match in (({"noise_layers": "7"}, r"numbers below 2"), ({"num_noise_layers": 3}, r"has 2 layers")):
+        with pytest.raises(ValueError, match=match):
+            fit(tmp_path, rows, **options)
