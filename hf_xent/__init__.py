@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .trainers import (
         EMOConfig,
         EMOTrainer,
+        F2CConfig,
+        F2CTrainer,
         NoiseFiTConfig,
         NoiseFiTTrainer,
         PatchCallback,
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 _TRAINERS = (
     "EMOConfig",
     "EMOTrainer",
+    "F2CConfig",
+    "F2CTrainer",
     "NoiseFiTConfig",
     "NoiseFiTTrainer",
     "PatchCallback",
@@ -41,6 +45,8 @@ __all__ = [
     "Comparison",
     "EMOConfig",
     "EMOTrainer",
+    "F2CConfig",
+    "F2CTrainer",
     "Head",
     "LazyLogits",
     "NoiseFiTConfig",

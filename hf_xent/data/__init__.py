@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import pydoc
+from .formats import Format, PromptFormats
 from .text import load_text, pack
 
 if TYPE_CHECKING:
@@ -16,4 +17,4 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 """Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""
 
-__all__ = ["DATASETS", "load_text", "pack"]
+__all__ = ["DATASETS", "Format", "PromptFormats", "load_text", "pack"]

@@ -1,0 +1,60 @@
+"""How consistently a model answers items asked in K formats, and how well: agreement beside accuracy, never alone.
+
+A model that always says the same agrees perfectly with itself, so `Consistency` carries the label marginals and what
+the best constant predictor would have got.
+
+Source: observed agreement as Fleiss 1971, with the metrics Hejabi et al. 2025, arXiv:2510.14242, report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from sklearn.metrics import f1_score
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Predictions of N items in K formats, summed up; shares in [0, 1]."""
+
+    agreement: float  # mean over items of the share of agreeing pairs of formats (Fleiss' observed agreement)
+    f1: float  # mean over formats: of label 1 if there are two labels, macro else
+    f1_spread: float  # standard deviation of F1 over formats, of the population
+    accuracy: float  # mean over formats
+    vote_accuracy: float  # of the most common prediction of each item, lower labels first
+    marginals: tuple[float, ...]  # how often each label is predicted
+    constant_f1: float  # of the constant predictor with the best accuracy; its agreement is 1
+    constant_accuracy: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Flat, for logs: marginals as predicted_0, predicted_1, ..."""
+        found = {k: v for k, v in asdict(self).items() if k != "marginals"}
+        return found | {f"predicted_{i}": share for i, share in enumerate(self.marginals)}
+
+
+def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Consistency:
+    """Of predicted labels [N, K] and true ones [N], of `choices` labels. Raises: ValueError for a single format."""
+    predictions, gold = np.asarray(predictions), np.asarray(gold)
+    count, formats = predictions.shape
+    if formats < 2:
+        raise ValueError(f"predictions has {formats} format: agreement needs at least two")
+    votes = np.stack([(predictions == label).sum(1) for label in range(choices)], 1)  # [N, C]
+    scores = [f1(gold, column, choices) for column in predictions.T]
+    constant = int(np.bincount(gold, minlength=choices).argmax())
+    return Consistency(
+        agreement=float(((votes**2).sum(1) - formats).mean() / (formats * (formats - 1))),
+        f1=float(np.mean(scores)),
+        f1_spread=float(np.std(scores)),
+        accuracy=float((predictions == gold[:, None]).mean()),
+        vote_accuracy=float((votes.argmax(1) == gold).mean()),
+        marginals=tuple(float(share) for share in votes.sum(0) / (count * formats)),
+        constant_f1=f1(gold, np.full(count, constant), choices),
+        constant_accuracy=float((gold == constant).mean()),
+    )
+
+
+def f1(gold: np.ndarray, predicted: np.ndarray, choices: int) -> float:
+    """F1 of label 1 for two choices, macro F1 for more; 0 where it is undefined."""
+    average = "binary" if choices == 2 else "macro"
+    return float(f1_score(gold, predicted, average=average, labels=list(range(choices)), zero_division=0))

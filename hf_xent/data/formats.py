@@ -1,0 +1,113 @@
+"""Classification items asked in several ways: templates, verbalizers, answer choices; data sets in, data sets out.
+
+    formats = PromptFormats(
+        Format("{premise} So is it true that {hypothesis}?", ("Yes", "No")),
+        Format("Premise: {premise} Hypothesis: {hypothesis} Answer:", ("True", "False")),
+    )
+    rows = formats.build(dataset, tokenizer)          # one row an item: all formats with all answers, as token ids
+    batch = formats.collate(rows[:2], pad=0)          # [items, formats, answers, tokens]
+
+An answer is what a model should continue the prompt with; it follows a space, unless the prompt ends in one, and is
+followed by nothing. A tokenizer with a chat template puts the prompt into a user's message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to ask: a template and one answer a choice, both with an item's fields in braces."""
+
+    template: str
+    answers: tuple[str, ...]
+
+
+class PromptFormats:
+    """The K formats of a task with C answer choices; see the module's docstring.
+
+    Raises: ValueError for fewer than two formats or answers, or formats with different numbers of answers.
+    """
+
+    def __init__(self, *formats: Format):
+        self.formats = formats
+        counts = {len(form.answers) for form in formats}
+        if len(formats) < 2 or len(counts) != 1 or counts == {1}:
+            raise ValueError(
+                f"formats have {sorted(counts)} answers and there are {len(formats)}: pass at least two formats, all"
+                " with the same number of answers, at least two"
+            )
+
+    def build(self, dataset: Any, tokenizer: Any, *, label: str | None = "label", chat: bool = True) -> Any:
+        """A `datasets.Dataset` of `prompts` [K][tokens], `answers` [K][C][tokens] and, if the column is there, `gold`.
+
+        With `chat`, prompts go through the tokenizer's chat template, if it has one. Raises: ValueError for a field an
+        item does not have, or a prompt whose tokens are no prefix of prompt and answer.
+        """
+
+        def encode(item: dict[str, Any]) -> dict[str, Any]:
+            pairs = [self._encode(form, item, tokenizer, chat) for form in self.formats]
+            row: dict[str, Any] = {"prompts": [prompt for prompt, _ in pairs], "answers": [found for _, found in pairs]}
+            if label is not None and label in item:
+                row["gold"] = item[label]
+            return row
+
+        return dataset.map(encode, remove_columns=dataset.column_names, desc="formats")
+
+    def _encode(
+        self, form: Format, item: dict[str, Any], tokenizer: Any, chat: bool
+    ) -> tuple[list[int], list[list[int]]]:
+        try:
+            text = form.template.format_map(item)
+            answers = [answer.format_map(item) for answer in form.answers]
+        except KeyError as error:
+            raise ValueError(
+                f"a format has the field {error}, but items have {', '.join(item)}: {form.template!r}"
+            ) from error
+        templated = chat and getattr(tokenizer, "chat_template", None)
+        if templated:
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        space = "" if text[-1:].isspace() else " "
+        special = not templated  # a chat template writes its own
+        prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
+        found = []
+        for answer in answers:
+            whole = tokenizer(text + space + answer, add_special_tokens=special)["input_ids"]
+            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+                raise ValueError(
+                    f"the tokens of a prompt are no prefix of those with its answer {answer!r}: end the template on a"
+                    f" token boundary: {form.template!r}"
+                )
+            found.append(whole[len(prompt) :])
+        return prompt, found
+
+    @staticmethod
+    def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
+        """Right-padded [B, K, C, L]: `input_ids`, `attention_mask`, `answers` (-100 off the answer); and `gold` [B]."""
+        sequences = [
+            [
+                [(prompt, answer) for answer in answers]
+                for prompt, answers in zip(row["prompts"], row["answers"], strict=True)
+            ]
+            for row in rows
+        ]
+        length = max(len(p) + len(a) for row in sequences for form in row for p, a in form)
+
+        def filled(write: Any, fill: int) -> Tensor:
+            made = [[[write(p, a) for p, a in form] for form in row] for row in sequences]
+            return torch.tensor([[[x + [fill] * (length - len(x)) for x in form] for form in row] for row in made])
+
+        batch = {
+            "input_ids": filled(lambda p, a: p + a, pad),
+            "attention_mask": filled(lambda p, a: [1] * (len(p) + len(a)), 0),
+            "answers": filled(lambda p, a: [-100] * len(p) + a, -100),
+        }
+        if all("gold" in row for row in rows):
+            batch["gold"] = torch.tensor([int(row["gold"]) for row in rows])
+        return batch

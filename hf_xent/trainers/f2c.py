@@ -1,0 +1,292 @@
+"""Flip-flop consistency (F2C): unlabeled items asked in K formats, trained towards what most formats answer.
+
+Each step scores every answer in every format (mean log-probability l_kc of its tokens, evaluation mode, no gradient).
+Format k answers y_k = argmax_c l_kc; a label that more than half of the formats answer is the consensus y*, without
+one an item contributes nothing. Then, over the K sequences of prompt and consensus answer,
+
+    loss = (lambda CCE + beta J + w A) / C        CCE = mean_k -l_k,y*
+
+    M        the softmax mixture mean_k P_k(t) over some formats, at the t-th token of the answer
+    J        agreement, 1/2 [KL(M || P_k) + KL(P_k || M)] over the teachers, gradient into M too (the authors' "JSD")
+    A        alignment, KL(sg[M] || P_s) of the teachers' mixture and every student
+    teachers those k of the min(top_k, M - 1) largest margins l_k,y* - max_c l_kc among the M formats that answer y*;
+             students are all other formats. With fewer than two teachers there is CCE alone; if all formats agree and
+             the median margin reaches `threshold`, J is over all of them and A is not there.
+    w        w_min + (w_max - w_min) sigmoid((mean teacher l - mean student l) / weight_temperature), a constant
+
+Only answer tokens go through the head. The loss of a step is the mean over its items, skipped ones included: the
+authors' code sums over the accumulated items instead, which their optimizer hides and their gradient clipping does not.
+`method="cce"` trains CCE alone, `method="swarm"` the authors' other baseline, KL(sg[M] || P_k) over all formats for
+every answer, without a vote. An even number of margins has the mean of the two in the middle as its median.
+
+A majority can be wrong: evaluation reports F1, label marginals and the constant predictor beside the agreement.
+
+Source: Hejabi et al. 2025, Flip-Flop Consistency, arXiv:2510.14242; written from the description alone.
+Data: rows of `hf_xent.data.PromptFormats.build`, all with the same K and C; `gold` is read in evaluation only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from ..consistency import consistency
+from ..data.formats import PromptFormats
+from ..ops import Head
+from ..patching import lazily, patch
+
+
+@dataclass
+class F2CConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the options of F2C; the defaults are the authors' for RTE, in all but K."""
+
+    method: str = field(default="f2c", metadata={"help": "'f2c', or a baseline: 'cce' or 'swarm'."})
+    cce_weight: float = field(default=0.4, metadata={"help": "lambda, of the consensus cross-entropy."})
+    agreement_weight: float = field(default=0.35, metadata={"help": "beta, of the teachers' agreement."})
+    alignment_min: float = field(default=0.05, metadata={"help": "w_min, the least weight of the alignment."})
+    alignment_max: float = field(default=0.35, metadata={"help": "w_max, its greatest weight."})
+    weight_temperature: float = field(default=2.2, metadata={"help": "Of the sigmoid between the two."})
+    threshold: float = field(
+        default=1.4, metadata={"help": "Median margin (nats) above which all formats are teachers."}
+    )
+    top_k: int = field(default=3, metadata={"help": "Teachers at most."})
+    group_answers: bool = field(
+        default=False, metadata={"help": "Compare only formats whose answer has the same tokens ('Yes' with 'Yes')."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Rows are prompts and answers of all formats."}
+    )
+    label_names: list[str] | None = field(default_factory=lambda: ["gold"], metadata={"help": "True labels, if any."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in ("f2c", "cce", "swarm"):
+            raise ValueError(f"method is {self.method!r}: choose 'f2c', 'cce' or 'swarm'")
+        if not 0 <= self.alignment_min <= self.alignment_max or self.weight_temperature <= 0:
+            raise ValueError(
+                f"alignment_min is {self.alignment_min}, alignment_max {self.alignment_max}, weight_temperature"
+                f" {self.weight_temperature}: choose 0 <= alignment_min <= alignment_max and weight_temperature > 0"
+            )
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a vote decides: the formats J is over, and who aligns to whom."""
+
+    agreeing: tuple[int, ...]
+    teachers: tuple[int, ...] = ()
+    students: tuple[int, ...] = ()
+
+
+def consensus(scores: Tensor) -> int | None:
+    """The answer that more than half of the formats give by their scores [K, C], or None; ties go to lower answers."""
+    votes = scores.argmax(-1).bincount(minlength=scores.shape[1])
+    label = int(votes.argmax())
+    return label if 2 * int(votes[label]) > len(scores) else None
+
+
+def split(scores: Tensor, label: int, threshold: float, top_k: int) -> Split:
+    """Teachers and students by the margins of scores [K, C] for the consensus answer."""
+    others = scores.clone()
+    others[:, label] = float("-inf")
+    margins = scores[:, label] - others.amax(-1)
+    majority = (scores.argmax(-1) == label).nonzero().squeeze(-1)
+    if len(majority) == len(scores) and float(margins.quantile(0.5)) >= threshold:
+        return Split(agreeing=tuple(range(len(scores))))
+    count = min(top_k, len(majority) - 1)
+    if count < 2:
+        return Split(agreeing=())
+    order = margins[majority].sort(descending=True, stable=True).indices[:count]
+    teachers = tuple(majority[order].tolist())
+    students = tuple(k for k in range(len(scores)) if k not in teachers)
+    return Split(agreeing=teachers, teachers=teachers, students=students)
+
+
+def mixture(logp: Tensor, valid: Tensor) -> Tensor:
+    """Log of the mean distribution [T, V] over formats of logp [K, T, V] that have a token there, valid [K, T]."""
+    rows = logp.masked_fill(~valid[..., None], float("-inf"))
+    count = valid.sum(0).clamp(min=1)[:, None]
+    empty = ~valid.any(0)[:, None]
+    return torch.where(empty, torch.zeros_like(logp[0]), rows.logsumexp(0)) - count.log()
+
+
+def agreement(logp: Tensor, valid: Tensor) -> Tensor:
+    """J over all formats given: the mean of 1/2 [KL(M || P_k) + KL(P_k || M)] over their valid tokens."""
+    mean = mixture(logp, valid)
+    both = ((mean.exp() - logp.exp()) * (mean - logp)).sum(-1) / 2
+    return torch.where(valid, both, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def alignment(teachers: tuple[Tensor, Tensor], students: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of KL(sg[M] || P_s) over tokens both sides have, and their number; each side is (logp, valid)."""
+    mean = mixture(*teachers).detach()
+    logp, valid = students
+    valid = valid & teachers[1].any(0)
+    found = (mean.exp() * (mean - logp)).sum(-1)
+    return torch.where(valid, found, 0.0).sum(), valid.sum()
+
+
+class F2CTrainer(Trainer):
+    """Fine-tunes a causal LM towards consistency; see the module's docstring.
+
+    Logged: `consensus` (the share of items that had one), `loss_cce`, `loss_agreement`, `loss_alignment` (means over
+    items that had one, before their weights). Evaluation gives the same loss without dropout, and, where rows have
+    `gold`, the fields of `hf_xent.consistency.Consistency`.
+
+    Raises: ValueError for options that do not fit, or a model that cannot be patched.
+    """
+
+    args: F2CConfig
+
+    def __init__(self, model: Any, args: F2CConfig | None = None, **kwargs: Any):
+        patch(model)
+        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
+        kwargs.setdefault("data_collator", lambda rows: PromptFormats.collate(rows, pad))
+        super().__init__(model=model, args=F2CConfig(output_dir="out") if args is None else args, **kwargs)
+        self.loss_is_scaled_for_ga = False  # a mean over items: training_step divides by the accumulation steps
+        self.model_accepts_loss_kwargs = False
+        self._seen: dict[tuple[bool, str], list[Tensor | float]] = {}  # by mode and name
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss over the items of a batch; with `return_outputs`, also the answers of all formats [B, K]."""
+        scores = self.scores(model, inputs)
+        losses, anchor = [], None
+        for item, table in enumerate(scores):
+            label = None if self.args.method == "swarm" else consensus(table)
+            self._note("consensus", float(label is not None))
+            if label is None and self.args.method != "swarm":
+                continue
+            losses.append(
+                self._swarm(model, inputs, item) if label is None else self._item(model, inputs, item, label, table)
+            )
+        if not losses:  # nothing to learn: a zero connected to the model, for wrappers that wait for its gradients
+            anchor, _ = self._rows(model, inputs, 0, slice(0, 1), 0)
+            losses = [anchor.sum() * 0]
+        loss = torch.stack(losses).sum() / len(scores)
+        return (loss, {"predictions": scores.argmax(-1)}) if return_outputs else loss
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
+        training = model.training
+        model.eval()
+        try:
+            flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
+            with lazily(model):
+                logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
+            stats = logits.stats(flat["answers"], shift=True, outputs=("lse", "target"))
+        finally:
+            model.train(training)
+        return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
+
+    def _item(self, model: nn.Module, inputs: dict[str, Any], item: int, label: int, scores: Tensor) -> Tensor:
+        args = self.args
+        logp, targets = self._rows(model, inputs, item, slice(None), label)  # [K, T, V], [K, T]
+        valid = targets != -100
+        nll = -logp.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        cce = (torch.where(valid, nll, 0.0).sum(-1) / valid.sum(-1)).mean()
+        self._note("loss_cce", cce)
+        loss = args.cce_weight * cce
+        if args.method == "f2c":
+            parts = split(scores, label, args.threshold, args.top_k)
+            together, aligned, weight = self._consistency(parts, logp, targets, scores[:, label])
+            self._note("loss_agreement", together)
+            self._note("loss_alignment", aligned)
+            loss = loss + args.agreement_weight * together + weight * aligned
+        return loss / scores.shape[1]
+
+    def _consistency(self, parts: Split, logp: Tensor, targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, float]:
+        """J, A and the weight of A."""
+        args, valid, zero = self.args, targets != -100, logp.new_zeros(())
+        together, aligned, tokens = zero, zero, zero
+        judged = valid[list(parts.agreeing)].sum().clamp(min=1)
+        for group in self._groups(targets):
+            pick = lambda chosen, group=group: [k for k in chosen if k in group]  # noqa: E731
+            if agreeing := pick(parts.agreeing):
+                share = valid[agreeing].sum() / judged
+                together = together + share * agreement(logp[agreeing], valid[agreeing])
+            if (teachers := pick(parts.teachers)) and (students := pick(parts.students)):
+                total, count = alignment((logp[teachers], valid[teachers]), (logp[students], valid[students]))
+                aligned, tokens = aligned + total, tokens + count
+        if not parts.teachers:
+            return together, zero, 0.0
+        gap = scores[list(parts.teachers)].mean() - scores[list(parts.students)].mean()
+        span = args.alignment_max - args.alignment_min
+        weight = args.alignment_min + span * float(torch.sigmoid(gap / args.weight_temperature))
+        return together, aligned / tokens.clamp(min=1), weight
+
+    def _groups(self, targets: Tensor) -> list[list[int]]:
+        """Formats that are compared with each other."""
+        if not self.args.group_answers:
+            return [list(range(len(targets)))]
+        found: dict[tuple[int, ...], list[int]] = {}
+        for k, row in enumerate(targets.tolist()):
+            found.setdefault(tuple(row), []).append(k)
+        return list(found.values())
+
+    def _swarm(self, model: nn.Module, inputs: dict[str, Any], item: int) -> Tensor:
+        """KL(sg[M] || P_k) over all formats, the mean over answers."""
+        found = []
+        for label in range(inputs["answers"].shape[2]):
+            logp, targets = self._rows(model, inputs, item, slice(None), label)
+            total, count = alignment((logp, targets != -100), (logp, targets != -100))
+            found.append(total / count.clamp(min=1))
+        return torch.stack(found).mean()
+
+    def _rows(
+        self, model: nn.Module, inputs: dict[str, Any], item: int, formats: slice, label: int
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [K, T, V] at the tokens of an answer, and these tokens [K, T], -100 beyond their end."""
+        ids, mask, answers = (inputs[n][item, formats, label] for n in ("input_ids", "attention_mask", "answers"))
+        with lazily(model):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        here = answers[:, 1:] != -100  # the positions that predict an answer's token
+        length = int(here.sum(-1).max())
+        first = here.int().argmax(-1)
+        place = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
+        targets = answers[:, 1:].gather(1, place)
+        inside = torch.arange(length, device=ids.device) < here.sum(-1, keepdim=True)
+        rows = logits[torch.arange(len(ids), device=ids.device)[:, None], place]  # lazy: only these meet the head
+        head: Head = rows.head
+        return head.logits(rows.hidden).log_softmax(-1), torch.where(inside, targets, -100)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, answers of all formats [B, K], and true labels [B] if there are any."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, found = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only and "gold" not in inputs:
+            return loss, None, None
+        return loss, found["predictions"], inputs.get("gold")
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`, and the consistency of the answers where true labels are known."""
+        found = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if found.label_ids is not None and found.predictions is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            choices = len(dataloader.dataset[0]["answers"][0])
+            report = consistency(found.predictions, found.label_ids, choices).as_dict()
+            found.metrics.update({f"{prefix}_{name}": value for name, value in report.items()})
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log."""
+        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        if prefix or "loss" in logs:
+            for training, name in [key for key in self._seen if key[0] is not bool(prefix)]:
+                values = self._seen.pop((training, name))
+                logs[prefix + name] = float(sum(values)) / len(values)
+        super().log(logs, start_time)
+
+    def _note(self, name: str, value: Tensor | float) -> None:
+        self._seen.setdefault((self.model.training, name), []).append(
+            value.detach() if isinstance(value, Tensor) else value
+        )
