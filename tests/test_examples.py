@@ -42,3 +42,22 @@ def test_run_clm_with_and_without_the_two_lines(tmp_path):
         losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
     assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
     assert all(abs(x - y) <= 1e-4 * x for x, y in zip(*losses, strict=True))
+
+
+def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):
+    """On a tiny model and one seed: every arm trains, the control has EMO's entropy, the card has the table."""
+    import runpy
+
+    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "emo_lm.py"))
+    monkeypatch.setitem(example["main"].__globals__, "HELD_OUT", 4)
+    found = example["main"](model=str(tmp_path / "model"), steps=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == {*example["ARMS"], example["CONTROL"]} and all(len(rows) == 1 for rows in found.values())
+    assert all(0 <= row["distinct-2"] <= 1 for [row] in found.values())
+    assert found[example["CONTROL"]][0]["entropy"] == found["EMO"][0]["entropy"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        all(f"| {arm} |" in card for arm in found)
+        and json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    )

@@ -1,0 +1,78 @@
+"""What samples of a language model look like: diversity and repetition of n-grams, at a given entropy.
+
+    distinct-n = distinct n-grams of all sequences / n-grams of all      Li et al. 2016, arXiv:1510.03055
+    rep-n      = mean over sequences of 1 - distinct n-grams / n-grams   Welleck et al. 2019, arXiv:1908.04319
+
+A sharper model repeats more and errs less: compare models at equal entropy (`temperature_of`), or say that they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import Head, vocab_stats
+
+Tokens = Sequence[Sequence[int]]
+
+
+def distinct(sequences: Tokens, n: int) -> float:
+    """distinct-n in [0, 1]; nan if no sequence has n tokens."""
+    grams = [gram for sequence in sequences for gram in _grams(sequence, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(sequences: Tokens, n: int = 4) -> float:
+    """rep-n in [0, 1], over sequences of at least n tokens; nan if there are none."""
+    shares = [1 - len(set(grams)) / len(grams) for s in sequences if (grams := list(_grams(s, n)))]
+    return sum(shares) / len(shares) if shares else float("nan")
+
+
+def sample(
+    model: Any, prompts: Tensor, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
+) -> list[list[int]]:
+    """Continuations of unpadded prompts [B, T] by unbiased sampling (no top-k, no nucleus), cut at the end token."""
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        made = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_k=0,
+            top_p=1.0, max_new_tokens=tokens, pad_token_id=model.generation_config.pad_token_id or 0,
+        )[:, prompts.shape[1] :].tolist()  # fmt: skip
+    finally:
+        torch.random.set_rng_state(generator_state)
+    ends = model.generation_config.eos_token_id
+    stop = set(ends if isinstance(ends, list) else [ends])
+    return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in made]
+
+
+@torch.no_grad()
+def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *, steps: int = 24) -> float:
+    """The temperature at which the mean entropy (nats) over tokens with a label is `entropy`, bisected in [0.05, 4].
+
+    hidden [..., D], labels [...]; each step is one pass over the head. Raises: ValueError if no temperature has it.
+    """
+
+    def mean(temperature: float) -> float:
+        softcap = None if head.softcap is None else head.softcap / temperature
+        cooled = replace(head, scale=head.scale / temperature, softcap=softcap)
+        stats = vocab_stats(hidden, cooled, labels, outputs=("entropy",))
+        return float(stats.entropy.sum() / stats.mask.sum())
+
+    low, high = 0.05, 4.0
+    if not mean(low) <= entropy <= mean(high):
+        raise ValueError(
+            f"entropy is {entropy}: between temperatures {low} and {high} it is {mean(low)} to {mean(high)}"
+        )
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < entropy else (low, middle)
+    return (low + high) / 2
+
+
+def _grams(sequence: Sequence[int], n: int) -> Iterator[tuple[int, ...]]:
+    return (tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1))

@@ -1,0 +1,51 @@
+"""Metrics of samples by hand, unbiased sampling, and the temperature of an entropy."""
+
+import math
+
+import pytest
+import torch
+from models import V, batch, tiny
+
+from hf_xent.generation import distinct, repetition, sample, temperature_of
+from hf_xent.ops import Head
+from hf_xent.patching import patch, seam_of
+
+
+def test_distinct_and_repetition_by_hand():
+    assert distinct([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
+    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # 12 21 12 and 12
+    assert repetition([[1, 2, 1, 2, 1], [1, 2, 3], [5]], 2) == pytest.approx(((1 - 2 / 4) + 0) / 2)
+    assert math.isnan(distinct([[1]], 2)) and math.isnan(repetition([[1, 2, 3]]))
+
+
+def test_samples_follow_the_model_and_leave_the_generator_alone():
+    model = tiny(std=0.3)
+    prompts = batch(rows=1, length=4)[0].expand(512, -1)
+    before = torch.random.get_rng_state()
+    found = sample(model, prompts, tokens=1, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before) and found == sample(model, prompts, tokens=1, seed=3)
+    p = model(prompts[:1]).logits[0, -1].softmax(-1)
+    first = torch.tensor([row[0] if row else 2 for row in found]).bincount(minlength=V) / 512  # 2 ends a sequence
+    assert (first - p).abs().max() < 5 * (p.max() * (1 - p.max()) / 512) ** 0.5
+    patch(model)
+    assert found == sample(model, prompts, tokens=1, seed=3) and seam_of(model).streamed == 0
+    cold = sample(model, prompts[:8], tokens=1, temperature=0.01)
+    assert all(row == [int(p.argmax())] for row in cold)
+
+
+def test_samples_end_at_the_end_token():
+    model = tiny()
+    model.generation_config.eos_token_id = list(range(50, V))
+    found = sample(model, batch()[0], tokens=30)
+    assert all(token < 50 for row in found for token in row) and any(len(row) < 30 for row in found)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_temperature_of_an_entropy(softcap):
+    hidden, head, labels = torch.randn(4, 6, 16), Head(torch.randn(50, 16), softcap=softcap), torch.randint(50, (4, 6))
+    labels[0, :3] = -100
+    logp = (head.logits(hidden) / 0.6).log_softmax(-1)[labels != -100]
+    entropy = -(logp.exp() * logp).sum(-1).mean().item()
+    assert temperature_of(hidden, head, labels, entropy) == pytest.approx(0.6, rel=1e-4)
+    with pytest.raises(ValueError, match=r"entropy is 9\.0: between temperatures"):
+        temperature_of(hidden, head, labels, 9.0)
