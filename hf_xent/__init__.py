@@ -9,53 +9,23 @@ trainer = hf_xent.XentTrainer(model, hf_xent.XentConfig(output_dir="out"), train
 
 from typing import TYPE_CHECKING, Any
 
-from . import losses
+from . import losses, trainers
 from .lazy import LazyLogits, Seam
 from .losses import linear_cross_entropy
 from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
 from .patching import Comparison, compare, patch, seam_of, unpatch
 
 if TYPE_CHECKING:
-    from .trainers import (
-        EMOConfig,
-        EMOTrainer,
-        F2CConfig,
-        F2CTrainer,
-        NoiseFiTConfig,
-        NoiseFiTTrainer,
-        PatchCallback,
-        XentConfig,
-        XentTrainer,
-    )
+    from .trainers import *  # noqa: F403  for type checkers; at run time they are loaded on first use
 
 __version__ = "0.1.0"
-_TRAINERS = (
-    "EMOConfig",
-    "EMOTrainer",
-    "F2CConfig",
-    "F2CTrainer",
-    "NoiseFiTConfig",
-    "NoiseFiTTrainer",
-    "PatchCallback",
-    "XentConfig",
-    "XentTrainer",
-)
 
 __all__ = [
     "Comparison",
-    "EMOConfig",
-    "EMOTrainer",
-    "F2CConfig",
-    "F2CTrainer",
     "Head",
     "LazyLogits",
-    "NoiseFiTConfig",
-    "NoiseFiTTrainer",
-    "PatchCallback",
     "Seam",
     "Stats",
-    "XentConfig",
-    "XentTrainer",
     "compare",
     "linear_cross_entropy",
     "losses",
@@ -65,12 +35,11 @@ __all__ = [
     "unpatch",
     "vocab_loss",
     "vocab_stats",
+    *trainers.__all__,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TRAINERS:  # imported on first use: transformers' Trainer takes seconds
-        from . import trainers
-
+    if name in trainers.__all__:  # imported on first use: transformers' Trainer takes seconds
         return getattr(trainers, name)
     raise AttributeError(f"module 'hf_xent' has no attribute {name!r}")

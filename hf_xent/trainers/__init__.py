@@ -1,19 +1,33 @@
-"""Floor 3: trainers, one file a method, one overridden method each."""
+"""Floor 3: trainers, one file a method. A file is loaded when one of its names is asked for: TRL's take seconds."""
 
-from .callback import PatchCallback
-from .emo import EMOConfig, EMOTrainer
-from .f2c import F2CConfig, F2CTrainer
-from .noisefit import NoiseFiTConfig, NoiseFiTTrainer
-from .xent import XentConfig, XentTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "EMOConfig",
-    "EMOTrainer",
-    "F2CConfig",
-    "F2CTrainer",
-    "NoiseFiTConfig",
-    "NoiseFiTTrainer",
-    "PatchCallback",
-    "XentConfig",
-    "XentTrainer",
-]
+if TYPE_CHECKING:
+    from .callback import PatchCallback as PatchCallback
+    from .emo import EMOConfig as EMOConfig
+    from .emo import EMOTrainer as EMOTrainer
+    from .f2c import F2CConfig as F2CConfig
+    from .f2c import F2CTrainer as F2CTrainer
+    from .noisefit import NoiseFiTConfig as NoiseFiTConfig
+    from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
+    from .xent import XentConfig as XentConfig
+    from .xent import XentTrainer as XentTrainer
+
+METHODS = {
+    "callback": ("PatchCallback",),
+    "emo": ("EMOConfig", "EMOTrainer"),
+    "f2c": ("F2CConfig", "F2CTrainer"),
+    "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
+    "xent": ("XentConfig", "XentTrainer"),
+}
+"""File -> the names it offers; `hf_xent` offers them all."""
+
+_FILES = {name: file for file, names in METHODS.items() for name in names}
+__all__ = list(_FILES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_FILES[name]}", __name__), name)

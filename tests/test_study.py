@@ -1,0 +1,76 @@
+"""Comparisons over seeds: intervals against SciPy's paired test, and runs that resume."""
+
+import json
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from scipy.stats import ttest_rel
+
+from hf_xent.study import Study
+
+VALUES = {"plain": [3.0, 3.5, 2.75, 3.25], "ours": [2.5, 3.25, 2.0, 3.5]}
+
+
+def study(folder, **options):
+    return Study("Toy", ("loss",), baseline="plain", output=folder, **{"seeds": 4, **options})
+
+
+def filled(folder):
+    made = study(folder)
+    for arm, seed in made.runs(VALUES):
+        made.record(arm, seed, loss=VALUES[arm][seed])
+    return made
+
+
+def test_interval_is_the_paired_t_test_s(tmp_path):
+    center, half = filled(tmp_path).difference("ours", "loss")
+    found = ttest_rel(VALUES["ours"], VALUES["plain"])
+    low, high = found.confidence_interval(0.95)
+    assert center == pytest.approx(np.subtract(VALUES["ours"], VALUES["plain"]).mean())
+    assert (center - half, center + half) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_differences_are_over_common_seeds_and_need_two(tmp_path):
+    made = study(tmp_path)
+    made.record("plain", 0, loss=1.0)
+    made.record("ours", 0, loss=3.0)
+    made.record("ours", 1, loss=9.0)  # the baseline has no such seed
+    center, half = made.difference("ours", "loss")
+    assert center == 2.0 and np.isnan(half)
+    assert made.difference("plain", "loss") is None and made.difference("ours", "other") is None
+    assert made.cell("ours", "other") == ""
+
+
+def test_finished_runs_are_not_done_again(tmp_path):
+    first = study(tmp_path)
+    for arm, seed in first.runs(VALUES):
+        if seed == 2:
+            break  # cut off
+        first.record(arm, seed, loss=VALUES[arm][seed])
+    again = study(tmp_path)
+    assert list(again.runs(VALUES)) == [(arm, seed) for seed in (2, 3) for arm in VALUES]
+    assert again.results == first.results
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    study(tmp_path, settings={"steps": 20}).record("plain", 0, loss=1.0)
+    assert study(tmp_path, settings={"steps": 20}).results
+    with pytest.raises(ValueError, match="choose another output"):
+        study(tmp_path, settings={"steps": 30})
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", json.dumps({"other": 1})])
+def test_what_is_no_results_file_is_refused(tmp_path, broken):
+    (tmp_path / "results.json").write_text(broken)
+    with pytest.raises(ValueError, match="move it away"):
+        study(tmp_path)
+
+
+def test_report_writes_a_card(tmp_path, capsys):
+    results = filled(tmp_path).report("What it shows.", license="apache-2.0", tags=["toy"])
+    assert results["ours"][3] == {"loss": 3.5}
+    card = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False)
+    assert card.data.tags == ["hf_xent", "toy"] and card.data.license == "apache-2.0"
+    assert "| ours | 2.812 (0.69); -0.31 ± 0.68 |" in card.text and "What it shows." in card.text
+    assert "2.812" in capsys.readouterr().out
