@@ -1,0 +1,65 @@
+"""Sample a language model at a target surprise, and see what it does: observed surprise and repetition.
+
+    python examples/mirostat.py [--model smollm2] [--tokens 200] [--rows 8] [--seeds 3] [--output out/mirostat]
+
+Prompts are the beginnings of CPython's own documentation pages (no download); the surprise is the whole model's, read
+off a separate forward pass over what was written. No end token is drawn, so that all samples have the same length.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from hf_xent import data, embedded, generation, mirostat, patch
+from hf_xent.study import Study
+
+TARGETS = (2.5, 3.0, 3.5, 4.0)
+ARMS: dict[str, dict[str, Any]] = {
+    "plain sampling": {},
+    **{f"target {target}": {"target": target} for target in TARGETS},
+    "target 3.0, version 1": {"target": 3.0, "version": 1},
+}
+METRICS = ("surprise", "spread", "rep-6")
+PROMPT = 24
+
+
+def main(
+    model: str = "smollm2", tokens: int = 200, rows: int = 8, seeds: int = 3, output: Path = Path("out/mirostat")
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Every arm under every seed; returns the metrics."""
+    settings = {"model": model, "tokens": tokens, "rows": rows}
+    study = Study("Mirostat", METRICS, "plain sampling", output, seeds, settings)
+    lm, tokenizer = embedded.load(model)
+    patch(lm.eval())
+    blocks = data.pack(data.load_text("pydoc"), tokenizer, block_size=PROMPT)
+    for arm, seed in study.runs(ARMS):
+        torch.manual_seed(seed)
+        prompts = torch.tensor(blocks.shuffle(seed=seed)[:rows]["input_ids"])
+        length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "attention_mask": torch.ones_like(prompts)}
+        if options := ARMS[arm]:
+            found = mirostat.generate(lm, prompts, **options, **length)
+        else:
+            found = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
+        surprise = observed(lm, found)
+        metrics = {"surprise": surprise.mean().item(), "spread": surprise.std().item()}
+        study.record(arm, seed, **metrics, **{"rep-6": generation.repetition(found[:, PROMPT:].tolist(), 6)})
+    return study.report(
+        f"Bits a token of {rows} samples of {tokens} tokens a seed (mean over samples), their standard deviation over"
+        " samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",
+        license="apache-2.0",
+        base_model=model,
+    )
+
+
+@torch.no_grad()
+def observed(lm: Any, sequences: torch.Tensor) -> torch.Tensor:
+    """Mean surprise of each sequence's new tokens, bits [B]."""
+    stats = lm(input_ids=sequences, labels=sequences).logits.stats(sequences, shift=True, outputs=("lse", "target"))
+    return stats.nll[:, PROMPT - 1 : -1].mean(-1) / math.log(2)
+
+
+if __name__ == "__main__":
+    typer.run(main)
