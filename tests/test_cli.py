@@ -156,7 +156,7 @@ def test_report_puts_its_table_in_the_readme(tmp_path):
         invoke("report", results, "--readme", tmp_path / "nowhere.md")
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("bench",), ("report",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("generate",), ("bench",), ("report",)])
 def test_help_explains_every_option(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
@@ -182,6 +182,67 @@ def test_errors_are_one_line(arguments, message, monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
     assert len([line for line in shown.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_a_config_file_sets_options_and_the_command_line_goes_before_it(model_folder, text_file, tmp_path):
+    (tmp_path / "runs.yaml").write_text("train:\n  loss: focal\n  save-steps: 2\n  tail: 0.1\n  save: false\n")
+    invoke(
+        *("--config", tmp_path / "runs.yaml", "train", "--model", model_folder, "--dataset", text_file),
+        *("--steps", 3, "--batch-size", 2, "--block-size", 16, "--tail", 0, "--output", tmp_path / "out"),
+    )
+    run = json.loads((tmp_path / "out" / "results.json").read_text())["run"]
+    assert (run["loss"], run["save_steps"], run["tail"], run["save"]) == ("focal", 2, 0.0, False)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stepz: 3}", r"runs.yaml, train has 'stepz': choose among .*steps"),
+        ("trian: {steps: 3}", r"runs.yaml has 'trian': choose among .*train"),
+        ("train: 3", r"runs.yaml, train has 3: give names and values"),
+        ("train: {", r"which is no YAML file"),
+    ],
+)
+def test_a_config_file_with_errors_is_refused(text, message, tmp_path):
+    (tmp_path / "runs.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        invoke("--config", tmp_path / "runs.yaml", "losses")
+    with pytest.raises(ValueError, match="which is no YAML file"):
+        invoke("--config", tmp_path / "nowhere.yaml", "losses")
+
+
+def test_quiet_prints_no_table_but_errors_and_json(model_folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # set by the command, and put back after the test
+    assert invoke("--quiet", "check", model_folder).stdout == ""
+    assert json.loads(invoke("--quiet", "check", model_folder, "--json").stdout)["equal"] is True
+    monkeypatch.setattr("sys.argv", ["hf-xent", "--quiet", "train", "--loss", "nonesuch"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "loss is 'nonesuch'" in capsys.readouterr().err
+    assert "equal" in invoke("check", model_folder).stdout  # the next call speaks again
+
+
+def test_generate_prints_continuations_and_their_surprise(model_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = ("generate", "the quick", "--model", model_folder, "--samples", 3, "--max-new-tokens", 6, "--seed", 4)
+    for more in ((), ("--target", 2.0, "--version", 1)):
+        rows = json.loads(invoke(*options, *more, "--json").stdout)
+        assert rows == json.loads(invoke(*options, *more, "--json").stdout) and len(rows) == 3
+        assert all(0 < row["surprise"] < 30 for row in rows)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    torch.manual_seed(4)
+    ids = tokenizer(["the quick"] * 3, return_tensors="pt").input_ids
+    found = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=6)
+    rows = json.loads(invoke(*options, "--json").stdout)
+    assert [row["text"] for row in rows] == [
+        tokenizer.decode(x, skip_special_tokens=True) for x in found[:, ids.shape[1] :]
+    ]
+    assert "bits a token" in invoke(*options).stdout
+    with pytest.raises(ValueError, match="no chat template"):
+        invoke(*options, "--chat")
 
 
 def test_debug_shows_the_trace(monkeypatch):

@@ -1,11 +1,12 @@
-"""`hf-xent`: train, check, losses, bench, report. Heavy imports are inside the commands, so that `--help` is quick."""
+"""`hf-xent`: one file a subject. Heavy imports are inside the commands, so that `--help` is quick."""
 
 from .app import app, main
 from .bench import bench, report
 from .check import check, losses
+from .generate import generate
 from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, check, losses, bench, report):
+for command in (train, check, losses, generate, bench, report):
     app.command()(command)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from contextvars import ContextVar
-from typing import Annotated, Any, TextIO
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 from rich.console import Console
@@ -40,9 +45,78 @@ JSON_HELP = "Print one JSON object and nothing else on standard output."
 Json = Annotated[bool, Option("--json", help=JSON_HELP, callback=_alone)]
 
 
+def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for each field of a dataclass; the command gets the instance as its first argument.
+
+    A field's metadata are the arguments of `typer.Option` (help, min ...), and `flags` for names of its own.
+    """
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(settings)
+
+        def parameter(f: Any) -> inspect.Parameter:
+            options = dict(f.metadata)
+            option = Option(*options.pop("flags", ()), **options)
+            kind = inspect.Parameter.KEYWORD_ONLY
+            return inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[hints[f.name], option])
+
+        def run(**given: Any) -> None:
+            command(settings(**{f.name: given.pop(f.name) for f in fields(settings)}), **given)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        signature = inspect.Signature([*(parameter(f) for f in fields(settings)), *own])
+        run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+        run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        run.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads, as inspect documents it
+        return run
+
+    return wrap
+
+
+CONFIG_HELP = "YAML file of options, by command: 'train: {steps: 50, loss: focal}'. The command line goes before it."
+
+
 @app.callback()
-def _options(debug: Annotated[bool, Option("--debug", help="Show the whole trace of an error.")] = False) -> None:
-    """Global options; `main` looks at them."""
+def _options(
+    context: typer.Context,
+    config: Annotated[Path | None, Option(help=CONFIG_HELP)] = None,
+    quiet: Annotated[bool, Option("--quiet", help="No tables and no progress: files, JSON and errors alone.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the whole trace of an error.")] = False,
+) -> None:
+    """Global options; `main` looks at --debug."""
+    out.quiet = err.quiet = quiet
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the libraries are imported, which is later
+    if config is not None:
+        context.default_map = _defaults(context.command, _read(config), str(config))
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"config is {path}, which is no YAML file: {plain(error)}") from error
+
+
+def _defaults(command: Any, settings: Any, where: str) -> dict[str, Any]:
+    """Settings of a command by its parameters' names, those of a group by its commands', as click wants them."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} has {settings!r}: give names and values, such as 'steps: 50'")
+    groups = getattr(command, "commands", {})
+    names = {opt.lstrip("-").replace("-", "_"): p.name for p in command.params for opt in (p.name, *p.opts)}
+    found: dict[str, Any] = {}
+    for given, value in settings.items():
+        key = str(given).replace("-", "_")
+        if given in groups:
+            found[given] = _defaults(groups[given], value, f"{where}, {given}")
+        elif key in names and not groups:
+            found[names[key]] = value
+        else:
+            raise ValueError(f"{where} has {given!r}: choose among {', '.join(sorted(groups or names))}")
+    return found
 
 
 def main() -> None:
@@ -52,6 +126,7 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if "--debug" in sys.argv:
             raise
+        err.quiet = False
         err.print(f"[bold red]error:[/] {plain(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 

@@ -10,36 +10,45 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 STOCK, PATCHED = "stock", "hf_xent"
 
 
+def _option(default: Any, help: str, **more: Any) -> Any:
+    """A field that is also an option of the command line: its metadata are the arguments of `typer.Option`."""
+    return field(default=default, metadata={"help": help, **more})
+
+
 @dataclass(frozen=True)
 class Run:
-    """Everything one fine-tuning run depends on."""
+    """Everything one fine-tuning run depends on; each field is an option of `hf-xent train`."""
 
-    model: str = "smollm2"
-    dataset: str = "pydoc"
-    split: str | None = None
-    column: str = "text"
-    loss: str = "cross_entropy"
-    steps: int = 30
-    batch_size: int = 4
-    accumulation: int = 1
-    block_size: int = 192
-    learning_rate: float = 2e-5
-    eval_blocks: int = 4
-    seed: int = 0
-    dtype: str = "float32"
-    memory_budget: int | None = None
-    tail: float = 0.0
-    output: str = "out/train"
-    save_steps: int = 0
-    resume: bool = False
-    save: bool = True
+    model: str = _option("smollm2", "'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")
+    dataset: str = _option("pydoc", "'pydoc' (embedded, offline), a text/JSON/CSV/Parquet file or folder, or a Hub id.")
+    split: str | None = _option(None, "Split of the dataset, such as 'train[:10%]'.")
+    column: str = _option("text", "Column that holds the text.")
+    loss: str = _option("cross_entropy", "Loss, with options if any: 'focal:gamma=3'; `hf-xent losses` lists them.")
+    steps: int = _option(30, "Optimizer steps.", min=1)
+    batch_size: int = _option(4, "Blocks per forward pass.", min=1)
+    accumulation: int = _option(1, "Forward passes per optimizer step.", min=1)
+    block_size: int = _option(192, "Tokens per block.", min=2)
+    learning_rate: float = _option(2e-5, "Peak learning rate of AdamW, decayed linearly.")
+    eval_blocks: int = _option(4, "Blocks held out for evaluation.", min=1)
+    seed: int = _option(0, "Seed of batches, dropout and everything else.")
+    dtype: str = _option("float32", "float32, bfloat16 or float16.")
+    memory_budget: int | None = _option(
+        None, "Bytes of logits alive at a time [default: half a byte a number in the head]."
+    )
+    tail: float = _option(
+        0.0, "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact."
+    )
+    output: str = _option("out/train", "Folder for model, checkpoints, results.json and plot.")
+    save_steps: int = _option(0, "Write a checkpoint every so many steps; 0 for none.", min=0)
+    resume: bool = _option(False, "Go on from the newest checkpoint in the output folder.", flags=("--resume",))
+    save: bool = _option(True, "Save the fine-tuned model (never with --compare).")
 
 
 @dataclass

@@ -3,81 +3,31 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from typer import Option
 
-from .app import Json, err, out, prepare, print_json
-
-if TYPE_CHECKING:
-    from .arms import Outcome, Run
+from .app import Json, err, out, prepare, print_json, takes
+from .arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
 
 
+@takes(Run)
 def train(
-    model: Annotated[
-        str, Option(help="'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")
-    ] = "smollm2",
-    dataset: Annotated[
-        str, Option(help="'pydoc' (embedded, offline), a text/JSON/CSV/Parquet file or folder, or a Hub id.")
-    ] = "pydoc",
-    split: Annotated[str | None, Option(help="Split of the dataset, such as 'train[:10%]'.")] = None,
-    column: Annotated[str, Option(help="Column that holds the text.")] = "text",
-    loss: Annotated[
-        str, Option(help="Loss, with options if any: 'focal:gamma=3'; `hf-xent losses` lists them.")
-    ] = "cross_entropy",
-    steps: Annotated[int, Option(help="Optimizer steps.", min=1)] = 30,
-    batch_size: Annotated[int, Option(help="Blocks per forward pass.", min=1)] = 4,
-    accumulation: Annotated[int, Option(help="Forward passes per optimizer step.", min=1)] = 1,
-    block_size: Annotated[int, Option(help="Tokens per block.", min=2)] = 192,
-    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW, decayed linearly.")] = 2e-5,
-    eval_blocks: Annotated[int, Option(help="Blocks held out for evaluation.", min=1)] = 4,
-    seed: Annotated[int, Option(help="Seed of batches, dropout and everything else.")] = 0,
-    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
-    memory_budget: Annotated[
-        int | None, Option(help="Bytes of logits alive at a time [default: half a byte a number in the head].")
-    ] = None,
-    tail: Annotated[
-        float,
-        Option(help="Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact."),
-    ] = 0.0,
-    output: Annotated[Path, Option(help="Folder for model, checkpoints, results.json and plot.")] = Path("out/train"),
-    save_steps: Annotated[int, Option(help="Write a checkpoint every so many steps; 0 for none.", min=0)] = 0,
-    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint in the output folder.")] = False,
-    save: Annotated[bool, Option(help="Save the fine-tuned model (never with --compare).")] = True,
+    run: Run,
     compare: Annotated[
         bool, Option("--compare", help="Train twice, stock loss and ours in turn, and compare.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
-    from .arms import Run
-
-    run = Run(
-        model=model,
-        dataset=dataset,
-        split=split,
-        column=column,
-        loss=loss,
-        steps=steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        block_size=block_size,
-        learning_rate=learning_rate,
-        eval_blocks=eval_blocks,
-        seed=seed,
-        dtype=dtype,
-        memory_budget=memory_budget,
-        tail=tail,
-        output=str(output),
-        save_steps=0 if compare else save_steps,
-        resume=resume and not compare,
-        save=save and not compare,
-    )
+    if compare:
+        run = replace(run, save_steps=0, resume=False, save=False)
     _check_run(run)
-    prepare(model)
+    prepare(run.model)
     _report_run(run, _outcomes(run, compare), as_json)
 
 
@@ -97,8 +47,6 @@ def _check_run(run: Run) -> None:
 
 def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     """The run under a progress bar, or two of them."""
-    from .arms import PATCHED, STOCK, fit, side_by_side
-
     with _progress() as progress:
         if compare:
             bars = {arm: progress.add_task(arm, total=run.steps) for arm in (STOCK, PATCHED)}
@@ -113,7 +61,6 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
 
 def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
     """Files in the output folder, and what is printed about them."""
-    from .arms import write
     from .plot import draw
 
     output = Path(run.output)

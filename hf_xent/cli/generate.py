@@ -1,0 +1,82 @@
+"""`hf-xent generate`: continuations of a prompt, sampled as they are or at a target surprise."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from .app import Json, err, literal, out, prepare, print_json
+
+
+def generate(
+    prompt: Annotated[str, Argument(help="Text to continue; with a chat model, a user's message (see --chat).")],
+    model: Annotated[str, Option(help="'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")] = (
+        "smollm2"
+    ),
+    target: Annotated[
+        float | None, Option(help="Bits of surprise a token is held at (Mirostat) [default: plain sampling].")
+    ] = None,
+    rate: Annotated[float, Option(help="Learning rate of Mirostat's bound.")] = 1.0,
+    version: Annotated[int, Option(help="Mirostat 1 (Zipf fit) or 2 (bound on the surprise).", min=1, max=2)] = 2,
+    temperature: Annotated[float, Option(help="Temperature, before everything else.")] = 1.0,
+    samples: Annotated[int, Option(help="How many continuations.", min=1)] = 1,
+    max_new_tokens: Annotated[int, Option(help="Tokens of a continuation, at most.", min=1)] = 100,
+    chat: Annotated[bool, Option(help="Use the chat template, if the tokenizer has one.")] = False,
+    seed: Annotated[int, Option(help="Seed of the samples.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt; prints each continuation and its surprise under the whole model, bits a token."""
+    import torch
+
+    from .. import embedded, mirostat
+    from ..patching import patch
+
+    prepare(model)
+    with err.status("generating"):
+        lm, tokenizer = embedded.load(model)
+        patch(lm.eval())
+        torch.manual_seed(seed)
+        encoded = _encode(tokenizer, prompt, chat).to(lm.device)
+        inputs = {name: value.expand(samples, -1) for name, value in encoded.items()}
+        if target is None:
+            options: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
+            found = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
+        else:
+            held: dict[str, Any] = {"target": target, "rate": rate, "version": version, "temperature": temperature}
+            found = mirostat.generate(lm, **inputs, **held, max_new_tokens=max_new_tokens)
+        start = inputs["input_ids"].shape[1]
+        rows = [
+            {"text": tokenizer.decode(text[start:], skip_special_tokens=True), "surprise": surprise}
+            for text, surprise in zip(found, _surprise(lm, found, start), strict=True)
+        ]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        out.print(f"{literal(row['text'].strip())}\n[dim]{row['surprise']:.2f} bits a token[/]\n", soft_wrap=True)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat is asked for, but the tokenizer has no chat template: leave --chat out")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+
+
+def _surprise(lm: Any, found: Any, start: int) -> list[float]:
+    """Mean bits of each row's new tokens, its first end token included and what follows it left out."""
+    import torch
+
+    ends = lm.generation_config.eos_token_id
+    ends = torch.tensor([] if ends is None else ends, device=found.device).flatten()
+    end = torch.isin(found[:, start:], ends).long()
+    labels = found.clone()
+    labels[:, :start] = -100
+    labels[:, start:][end.cumsum(-1) > end] = -100
+    with torch.no_grad():
+        stats = lm(input_ids=found, labels=labels).logits.stats(labels, shift=True, outputs=("lse", "target"))
+    return [float(x) for x in stats.nll.sum(-1) / stats.mask.sum(-1).clamp(min=1) / math.log(2)]
