@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return {"input_ids": found, "labels": [list(block) for block in found]}
 
     text = datasets.load_dataset("text", data_files=script.train_file, split="train")
-    rows = text.map(blocks, batched=True, batch_size=None, remove_columns="text")
+    with training.main_process_first(desc="tokenize"):  # the other ranks read what it cached
+        rows = text.map(blocks, batched=True, batch_size=None, remove_columns="text")
     parts = rows.train_test_split(test_size=0.05, seed=training.seed)
     trainer = Trainer(
         model=model,

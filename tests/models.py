@@ -1,6 +1,9 @@
 """Tiny random causal LMs, with the settings on which losses go wrong: scale, softcap, bias, an auxiliary loss."""
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -17,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 V = 97
 _SIZES = {
@@ -79,6 +83,14 @@ def tiny_tokenizer(text: str = "the quick brown fox jumps over the lazy dog " * 
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=90, special_tokens=["<pad>", "<s>", "</s>"]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def add_adapter(model, config):
+    """Transformers' own way to add an adapter, without a PeftModel around the model."""
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers adds adapters with PEFT {MIN_PEFT_VERSION} alone, here is {peft.__version__}")
+    model.add_adapter(config)
+    return model
 
 
 def batch(rows: int = 3, length: int = 11):

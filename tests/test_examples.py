@@ -6,42 +6,62 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. "
 
 
-def test_run_clm_with_and_without_the_two_lines(tmp_path):
-    tiny(std=0.05).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("\n".join(TEXT[i % 9 :] for i in range(120)))
+@pytest.fixture(scope="module")
+def clm(tmp_path_factory):
+    """A folder with a tiny model and a text, where scripts run: `clm(launcher, script, out)` gives the losses."""
+    folder = tmp_path_factory.mktemp("clm")
+    tiny(std=0.05).save_pretrained(folder / "model")
+    tiny_tokenizer(TEXT).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n".join(TEXT[i % 9 :] for i in range(120)))
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+
+    def run(launcher, script, out, batch):
+        options = f"""--model_name_or_path model --train_file text.txt --output_dir {out} --block_size 16 --max_steps 4
+            --learning_rate 1e-2 --per_device_train_batch_size {batch} --logging_steps 1 --report_to none
+            --use_cpu True"""
+        command = [sys.executable, *launcher, str(script), *options.split()]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((folder / out / "checkpoint-4" / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    return run
+
+
+def test_run_clm_with_and_without_the_two_lines(clm, tmp_path):
     source = (EXAMPLES / "run_clm.py").read_text()
     stock = "\n".join(line for line in source.splitlines() if "# hf_xent:" not in line)
     assert source.count("# hf_xent:") == 2 and "hf_xent" not in stock.split('"""')[2]
-    losses = []
-    for name, script in (("stock", stock), ("patched", source)):
-        (tmp_path / f"{name}.py").write_text(script)
-        command = [sys.executable, f"{name}.py", "--model_name_or_path", "model", "--train_file", "text.txt"]
-        command += ["--output_dir", name, "--block_size", "16", "--max_steps", "4", "--learning_rate", "1e-2"]
-        command += [
-            "--per_device_train_batch_size",
-            "4",
-            "--logging_steps",
-            "1",
-            "--report_to",
-            "none",
-            "--use_cpu",
-            "True",
-        ]
-        path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-        env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "cache")}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        state = json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())
-        losses.append([entry["loss"] for entry in state["log_history"] if "loss" in entry])
-    assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
-    assert all(abs(x - y) <= 1e-4 * x for x, y in zip(*losses, strict=True))
+    (tmp_path / "stock.py").write_text(stock)
+    theirs, ours = clm([], tmp_path / "stock.py", "stock", 4), clm([], EXAMPLES / "run_clm.py", "patched", 4)
+    assert len(theirs) == 4 and theirs[-1] < theirs[0]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_launchers_train_as_one_process_does(clm):
+    """`ddp.yaml` and torchrun, two ranks of two rows each, against one of four."""
+    script, one = EXAMPLES / "run_clm.py", ["--standalone", "--nproc_per_node", "2"]
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "launch" / "ddp.yaml")]
+    alone = clm([], script, "alone", 4)
+    assert clm([*accelerate, "--main_process_port", "0"], script, "accelerate", 2) == pytest.approx(alone, rel=1e-4)
+    assert clm(["-m", "torch.distributed.run", *one], script, "torchrun", 2) == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_launch_configurations_are_accelerate_s(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(EXAMPLES / "launch" / f"{name}.yaml"))  # refuses keys it does not know
+    assert found.num_processes == 2 and f"{name}.yaml" in (EXAMPLES / "launch" / "README.md").read_text()
 
 
 def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):

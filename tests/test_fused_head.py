@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import trl
-from models import V, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
+from models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
@@ -312,8 +312,7 @@ def test_training_with_an_adapter_on_the_head(tmp_path):
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4, lora_alpha=6)
     trained = {}
     for patched in (False, True):
-        model = tiny(std=0.05)
-        model.add_adapter(config)
+        model = add_adapter(tiny(std=0.05), config)
         if patched:
             patch(model)
         train("SFT", model, tmp_path)

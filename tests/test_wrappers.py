@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate import dispatch_model
-from models import V, assert_same_gradients, batch, gradients, tiny
+from models import V, add_adapter, assert_same_gradients, batch, gradients, tiny
 from oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -37,10 +37,7 @@ def two_adapters():
 
 
 def injected():
-    """Transformers' own way to add an adapter, without a PeftModel around the model."""
-    model = tiny()
-    model.add_adapter(peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA))
-    return model
+    return add_adapter(tiny(), peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA))
 
 
 def prompts(kind):
