@@ -3,7 +3,7 @@ ARGS ?=
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench report gpu test-floor clean
+.PHONY: help venv demo test check bench report gpu docs test-floor clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,7 +19,7 @@ touch $(1)/.stamp
 endef
 
 .venv/.stamp: pyproject.toml constraints.txt
-	$(call fill,.venv,constraints.txt,-e ".[demo$(comma)dev]")
+	$(call fill,.venv,constraints.txt,-e ".[demo$(comma)dev$(comma)docs]")
 
 .venv-floor/.stamp: pyproject.toml constraints-floor.txt
 	$(call fill,.venv-floor,constraints-floor.txt,-e ".[demo]" pytest scipy)
@@ -51,6 +51,9 @@ gpu: venv  ## run the tests that need a GPU
 test-floor: .venv-floor/.stamp  ## run the tests on the oldest supported versions (downloads several GB)
 	HF_HUB_OFFLINE=1 .venv-floor/bin/python -m pytest -q -m "not net and not gpu" -W default $(ARGS)
 
+docs: venv  ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 clean:  ## remove virtual environments, caches and builds (results in out/ stay)
-	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf site .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
 	find hf_xent tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +

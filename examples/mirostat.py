@@ -2,8 +2,8 @@
 
     python examples/mirostat.py [--model smollm2] [--tokens 200] [--rows 8] [--seeds 3] [--output out/mirostat]
 
-Prompts are the beginnings of CPython's own documentation pages (no download); the surprise is the whole model's, read
-off a separate forward pass over what was written. No end token is drawn, so that all samples have the same length.
+One prompt of prose, as in the paper. The surprise is the whole model's, read off a separate forward pass over what was
+written. No end token is drawn, so that all samples have the same length.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import typer
 
-from hf_xent import data, embedded, generation, mirostat, patch
+from hf_xent import embedded, generation, mirostat, patch
 from hf_xent.study import Study
 
 TARGETS = (2.5, 3.0, 3.5, 4.0)
@@ -23,7 +23,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "target 3.0, version 1": {"target": 3.0, "version": 1},
 }
 METRICS = ("surprise", "spread", "rep-6")
-PROMPT = 24
+PROMPT = (
+    "Claude Elwood Shannon was an American mathematician and engineer who is known as the father of information theory."
+    " In 1948 he published"
+)
 
 
 def main(
@@ -34,18 +37,18 @@ def main(
     study = Study("Mirostat", METRICS, "plain sampling", output, seeds, settings)
     lm, tokenizer = embedded.load(model)
     patch(lm.eval())
-    blocks = data.pack(data.load_text("pydoc"), tokenizer, block_size=PROMPT)
+    prompts = tokenizer([PROMPT] * rows, return_tensors="pt").input_ids
+    start = prompts.shape[1]
     for arm, seed in study.runs(ARMS):
         torch.manual_seed(seed)
-        prompts = torch.tensor(blocks.shuffle(seed=seed)[:rows]["input_ids"])
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "attention_mask": torch.ones_like(prompts)}
         if options := ARMS[arm]:
             found = mirostat.generate(lm, prompts, **options, **length)
         else:
             found = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
-        surprise = observed(lm, found)
+        surprise = observed(lm, found, start)
         metrics = {"surprise": surprise.mean().item(), "spread": surprise.std().item()}
-        study.record(arm, seed, **metrics, **{"rep-6": generation.repetition(found[:, PROMPT:].tolist(), 6)})
+        study.record(arm, seed, **metrics, **{"rep-6": generation.repetition(found[:, start:].tolist(), 6)})
     return study.report(
         f"Bits a token of {rows} samples of {tokens} tokens a seed (mean over samples), their standard deviation over"
         " samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",
@@ -55,10 +58,10 @@ def main(
 
 
 @torch.no_grad()
-def observed(lm: Any, sequences: torch.Tensor) -> torch.Tensor:
-    """Mean surprise of each sequence's new tokens, bits [B]."""
+def observed(lm: Any, sequences: torch.Tensor, start: int) -> torch.Tensor:
+    """Mean surprise of each sequence's tokens from `start` on, bits [B]."""
     stats = lm(input_ids=sequences, labels=sequences).logits.stats(sequences, shift=True, outputs=("lse", "target"))
-    return stats.nll[:, PROMPT - 1 : -1].mean(-1) / math.log(2)
+    return stats.nll[:, start - 1 : -1].mean(-1) / math.log(2)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class PromptFormats:
             )
 
     def build(self, dataset: Any, tokenizer: Any, *, label: str | None = "label", chat: bool = True) -> Any:
-        """A `datasets.Dataset` of `prompts` [K][tokens], `answers` [K][C][tokens] and, if the column is there, `gold`.
+        """A `datasets.Dataset` of `prompts` (K lists of tokens), `answers` (K times C of them) and, if given, `gold`.
 
         With `chat`, prompts go through the tokenizer's chat template, if it has one. Raises: ValueError for a field an
         item does not have, or a prompt whose tokens are no prefix of prompt and answer.

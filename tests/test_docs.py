@@ -1,0 +1,69 @@
+"""The documentation is true: its Python blocks run, the loss it adds passes, the site builds without a warning."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny, tiny_tokenizer
+from test_losses import build, dense, gradients, problem
+
+from hf_xent import losses
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the tests, a tiny model on disk
+TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("model")
+    tiny(std=0.05).save_pretrained(found)
+    tiny_tokenizer(TEXT).save_pretrained(found)
+    return found
+
+
+def run_page(page, folder):
+    """Its blocks, in one namespace that has a model, token ids and the operands of its head."""
+    model, tokenizer = tiny(std=0.05), tiny_tokenizer(TEXT)
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"][:24]] * 2)
+    hidden = model.model(ids).last_hidden_state[:, :-1].detach()
+    names = {"model": model, "tokenizer": tokenizer, "ids": ids, "hidden": hidden, "labels": ids[:, 1:]}
+    names |= {"weight": model.lm_head.weight, "__name__": "hf_xent.losses.poly", "text": TEXT}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block.replace(HUB_ID, str(folder)), page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(losses.LOSSES, "poly", None)  # so that what a page registers is gone afterwards
+    run_page(page, folder)
+
+
+def test_the_loss_that_is_added_is_what_it_says(folder, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "poly", None)
+    names = run_page("add_a_loss.md", folder)
+    p = problem()
+    for options in ({}, {"epsilon": -0.5}):
+        loss, call = build("poly", options, p)
+        found, expected = loss(p.hidden, p.head, p.labels, **call), dense(loss, p).mean()
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients(found, p), gradients(expected, p))
+    assert names["loss"].isfinite()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e .[docs]")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "hf-xent train" in (tmp_path / "commands" / "index.html").read_text()
+    assert "vocab_stats" in (tmp_path / "api" / "ops" / "index.html").read_text()
