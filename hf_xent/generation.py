@@ -1,7 +1,8 @@
-"""What samples of a language model look like: diversity and repetition of n-grams, at a given entropy.
+"""What samples of a language model look like: diversity and repetition of n-grams, nearness to text, given an entropy.
 
     distinct-n = distinct n-grams of all sequences / n-grams of all      Li et al. 2016, arXiv:1510.03055
     rep-n      = mean over sequences of 1 - distinct n-grams / n-grams   Welleck et al. 2019, arXiv:1908.04319
+    MAUVE      = area under (exp(-c KL(Q || R)), exp(-c KL(P || R)))     Pillutla et al. 2021, arXiv:2102.01454
 
 A sharper model repeats more and errs less: compare models at equal entropy (`temperature_of`), or say that they differ.
 """
@@ -13,6 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from .ops import Head, vocab_stats
@@ -33,21 +36,54 @@ def repetition(sequences: Tokens, n: int = 4) -> float:
 
 
 def sample(
-    model: Any, prompts: Tensor, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
+    model: Any, prompts: Tensor | Tokens, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
 ) -> list[list[int]]:
-    """Continuations of unpadded prompts [B, T] by unbiased sampling (no top-k, no nucleus), cut at the end token."""
+    """Continuations of prompts [B][T] by unbiased sampling (no top-k, no nucleus), cut at the end token."""
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(row) for row in prompts]
+    length, pad = max(map(len, rows)), model.generation_config.pad_token_id or 0
+    ids, mask = (
+        torch.tensor([[fill] * (length - len(row)) + [real or token for token in row] for row in rows]).to(model.device)
+        for fill, real in ((pad, None), (0, 1))
+    )
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
         made = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=temperature, top_k=0,
-            top_p=1.0, max_new_tokens=tokens, pad_token_id=model.generation_config.pad_token_id or 0,
-        )[:, prompts.shape[1] :].tolist()  # fmt: skip
+            ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+            max_new_tokens=tokens, pad_token_id=pad,
+        )[:, length:].tolist()  # fmt: skip
     finally:
         torch.random.set_rng_state(generator_state)
     ends = model.generation_config.eos_token_id
     stop = set(ends if isinstance(ends, list) else [ends])
     return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in made]
+
+
+@torch.no_grad()
+def features(model: Any, sequences: Tokens) -> Tensor:
+    """The model's last hidden state at the last token of every sequence [N, D], float32: what `mauve` compares."""
+    body = model.get_decoder()
+    found = [body(torch.tensor([list(row)], device=model.device)).last_hidden_state[0, -1] for row in sequences]
+    return torch.stack(found).float().cpu()
+
+
+def mauve(human: Tensor, machine: Tensor, *, clusters: int | None = None, scale: float = 5.0, seed: int = 0) -> float:
+    """MAUVE in (0, 1] of the features [N, D] of two sets of texts; 1 where they are spread alike.
+
+    P and Q are the shares of both sets in k-means clusters (by default a tenth of the smaller set's texts) of the
+    features' unit rows in as many principal components as hold 90 % of the variance; R runs through the mixtures of P
+    and Q. It depends on the encoder and on N: published numbers are of GPT-2-large and thousands of texts, so
+    name the model that `features` were of, compare within one setting, and expect nothing of a few dozen texts.
+    """
+    count = clusters or max(2, round(min(len(human), len(machine)) / 10))
+    rows = torch.nn.functional.normalize(torch.cat([human, machine]).double(), dim=-1).numpy()
+    rows = PCA(n_components=0.9, svd_solver="full").fit_transform(rows)
+    places = torch.from_numpy(KMeans(count, n_init=5, random_state=seed).fit_predict(rows)).long()
+    p, q = (x.bincount(minlength=count) / len(x) for x in (places[: len(human)], places[len(human) :]))
+    share = torch.linspace(1e-6, 1 - 1e-6, 25, dtype=torch.float64)[:, None]
+    mixed = share * p + (1 - share) * q
+    x, y = ((-scale * (torch.xlogy(d, d) - torch.xlogy(d, mixed)).sum(-1)).exp() for d in (q, p))
+    return float(torch.trapezoid(y, -x) + x[-1])  # x falls; the curve goes on level to the axis
 
 
 @torch.no_grad()

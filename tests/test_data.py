@@ -43,6 +43,14 @@ def test_pydoc_is_sorted_and_sliced() -> None:
     assert [*parts[0]["topic"], *parts[1]["topic"]] == whole["topic"][:]
 
 
+def test_cities_are_facts() -> None:
+    rows = {row["city"]: row for row in load_text("cities", column="question")}
+    assert len(rows) > 200 and all(city not in row["country"] for city, row in rows.items())
+    bogota = rows["Bogota"]
+    assert (bogota["question"], bogota["answer"]) == ("In which country is the city of Bogota?", "Colombia")
+    assert (bogota["continent"], bogota["label"]) == ("America", 1)
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_registered_datasets_load_and_name_their_source(name: str) -> None:
     import sys

@@ -1,5 +1,6 @@
 """EMOTrainer: its variants and baselines against dense steps, its costs, what it logs."""
 
+import peft
 import pytest
 import torch
 from models import V, assert_same_gradients, tiny, tiny_tokenizer
@@ -125,3 +126,24 @@ def test_equals_the_same_loss_by_name(tmp_path, rows):  # noqa: F811
     trainer = trainer_of(tmp_path / "own", rows, model=tiny(std=0.05))
     trainer.train()
     assert losses_of(trainer) == losses_of(named)
+
+
+def test_accumulation_resume_adapters_and_bfloat16(tmp_path, rows):  # noqa: F811
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(tmp_path, rows, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
+        trainer.train()
+        found.append((losses_of(trainer)[0], trainer.state.log_history[0]["grad_norm"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    straight, resumed = trainer_of(tmp_path, rows, **saved), trainer_of(tmp_path, rows, **saved)
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses_of(resumed) == losses_of(straight)
+    adapted = peft.get_peft_model(tiny(std=0.3), peft.LoraConfig(target_modules=["q_proj"], r=4))
+    for model in (adapted, tiny(std=0.3, dtype=torch.bfloat16)):
+        trainer = trainer_of(tmp_path / "other", rows, model=model, max_steps=2)
+        trainer.train()
+        assert all(0 < loss < 20 for loss in losses_of(trainer))
+        assert seam_of(trainer.model).materialized == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,20 +65,54 @@ def test_launch_configurations_are_accelerate_s(name):
     assert found.num_processes == 2 and f"{name}.yaml" in (EXAMPLES / "launch" / "README.md").read_text()
 
 
-def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):
-    """On a tiny model and one seed: every arm trains, the control has EMO's entropy, the card has the table."""
-    import runpy
-
-    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
+@pytest.fixture
+def model(tmp_path):
+    """The folder of a tiny model and its tokenizer, which knows some words of the examples."""
+    tiny(std=0.05, vocab_size=90, num_hidden_layers=3).save_pretrained(tmp_path / "model")
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    example = runpy.run_path(str(EXAMPLES / "emo_lm.py"))
-    monkeypatch.setitem(example["main"].__globals__, "HELD_OUT", 4)
-    found = example["main"](model=str(tmp_path / "model"), steps=1, seeds=1, output=tmp_path / "out")
-    assert set(found) == {*example["ARMS"], example["CONTROL"]} and all(len(rows) == 1 for rows in found.values())
-    assert all(0 <= row["distinct-2"] <= 1 for [row] in found.values())
+    return str(tmp_path / "model")
+
+
+def compared(name, monkeypatch, model, folder, **changes):
+    """The results of an example with one step and one seed, and the example; card and results are on disk."""
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    for constant, value in changes.items():
+        monkeypatch.setitem(example["main"].__globals__, constant, value)
+    found = example["main"](model=model, steps=1, seeds=1, output=folder)
+    card = (folder / "README.md").read_text()
+    assert all(f"| {arm} |" in card for arm in found)
+    assert json.loads((folder / "results.json").read_text())["results"].keys() == found.keys()
+    return found, example
+
+
+def test_emo_lm_compares_all_arms(tmp_path, monkeypatch, model):
+    found, example = compared("emo_lm", monkeypatch, model, tmp_path / "out", HELD_OUT=4)
+    assert set(found) == {*example["ARMS"], example["CONTROL"]}
+    assert all(0 <= rows[0]["distinct-2"] <= 1 for rows in found.values())
     assert found[example["CONTROL"]][0]["entropy"] == found["EMO"][0]["entropy"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        all(f"| {arm} |" in card for arm in found)
-        and json.loads((tmp_path / "out" / "results.json").read_text()) == found
-    )
+
+
+def test_noisefit_qa_compares_all_arms(tmp_path, monkeypatch, model):
+    found, example = compared("noisefit_qa", monkeypatch, model, tmp_path / "out", HELD_OUT=4)
+    assert set(found) == set(example["ARMS"])
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("accuracy", "consistency"))
+    assert found["NoiseFiT"][0]["divergence"] > 0 and "divergence" not in found["NEFTune"][0]
+
+
+def test_noisefit_qa_counts_answers_and_pairs(monkeypatch):
+    """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
+    example = runpy.run_path(str(EXAMPLES / "noisefit_qa.py"))
+    made = [[1], [1], [2], [3], [2], [3]]
+    monkeypatch.setattr("hf_xent.generation.sample", lambda *args, **kwargs: made)
+    words = type("Words", (), {"decode": lambda self, tokens: " " + "-abc"[tokens[0]]})()
+    found = example["answers"](None, words, {"prompt": [[0], [0]], "answer": ["a", "d"]}, 0)
+    assert found == {"accuracy": pytest.approx(2 / 6), "consistency": pytest.approx(1 / 3)}
+
+
+def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
+    found, example = compared("f2c_classification", monkeypatch, model, tmp_path / "out", HELD_OUT=4)
+    assert set(found) == {*example["ARMS"], example["CONSTANT"]}
+    constant = found.pop(example["CONSTANT"])[0]
+    assert constant["agreement"] == 1 and constant["accuracy"] == found["untrained"][0]["constant_accuracy"]
+    for rows in found.values():
+        assert sum(rows[0][name] for name in example["CONTINENTS"]) == pytest.approx(1)

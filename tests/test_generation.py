@@ -1,12 +1,13 @@
 """Metrics of samples by hand, unbiased sampling, and the temperature of an entropy."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from models import V, batch, tiny
 
-from hf_xent.generation import distinct, repetition, sample, temperature_of
+from hf_xent.generation import distinct, features, mauve, repetition, sample, temperature_of
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
 
@@ -38,6 +39,42 @@ def test_samples_end_at_the_end_token():
     model.generation_config.eos_token_id = list(range(50, V))
     found = sample(model, batch()[0], tokens=30)
     assert all(token < 50 for row in found for token in row) and any(len(row) < 30 for row in found)
+
+
+def test_prompts_of_several_lengths_are_continued_as_if_alone():
+    model, long = tiny(std=0.3), batch(rows=1, length=9)[0][0].tolist()
+    prompts = [long, long[:2], long[:5]]
+    together = sample(model, prompts, tokens=6, temperature=0.01)
+    assert together == [sample(model, [prompt], tokens=6, temperature=0.01)[0] for prompt in prompts]
+
+
+def test_mauve_of_two_clusters_is_an_integral():
+    """Two tight bundles of texts, 80 and 20 % of one set, 30 and 70 % of the other: the curve is known."""
+    centers = 10 * torch.eye(3, 8)[:2]
+    bundle = lambda first, n: centers[[0] * first + [1] * (n - first)] + 1e-3 * torch.randn(n, 8)  # noqa: E731
+    found = mauve(bundle(80, 100), bundle(15, 50), clusters=2)
+    p, q = torch.tensor([0.8, 0.2]).double(), torch.tensor([0.3, 0.7]).double()
+    curve = [(0.0, 0.0), (1.0, 0.0)]  # a polygon under the curve, to the axes
+    for share in range(2001):
+        r = share / 2000 * p + (1 - share / 2000) * q
+        curve.append(tuple(math.exp(-5 * float((d * (d / r).log()).sum())) for d in (q, p)))
+    area = sum(a * d - c * b for (a, b), (c, d) in pairwise([*curve, (0.0, 1.0), (0.0, 0.0)])) / 2  # shoelace
+    assert found == pytest.approx(area, abs=2e-3)
+
+
+def test_mauve_of_the_same_and_of_others():
+    texts = torch.randn(400, 12)
+    assert mauve(texts, texts) == pytest.approx(1, abs=1e-6)
+    assert mauve(texts[:200], texts[200:]) > 0.8
+    assert mauve(texts[:200], texts[200:] + 4) < 0.1
+    assert mauve(texts[:200], texts[200:] + 0.5) < mauve(texts[:200], texts[200:]) - 0.1
+
+
+def test_features_are_the_head_s_inputs():
+    model, sequences = tiny(), [[5, 6, 7], [8, 9], [10]]
+    found = features(model, sequences)
+    for row, ids in zip(found, sequences, strict=True):
+        torch.testing.assert_close(model.lm_head(row), model(torch.tensor([ids])).logits[0, -1])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_xent import embedded
-from hf_xent.bench import BenchConfig, calibrated, inputs, tails
+from hf_xent.bench import BenchConfig, calibrated, inputs, objectives, tails
 from hf_xent.bench.__main__ import app
 
 SMALL = BenchConfig(model="calibrated:smollm2", tokens=256, vocab=8192, width=256, device="cpu", threads=1)
@@ -200,3 +201,24 @@ def test_the_file_holds_for_the_real_smollm2(tmp_path: Path) -> None:
     found, _ = inputs.exported(tmp_path / "head.safetensors", entry["N"])
     through = tails.tail_curve(found["hidden"], found["weight"])
     assert octaves(through, curve, "columns") < 0.03 and octaves(through, curve, "mass") < 0.03
+
+
+def test_costs_of_objectives(tmp_path):
+    """Every objective has its turn in every round, and ratios are to cross-entropy of the same round."""
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
+    turns = objectives.head_turns(hidden, weight, labels)
+    names = {*objectives.OBJECTIVES, objectives.NOISEFIT}
+    assert set(turns) == names | {objectives.FROZEN.format(name) for name in names}
+    assert all(seconds > 0 and memory >= 0 for seconds, memory in (turn() for turn in turns.values()))
+    clock = iter([(9.0, 5), (9.0, 1), (2.0, 3), (3.0, 8), (4.0, 2), (5.0, 7)])
+    found = objectives.race(dict.fromkeys((objectives.BASE, "EMO"), lambda: next(clock)), rounds=2)
+    assert found["EMO"].ratios == [1.5, 1.25] and found["EMO"].sizes == [8, 7] and found[objectives.BASE].time == 1.0
+    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    config = BenchConfig(
+        model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), tokens=32, repeats=1, device="cpu"
+    )
+    text = objectives.page(config)
+    assert text.count("| EMO |") == 2 and "V=90, D=32" in text and "python -m hf_xent.bench objectives" in text

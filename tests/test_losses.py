@@ -427,6 +427,11 @@ def test_emo_is_the_earth_movers_distance(label):
     assert value == pytest.approx(exact.fun, abs=1e-9)
     s, q = units @ units[label], z.softmax(0)
     torch.testing.assert_close(dz, -q * (s - q @ s))
+    shifts = 1e-5 * torch.eye(5, dtype=torch.float64)
+    ends = [
+        [on_logits(EMO(variant="emo", cost=rows), (z + way * d).tolist(), label)[0] for way in (1, -1)] for d in shifts
+    ]
+    assert dz.tolist() == pytest.approx([(up - down) / 2e-5 for up, down in ends], abs=1e-8)  # finite differences
 
 
 def test_emo_frozen_stays_current_follows_and_neither_trains():

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from hf_xent.ops import Head
 from hf_xent.patching import seam_of
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
-from hf_xent.trainers.noisefit import divergence, layers_of, noise_scale, tempered
+from hf_xent.trainers.noise import layers_of, noise_scale, strengths
+from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, tempered
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def trainer_of(folder, rows, model=None, **options):
     common = {
         "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True, "report_to": [],
         "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant",
-        "num_noise_layers": 1,
+        "num_noise_layers": 1, "gradient_accumulation_steps": 1,
     }  # fmt: skip
     config = NoiseFiTConfig(output_dir=str(folder), **{**common, **options})
     model = tiny(std=0.05) if model is None else model
@@ -65,6 +66,16 @@ def test_noise_grows_with_the_square_of_the_activations():
     torch.testing.assert_close(noise_scale(2 * h, 0.1), 4 * noise_scale(h, 0.1), rtol=1e-3, atol=0)
     h[0, 0] *= 1e3  # a massive activation
     assert noise_scale(h, 0.1).isfinite().all()
+
+
+@pytest.mark.parametrize(("std", "share"), [(0.1, 0.00165), (1.0, 0.0165), (10.0, 0.164)])
+def test_share_of_the_noise_in_gaussian_activations(std, share):
+    """The method sheet's table: sigma 0.1 twice, so a tenth of the share under s = sigma std(h)."""
+    layer, h = torch.nn.Identity(), std * torch.randn(8, 64, 256)
+    [found] = strengths([layer], lambda: layer(h), 0.1, None)
+    assert 0.1 * found.share == pytest.approx(share, rel=0.03)
+    assert found.ratio == pytest.approx(6.1 / std, rel=0.03)
+    assert not layer._forward_hooks
 
 
 def test_divergence_is_that_of_dense_logits():
@@ -116,11 +127,28 @@ def dense_step(model, inputs, options, chosen):
 
     heat, ce = options.get("temperature", 1.0), F.cross_entropy(z[keep], targets[keep])
     if options.get("version") == "v2":
-        teacher, students, other, factor = z.detach() / heat, [first / heat, second / heat], second.detach(), heat**2
+        teacher, students, factor = z.detach() / heat, [first / heat, second / heat], heat**2
+        other = second.detach() / heat
     else:
         teacher, students, other, factor = z / heat, [first, second], second, 1.0
     soft = factor * sum(kl(teacher, student) for student in students) / 2
-    return 0.5 * ce + 0.5 * soft + options.get("consistency_weight", 0.1) * kl(other, first)
+    return 0.5 * ce + 0.5 * soft + options.get("consistency_weight", 0.1) * factor * kl(other, students[0])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_disagreement_is_that_of_dense_logits(softcap):
+    """With a softcap the logits are not linear in the hidden states, so that two passes have no common mean."""
+    hidden = [torch.randn(7, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    head, labels = Head(torch.randn(V, 32, dtype=torch.float64), softcap=softcap), torch.randint(V, (7,))
+    z = [head.logits(h).log_softmax(-1) for h in hidden]
+    kl = lambda p, q: F.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # noqa: E731
+    expected = (kl(z[0], z[1]) + kl(z[0], z[2])) / 2, kl(z[2], z[1])
+    found = disagreement([(h, head) for h in hidden], labels)
+    for ours, dense in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, dense)
+        grads = (torch.autograd.grad(x.sum(), hidden, allow_unused=True, retain_graph=True) for x in (ours, dense))
+        for mine, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize(
@@ -239,11 +267,43 @@ def test_activation_checkpointing_draws_the_same_noise_again(tmp_path, rows, ree
     assert_same_gradients(found[1][1], found[0][1])
 
 
-def test_resumed_losses_are_those_of_a_straight_run(tmp_path, rows):
-    options = {"noise_std": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "noise_layers": "1"}
+@pytest.mark.parametrize("layers", ["1", "lowest"])
+def test_resumed_losses_are_those_of_a_straight_run(tmp_path, rows, layers):
+    options = {"noise_std": 1.0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "noise_layers": layers}
     straight = fit(tmp_path, rows, **options)
     resumed = fit(tmp_path, rows, resume=str(tmp_path / "checkpoint-2"), **options)
     assert losses_of(resumed) == losses_of(straight)
+
+
+def test_a_resumed_run_keeps_its_layers(tmp_path, rows):
+    """They were chosen on a batch of the past; weights have changed so that a new choice would be another."""
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "noise_layers": "largest"}
+    first = fit(tmp_path, rows, **options)
+    model = tiny(std=0.05)
+    model.model.embed_tokens.weight.data.mul_(100)  # then the first layer's output is the larger one
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    resumed = fit(tmp_path, rows, resume=str(tmp_path / "checkpoint-1"), **{**options, "max_steps": 2})
+    assert resumed.noise_layers == first.noise_layers
+
+
+def test_the_authors_recipe_is_the_default(tmp_path, rows):
+    config = NoiseFiTConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert (config.learning_rate, config.lr_scheduler_type, config.num_train_epochs) == (5e-5, "cosine", 5.0)
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
+    trainer = fit(tmp_path, rows, model=peft.get_peft_model(tiny(std=0.05), lora_config()), max_steps=1)
+    trained = {name.split(".")[-4] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "v_proj"}
+    adapter = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert (adapter.r["default"], adapter.scaling["default"]) == (8, 2.0)
+
+
+def test_divergence_is_logged_and_needs_noise(tmp_path, rows):
+    """The tiny model has no dropout, so that sigma 0 leaves none."""
+    for sigma in (0.0, 1.0):
+        trainer = fit(tmp_path, rows, noise_std=sigma, noise_layers="0", model=tiny(std=0.3))
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert all((entry["divergence"] > 1e-4) == (sigma > 0) for entry in logged)
+        assert all(abs(entry["divergence"]) < 1e-5 for entry in logged) == (sigma == 0)
 
 
 @pytest.mark.parametrize("kind", ["peft", "bfloat16", "gpt2"])
@@ -265,7 +325,9 @@ def test_layers_are_chosen_by_their_signal_to_noise_ratio(tmp_path, rows):
     inputs, chosen = collate([rows[i] for i in range(4)]), {}
     for which in ("largest", "lowest", "2,0"):
         trainer = trainer_of(tmp_path, rows, model=model, noise_layers=which, num_noise_layers=2)
-        chosen[which] = trainer._choose_layers(model, inputs)
+        trainer.model.train()
+        trainer.training_step(trainer.model, dict(inputs), torch.tensor(30))
+        chosen[which] = trainer.noise_layers
     assert chosen == {"largest": [0, 1], "lowest": [2, 3], "2,0": [0, 2]}
 
 

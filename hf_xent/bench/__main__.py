@@ -1,4 +1,4 @@
-"""`python -m hf_xent.bench`: what the benchmark's inputs are made of. The benchmark itself is `hf-xent bench`."""
+"""`python -m hf_xent.bench`: its inputs, and pages on what the benchmark leaves out; that is `hf-xent bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from ..embedded import PACKAGED
-from . import compression, inputs, tails
+from . import compression, inputs, objectives, tails
 from .measure import BenchConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -51,6 +51,20 @@ def tail(
     """Measure the gradient error of the sparse tail on the packaged models, beside dropping and bfloat16 rounding."""
     configs = [BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED]
     output.write_text(compression.page(configs), encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command(name="objectives")
+def costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/objectives.md"),
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 512,
+    repeats: Annotated[int, Option(help="Rounds.", min=1)] = 5,
+) -> None:
+    """Measure what EMO, NoiseFiT and other objectives cost beside cross-entropy, in time and memory."""
+    config = BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu")
+    output.write_text(objectives.page(config), encoding="utf-8")
     print(f"written: {output}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from . import pydoc
+from . import cities, pydoc
 from .formats import Format, PromptFormats
 from .text import load_text, pack
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cities": cities.load,
     "pydoc": pydoc.load,
 }
 """Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""

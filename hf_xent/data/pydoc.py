@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .text import sliced
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -18,16 +20,7 @@ def load(split: str | None = None) -> Dataset:
     """One row a topic, sorted by name; `split` is 'train' or a slice of it ('train[:90%]'), None for all."""
     from pydoc_data.topics import topics
 
-    from datasets import Dataset, ReadInstruction  # lazy: half a second
+    from datasets import Dataset  # lazy: half a second
 
     names = sorted(topics)
-    whole = Dataset.from_dict({"topic": names, "text": [topics[name] for name in names]})
-    if split is None:
-        return whole
-    try:
-        [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-    except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"split is {split!r}: 'pydoc' has 'train' alone, or a slice of it such as 'train[:90%]'"
-        ) from error
-    return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
+    return sliced(Dataset.from_dict({"topic": names, "text": [topics[name] for name in names]}), split, "pydoc")

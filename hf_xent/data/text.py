@@ -78,6 +78,24 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     return type(dataset).from_dict({"input_ids": [rest], "labels": [list(rest)]})
 
 
+def sliced(whole: Dataset, split: str | None, name: str) -> Dataset:
+    """The rows of a registered dataset that `split` names: 'train', a slice of it ('train[:90%]'), or None for all.
+
+    Raises: ValueError for any other split.
+    """
+    from datasets import ReadInstruction
+
+    if split is None:
+        return whole
+    try:
+        [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(
+            f"split is {split!r}: {name!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
+        ) from error
+    return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
+
+
 def _checked(dataset: Dataset, column: str, source: str) -> Dataset:
     if column not in dataset.column_names:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")

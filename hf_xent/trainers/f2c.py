@@ -156,19 +156,19 @@ class F2CTrainer(Trainer):
     ) -> Any:
         """The mean loss over the items of a batch; with `return_outputs`, also the answers of all formats [B, K]."""
         scores = self.scores(model, inputs)
-        losses, anchor = [], None
-        for item, table in enumerate(scores):
-            label = None if self.args.method == "swarm" else consensus(table)
+        labels = [consensus(table) for table in scores]
+        for label in labels:
             self._note("consensus", float(label is not None))
-            if label is None and self.args.method != "swarm":
-                continue
-            losses.append(
-                self._swarm(model, inputs, item) if label is None else self._item(model, inputs, item, label, table)
-            )
-        if not losses:  # nothing to learn: a zero connected to the model, for wrappers that wait for its gradients
-            anchor, _ = self._rows(model, inputs, 0, slice(0, 1), 0)
-            losses = [anchor.sum() * 0]
-        loss = torch.stack(losses).sum() / len(scores)
+        if self.args.method == "swarm":
+            picks = [(item, label) for item in range(len(scores)) for label in range(scores.shape[2])]
+        else:
+            picks = [(item, label) for item, label in enumerate(labels) if label is not None]
+        if picks:
+            logp, targets = self._rows(model, inputs, picks)
+            loss = torch.stack([self._term(*part, scores) for part in zip(picks, logp, targets, strict=True)]).sum()
+        else:  # nothing to learn: a zero connected to the model, for wrappers that wait for its gradients
+            loss = self._rows(model, inputs, [(0, 0)], slice(0, 1))[0].sum() * 0
+        loss = loss / (len(scores) * scores.shape[2])
         return (loss, {"predictions": scores.argmax(-1)}) if return_outputs else loss
 
     @torch.no_grad()
@@ -185,21 +185,24 @@ class F2CTrainer(Trainer):
             model.train(training)
         return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
 
-    def _item(self, model: nn.Module, inputs: dict[str, Any], item: int, label: int, scores: Tensor) -> Tensor:
-        args = self.args
-        logp, targets = self._rows(model, inputs, item, slice(None), label)  # [K, T, V], [K, T]
-        valid = targets != -100
+    def _term(self, pick: tuple[int, int], logp: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
+        """The loss of an item and answer, before the division by C, from its rows [K, T, V] and tokens [K, T]."""
+        args, valid = self.args, targets != -100
+        if args.method == "swarm":
+            total, count = alignment((logp, valid), (logp, valid))
+            return total / count.clamp(min=1)
+        item, label = pick
         nll = -logp.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
         cce = (torch.where(valid, nll, 0.0).sum(-1) / valid.sum(-1)).mean()
         self._note("loss_cce", cce)
         loss = args.cce_weight * cce
         if args.method == "f2c":
-            parts = split(scores, label, args.threshold, args.top_k)
-            together, aligned, weight = self._consistency(parts, logp, targets, scores[:, label])
+            parts = split(scores[item], label, args.threshold, args.top_k)
+            together, aligned, weight = self._consistency(parts, logp, targets, scores[item, :, label])
             self._note("loss_agreement", together)
             self._note("loss_alignment", aligned)
             loss = loss + args.agreement_weight * together + weight * aligned
-        return loss / scores.shape[1]
+        return loss
 
     def _consistency(self, parts: Split, logp: Tensor, targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, float]:
         """J, A and the weight of A."""
@@ -230,31 +233,26 @@ class F2CTrainer(Trainer):
             found.setdefault(tuple(row), []).append(k)
         return list(found.values())
 
-    def _swarm(self, model: nn.Module, inputs: dict[str, Any], item: int) -> Tensor:
-        """KL(sg[M] || P_k) over all formats, the mean over answers."""
-        found = []
-        for label in range(inputs["answers"].shape[2]):
-            logp, targets = self._rows(model, inputs, item, slice(None), label)
-            total, count = alignment((logp, targets != -100), (logp, targets != -100))
-            found.append(total / count.clamp(min=1))
-        return torch.stack(found).mean()
-
     def _rows(
-        self, model: nn.Module, inputs: dict[str, Any], item: int, formats: slice, label: int
+        self, model: nn.Module, inputs: dict[str, Any], picks: list[tuple[int, int]], formats: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [K, T, V] at the tokens of an answer, and these tokens [K, T], -100 beyond their end."""
-        ids, mask, answers = (inputs[n][item, formats, label] for n in ("input_ids", "attention_mask", "answers"))
+        """Log-probabilities [n, K, T, V] at the tokens of n answers (item, label), and these tokens, -100 beyond."""
+        items, labels = ([pick[i] for pick in picks] for i in (0, 1))
+        chosen = {name: inputs[name][items, formats, labels] for name in ("input_ids", "attention_mask", "answers")}
+        shape = chosen["answers"].shape[:2]
+        ids, mask, answers = (x.flatten(0, 1) for x in chosen.values())
         with lazily(model):
             logits = model(input_ids=ids, attention_mask=mask).logits
         here = answers[:, 1:] != -100  # the positions that predict an answer's token
         length = int(here.sum(-1).max())
         first = here.int().argmax(-1)
         place = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
-        targets = answers[:, 1:].gather(1, place)
         inside = torch.arange(length, device=ids.device) < here.sum(-1, keepdim=True)
+        targets = torch.where(inside, answers[:, 1:].gather(1, place), -100)
         rows = logits[torch.arange(len(ids), device=ids.device)[:, None], place]  # lazy: only these meet the head
         head: Head = rows.head
-        return head.logits(rows.hidden).log_softmax(-1), torch.where(inside, targets, -100)
+        logp = head.logits(rows.hidden).log_softmax(-1)
+        return logp.unflatten(0, shape), targets.unflatten(0, shape)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

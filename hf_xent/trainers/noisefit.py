@@ -2,13 +2,9 @@
 
     loss = alpha CE(p) + (1 - alpha) 1/2 sum_i KL(p_T || p_i) + lambda KL(p_2 || p_1)
 
-p is the softmax of a clean pass (p_T at temperature T), p_1 and p_2 those of passes with noise on the outputs of a few
-layers. Per element of a layer's output h, the noise is Gaussian with standard deviation
-
-    s . mad . exp(-beta |h - med| / mad) . exp(min(var / mean var, log 5))      s = sigma^power std(h)
-
-(median, median deviation and variance over the features of a token; std and mean over all tokens that are no padding;
-no gradient). The layers are chosen once, on the first batch, by their signal-to-noise ratio under s = sigma std(h).
+p is the softmax of a clean pass (p_T at temperature T), p_1 and p_2 those of passes with Gaussian noise on the outputs
+of a few layers, adapted to them (`hf_xent.trainers.noise`). The layers are chosen once, on the first batch, by the
+signal-to-noise ratio that noise under s = sigma std(h) would have there.
 
 Clean and noisy passes are the thirds of one batch: one forward and one backward, as DDP and activation checkpointing
 want them. Only the selected layers' outputs in the last two thirds get noise, and only within a training step. All
@@ -21,6 +17,10 @@ with a factor T^2; its lambda is 0.05). `method="rdrop"` trains R-Drop in the sa
 CE_1 / 2 + CE_2 / 2 + rdrop_weight (KL(1 || 2) + KL(2 || 1)) / 2. NEFTune is transformers' own
 `neftune_noise_alpha=5` on any trainer. With sigma 0 and no dropout the loss is alpha CE.
 
+Defaults are the authors' recipe: learning rate 5e-5 with a cosine schedule, 4 rows x 4 accumulated, 5 epochs (their
+script also stops at 1000 steps), and the adapter `lora_config()` on a frozen model, which they load in 4 bits. They
+train on prompt and response; here labels say what is trained on.
+
 Source: Khadangi et al. 2025, arXiv:2504.03302, with the authors' code, github.com/akhadangi/NoiseFiT; R-Drop: Liang et
 al. 2021, arXiv:2106.14448.
 Data: as for `XentTrainer`.
@@ -28,9 +28,6 @@ Data: as for `XentTrainer`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +38,8 @@ from ..lazy import next_token_labels
 from ..losses import CrossEntropy
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of
+from .noise import layers_of, noisy, strengths
 from .xent import XentConfig, XentTrainer
-
-BETA = 0.1  # how fast the noise of a feature falls with its distance from the token's median
-LARGEST_FACTOR = 5.0
-PASSES = 10  # noise drawings a layer's signal-to-noise ratio is a mean over
 
 
 @dataclass
@@ -67,6 +61,9 @@ class NoiseFiTConfig(XentConfig):
     rdrop_weight: float = field(default=1.0, metadata={"help": "Of the symmetric divergence, under method 'rdrop'."})
     learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of the learning rate."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Steps an update."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs, unless max_steps is given."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +77,19 @@ class NoiseFiTConfig(XentConfig):
             )
 
 
+def lora_config() -> Any:
+    """The authors' adapter: `peft.get_peft_model(model, lora_config())` before the trainer."""
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
+
+
 class NoiseFiTTrainer(XentTrainer):
     """Fine-tunes a causal LM under NoiseFiT's hybrid loss; see the module's docstring.
 
     Takes what `XentTrainer` takes, under plain cross-entropy. Evaluation is plain cross-entropy, without noise. The
-    chosen layers are in `noise_layers` and in the log.
+    chosen layers are in `noise_layers`, and with the share of their standard deviation that the noise has, in the log.
+    Logged too: `divergence`, KL(clean || noisy) in nats a token; dropout alone makes some (compare with sigma 0).
 
     Raises: ValueError for options that do not fit, or a model whose layers cannot be found.
     """
@@ -97,13 +102,17 @@ class NoiseFiTTrainer(XentTrainer):
         if self.objective != CrossEntropy():
             raise ValueError(f"loss is {self.objective!r}: NoiseFiT is built on plain cross-entropy, pass no loss")
         self.noise_layers: list[int] | None = None if self.args.method == "noisefit" else []
+        self._apart: list[Tensor] = []  # [divergence of clean and noisy passes, tokens], summed, since the last log
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A step with noise on the chosen layers, from forward to the end of backward (which may compute it again)."""
         if self.noise_layers is None:
-            self.noise_layers = self._choose_layers(model, self._prepare_inputs(dict(inputs)))
-            self.log({f"noise_layer_{i}": float(layer) for i, layer in enumerate(self.noise_layers)})
-        with _noisy(self.model, self.noise_layers, self.args, inputs.get("attention_mask")):
+            known = [entry for entry in self.state.log_history if "noise_layer_0" in entry]  # of a run that is resumed
+            logged = known[-1] if known else self._choose_layers(model, self._prepare_inputs(dict(inputs)))
+            self.noise_layers = [int(value) for name, value in logged.items() if name.startswith("noise_layer_")]
+        layers = layers_of(self.model) if self.noise_layers else []
+        sigma = self.args.noise_std**self.args.sigma_power
+        with noisy([layers[index] for index in self.noise_layers], sigma, inputs.get("attention_mask")):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -139,76 +148,105 @@ class NoiseFiTTrainer(XentTrainer):
                 seam.record(stats)
             return found
 
-        def between(p: Payload, q: Payload) -> Tensor:
-            return divergence(p, q, labels, **seam.options).sum() / tokens
-
         if args.method == "rdrop":
             first, second = passes
+            apart = sum(divergence(p, q, labels, **seam.options) for p, q in ((first, second), (second, first)))
             both = (entropy(first, seam.observe) + entropy(second)) / 2
-            return both + args.rdrop_weight * (between(first, second) + between(second, first)) / 2
-        clean, first, second = passes
-        teacher, students, other, factor = tempered(clean, args.temperature), [first, second], second, 1.0
-        if args.version == "v2":
-            teacher, other, factor = detached(teacher), detached(second), args.temperature**2
-            students = [tempered(student, args.temperature) for student in students]
-        loss = args.ce_weight * entropy(clean, seam.observe)
-        if args.ce_weight < 1:
-            loss = loss + (1 - args.ce_weight) * factor * sum(between(teacher, student) for student in students) / 2
-        if args.consistency_weight:
-            loss = loss + args.consistency_weight * between(other, first)
-        return loss
+            return both + args.rdrop_weight * apart.sum() / (2 * tokens)  # type: ignore[union-attr]  # of tensors
+        soft, consistency = disagreement(
+            passes, labels, temperature=args.temperature, version=args.version, **seam.options
+        )
+        self._apart.append(torch.stack([soft.detach().sum(), (labels != -100).sum()]))
+        rest = (1 - args.ce_weight) * soft + args.consistency_weight * consistency
+        return args.ce_weight * entropy(passes[0], seam.observe) + rest.sum() / tokens
 
-    @torch.no_grad()
-    def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> list[int]:
-        """The layers to disturb, ascending: given, or by the signal-to-noise ratio of one batch in evaluation mode."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the divergence of noisy passes from clean ones since the last log, in nats a token."""
+        if "loss" in logs and self._apart:
+            total, tokens = (self._total(x) for x in torch.stack(self._apart).sum(0))
+            logs["divergence"], self._apart = total / max(tokens, 1.0), []
+        super().log(logs, start_time)
+
+    def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+        """The layers to disturb, ascending: given, or by the signal-to-noise ratio of one batch in evaluation mode.
+
+        Also how large the noise is there; all as it is logged, which is where a resumed run finds its layers.
+        """
         args, layers = self.args, layers_of(self.model)
-        if args.noise_layers not in ("largest", "lowest"):
-            try:
-                chosen = sorted({int(number) for number in args.noise_layers.split(",")})
-            except ValueError:
-                chosen = [-1]
-            if not all(0 <= layer < len(layers) for layer in chosen):
-                raise ValueError(
-                    f"noise_layers is {args.noise_layers!r}: choose 'largest', 'lowest' or numbers below"
-                    f" {len(layers)}, separated by commas"
-                )
-            return chosen
-        if not 1 <= args.num_noise_layers <= len(layers):
-            raise ValueError(f"num_noise_layers is {args.num_noise_layers}: the model has {len(layers)} layers")
-        ratios: dict[int, float] = {}
-
-        def measure(index: int, output: Any) -> None:
-            h, mask = _first(output), inputs.get("attention_mask")
-            keep = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
-            scale = noise_scale(h, args.noise_std or 1.0, mask)
-            noise = torch.stack([(torch.randn_like(scale) * scale).abs()[keep].mean() for _ in range(PASSES)]).mean()
-            ratios[index] = float(h.float().abs()[keep].mean() / (noise + 1e-6))
-
-        handles = [
-            layer.register_forward_hook(lambda _, __, output, index=index: measure(index, output))
-            for index, layer in enumerate(layers)
-        ]
+        given = self._given_layers(len(layers))
+        tensors = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
         training = model.training
+        model.eval()
         try:
-            model.eval()
-            model(**{name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")})
+            with lazily(model):
+                found = strengths(layers, lambda: model(**tensors), args.noise_std or 1.0, inputs.get("attention_mask"))
         finally:
             model.train(training)
-            for handle in handles:
-                handle.remove()
-        ordered = sorted(ratios, key=ratios.__getitem__, reverse=args.noise_layers == "largest")
-        return sorted(ordered[: args.num_noise_layers])
+        ordered = sorted(range(len(layers)), key=lambda i: found[i].ratio, reverse=args.noise_layers == "largest")
+        chosen = sorted(ordered[: args.num_noise_layers]) if given is None else given
+        factor = args.noise_std ** (args.sigma_power - 1) if args.noise_std else 0.0
+        logged = {f"noise_layer_{place}": float(layer) for place, layer in enumerate(chosen)}
+        logged |= {f"noise_share_{place}": found[layer].share * factor for place, layer in enumerate(chosen)}
+        self.log(dict(logged))
+        return logged
+
+    def _given_layers(self, count: int) -> list[int] | None:
+        """What `noise_layers` lists, or None where it tells how to choose. Raises: ValueError for what does not fit."""
+        args = self.args
+        if args.noise_layers in ("largest", "lowest"):
+            if not 1 <= args.num_noise_layers <= count:
+                raise ValueError(f"num_noise_layers is {args.num_noise_layers}: the model has {count} layers")
+            return None
+        try:
+            chosen = sorted({int(number) for number in args.noise_layers.split(",")})
+        except ValueError:
+            chosen = [-1]
+        if not all(0 <= layer < count for layer in chosen):
+            raise ValueError(
+                f"noise_layers is {args.noise_layers!r}: choose 'largest', 'lowest' or numbers below {count}, separated"
+                " by commas"
+            )
+        return chosen
+
+
+def disagreement(
+    passes: list[Payload], labels: Tensor, *, temperature: float = 1.0, version: str = "v1", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """NoiseFiT's soft cross-entropy and consistency of a clean and two noisy passes, in the shape of labels.
+
+        soft = 1/2 sum_i KL(p_T || p_i)        consistency = KL(p_2 || p_1)
+
+    Of version 'v2', both at the temperature on both sides, times T^2, with p_T and p_2 constant. Options as
+    `vocab_stats`.
+    """
+    clean, *students = passes
+    teacher, other, factor = tempered(clean, temperature), students[1], 1.0
+    if version == "v2":
+        students = [tempered(student, temperature) for student in students]
+        teacher, other, factor = detached(teacher), detached(students[1]), temperature**2
+    first, second = (vocab_stats(*student, labels, outputs=("lse",), **options).lse for student in students)
+    soft = (first + second) / 2 - _toward(teacher, students, labels, **options)
+    return factor * soft, factor * (first - _toward(other, students[:1], labels, **options))
 
 
 def divergence(p: Payload, q: Payload, labels: Tensor, **options: Any) -> Tensor:
     """KL(softmax of p's logits || softmax of q's) in the shape of labels, nats, 0 at ignored positions; no logits.
 
-        KL = lse_q - H_p - sum_j p_j z_qj
+        KL = lse_q - (H_p + sum_j p_j z_qj)
 
     `p` and `q` are (hidden [..., D], head) over one vocabulary, differentiated both; options as `vocab_stats`.
     """
-    mine = vocab_stats(*p, labels, outputs=("entropy", "payload"), payload=q, **options)
-    return vocab_stats(*q, labels, outputs=("lse",), **options).lse - mine.entropy - mine.payload
+    return vocab_stats(*q, labels, outputs=("lse",), **options).lse - _toward(p, [q], labels, **options)
+
+
+def _toward(p: Payload, others: list[Payload], labels: Tensor, **options: Any) -> Tensor:
+    """H_p + the mean over others, which share a head, of sum_j p_j z_qj."""
+    head = others[0][1]
+    if head.softcap is None:  # logits are linear in the hidden states: one reduction for all
+        others = [(torch.stack([hidden for hidden, _ in others]).mean(0), head)]
+    outputs = ("entropy", "payload")
+    found = [vocab_stats(*p, labels, outputs=outputs, payload=other, **options) for other in others]
+    return torch.stack([stats.entropy + stats.payload for stats in found]).mean(0)
 
 
 def tempered(part: Payload, temperature: float) -> Payload:
@@ -225,60 +263,3 @@ def detached(part: Payload) -> Payload:
     hidden, head = part
     bias, adapter = (None if x is None else x.detach() for x in (head.bias, head.adapter))
     return hidden.detach(), replace(head, weight=head.weight.detach(), bias=bias, adapter=adapter)
-
-
-@torch.no_grad()
-def noise_scale(h: Tensor, sigma: float, mask: Tensor | None = None) -> Tensor:
-    """The standard deviation of the noise on every element of h [B, T, H]; `mask` [B, T] is 0 at padding.
-
-    Medians are torch's: of an even number of elements the lower one of the two in the middle.
-    """
-    h = h.float()
-    keep = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
-    variance = h.var(-1, keepdim=True)
-    uneven = variance / (variance[keep].mean() + 1e-6)
-    median = h.median(-1, keepdim=True).values
-    away = (h - median).abs()
-    deviation = torch.maximum(away.median(-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
-    factor = uneven.clamp(max=math.log(LARGEST_FACTOR)).exp()  # the exponent: exp of a large ratio would overflow
-    return sigma * h[keep].std() * deviation * torch.exp(-BETA * away / (deviation + 1e-6)) * factor
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a model: the first list of modules as long as its configuration says.
-
-    Raises: ValueError if there is none.
-    """
-    config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {count} layers: NoiseFiT does not know where to go")
-    return list(lists[0])
-
-
-@contextmanager
-def _noisy(model: nn.Module, chosen: list[int], args: Any, mask: Tensor | None) -> Iterator[None]:
-    """Noise on the last two thirds of the chosen layers' outputs, in training mode."""
-    layers, sigma = layers_of(model) if chosen else [], args.noise_std**args.sigma_power
-
-    def disturb(layer: nn.Module, _: Any, output: Any) -> Any:
-        if not layer.training or not sigma:
-            return None
-        clean, *parts = _first(output).chunk(3)
-        scales = [noise_scale(part, sigma, None if mask is None else mask.to(part.device)) for part in parts]
-        noisy = [h + (torch.randn_like(s) * s).to(h.dtype) for h, s in zip(parts, scales, strict=True)]
-        h = torch.cat([clean, *noisy])
-        return (h, *output[1:]) if isinstance(output, tuple) else h
-
-    handles = [layers[index].register_forward_hook(disturb) for index in chosen]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(output: Any) -> Tensor:
-    """The hidden states of a layer's output: it is them, or a tuple that begins with them."""
-    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,119 @@
+"""Adaptive Gaussian noise on the hidden states of a few layers, and how strong it is there: NoiseFiT's.
+
+Per element of a layer's output h, the noise has standard deviation
+
+    s . mad . exp(-beta |h - med| / mad) . exp(min(var / mean var, log 5))      s = sigma^power std(h)
+
+(median, median deviation and variance over the features of a token; std and mean over all tokens that are no padding;
+no gradient). It grows with the square of the activations, and so does not mean the same in every layer: `strengths`
+tells what it comes to.
+
+Source: Khadangi et al. 2025, arXiv:2504.03302, with the authors' code, github.com/akhadangi/NoiseFiT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BETA = 0.1  # how fast the noise of a feature falls with its distance from the token's median
+LARGEST_FACTOR = 5.0
+PASSES = 10  # noise drawings a layer's signal-to-noise ratio is a mean over
+
+
+@torch.no_grad()
+def noise_scale(h: Tensor, sigma: float, mask: Tensor | None = None) -> Tensor:
+    """The standard deviation of the noise on every element of h [B, T, H]; `mask` [B, T] is 0 at padding.
+
+    Medians are torch's: of an even number of elements the lower one of the two in the middle.
+    """
+    h, keep = h.float(), _kept(h, mask)
+    variance = h.var(-1, keepdim=True)
+    uneven = variance / (variance[keep].mean() + 1e-6)
+    median = h.median(-1, keepdim=True).values
+    away = (h - median).abs()
+    deviation = torch.maximum(away.median(-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
+    factor = uneven.clamp(max=math.log(LARGEST_FACTOR)).exp()  # the exponent: exp of a large ratio would overflow
+    return sigma * h[keep].std() * deviation * torch.exp(-BETA * away / (deviation + 1e-6)) * factor
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model: the first list of modules as long as its configuration says.
+
+    Raises: ValueError if there is none.
+    """
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {count} layers: NoiseFiT does not know where to go")
+    return list(lists[0])
+
+
+@contextmanager
+def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None) -> Iterator[None]:
+    """Noise on the last two thirds of the layers' outputs, in training mode; `mask` [B, T] is that of one third."""
+
+    def disturb(layer: nn.Module, _: Any, output: Any) -> Any:
+        if not layer.training or not sigma:
+            return None
+        clean, *parts = _first(output).chunk(3)
+        scales = [noise_scale(part, sigma, None if mask is None else mask.to(part.device)) for part in parts]
+        disturbed = [h + (torch.randn_like(s) * s).to(h.dtype) for h, s in zip(parts, scales, strict=True)]
+        h = torch.cat([clean, *disturbed])
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    handles = [layer.register_forward_hook(disturb) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How noise compares with the output of a layer that it goes onto."""
+
+    ratio: float  # mean |h| / mean |noise|, the signal-to-noise ratio
+    share: float  # standard deviation of the noise / of h
+
+
+@torch.no_grad()
+def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float, mask: Tensor | None) -> list[Strength]:
+    """Of noise under s = sigma std(h), a layer each, on the clean outputs of one forward pass."""
+    found: dict[int, Strength] = {}
+
+    def measure(index: int, output: Any) -> None:
+        h = _first(output)
+        keep, scale = _kept(h, mask), noise_scale(h, sigma, mask)
+        noise = torch.stack([(torch.randn_like(scale) * scale).abs()[keep].mean() for _ in range(PASSES)]).mean()
+        clean = h.float()[keep]
+        share = scale[keep].square().mean().sqrt() / (clean.std() + 1e-6)
+        found[index] = Strength(float(clean.abs().mean() / (noise + 1e-6)), float(share))
+
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, index=index: measure(index, output))
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[index] for index in range(len(layers))]
+
+
+def _kept(h: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of a layer's output: it is them, or a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
