@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, mean_squared_error
 from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer, data, embedded
 from hf_xent.study import Study
 
-BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 24, 8, 12
+BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 24, 8, 16
 ARMS: dict[str, dict[str, Any]] = {
     "DPO": {}, "SPCE": {}, "cDPO": {}, "PSO": {"method": "pso"}, "SPO": {"gamma_w": 0.2, "gamma_l": 0.0},
 }  # fmt: skip
@@ -48,7 +48,7 @@ def pairs(count: int, seed: int, held_out: bool) -> Dataset:
         answers = [" " + " ".join(words[:size]) for size in sizes]
         if draw.random() >= p:
             answers, p = answers[::-1], 1 - p
-        prompt = f"In at most {limit} words, {topic.lower()} in Python:"
+        prompt = f"Explain {topic.lower()} in Python in a sentence of at most {limit} words. Sentence:"
         rows.append(
             {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "preference_prob": p, "limit": limit}
         )
