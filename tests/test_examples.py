@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -116,3 +117,28 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
     assert constant["agreement"] == 1 and constant["accuracy"] == found["untrained"][0]["constant_accuracy"]
     for rows in found.values():
         assert sum(rows[0][name] for name in example["CONTINENTS"]) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL passes transformers' options by names of before v6
+def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
+    """On a tiny model and one seed: every arm trains on the same noisy pairs, the untrained control knows nothing."""
+    tiny(std=0.05, vocab_size=90, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "spo_dpo.py"))
+    places = example["main"].__globals__
+    for name, value in (("HELD_OUT", 8), ("PROMPTS", 2), ("NEW", 4)):
+        monkeypatch.setitem(places, name, value)
+    found = example["main"](model=str(tmp_path / "model"), steps=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == {*example["ARMS"], example["CONTROL"]}
+    truth = torch.tensor(example["pairs"](8, 0, held_out=True)["preference_prob"])
+    control = found[example["CONTROL"]][0]
+    assert control["squared error"] == pytest.approx((truth - 0.5).square().mean().item(), rel=1e-4)
+    assert control["mean |margin|"] == pytest.approx(0, abs=1e-7)
+    assert all(row[0]["mean |margin|"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
+    train = example["pairs"](50, 0, held_out=False)
+    assert train["preference_prob"] != example["pairs"](50, 1, held_out=False)["preference_prob"]
+    topics = [
+        {row["prompt"].split(" in a sentence")[0] for row in rows}
+        for rows in (train, example["pairs"](50, 0, held_out=True))
+    ]
+    assert not topics[0] & topics[1]

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from .f2c import F2CTrainer as F2CTrainer
     from .noisefit import NoiseFiTConfig as NoiseFiTConfig
     from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
+    from .spce import SPCEConfig as SPCEConfig
+    from .spce import SPCETrainer as SPCETrainer
+    from .spo import SPO as SPO
+    from .spo import SPOConfig as SPOConfig
+    from .spo import SPOOptions as SPOOptions
+    from .spo import SPOTrainer as SPOTrainer
     from .xent import XentConfig as XentConfig
     from .xent import XentTrainer as XentTrainer
 
@@ -19,6 +25,8 @@ METHODS = {
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
+    "spce": ("SPCEConfig", "SPCETrainer"),
+    "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),
 }
 """File -> the names it offers; `hf_xent` offers them all."""
