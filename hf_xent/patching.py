@@ -121,7 +121,7 @@ def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
     model's own loss that is compared. Raises: as `patch`.
     """
     inner = _inner(model)
-    patched = "_hf_xent" in inner.__dict__
+    patched = is_patched(model)
     if not patched:
         patch(model)
     try:
@@ -137,6 +137,11 @@ def seam_of(model: nn.Module) -> Seam:
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched: call hf_xent.patch(model) first")
     return state.seam
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether a model, inside whatever wraps it, is patched."""
+    return "_hf_xent" in _inner(model).__dict__
 
 
 def head_of(model: nn.Module) -> nn.Linear:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .f2c import F2CTrainer as F2CTrainer
     from .noisefit import NoiseFiTConfig as NoiseFiTConfig
     from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
+    from .osp import OSPConfig as OSPConfig
+    from .osp import OSPTrainer as OSPTrainer
     from .xent import XentConfig as XentConfig
     from .xent import XentTrainer as XentTrainer
 
@@ -19,6 +21,7 @@ METHODS = {
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
+    "osp": ("OSPConfig", "OSPTrainer"),
     "xent": ("XentConfig", "XentTrainer"),
 }
 """File -> the names it offers; `hf_xent` offers them all."""
