@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .data import Format
 from .lazy import LazyLogits
-from .patching import is_patched, lazily, patch
+from .patching import ensure_patched, lazily
 
 Row = Mapping[str, Any]
 
@@ -159,9 +159,7 @@ class ModelJudge:
         model, width = self.model, max(map(len, prompts))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
-        if not is_patched(model):
-            patch(model)
-        with evaluating(model), lazily(model):
+        with evaluating(model), lazily(ensure_patched(model)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             whole = isinstance(last, LazyLogits) and last.head.shard is None

@@ -67,6 +67,7 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     asked = inner.register_forward_pre_hook(_Asked(state), with_kwargs=True)
     answered = inner.register_forward_hook(_Answered(state), always_call=True)
     state.hooks = (asked, answered)
+    state.take_over(inner)
     inner.__dict__["_hf_xent"] = state
     if objective != CrossEntropy():
         state.objective = ModelLoss(objective, seam)
@@ -79,6 +80,18 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
             raise RuntimeError(
                 f"{report.model} does not compute the same loss when patched and was left as it was: {report}"
             )
+    return model
+
+
+def ensure_patched(model: Model, **options: Any) -> Model:
+    """`patch(model, **options)`, unless it is patched already: then, what TRL has put on it since is taken over.
+
+    Raises: as `patch`.
+    """
+    state: _Patch | None = _inner(model).__dict__.get("_hf_xent")
+    if state is None:
+        return patch(model, **options)
+    state.take_over(_inner(model))
     return model
 
 
@@ -121,7 +134,7 @@ def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
     model's own loss that is compared. Raises: as `patch`.
     """
     inner = _inner(model)
-    patched = is_patched(model)
+    patched = "_hf_xent" in inner.__dict__
     if not patched:
         patch(model)
     try:
@@ -137,11 +150,6 @@ def seam_of(model: nn.Module) -> Seam:
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched: call hf_xent.patch(model) first")
     return state.seam
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether a model, inside whatever wraps it, is patched."""
-    return "_hf_xent" in _inner(model).__dict__
 
 
 def head_of(model: nn.Module) -> nn.Linear:
@@ -241,6 +249,15 @@ class _Patch:
         self.uninstall()
         self.forwards = [_LazyForward(linear, self) for linear in linears]
 
+    def take_over(self, inner: nn.Module) -> None:
+        """TRL's forward, if it has put one on the model, comes off: in a copy of the model it would run the original.
+
+        It stays for what TRL has to do itself.
+        """
+        self.fused = FusedHead.installed(inner) or self.fused
+        if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
+            FusedHead.remove(inner)
+
     def uninstall(self) -> None:
         """The heads' own forwards again."""
         for forward in self.forwards:
@@ -305,7 +322,7 @@ class _Asked:
             return None
         patch.install(model)
         patch.seam.training = model.training
-        patch.fused = FusedHead.installed(model) or patch.fused
+        patch.take_over(model)
         given = _labels_given(model, args, kwargs)
         patch.awake = patch.always or given
         if patch.objective is not None:
@@ -332,7 +349,6 @@ class _Answered:
         patch, call = self.patch, self.patch.asked
         patch.awake, patch.asked = patch.always and not patch.paused, None
         if call is not None:
-            FusedHead.remove(model)  # in a copy of the model, it would run the original
             return None if output is None else call.answer(output)
         objective = patch.objective
         if objective is not None and not objective.called and output is not None:

@@ -25,6 +25,7 @@ def tokenizer():
     return found
 
 
+@torch.no_grad()
 def dense(model, tokenizer, row, first, second):
     """s(first, second) from the softmax over the whole vocabulary, one prompt, no padding, no patch."""
     text = f"{row['prompt']} over {first} or {second} is"

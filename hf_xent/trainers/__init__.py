@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
     from .osp import OSPConfig as OSPConfig
     from .osp import OSPTrainer as OSPTrainer
+    from .spce import SPCEConfig as SPCEConfig
+    from .spce import SPCETrainer as SPCETrainer
     from .xent import XentConfig as XentConfig
     from .xent import XentTrainer as XentTrainer
 
@@ -22,6 +24,7 @@ METHODS = {
     "f2c": ("F2CConfig", "F2CTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
+    "spce": ("SPCEConfig", "SPCETrainer"),
     "xent": ("XentConfig", "XentTrainer"),
 }
 """File -> the names it offers; `hf_xent` offers them all."""

@@ -1,0 +1,214 @@
+"""Preference training with soft labels (SPCE), which also gives cDPO, a weight for every pair, and PSO's weighting.
+
+DPO knows that one answer is better, not by how much. With p = P(chosen > rejected), the margin Delta between the two,
+the pair's weight w and z = beta Delta,
+
+    loss = w [ -p log sigmoid(z) - (1 - p) log sigmoid(-z) ] = w [ DPO + (1 - p) z ]          method="spce"
+    loss = w |2p - 1| [ -log sigmoid(z) ]                      with -z for z if p < 1/2       method="pso"
+
+whose gradient by Delta, w beta (sigmoid(z) - p), is zero at the finite margin logit(p) / beta. p = 1 is DPO, p = 1/2
+pulls the margin to 0, and exchanging the answers together with p and 1 - p changes nothing. `label_smoothing` eps makes
+p into p (1 - eps) + (1 - p) eps: without the column that is cDPO, which TRL's own `sigmoid` loss ignores.
+
+Delta is what TRL computes: the difference of the scores of its f-divergence (log-ratios for the reverse KL), of whole
+answers (`ld_alpha` included), or per token for `sigmoid_norm`. TRL's step runs as it is; what is added to its loss is
+
+    mean over pairs of (v - 1) softplus(-z) + v (1 - q) z         q the label and v the weight of a pair, as above
+
+so it is TRL's to the last bit for q = v = 1. The mean is over pairs, not over their weights: a batch's scale follows w.
+Losses of TRL's other types have another form for the label and are refused, all but `sft` in a mixture; it stays as it
+is, without weights. So is WPO (`use_weighting`).
+
+Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103 names the loss; Mitchell 2023, A note
+on DPO with noisy preferences (cDPO); Rafailov et al. 2023, arXiv:2305.18290 (DPO). Re-implementations: of SPCE only the
+description was at hand, of PSO (SIGIR 2025) that strength reweights pairs; |2p - 1| is our choice.
+Data: columns of TRL's DPO (prompt, chosen, rejected; text or conversations), and `preference_prob` in [0, 1] and
+`weight` >= 0, both optional and 1 where they are not there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from trl import DPOConfig, DPOTrainer
+
+from .streamed import Streamed
+
+COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
+"""Column of the dataset -> its largest value; the smallest is 0."""
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+SOFT = ("sigmoid", "sigmoid_norm")
+"""TRL's loss types that are a cross-entropy, so have a soft label."""
+
+
+@dataclass
+class SPCEConfig(DPOConfig):
+    """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss."""
+
+    method: str = field(
+        default="spce",
+        metadata={
+            "help": "'spce': cross-entropy with the soft label preference_prob; 'pso': the hard label, weighted by"
+            " |2 preference_prob - 1|."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in ("spce", "pso"):
+            raise ValueError(f"method is {self.method!r}: choose 'spce' or 'pso'")
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose 0 (none) to 0.5 (no preference)")
+        known = {*SOFT, "sft"}
+        if not set(SOFT) & set(self.loss_type) or not set(self.loss_type) <= known:
+            raise ValueError(
+                f"loss_type is {self.loss_type}: soft labels are for {' and '.join(SOFT)}, which may be mixed with sft;"
+                " use trl.DPOTrainer for the others"
+            )
+        if self.use_weighting:
+            raise ValueError("use_weighting is True: WPO's weights are not defined for soft labels; set it to False")
+
+
+class SPCETrainer(Streamed, DPOTrainer):
+    """DPO with a strength and a weight for every pair; see the module's docstring and `trl.DPOTrainer`.
+
+    All of DPO stays: reference model or precomputed log-probabilities, adapters, accumulation, vision models. Model and
+    reference are patched, so nothing of the size tokens x vocabulary is made. Logged beside DPO's metrics:
+    `rewards/brier`, the mean of (sigmoid(beta Delta) - preference_prob)^2, 1/4 for a model that knows nothing.
+
+    Raises: ValueError for options that do not fit, a column with values out of range, or a model that cannot be
+    patched.
+    """
+
+    args: SPCEConfig
+    data_collator: Any
+    precompute_ref_logps: bool
+    _signature_columns: Any
+    _name = "SPCE"
+    _tag_names = ["trl", "spce", "hf_xent"]  # noqa: RUF012  as TRL declares it
+    _paper = {  # noqa: RUF012
+        "title": "Online Self-Preferring Language Models",
+        "id": "2405.14103",
+        "citation": "@article{zhai2024online,\n    title  = {{Online Self-Preferring Language Models}},\n"
+        "    author = {Yuanzhao Zhai and others},\n    year   = 2024,\n    eprint = {arXiv:2405.14103},\n}",
+    }
+
+    def __init__(self, model: Any, ref_model: Any = None, args: SPCEConfig | None = None, **kwargs: Any):
+        super().__init__(model, ref_model, SPCEConfig(output_dir="out") if args is None else args, **kwargs)
+        self.data_collator = WithColumns(self.data_collator)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(dataset, Dataset):  # before hours of training; streams are checked batch by batch
+            for name in _columns(dataset.column_names):
+                checked(name, dataset[name])
+        return super()._prepare_dataset(dataset, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of chosen and rejected answers [B] under the reference; as `DPOTrainer`."""
+        return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k not in COLUMNS})
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        own = {name: inputs[name] for name in _columns(inputs)}
+        inputs = {name: x for name, x in inputs.items() if name not in COLUMNS}  # the rest goes to the model
+        if not self.precompute_ref_logps:
+            reference = self.model if self.ref_model is None else self.ref_model
+            inputs |= zip(REFERENCE, self.compute_ref_log_probs(reference, inputs), strict=True)
+        recorder = Recorder(model)
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True  # in either case they are now
+        try:
+            found = super()._compute_loss(recorder, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        loss, *outputs = found if return_outputs else (found,)
+        loss = loss + self._correction(recorder, inputs, own)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _correction(self, recorder: Recorder, inputs: dict[str, Any], own: dict[str, Tensor]) -> Tensor:
+        """What soft labels and weights add to TRL's loss, from the forward pass that TRL made."""
+        policy = self.compute_ref_log_probs(recorder.replay, inputs)  # TRL's sums over tokens, of the policy's output
+        score = scores_of(self.f_divergence_type, self.f_alpha_divergence_coef)
+        scores = [score(logp - inputs[name]) for logp, name in zip(policy, REFERENCE, strict=True)]
+        stated = own.get("preference_prob", torch.ones_like(scores[0]))
+        label, weight = self._targets(stated, own.get("weight", torch.ones_like(scores[0])))
+        lengths = inputs["completion_mask"].sum(1).clamp(min=1).chunk(2)
+        total = torch.zeros_like(scores[0])
+        for kind, share in zip(self.loss_types, self.loss_weights, strict=True):
+            if kind in SOFT:
+                units = lengths if kind == "sigmoid_norm" else (1, 1)
+                z = self.beta * (scores[0] / units[0] - scores[1] / units[1])
+                total = total + share * ((weight - 1) * F.softplus(-z) + weight * (1 - label) * z)
+        self._note_brier(z.detach(), stated)
+        return total.mean()
+
+    def _targets(self, stated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Label and weight of every pair."""
+        p = self.label_smoothing + (1 - 2 * self.label_smoothing) * stated
+        return (p, weight) if self.args.method == "spce" else ((p >= 0.5).to(p), weight * (2 * p - 1).abs())
+
+    def _note_brier(self, z: Tensor, stated: Tensor) -> None:
+        errors = self.accelerator.gather_for_metrics((z.sigmoid() - stated).square())
+        self._metrics["train" if self.model.training else "eval"]["rewards/brier"].append(errors.mean().item())
+
+
+class Recorder:
+    """Stands in for a model: calls it, and can give its first output again."""
+
+    def __init__(self, model: Any):
+        self.model, self.output = model, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        output = self.model(*args, **kwargs)
+        self.output = output if self.output is None else self.output
+        return output
+
+    def replay(self, *args: Any, **kwargs: Any) -> Any:
+        """The first output, whatever is asked."""
+        return self.output
+
+
+@dataclass
+class WithColumns:
+    """A data collator and, beside its tensors, the columns of SPCE [B] where rows have them."""
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch. Raises: ValueError for values out of range."""
+        own = {name: checked(name, [row[name] for row in rows]) for name in _columns(rows[0])}
+        return {**self.inner(rows), **own}
+
+
+def checked(name: str, values: Iterable[float | None]) -> Tensor:
+    """A column of SPCE as a tensor. Raises: ValueError for a value out of its range."""
+    found = list(values)
+    wrong = [value for value in found if value is None or not 0 <= value <= COLUMNS[name]]
+    if wrong:
+        raise ValueError(f"column {name} has {wrong[0]}: give a number from 0 to {COLUMNS[name]:g} in every row")
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def scores_of(divergence: str, alpha: float) -> Callable[[Tensor], Tensor]:
+    """f'(ratio) from log-ratios, by TRL's name of the divergence f (Wang et al. 2023, arXiv:2309.16240, as in TRL)."""
+    if divergence == "forward_kl":
+        return lambda r: 1 - torch.exp(-r)
+    if divergence == "js_divergence":
+        return lambda r: math.log(2) + F.logsigmoid(r)
+    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:  # at 1 the reverse KL, to TRL as well
+        return lambda r: (torch.exp(((alpha - 1) * r).clamp(max=80)) - 1) / (alpha - 1)
+    return lambda r: r
+
+
+def _columns(names: Any) -> list[str]:
+    return [name for name in COLUMNS if name in names]
