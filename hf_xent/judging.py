@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.logging import tqdm
 
 from .data import Format
 from .lazy import LazyLogits
@@ -134,7 +135,8 @@ class ModelJudge:
         prompts = [prompt for prompt, _ in asked]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like lengths
         found = torch.empty(len(prompts))
-        for start in range(0, len(order), self.batch_size):
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, "Judging", leave=False, disable=None):  # shown on terminals alone
             part = order[start : start + self.batch_size]
             found[part] = self._odds([prompts[i] for i in part], verdicts).float().cpu()
         return found

@@ -61,3 +61,30 @@ def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):
         all(f"| {arm} |" in card for arm in found)
         and json.loads((tmp_path / "out" / "results.json").read_text()) == found
     )
+
+
+def test_osp_rounds_compares_all_arms(tmp_path):
+    """On a tiny model and one seed: every arm runs, DPO reads the self-judge's pairs, the card has the table."""
+    import runpy
+
+    import datasets
+
+    tokenizer = tiny_tokenizer("what is rain A B answer in at most eight words the letter ")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tiny(std=0.05).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "osp_rounds.py"))
+    rows = [{"thing": "rain"}] * 3
+    assert example["program"](rows, ["Rain is water.", "rain", "Rain " * 9], ["Water is wet.", "x", "y"]) == [
+        1,
+        0.5,
+        0.5,
+    ]
+    found = example["main"](model=str(tmp_path / "model"), prompts=2, rounds=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(example["ARMS"])
+    pairs = datasets.load_from_disk(str(tmp_path / "out" / "self-judge" / "seed-0" / "_pairs" / "round-0"))
+    assert found["self-judge"][0]["strength"] == sum(pairs["preference_prob"]) / 2 < 1
+    assert found["DPO on the self-judge's pairs"][0]["strength"] == 1
+    assert not (tmp_path / "out" / "DPO on the self-judge's pairs").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {arm} |" in card for arm in found)

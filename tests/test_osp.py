@@ -5,12 +5,16 @@ import peft
 import pytest
 import torch
 from models import tiny, tiny_tokenizer
+from ranks import run_ranks
 
 from hf_xent.data import Format
+from hf_xent.generation import responses
 from hf_xent.judging import ModelJudge, both_orders, strength
 from hf_xent.patching import seam_of
 from hf_xent.trainers import OSPConfig, OSPTrainer, SPCEConfig, SPCETrainer
 
+# TRL's configuration sets the old name of the option
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 TEXT = "the quick brown fox jumps over the lazy dog or is a b " * 8
 PROMPTS = ["the quick", "a lazy brown", "the", "fox jumps over"]
 FORMAT = Format("{prompt} over {first} or {second} is", ("a", "b"))
@@ -69,11 +73,11 @@ def test_a_round_by_hand(tmp_path):
     rows = prompts(baseline=["fox", "the dog", "is", "a b"], note=["w", "x", "y", "z"])
     trainer = run(tmp_path, rows, baseline="given", pairs="all", num_train_epochs=1)
     made = trainer.pairs(0)
-    assert len(made) == 4 * 3 and made["note"][::3] == ["w", "x", "y", "z"] and set(made["round"]) == {0}
+    assert len(made) == 4 * 3 and list(made["note"][::3]) == ["w", "x", "y", "z"] and set(made["round"]) == {0}
     tokenizer = trainer.processing_class
     judge = ModelJudge(tiny(), tokenizer, FORMAT)
     for side in ("chosen", "rejected"):
-        assert made[side] == tokenizer.batch_decode(made[f"{side}_ids"], skip_special_tokens=True)
+        assert list(made[side]) == tokenizer.batch_decode(list(made[f"{side}_ids"]), skip_special_tokens=True)
         expected = both_orders(judge, list(made), made[side], made["baseline"]).p
         torch.testing.assert_close(
             torch.tensor(made[f"{side}_score"], dtype=torch.float64), expected, rtol=0, atol=1e-6
@@ -170,6 +174,27 @@ def test_accumulation_is_invariant(tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-5) and len(losses(whole)) == 2
     norms = [[entry["grad_norm"] for entry in x.state.log_history if "grad_norm" in entry] for x in (whole, parts)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def on_a_rank(rank, folder):
+    calls = []
+
+    def generate(*args, **options):
+        calls.append(rank)
+        return responses(*args, **options)
+
+    trainer = run(folder, generate=generate, ddp_backend="gloo")
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return len(calls), losses(trainer), weights, type(trainer.model_wrapped).__name__
+
+
+@pytest.mark.slow  # two processes start
+def test_two_ranks_share_the_pairs_of_one(tmp_path):
+    """The main process samples, both train on its pairs: as one process with batches of twice the size."""
+    single = run(tmp_path / "single", per_device_train_batch_size=4)
+    (made, found, weights, kind), (idle, _, others, _) = run_ranks(2, on_a_rank, tmp_path, tmp_path / "both")
+    assert kind == "DistributedDataParallel" and (made, idle) == (6, 0)
+    assert found == pytest.approx(losses(single), abs=1e-5) and torch.equal(weights, others)
 
 
 def test_a_program_judges_with_one_comparison_an_answer(tmp_path):

@@ -16,10 +16,11 @@ again by a run that resumes within the round; `trainer.pairs(r)` gives them, as 
 DPO, `preference_prob`, the judge's `chosen_score` and `rejected_score`, token ids, and the prompt's other columns.
 
 Sampling goes through `generate`; for an engine such as vLLM pass `generate=`, a function like
-`hf_xent.generation.responses` (we have not tried one, so none is built in: its weights must follow the policy's). With
-several processes the main one samples and judges while the others wait. TRL's GRPO is no host for pairs: it shuffles
-the samples of a generation batch one by one and splits them into micro-batches, so the two of a pair part, and its loss
-takes one advantage a sample; a pair's loss would need the 600-line method between sampling and shuffling copied.
+`hf_xent.generation.responses` (none is built in: its weights have to follow the policy's, which we could not try here).
+With several processes the main one samples and judges while the others wait; they read the pairs from a shared folder.
+A run that is stopped while it samples makes that round's pairs again. There is no online mode: TRL's GRPO, which could
+sample for it, shuffles samples one by one and splits them into micro-batches, so the two of a pair part; every sample
+would have to carry its partner along, and the loss, which takes an advantage a sample, be replaced whole.
 
 The paper's K, temperature, judge prompt, beta and pairing scheme are not known to us: all defaults are ours.
 
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from transformers import TrainerCallback
+from transformers.utils.logging import tqdm
 from trl.trainer.utils import use_adapter
 
 from .. import generation
@@ -97,7 +99,8 @@ class Round(torch.utils.data.Dataset):
     """The pairs of the round that is under way; their number is known before they are."""
 
     def __init__(self, length: int):
-        self.length, self.number, self.rows = length, -1, None
+        self.length, self.number = length, -1
+        self.rows: Dataset | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -119,6 +122,7 @@ class OSPTrainer(SPCETrainer):
     """
 
     args: OSPConfig
+    train_dataset: Any
     _name = "OSP"
     _tag_names = ["trl", "osp", "hf_xent"]  # noqa: RUF012  as TRL declares it
 
@@ -209,15 +213,11 @@ class OSPTrainer(SPCETrainer):
         """Answers, in batches that are each seeded by the run's seed, the round and their place."""
         args, size, found = self.args, self.args.generation_batch_size, []
         with evaluating(self.model):
-            for start in range(0, len(prompts), size):
+            starts = range(0, len(prompts), size)
+            for start in tqdm(starts, f"Sampling, round {number}", leave=False, disable=args.disable_tqdm or None):
                 [seed] = np.random.SeedSequence((args.seed, number, start)).generate_state(1).tolist()
-                found += self.generate(
-                    self.model,
-                    prompts[start : start + size],
-                    tokens=args.max_new_tokens,
-                    seed=seed,
-                    temperature=temperature,
-                )
+                part, how = prompts[start : start + size], {"tokens": args.max_new_tokens, "temperature": temperature}
+                found += self.generate(self.model, part, seed=seed, **how)
         return found
 
     def _decode(self, answers: list[list[int]]) -> list[str]:
@@ -234,9 +234,9 @@ class OSPTrainer(SPCETrainer):
                 found = self._decode(self._sample(self.prompts["prompt_ids"], number, 0.0))
             baselines = [text for text in found for _ in range(count)]
         asked = [i for i in range(len(texts)) if baseline != "sample" or i % count]
-        shown = ([values[i] for i in asked] for values in (rows, texts, baselines))
+        against = [baselines[i] for i in asked]
         with self._judging() as judge:
-            verdicts = both_orders(judge, *shown)
+            verdicts = both_orders(judge, [rows[i] for i in asked], [texts[i] for i in asked], against)
         differ = torch.tensor([texts[i] != baselines[i] for i in asked])
         if differ.any():
             self._note("judge/steady", verdicts.steady[differ].double().mean())
