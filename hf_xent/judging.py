@@ -164,12 +164,10 @@ class ModelJudge:
         with evaluating(model), lazily(ensure_patched(model)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-            whole = isinstance(last, LazyLogits) and last.head.shard is None
-            z = (
-                last.head[torch.tensor(verdicts, device=last.hidden.device)].logits(last.hidden)
-                if whole
-                else last[:, verdicts]
-            )
+            if isinstance(last, LazyLogits) and last.head.shard is None:
+                z = last.head[torch.tensor(verdicts, device=last.hidden.device)].logits(last.hidden)
+            else:  # a head that cannot be read after its call, or is split over ranks: one position's whole logits
+                z = last[:, verdicts]
         return (z[:, 0] - z[:, 1]).sigmoid()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -63,6 +64,7 @@ def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
 def test_osp_rounds_compares_all_arms(tmp_path):
     """On a tiny model and one seed: every arm runs, DPO reads the self-judge's pairs, the card has the table."""
     import runpy

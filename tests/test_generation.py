@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import V, batch, tiny
 
-from hf_xent.generation import distinct, repetition, sample, temperature_of
+from hf_xent.generation import distinct, repetition, responses, sample, temperature_of
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
 
@@ -38,6 +38,18 @@ def test_samples_end_at_the_end_token():
     model.generation_config.eos_token_id = list(range(50, V))
     found = sample(model, batch()[0], tokens=30)
     assert all(token < 50 for row in found for token in row) and any(len(row) < 30 for row in found)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_responses_do_not_depend_on_padding(name):
+    model = tiny(name, std=0.3)
+    model.generation_config.eos_token_id = list(range(60, V))
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    together = responses(model, prompts, tokens=12, temperature=0.0)
+    assert together == [responses(model, [prompt], tokens=12, temperature=0.0)[0] for prompt in prompts]
+    several = [row for seed in range(8) for row in responses(model, prompts, tokens=12, seed=seed)]
+    assert all(token < 60 for row in several for token in row[:-1]), "nothing after an end token"
+    assert all(row[-1] >= 60 or len(row) == 12 for row in several) and any(row[-1] >= 60 for row in several)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
