@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -77,11 +78,8 @@ def test_osp_rounds_compares_all_arms(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     example = runpy.run_path(str(EXAMPLES / "osp_rounds.py"))
     rows = [{"thing": "rain"}] * 3
-    assert example["program"](rows, ["Rain is water.", "rain", "Rain " * 9], ["Water is wet.", "x", "y"]) == [
-        1,
-        0.5,
-        0.5,
-    ]
+    judged = example["program"](rows, ["Rain is water.", "rain", "Rain " * 9], ["Water is wet.", "x", "y"])
+    assert judged == [1, 0.5, 0.5]
     found = example["main"](model=str(tmp_path / "model"), prompts=2, rounds=1, seeds=1, output=tmp_path / "out")
     assert set(found) == set(example["ARMS"])
     pairs = datasets.load_from_disk(str(tmp_path / "out" / "self-judge" / "seed-0" / "_pairs" / "round-0"))
@@ -90,3 +88,29 @@ def test_osp_rounds_compares_all_arms(tmp_path):
     assert not (tmp_path / "out" / "DPO on the self-judge's pairs").exists()
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {arm} |" in card for arm in found)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL passes transformers' options by names of before v6
+def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
+    """On a tiny model and one seed: every arm trains on the same noisy pairs, the untrained control knows nothing."""
+    import runpy
+
+    tiny(std=0.05, vocab_size=90, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "spo_dpo.py"))
+    places = example["main"].__globals__
+    for name, value in (("HELD_OUT", 8), ("PROMPTS", 2), ("NEW", 4)):
+        monkeypatch.setitem(places, name, value)
+    found = example["main"](model=str(tmp_path / "model"), steps=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == {*example["ARMS"], example["CONTROL"]}
+    truth = torch.tensor(example["pairs"](8, 0, held_out=True)["preference_prob"])
+    control = found[example["CONTROL"]][0]
+    assert control["squared error"] == pytest.approx((truth - 0.5).square().mean().item(), rel=1e-4)
+    assert control["mean |margin|"] == pytest.approx(0, abs=1e-7)
+    assert all(row[0]["mean |margin|"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
+    train = example["pairs"](50, 0, held_out=False)
+    assert train["preference_prob"] != example["pairs"](50, 1, held_out=False)["preference_prob"]
+    topics = [
+        {row["prompt"].split(", ")[1] for row in rows} for rows in (train, example["pairs"](50, 0, held_out=True))
+    ]
+    assert not topics[0] & topics[1]

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .osp import OSPTrainer as OSPTrainer
     from .spce import SPCEConfig as SPCEConfig
     from .spce import SPCETrainer as SPCETrainer
+    from .spo import SPO as SPO
+    from .spo import SPOConfig as SPOConfig
+    from .spo import SPOOptions as SPOOptions
+    from .spo import SPOTrainer as SPOTrainer
     from .xent import XentConfig as XentConfig
     from .xent import XentTrainer as XentTrainer
 
@@ -25,6 +29,7 @@ METHODS = {
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
+    "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),
 }
 """File -> the names it offers; `hf_xent` offers them all."""

@@ -1,0 +1,81 @@
+"""RAKE: the key phrases of a text, and the text without its most important ones.
+
+Stop-words and whatever stands between words but plain spaces cut a text into phrases. With the phrases that contain it,
+
+    score(word) = sum of their lengths / their number          score(phrase) = sum of its words' scores
+
+both counted with repetition, in lower case. Equal scores rank in order of first occurrence (our choice). The stop-words
+are scikit-learn's English list unless others are given.
+
+Source: Rose et al. 2010, Automatic keyword extraction from individual documents, in Text Mining (Wiley), chapter 1.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+WORD = re.compile(r"\w+(?:['’-]\w+)*")  # noqa: RUF001  the apostrophe as typesetters have it
+SPACES = re.compile(r"[ \t]+")
+
+
+def phrases(text: str, stop_words: Collection[str] | None = None) -> dict[str, float]:
+    """Key phrases of a text in lower case, best first, and their scores."""
+    found = [phrase for phrase, _ in _occurrences(text, stop_words)]
+    number: Counter[str] = Counter()
+    lengths: Counter[str] = Counter()
+    for phrase in found:
+        words = phrase.split()
+        number.update(words)
+        lengths.update({word: words.count(word) * len(words) for word in set(words)})
+    scores = {phrase: sum(lengths[word] / number[word] for word in phrase.split()) for phrase in found}
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))  # stable: ties stay in order
+
+
+def without(
+    text: str, shares: Sequence[float], stop_words: Collection[str] | None = None, *, shuffled: bool = False
+) -> list[str]:
+    """The text without growing shares of its key phrases, best first; spaces left doubled or before a stop close up.
+
+    Of K phrases, the first round(share K) go wherever they occur, so a share of 0 is the text itself. `shuffled` takes
+    them in an order that is random but always the same for a text: the control. Raises: ValueError for a share outside
+    of [0, 1].
+    """
+    if wrong := [share for share in shares if not 0 <= share <= 1]:
+        raise ValueError(f"shares has {wrong[0]}: choose numbers from 0 to 1")
+    ranked = list(phrases(text, stop_words))
+    if shuffled:
+        random.Random(text).shuffle(ranked)
+    spans = _occurrences(text, stop_words)
+    return [_cut(text, spans, set(ranked[: round(share * len(ranked))])) for share in shares]
+
+
+def _cut(text: str, spans: list[tuple[str, tuple[int, int]]], gone: set[str]) -> str:
+    if not gone:
+        return text
+    rest = text
+    for phrase, (start, end) in reversed(spans):
+        if phrase in gone:
+            rest = rest[:start] + rest[end:]
+    rest = re.sub(r"[ \t]+([.,;:!?])", r"\1", SPACES.sub(" ", rest))
+    return rest if text[0].isspace() else rest.lstrip(" ")
+
+
+def _occurrences(text: str, stop_words: Collection[str] | None) -> list[tuple[str, tuple[int, int]]]:
+    """(phrase, where it stands) in order: runs of words with nothing but spaces between them, without stop-words."""
+    if stop_words is None:
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # lazy: a second
+
+        stop_words = ENGLISH_STOP_WORDS
+    runs: list[list[re.Match[str]]] = [[]]
+    end = 0
+    for word in WORD.finditer(text):
+        stops = word.group().lower() in stop_words
+        if stops or text[end : word.start()].strip(" \t"):
+            runs.append([])
+        if not stops:
+            runs[-1].append(word)
+        end = word.end()
+    return [(" ".join(w.group().lower() for w in run), (run[0].start(), run[-1].end())) for run in runs if run]

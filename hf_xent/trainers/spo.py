@@ -1,0 +1,248 @@
+"""Preference training that also learns how much of a preferred answer's content is there (SPO).
+
+A preference loss says which answer is better; the degree loss asks the model to tell an answer from the same answer
+with less of its key content. Answer y becomes y_0 = y, y_1, ..., y_(N-1), of which growing shares of the key phrases
+are removed (`hf_xent.data.rake`); a linear head on the hidden state h_j of (prompt, y_j) guesses j:
+
+    loss = alignment loss + gamma_w mean L(chosen) + gamma_l mean L(rejected)        L(y) = mean_j l(h_j, j)
+    l    = -log softmax(W h_j + b)_j                                                 degree_head="classes"
+         = mean over k = 1 .. N-1 of BCE(sigmoid(w h_j + b_k), 1[j >= k])            degree_head="ordinal" (CORAL)
+
+The alignment loss is whatever the trainer's is: `SPO` goes before any TRL trainer of preferences in a class's bases.
+
+    class SPOKTOConfig(SPOOptions, KTOConfig): ...     (a dataclass)
+    class SPOKTOTrainer(SPO, KTOTrainer): ...          gamma_w for desirable completions, gamma_l for the others
+
+It works with `DPOTrainer` and every loss type of it (`SPOTrainer`), `SPCETrainer`, `KTOTrainer`, and TRL's experimental
+ORPO and CPO. Texts and conversations, adapters and full fine-tuning; not images. Answers are cut on their text and
+tokenized as batches are made; they are cut at `max_length`, as TRL cuts them.
+
+The head starts at zero (L = ln N, or ln 2 for the ordinal one), and trains with the model but is no part of it:
+checkpoints have it in a file of its own, `_degree_head.safetensors`, which resuming reads and which a push leaves out,
+as all names with an underscore; `push_degree_head` drops the underscore.
+
+Source: Li et al. 2024, Self-supervised Preference Optimization, arXiv:2409.17791 (Findings of EMNLP). Re-implementation
+from descriptions: N, shares, pooling, heads, both gammas and the sides they are for are our choices, all options here.
+CORAL: Cao et al. 2020, arXiv:1901.07884.
+Data: as the alignment trainer's, with its text columns: prompt, and chosen and rejected, or completion.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from trl import DPOConfig, DPOTrainer
+
+from ..data.variants import Variants
+from ..patching import lazily
+from .streamed import Streamed
+
+KEY = "spo"  # of the degree task's tensors in a batch
+NAME = "degree_head"
+TEXTS = ("prompt", "chosen", "rejected", "completion")
+
+
+@dataclass
+class SPOOptions:
+    """The options of SPO; goes before the configuration of the alignment trainer in a class's bases."""
+
+    degrees: int = field(default=3, metadata={"help": "N, the variants of an answer, the answer itself included."})
+    max_removed: float = field(
+        default=0.75, metadata={"help": "Share of key phrases the last variant lacks; those between are evenly spaced."}
+    )
+    key_content: str = field(
+        default="rake", metadata={"help": "What is removed: 'rake', the best phrases first, or 'random', the control."}
+    )
+    pooling: str = field(
+        default="last", metadata={"help": "Hidden state: of the 'last' token, or the 'mean' over the answer's tokens."}
+    )
+    degree_head: str = field(default="classes", metadata={"help": "'classes' (softmax) or 'ordinal' (CORAL)."})
+    two_heads: bool = field(default=False, metadata={"help": "One head each for chosen and rejected answers."})
+    gamma_w: float = field(default=0.1, metadata={"help": "Weight of the degree loss of chosen answers."})
+    gamma_l: float = field(default=0.1, metadata={"help": "Weight of the degree loss of rejected answers."})
+    push_degree_head: bool = field(default=False, metadata={"help": "Push the head beside the model too."})
+
+    def __post_init__(self) -> None:
+        parent: Any = super()
+        with suppress(AttributeError):  # alone it has none
+            parent.__post_init__()
+        for name, known in (
+            ("key_content", ("rake", "random")), ("pooling", ("last", "mean")), ("degree_head", ("classes", "ordinal"))
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {known[0]!r} or {known[1]!r}")
+        if self.degrees < 2 or not 0 < self.max_removed <= 1:
+            raise ValueError(
+                f"degrees is {self.degrees}, max_removed {self.max_removed}: choose degrees >= 2, 0 < max_removed <= 1"
+            )
+        if min(self.gamma_w, self.gamma_l) < 0:
+            raise ValueError(f"gamma_w is {self.gamma_w}, gamma_l {self.gamma_l}: choose numbers >= 0")
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the key phrases that every variant lacks."""
+        return [self.max_removed * j / (self.degrees - 1) for j in range(self.degrees)]
+
+
+@dataclass
+class SPOConfig(SPOOptions, DPOConfig):
+    """`trl.DPOConfig` and the options of SPO."""
+
+
+class SPO(Streamed):
+    """The degree loss on top of a TRL trainer's own; see the module's docstring.
+
+    Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`. With both gammas 0 the
+    trainer is the one below it, to the last bit. Raises: ValueError for options that do not fit.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        options: Any = trainer.args
+        get_base: Any = getattr(trainer.model, "get_base_model", None)  # PEFT
+        model = trainer.model if get_base is None else get_base()
+        self.degree_head = DegreeHead(model.config.get_text_config().hidden_size, options)
+        model.add_module(NAME, self.degree_head.to(model.device))  # the optimizer, clipping and DDP find it there
+        ignored = {f"{NAME}.{name}" for name in self.degree_head.state_dict()}
+        model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *ignored}
+        trainer.data_collator = Variants(trainer.data_collator, trainer.processing_class, options)
+        self._seen: dict[tuple[bool, str], list[Tensor]] = {}  # by mode and name
+
+    def _set_signature_columns_if_needed(self) -> None:
+        parent: Any = super()
+        parent._set_signature_columns_if_needed()
+        trainer: Any = self
+        trainer._signature_columns = list(dict.fromkeys([*trainer._signature_columns, *TEXTS]))
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """As the trainer below, which knows nothing of variants."""
+        parent: Any = super()
+        return parent.compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The alignment loss and the weighted degree loss."""
+        variants = inputs.get(KEY)
+        parent: Any = super()
+        rest = {name: x for name, x in inputs.items() if name != KEY}
+        found = parent.compute_loss(model, rest, return_outputs, *args, **kwargs)
+        if not variants:
+            return found
+        loss, *outputs = found if return_outputs else (found,)
+        loss = loss + self._degree_loss(model, **variants).to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _degree_loss(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, answer: Tensor, degree: Tensor,
+        side: Tensor, weight: Tensor,
+    ) -> Tensor:  # fmt: skip
+        with lazily(model):  # lazy logits carry the head's hidden states [R, T, D], and are never computed
+            hidden = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.hidden
+        losses, guesses = self.degree_head(hidden, answer, degree, side)
+        self._note("degree_loss", losses)
+        self._note("degree_accuracy", (guesses == degree).float())
+        return (losses * weight).sum()
+
+    def _note(self, name: str, values: Tensor) -> None:
+        trainer: Any = self
+        means = trainer.accelerator.gather(values.detach().mean())
+        self._seen.setdefault((trainer.model.training, name), []).append(means.mean())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the means since the last log."""
+        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
+        if prefix or "loss" in logs:
+            for training, name in [key for key in self._seen if key[0] is not bool(prefix)]:
+                logs[prefix + name] = float(torch.stack(self._seen.pop((training, name))).mean())
+        parent: Any = super()
+        parent.log(logs, *args, **kwargs)
+
+    @property
+    def _head_file(self) -> str:
+        options: Any = self
+        return ("" if options.args.push_degree_head else "_") + f"{NAME}.safetensors"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        parent: Any = super()
+        parent._save(output_dir, state_dict)
+        trainer: Any = self
+        if trainer.args.should_save:
+            save_file(self.degree_head.state_dict(), Path(output_dir or trainer.args.output_dir) / self._head_file)
+
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        parent._load_from_checkpoint(checkpoint, *args, **kwargs)
+        self._load_head(checkpoint)
+
+    def _load_best_model(self) -> None:
+        parent: Any = super()
+        parent._load_best_model()
+        trainer: Any = self
+        self._load_head(trainer.state.best_model_checkpoint)
+
+    def _load_head(self, folder: str) -> None:
+        file = Path(folder) / self._head_file
+        if not file.exists():
+            raise ValueError(f"checkpoint is {folder}, which has no {file.name}: it was not saved by this trainer")
+        self.degree_head.load_state_dict(load_file(file))
+
+
+class SPOTrainer(SPO, DPOTrainer):
+    """DPO, with any of its losses, and SPO's degree loss; see the module's docstring and `trl.DPOTrainer`."""
+
+    args: SPOConfig
+    _name = "SPO"
+    _tag_names = ["trl", "spo", "hf_xent"]  # noqa: RUF012  as TRL declares it
+    _paper = {  # noqa: RUF012
+        "title": "Self-supervised Preference Optimization",
+        "id": "2409.17791",
+        "citation": "@inproceedings{li2024self,\n    title     = {{Self-supervised Preference Optimization}},\n"
+        "    author    = {Li and others},\n    year      = 2024,\n    booktitle = {Findings of EMNLP 2024},\n}",
+    }
+
+    def __init__(self, model: Any, ref_model: Any = None, args: SPOConfig | None = None, **kwargs: Any):
+        super().__init__(model, ref_model, SPOConfig(output_dir="out") if args is None else args, **kwargs)
+
+
+class DegreeHead(nn.Module):
+    """Guesses how much of an answer is missing from its hidden state, in float32; one head, or one for each side."""
+
+    def __init__(self, size: int, options: SPOOptions):
+        super().__init__()
+        self.ordinal, self.pooling = options.degree_head == "ordinal", options.pooling
+        self.sides, thresholds = 1 + options.two_heads, options.degrees - 1
+        self.weight = nn.Parameter(torch.zeros(self.sides, 1 if self.ordinal else options.degrees, size))
+        self.bias = nn.Parameter(torch.zeros(self.sides, thresholds if self.ordinal else options.degrees))
+
+    def forward(
+        self,
+        hidden: Tensor,  # [R, T, D]
+        answer: Tensor,  # [R, T], true at the answer's tokens
+        degree: Tensor,  # [R]
+        side: Tensor,  # [R], 0 chosen, 1 rejected
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and guessed degrees [R]."""
+        which = side.clamp(max=self.sides - 1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = self._pool(hidden.float(), answer)
+            z = torch.einsum("rd,rnd->rn", pooled, self.weight[which].float()) + self.bias[which].float()
+        if not self.ordinal:
+            return F.cross_entropy(z, degree, reduction="none"), z.argmax(-1)
+        above = degree[:, None] > torch.arange(z.shape[1], device=z.device)
+        return F.binary_cross_entropy_with_logits(z, above.float(), reduction="none").mean(-1), (z > 0).sum(-1)
+
+    def _pool(self, hidden: Tensor, answer: Tensor) -> Tensor:
+        if self.pooling == "mean":
+            mask = answer[..., None].to(hidden)
+            return (hidden * mask).sum(1) / mask.sum(1)
+        places = torch.arange(answer.shape[1], device=answer.device)
+        return hidden[torch.arange(len(hidden), device=hidden.device), (places * answer).argmax(1)]

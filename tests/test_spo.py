@@ -1,0 +1,300 @@
+"""SPO: the degree loss by hand, the trainers below it untouched, and a head that travels beside the model."""
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import datasets
+import peft
+import pytest
+import torch
+import trl
+from models import assert_same_gradients, gradients, tiny, tiny_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from hf_xent.data.variants import Variants
+from hf_xent.patching import seam_of
+from hf_xent.trainers import SPO, SPCEConfig, SPCETrainer, SPOConfig, SPOOptions, SPOTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # TRL's: experimental trainers say so, and more
+]
+PROMPTS = ["the cat", "a dog", "one bird", "the fish"] * 2
+CHOSEN = [" sat on a mat, a red mat", " ran away", " sang a song and a tune", " swam in the sea"] * 2
+REJECTED = [" stood", " slept all day", " was gone", " ate the worm and fled"] * 2
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+
+
+def table(**columns):
+    return datasets.Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED, **columns})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny(std=0.05).save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class SPOKTOConfig(SPOOptions, trl.KTOConfig):
+    pass
+
+
+class SPOKTOTrainer(SPO, trl.KTOTrainer):
+    pass
+
+
+@dataclass
+class SoftConfig(SPOOptions, SPCEConfig):
+    pass
+
+
+class SoftTrainer(SPO, SPCETrainer):
+    pass
+
+
+def trainer_of(folder, source, rows=None, kind=SPOTrainer, config=SPOConfig, **options):
+    common = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no", "seed": 0, "bf16": False, "beta": 0.5,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(source)
+    adapter = options.pop("peft_config", None)
+    arguments = config(str(folder), **{**common, **options})
+    rows = table() if rows is None else rows
+    torch.manual_seed(0)  # adapters are random
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=adapter)
+
+
+def fit(*args, resume=None, **options):
+    trainer = trainer_of(*args, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer, *names):
+    return [[e[name] for name in names or ("loss", "grad_norm")] for e in trainer.state.log_history if "loss" in e]
+
+
+def test_variants_by_hand():
+    """Which tokens, where the answer begins, which degree, side and weight; the end token stays."""
+    tokenizer = tiny_tokenizer()
+    options = SPOOptions(degrees=2, max_removed=1.0, gamma_w=0.5, gamma_l=0.25)
+    collate = Variants(lambda rows: {"inner": len(rows)}, tokenizer, options)
+    row = {"prompt": "the dog", "chosen": " ran to the fox</s>", "rejected": " quick fox</s>"}
+    batch = collate([row, row])
+    assert batch["inner"] == 2
+    task = batch["spo"]
+    texts = [
+        tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(task["input_ids"], task["attention_mask"], strict=True)
+    ]
+    expected = ["the dog ran to the fox</s>", "the dog to the </s>", "the dog quick fox</s>", "the dog </s>"]
+    assert [text.lstrip() for text in texts] == expected * 2  # the tokenizer's own space
+    assert task["degree"].tolist() == [0, 1] * 4 and task["side"].tolist() == [0, 0, 1, 1] * 2
+    assert task["weight"].tolist() == [0.125, 0.125, 0.0625, 0.0625] * 2  # over 2 rows and 2 degrees
+    answers = [tokenizer.decode(ids[where]) for ids, where in zip(task["input_ids"], task["answer"], strict=True)]
+    assert answers == [text.lstrip().removeprefix("the dog") for text in texts]
+    one_sided = Variants(dict, tokenizer, SPOOptions(gamma_w=0.0, gamma_l=0.0))
+    assert one_sided([]) == {} and Variants(dict, tokenizer, SPOOptions(gamma_l=0.0)).options.shares == [0, 0.375, 0.75]
+
+
+def test_variants_of_conversations_and_completions():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} jumps {% endfor %}"
+    collate = Variants(lambda rows: {}, tokenizer, SPOOptions(degrees=2, max_removed=1.0))
+    row = {"prompt": [{"role": "user", "content": "dog"}], "label": False}
+    task = collate([row | {"completion": [{"role": "assistant", "content": "fox of the dog"}]}])["spo"]
+    texts = [tokenizer.decode(ids[where]) for ids, where in zip(task["input_ids"], task["answer"], strict=True)]
+    assert [text.strip() for text in texts] == ["fox of the dog jumps", "of the  jumps"]
+    assert task["side"].tolist() == [1, 1], "an undesirable completion counts as rejected"
+
+
+def dense_degrees(trainer, model, task, kind, pooling, two):
+    """The degree loss from an unpatched model's hidden states, by the docstring's formulas."""
+    hidden = model(input_ids=task["input_ids"], attention_mask=task["attention_mask"], output_hidden_states=True)
+    total = 0
+    for i, h in enumerate(hidden.hidden_states[-1]):
+        rows = h[task["answer"][i]]
+        pooled = rows[-1] if pooling == "last" else rows.mean(0)
+        side = int(task["side"][i]) if two else 0
+        z = trainer.degree_head.weight.detach()[side] @ pooled + trainer.degree_head.bias.detach()[side]
+        j = int(task["degree"][i])
+        if kind == "classes":
+            loss = -z.log_softmax(0)[j]
+        else:
+            terms = [-(z[k].sigmoid() if j >= k + 1 else 1 - z[k].sigmoid()).log() for k in range(len(z))]
+            loss = sum(terms) / len(terms)
+        gamma = (0.7, 0.3)[int(task["side"][i])]
+        total = total + gamma * loss / 3 / 4
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "two"), [("classes", "last", False), ("ordinal", "mean", True), ("ordinal", "last", False)]
+)
+def test_the_degree_loss_and_its_gradients_are_those_of_the_formula(kind, pooling, two, saved, tmp_path):
+    options = {"degree_head": kind, "pooling": pooling, "two_heads": two, "gamma_w": 0.7, "gamma_l": 0.3}
+    trainer = trainer_of(tmp_path, saved, **options)
+    plain = trainer_of(tmp_path, saved, gamma_w=0.0, gamma_l=0.0)
+    with torch.no_grad():
+        for parameter in trainer.degree_head.parameters():
+            parameter.normal_(std=0.5)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    loss.backward()
+    mine = {k: g for k, g in gradients(trainer.model).items() if "degree_head" not in k}
+
+    base = plain.compute_loss(plain.model, {k: x for k, x in inputs.items() if k != "spo"})
+    base.backward()
+    stock, model = gradients(plain.model), AutoModelForCausalLM.from_pretrained(saved)
+    expected = dense_degrees(trainer, model, inputs["spo"], kind, pooling, two)
+    expected.backward()
+    torch.testing.assert_close(loss, base + expected, rtol=1e-5, atol=1e-6)
+    dense = gradients(model)
+    added = {name: g + dense.get(name, 0) for name, g in stock.items() if "degree_head" not in name}
+    assert_same_gradients(mine, added, rtol=1e-4)
+    assert seam_of(trainer.model).materialized == 0
+
+
+KINDS = {
+    "DPO": (SPOTrainer, SPOConfig, trl.DPOTrainer, trl.DPOConfig, {}),
+    "IPO": (SPOTrainer, SPOConfig, trl.DPOTrainer, trl.DPOConfig, {"loss_type": "ipo"}),
+    "mixture": (SPOTrainer, SPOConfig, trl.DPOTrainer, trl.DPOConfig, {"loss_type": ["hinge", "sft"]}),
+    "KTO": (SPOKTOTrainer, SPOKTOConfig, trl.KTOTrainer, trl.KTOConfig, {}),
+    "SPCE": (SoftTrainer, SoftConfig, SPCETrainer, SPCEConfig, {}),
+}
+
+
+def rows_of(name):
+    if name == "SPCE":
+        return table(preference_prob=[0.7] * 8)
+    if name != "KTO":
+        return table()
+    return datasets.Dataset.from_dict({"prompt": PROMPTS, "completion": CHOSEN, "label": [True, False] * 4})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gamma_of_zero_is_the_trainer_below(name, saved, tmp_path):
+    ours, config, base, base_config, options = KINDS[name]
+    with_nothing = fit(tmp_path, saved, rows_of(name), ours, config, gamma_w=0.0, gamma_l=0.0, **options)
+    stock = fit(tmp_path, saved, rows_of(name), base, base_config, **options)
+    for mine, theirs in zip(logged(with_nothing), logged(stock), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    added = fit(tmp_path, saved, rows_of(name), ours, config, gamma_w=0.5, gamma_l=0.5, **options)
+    halves = 0.5 if name == "KTO" else 1.0  # a completion has one side, a pair has two
+    ln3 = torch.tensor(3.0).log().item()
+    assert logged(added)[0][0] == pytest.approx(logged(stock)[0][0] + halves * ln3, rel=1e-5)
+    assert logged(added, "degree_loss")[0] == pytest.approx([ln3], rel=1e-5), "a head of zeros knows nothing"
+    assert logged(added, "degree_loss")[-1][0] < ln3
+
+
+def test_orpo_takes_it_too(saved, tmp_path):
+    """An experimental trainer of TRL: full logits, no reference, another collator."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    @dataclass
+    class Config(SPOOptions, ORPOConfig):
+        pass
+
+    class Trainer(SPO, ORPOTrainer):
+        pass
+
+    found = fit(tmp_path, saved, kind=Trainer, config=Config, gamma_w=0.5, gamma_l=0.5)
+    plain = fit(tmp_path, saved, kind=ORPOTrainer, config=ORPOConfig)
+    ln3 = torch.tensor(3.0).log().item()
+    assert logged(found)[0][0] == pytest.approx(logged(plain)[0][0] + ln3, rel=1e-5)
+    assert logged(found, "degree_loss")[-1][0] < ln3
+
+
+SETTINGS = {
+    "full": {},
+    "adapter": {"peft_config": peft.LoraConfig(**LORA)},
+    "precomputed reference": {"precompute_ref_log_probs": True, "two_heads": True},
+    "checkpointing": {"gradient_checkpointing": True, "degree_head": "ordinal"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_head_travels_beside_the_model(setting, saved, tmp_path):
+    """Resumed losses are those of a straight run; the head is in its own file, and nowhere else."""
+    options = {**SETTINGS[setting], "save_strategy": "steps", "save_steps": 2, "gamma_w": 1.0}
+    straight = fit(tmp_path, saved, **options)
+    head = copy.deepcopy(straight.degree_head.state_dict())
+    resumed = fit(tmp_path, saved, resume=str(tmp_path / "checkpoint-2"), **options)
+    assert logged(resumed, "loss", "degree_loss") == logged(straight, "loss", "degree_loss")
+    assert all(torch.equal(x, head[name]) for name, x in resumed.degree_head.state_dict().items())
+    assert max(x.abs().max() for x in head.values()) > 0
+    folder = tmp_path / "checkpoint-4"
+    kept = load_file(folder / "_degree_head.safetensors")
+    assert all(torch.equal(x, head[name]) for name, x in kept.items()) and kept.keys() == head.keys()
+    straight.model.save_pretrained(tmp_path / "by hand")
+    for place in (folder, tmp_path / "by hand"):
+        [file] = place.glob("*model.safetensors")
+        with safe_open(file, "pt") as tensors:
+            assert not [name for name in tensors.keys() if "degree_head" in name]  # noqa: SIM118  no mapping
+    if setting == "full":  # no unexpected keys for whoever loads it
+        loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1]
+        assert not loaded["unexpected_keys"] and not loaded["missing_keys"]
+
+
+def test_the_head_is_pushed_only_if_asked(saved, tmp_path):
+    """`Trainer.push_to_hub` leaves out names that begin with an underscore."""
+    import inspect
+
+    from transformers import Trainer
+
+    assert '"_*"' in inspect.getsource(Trainer.push_to_hub)
+    for push, name in ((False, "_degree_head.safetensors"), (True, "degree_head.safetensors")):
+        trainer = trainer_of(tmp_path / str(push), saved, push_degree_head=push)
+        trainer.save_model()
+        assert [file.name for file in (tmp_path / str(push)).glob("*degree_head*")] == [name]
+    (tmp_path / "True" / "degree_head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no degree_head.safetensors"):
+        trainer._load_from_checkpoint(str(tmp_path / "True"))
+
+
+def test_degrees_are_learned(saved, tmp_path):
+    trainer = fit(tmp_path, saved, gamma_w=5.0, gamma_l=5.0, max_steps=25, per_device_train_batch_size=8, degrees=2)
+    found = logged(trainer, "degree_accuracy", "degree_loss")
+    assert found[0][0] == 0.5 and found[-1][0] > 0.75 and found[-1][1] < 0.5
+    again = trainer.evaluate(table())
+    assert again["eval_degree_accuracy"] == pytest.approx(found[-1][0], abs=0.15)
+
+
+def test_accumulation_does_not_change_gradients(saved, tmp_path):
+    found = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = trainer_of(tmp_path, saved, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
+        with torch.no_grad():
+            trainer.degree_head.weight.copy_(torch.linspace(-1, 1, trainer.degree_head.weight.numel()).view(1, 3, -1))
+        trainer.train()
+        found += logged(trainer)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_refusals():
+    for options, match in (
+        ({"key_content": "tfidf"}, r"key_content is 'tfidf': choose 'rake' or 'random'"),
+        ({"degree_head": "coral"}, r"degree_head is 'coral'"),
+        ({"pooling": "max"}, r"pooling is 'max'"),
+        ({"degrees": 1}, r"degrees is 1"),
+        ({"max_removed": 0.0}, r"max_removed 0.0"),
+        ({"gamma_l": -1.0}, r"gamma_l -1.0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            SPOConfig("out", use_cpu=True, **options)
+    assert F.cross_entropy(torch.zeros(1, 3), torch.tensor([2])) == pytest.approx(1.0986, abs=1e-4)
