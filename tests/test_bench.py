@@ -349,3 +349,19 @@ def test_compiled_dense_and_real_activations() -> None:
     assert [row.status for row in found] == ["ok"] * 3
     assert (found[0].N, found[0].V, found[0].D, found[0].source) == (64, 49152, 576, "smollm2 on pydoc")
     assert named(found, "hf_xent").peak_ratio < named(found, "dense").peak_ratio
+
+
+@pytest.mark.slow  # three processes load TRL
+def test_one_dpo_step_of_each_side(tmp_path):
+    """Both sides find the same loss and gradient, or `run` raises; the table holds them against TRL."""
+    from models import tiny, tiny_tokenizer
+
+    from hf_xent.bench import dpo
+
+    tiny(std=0.05, max_position_embeddings=128).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = dpo.run(str(tmp_path), pairs=2, tokens=32, prompt=8, rounds=1)
+    for mine, theirs in zip(found["hf_xent"], found["TRL"], strict=True):
+        assert (mine.loss, mine.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-4)
+        assert mine.loss != pytest.approx(math.log(2), rel=1e-5) and mine.seconds > 0 < mine.mib
+    assert "| TRL |" in dpo.table(found) and dpo.table(found).count("1.00") >= 2

@@ -1,7 +1,6 @@
 """SPCE: DPO at p = 1, cDPO at constant p, the formula at any p; columns, adapters, resume, and no logits anywhere."""
 
 import copy
-import warnings
 
 import datasets
 import peft
@@ -10,6 +9,7 @@ import torch
 import trl
 from models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
 from oracle import Largest
+from preferences import CHOSEN, LORA, PROMPTS, REJECTED, fit, logged, table, trainer_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -18,15 +18,8 @@ from hf_xent.trainers import SPCEConfig, SPCETrainer
 from hf_xent.trainers.spce import COLUMNS, REFERENCE, scores_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
-PROMPTS = ["the cat", "a dog", "one bird", "the fish"] * 2
-CHOSEN = [" sat on a mat", " ran away", " sang a song", " swam in the sea"] * 2
-REJECTED = [" stood", " slept all day", " was gone", " ate"] * 2
 P = [0.8, 1.0, 0.5, 0.3, 0.9, 0.65, 0.0, 0.75]
 WEIGHT = [1.0, 0.5, 2.0, 1.0, 0.0, 1.0, 3.0, 0.25]
-
-
-def table(**columns):
-    return datasets.Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED, **columns})
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +30,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def trainer_of(folder, source, rows=None, kind=SPCETrainer, model=None, **options):
-    common = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True,
-        "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no", "seed": 0, "bf16": False, "beta": 0.5,
-        "lr_scheduler_type": "constant",
-    }  # fmt: skip
-    adapter = options.pop("peft_config", None)
-    config = (trl.DPOConfig if kind is trl.DPOTrainer else SPCEConfig)(str(folder), **{**common, **options})
-    model = AutoModelForCausalLM.from_pretrained(source) if model is None else model
-    rows = table() if rows is None else rows
-    torch.manual_seed(0)  # adapters are random
-    return kind(model, args=config, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=adapter)
-
-
-def fit(*args, resume=None, **options):
-    trainer = trainer_of(*args, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def logged(trainer, *names):
-    return [[e[name] for name in names or ("loss", "grad_norm")] for e in trainer.state.log_history if "loss" in e]
-
-
-LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": ["q_proj", "v_proj", "up_proj"]}
+SPCE, DPO = (SPCETrainer, SPCEConfig), (trl.DPOTrainer, trl.DPOConfig)
 SETTINGS = {
     "plain": {},
     "precomputed reference": {"precompute_ref_log_probs": True},
@@ -78,13 +45,16 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+QUICK = ("plain", "precomputed reference", "adapter", "accumulation")
+
+
+@pytest.mark.parametrize("setting", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SETTINGS])
 def test_p_of_one_is_dpo_step_for_step(setting, saved, tmp_path):
     options = SETTINGS[setting]
-    stock = fit(tmp_path / "dpo", saved, kind=trl.DPOTrainer, **options)
+    stock = fit(*DPO, tmp_path / "dpo", saved, **options)
     names = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "entropy", "mean_token_accuracy")
     for rows in (table(), table(preference_prob=[1.0] * 8, weight=[1.0] * 8)):
-        ours = fit(tmp_path / "spce", saved, rows, **options)
+        ours = fit(*SPCE, tmp_path / "spce", saved, rows, **options)
         for mine, theirs in zip(logged(ours, *names), logged(stock, *names), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
         assert seam_of(ours.model).materialized == 0 < seam_of(ours.model).streamed
@@ -94,10 +64,10 @@ def test_p_of_one_is_dpo_step_for_step(setting, saved, tmp_path):
 def test_constant_p_is_cdpo(saved, tmp_path):
     """TRL's `aot` sorts pairs before it smooths their labels; with one pair a batch that is cDPO."""
     single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    peer = fit(tmp_path, saved, kind=trl.DPOTrainer, loss_type="aot", label_smoothing=0.2, **single)
-    smoothed = fit(tmp_path, saved, label_smoothing=0.2)
-    stated = fit(tmp_path, saved, table(preference_prob=[0.8] * 8))
-    ignored = fit(tmp_path, saved, kind=trl.DPOTrainer, label_smoothing=0.2)
+    peer = fit(*DPO, tmp_path, saved, loss_type="aot", label_smoothing=0.2, **single)
+    smoothed = fit(*SPCE, tmp_path, saved, label_smoothing=0.2)
+    stated = fit(*SPCE, tmp_path, saved, table(preference_prob=[0.8] * 8))
+    ignored = fit(*DPO, tmp_path, saved, label_smoothing=0.2)
     for found in (smoothed, stated):
         assert [x for x, _ in logged(found)] == pytest.approx([x for x, _ in logged(peer)], rel=1e-5)
     assert logged(ignored)[2][0] != pytest.approx(logged(peer)[2][0], rel=1e-3), "if equal, TRL smooths sigmoid now"
@@ -121,7 +91,7 @@ def pair_losses(method, z, p, w):
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
 def test_values_and_gradients_are_those_of_the_formula(method, divergence, saved, tmp_path):
     rows = table(preference_prob=P, weight=WEIGHT)
-    trainer = trainer_of(tmp_path, saved, rows, method=method, f_divergence_type=divergence, label_smoothing=0.1)
+    trainer = trainer_of(*SPCE, tmp_path, saved, rows, method=method, f_divergence_type=divergence, label_smoothing=0.1)
     with torch.no_grad():
         for parameter in trainer.model.parameters():  # as if it had trained for a while
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -162,7 +132,9 @@ def test_values_and_gradients_are_those_of_the_formula(method, divergence, saved
 )  # fmt: skip
 def test_golden_values(p, delta, loss, dpo, slope, saved, tmp_path):
     """The worked table at beta = 0.1: the trainer's step on a model that answers with the margin asked for."""
-    trainer = trainer_of(tmp_path, saved, table(preference_prob=[p] * 8), beta=0.1, precompute_ref_log_probs=True)
+    trainer = trainer_of(
+        *SPCE, tmp_path, saved, table(preference_prob=[p] * 8), beta=0.1, precompute_ref_log_probs=True
+    )
     margin = torch.tensor(delta, requires_grad=True)
     inputs = next(iter(trainer.get_train_dataloader()))
     inputs |= dict.fromkeys(REFERENCE, torch.zeros(4))
@@ -187,8 +159,8 @@ def test_exchanged_answers_and_complementary_probabilities_are_the_same(saved, t
     swapped = table(preference_prob=[1 - p for p in P], weight=WEIGHT)
     swapped = swapped.rename_columns({"chosen": "x", "rejected": "chosen"}).rename_column("x", "rejected")
     for method in ("spce", "pso"):
-        straight = fit(tmp_path, saved, table(preference_prob=P, weight=WEIGHT), method=method)
-        other = fit(tmp_path, saved, swapped, method=method)
+        straight = fit(*SPCE, tmp_path, saved, table(preference_prob=P, weight=WEIGHT), method=method)
+        other = fit(*SPCE, tmp_path, saved, swapped, method=method)
         for mine, theirs in zip(logged(other), logged(straight), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-4)
         assert logged(straight)[0][0] != pytest.approx(logged(straight)[-1][0], rel=1e-3)
@@ -208,7 +180,7 @@ def test_pairs_without_strength_or_weight_teach_nothing(saved, tmp_path):
     """p = 1/2 at the reference, PSO's weight at p = 1/2, and weight 0."""
     half, zero = table(preference_prob=[0.5] * 8), table(weight=[0.0] * 8)
     for rows, method, loss in ((half, "spce", 0.693147), (half, "pso", 0.0), (zero, "spce", 0.0)):
-        trainer = fit(tmp_path, saved, rows, method=method, max_steps=2)
+        trainer = fit(*SPCE, tmp_path, saved, rows, method=method, max_steps=2)
         assert logged(trainer) == [[pytest.approx(loss, abs=2e-6), pytest.approx(0, abs=1e-5)]] * 2
 
 
@@ -217,7 +189,7 @@ def test_accumulation_does_not_change_gradients(saved, tmp_path):
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         rows = table(preference_prob=P, weight=WEIGHT)
-        trainer = trainer_of(tmp_path, saved, rows, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
+        trainer = trainer_of(*SPCE, tmp_path, saved, rows, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -231,8 +203,8 @@ def test_accumulation_does_not_change_gradients(saved, tmp_path):
 def test_resumed_losses_are_those_of_a_straight_run(setting, saved, tmp_path):
     options = {**SETTINGS[setting], "save_strategy": "steps", "save_steps": 2}
     rows = table(preference_prob=P, weight=WEIGHT)
-    straight = fit(tmp_path, saved, rows, **options)
-    resumed = fit(tmp_path, saved, rows, resume=str(tmp_path / "checkpoint-2"), **options)
+    straight = fit(*SPCE, tmp_path, saved, rows, **options)
+    resumed = fit(*SPCE, tmp_path, saved, rows, resume=str(tmp_path / "checkpoint-2"), **options)
     assert logged(resumed) == logged(straight) and len(logged(straight)) == 4
     card = (tmp_path / "README.md").read_text()
     assert "Online Self-Preferring" in card and "spce" in card
@@ -246,7 +218,7 @@ def test_no_logits_and_no_kernel_of_trl(setting, tmp_path, monkeypatch):
     tiny(std=0.05, vocab_size=2000).save_pretrained(tmp_path / "model")
     model = patch(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), memory_budget=100_000)
     options = {"per_device_train_batch_size": 8, "model": model, **SETTINGS[setting]}
-    trainer = trainer_of(tmp_path, tmp_path / "model", table(preference_prob=P), **options)
+    trainer = trainer_of(*SPCE, tmp_path, tmp_path / "model", table(preference_prob=P), **options)
     inputs = next(iter(trainer.get_train_dataloader()))
     logits = inputs["input_ids"].numel() * 2000
     with Largest() as largest:
@@ -258,7 +230,7 @@ def test_no_logits_and_no_kernel_of_trl(setting, tmp_path, monkeypatch):
 
 def test_copies_of_the_model_run_their_own_weights(saved, tmp_path):
     """Before and after the first step; TRL's forward would run the original's."""
-    trainer = trainer_of(tmp_path, saved)
+    trainer = trainer_of(*SPCE, tmp_path, saved)
     inputs = next(iter(trainer.get_train_dataloader()))
     for _ in range(2):
         clone = copy.deepcopy(trainer.model)
@@ -297,7 +269,7 @@ def test_conversations_streams_and_evaluation(saved, tmp_path):
 def test_evaluation_of_a_given_dataset_with_precomputed_references(saved, tmp_path):
     """TRL then runs the collator over it once more: its columns must not reach the model."""
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved), peft.LoraConfig(**LORA))
-    trainer = trainer_of(tmp_path, saved, model=model, precompute_ref_log_probs=True)
+    trainer = trainer_of(*SPCE, tmp_path, saved, model=model, precompute_ref_log_probs=True)
     found = trainer.evaluate(table(preference_prob=P))
     assert found["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
 
@@ -320,8 +292,8 @@ def test_refusals(saved, tmp_path):
         ({"use_weighting": True}, r"use_weighting is True"),
     ):
         with pytest.raises(ValueError, match=match):
-            trainer_of(tmp_path, saved, **options)
+            trainer_of(*SPCE, tmp_path, saved, **options)
     for column, value in (("preference_prob", 1.2), ("preference_prob", float("nan")), ("weight", -1.0)):
         with pytest.raises(ValueError, match=rf"column {column} has {value}: give a number from 0 to"):
-            trainer_of(tmp_path, saved, table(**{column: [1.0] * 7 + [value]}))
+            trainer_of(*SPCE, tmp_path, saved, table(**{column: [1.0] * 7 + [value]}))
     assert set(COLUMNS) == {"preference_prob", "weight"}

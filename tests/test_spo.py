@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from models import assert_same_gradients, gradients, tiny, tiny_tokenizer
+from preferences import CHOSEN, LORA, PROMPTS, fit, logged, table, trainer_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -23,14 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # TRL's: experimental trainers say so, and more
 ]
-PROMPTS = ["the cat", "a dog", "one bird", "the fish"] * 2
-CHOSEN = [" sat on a mat, a red mat", " ran away", " sang a song and a tune", " swam in the sea"] * 2
-REJECTED = [" stood", " slept all day", " was gone", " ate the worm and fled"] * 2
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"]}
-
-
-def table(**columns):
-    return datasets.Dataset.from_dict({"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED, **columns})
+SPO_DPO = (SPOTrainer, SPOConfig)
 
 
 @pytest.fixture(scope="module")
@@ -56,34 +50,6 @@ class SoftConfig(SPOOptions, SPCEConfig):
 
 class SoftTrainer(SPO, SPCETrainer):
     pass
-
-
-def trainer_of(folder, source, rows=None, kind=SPOTrainer, config=SPOConfig, **options):
-    common = {
-        "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True,
-        "disable_tqdm": True, "learning_rate": 1e-2, "save_strategy": "no", "seed": 0, "bf16": False, "beta": 0.5,
-        "lr_scheduler_type": "constant",
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(source)
-    adapter = options.pop("peft_config", None)
-    arguments = config(str(folder), **{**common, **options})
-    rows = table() if rows is None else rows
-    torch.manual_seed(0)  # adapters are random
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer(), peft_config=adapter)
-
-
-def fit(*args, resume=None, **options):
-    trainer = trainer_of(*args, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def logged(trainer, *names):
-    return [[e[name] for name in names or ("loss", "grad_norm")] for e in trainer.state.log_history if "loss" in e]
 
 
 def test_variants_by_hand():
@@ -144,8 +110,8 @@ def dense_degrees(trainer, model, task, kind, pooling, two):
 )
 def test_the_degree_loss_and_its_gradients_are_those_of_the_formula(kind, pooling, two, saved, tmp_path):
     options = {"degree_head": kind, "pooling": pooling, "two_heads": two, "gamma_w": 0.7, "gamma_l": 0.3}
-    trainer = trainer_of(tmp_path, saved, **options)
-    plain = trainer_of(tmp_path, saved, gamma_w=0.0, gamma_l=0.0)
+    trainer = trainer_of(*SPO_DPO, tmp_path, saved, **options)
+    plain = trainer_of(*SPO_DPO, tmp_path, saved, gamma_w=0.0, gamma_l=0.0)
     with torch.no_grad():
         for parameter in trainer.degree_head.parameters():
             parameter.normal_(std=0.5)
@@ -186,11 +152,11 @@ def rows_of(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_gamma_of_zero_is_the_trainer_below(name, saved, tmp_path):
     ours, config, base, base_config, options = KINDS[name]
-    with_nothing = fit(tmp_path, saved, rows_of(name), ours, config, gamma_w=0.0, gamma_l=0.0, **options)
-    stock = fit(tmp_path, saved, rows_of(name), base, base_config, **options)
+    with_nothing = fit(ours, config, tmp_path, saved, rows_of(name), gamma_w=0.0, gamma_l=0.0, **options)
+    stock = fit(base, base_config, tmp_path, saved, rows_of(name), **options)
     for mine, theirs in zip(logged(with_nothing), logged(stock), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
-    added = fit(tmp_path, saved, rows_of(name), ours, config, gamma_w=0.5, gamma_l=0.5, **options)
+    added = fit(ours, config, tmp_path, saved, rows_of(name), gamma_w=0.5, gamma_l=0.5, **options)
     halves = 0.5 if name == "KTO" else 1.0  # a completion has one side, a pair has two
     ln3 = torch.tensor(3.0).log().item()
     assert logged(added)[0][0] == pytest.approx(logged(stock)[0][0] + halves * ln3, rel=1e-5)
@@ -211,8 +177,8 @@ def test_orpo_takes_it_too(saved, tmp_path):
     class Trainer(SPO, ORPOTrainer):
         pass
 
-    found = fit(tmp_path, saved, kind=Trainer, config=Config, gamma_w=0.5, gamma_l=0.5)
-    plain = fit(tmp_path, saved, kind=ORPOTrainer, config=ORPOConfig)
+    found = fit(Trainer, Config, tmp_path, saved, gamma_w=0.5, gamma_l=0.5)
+    plain = fit(ORPOTrainer, ORPOConfig, tmp_path, saved)
     ln3 = torch.tensor(3.0).log().item()
     assert logged(found)[0][0] == pytest.approx(logged(plain)[0][0] + ln3, rel=1e-5)
     assert logged(found, "degree_loss")[-1][0] < ln3
@@ -230,9 +196,9 @@ SETTINGS = {
 def test_the_head_travels_beside_the_model(setting, saved, tmp_path):
     """Resumed losses are those of a straight run; the head is in its own file, and nowhere else."""
     options = {**SETTINGS[setting], "save_strategy": "steps", "save_steps": 2, "gamma_w": 1.0}
-    straight = fit(tmp_path, saved, **options)
+    straight = fit(*SPO_DPO, tmp_path, saved, **options)
     head = copy.deepcopy(straight.degree_head.state_dict())
-    resumed = fit(tmp_path, saved, resume=str(tmp_path / "checkpoint-2"), **options)
+    resumed = fit(*SPO_DPO, tmp_path, saved, resume=str(tmp_path / "checkpoint-2"), **options)
     assert logged(resumed, "loss", "degree_loss") == logged(straight, "loss", "degree_loss")
     assert all(torch.equal(x, head[name]) for name, x in resumed.degree_head.state_dict().items())
     assert max(x.abs().max() for x in head.values()) > 0
@@ -257,7 +223,7 @@ def test_the_head_is_pushed_only_if_asked(saved, tmp_path):
 
     assert '"_*"' in inspect.getsource(Trainer.push_to_hub)
     for push, name in ((False, "_degree_head.safetensors"), (True, "degree_head.safetensors")):
-        trainer = trainer_of(tmp_path / str(push), saved, push_degree_head=push)
+        trainer = trainer_of(*SPO_DPO, tmp_path / str(push), saved, push_degree_head=push)
         trainer.save_model()
         assert [file.name for file in (tmp_path / str(push)).glob("*degree_head*")] == [name]
     (tmp_path / "True" / "degree_head.safetensors").unlink()
@@ -266,7 +232,9 @@ def test_the_head_is_pushed_only_if_asked(saved, tmp_path):
 
 
 def test_degrees_are_learned(saved, tmp_path):
-    trainer = fit(tmp_path, saved, gamma_w=5.0, gamma_l=5.0, max_steps=25, per_device_train_batch_size=8, degrees=2)
+    trainer = fit(
+        *SPO_DPO, tmp_path, saved, gamma_w=5.0, gamma_l=5.0, max_steps=25, per_device_train_batch_size=8, degrees=2
+    )
     found = logged(trainer, "degree_accuracy", "degree_loss")
     assert found[0][0] == 0.5 and found[-1][0] > 0.75 and found[-1][1] < 0.5
     again = trainer.evaluate(table())
@@ -277,7 +245,7 @@ def test_accumulation_does_not_change_gradients(saved, tmp_path):
     found = []
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        trainer = trainer_of(tmp_path, saved, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
+        trainer = trainer_of(*SPO_DPO, tmp_path, saved, max_steps=1, learning_rate=0.0, max_grad_norm=0.0, **sizes)
         with torch.no_grad():
             trainer.degree_head.weight.copy_(torch.linspace(-1, 1, trainer.degree_head.weight.numel()).view(1, 3, -1))
         trainer.train()

@@ -1,4 +1,4 @@
-"""`python -m hf_xent.bench`: what the benchmark's inputs are made of. The benchmark itself is `hf-xent bench`."""
+"""`python -m hf_xent.bench`: what the benchmark is made of, and one DPO step. The benchmark is `hf-xent bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from ..embedded import PACKAGED
-from . import compression, inputs, tails
+from . import compression, dpo, inputs, tails
 from .measure import BenchConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -52,6 +52,18 @@ def tail(
     configs = [BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED]
     output.write_text(compression.page(configs), encoding="utf-8")
     print(f"written: {output}")
+
+
+@app.command(name="dpo")
+def dpo_step(
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    pairs: Annotated[int, Option(help="Pairs in the batch.", min=1)] = 8,
+    tokens: Annotated[int, Option(help="Tokens of prompt and answer.", min=2)] = 256,
+    prompt: Annotated[int, Option(help="Of these, tokens of the prompt.", min=1)] = 64,
+    rounds: Annotated[int, Option(help="Timed steps of each side.", min=1)] = 5,
+) -> None:
+    """Memory and time of one DPO step, TRL's own against the patched trainer's; each in a process of its own."""
+    print(dpo.table(dpo.run(model, pairs, tokens, prompt, rounds)))
 
 
 if __name__ == "__main__":

@@ -70,9 +70,8 @@ class SPOOptions:
     push_degree_head: bool = field(default=False, metadata={"help": "Push the head beside the model too."})
 
     def __post_init__(self) -> None:
-        parent: Any = super()
         with suppress(AttributeError):  # alone it has none
-            parent.__post_init__()
+            super().__post_init__()  # type: ignore[misc]
         for name, known in (
             ("key_content", ("rake", "random")), ("pooling", ("last", "mean")), ("degree_head", ("classes", "ordinal"))
         ):  # fmt: skip
@@ -105,36 +104,30 @@ class SPO(Streamed):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        trainer: Any = self
-        options: Any = trainer.args
-        get_base: Any = getattr(trainer.model, "get_base_model", None)  # PEFT
-        model = trainer.model if get_base is None else get_base()
-        self.degree_head = DegreeHead(model.config.get_text_config().hidden_size, options)
+        get_base: Any = getattr(self.model, "get_base_model", None)  # PEFT
+        model = self.model if get_base is None else get_base()
+        self.degree_head = DegreeHead(model.config.get_text_config().hidden_size, self.args)
         model.add_module(NAME, self.degree_head.to(model.device))  # the optimizer, clipping and DDP find it there
         ignored = {f"{NAME}.{name}" for name in self.degree_head.state_dict()}
         model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *ignored}
-        trainer.data_collator = Variants(trainer.data_collator, trainer.processing_class, options)
+        self.data_collator = Variants(self.data_collator, self.processing_class, self.args)
         self._seen: dict[tuple[bool, str], list[Tensor]] = {}  # by mode and name
 
     def _set_signature_columns_if_needed(self) -> None:
-        parent: Any = super()
-        parent._set_signature_columns_if_needed()
-        trainer: Any = self
-        trainer._signature_columns = list(dict.fromkeys([*trainer._signature_columns, *TEXTS]))
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEXTS]))
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """As the trainer below, which knows nothing of variants."""
-        parent: Any = super()
-        return parent.compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
+        return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """The alignment loss and the weighted degree loss."""
         variants = inputs.get(KEY)
-        parent: Any = super()
         rest = {name: x for name, x in inputs.items() if name != KEY}
-        found = parent.compute_loss(model, rest, return_outputs, *args, **kwargs)
+        found = super().compute_loss(model, rest, return_outputs, *args, **kwargs)
         if not variants:
             return found
         loss, *outputs = found if return_outputs else (found,)
@@ -153,9 +146,8 @@ class SPO(Streamed):
         return (losses * weight).sum()
 
     def _note(self, name: str, values: Tensor) -> None:
-        trainer: Any = self
-        means = trainer.accelerator.gather(values.detach().mean())
-        self._seen.setdefault((trainer.model.training, name), []).append(means.mean())
+        means = self.accelerator.gather(values.detach().mean())
+        self._seen.setdefault((self.model.training, name), []).append(means.mean())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means since the last log."""
@@ -163,31 +155,24 @@ class SPO(Streamed):
         if prefix or "loss" in logs:
             for training, name in [key for key in self._seen if key[0] is not bool(prefix)]:
                 logs[prefix + name] = float(torch.stack(self._seen.pop((training, name))).mean())
-        parent: Any = super()
-        parent.log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)
 
     @property
     def _head_file(self) -> str:
-        options: Any = self
-        return ("" if options.args.push_degree_head else "_") + f"{NAME}.safetensors"
+        return ("" if self.args.push_degree_head else "_") + f"{NAME}.safetensors"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        parent: Any = super()
-        parent._save(output_dir, state_dict)
-        trainer: Any = self
-        if trainer.args.should_save:
-            save_file(self.degree_head.state_dict(), Path(output_dir or trainer.args.output_dir) / self._head_file)
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_file(self.degree_head.state_dict(), Path(output_dir or self.args.output_dir) / self._head_file)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        parent: Any = super()
-        parent._load_from_checkpoint(checkpoint, *args, **kwargs)
+        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
         self._load_head(checkpoint)
 
     def _load_best_model(self) -> None:
-        parent: Any = super()
-        parent._load_best_model()
-        trainer: Any = self
-        self._load_head(trainer.state.best_model_checkpoint)
+        super()._load_best_model()
+        self._load_head(self.state.best_model_checkpoint)
 
     def _load_head(self, folder: str) -> None:
         file = Path(folder) / self._head_file

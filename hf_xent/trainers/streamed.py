@@ -6,8 +6,10 @@ from typing import Any
 
 from ..patching import ensure_patched, seam_of
 
+Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 
-class Streamed:
+
+class Streamed(Mixin):
     """Goes before a TRL trainer in a class's bases: both of its models answer TRL's fused head by hf_xent's kernels.
 
     A model that is patched already keeps its patch; a reference model that is not gets the options of the policy's.
@@ -18,13 +20,11 @@ class Streamed:
         self._patch_models()
 
     def _patch_models(self) -> None:
-        trainer: Any = self
-        ensure_patched(trainer.model)
-        reference = getattr(trainer, "ref_model", None)  # ORPO has none
+        ensure_patched(self.model)
+        reference = getattr(self, "ref_model", None)  # ORPO has none
         if reference is not None:
-            ensure_patched(reference, **seam_of(trainer.model).options)
+            ensure_patched(reference, **seam_of(self.model).options)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self._patch_models()  # TRL computes them before its __init__ returns
-        base: Any = super()
-        return base._precompute_ref_logps(*args, **kwargs)
+        return super()._precompute_ref_logps(*args, **kwargs)
