@@ -29,27 +29,21 @@ COMMON = {
 @pytest.fixture(autouse=True)
 def quiet():
     datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
 
 
 def prompts(**columns):
     return datasets.Dataset.from_dict({"prompt": PROMPTS, **columns})
 
 
-def lora(dropout=0.0):
-    return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
-
-
-def trainer_of(folder, rows=None, *, adapter=False, judge=None, **options):
-    extra = {name: options.pop(name) for name in ("generate",) if name in options}
-    model = tiny()
-    if adapter:
-        extra["peft_config"] = lora()
-    else:
-        extra["ref_model"] = tiny()
+def trainer_of(folder, rows=None, *, adapter=False, by=None, generate=responses, **options):
+    """Full fine-tuning or LoRA, the policy as its judge or `by` another one."""
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if adapter else None
     return OSPTrainer(
-        model, args=OSPConfig(output_dir=str(folder), **{**COMMON, **options}), processing_class=tiny_tokenizer(TEXT),
-        train_dataset=prompts() if rows is None else rows, judge=ModelJudge(format=FORMAT) if judge is None else judge,
-        **extra,
+        tiny(), None if adapter else tiny(), OSPConfig(output_dir=str(folder), **{**COMMON, **options}),
+        processing_class=tiny_tokenizer(TEXT), train_dataset=prompts() if rows is None else rows, peft_config=lora,
+        judge=ModelJudge(format=FORMAT) if by is None else by, generate=generate,
     )  # fmt: skip
 
 
@@ -119,9 +113,7 @@ def test_whose_judgment_it_is(tmp_path, adapter):
     judge = ModelJudge(tiny(), tiny_tokenizer(TEXT), FORMAT)
     gaps = {}
     for whose in ("reference", "policy"):
-        trainer = trainer_of(tmp_path / whose, rows, **options)
-        trainer.args.judge = whose
-        trainer.train()
+        trainer = run(tmp_path / whose, rows, judge=whose, **options)
         made = trainer.pairs(1)
         expected = both_orders(judge, list(made), made["chosen"], made["baseline"]).p
         gaps[whose] = (torch.tensor(made["chosen_score"], dtype=torch.float64) - expected).abs().max()
@@ -206,19 +198,19 @@ def test_a_program_judges_with_one_comparison_an_answer(tmp_path):
         return longer(rows, first, second)
 
     rows = prompts(note=["n"] * 4)
-    trainer = run(tmp_path / "sample", rows, judge=judge, num_train_epochs=1, num_generations=4, max_new_tokens=9)
+    trainer = run(tmp_path / "sample", rows, by=judge, num_train_epochs=1, num_generations=4, max_new_tokens=9)
     assert asked == [4 * 3, 4 * 3], "both orders, none for the baseline itself"
     for row in trainer.pairs(0):
         assert len(row["chosen"]) >= len(row["rejected"])
         assert row["preference_prob"] == 0.5 or row["preference_prob"] >= strength(0.5, 0.0)
     asked.clear()
-    run(tmp_path / "greedy", rows, judge=judge, num_train_epochs=1, num_generations=4, baseline="greedy")
+    run(tmp_path / "greedy", rows, by=judge, num_train_epochs=1, num_generations=4, baseline="greedy")
     assert asked == [4 * 4, 4 * 4]
 
 
 def test_equal_answers_teach_nothing(tmp_path):
     same = lambda model, prompts, **_: [[7, 8, 2]] * len(prompts)  # noqa: E731
-    trainer = run(tmp_path, generate=same, judge=lambda rows, *_: [0.9] * len(rows), num_train_epochs=1)
+    trainer = run(tmp_path, generate=same, by=lambda rows, *_: [0.9] * len(rows), num_train_epochs=1)
     assert set(trainer.pairs(0)["preference_prob"]) == {0.5}
     assert losses(trainer) == pytest.approx([0.693147] * 2, abs=1e-6)
     assert max(entry.get("grad_norm", 0) for entry in trainer.state.log_history) < 1e-6
