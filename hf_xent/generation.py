@@ -35,28 +35,36 @@ def repetition(sequences: Tokens, n: int = 4) -> float:
     return sum(shares) / len(shares) if shares else float("nan")
 
 
+@torch.no_grad()
+def responses(
+    model: Any, prompts: Tokens, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
+) -> list[list[int]]:
+    """Continuations of prompts of any lengths, by unbiased sampling (no top-k, no nucleus); greedy at temperature 0.
+
+    Each ends with its end token, or after `tokens` without one. torch's generators are left as they were.
+    """
+    length, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
+    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **how)
+    made = made[:, length:].tolist()
+    stop = ends(model)
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))] for row in made]
+
+
 def sample(
     model: Any, prompts: Tensor | Tokens, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
 ) -> list[list[int]]:
-    """Continuations of prompts [B][T] by unbiased sampling (no top-k, no nucleus), cut at the end token."""
-    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(row) for row in prompts]
-    length, pad = max(map(len, rows)), model.generation_config.pad_token_id or 0
-    ids, mask = (
-        torch.tensor([[fill] * (length - len(row)) + [real or token for token in row] for row in rows]).to(model.device)
-        for fill, real in ((pad, None), (0, 1))
-    )
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        made = model.generate(
-            ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            max_new_tokens=tokens, pad_token_id=pad,
-        )[:, length:].tolist()  # fmt: skip
-    finally:
-        torch.random.set_rng_state(generator_state)
-    ends = model.generation_config.eos_token_id
-    stop = set(ends if isinstance(ends, list) else [ends])
-    return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in made]
+    """`responses` without their end tokens; prompts [B, T], or of several lengths."""
+    stop = ends(model)
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    made = responses(model, rows, tokens=tokens, seed=seed, temperature=temperature)
+    return [row[:-1] if row and row[-1] in stop else row for row in made]
 
 
 @torch.no_grad()
@@ -108,6 +116,12 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < entropy else (low, middle)
     return (low + high) / 2
+
+
+def ends(model: Any) -> set[int | None]:
+    """The tokens that end a sequence."""
+    found = model.generation_config.eos_token_id
+    return set(found if isinstance(found, list) else [found])
 
 
 def _grams(sequence: Sequence[int], n: int) -> Iterator[tuple[int, ...]]:

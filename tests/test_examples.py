@@ -119,6 +119,31 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
         assert sum(rows[0][name] for name in example["CONTINENTS"]) == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
+def test_osp_rounds_compares_all_arms(tmp_path):
+    """On a tiny model and one seed: every arm runs, DPO reads the self-judge's pairs, the card has the table."""
+    import runpy
+
+    import datasets
+
+    tokenizer = tiny_tokenizer("what is rain A B answer in at most eight words the letter ")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tiny(std=0.05).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "osp_rounds.py"))
+    rows = [{"thing": "rain"}] * 3
+    judged = example["program"](rows, ["Rain is water.", "rain", "Rain " * 9], ["Water is wet.", "x", "y"])
+    assert judged == [1, 0.5, 0.5]
+    found = example["main"](model=str(tmp_path / "model"), prompts=2, rounds=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(example["ARMS"])
+    pairs = datasets.load_from_disk(str(tmp_path / "out" / "self-judge" / "seed-0" / "_pairs" / "round-0"))
+    assert found["self-judge"][0]["strength"] == sum(pairs["preference_prob"]) / 2 < 1
+    assert found["DPO on the self-judge's pairs"][0]["strength"] == 1
+    assert not (tmp_path / "out" / "DPO on the self-judge's pairs").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {arm} |" in card for arm in found)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL passes transformers' options by names of before v6
 def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
     """On a tiny model and one seed: every arm trains on the same noisy pairs, the untrained control knows nothing."""

@@ -12,7 +12,10 @@ FLOORS = {
     0: ("ops",),
     1: ("losses", "data"),
     2: ("lazy", "patching", "fused_head", "comparison"),
-    3: ("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "hub", "embedded"),
+    3: (
+        *("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "hub", "embedded"),
+        "judging",
+    ),
     4: ("bench", "cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import V, batch, tiny
 
-from hf_xent.generation import distinct, features, mauve, repetition, sample, temperature_of
+from hf_xent.generation import distinct, features, mauve, repetition, responses, sample, temperature_of
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
 
@@ -41,13 +41,6 @@ def test_samples_end_at_the_end_token():
     assert all(token < 50 for row in found for token in row) and any(len(row) < 30 for row in found)
 
 
-def test_prompts_of_several_lengths_are_continued_as_if_alone():
-    model, long = tiny(std=0.3), batch(rows=1, length=9)[0][0].tolist()
-    prompts = [long, long[:2], long[:5]]
-    together = sample(model, prompts, tokens=6, temperature=0.01)
-    assert together == [sample(model, [prompt], tokens=6, temperature=0.01)[0] for prompt in prompts]
-
-
 def test_mauve_of_two_clusters_is_an_integral():
     """Two tight bundles of texts, 80 and 20 % of one set, 30 and 70 % of the other: the curve is known."""
     centers = 10 * torch.eye(3, 8)[:2]
@@ -75,6 +68,18 @@ def test_features_are_the_head_s_inputs():
     found = features(model, sequences)
     for row, ids in zip(found, sequences, strict=True):
         torch.testing.assert_close(model.lm_head(row), model(torch.tensor([ids])).logits[0, -1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_responses_do_not_depend_on_padding(name):
+    model = tiny(name, std=0.3)
+    model.generation_config.eos_token_id = list(range(60, V))
+    prompts = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
+    together = responses(model, prompts, tokens=12, temperature=0.0)
+    assert together == [responses(model, [prompt], tokens=12, temperature=0.0)[0] for prompt in prompts]
+    several = [row for seed in range(8) for row in responses(model, prompts, tokens=12, seed=seed)]
+    assert all(token < 60 for row in several for token in row[:-1]), "nothing after an end token"
+    assert all(row[-1] >= 60 or len(row) == 12 for row in several) and any(row[-1] >= 60 for row in several)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -13,6 +13,7 @@ followed by nothing. A tokenizer with a chat template puts the prompt into a use
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,33 @@ class Format:
 
     template: str
     answers: tuple[str, ...]
+
+    def encode(self, item: Mapping[str, Any], tokenizer: Any, chat: bool = True) -> tuple[list[int], list[list[int]]]:
+        """Token ids of an item's prompt and of every answer; arguments and errors as `PromptFormats.build`."""
+        try:
+            text = self.template.format_map(item)
+            answers = [answer.format_map(item) for answer in self.answers]
+        except KeyError as error:
+            raise ValueError(
+                f"a format has the field {error}, but items have {', '.join(item)}: {self.template!r}"
+            ) from error
+        templated = chat and getattr(tokenizer, "chat_template", None)
+        if templated:
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        space = "" if text[-1:].isspace() else " "
+        special = not templated  # a chat template writes its own
+        prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
+        found = []
+        for answer in answers:
+            whole = tokenizer(text + space + answer, add_special_tokens=special)["input_ids"]
+            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+                raise ValueError(
+                    f"the tokens of a prompt are no prefix of those with its answer {answer!r}: end the template on a"
+                    f" token boundary: {self.template!r}"
+                )
+            found.append(whole[len(prompt) :])
+        return prompt, found
 
 
 class PromptFormats:
@@ -51,41 +79,13 @@ class PromptFormats:
         """
 
         def encode(item: dict[str, Any]) -> dict[str, Any]:
-            pairs = [self._encode(form, item, tokenizer, chat) for form in self.formats]
+            pairs = [form.encode(item, tokenizer, chat) for form in self.formats]
             row: dict[str, Any] = {"prompts": [prompt for prompt, _ in pairs], "answers": [found for _, found in pairs]}
             if label is not None and label in item:
                 row["gold"] = item[label]
             return row
 
         return dataset.map(encode, remove_columns=dataset.column_names, desc="formats")
-
-    def _encode(
-        self, form: Format, item: dict[str, Any], tokenizer: Any, chat: bool
-    ) -> tuple[list[int], list[list[int]]]:
-        try:
-            text = form.template.format_map(item)
-            answers = [answer.format_map(item) for answer in form.answers]
-        except KeyError as error:
-            raise ValueError(
-                f"a format has the field {error}, but items have {', '.join(item)}: {form.template!r}"
-            ) from error
-        templated = chat and getattr(tokenizer, "chat_template", None)
-        if templated:
-            message = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        space = "" if text[-1:].isspace() else " "
-        special = not templated  # a chat template writes its own
-        prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
-        found = []
-        for answer in answers:
-            whole = tokenizer(text + space + answer, add_special_tokens=special)["input_ids"]
-            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-                raise ValueError(
-                    f"the tokens of a prompt are no prefix of those with its answer {answer!r}: end the template on a"
-                    f" token boundary: {form.template!r}"
-                )
-            found.append(whole[len(prompt) :])
-        return prompt, found
 
     @staticmethod
     def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .f2c import F2CTrainer as F2CTrainer
     from .noisefit import NoiseFiTConfig as NoiseFiTConfig
     from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
+    from .osp import OSPConfig as OSPConfig
+    from .osp import OSPTrainer as OSPTrainer
     from .spce import SPCEConfig as SPCEConfig
     from .spce import SPCETrainer as SPCETrainer
     from .spo import SPO as SPO
@@ -25,6 +27,7 @@ METHODS = {
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
+    "osp": ("OSPConfig", "OSPTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),

@@ -1,0 +1,286 @@
+"""Online self-preferring (OSP): a policy samples answers, judges how much better each is, and trains on the pairs.
+
+A round is an epoch of `SPCETrainer`'s own loop, so there is one run with one optimizer, schedule, and checkpoints:
+
+    sample   K answers a prompt from the policy                                          num_generations, temperature
+    judge    p_i = p(y_i, baseline), both orders averaged                                 judge, baseline
+    pair     ranks of p_i; p_ij = sigma(logit p_i - logit p_j)                            pairs, strength_eps
+    train    SPCE on (chosen, rejected, p_ij), `round_epochs` epochs                      SPCEConfig
+
+See `hf_xent.judging` for judges and strengths, `SPCETrainer` for the loss. The reference of the loss is the policy as
+it was before the first round. The tokens trained on are the tokens sampled: an answer that was cut at `max_new_tokens`
+has no end token. Equal answers have p = 1/2 and margin 0, so no gradient; every round has the same number of pairs.
+
+A round's pairs are kept in `output_dir/_pairs/` (which `push_to_hub` leaves out: they quote the prompts) and are read
+again by a run that resumes within the round; `trainer.pairs(r)` gives them, as a data set with the columns of TRL's
+DPO, `preference_prob`, the judge's `chosen_score` and `rejected_score`, token ids, and the prompt's other columns.
+
+Sampling goes through `generate`; for an engine such as vLLM pass `generate=`, a function like
+`hf_xent.generation.responses` (none is built in: its weights have to follow the policy's, which we could not try here).
+With several processes the main one samples and judges while the others wait; they read the pairs from a shared folder.
+A run that is stopped while it samples makes that round's pairs again. There is no online mode: TRL's GRPO, which could
+sample for it, shuffles samples one by one and splits them into micro-batches, so the two of a pair part; every sample
+would have to carry its partner along, and the loss, which takes an advantage a sample, be replaced whole.
+
+The paper's K, temperature, judge prompt, beta and pairing scheme are not known to us: all defaults are ours.
+
+Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103; a re-implementation from the
+description, no code is published.
+Data: `prompt` (text, or messages for a chat template) and any other columns, which judges see; evaluation as SPCE.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import TrainerCallback
+from transformers.utils.logging import tqdm
+from trl.trainer.utils import use_adapter
+
+from .. import generation
+from ..embedded import publish
+from ..judging import SCHEMES, Judge, ModelJudge, both_orders, evaluating, ranked_pairs
+from .spce import SPCEConfig, SPCETrainer
+
+Generate = Callable[..., list[list[int]]]
+"""`(model, prompts, *, tokens, seed, temperature) -> token ids`, with the end token if it came; 0 means greedy."""
+
+
+@dataclass
+class OSPConfig(SPCEConfig):
+    """`SPCEConfig` and the rounds: there are `num_train_epochs / round_epochs` of them."""
+
+    num_generations: int = field(default=4, metadata={"help": "K, answers sampled for a prompt."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the samples; no top-k, no nucleus."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Answers sampled at a time."})
+    judge: str = field(
+        default="policy", metadata={"help": "'policy', as it is in each round, or 'reference', as it was before."}
+    )
+    baseline: str = field(
+        default="sample",
+        metadata={
+            "help": "What answers are compared with: 'sample', the first one; 'greedy', one more that is decoded"
+            " greedily; 'given', the column 'baseline'."
+        },
+    )
+    pairs: str = field(default="best_worst", metadata={"help": "Ranks to pair: 'best_worst', 'adjacent' or 'all'."})
+    strength_eps: float = field(default=0.01, metadata={"help": "Judgments are kept this far from 0 and 1."})
+    round_epochs: int = field(default=1, metadata={"help": "Epochs over the pairs of a round."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {"judge": ("policy", "reference"), "baseline": ("sample", "greedy", "given"), "pairs": (*SCHEMES,)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        least = {"num_generations": 2, "max_new_tokens": 1, "generation_batch_size": 1, "round_epochs": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose at least {bound}")
+        if not 0 < self.strength_eps < 0.5 or self.temperature <= 0:
+            raise ValueError(
+                f"strength_eps is {self.strength_eps}, temperature {self.temperature}: choose 0 < strength_eps < 0.5"
+                " and temperature > 0"
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError("precompute_ref_log_probs is True, but pairs are made on the way: set it to False")
+
+
+class Round(torch.utils.data.Dataset):
+    """The pairs of the round that is under way; their number is known before they are."""
+
+    def __init__(self, length: int):
+        self.length, self.number = length, -1
+        self.rows: Dataset | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.rows is not None  # made when the epoch began
+        return self.rows[index]
+
+
+class OSPTrainer(SPCETrainer):
+    """Improves a policy by its own judgment, in rounds; see the module's docstring.
+
+    `judge` (any `hf_xent.judging.Judge`) goes before `args.judge`; a `ModelJudge` without a model is the policy with
+    other options. Logged once a round: `judge/steady`, the share of comparisons of different answers in which both
+    orders prefer the same one; `judge/strength`, the mean of preference_prob; `answers/tokens`, their mean length, and
+    `answers/ended`, the share with an end token.
+
+    Raises: ValueError for options that do not fit, prompts that leave no room for an answer, or sharded parameters.
+    """
+
+    args: OSPConfig
+    train_dataset: Any
+    _name = "OSP"
+    _tag_names = ["trl", "osp", "hf_xent"]  # noqa: RUF012  as TRL declares it
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: OSPConfig | None = None,
+        *,
+        judge: Judge | None = None,
+        generate: Generate = generation.responses,
+        **kwargs: Any,
+    ):
+        args = OSPConfig(output_dir="out") if args is None else args
+        super().__init__(model, ref_model, args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("OSP samples from the whole policy on one process: train without FSDP and DeepSpeed")
+        self.judge = ModelJudge() if judge is None else judge
+        self.generate = generate
+        self.prompts = self.train_dataset
+        self.train_dataset = Round(len(self.prompts) * len(SCHEMES[args.pairs](args.num_generations)))
+        self.add_callback(_EpochBegins(self))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if dataset_name != "train":
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        needed = ("prompt", *(("baseline",) if args.baseline == "given" else ()))
+        if not isinstance(dataset, Dataset) or not set(needed) <= set(dataset.column_names):
+            raise ValueError(f"train_dataset has to be a datasets.Dataset with the columns {', '.join(needed)}")
+        room = float("inf") if args.max_length is None else args.max_length - args.max_new_tokens
+
+        def encode(row: dict[str, Any]) -> dict[str, Any]:
+            ids = _encoded(row["prompt"], processing_class)
+            if len(ids) > room:
+                raise ValueError(
+                    f"a prompt has {len(ids)} tokens, with max_new_tokens {args.max_new_tokens} more than max_length"
+                    f" {args.max_length}: {row['prompt']!r}"
+                )
+            return {"prompt_ids": ids}
+
+        return dataset.map(encode, desc="Tokenizing prompts")
+
+    def pairs(self, number: int) -> Dataset:
+        """The pairs of a round, from `output_dir`. Raises: ValueError if they are not there."""
+        if not self._folder(number).is_dir():
+            raise ValueError(f"no pairs of round {number} in {self._folder(number)}: start the run from its beginning")
+        return load_from_disk(str(self._folder(number)))
+
+    def _folder(self, number: int) -> Path:
+        return Path(self.args.output_dir) / "_pairs" / f"round-{number}"
+
+    def begin_epoch(self, epoch: int, resumed: bool) -> None:
+        """Makes the pairs of the round that an epoch begins; one that is `resumed` within its round reads them."""
+        number, began = divmod(epoch, self.args.round_epochs)
+        within = began > 0 or resumed
+        if within and self.train_dataset.number == number:
+            return
+        if not within:
+            with self.accelerator.main_process_first():
+                if self.accelerator.is_main_process:
+                    made = self._make_pairs(number)
+                    shutil.rmtree(self._folder(number), ignore_errors=True)  # of an earlier run
+                    publish(self._folder(number), made.save_to_disk)
+        self.train_dataset.number, self.train_dataset.rows = number, self.pairs(number)
+
+    def _make_pairs(self, number: int) -> Dataset:
+        args, count = self.args, self.args.num_generations
+        prompts = [ids for ids in self.prompts["prompt_ids"] for _ in range(count)]
+        rows = [row for row in self.prompts.remove_columns("prompt_ids") for _ in range(count)]
+        answers = self._sample(prompts, number, args.temperature)
+        texts = self._decode(answers)
+        scores = self._scores(rows, texts, number)
+        made = []
+        for start in range(0, len(rows), count):
+            for chosen, rejected, p in ranked_pairs(scores[start : start + count], args.pairs, args.strength_eps):
+                pair = {"preference_prob": p, "round": number, "prompt_ids": prompts[start]}
+                for side, i in (("chosen", start + chosen), ("rejected", start + rejected)):
+                    pair |= {side: _like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
+                    pair[f"{side}_score"] = scores[i]
+                made.append({**rows[start], **pair})
+        self._note("judge/strength", np.mean([pair["preference_prob"] for pair in made]))
+        self._note("answers/tokens", np.mean([len(answer) for answer in answers]))
+        ends = generation.ends(self.model)
+        self._note("answers/ended", np.mean([bool(ends.intersection(answer[-1:])) for answer in answers]))
+        return Dataset.from_list(made)
+
+    def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
+        """Answers, in batches that are each seeded by the run's seed, the round and their place."""
+        args, size, found = self.args, self.args.generation_batch_size, []
+        with evaluating(self.model):
+            starts = range(0, len(prompts), size)
+            for start in tqdm(starts, f"Sampling, round {number}", leave=False, disable=args.disable_tqdm or None):
+                [seed] = np.random.SeedSequence((args.seed, number, start)).generate_state(1).tolist()
+                part, how = prompts[start : start + size], {"tokens": args.max_new_tokens, "temperature": temperature}
+                found += self.generate(self.model, part, seed=seed, **how)
+        return found
+
+    def _decode(self, answers: list[list[int]]) -> list[str]:
+        return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def _scores(self, rows: list[dict[str, Any]], texts: list[str], number: int) -> list[float]:
+        """p_i of every answer: one comparison with its prompt's baseline, none for a baseline among the samples."""
+        count, baseline = self.args.num_generations, self.args.baseline
+        if baseline == "given":
+            baselines = [row["baseline"] for row in rows]
+        else:
+            found = texts[::count]
+            if baseline == "greedy":
+                found = self._decode(self._sample(self.prompts["prompt_ids"], number, 0.0))
+            baselines = [text for text in found for _ in range(count)]
+        asked = [i for i in range(len(texts)) if baseline != "sample" or i % count]
+        against = [baselines[i] for i in asked]
+        with self._judging() as judge:
+            verdicts = both_orders(judge, [rows[i] for i in asked], [texts[i] for i in asked], against)
+        differ = torch.tensor([texts[i] != baselines[i] for i in asked])
+        if differ.any():
+            self._note("judge/steady", verdicts.steady[differ].double().mean())
+        scores = [0.5] * len(texts)
+        for i, p in zip(asked, verdicts.p.tolist(), strict=True):
+            scores[i] = p
+        return scores
+
+    @contextmanager
+    def _judging(self) -> Iterator[Judge]:
+        """The judge, while the model it asks is what it should be."""
+        judge, policy = self.judge, self.args.judge == "policy"
+        if not isinstance(judge, ModelJudge):
+            yield judge
+            return
+        own = self.model if policy or self.ref_model is None else self.ref_model
+        judge = replace(judge, tokenizer=judge.tokenizer or self._tokenizer, model=judge.model or own)
+        within: Any = nullcontext()
+        if judge.model is self.model and not policy:  # the reference of a PEFT policy is the policy without its adapter
+            within = use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None)
+        with within:
+            yield judge
+
+    def _note(self, name: str, value: Any) -> None:
+        self._metrics["train"][name].append(float(value))  # TRL's, in the next log
+
+
+class _EpochBegins(TrainerCallback):
+    """Tells the trainer of epochs, and whether one goes on after a checkpoint."""
+
+    def __init__(self, trainer: OSPTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        self.trainer.begin_epoch(state.global_step // steps, resumed=state.global_step % steps > 0)
+
+
+def _encoded(prompt: Any, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _like(prompt: Any, text: str) -> Any:
+    """An answer in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
