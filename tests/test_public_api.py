@@ -9,17 +9,17 @@ import pytest
 import hf_xent
 from hf_xent import losses, ops, trainers
 
+TRAINERS = """EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer NoiseFiTConfig
+    NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
+    XentConfig XentTrainer"""
 PUBLIC = {
-    hf_xent: """Comparison EMOConfig EMOTrainer F2CConfig F2CTrainer Head LazyLogits NoiseFiTConfig NoiseFiTTrainer
-        OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer Seam Stats
-        XentConfig XentTrainer compare linear_cross_entropy losses map_logits patch seam_of unpatch vocab_loss
-        vocab_stats""",
+    hf_xent: f"""Comparison Head LazyLogits Seam Stats compare linear_cross_entropy losses map_logits patch seam_of
+        unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get
         linear_cross_entropy table""",
-    trainers: """EMOConfig EMOTrainer F2CConfig F2CTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer
-        PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer""",
+    trainers: TRAINERS,
 }
 
 

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from .emo import EMOTrainer as EMOTrainer
     from .f2c import F2CConfig as F2CConfig
     from .f2c import F2CTrainer as F2CTrainer
+    from .ln_removal import LNRemovalCallback as LNRemovalCallback
+    from .ln_removal import LNRemovalConfig as LNRemovalConfig
+    from .ln_removal import LNRemovalTrainer as LNRemovalTrainer
     from .noisefit import NoiseFiTConfig as NoiseFiTConfig
     from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
     from .osp import OSPConfig as OSPConfig
@@ -26,6 +29,7 @@ METHODS = {
     "callback": ("PatchCallback",),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
+    "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),

@@ -1,0 +1,297 @@
+"""Norms that can be taken away one by one while a model trains.
+
+    real     (x - mu) / sigma_x * weight + bias          sigma_x = sqrt(var(x) + eps), of every token
+    removed  (x - mu) / sigma   * weight + bias          sigma, one constant a norm: an affine map
+
+(without mu, and with the root mean square for sigma_x, in RMSNorms). While a norm is real, sigma follows the mean of
+sigma_x over the tokens that are no padding, once a forward pass in training mode, and never in evaluation:
+
+    sigma <- momentum sigma + (1 - momentum) mean sigma_x           the first batch sets it
+
+`wrap` puts these in the places of a model's norms, under their own names and with their own parameters, so attention,
+KV cache, padding, checkpointing and the weights' names stay as they were. A norm that attention reads is removed in two
+steps, for queries and keys (and whatever else reads it) and for values: in between, the values' inputs are rescaled by
+the ratio of the two divisors. Both share one sigma, live until the second step, as in the authors' code: a stock norm
+holds no two. `momentum` 0.9 is the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
+
+Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; the predecessor
+is Heimersheim 2024, arXiv:2409.13710. RMSNorm and finding norms by structure are ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .structure import Norm, trace
+
+Model = TypeVar("Model", bound=nn.Module)
+KINDS = ("mlp", "qk", "v", "final")
+"""What is removed apart, in the paper's order."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One removable normalization, as it stands: `name` is 'mlp.3', 'qk.3', 'v.3' or 'final'."""
+
+    name: str
+    kind: str
+    layer: int | None
+    norm: str  # the module's name in the model
+    removed: bool
+    sigma: float  # nan until a batch was seen
+
+
+class Watch:
+    """What norms are told about the pass under way, by hooks on their model."""
+
+    def __init__(self) -> None:
+        self.always = False  # also in evaluation: calibration
+        self.live = False  # within a forward that counts; not while a checkpoint computes a layer again
+        self.keep: Tensor | None = None  # [B, T], zero at padding
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model's forward."""
+        given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+        mask = given.get("attention_mask")
+        self.keep = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.live = model.training or self.always
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After it, even a failed one."""
+        self.live, self.keep = False, None
+
+
+class FakeNorm(nn.Module):
+    """What the two kinds of removable norms share; `sites` are the names of what is removed in them."""
+
+    sigma: Tensor
+    gone: Tensor
+    weight: Any
+    bias: Any
+    eps: Any
+
+    def arm(self, norm: nn.Module, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
+        """Take over a norm's parameters and mode."""
+        self.weight, self.bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+        self.elementwise_affine = self.weight is not None
+        self.sites, self.watch, self.momentum, self.training = sites, watch, momentum, norm.training
+        device = next((p.device for p in norm.parameters()), None)
+        self.register_buffer("sigma", torch.tensor(float("nan"), device=device))
+        self.register_buffer("gone", torch.zeros(len(sites), dtype=torch.bool, device=device))
+        self.removed = [False] * len(sites)  # `gone`, without asking the device
+        self.ratio: Tensor | None = None  # values' divisor against the other, from this norm to its readers
+
+    def centered(self, x: Tensor) -> Tensor:
+        """What is divided."""
+        raise NotImplementedError
+
+    def spread(self, x: Tensor) -> Tensor:
+        """sigma_x [..., 1], float32."""
+        return (self.centered(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def affine(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The norm with another divisor than its own."""
+        y = self.centered(x) * (1 / sigma).to(x.dtype)
+        y = y if self.weight is None else y * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of x [..., D], real or removed."""
+        if all(self.removed):
+            return self.affine(x, self.sigma)
+        if self.watch.live:
+            self._follow(x)
+        if not any(self.removed):
+            return super().forward(x)
+        own = self.spread(x)
+        first, values = (self.sigma if removed else own for removed in self.removed)
+        self.ratio = first / values
+        return self.affine(x, first)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        spread, keep = self.spread(x).squeeze(-1), self.watch.keep
+        if keep is not None and keep.numel() == spread.numel():  # some models flatten tokens before a norm
+            weight = keep.reshape(spread.shape).to(spread)
+            mean = (spread * weight).sum() / weight.sum().clamp(min=1)
+        else:
+            mean = spread.mean()
+        moved = self.momentum * self.sigma + (1 - self.momentum) * mean
+        self.sigma.copy_(torch.where(self.sigma.isnan(), mean, moved))
+
+    def switch(self, site: str, removed: bool) -> None:
+        """Remove one of the norm's sites, or put it back."""
+        if removed and not bool(self.sigma.isfinite()):
+            raise ValueError(
+                f"{site} has no sigma yet: run a batch in training mode first, or hf_xent.ln_free.calibrate"
+            )
+        index = self.sites.index(site)
+        self.removed[index] = removed
+        self.gone[index] = removed
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        sigma = self.sigma
+        super()._apply(fn, recurse)
+        self.sigma = sigma.to(self.sigma.device)  # float32 in a model of any dtype
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.removed = self.gone.tolist()
+
+
+class FakeLayerNorm(FakeNorm, nn.LayerNorm):
+    """A removable LayerNorm."""
+
+    def centered(self, x: Tensor) -> Tensor:
+        """x - mu."""
+        return x - x.mean(-1, keepdim=True)
+
+
+class FakeRMSNorm(FakeNorm, nn.RMSNorm):
+    """A removable RMSNorm."""
+
+    def centered(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
+class _Values:
+    """The hook on a norm's reader that makes values: gives them the norm that is theirs while the two differ."""
+
+    def __init__(self, norm: FakeNorm, values: Tensor):
+        self.norm, self.values = norm, values
+
+    def __call__(self, reader: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        ratio, self.norm.ratio = self.norm.ratio, None
+        if ratio is None:
+            return None
+        bias = 0.0 if self.norm.bias is None else self.norm.bias
+        own = (args[0] - bias) * ratio.to(args[0].dtype) + bias
+        return torch.where(self.values.to(output.device), reader.forward(own), output)
+
+
+def wrap(model: Model, *, momentum: float = 0.9) -> Model:
+    """Make the norms of a causal LM removable, in place; returns the same model. Wrapping again changes nothing.
+
+    Raises: ValueError for adapters, or a norm that no linear layer reads (as on queries and keys, or after a block).
+    """
+    if any(isinstance(m, FakeNorm) for m in model.modules()):
+        return model
+    if hasattr(model, "peft_config"):
+        raise ValueError("model has adapters: removing norms trains all weights, merge the adapters first")
+    found = trace(model)
+    _refuse(model, found.others, found.norms)
+    watch, mlps = Watch(), 0
+    for norm in found.norms:
+        names: tuple[str, ...]
+        if norm.layer is not None:
+            names = (f"qk.{norm.layer}", f"v.{norm.layer}")
+        elif any(part.isdigit() for part in norm.name.split(".")):  # in a list of layers
+            names, mlps = (f"mlp.{mlps}",), mlps + 1
+        else:
+            names = ("final",)
+        _replace(model, norm, names, watch, momentum)
+    model.register_forward_pre_hook(watch.begin, with_kwargs=True)
+    model.register_forward_hook(watch.end, always_call=True)
+    return model
+
+
+def _refuse(model: nn.Module, others: list[str], norms: list[Norm]) -> None:
+    odd = [f"no linear layer reads {norm.name}" for norm in norms if not norm.readers]
+    odd += [f"several layers make values of {norm.name}" for norm in norms if len(norm.values) > 1]
+    odd += [f"{name} normalizes in a way of its own" for name in others]
+    odd += [] if norms else ["no LayerNorm or RMSNorm was met in it"]
+    if odd:
+        raise ValueError(
+            f"model is a {type(model).__name__}: {odd[0]}; norms can be removed where each is a LayerNorm or an RMSNorm"
+            " that linear layers read, as in GPT-2, Llama, GPT-NeoX and OPT"
+        )
+
+
+def _replace(model: nn.Module, norm: Norm, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
+    kind: Any = FakeLayerNorm if norm.center else FakeRMSNorm
+    fake = kind(norm.width, eps=norm.eps, elementwise_affine=False)
+    fake.arm(norm.module, sites, watch, momentum)
+    model.set_submodule(norm.name, fake)
+    for reader, values in norm.values.items():
+        model.get_submodule(reader).register_forward_hook(_Values(fake, values))
+
+
+def fake_norms(model: nn.Module) -> dict[str, FakeNorm]:
+    """A model's removable norms by module name. Raises: ValueError if it was not wrapped."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, FakeNorm)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no removable norms: call hf_xent.ln_free.wrap(model) first")
+    return found
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """What can be removed, in the paper's order: MLPs, queries and keys, values, each from the first layer, the end.
+
+    Raises: ValueError if the model was not wrapped.
+    """
+    found = []
+    for name, norm in fake_norms(model).items():
+        for site, removed in zip(norm.sites, norm.removed, strict=True):
+            kind, _, layer = site.partition(".")
+            found.append(Site(site, kind, int(layer) if layer else None, name, removed, float(norm.sigma)))
+    return sorted(found, key=lambda site: (KINDS.index(site.kind), site.layer or 0))
+
+
+def is_ln_free(model: nn.Module) -> bool:
+    """Whether nothing in a causal LM normalizes: norms are removed, gone, or drowned by their eps.
+
+    Runs a few tokens: what counts is what its modules do, whatever they are called.
+    """
+    if any(not all(m.removed) for m in model.modules() if isinstance(m, FakeNorm)):
+        return False
+    found = trace(model)
+    return not found.others and not any(norm.acts for norm in found.norms)
+
+
+def remove(model: nn.Module, site: str) -> None:
+    """Freeze a site's divisor at its sigma; does nothing twice.
+
+    Raises: ValueError for an unknown site, or one that has seen no batch yet.
+    """
+    _norm_of(model, site).switch(site, True)
+
+
+def restore(model: nn.Module, site: str) -> None:
+    """Normalize at a site again. Raises: ValueError for an unknown site."""
+    _norm_of(model, site).switch(site, False)
+
+
+def _norm_of(model: nn.Module, site: str) -> FakeNorm:
+    norms = {name: norm for norm in fake_norms(model).values() for name in norm.sites}
+    if site not in norms:
+        raise ValueError(f"site is {site!r}, not one of {type(model).__name__}'s: {', '.join(sorted(norms))}")
+    return norms[site]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
+    """Set every real norm's sigma to the mean over batches of model inputs, without training. Raises: as `sites`."""
+    norms = list(fake_norms(model).values())
+    momenta, watch = [norm.momentum for norm in norms], norms[0].watch
+    training, watch.always = model.training, True
+    model.eval()
+    try:
+        for count, batch in enumerate(batches):
+            for norm in norms:
+                norm.momentum = count / (count + 1)
+                if not count and not all(norm.removed):
+                    norm.sigma.fill_(float("nan"))
+            model(**batch)
+    finally:
+        watch.always = False
+        model.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

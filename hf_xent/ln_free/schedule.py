@@ -1,0 +1,89 @@
+"""When which norm goes: a removal schedule as data.
+
+    mlp.l at start + l gap_mlp      qk.l at start_qk + l gap_qk      v.l at start_v + l gap_v      then the final norm
+
+    start_qk = start + L gap_mlp      start_v = start_qk + L gap_qk      final = start_v + L gap_v
+
+MLPs first was the most stable order for the authors; gaps let the loss come down after each removal. `Schedule.named`
+is the paper's table. `Schedule.scaled` (ours) keeps the proportions of the smallest size, removals from 1/15 to 26/75
+of the steps (20 and 104 of 300) with gaps 2 : 2 : 3, for any depth and number of steps.
+
+Source: Baroni et al. 2025, arXiv:2507.02559, table of hyperparameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .norms import KINDS, sites
+
+PAPER = {
+    "gpt2": (12, 20, (2, 2, 3)),
+    "gpt2-medium": (24, 20, (2, 2, 3)),
+    "gpt2-large": (36, 30, (4, 4, 6)),
+    "gpt2-xl": (48, 50, (4, 4, 6)),
+}
+"""Size -> layers, first step, gaps of mlp, qk and v."""
+START, END, GAPS = 20 / 300, 104 / 300, (2, 2, 3)
+"""Of the scaled schedule: shares of the steps, proportions of the gaps."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Removals as (step, site), in order; each happens at the beginning of its step, step 0 being the first."""
+
+    events: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:
+        """Sites in order from a step on, each followed by the gap of its kind; steps are rounded down."""
+        following = dict(zip(KINDS, (*gaps, 0.0), strict=True))
+        events, step = [], start
+        for name in names:
+            events.append((int(step + 1e-6), name))
+            step += following[name.partition(".")[0]]
+        return cls(tuple(events))
+
+    @classmethod
+    def named(cls, name: str) -> Schedule:
+        """The paper's, of 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl'. Raises: ValueError for another name."""
+        if name not in PAPER:
+            raise ValueError(f"schedule is {name!r}: choose {', '.join(PAPER)}, 'scaled' or 'at_once'")
+        layers, start, gaps = PAPER[name]
+        names = [f"{kind}.{layer}" for kind in KINDS[:3] for layer in range(layers)]
+        return cls.of([*names, KINDS[3]], start, gaps)
+
+    @classmethod
+    def scaled(cls, model: nn.Module, steps: int, *, start: float = START, end: float = END) -> Schedule:
+        """For a wrapped model and a number of steps; the first and the final removal at these shares of them.
+
+        Raises: ValueError for shares that are not 0 <= start <= end < 1, or a model that was not wrapped.
+        """
+        if not 0 <= start <= end < 1:
+            raise ValueError(f"start is {start} and end {end}: choose shares of the steps, 0 <= start <= end < 1")
+        names = [site.name for site in sites(model)]
+        whole = sum(GAPS[KINDS.index(name.partition(".")[0])] for name in names if name != KINDS[3])
+        first = max(1.0, start * steps)  # at step 0 no norm has seen a batch
+        unit = max(0.0, end * steps - first) / max(whole, 1)
+        return cls.of(names, first, (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit))
+
+    @classmethod
+    def at_once(cls, model: nn.Module, step: int) -> Schedule:
+        """Everything at one step: the control. Raises: ValueError for a model that was not wrapped."""
+        return cls(tuple((step, site.name) for site in sites(model)))
+
+    def due(self, step: int) -> list[str]:
+        """Sites to be removed by the beginning of a step."""
+        return [site for at, site in self.events if at <= step]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises: ValueError if it removes what a wrapped model does not have."""
+        known = {site.name for site in sites(model)}
+        unknown = [site for _, site in self.events if site not in known]
+        if unknown:
+            raise ValueError(
+                f"schedule removes {unknown[0]!r}, but {type(model).__name__} has {', '.join(sorted(known))}"
+            )

@@ -1,0 +1,150 @@
+"""Where a model normalizes, found by running it once: no class and no module name is listed.
+
+A few random tokens go through the model with a hook on every leaf module.
+
+    norm      a leaf that makes  (x - mu) / sqrt(var + eps) * weight + bias  of its input, or the same without mu (RMS)
+    reader    a leaf whose input is a norm's output (the same memory, through views, slices and dropout)
+    layer     a norm is attention's if the values of that layer's cache come from its readers
+    values    the output features of a reader that reach the cached values: elsewhere, d values / d output is zero
+
+Norms' outputs are cut from the graph, so that every derivative crosses one reader alone. Separate projections (Llama,
+OPT), one for all (GPT-2) and one with heads interleaved (GPT-NeoX) are told apart by that derivative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EPS = 1e-5  # of norms that do not tell theirs
+
+
+@dataclass
+class Norm:
+    """A norm met on the way; `name` is the module's in the model."""
+
+    name: str
+    module: nn.Module
+    center: bool  # LayerNorm; without it RMSNorm
+    acts: bool  # whether the output hardly depends on the input's scale; not under an eps that drowns the variance
+    width: int
+    readers: dict[str, nn.Module] = field(default_factory=dict)
+    layer: int | None = None  # attention's, by its place in the cache
+    values: dict[str, Tensor] = field(default_factory=dict)  # reader's name -> [out], whether a feature is a value
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return eps_of(self.module)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One forward pass: the norms in order of execution, and the names of leaves that normalize in another way."""
+
+    norms: list[Norm]
+    others: list[str]
+
+
+def trace(model: nn.Module, tokens: int = 6) -> Trace:
+    """Run a causal LM on a few random tokens and say where it normalizes; leaves it as it was."""
+    walk = _Walk({module: name for name, module in model.named_modules()})
+    leaves = [module for module in model.modules() if not list(module.children())]
+    handles = [leaf.register_forward_hook(walk) for leaf in leaves]
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            output = model(input_ids=random_tokens(model, 1, tokens), use_cache=True)
+            walk.attribute(output.past_key_values)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    return Trace([norm for norm, _, _ in walk.found], walk.others)
+
+
+def random_tokens(model: nn.Module, rows: int, length: int) -> Tensor:
+    """Token ids [rows, length], the same every time, on the device of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(embeddings.weight.shape[0], 2**15), (rows, length), generator=generator)
+    return ids.to(embeddings.weight.device)
+
+
+def eps_of(norm: nn.Module) -> float:
+    """A norm's own eps: `eps` in torch and most models, `variance_epsilon` in Llama and its copies."""
+    return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", EPS)))
+
+
+def centered(module: nn.Module, x: Tensor, y: Tensor) -> bool | None:
+    """Whether y is the LayerNorm (True) or the RMSNorm (False) of x under a module's parameters; None: neither."""
+    vectors = {name: p for name, p in module._parameters.items() if p is not None}
+    if not vectors.keys() <= {"weight", "bias"} or any(p.shape != x.shape[-1:] for p in vectors.values()):
+        return None
+    z, eps = x.detach().float(), eps_of(module)
+    for center in (True, False):
+        core = z - z.mean(-1, keepdim=True) if center else z
+        core = core * (core.square().mean(-1, keepdim=True) + eps).rsqrt()
+        expected = core * vectors.get("weight", torch.ones(())).float() + vectors.get("bias", torch.zeros(())).float()
+        error = (expected - y.detach().float()).norm() / expected.norm().clamp(min=1e-30)
+        if error < (3e-2 if y.dtype.itemsize == 2 else 1e-4):
+            return center
+    return None
+
+
+@torch.no_grad()
+def normalizes(module: nn.Module, x: Tensor) -> bool:
+    """Whether a leaf's output hardly depends on the scale of its input, as only a norm's does."""
+    named = "norm" in type(module).__name__.lower()
+    if not named and all(p.ndim != 1 for p in module.parameters()):
+        return False  # an activation saturates too, but has no parameters
+    once, far, zero = (module.forward(z) for z in (x, 4 * x, 0 * x))
+    return bool((far - once).norm() < (once - zero).norm() / 2)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+class _Walk:
+    """The hook of a traced pass."""
+
+    def __init__(self, names: dict[nn.Module, str]):
+        self.names = names
+        self.found: list[tuple[Norm, Tensor, dict[str, Tensor]]] = []  # a norm, its output, its readers' outputs
+        self.others: list[str] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
+        x = args[0] if args else None
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point()) or _same_memory(x, y):
+            return None  # embeddings; dropout and identities, which hand on what they get
+        name = self.names[module]
+        for norm, output, outputs in self.found:
+            if _same_memory(output, x):
+                norm.readers[name], outputs[name] = module, y
+        if x.shape != y.shape:
+            return None
+        center, acts = centered(module, x, y), normalizes(module, x.detach())
+        if center is None:
+            self.others += [name] if acts else []
+            return None
+        y = y.detach().requires_grad_()
+        self.found.append((Norm(name, module, center, acts, x.shape[-1]), y, {}))
+        return y
+
+    def attribute(self, cache: Any) -> None:
+        """Layers and values of attention's norms."""
+        outputs = [(norm, name, y) for norm, _, found in self.found for name, y in found.items()]
+        leaves = [y for _, _, y in outputs]
+        for layer, cached in enumerate(cache.layers if leaves else []):
+            values = cached.values
+            upstream = torch.rand_like(values) + 0.5
+            found = torch.autograd.grad(values, leaves, upstream, allow_unused=True, retain_graph=True)
+            for (norm, name, _), gradient in zip(outputs, found, strict=True):
+                if gradient is not None and bool(gradient.any()):
+                    norm.layer = layer
+                    norm.values[name] = gradient.flatten(0, -2).ne(0).any(0)
