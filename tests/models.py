@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MixtralConfig,
@@ -39,6 +40,7 @@ CONFIGS = {
     "granite scale": lambda: GraniteConfig(**_LLAMA, logits_scaling=3.0),
     "cohere scale": lambda: CohereConfig(**_LLAMA, logit_scale=0.25),
     "gpt2": lambda: GPT2Config(**_OLD, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "neox": lambda: GPTNeoXConfig(**_LLAMA, use_parallel_residual=True),
     "opt": lambda: OPTConfig(
         **_OLD,
         hidden_size=32,

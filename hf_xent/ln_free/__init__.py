@@ -1,23 +1,39 @@
 """Models without LayerNorm: norms are removed one by one in fine-tuning, then folded away.
 
-ln_free.wrap(model)                                           # norms become removable, nothing else changes
-ln_free.sites(model)                                          # mlp.0 ... qk.0 ... v.0 ... final
+ln_free.wrap(model)                                      # norms become removable, nothing else changes
+ln_free.sites(model)                                     # mlp.0 ... qk.0 ... v.0 ... final
 trainer = hf_xent.LNRemovalTrainer(model, hf_xent.LNRemovalConfig(output_dir="out", max_steps=300), ...)
+trainer.train()                                          # removes them on schedule
+ln_free.to_eps_trick(model).save_pretrained("stock")     # what a stock class loads, as the released LN-free models
+ln_free.to_true(model).save_pretrained("true")           # no norms at all; loads with trust_remote_code
+ln_free.load("true"), ln_free.verify(model)
 """
 
+from .convert import form_of, load, parity, to_eps_trick, to_true
 from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, Site, calibrate, is_ln_free, remove, restore, sites, wrap
+from .recipes import RECIPES, Recipe
 from .schedule import Schedule
+from .verification import Verification, verify
 
 __all__ = [
+    "RECIPES",
     "FakeLayerNorm",
     "FakeNorm",
     "FakeRMSNorm",
+    "Recipe",
     "Schedule",
     "Site",
+    "Verification",
     "calibrate",
+    "form_of",
     "is_ln_free",
+    "load",
+    "parity",
     "remove",
     "restore",
     "sites",
+    "to_eps_trick",
+    "to_true",
+    "verify",
     "wrap",
 ]

@@ -219,8 +219,7 @@ def _replace(model: nn.Module, norm: Norm, sites: tuple[str, ...], watch: Watch,
     kind: Any = FakeLayerNorm if norm.center else FakeRMSNorm
     fake = kind(norm.width, eps=norm.eps, elementwise_affine=False)
     fake.arm(norm.module, sites, watch, momentum)
-    parent, _, name = norm.name.rpartition(".")
-    setattr(model.get_submodule(parent), name, fake)
+    model.set_submodule(norm.name, fake)
     for reader, values in norm.values.items():
         model.get_submodule(reader).register_forward_hook(_Values(fake, values))
 

@@ -66,8 +66,9 @@ class Schedule:
             raise ValueError(f"start is {start} and end {end}: choose shares of the steps, 0 <= start <= end < 1")
         names = [site.name for site in sites(model)]
         whole = sum(GAPS[KINDS.index(name.partition(".")[0])] for name in names if name != KINDS[3])
-        unit = (end - start) * steps / max(whole, 1)
-        return cls.of(names, start * steps, (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit))
+        first = max(1.0, start * steps)  # at step 0 no norm has seen a batch
+        unit = max(0.0, end * steps - first) / max(whole, 1)
+        return cls.of(names, first, (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit))
 
     @classmethod
     def at_once(cls, model: nn.Module, step: int) -> Schedule:

@@ -56,7 +56,7 @@ def schedule_of(args: LNRemovalConfig, model: nn.Module, steps: int) -> Schedule
     if args.schedule == "scaled":
         return Schedule.scaled(model, steps, start=args.removal_start, end=args.removal_end)
     if args.schedule == "at_once":
-        return Schedule.at_once(model, int(args.removal_start * steps))
+        return Schedule.at_once(model, max(1, int(args.removal_start * steps)))
     return Schedule.named(args.schedule)
 
 

@@ -1,0 +1,84 @@
+"""`hf-xent ln-free`: convert and verify models without LayerNorm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from typer import Argument, Option
+
+from .app import Json, err, out, print_json
+
+app = typer.Typer(help="Models without LayerNorm: convert them between forms, verify them.", no_args_is_help=True)
+MODEL_HELP = "Path (or Hub id) of a causal LM whose norms were removed, in any form."
+
+
+@app.command()
+def convert(
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    output: Annotated[Path, Argument(help="Folder for the converted model and its tokenizer.")],
+    to: Annotated[
+        str,
+        Option(help="'eps-trick', which stock classes load, or 'true': no norms at all, with a class of its own."),
+    ] = "true",
+    eps: Annotated[float, Option(help="Of the trick: 1e12 as in the released models; 1e6 fits into float16.")] = 1e12,
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Write an LN-free model in another form; print how far its logits differ."""
+    import torch
+
+    from ..ln_free import convert as forms
+
+    if to not in ("eps-trick", "true"):
+        raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}: choose float32, bfloat16 or float16")
+    kind = getattr(torch, dtype)
+    with err.status(f"converting {model}"):
+        loaded, tokenizer = forms.load(model, torch.float32)
+        true = forms.form_of(loaded) == "true"
+        if to == "true":
+            made = (loaded if true else forms.to_true(loaded)).to(kind)
+        else:
+            source = loaded if true or forms.form_of(loaded) == "removable" else forms.to_true(loaded)
+            made = forms.to_eps_trick(source, eps, kind)
+        error, size = forms.parity(loaded, made)
+        made.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
+    if as_json:
+        print_json(summary)
+        return
+    out.print(f"[green]{to}[/] in {output}, {dtype}: logits differ by {error:.1e} of {size:.1e}", highlight=False)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    against: Annotated[str | None, Option(help="Another model, whose logits must be the same.")] = None,
+    dtype: Annotated[str, Option(help="Dtype to load in; 'auto' for the model's own.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check that nothing normalizes, and that KV cache and padding change nothing; exit code 1 if not."""
+    from ..ln_free.convert import load
+    from ..ln_free.verification import verify as run
+
+    with err.status(f"verifying {model}"):
+        other = None if against is None else load(against, dtype)[0]
+        found = run(load(model, dtype)[0], other)
+    if as_json:
+        print_json({name: None if value != value else value for name, value in found.as_dict().items()})
+    else:
+        out.print(_table(model, found.as_dict()))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name.replace("_", " "), f"{value:.2g}" if isinstance(value, float) else str(value))
+    return table

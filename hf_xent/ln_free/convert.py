@@ -1,0 +1,269 @@
+"""From a model whose norms are removed to checkpoints that anyone loads, and between those.
+
+    eps trick   a stock model whose norms hardly normalize:  eps = 1e12, weight = 1e6 gain.  sqrt(var + 1e12) = 1e6, so
+                the output is (x - mu) gain + beta.  The format of the released LN-free GPT-2 models
+    true        no norms. Each linear layer y = W n + b that reads n = (x - mu) gain + beta takes it over,
+
+                    W' = W diag(gain) (I - 11'/D)        b' = b + W beta        (no mu in RMSNorms)
+
+                the head, too, which is untied from the embeddings and gets a bias. No stock class leaves its norms out,
+                so the class comes with the checkpoint (`modeling_ln_free.py`, loaded with trust_remote_code=True)
+
+with gain = weight / sigma for removed norms and weight / sqrt(eps) under the trick. Back from true to the trick, gain
+is 1; a bias b that folding had to add goes into the norm, beta = 1 and W'' = W' + b 1'/D, exactly, since W' 1 = 0 and
+x - mu has mean 0.
+
+The trick costs a relative error of var / (2 eps). Its weights, some 1e6 to 1e7, overflow float16 to inf and give NaN:
+that is refused. eps = 1e6 fits into float16, at the error that `parity` measures; bfloat16 and float32 take both.
+
+Source: the format and the trick are Baroni et al.'s, arXiv:2507.02559, github.com/submarat/removing-layer-norm; folding
+is that of TransformerLens (fold_ln), centering moved to the readers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import embedded
+from .modeling_ln_free import LNFree
+from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
+from .structure import eps_of, random_tokens, trace
+
+STATE = (".sigma", ".gone")  # how names of removable norms' buffers end
+LARGEST = 65504.0  # of float16
+MILD = 1e6  # the eps whose weights fit into it
+
+
+@lru_cache
+def class_of(stock: Any) -> type:
+    """The stock class of an architecture, without norms."""
+    return type(f"LNFree{stock.__name__}", (LNFree, stock), {"__doc__": "Without norms.", "__module__": __name__})
+
+
+def form_of(model: Any) -> str:
+    """'removable' (wrapped), 'true', 'eps trick' or 'normalized'."""
+    if any(isinstance(m, FakeNorm) for m in model.modules()):
+        return "removable"
+    if hasattr(model.config, "ln_free"):
+        return "true"
+    return "eps trick" if is_ln_free(model) else "normalized"
+
+
+def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
+    """A causal LM in any of these forms, and its tokenizer; arguments as `hf_xent.embedded.load`, no remote code runs.
+
+    A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
+
+    source = embedded.resolve(model)
+    if Path(source).is_dir():
+        config = AutoConfig.from_pretrained(source)
+        if hasattr(config, "ln_free"):
+            free: Any = class_of(AutoModelForCausalLM._model_mapping[type(config)])
+            return free.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    loaded, tokenizer = embedded.load(model, dtype)
+    state = _state(Path(source))
+    if state:
+        wrap(loaded).load_state_dict(state, strict=False)
+    return loaded, tokenizer
+
+
+def _state(folder: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(STATE)})  # noqa: SIM118  no dict
+    return found
+
+
+def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None) -> Any:
+    """A stock model with the norms of a removable (all removed) or true one drowned by `eps`; computes the same.
+
+    Raises: ValueError if norms are left, if the architecture's configuration has no eps (OPT), or if weights would
+    overflow float16.
+    """
+    true = form_of(model) == "true"
+    if not true:
+        _check_removed(model)
+    config = deepcopy(model.config)
+    names = list(config.ln_free["norms"]) if true else list(fake_norms(model))
+    stock = type(model).__mro__[2] if true else type(model)
+    for name in ("ln_free", "auto_map"):
+        config.__dict__.pop(name, None)
+    plain = _built(stock, config, model)
+    state = _unfolded(model, plain) if true else _scaled(model)
+    _set_eps(plain, names, eps)
+    for name in names:
+        state[f"{name}.weight"] = state[f"{name}.weight"] * eps**0.5
+    plain.load_state_dict(state)
+    _check_half(model, plain, names, dtype or _dtype(model), eps)
+    return plain.to(dtype or _dtype(model))
+
+
+def to_true(model: Any) -> Any:
+    """A model without norms from a removable (all removed) or eps-trick one; computes the same.
+
+    Raises: ValueError if it still normalizes, or something else than a linear layer reads a norm; RuntimeError if the
+    result differs, as where the residual stream itself takes a norm's output.
+    """
+    form = form_of(model)
+    if form == "removable":
+        _check_removed(model)
+    elif form != "eps trick":
+        raise ValueError(f"model is a {type(model).__name__} that is {form}: pass one whose norms were removed")
+    with _restored(model):
+        norms = trace(model).norms
+    state = {name: x.clone() for name, x in model.state_dict().items() if not name.endswith(STATE)}
+    readers: dict[str, list[str]] = {}
+    biases = []
+    for norm in norms:
+        gain, beta = _affine(norm.module, norm.width)
+        for prefix in ("weight", "bias"):
+            state.pop(f"{norm.name}.{prefix}", None)
+        readers[norm.name] = list(norm.readers)
+        for name, reader in norm.readers.items():
+            had = f"{name}.bias" in state
+            _fold(state, name, reader, (gain, beta if had or beta.any() else None), norm.center)
+            biases += [name] if f"{name}.bias" in state and not had else []
+    config = deepcopy(model.config)
+    config.tie_word_embeddings, config.ln_free = False, {"norms": readers, "biases": biases}
+    kind: Any = type(model)
+    free = _built(class_of(kind), config, model)
+    free.load_state_dict(state)
+    free = free.to(_dtype(model))
+    error, size = parity(model, free)
+    if not error <= (5e-2 if _dtype(model).itemsize == 2 else 1e-3) * size:
+        raise RuntimeError(
+            f"folding the norms of {type(model).__name__} changed its logits by {error:.1e} of {size:.1e}"
+        )
+    return free
+
+
+@torch.no_grad()
+def parity(a: nn.Module, b: nn.Module, rows: int = 2, length: int = 16) -> tuple[float, float]:
+    """Largest difference between two models' logits on random tokens, and the largest logit of the first."""
+    found = []
+    for model in (a, b):
+        training = model.training
+        model.eval()
+        found.append(model(input_ids=random_tokens(model, rows, length)).logits.float().cpu())
+        model.train(training)
+    return float((found[0] - found[1]).abs().max()), float(found[0].abs().max())
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _check_removed(model: nn.Module) -> None:
+    left = [site.name for site in sites(model) if not site.removed]
+    if left:
+        raise ValueError(f"{len(left)} norms are left, {left[0]} first: train until all are removed, or remove them")
+
+
+def _built(kind: type, config: Any, model: Any) -> Any:
+    """An untrained model in place of another, in float32."""
+    built = kind(config).float().to(next(model.parameters()).device).eval()
+    built.generation_config = deepcopy(model.generation_config)
+    return built
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Removed norms normalize in here, so that they are recognized."""
+    fakes = [m for m in model.modules() if isinstance(m, FakeNorm)]
+    for fake in fakes:
+        fake.removed = [False] * len(fake.sites)
+    try:
+        yield
+    finally:
+        for fake in fakes:
+            fake.removed = fake.gone.tolist()
+
+
+def _affine(norm: Any, width: int) -> tuple[Tensor, Tensor]:
+    """Gain and beta [D] of a norm without its own divisor, float64."""
+    vectors = {name: p.detach().double() for name, p in norm._parameters.items() if p is not None}
+    some = next(iter(vectors.values()), torch.ones(1).double())
+    divisor = float(norm.sigma) if isinstance(norm, FakeNorm) else eps_of(norm) ** 0.5
+    return vectors.get("weight", some.new_ones(width)) / divisor, vectors.get("bias", some.new_zeros(width))
+
+
+def _fold(state: dict[str, Tensor], name: str, reader: Any, affine: tuple[Tensor, Tensor | None], center: bool) -> None:
+    """A reader's weights with its norm in them."""
+    weight, (gain, beta) = state[f"{name}.weight"], affine
+    across = not isinstance(reader, nn.Linear)  # GPT-2's Conv1D holds [in, out]
+    if weight.ndim != 2 or (across and type(reader).__name__ != "Conv1D"):
+        raise ValueError(f"{name}, a {type(reader).__name__}, reads a norm: only linear layers can take one over")
+    w = (weight.T if across else weight).double()
+    if beta is not None:
+        bias = state.get(f"{name}.bias", weight.new_zeros(len(w)))
+        state[f"{name}.bias"] = (bias.double() + w @ beta).to(bias.dtype)
+    w = w * gain
+    w = w - w.mean(1, keepdim=True) if center else w
+    state[f"{name}.weight"] = (w.T if across else w).to(weight.dtype).contiguous()
+
+
+def _scaled(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a removable model, every norm's divided by its sigma, float32."""
+    state = {name: x.float() for name, x in model.state_dict().items() if not name.endswith(STATE)}
+    for name, norm in fake_norms(model).items():
+        if norm.weight is None:
+            raise ValueError(f"{name} has no weight that could hold its scale: convert to 'true'")
+        state[f"{name}.weight"] = state[f"{name}.weight"] / norm.sigma
+    return state
+
+
+def _unfolded(model: Any, plain: Any) -> dict[str, Tensor]:
+    """Weights of a true model for a stock one, whose norms get gain 1, float32."""
+    state = {name: x.float() for name, x in model.state_dict().items()}
+    for norm, readers in model.config.ln_free["norms"].items():
+        added = [name for name in readers if name in model.config.ln_free["biases"]]
+        vectors = dict(plain.get_submodule(norm).named_parameters())
+        state[f"{norm}.weight"] = torch.ones_like(vectors["weight"])
+        if "bias" in vectors:
+            state[f"{norm}.bias"] = torch.full_like(vectors["bias"], float(bool(added)))
+        for name in added:
+            bias = state.pop(f"{name}.bias")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + bias[:, None] / len(vectors["weight"])
+    return state
+
+
+def _set_eps(model: Any, names: list[str], eps: float) -> None:
+    """Another eps in a stock model's norms and configuration."""
+    norms = [model.get_submodule(name) for name in names]
+    config = model.config.get_text_config()
+    keys = [key for key, value in config.to_dict().items() if "eps" in key and value == eps_of(norms[0])]
+    if len(keys) != 1:
+        raise ValueError(
+            f"the configuration of {type(model).__name__} does not set its norms' eps, so no stock model would load"
+            " with another: convert to 'true'"
+        )
+    setattr(config, keys[0], eps)
+    for norm in norms:
+        setattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps", eps)
+
+
+def _check_half(model: Any, plain: Any, names: list[str], dtype: torch.dtype, eps: float) -> None:
+    largest = max(float(plain.get_submodule(name).weight.detach().abs().max()) for name in names)
+    if dtype != torch.float16 or largest <= LARGEST:
+        return
+    advice = "convert to bfloat16 or float32, or to 'true'"
+    if eps > MILD and largest * (MILD / eps) ** 0.5 <= LARGEST:
+        error, size = parity(model, to_eps_trick(model, MILD, torch.float32))
+        advice += f", or take eps = {MILD:.0e} (logits then differ by {error:.1e} of {size:.1e}, measured in float32)"
+    raise ValueError(
+        f"eps is {eps:.0e} and dtype float16: norm weights reach {largest:.1e}, float16 ends at {LARGEST:.0f} and the"
+        f" model would give NaN: {advice}"
+    )

@@ -1,0 +1,462 @@
+"""Removable norms and their training: found by structure, exact while real, affine when removed, resumable midway."""
+
+import copy
+
+import datasets
+import peft
+import pytest
+import torch
+from models import V, batch, gradients, tiny
+from test_trainers import arguments, collate, losses_of
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from hf_xent import ln_free
+from hf_xent.ln_free import Schedule
+from hf_xent.patching import seam_of
+from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
+
+FAMILIES = ("gpt2", "llama", "neox", "opt")
+
+
+def seen(name="gpt2", std=0.2, **changes):
+    """A wrapped model that has seen a batch."""
+    model = ln_free.wrap(tiny(name, std, **changes))
+    ln_free.calibrate(model, [{"input_ids": batch()[0]}])
+    return model
+
+
+def kinds(model, kind):
+    return [site.name for site in ln_free.sites(model) if site.kind == kind]
+
+
+def logits(model, ids=None, **inputs):
+    with torch.no_grad():
+        return model(input_ids=batch()[0] if ids is None else ids, **inputs).logits
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+# The paper's table: start/gap of MLP, of qk, of v, and the final norm's step.
+PAPER = {
+    "gpt2": (12, (20, 2), (44, 2), (68, 3), 104),
+    "gpt2-medium": (24, (20, 2), (68, 2), (116, 3), 188),
+    "gpt2-large": (36, (30, 4), (174, 4), (318, 6), 534),
+    "gpt2-xl": (48, (50, 4), (242, 4), (434, 6), 722),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_schedules_of_the_four_sizes_are_the_papers(name):
+    layers, *starts, final = PAPER[name]
+    expected = [
+        (start + layer * gap, f"{kind}.{layer}")
+        for kind, (start, gap) in zip(("mlp", "qk", "v"), starts, strict=True)
+        for layer in range(layers)
+    ]
+    assert Schedule.named(name).events == (*expected, (final, "final"))
+
+
+def test_scaled_schedules():
+    """The smallest size's own at its depth and steps; any other in order, inside its shares of the steps."""
+    deep = ln_free.wrap(tiny("gpt2", n_layer=12))
+    assert Schedule.scaled(deep, 300) == Schedule.named("gpt2")
+    model = ln_free.wrap(tiny("llama"))
+    names = [site.name for site in ln_free.sites(model)]
+    for steps in (2, 40, 10_000):
+        events = Schedule.scaled(model, steps, start=0.1, end=0.5).events
+        assert [name for _, name in events] == names
+        assert [step for step, _ in events] == sorted(step for step, _ in events)
+        assert (events[0][0], events[-1][0]) == (max(1, int(0.1 * steps)), int(0.5 * steps))
+    assert Schedule.at_once(model, 7).events == tuple((7, name) for name in names)
+    assert Schedule.of(["mlp.0", "v.0", "final"], 5, (2, 9, 4)).events == ((5, "mlp.0"), (7, "v.0"), (11, "final"))
+    with pytest.raises(ValueError, match="schedule is 'gpt3'"):
+        Schedule.named("gpt3")
+    with pytest.raises(ValueError, match=r"start is 0.5 and end 0.2"):
+        Schedule.scaled(model, 9, start=0.5, end=0.2)
+    with pytest.raises(ValueError, match=r"'mlp.2', but LlamaForCausalLM has"):
+        Schedule.named("gpt2").check(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_wrapping_changes_nothing(name):
+    stock, model = tiny(name), ln_free.wrap(tiny(name))
+    ids, labels = batch()
+    assert torch.equal(logits(stock), logits(model))
+    for each in (stock, model):
+        each(input_ids=ids, labels=labels).loss.backward()
+    ours, theirs = gradients(model), gradients(stock)
+    assert ours.keys() == theirs.keys()
+    for key, g in theirs.items():
+        torch.testing.assert_close(ours[key], g, rtol=1e-5, atol=1e-7)
+    extra = model.state_dict().keys() - stock.state_dict().keys()
+    assert {key.rpartition(".")[2] for key in extra} == {"sigma", "gone"}
+    assert [site.name for site in ln_free.sites(model)] == ["mlp.0", "mlp.1", "qk.0", "qk.1", "v.0", "v.1", "final"]
+    assert not any(site.removed for site in ln_free.sites(model)) and not ln_free.is_ln_free(model)
+    assert ln_free.wrap(model) is model
+
+
+def test_the_values_of_a_projection_are_told_by_derivatives():
+    """GPT-2 has them last, GPT-NeoX in every head's last third; separate projections are all or nothing."""
+    from hf_xent.ln_free.structure import trace
+
+    def values(name):
+        return next(n.values for n in trace(tiny(name)).norms if n.layer == 1)
+
+    assert values("gpt2")["transformer.h.1.attn.c_attn"].tolist() == [False] * 64 + [True] * 32
+    neox = values("neox")["gpt_neox.layers.1.attention.query_key_value"]
+    assert neox.tolist() == ([False] * 16 + [True] * 8) * 4
+    for name, reader in (
+        ("llama", "model.layers.1.self_attn.v_proj"),
+        ("opt", "model.decoder.layers.1.self_attn.v_proj"),
+    ):
+        assert list(values(name)) == [reader] and values(name)[reader].all()
+
+
+def by_hand(model, qk, v):
+    """Logits of a 2-layer GPT-2 whose layer 1 takes the given divisors for q/k and for v (None: its own)."""
+    attention, ln = model.transformer.h[1].attn, model.transformer.h[1].ln_1
+    raw = {}
+
+    def norm(x, sigma):
+        centered = x - x.mean(-1, keepdim=True)
+        sigma = (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() if sigma is None else sigma
+        return centered / sigma * ln.weight + ln.bias
+
+    def project(module, args, output):
+        parts = [norm(raw["x"], sigma) @ module.weight + module.bias for sigma in (qk, v)]
+        return torch.cat([parts[0][..., :64], parts[1][..., 64:]], -1)
+
+    handles = [
+        ln.register_forward_pre_hook(lambda _, args: raw.update(x=args[0])),
+        attention.c_attn.register_forward_hook(project),
+    ]
+    found = model(input_ids=batch()[0]).logits
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("gone", [("qk.1",), ("v.1",), ("qk.1", "v.1")])
+def test_paths_are_removed_apart(gone):
+    """Values and every gradient against a dense reference that projects twice."""
+    stock, model = tiny("gpt2"), seen("gpt2")
+    sigma = next(s.sigma for s in ln_free.sites(model) if s.name == "qk.1")
+    for site in gone:
+        ln_free.remove(model, site)
+    expected = by_hand(stock, *(sigma if name in gone else None for name in ("qk.1", "v.1")))
+    found = model(input_ids=batch()[0]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    upstream = torch.randn_like(found)
+    (found * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    ours, theirs = gradients(model), gradients(stock)
+    for key, g in theirs.items():
+        torch.testing.assert_close(ours[key], g, rtol=1e-3, atol=1e-4 * float(g.abs().max()) + 1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_removed_norms_are_affine(name):
+    model = seen(name)
+    for kind in ("mlp", "qk", "v", "final"):
+        for site in kinds(model, kind):
+            before = logits(model)
+            ln_free.remove(model, site)
+            assert not torch.equal(before, logits(model))
+            ln_free.remove(model, site)  # twice is once
+    assert ln_free.is_ln_free(model)
+    for norm in (m for m in model.modules() if isinstance(m, ln_free.FakeNorm)):
+        x, y = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+        torch.testing.assert_close(norm((x + y) / 2), (norm(x) + norm(y)) / 2, rtol=1e-4, atol=1e-5)
+    ln_free.restore(model, "final")
+    assert not ln_free.is_ln_free(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sigma_follows_tokens_that_are_no_padding(name):
+    """A moving average of the divisors of real tokens, in training alone."""
+    model = ln_free.wrap(tiny(name), momentum=0.75)
+    inputs = {}
+
+    def keep(module_name):
+        return lambda _, args: inputs.setdefault(module_name, []).append(args[0].detach().reshape(3, 11, 32))
+
+    for site in ln_free.sites(model):
+        if site.kind != "v":
+            model.get_submodule(site.norm).register_forward_pre_hook(keep(site.norm))
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[0, :6], mask[2, :2] = 0, 0
+    without_dropout(model).train()
+    logits(model, attention_mask=mask)
+    logits(model, attention_mask=mask[:, :0].new_ones(3, 11))
+    model.eval()
+    logits(model)
+    for site in ln_free.sites(model):
+        means = []
+        for x, keep_tokens in zip(inputs[site.norm], (mask.bool(), torch.ones_like(mask).bool()), strict=False):
+            x = x - x.mean(-1, keepdim=True) if name != "llama" else x
+            means.append((x.square().mean(-1) + model.get_submodule(site.norm).eps).sqrt()[keep_tokens].mean())
+        assert site.sigma == pytest.approx(float(0.75 * means[0] + 0.25 * means[1]), rel=1e-5)
+
+
+def test_sigma_is_frozen_at_removal_and_float32():
+    model = seen("gpt2").train()
+    for site in ("mlp.0", "qk.0", "qk.1", "v.1"):
+        ln_free.remove(model, site)
+    before = {site.name: site.sigma for site in ln_free.sites(model)}
+    logits(model, ids=torch.randint(V, (2, 30)))
+    moved = {site.name for site in ln_free.sites(model) if site.sigma != before[site.name]}
+    assert moved == {"mlp.1", "qk.0", "v.0", "final"}, "qk.0 shares the sigma of v.0, which is still real"
+    model.to(torch.bfloat16)
+    assert all(m.sigma.dtype == torch.float32 for m in model.modules() if isinstance(m, ln_free.FakeNorm))
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_neither_gradients_nor_sigma(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = seen("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).train()
+        for site in ("mlp.1", "qk.0", "qk.1", "v.1"):
+            ln_free.remove(model, site)
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        ids, labels = batch()
+        model(input_ids=ids, labels=labels).loss.backward()
+        found.append((gradients(model), ln_free.sites(model)))
+    (plain, sites), (checkpointed, same) = found
+    assert sites == same
+    for key, g in plain.items():
+        torch.testing.assert_close(checkpointed[key], g, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_midway(name):
+    """Cached as uncached, padded as alone, while layers are in every state."""
+    model = seen(name)
+    for site in ("mlp.0", "mlp.1", "qk.0", "qk.1", "v.0"):
+        ln_free.remove(model, site)
+    found = ln_free.verify(model)
+    assert max(found.cache, found.padding) < 1e-4 and not found.ln_free
+
+
+def test_copies_and_state_travel(tmp_path):
+    model = seen("gpt2")
+    for site in ("mlp.0", "qk.1"):
+        ln_free.remove(model, site)
+    twin = copy.deepcopy(model)
+    ln_free.remove(twin, "final")
+    assert [s.removed for s in ln_free.sites(model)].count(True) == 2
+    fresh = ln_free.wrap(tiny("gpt2", std=0.5))
+    fresh.load_state_dict(model.state_dict())
+    assert ln_free.sites(fresh) == ln_free.sites(model)
+    assert torch.equal(logits(fresh), logits(model))
+
+
+def test_calibration_is_the_mean_over_batches():
+    model, batches = ln_free.wrap(tiny("gpt2")), [{"input_ids": torch.randint(V, (2, 9))} for _ in range(3)]
+    singles = []
+    for one in batches:
+        ln_free.calibrate(model, [one])
+        singles.append([site.sigma for site in ln_free.sites(model)])
+    ln_free.calibrate(model, batches)
+    expected = torch.tensor(singles).mean(0).tolist()
+    assert [site.sigma for site in ln_free.sites(model)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_refusals():
+    for name, match in (
+        ("qwen3", "no linear layer reads model.layers.0.self_attn.q_norm"),
+        ("gemma2 softcap", "model.layers.0.input_layernorm normalizes in a way of its own"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ln_free.wrap(tiny(name))
+    with pytest.raises(ValueError, match="merge the adapters first"):
+        ln_free.wrap(peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"])))
+    with pytest.raises(ValueError, match="no removable norms"):
+        ln_free.sites(tiny("gpt2"))
+    model = ln_free.wrap(tiny("gpt2"))
+    with pytest.raises(ValueError, match=r"mlp.0 has no sigma yet"):
+        ln_free.remove(model, "mlp.0")
+    with pytest.raises(ValueError, match=r"site is 'mlp.9'"):
+        ln_free.remove(model, "mlp.9")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(32):
+        ids = torch.randint(3, V, (int(torch.randint(4, 14, (1,), generator=generator)),), generator=generator).tolist()
+        found.append({"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)})
+    return datasets.Dataset.from_list(found)
+
+
+def padded(examples):
+    out = collate([{k: x[k] for k in ("input_ids", "labels")} for x in examples])
+    return {**out, "attention_mask": (out["labels"] != -100).long()}
+
+
+def trainer_of(folder, rows, name="gpt2", schedule=None, **options):
+    options = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-3, **options}
+    config = arguments(folder, LNRemovalConfig, **options)
+    return LNRemovalTrainer(
+        tiny(name, std=0.1), config, schedule=schedule, train_dataset=rows, eval_dataset=rows, data_collator=padded
+    )
+
+
+def fit(*args, resume=None, **options):
+    trainer = trainer_of(*args, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_removes_all_norms_on_schedule(tmp_path, rows, name):
+    trainer = fit(tmp_path, rows, name, removal_start=0.1, removal_end=0.7)
+    left = [entry["norms"] for entry in trainer.state.log_history if "loss" in entry]
+    due = Schedule.scaled(trainer.model, 12, start=0.1, end=0.7)
+    assert left == [7 - len(due.due(step)) for step in range(12)] and left[-1] == 0
+    assert all(entry["loss_sigma"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert all(0 < loss < 10 for loss in losses_of(trainer))
+    assert seam_of(trainer.model).materialized == 0
+    model = trainer.model.eval()
+    assert ln_free.is_ln_free(model)
+    error, _ = ln_free.parity(model, ln_free.to_true(model))
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resumed_in_the_middle_of_the_schedule(tmp_path, rows, step):
+    """Dropout, sigmas, removals: losses are bit-equal."""
+    options = {"save_strategy": "steps", "save_steps": step, "removal_start": 0.1, "removal_end": 0.7}
+    straight = fit(tmp_path, rows, **options)
+    midway = [entry["norms"] for entry in straight.state.log_history if "loss" in entry][step - 1]
+    assert 0 < midway < 7
+    resumed = fit(tmp_path, rows, resume=str(tmp_path / f"checkpoint-{step}"), **options)
+    assert losses_of(resumed) == losses_of(straight)
+    assert ln_free.sites(resumed.model) == ln_free.sites(straight.model)
+
+
+def dense_term(model, inputs, weight):
+    """Cross-entropy and the auxiliary term, from the stock model's logits and the input of its final norm."""
+    captured = []
+    handle = model.transformer.ln_f.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    z = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    handle.remove()
+    keep = inputs["attention_mask"].bool()
+    sigma = (captured[0].var(-1, unbiased=False) + 1e-5).sqrt()
+    usual = keep & (inputs["input_ids"] != model.config.eos_token_id)
+    usual[:, 0] = False
+    term = ((sigma - sigma[usual].mean().detach()) ** 2)[keep].mean()
+    return F.cross_entropy(z[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()) + weight * term
+
+
+def test_a_step_equals_a_dense_one(tmp_path, rows):
+    trainer = trainer_of(tmp_path, rows, sigma_weight=3.0)
+    inputs = padded([rows[i] for i in range(5)])
+    inputs["input_ids"][1, 3] = trainer.model.config.eos_token_id
+    stock = tiny("gpt2", std=0.1)
+    for model in (stock, trainer.model):
+        without_dropout(model)
+    expected = dense_term(stock, inputs, 3.0)
+    expected.backward()
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=(inputs["labels"][:, 1:] != -100).sum())
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = gradients(trainer.model), gradients(stock)
+    for key, g in theirs.items():
+        torch.testing.assert_close(ours[key], g, rtol=1e-3, atol=1e-6)
+
+
+def test_accumulation_does_not_change_the_step(tmp_path, rows):
+    """The same batch twice, in one pass, in two, and padded: sigma* is a mean over a pass, so passes must be alike."""
+    twice = datasets.Dataset.from_list([rows[i] for i in (0, 1, 2, 3) * 2])
+    found = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        still = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "sigma_weight": 5.0}
+        trainer = trainer_of(
+            tmp_path,
+            twice,
+            train_sampling_strategy="sequential",
+            removal_start=0.5,
+            removal_end=0.6,
+            **options,
+            **still,
+        )
+        without_dropout(trainer.model)
+        trainer.train()
+        found.append([trainer.state.log_history[0][key] for key in ("loss", "grad_norm", "loss_sigma")])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_unequal_passes_count_by_their_labels(tmp_path, rows):
+    """The loss of a step is the sum over its passes of CE sums and sigma terms by their share of labels."""
+    trainer = trainer_of(tmp_path, rows, sigma_weight=2.0)
+    trainer.model.train()
+    without_dropout(trainer.model)
+    passes = [padded([rows[i] for i in part]) for part in ((0, 1, 2), (3,))]
+    counts = [(part["labels"][:, 1:] != -100).sum() for part in passes]
+    total = sum(counts)
+    found = sum(trainer.compute_loss(trainer.model, dict(p), num_items_in_batch=total) for p in passes)
+    alone = [
+        trainer.compute_loss(trainer.model, dict(p), num_items_in_batch=n) for p, n in zip(passes, counts, strict=True)
+    ]
+    expected = sum(loss * n for loss, n in zip(alone, counts, strict=True)) / total
+    torch.testing.assert_close(found, expected)
+
+
+def test_without_removal_or_term_it_is_the_vanilla_control(tmp_path, rows):
+    """Weight decay included: removable LayerNorms are spared as stock ones are."""
+    options = {"max_steps": 3, "weight_decay": 0.5}
+    ours = fit(tmp_path, rows, schedule=Schedule(()), sigma_weight=0.0, **options)
+    config = arguments(tmp_path, per_device_train_batch_size=4, **{**options, "learning_rate": 1e-3})
+    stock = XentTrainer(tiny("gpt2", std=0.1), config, train_dataset=rows, data_collator=padded)
+    stock.train()
+    assert losses_of(ours) == losses_of(stock)
+    for name, p in stock.model.named_parameters():
+        assert torch.equal(ours.model.get_parameter(name), p), name
+
+
+def test_the_callback_under_a_stock_trainer(tmp_path, rows):
+    model = ln_free.wrap(tiny("llama", std=0.1))
+    config = arguments(tmp_path, TrainingArguments, max_steps=4)
+    schedule = Schedule.at_once(model, 2)
+    callbacks = [LNRemovalCallback(schedule)]
+    Trainer(model, config, train_dataset=rows, data_collator=padded, callbacks=callbacks).train()
+    assert ln_free.is_ln_free(model)
+    with pytest.raises(ValueError, match=r"schedule removes 'mlp.2'"):
+        fit(tmp_path, rows, schedule=Schedule.named("gpt2"))
+
+
+def test_evaluation_is_the_loss_alone_and_leaves_sigma(tmp_path, rows):
+    trainer = fit(tmp_path, rows, max_steps=2, sigma_weight=50.0)
+    before = ln_free.sites(trainer.model)
+    found = trainer.evaluate()["eval_loss"]
+    trainer.args.sigma_weight = 0.0
+    assert found == trainer.evaluate()["eval_loss"]
+    assert ln_free.sites(trainer.model) == before
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes(tmp_path, name):
+    """Tokens of a step as in the paper's table; every number reaches the trainer's arguments."""
+    recipe = ln_free.RECIPES[name]
+    tokens = {"gpt2": 524_288, "gpt2-medium": 518_144, "gpt2-large": 516_096, "gpt2-xl": 516_096}
+    assert recipe.batch_size * recipe.accumulation * 1024 == tokens[name]
+    config = recipe.config(str(tmp_path), use_cpu=True, report_to=[])
+    assert (config.schedule, config.max_steps, config.sigma_weight) == (name, recipe.max_steps, recipe.sigma_weight)
+    assert config.lr_scheduler_kwargs == {"min_lr": recipe.min_learning_rate} and config.weight_decay == 0.01
+    assert recipe.released % config.save_steps == 0 and recipe.released > Schedule.named(name).events[-1][0]
