@@ -114,7 +114,7 @@ def pretrain(text: str, steps: int, output: Path) -> tuple[GPT2LMHeadModel, Any,
 def kneser_ney(train: list[list[int]], test: list[list[int]], vocabulary: int, order: int = 4) -> float:
     """Held-out nats per token of interpolated Kneser-Ney; the first token of a test row is context only."""
     grams = [Counter(tuple(row[i : i + order]) for row in train for i in range(len(row) - order + 1))]
-    for n in range(order - 1, 0, -1):  # of distinct left neighbors
+    for _ in range(order - 1):  # of distinct left neighbors
         grams.insert(0, Counter(gram[1:] for gram in grams[0]))
     totals: list[Counter[tuple[int, ...]]] = [Counter() for _ in grams]
     kinds = [Counter(gram[:-1] for gram in level) for level in grams]
@@ -135,7 +135,9 @@ def kneser_ney(train: list[list[int]], test: list[list[int]], vocabulary: int, o
                 p = max(grams[level][tail] - d, 0) / total + d * kinds[level][tail[:-1]] / total * p
         return p
 
-    surprises = [-math.log(probability(tuple(row[max(0, i - order + 1) : i + 1]))) for row in test for i in range(1, len(row))]
+    surprises = [
+        -math.log(probability(tuple(row[max(0, i - order + 1) : i + 1]))) for row in test for i in range(1, len(row))
+    ]
     return sum(surprises) / len(surprises)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from models import V, tiny, tiny_tokenizer
 from torch import nn
+from typer.testing import CliRunner
 
 import hf_xent
 from hf_xent import ln_free
-from hf_xent.ln_free import analysis
-from hf_xent.ln_free.analysis import BINS, Tokens, analyze, binned, calibration_error, confidence_neurons
+from hf_xent.cli import app
+from hf_xent.ln_free.analysis import BINS, analyze, binned, calibration_error, confidence_neurons
 
 
 def blocks(rows=5, length=9):
@@ -192,3 +193,39 @@ def test_analysis_leaves_the_model_as_it_was():
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with pytest.raises(ValueError, match=r"blocks is \[4\]"):
         analyze(model, blocks()[0, :4])
+
+
+def test_report_of_every_form(tmp_path):
+    """Removable, eps trick and true have the same numbers; the table, the card section and the plots are there."""
+    ids, model = blocks(), free()
+    analyses = {
+        "original": analyze(tiny("gpt2", std=0.08), ids),
+        "removable": analyze(model, ids),
+        "eps trick": analyze(ln_free.to_eps_trick(model), ids),
+        "true": analyze(ln_free.to_true(model), ids),
+    }
+    for name in ("eps trick", "true"):
+        assert analyses[name].mean_nmae < 1e-3 < analyses["original"].mean_nmae
+        assert analyses[name].loss == pytest.approx(analyses["removable"].loss, abs=1e-4)
+    page = ln_free.Report(analyses).save(tmp_path)
+    text, found = page.read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert f"| loss, mean (nats per token) | {analyses['original'].loss:.4f} |" in text and "report.png" in text
+    assert found["true"]["mean_nmae"] == analyses["true"].mean_nmae
+    curves = ln_free.draw_curves({"a": [(1, 2.0), (2, 1.0)]}, [(1, "mlp.0"), (2, "final")], tmp_path / "curves.png")
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "report.png", curves))
+
+
+def test_command_reports(tmp_path):
+    for folder, made in (("free", ln_free.to_eps_trick(free())), ("original", tiny("gpt2", std=0.08))):
+        made.save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    command = ["ln-free", "report", str(tmp_path / "free"), "--original", str(tmp_path / "original"), "--text"]
+    command += [str(tmp_path / "text.txt"), "--length", "16", "--sequences", "4", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert list(found) == ["original", "LN-free"] and found["LN-free"]["mean_nmae"] < 1e-3
+    assert (tmp_path / "out" / "report.md").exists()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "attention-sink rate" in done.stdout

@@ -141,7 +141,7 @@ class Anatomy:
                 linears.append(module)
             if isinstance(output, tuple) and len(output) > 1 and _is_attention(output[1], ids.shape[1]):
                 attentions.append((module, linears[-1]))
-            if isinstance(output, Tensor) and not list(module.children()):
+            if args and isinstance(output, Tensor) and not list(module.children()):
                 last[:] = [(module, args[0], output)]
 
         handles = [module.register_forward_hook(watch) for module in model.modules()]
