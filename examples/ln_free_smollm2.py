@@ -27,7 +27,7 @@ def schedule_of(model: Any, layers: int, steps: int) -> Schedule:
     """The proportions of the scaled schedule, for the last layers and the final norm."""
     sites = [site for site in ln_free.sites(model) if site.layer is None or site.layer >= first_layer(model, layers)]
     step = steps / (3 * len(sites))  # done after a third of the steps, as there
-    return Schedule.of([site.name for site in sites], steps / 15, (step, step, step))
+    return Schedule.of([site.name for site in sites], max(1, steps / 15), (step, step, step))
 
 
 def first_layer(model: Any, layers: int) -> int:

@@ -193,7 +193,7 @@ class Tokens:
         self.entropy.append(stats.entropy.flatten().cpu())
         self.bins += binned(best.logp.exp().flatten().cpu(), stats.is_top1.flatten().cpu())
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         """Fields of `Analysis`."""
         nll, tokens = torch.cat(self.nll).double(), float(self.bins[0].sum())
         median, p95, p99 = (float(x) for x in nll.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)))
