@@ -68,7 +68,7 @@ def test_kneser_ney_is_a_distribution_and_counts_by_hand(monkeypatch):
     import math
     import runpy
 
-    kneser_ney = runpy.run_path(str(EXAMPLES / "pretrain_gpt2.py"))["kneser_ney"]
+    kneser_ney = runpy.run_path(str(EXAMPLES / "kneser_ney.py"))["kneser_ney"]
     train = [[0, 1, 0, 1, 0, 2]]
     total = sum(math.exp(-kneser_ney(train, [[0, w]], vocabulary=5, order=2)) for w in range(5))
     assert abs(total - 1) < 1e-12

@@ -1,6 +1,5 @@
 """What removing norms does to a model, measured: losses, head attributions, first tokens, confidence.
 
-    losses       nats per token: mean, median, 95th and 99th percentile
     attribution  NMAE_h = mean |DLA - DE| / mean |DE| of attention head h, whose part of the residual stream r is c:
                  DE  = (f(r) - f(r - c)) . w_y      f the final norm: what the logit of the label loses without c
                  DLA = f'(c) . w_y                  f' the norm with its divisor frozen at r: what one usually computes
@@ -10,12 +9,11 @@
     neurons      of the last MLP, with the largest score |w_i| / LogitVar(w_i), w_i the neuron's output weights,
                  LogitVar(w) = variance over the vocabulary of (w_v . w) / (|w_v| |w|); and how far loss and entropy
                  move, relatively, if these neurons are held at their means over the tokens
-    calibration  ECE = sum_b (n_b / N) |accuracy_b - confidence_b| over bins of the largest probability
 
-Losses, entropies and confidences are streamed (`vocab_stats`): no logits. LogitVar is w' C w with C the covariance of
-the vocabulary's unit vectors, D x D. Output projections of attention and of the last MLP are found by running the
-model once; logits are those before a soft cap. Free choices, ours: 15 bins of equal width, queries weighted equally,
-three neurons ablated together, attribution of heads without the projection's bias.
+Losses, entropy and calibration are those of `hf_xent.ln_free.tokens`, without logits. LogitVar is w' C w, C the
+covariance of the vocabulary's unit vectors, D x D. Output projections of attention and of the last MLP are found by
+running the model once; logits are those before a soft cap. Free choices, ours: queries weigh the same, the neurons are
+ablated together, a head's part is without the projection's bias.
 
 Source: Baroni et al. 2025, arXiv:2507.02559; neurons as Stolfo et al. 2024, arXiv:2406.16254, score them.
 """
@@ -31,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import vocab_stats
 from ..patching import head_of, lazily, patch, unpatch
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
+from .tokens import Tokens
 
-BINS, SINK = 15, 0.3
+SINK = 0.3
 
 
 @dataclass(frozen=True)
@@ -174,50 +172,6 @@ class Anatomy:
 
 def _is_attention(weights: Any, length: int) -> bool:
     return isinstance(weights, Tensor) and weights.ndim == 4 and tuple(weights.shape[-2:]) == (length, length)
-
-
-class Tokens:
-    """Losses, entropy and calibration over tokens, a few floats a token."""
-
-    def __init__(self) -> None:
-        self.nll: list[Tensor] = []
-        self.entropy: list[Tensor] = []
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, right ones, confidence
-
-    def add(self, model: Any, ids: Tensor) -> None:
-        """Run the model on a batch [B, T]."""
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        stats = logits.stats(ids[:, 1:], outputs=("lse", "target", "entropy", "top"))
-        best = vocab_stats(logits.hidden, logits.head, stats.top, outputs=("lse", "target"))
-        self.nll.append(stats.nll.flatten().cpu())
-        self.entropy.append(stats.entropy.flatten().cpu())
-        self.bins += binned(best.logp.exp().flatten().cpu(), stats.is_top1.flatten().cpu())
-
-    def summary(self) -> dict[str, Any]:
-        """Fields of `Analysis`."""
-        nll, tokens = torch.cat(self.nll).double(), float(self.bins[0].sum())
-        median, p95, p99 = (float(x) for x in nll.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)))
-        return {
-            "loss": float(nll.mean()),
-            "median": median,
-            "p95": p95,
-            "p99": p99,
-            "entropy": float(torch.cat(self.entropy).double().mean()),
-            "accuracy": float(self.bins[1].sum()) / tokens,
-            "ece": calibration_error(self.bins),
-        }
-
-
-def binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """[3, BINS]: tokens, right ones and summed confidence by bin of confidence [N] in [0, 1]."""
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    rows = torch.stack([torch.ones_like(confidence), right.to(confidence), confidence]).double()
-    return rows.new_zeros(3, BINS).index_add_(1, index, rows)
-
-
-def calibration_error(bins: Tensor) -> float:
-    """ECE of `binned` sums."""
-    return float((bins[1] - bins[2]).abs().sum() / bins[0].sum())
 
 
 class Passes:
