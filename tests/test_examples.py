@@ -167,3 +167,54 @@ def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
         for rows in (train, example["pairs"](50, 0, held_out=True))
     ]
     assert not topics[0] & topics[1]
+
+
+def test_kneser_ney_is_a_distribution_and_counts_by_hand(monkeypatch):
+    """Bigrams of a b a b a c: after a, b twice and c once; distinct left neighbors 1 (a), 1 (b), 1 (c)."""
+    import math
+    import runpy
+
+    kneser_ney = runpy.run_path(str(EXAMPLES / "kneser_ney.py"))["kneser_ney"]
+    train = [[0, 1, 0, 1, 0, 2]]
+    total = sum(math.exp(-kneser_ney(train, [[0, w]], vocabulary=5, order=2)) for w in range(5))
+    assert abs(total - 1) < 1e-12
+    # counts ab 2, ba 2, ac 1: d_2 = 1 / (1 + 2 * 2) = 0.2; a, b, c once each: d_1 = 3 / (3 + 0) = 1, so p_1 = 1 / 5
+    by_hand = (2 - 0.2) / 3 + 0.2 * 2 / 3 * (1 / 5)
+    assert abs(kneser_ney(train, [[0, 1]], vocabulary=5, order=2) + math.log(by_hand)) < 1e-12
+
+
+def test_ln_free_gpt2_compares_all_arms(tmp_path, monkeypatch):
+    """From no model at all: pre-trained, resumed from disk, every arm trained, models and plots kept."""
+    import runpy
+
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(TEXT[i % 9 :] * 12)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    small = {"n_layer": 1, "n_embd": 16, "n_head": 2}
+    import pretrain_gpt2
+
+    monkeypatch.setattr(pretrain_gpt2, "SIZE", pretrain_gpt2.SIZE | small)
+    monkeypatch.setattr(pretrain_gpt2, "CONTEXT", 16)
+    monkeypatch.setattr(pretrain_gpt2, "VOCABULARY", 270)
+    example = runpy.run_path(str(EXAMPLES / "ln_free_gpt2.py"))
+    options = {"text": str(tmp_path / "text"), "pretraining": 4, "steps": 15, "seeds": 1, "sequences": 8}
+    found = example["main"](**options, output=tmp_path / "out")
+    assert set(found) == set(example["ARMS"])
+    assert found["vanilla"][0]["NMAE (%)"] > 1 > 0.1 > found["LN-free"][0]["NMAE (%)"]
+    assert (tmp_path / "out" / "curves.png").exists() and (tmp_path / "out" / "report.md").exists()
+    assert "with all norms replaced and no training" in (tmp_path / "out" / "README.md").read_text()
+    yardstick = pretrain_gpt2.main(text=options["text"], steps=4, output=tmp_path / "out" / "gpt2")
+    assert yardstick["kneser-ney 3"] < yardstick["gpt2"]  # four steps have learned nothing, trigrams the whole text
+
+
+def test_ln_free_smollm2_removes_the_last_layers(tmp_path):
+    import runpy
+
+    model = tiny("llama", std=0.05, vocab_size=90, num_hidden_layers=3)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "ln_free_smollm2.py"))
+    found = example["main"](model=str(tmp_path / "model"), layers=1, steps=6, output=tmp_path / "out")
+    assert found["norms removed"]["after"]["mean_nmae"] < 1e-3 < found["vanilla"]["after"]["mean_nmae"]
+    assert len(found["vanilla"]["losses"]) == 6

@@ -9,8 +9,8 @@ import pytest
 import hf_xent
 from hf_xent import losses, ops, trainers
 
-TRAINERS = """EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer NoiseFiTConfig
-    NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
+TRAINERS = """EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer
+    NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
     XentConfig XentTrainer"""
 PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare linear_cross_entropy losses map_logits patch seam_of

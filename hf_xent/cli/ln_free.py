@@ -1,4 +1,4 @@
-"""`hf-xent ln-free`: convert and verify models without LayerNorm."""
+"""`hf-xent ln-free`: convert, verify and report on models without LayerNorm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from .app import Json, err, out, print_json
 
-app = typer.Typer(help="Models without LayerNorm: convert them between forms, verify them.", no_args_is_help=True)
+app = typer.Typer(help="Models without LayerNorm: convert, verify, report.", no_args_is_help=True)
 MODEL_HELP = "Path (or Hub id) of a causal LM whose norms were removed, in any form."
 
 
@@ -75,6 +75,45 @@ def verify(
         out.print(_table(model, found.as_dict()))
     if not found.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    model: Annotated[str, Argument(help=MODEL_HELP)],
+    original: Annotated[str | None, Option(help="The model before fine-tuning.")] = None,
+    vanilla: Annotated[str | None, Option(help="The control: fine-tuned on the same data, norms kept.")] = None,
+    text: Annotated[str, Option(help="Held-out text: 'pydoc', a file, a folder, or a Hub dataset.")] = "pydoc",
+    split: Annotated[str | None, Option(help="Of the text, such as 'test' or 'train[-5%:]'.")] = None,
+    sequences: Annotated[int, Option(help="How many sequences of it, from the start.", min=1)] = 64,
+    length: Annotated[int, Option(help="Tokens of each.", min=3)] = 128,
+    output: Annotated[Path, Option(help="Folder for report.md, report.json and report.png.")] = Path("report"),
+    as_json: Json = False,
+) -> None:
+    """Losses, attribution error, attention sinks, confidence and calibration, beside original and control."""
+    import torch
+
+    from .. import data
+    from ..ln_free import Report, analyze
+    from ..ln_free.convert import load
+
+    found = {}
+    tokenizer = load(model)[1]
+    rows = data.pack(data.load_text(text, split=split), tokenizer, block_size=length)
+    blocks = torch.tensor(list(rows["input_ids"])[:sequences])
+    for name, source in (("original", original), ("vanilla", vanilla), ("LN-free", model)):
+        if source is not None:
+            with err.status(f"analyzing {source}"):
+                found[name] = analyze(load(source, torch.float32)[0], blocks)
+    made = Report(found)
+    page = made.save(output)
+    if as_json:
+        print_json({name: analysis.as_dict() for name, analysis in found.items()})
+        return
+    table = Table("", *found, title=f"{blocks.numel()} tokens of {text}")
+    for row in made.rows():
+        table.add_row(*row)
+    out.print(table)
+    out.print(f"written: {page}", highlight=False)
 
 
 def _table(title: str, rows: dict[str, Any]) -> Table:

@@ -7,24 +7,31 @@ trainer.train()                                          # removes them on sched
 ln_free.to_eps_trick(model).save_pretrained("stock")     # what a stock class loads, as the released LN-free models
 ln_free.to_true(model).save_pretrained("true")           # no norms at all; loads with trust_remote_code
 ln_free.load("true"), ln_free.verify(model)
+ln_free.Report({"original": ln_free.analyze(original, blocks), "LN-free": ln_free.analyze(model, blocks)}).save(folder)
 """
 
+from .analysis import Analysis, analyze
 from .convert import form_of, load, parity, to_eps_trick, to_true
 from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, Site, calibrate, is_ln_free, remove, restore, sites, wrap
 from .recipes import RECIPES, Recipe
+from .report import Report, draw_curves
 from .schedule import Schedule
 from .verification import Verification, verify
 
 __all__ = [
     "RECIPES",
+    "Analysis",
     "FakeLayerNorm",
     "FakeNorm",
     "FakeRMSNorm",
     "Recipe",
+    "Report",
     "Schedule",
     "Site",
     "Verification",
+    "analyze",
     "calibrate",
+    "draw_curves",
     "form_of",
     "is_ln_free",
     "load",

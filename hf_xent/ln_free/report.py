@@ -1,0 +1,132 @@
+"""The analyses of a model before, with plain fine-tuning and without norms, side by side: table, card section, plots.
+
+report = Report({"original": analyze(a, blocks), "vanilla": analyze(b, blocks), "LN-free": analyze(c, blocks)})
+report.save(Path("out"))                     # report.md (a section of a model card), report.json, report.png
+draw_curves({"LN-free": losses}, schedule.events, Path("out/curves.png"))
+
+Compare with the vanilla model, which has seen the same data: fine-tuning alone moves all of these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .analysis import Analysis
+
+ROWS: dict[str, Callable[[Analysis], str]] = {
+    "loss, mean (nats per token)": lambda a: f"{a.loss:.4f}",
+    "loss, median": lambda a: f"{a.median:.4f}",
+    "loss, 95th percentile": lambda a: f"{a.p95:.3f}",
+    "loss, 99th percentile": lambda a: f"{a.p99:.3f}",
+    "accuracy": lambda a: f"{a.accuracy:.4f}",
+    "entropy (nats)": lambda a: f"{a.entropy:.4f}",
+    "calibration error (ECE)": lambda a: f"{a.ece:.4f}",
+    "attribution error (NMAE), mean over heads": lambda a: f"{100 * a.mean_nmae:.2g} %",
+    "attribution error, least and largest head": lambda a: (
+        f"{100 * _extreme(a, min):.2g} to {100 * _extreme(a, max):.2g} %"
+    ),
+    "attention-sink rate": lambda a: f"{100 * a.sink_rate:.1f} %",
+    "norm of the first token, relative": lambda a: f"{a.first_norm:.3g}",
+    "confidence neurons": lambda a: ", ".join(map(str, a.neurons)),
+    "loss without them": lambda a: f"{100 * a.neuron_loss:+.2f} %",
+    "entropy without them": lambda a: f"{100 * a.neuron_entropy:+.2f} %",
+}
+"""What the table has."""
+NOTE = (
+    "Attribution error: direct logit attribution of attention heads against their direct effect on the logit of the"
+    " next token. Sink rate: heads that give the first token more than 0.3 of their attention. Confidence neurons: of"
+    " the last MLP, held at their means together."
+)
+COLORS = ("#8a8f98", "#1f77b4", "#d1495b", "#f08a4b", "#2ca02c", "#9467bd")
+
+
+def _extreme(analysis: Analysis, which: Callable[[Iterable[float]], float]) -> float:
+    return which(100 * value for layer in analysis.nmae for value in layer)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Analyses by model name, on the same tokens."""
+
+    analyses: Mapping[str, Analysis]
+
+    def rows(self) -> list[list[str]]:
+        """Name of a measure and its value for every model."""
+        return [[name, *(cell(found) for found in self.analyses.values())] for name, cell in ROWS.items()]
+
+    def markdown(self) -> str:
+        """A section of a model card."""
+        lines = ["| | " + " | ".join(self.analyses) + " |", "|---" * (len(self.analyses) + 1) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        return "\n".join(["## Without normalization", "", *lines, "", NOTE]) + "\n"
+
+    def save(self, folder: Path) -> Path:
+        """Write report.md, report.json and report.png; returns the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {name: analysis.as_dict() for name, analysis in self.analyses.items()}
+        (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+        self.draw(folder / "report.png")
+        page = folder / "report.md"
+        page.write_text(self.markdown() + "\n![attribution error and loss](report.png)\n")
+        return page
+
+    def draw(self, path: Path) -> Path:
+        """Attribution error of every head (left) and what tokens lose (right), as PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")  # no display needed
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        width = 0.8 / len(self.analyses)
+        for place, (name, found) in enumerate(self.analyses.items()):
+            color, shift = COLORS[place % len(COLORS)], (place + 0.5) * width - 0.4
+            points = [(layer + shift, 100 * e) for layer, heads in enumerate(found.nmae) for e in heads]
+            left.plot(*zip(*points, strict=True), "o", ms=4, alpha=0.7, color=color, label=name)
+            values = [found.median, found.loss, found.p95, found.p99]
+            right.bar([x + shift for x in range(4)], values, width, color=color, label=name)
+        left.set(yscale="log", xlabel="layer", ylabel="NMAE of a head (%)", title="attribution against direct effect")
+        left.set_xticks(range(len(found.nmae)))
+        right.set_xticks(range(4), ["median", "mean", "95 %", "99 %"])
+        right.set(ylabel="loss (nats per token)", title="loss of tokens")
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+        right.legend(frameon=False)
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+        return path
+
+
+def draw_curves(
+    losses: Mapping[str, Sequence[tuple[int, float]]], events: Iterable[tuple[int, str]], path: Path, title: str = ""
+) -> Path:
+    """Loss against steps, by arm, with the removals of a schedule marked, as PNG.
+
+    `losses`: (step, nats per token) of every arm; `events`: (step, site) as in `Schedule.events`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for (arm, points), color in zip(losses.items(), COLORS, strict=False):
+        axis.plot(*zip(*points, strict=True), label=arm, color=color, lw=1.4)
+    kinds: dict[str, list[int]] = {}
+    for step, site in events:
+        kinds.setdefault(site.partition(".")[0], []).append(step)
+    for height, (kind, steps) in enumerate(kinds.items()):
+        for step in steps:
+            axis.axvline(step, color="#30343b", lw=0.6, alpha=0.35)
+        axis.annotate(
+            kind, (steps[0], 0.98 - 0.06 * (height % 2)), xycoords=("data", "axes fraction"), fontsize=8, va="top"
+        )
+    axis.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="upper right")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
