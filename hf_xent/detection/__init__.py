@@ -1,0 +1,1 @@
+"""Scores of texts from the statistics of their tokens, and metrics of scores."""
