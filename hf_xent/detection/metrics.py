@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from sklearn import config_context
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 
@@ -115,10 +116,11 @@ def bootstrap(
     truth, values = _checked(labels, scores)
     positives, negatives = values[truth], values[~truth]
     again, rng = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)]), np.random.default_rng(seed)
-    found = [
-        metric(again, np.concatenate([rng.choice(part, len(part)) for part in (positives, negatives)]))
-        for _ in range(resamples)
-    ]
+    with config_context(assume_finite=True, skip_parameter_validation=True):  # checked above, once
+        found = [
+            metric(again, np.concatenate([rng.choice(part, len(part)) for part in (positives, negatives)]))
+            for _ in range(resamples)
+        ]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(metric(truth, values), float(low), float(high))
 
