@@ -61,3 +61,30 @@ def test_emo_lm_compares_all_arms(tmp_path, monkeypatch):
         all(f"| {arm} |" in card for arm in found)
         and json.loads((tmp_path / "out" / "results.json").read_text()) == found
     )
+
+
+def test_membership_scores_every_dose(tmp_path, monkeypatch):
+    """On a tiny model and one seed: all doses and scores are there, and before the training nothing is known."""
+    import runpy
+
+    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "membership.py"))
+    monkeypatch.setitem(example["main"].__globals__, "RESAMPLES", 3)
+    found = example["main"](model=str(tmp_path / "model"), members=8, words=6, seeds=1, output=tmp_path / "out")
+    assert list(found) == [f"{dose} epochs" for dose in example["DOSES"]]
+    assert all(
+        0 <= row[name] <= 1 for [row] in (rows.values() for rows in found.values()) for name in example["COLUMNS"]
+    )
+    assert found["0 epochs"][0]["reference"] == 0.5 and found["4 epochs"][0]["blind"] == found["0 epochs"][0]["blind"]
+    assert found["4 epochs"][0]["member loss"] < found["0 epochs"][0]["member loss"]
+
+
+def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
+    import runpy
+
+    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(EXAMPLES / "scoring_cost.py"))
+    ratios = example["main"](model=str(tmp_path / "model"), texts=4, tokens=12, repetitions=2)
+    assert len(ratios) == 2 and min(ratios) > 0

@@ -1,0 +1,98 @@
+"""Does fine-tuning leave traces? Membership scores of a model after 0, 1, 2 and 4 epochs on a random half of its texts.
+
+    python examples/membership.py [--source pydoc] [--members 40] [--seeds 3] [--output out/membership]
+
+A text is a piece of so many words. Members and as many non-members are drawn at random from the same pieces, so that
+nothing but the training tells them apart: the blind baseline, which reads words alone, has to stay near an AUROC of
+0.5, and so has every score before the training. The reference is the model before it was trained; token frequencies
+are counted on the pieces that are left over. A seed draws the texts and their order.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import typer
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
+
+import hf_xent
+from hf_xent import data, detection, embedded
+from hf_xent.detection.corpus import count, smoothed
+from hf_xent.patching import head_of
+from hf_xent.study import Study
+
+DOSES = (0, 1, 2, 4)  # epochs
+SWEEP = detection.sweep("dc_pdd", a=(0.01, 0.1, 1.0))
+SCORES = ("loss", "zlib", "min_k", "min_k_pp", "fast_detect", *SWEEP)
+COLUMNS = (*SCORES, "reference", "reference_gap", "blind")  # AUROC of each
+BESIDE = ("auroc_low", "auroc_high", "tpr@5%fpr")
+RESAMPLES = 300
+
+
+def pieces(source: str, words: int, seed: int) -> list[str]:
+    """All pieces of `words` words of a source, in the seed's order."""
+    rows = [row["text"].split() for row in data.load_text(source)]
+    found = [" ".join(row[i : i + words]) for row in rows for i in range(0, len(row) - words + 1, words)]
+    return random.Random(seed).sample(found, len(found))
+
+
+def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: Path, watch: TrainerCallback) -> None:
+    """DOSES[-1] epochs of cross-entropy on rows of token ids."""
+    config = hf_xent.XentConfig(
+        output_dir=str(output / "trainer"), num_train_epochs=DOSES[-1], per_device_train_batch_size=8, seed=seed,
+        learning_rate=5e-5, lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_steps=16,
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    rows = Dataset.from_dict({"input_ids": rows})
+    hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collator, callbacks=[watch]).train()
+
+
+class Watch(TrainerCallback):
+    """Scores all texts before the training and after the epochs in DOSES, into a study."""
+
+    def __init__(self, study: Study, scorer: detection.TextScorer, texts: list[str], seed: int):
+        self.study, self.scorer, self.texts, self.seed = study, scorer, texts, seed
+        self.before = scorer(texts)
+        self.record(0, self.before)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if (dose := round(state.epoch)) in DOSES:
+            self.record(dose, self.scorer(self.texts))
+
+    def record(self, dose: int, found: dict[str, Any]) -> None:
+        """AUROC of every score under its own name; its interval, TPR@5%FPR and the mean losses beside it."""
+        members = len(self.texts) // 2
+        before, after = self.before["loss"], found["loss"]
+        found = found | {"reference": after / before, "reference_gap": before - after}
+        labels = [1] * members + [0] * members
+        rows = detection.evaluate(found, labels, self.texts, resamples=RESAMPLES)
+        numbers = {"member loss": after[:members].mean(), "other loss": after[members:].mean()}
+        numbers |= {name: row["auroc"] for name, row in rows.items()}
+        numbers |= {f"{name} {key}": row[key] for name, row in rows.items() for key in BESIDE}
+        self.study.record(f"{dose} epochs", self.seed, **numbers)
+
+
+def main(
+    model: str = "smollm2", source: str = "pydoc", members: int = 40, words: int = 24, seeds: int = 3,
+    output: Path = Path("out/membership"),
+) -> dict[str, Any]:  # fmt: skip
+    """Every dose under every seed; returns the numbers by dose and seed."""
+    settings = {"model": model, "source": source, "members": members, "words": words}
+    study = Study("Membership by dose", COLUMNS, "0 epochs", output, seeds, settings)
+    for _, seed in study.runs([f"{DOSES[-1]} epochs"]):  # a run passes through all doses
+        drawn = pieces(source, words, seed)
+        texts, rest = drawn[: 2 * members], drawn[2 * members :]
+        loaded, tokenizer = embedded.load(model)
+        q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
+        scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
+        watch = Watch(study, scorer, texts, seed)
+        train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, watch)
+    return study.report(f"Members and {members} others from the same texts ({source}); AUROC of every score.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
