@@ -27,7 +27,7 @@ from hf_xent.study import Study
 DOSES = (0, 1, 2, 4)  # epochs
 SWEEP = detection.sweep("dc_pdd", a=(0.01, 0.1, 1.0))
 SCORES = ("loss", "zlib", "min_k", "min_k_pp", "fast_detect", *SWEEP)
-COLUMNS = (*SCORES, "reference", "reference_gap", "blind")  # AUROC of each
+COLUMNS = {dose: f"{dose} epochs" for dose in DOSES}
 BESIDE = ("auroc_low", "auroc_high", "tpr@5%fpr")
 RESAMPLES = 300
 
@@ -51,47 +51,45 @@ def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: 
 
 
 class Watch(TrainerCallback):
-    """Scores all texts before the training and after the epochs in DOSES, into a study."""
+    """Evaluates all scores before the training and after the epochs in DOSES."""
 
-    def __init__(self, study: Study, scorer: detection.TextScorer, texts: list[str], seed: int):
-        self.study, self.scorer, self.texts, self.seed = study, scorer, texts, seed
+    def __init__(self, scorer: detection.TextScorer, texts: list[str]):
+        self.scorer, self.texts = scorer, texts
         self.before = scorer(texts)
-        self.record(0, self.before)
+        self.found = {0: self.evaluate(self.before)}
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         if (dose := round(state.epoch)) in DOSES:
-            self.record(dose, self.scorer(self.texts))
+            self.found[dose] = self.evaluate(self.scorer(self.texts))
 
-    def record(self, dose: int, found: dict[str, Any]) -> None:
-        """AUROC of every score under its own name; its interval, TPR@5%FPR and the mean losses beside it."""
-        members = len(self.texts) // 2
-        before, after = self.before["loss"], found["loss"]
-        found = found | {"reference": after / before, "reference_gap": before - after}
-        labels = [1] * members + [0] * members
-        rows = detection.evaluate(found, labels, self.texts, resamples=RESAMPLES)
-        numbers = {"member loss": after[:members].mean(), "other loss": after[members:].mean()}
-        numbers |= {name: row["auroc"] for name, row in rows.items()}
-        numbers |= {f"{name} {key}": row[key] for name, row in rows.items() for key in BESIDE}
-        self.study.record(f"{dose} epochs", self.seed, **numbers)
+    def evaluate(self, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Metrics of every score, and of words alone; the model before the training is the reference."""
+        members, before, after = len(self.texts) // 2, self.before["loss"], scores["loss"]
+        scores = scores | {"reference": after / before, "reference_gap": before - after}
+        return detection.evaluate(scores, [1] * members + [0] * members, self.texts, resamples=RESAMPLES)
 
 
 def main(
     model: str = "smollm2", source: str = "pydoc", members: int = 40, words: int = 24, seeds: int = 3,
     output: Path = Path("out/membership"),
 ) -> dict[str, Any]:  # fmt: skip
-    """Every dose under every seed; returns the numbers by dose and seed."""
+    """Every dose under every seed; returns the numbers by score and seed."""
     settings = {"model": model, "source": source, "members": members, "words": words}
-    study = Study("Membership by dose", COLUMNS, "0 epochs", output, seeds, settings)
-    for _, seed in study.runs([f"{DOSES[-1]} epochs"]):  # a run passes through all doses
+    study = Study("Membership by dose", tuple(COLUMNS.values()), detection.BLIND, output, seeds, settings)
+    for _, seed in study.runs([detection.BLIND]):  # it is recorded last
         drawn = pieces(source, words, seed)
         texts, rest = drawn[: 2 * members], drawn[2 * members :]
         loaded, tokenizer = embedded.load(model)
         q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
         scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
-        watch = Watch(study, scorer, texts, seed)
+        watch = Watch(scorer, texts)
         train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, watch)
-    return study.report(f"Members and {members} others from the same texts ({source}); AUROC of every score.")
+        for score in watch.found[0]:
+            rows = {COLUMNS[dose]: found[score] for dose, found in watch.found.items()}
+            beside = {f"{column}, {key}": row[key] for column, row in rows.items() for key in BESIDE}
+            study.record(score, seed, **{column: row["auroc"] for column, row in rows.items()}, **beside)
+    return study.report(f"{members} members and as many others from the same texts ({source}); AUROC of every score.")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ PUBLIC = {
     hf_xent: """Comparison EMOConfig EMOTrainer F2CConfig F2CTrainer Head LazyLogits NoiseFiTConfig NoiseFiTTrainer
         PatchCallback Seam Stats XentConfig XentTrainer compare detection linear_cross_entropy losses map_logits
         patch seam_of unpatch vocab_loss vocab_stats""",
-    detection: """Corpus SCORES Score TextScorer blind evaluate frequencies get score sweep""",
+    detection: """BLIND Corpus SCORES Score TextScorer blind evaluate frequencies get score sweep""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get

@@ -5,11 +5,12 @@ detection.evaluate(found, labels, texts)          # AUROC with interval, TPR at 
 """
 
 from .corpus import Corpus, frequencies
-from .evaluation import blind, evaluate
+from .evaluation import BLIND, blind, evaluate
 from .scorer import TextScorer, score
 from .scores import SCORES, Score, get, sweep
 
 __all__ = [
+    "BLIND",
     "SCORES",
     "Corpus",
     "Score",
