@@ -7,18 +7,20 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import losses, ops, trainers
+from hf_xent import auc, detection, losses, ops, trainers
 
-TRAINERS = """EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer
-    NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
-    XentConfig XentTrainer"""
+TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig
+    LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO
+    SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer"""
 PUBLIC = {
-    hf_xent: f"""Comparison Head LazyLogits Seam Stats compare linear_cross_entropy losses map_logits patch seam_of
-        unpatch vocab_loss vocab_stats {TRAINERS}""",
+    hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
+        seam_of unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get
         linear_cross_entropy table""",
+    auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
+    detection: """BLIND Corpus SCORES Score TextScorer blind evaluate frequencies get score sweep""",
     trainers: TRAINERS,
 }
 

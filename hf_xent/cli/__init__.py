@@ -3,12 +3,16 @@
 from .app import app, main
 from .bench import bench, report
 from .check import check, losses
+from .data import data
+from .detect import detect
 from .generate import generate
 from .ln_free import app as ln_free
+from .publish import publish
 from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, check, losses, generate, bench, report):
+for command in (train, check, losses, generate, detect, publish, bench, report):
     app.command()(command)
+app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")

@@ -43,6 +43,24 @@ def section(doc: str, title: str) -> str:
     return " ".join(found[1].split()).removesuffix(".")
 
 
+def parse(text: str) -> dict[str, Any]:
+    """Options written as text: 'gamma=3, variant=emo2' is {'gamma': 3, 'variant': 'emo2'}. Raises: ValueError."""
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    except (SyntaxError, AssertionError):
+        raise ValueError(f"options are {text!r}: write them as key=value, key=value") from None
+    return {str(keyword.arg): literal(ast.unparse(keyword.value)) for keyword in call.keywords}
+
+
+def literal(text: str) -> Any:
+    """A Python literal, else the text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
 def _help(loss: type) -> dict[str, str]:
     """Field -> the string under it, its own and inherited."""
     texts: dict[str, str] = {}

@@ -1,0 +1,96 @@
+"""Does fine-tuning leave traces? Membership scores of a model after 0, 1, 2 and 4 epochs on a random half of its texts.
+
+    python examples/membership.py [--source pydoc] [--members 40] [--seeds 3] [--output out/membership]
+
+A text is a piece of so many words. Members and as many non-members are drawn at random from the same pieces, so that
+nothing but the training tells them apart: the blind baseline, which reads words alone, has to stay near an AUROC of
+0.5, and so has every score before the training. The reference is the model before it was trained; token frequencies
+are counted on the pieces that are left over. A seed draws the texts and their order.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import typer
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, TrainerCallback
+
+import hf_xent
+from hf_xent import data, detection, embedded
+from hf_xent.detection.corpus import count, smoothed
+from hf_xent.patching import head_of
+from hf_xent.study import Study
+
+DOSES = (0, 1, 2, 4)  # epochs
+SWEEP = detection.sweep("dc_pdd", a=(0.01, 0.1, 1.0))
+SCORES = ("loss", "zlib", "min_k", "min_k_pp", "fast_detect", *SWEEP)
+COLUMNS = {dose: f"{dose} epochs" for dose in DOSES}
+BESIDE = ("auroc_low", "auroc_high", "tpr@5%fpr")
+RESAMPLES = 300
+
+
+def pieces(source: str, words: int, seed: int) -> list[str]:
+    """All pieces of `words` words of a source, in the seed's order."""
+    rows = [row["text"].split() for row in data.load_text(source)]
+    found = [" ".join(row[i : i + words]) for row in rows for i in range(0, len(row) - words + 1, words)]
+    return random.Random(seed).sample(found, len(found))
+
+
+def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: Path, watch: TrainerCallback) -> None:
+    """DOSES[-1] epochs of cross-entropy on rows of token ids."""
+    config = hf_xent.XentConfig(
+        output_dir=str(output / "trainer"), num_train_epochs=DOSES[-1], per_device_train_batch_size=8, seed=seed,
+        learning_rate=5e-5, lr_scheduler_type="constant", save_strategy="no", report_to="none", logging_steps=16,
+    )  # fmt: skip
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    rows = Dataset.from_dict({"input_ids": rows})
+    hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collator, callbacks=[watch]).train()
+
+
+class Watch(TrainerCallback):
+    """Evaluates all scores before the training and after the epochs in DOSES."""
+
+    def __init__(self, scorer: detection.TextScorer, texts: list[str]):
+        self.scorer, self.texts = scorer, texts
+        self.before = scorer(texts)
+        self.found = {0: self.evaluate(self.before)}
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if (dose := round(state.epoch)) in DOSES:
+            self.found[dose] = self.evaluate(self.scorer(self.texts))
+
+    def evaluate(self, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Metrics of every score, and of words alone; the model before the training is the reference."""
+        members, before, after = len(self.texts) // 2, self.before["loss"], scores["loss"]
+        scores = scores | {"reference": after / before, "reference_gap": before - after}
+        return detection.evaluate(scores, [1] * members + [0] * members, self.texts, resamples=RESAMPLES)
+
+
+def main(
+    model: str = "smollm2", source: str = "pydoc", members: int = 40, words: int = 24, seeds: int = 3,
+    output: Path = Path("out/membership"),
+) -> dict[str, Any]:  # fmt: skip
+    """Every dose under every seed; returns the numbers by score and seed."""
+    settings = {"model": model, "source": source, "members": members, "words": words}
+    study = Study("Membership by dose", tuple(COLUMNS.values()), detection.BLIND, output, seeds, settings)
+    for _, seed in study.runs([detection.BLIND]):  # it is recorded last
+        drawn = pieces(source, words, seed)
+        texts, rest = drawn[: 2 * members], drawn[2 * members :]
+        loaded, tokenizer = embedded.load(model)
+        q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
+        scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
+        watch = Watch(scorer, texts)
+        train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, watch)
+        for score in watch.found[0]:
+            rows = {COLUMNS[dose]: found[score] for dose, found in watch.found.items()}
+            beside = {f"{column}, {key}": row[key] for column, row in rows.items() for key in BESIDE}
+            study.record(score, seed, **{column: row["auroc"] for column, row in rows.items()}, **beside)
+    return study.report(f"{members} members and as many others from the same texts ({source}); AUROC of every score.")
+
+
+if __name__ == "__main__":
+    typer.run(main)

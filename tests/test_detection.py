@@ -1,0 +1,466 @@
+"""Detection scores: worked examples, dense formulas, padding and batches, the frequency cache, the CLI, evaluate."""
+
+import json
+import math
+import zlib as compression
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pandas
+import pytest
+import torch
+from datasets import Dataset
+from models import CONFIGS, V, tiny, tiny_tokenizer
+from test_cli import invoke
+
+import hf_xent
+from hf_xent import detection
+from hf_xent.detection import metrics, modules
+from hf_xent.detection import scores as registry
+from hf_xent.detection.corpus import Corpus, count, fingerprint, frequencies, smoothed
+from hf_xent.detection.scorer import TextScorer
+from hf_xent.lazy import next_token_labels
+from hf_xent.ops import Stats
+from hf_xent.patching import lazily, patch, seam_of, unpatch
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+rng = np.random.default_rng(0)
+TEXTS = [" ".join(rng.choice(WORDS, n)) for n in (1, 9, 3, 14, 2, 6, 11, 4, 8, 1, 5, 12, 7, 3, 10, 2, 13, 6)]
+FREQUENCIES = smoothed(np.arange(V) % 7 * 100)
+ALL = (*detection.SCORES, "min_k:k=1.0", "dc_pdd:a=10")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Counts of one test are not there for the next."""
+    monkeypatch.setenv("HF_XENT_CACHE", str(tmp_path / "cache"))
+
+
+def scored(texts=TEXTS, model=None, tokenizer=None, scores=ALL, **options):
+    options = {"reference": tiny("qwen3"), "frequencies": FREQUENCIES, "progress": False, **options}
+    return TextScorer(model or tiny(), tokenizer or tiny_tokenizer(), scores, **options)(texts)
+
+
+def stats_of(**values):
+    """One text's statistics [1, T] from numbers; logp is the target of a head whose lse is 0."""
+    values = {name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()}
+    labels = values.pop("labels", torch.arange(len(values["logp"][0]))[None]).long()
+    values["target"], mask = values.pop("logp"), torch.ones_like(labels, dtype=torch.bool)
+    return Stats({"lse": torch.zeros_like(values["target"]), **values}, labels, mask)
+
+
+# the method sheet's worked examples
+
+
+def test_dc_pdd_by_hand():
+    q = smoothed(np.array([9000, 900, 90, 9, 0, 1]))
+    torch.testing.assert_close(q[:4], torch.tensor([0.89956, 0.090046, 0.009095, 0.000999]).double(), atol=1e-6, rtol=0)
+    stats = stats_of(
+        labels=[0, 1, 0, 2, 3, 4, 1], logp=[math.log(p) for p in (0.6, 0.3, 0.9, 0.05, 0.002, 0.0004, 0.5)]
+    )
+    for a, value in ((0.001, 0.001), (0.01, 0.008737), (0.1, 0.056202), (1, 0.207649), (10, 0.207649)):
+        assert registry.dc_pdd(stats, q, a).item() == pytest.approx(value, abs=1e-6)
+
+
+def test_min_k_by_hand():
+    stats = stats_of(logp=[-0.1, -2.0, -3.0, -0.5, -1.0])
+    assert registry.min_k(stats, 0.4).item() == -2.5
+    assert registry.min_k(stats, 0.1).item() == -3.0  # int(0.5) is 0: one token counts all the same
+    assert registry.min_k(stats, 1.0).item() == pytest.approx(-registry.loss(stats).item())
+
+
+def test_min_k_pp_by_hand():
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    entropy = -(p * p.log()).sum().item()
+    variance = (p * p.log() ** 2).sum().item() - entropy**2
+    assert (entropy, variance) == (pytest.approx(1.029653, abs=1e-6), pytest.approx(0.132964, abs=1e-6))
+    for logp, z in zip(p.log().tolist(), (0.922837, -0.478056, -1.590008), strict=True):
+        stats = stats_of(logp=[logp], entropy=[entropy], variance=[variance])
+        assert registry.min_k_pp(stats).item() == pytest.approx(z, abs=1e-6)
+
+
+def test_a_certain_model_has_finite_scores():
+    stats = stats_of(logp=[0.0, 0.0], entropy=[0.0, 0.0], variance=[-1e-12, 0.0])
+    assert registry.min_k_pp(stats).item() == 0 and registry.fast_detect(stats).item() == 0
+
+
+# whole texts against the formulas on dense logits
+
+
+def dense(text, tokenizer, model, reference):
+    """Every score from full distributions, one token at a time."""
+    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text)["input_ids"]])
+    logp, other = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (model, reference))
+    y = ids[1:]
+    n = len(y)
+    ll = logp[range(n), y]
+    mean = (logp.exp() * logp).sum(-1)
+    variance = (logp.exp() * logp**2).sum(-1) - mean**2
+    crossed = (other.exp() * logp).sum(-1)
+    crossed_variance = (other.exp() * logp**2).sum(-1) - crossed**2
+    lowest = max(1, int(0.2 * n))
+    first = [i for i in range(n) if y[i] not in y[:i]]
+    terms = [(-ll[i].exp() * FREQUENCIES[y[i]].log()).item() for i in first]
+    return {
+        "loss": -ll.mean(),
+        "perplexity": (-ll.mean()).exp(),
+        "zlib": -ll.mean() / len(compression.compress(text.encode())),
+        "reference": ll.mean() / other[range(n), y].mean(),
+        "reference_gap": ll.mean() - other[range(n), y].mean(),
+        "min_k": ll.sort().values[:lowest].mean(),
+        "min_k_pp": ((ll - mean) / variance.sqrt()).sort().values[:lowest].mean(),
+        "dc_pdd": np.mean([min(term, 0.01) for term in terms]),
+        "dc_pdd:a=10": np.mean([min(term, 10) for term in terms]),
+        "fast_detect": (ll - mean).sum() / variance.sum().sqrt(),
+        "fast_detect_pair": (ll - crossed).sum() / crossed_variance.sum().sqrt(),
+        "binoculars": ll.mean() / crossed.mean(),
+        "min_k:k=1.0": ll.mean(),
+    }
+
+
+@torch.no_grad()
+def test_scores_equal_the_dense_formulas():
+    tokenizer, model, reference = tiny_tokenizer(), tiny("gemma2 softcap"), tiny("qwen3")
+    found = scored(TEXTS[:6], model, tokenizer, reference=reference)
+    for i, text in enumerate(TEXTS[:6]):
+        for name, value in dense(text, tokenizer, model, reference).items():
+            assert found[name][i] == pytest.approx(float(value), rel=2e-5), (name, text)
+
+
+def test_lowercase_is_the_ratio_of_two_losses():
+    texts = ["The quick", "THE QUICK BROWN", "the"]
+    tokenizer = tiny_tokenizer("The quick THE BROWN the QUICK dog " * 8)
+    found = scored(texts, None, tokenizer, ("loss", "lowercase"))
+    lower = scored([text.lower() for text in texts], None, tokenizer, ("loss",))["loss"]
+    np.testing.assert_allclose(found["lowercase"], lower / found["loss"], rtol=1e-6)
+    assert found["lowercase"][2] == 1 and abs(found["lowercase"][1] - 1) > 1e-3
+
+
+# invariances
+
+
+def test_batches_and_padding_change_nothing():
+    left, right = tiny_tokenizer(), tiny_tokenizer()
+    left.padding_side, right.padding_side = "left", "right"
+    alone = scored(tokenizer=right, batch_size=1)
+    for tokenizer in (left, right):
+        together = scored(tokenizer=tokenizer, batch_size=16)
+        for name in ALL:
+            np.testing.assert_allclose(together[name], alone[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # rotary and learned positions
+def test_scores_of_stats_that_were_padded_elsewhere(name):
+    """A batch a user padded on either side: the functions read the mask, not the place."""
+    model, tokenizer = patch(tiny(name)), tiny_tokenizer()
+    found = {}
+    for side in ("left", "right"):
+        batch = tokenizer(TEXTS[:5], return_tensors="pt", padding=True, padding_side=side)
+        mask = batch["attention_mask"]
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), lazily(model):
+            logits = model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=places).logits
+        labels = torch.where(mask.bool() & (places > 0), batch["input_ids"], -100)  # a first token has no context
+        stats = logits.stats(next_token_labels(labels), outputs=("lse", "target", "entropy", "variance"))
+        scores = ("loss", "min_k", "min_k_pp", "fast_detect")
+        found[side] = torch.stack([detection.get(score)(stats) for score in scores])
+        found[side] = torch.cat([found[side], registry.dc_pdd(stats, FREQUENCIES)[None]])
+    torch.testing.assert_close(found["left"], found["right"], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_model(name):
+    """Patched or not; left as it was; without logits; one forward for all scores of one model."""
+    scores = ("loss", "min_k_pp", "dc_pdd", "fast_detect")
+    model, calls = tiny(name).train(), []
+    stock = scored(model=model, scores=scores)
+    assert model.training
+    with pytest.raises(ValueError, match="not patched"):
+        seam_of(model)
+    patch(model)
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    again = scored(model=model, scores=scores)
+    assert len(calls) == 2 and seam_of(model).materialized == 0  # 18 texts in batches of 16
+    unpatch(model)
+    for score in scores:
+        np.testing.assert_array_equal(stock[score], again[score])
+
+
+def test_bfloat16_is_close():
+    """Weights of eight bits: the loss is off by the rounding of the logits, not by that of the statistics."""
+    single, half = (
+        scored(model=tiny(std=0.1, dtype=d), scores=("loss",))["loss"] for d in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == np.float64 and np.abs(half - single).max() < 2**-6 * single.max()
+
+
+def test_options_share_one_forward_and_order_the_caps():
+    found = scored(scores=detection.sweep("dc_pdd", a=(0.001, 0.01, 0.1, 1.0, 100.0)))
+    table = np.stack(list(found.values()))
+    assert list(found)[1] == "dc_pdd:a=0.01" and (np.diff(table, axis=0) >= 0).all()
+    np.testing.assert_allclose(scored(scores=("min_k:k=1",))["min_k:k=1"], -scored(scores=("loss",))["loss"])
+
+
+def test_repeated_tokens_do_not_change_dc_pdd():
+    logp = [-1.0, -2.0, -0.1, -3.0]
+    once = registry.dc_pdd(stats_of(labels=[4, 5], logp=logp[:2]), FREQUENCIES, 10)
+    assert registry.dc_pdd(stats_of(labels=[4, 5, 4, 5], logp=logp), FREQUENCIES, 10) == once
+
+
+def test_edges():
+    """Empty texts, one token, no start token, texts that are cut."""
+    found = scored(["", "a", TEXTS[3]])
+    assert all(np.isnan(values[0]) and np.isfinite(values[1:]).all() for values in found.values())
+    assert len(tiny_tokenizer()("the")["input_ids"]) == 1
+    bare = scored(["the", TEXTS[3]], start=False)
+    assert np.isnan(bare["loss"][0]) and np.isfinite(bare["loss"][1])
+    cut = scored([TEXTS[3]], max_tokens=5)
+    tokenizer = tiny_tokenizer()
+    start = tokenizer.decode(tokenizer(TEXTS[3])["input_ids"][:5])
+    assert cut["zlib"] == pytest.approx(scored([start])["zlib"])
+    assert scored([]).keys() == found.keys() and not scored([])["loss"].size
+
+
+def test_unknown_scores_and_missing_models_are_refused():
+    for name, message in (
+        ("nonesuch", "score is 'nonesuch': choose one of loss, "),
+        ("dc_pdd:k=1", r"'dc_pdd' does not take k: its options are a"),
+        ("loss:k=1", "its options are none"),
+        ("binoculars", "'binoculars' compares with a second model: pass reference"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TextScorer(tiny(), tiny_tokenizer(), (name,))
+    with pytest.raises(ValueError, match="model has 97 tokens but reference 120: choose two models"):
+        scored(scores=("fast_detect_pair",), reference=tiny(vocab_size=120))
+
+
+def test_directions_and_sources_are_declared():
+    for name, score in detection.SCORES.items():
+        assert score.higher_is in ("positive", "negative") and "Source: " in score.of.__doc__, name
+    assert list(detection.get("loss").oriented([1, 2])) == [-1, -2]
+    assert list(detection.get("min_k:k=0.3").oriented([1, 2])) == [1, 2]
+
+
+def test_directions_hold_on_a_model_that_knows_its_texts():
+    """Train on half of the texts: every score of one model speaks for them."""
+    tokenizer, model = tiny_tokenizer(), tiny(std=0.05).train()
+    members = [" ".join(rng.permutation(WORDS)) for _ in range(12)]
+    others = [" ".join(rng.permutation(WORDS)) for _ in range(12)]
+    ids = tokenizer([f"<s>{text}" for text in members], return_tensors="pt", padding=True)["input_ids"]
+    labels, optimizer = ids.masked_fill(ids == tokenizer.pad_token_id, -100), torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    names = [name for name in detection.SCORES if name != "lowercase"]  # these texts are lower-case
+    found = scored(members + others, model, tokenizer, names, reference=tiny(std=0.05))
+    rows = detection.evaluate(found, [1] * 12 + [0] * 12, members + others, resamples=20)
+    assert list(rows) == [*names, "blind"]
+    for name in names:
+        assert rows[name]["auroc"] > 0.65, name  # the weakest is dc_pdd, 0.71; most are above 0.9
+        assert rows[name]["auroc_low"] <= rows[name]["auroc"] <= rows[name]["auroc_high"]
+
+
+def test_the_door_of_the_package():
+    texts = TEXTS[:3]
+    found = hf_xent.detection.score("dc_pdd", tiny(), tiny_tokenizer(), texts, progress=False)
+    q = frequencies(tiny_tokenizer(), vocabulary=V, progress=False)
+    np.testing.assert_array_equal(found, scored(texts, scores=("dc_pdd",), frequencies=q)["dc_pdd"])
+
+
+# the blind baseline
+
+
+def test_blind_sees_a_shift_and_nothing_else():
+    old, new = ([" ".join(rng.choice([*WORDS, year], 12)) for _ in range(40)] for year in ("1999", "2024"))
+    labels = [1] * 40 + [0] * 40
+    assert metrics.auroc(labels, detection.blind(old + new, labels)) > 0.9
+    same = [" ".join(rng.choice(WORDS, 12)) for _ in range(80)]
+    assert 0.3 < metrics.auroc(labels, detection.blind(same, labels)) < 0.7  # 0.5 +- 3 standard errors
+    with pytest.raises(ValueError, match="one class has 1 texts"):
+        detection.blind(["a", "b", "c"], [1, 0, 0])
+
+
+# token frequencies
+
+
+class Letters:
+    """A tokenizer of single letters."""
+
+    is_fast = False
+
+    def __call__(self, texts, **options):
+        assert options["add_special_tokens"] is False
+        return {"input_ids": [[ord(letter) - 97 for letter in text] for text in texts]}
+
+    def get_vocab(self):
+        return {chr(97 + i): i for i in range(3)}
+
+
+def test_counts_are_of_tokens():
+    assert count(iter(["bbb", "bc", ""]), Letters(), 4).tolist() == [0, 4, 1, 0]  # not once a document
+    assert count(["bbb"] * 700, Letters(), 3, max_tokens=2).tolist() == [0, 1400, 0]  # over batches, documents cut
+    q = smoothed(np.array([0, 4, 1, 0]))
+    assert q.sum() == pytest.approx(1) and q[0] == 1 / 9 and q.dtype == torch.float64
+    with pytest.raises(ValueError, match="vocabulary is 2 but the tokenizer gave id 2"):
+        count(["abc"], Letters(), 2)
+
+
+def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
+    from hf_xent.detection import corpus as module
+
+    counted = []
+    monkeypatch.setattr(module, "count", lambda *a: counted.append(1) or count(*a))
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text, "other": "fox"}) for text in TEXTS))
+    tokenizer = tiny_tokenizer()
+
+    def ask(tokenizer=tokenizer, vocabulary=V, **changes):
+        return frequencies(tokenizer, Corpus(str(file), **changes), vocabulary=vocabulary, progress=False)
+
+    first = ask()
+    tokenizer("the dog", truncation=True, max_length=1, padding="max_length")  # changes the tokenizer's state
+    assert torch.equal(ask(), first) and len(counted) == 1
+    assert first.argmax() == count(TEXTS, tokenizer, V).argmax() and first.shape == (V,)
+    for i, changed in enumerate(
+        (
+            {"tokenizer": tiny_tokenizer("a lazy dog " * 9)},
+            {"vocabulary": V + 1},
+            {"documents": 3},
+            {"max_tokens": 2},
+            {"column": "other"},
+            {"split": "train[:2]"},
+            {"revision": "abc"},
+        )
+    ):
+        ask(**changed)
+        ask(**changed)
+        assert len(counted) == i + 2, changed
+    file.write_text(json.dumps({"text": "dog"}))
+    ask()
+    assert len(counted) == 9
+
+
+def test_a_hub_corpus_is_streamed(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(*args, **kwargs):
+        asked.update(kwargs, args=args)
+        return iter([{"text": text} for text in TEXTS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    q = frequencies(
+        tiny_tokenizer(), Corpus("allenai/c4:en", revision="abc", documents=2), vocabulary=V, progress=False
+    )
+    assert asked == {"args": ("allenai/c4", "en"), "split": "train", "revision": "abc", "streaming": True}
+    assert torch.equal(q, smoothed(count(TEXTS[:2], tiny_tokenizer(), V)))
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    assert fingerprint(tiny_tokenizer()) == fingerprint(tiny_tokenizer()) != fingerprint(tiny_tokenizer("dog " * 9))
+    assert fingerprint(Letters()) == fingerprint(Letters())
+
+
+# evaluate
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("auroc", {}),
+        ("tpr_at_fpr", {"fpr": 0.2}),
+        ("fpr_at_tpr", {"tpr": 0.5}),
+        ("pauc", {}),
+        ("tpauc", {"min_tpr": 0.2}),
+    ],
+)
+def test_evaluate_modules(name, options, tmp_path):
+    scores, labels = [0.9, 1 - 1e-9, 1.0, 0.2], [0, 0, 1, 1]
+    module = evaluate.load(str(modules.path(name)), cache_dir=str(tmp_path))
+    assert module.name == name and "label" in module.inputs_description
+    found = module.compute(predictions=scores, references=labels, **options)
+    assert found == {name: getattr(metrics, name)(labels, scores, **options)}
+    with pytest.raises(ValueError, match="name is 'nonesuch': choose one of auroc, "):
+        modules.path("nonesuch")
+
+
+# the command line
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny model, and labeled texts of which one is empty."""
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny(std=0.05).save_pretrained(tmp_path / "model")
+    rows = [{"text": text, "kind": "human" if i % 2 else "machine"} for i, text in enumerate([*TEXTS, ""])]
+    Dataset.from_list(rows).to_json(tmp_path / "texts.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_cli_scores_members(folder, suffix):
+    output = folder / f"scores{suffix}"
+    result = invoke(
+        *("detect", "members", folder / "texts.jsonl", "--model", folder / "model", "--output", output, "--json"),
+        *("--scores", "loss; min_k:k=0.3", "--label", "kind", "--positive", "machine", "--resamples", 20),
+    )
+    summary = json.loads(result.stdout)
+    assert list(summary["metrics"]) == ["loss", "min_k:k=0.3", "blind"] and summary["unscored"] == 1
+    assert summary["higher_is"] == {"loss": "non-member", "min_k:k=0.3": "member"} and summary["texts"] == 19
+    assert Path(summary["plot"]).read_bytes().startswith(b"\x89PNG")
+    readers = {".csv": pandas.read_csv, ".parquet": pandas.read_parquet}
+    table = readers.get(suffix, lambda f: pandas.read_json(f, lines=True))(output)
+    assert list(table.columns) == ["text", "kind", "loss", "min_k:k=0.3"] and table["loss"].isna().sum() == 1
+    expected = scored(model=tiny(std=0.05), scores=("loss",))["loss"]
+    np.testing.assert_allclose(table["loss"][:18], expected, rtol=1e-5)
+
+
+def test_cli_scores_generated_with_two_models(folder):
+    result = invoke(
+        *("detect", "generated", folder / "texts.jsonl", "--model", folder / "model", "--reference", folder / "model"),
+        *("--output", folder / "s.csv", "--label", "kind", "--positive", "machine", "--resamples", 20),
+    )
+    assert "binoculars" in result.stdout and "generated" in result.stdout and "1 texts without a token" in result.stdout
+    assert "blind" not in result.stdout and (folder / "s.png").exists()
+
+
+def test_cli_goes_on_where_it_stopped(folder, monkeypatch):
+    command = ("detect", "members", folder / "texts.jsonl", "--model", folder / "model", "--output", folder / "s.csv")
+    command = (*command, "--batch-size", 1, "--scores", "loss")
+    calls, whole = [], TextScorer.__call__
+
+    def interrupted(self, texts):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, texts)
+
+    monkeypatch.setattr(TextScorer, "__call__", interrupted)
+    assert invoke(*command).exit_code != 0 and not (folder / "s.csv").exists()
+    invoke(*command)
+    assert calls == [4, 4, 4, 4, 4, 3] and not list(folder.glob(".s.csv*"))  # 19 texts; the third chunk came again
+    first = (folder / "s.csv").read_text()
+    invoke(*command)
+    assert (folder / "s.csv").read_text() == first and len(calls) == 11
+    calls[:] = [0]
+    invoke(*command)
+    calls.append(0)
+    invoke(*command[:-1], "perplexity")  # other settings begin anew
+    assert calls == [0, 4, 4, 0, 4, 4, 4, 4, 3]
+
+
+def test_cli_refuses_early(folder):
+    texts = folder / "texts.jsonl"
+    for arguments, message in (
+        (("--output", "scores.xls"), "output is scores.xls: give it one of the suffixes .csv"),
+        (("--label", "nonesuch"), "label is 'nonesuch': choose one of text, kind"),
+        (("--label", "kind"), "positive is '1' but column 'kind' has human, machine"),
+        (("--column", "nonesuch"), "has no column 'nonesuch'"),
+        (("--scores", "nonesuch"), "score is 'nonesuch'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            invoke("detect", "members", texts, "--model", folder / "model", "--output", folder / "s.csv", *arguments)
+    assert not (folder / "s.csv").exists()
