@@ -7,18 +7,19 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import losses, ops, trainers
+from hf_xent import auc, losses, ops, trainers
 
 PUBLIC = {
-    hf_xent: """Comparison EMOConfig EMOTrainer F2CConfig F2CTrainer Head LazyLogits NoiseFiTConfig NoiseFiTTrainer
-        PatchCallback Seam Stats XentConfig XentTrainer compare linear_cross_entropy losses map_logits patch seam_of
-        unpatch vocab_loss vocab_stats""",
+    hf_xent: """Comparison DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer Head LazyLogits
+        NoiseFiTConfig NoiseFiTTrainer PatchCallback Seam Stats XentConfig XentTrainer compare linear_cross_entropy
+        losses map_logits patch seam_of unpatch vocab_loss vocab_stats""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get
         linear_cross_entropy table""",
-    trainers: """EMOConfig EMOTrainer F2CConfig F2CTrainer NoiseFiTConfig NoiseFiTTrainer PatchCallback XentConfig
-        XentTrainer""",
+    auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
+    trainers: """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer NoiseFiTConfig NoiseFiTTrainer
+        PatchCallback XentConfig XentTrainer""",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from typing import Any
 
 from . import catalog
@@ -44,36 +43,7 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
         if options:
             raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on it, not beside it")
         return loss
-    name, _, text = (loss or "cross_entropy").partition(":")
-    if name not in LOSSES:
-        raise ValueError(f"loss is {name!r}: choose one of {', '.join(LOSSES)}, or pass a hf_xent.losses.Loss")
-    options = _parse(text) | {k: _literal(v) if isinstance(v, str) else v for k, v in options.items()}
-    known = tuple(field.name for field in catalog.options(LOSSES[name]))
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(
-            f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
-        )
-    try:
-        return LOSSES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """'gamma=3, variant=emo2' -> {'gamma': 3, 'variant': 'emo2'}"""
-    try:
-        call = ast.parse(f"dict({text})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
-    except (SyntaxError, AssertionError):
-        raise ValueError(f"options are {text!r}: write them as key=value, key=value") from None
-    return {str(keyword.arg): _literal(ast.unparse(keyword.value)) for keyword in call.keywords}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    return catalog.build(LOSSES, loss or "cross_entropy", options)
 
 
 def table() -> list[dict[str, Any]]:

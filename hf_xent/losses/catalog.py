@@ -7,11 +7,32 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from itertools import pairwise
 from typing import Any
 
 from .base import Loss
+
+
+def build(registry: Mapping[str, type], loss: str, options: dict[str, Any]) -> Any:
+    """An entry of a registry of dataclasses by 'name' or 'name:key=value, ...', with more options beside it.
+
+    Options given as text are read as Python literals, else as words. Raises: ValueError, as `hf_xent.losses.get`.
+    """
+    name, _, text = loss.partition(":")
+    if name not in registry:
+        raise ValueError(f"loss is {name!r}: choose one of {', '.join(registry)}, or pass a loss as an object")
+    options = _parse(text) | {k: _literal(v) if isinstance(v, str) else v for k, v in options.items()}
+    known = tuple(field.name for field in fields(registry[name]))
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(
+            f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
+        )
+    try:
+        return registry[name](**options)
+    except TypeError as error:
+        raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
 
 
 def row(name: str, loss: type[Loss]) -> dict[str, Any]:
@@ -53,3 +74,20 @@ def _help(loss: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 texts[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
     return texts
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """'gamma=3, variant=emo2' -> {'gamma': 3, 'variant': 'emo2'}"""
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
+    except (SyntaxError, AssertionError):
+        raise ValueError(f"options are {text!r}: write them as key=value, key=value") from None
+    return {str(keyword.arg): _literal(ast.unparse(keyword.value)) for keyword in call.keywords}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
