@@ -138,6 +138,9 @@ def test_evaluation_leaves_the_state_and_reports_bce_and_metrics(tmp_path):
         "mine": ROWS,
     }  # fmt: skip
     assert {name: found[f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    with pytest.warns(UserWarning, match="one class only"):
+        alone = trainer.predict(data.select([1, 2, 3]))
+    assert alone.metrics["test_mine"] == 3 and "test_auroc" not in alone.metrics
 
 
 def test_evaluation_between_steps_does_not_change_training(tmp_path):

@@ -24,6 +24,7 @@ Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`), 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,13 +106,13 @@ class DXOTrainer(Trainer):
         rows = 0 if train_dataset is None else len(train_dataset)
         numbered = None if train_dataset is None else train_dataset.add_column(ROW, list(range(rows)))
         self._more_metrics = compute_metrics
-        super().__init__(
-            model=model, args=args, train_dataset=numbered, compute_metrics=self._measure, **kwargs
-        )  # fmt: skip
+        super().__init__(model=model, args=args, train_dataset=numbered, compute_metrics=self._measure, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over pairs: training_step divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
         self.objective = auc.Objective(auc.get(loss or args.loss), rows).to(args.device)
         self.warm = auc.Objective(auc.BCE(), rows)
+        self._epochs = _Epochs()
+        self.add_callback(self._epochs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -158,7 +159,7 @@ class DXOTrainer(Trainer):
         [column] = {"label", "labels"} & set(dataset.column_names)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = auc.DualSampler(dataset[column], self._train_batch_size, self.args.sampling_rate, seed)
-        self.add_callback(_Epochs(sampler))
+        self._epochs.sampler = sampler
         return sampler
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -168,16 +169,20 @@ class DXOTrainer(Trainer):
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
         scores = scores_of(torch.as_tensor(prediction.predictions)).double().numpy()
-        labels = prediction.label_ids.reshape(-1)
-        found = {
+        labels, more = prediction.label_ids.reshape(-1), self._more_metrics
+        theirs = more(prediction) if more else {}
+        if len(set(labels.tolist())) < 2:
+            warnings.warn("the data has one class only: no metric of its ranking", stacklevel=2)
+            return theirs
+        return {
             "auroc": metrics.auroc(labels, scores),
             "ap": average_precision_score(labels, scores),
             "pauc": metrics.pauc(labels, scores, self.args.max_fpr),
             "tpauc": metrics.tpauc(labels, scores, self.args.max_fpr, self.args.min_tpr),
             "tpr_1": metrics.tpr_at_fpr(labels, scores, 0.01),
             "tpr_5": metrics.tpr_at_fpr(labels, scores, 0.05),
+            **theirs,
         }
-        return found | (self._more_metrics(prediction) if self._more_metrics else {})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -200,12 +205,12 @@ class DXOTrainer(Trainer):
 class _Epochs(TrainerCallback):
     """Tells the sampler the epoch: accelerate does not where ranks resume in the middle of one."""
 
-    def __init__(self, sampler: auc.DualSampler):
-        self.sampler = sampler
+    sampler: auc.DualSampler | None = None
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the epoch's batches are drawn."""
-        self.sampler.set_epoch(int(state.epoch or 0))
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def scores_of(logits: Tensor) -> Tensor:
