@@ -250,6 +250,7 @@ def on_a_rank(rank, folder):
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_process_with_all_rows(tmp_path):
     """Scores of both ranks make the pairs: the losses, the weights and, to the bit on both, the state are the same."""
     first, second = run_ranks(2, on_a_rank, tmp_path, str(tmp_path / "ranks"))
