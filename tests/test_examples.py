@@ -243,3 +243,30 @@ def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
     example = runpy.run_path(str(EXAMPLES / "scoring_cost.py"))
     ratios = example["main"](model=str(tmp_path / "model"), texts=4, tokens=12, repetitions=2)
     assert len(ratios) == 2 and min(ratios) > 0
+
+
+def test_machine_text_compares_all_arms(tmp_path, monkeypatch):
+    """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
+    import runpy
+
+    from hf_xent import embedded
+
+    tiny(std=0.05, vocab_size=300).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(embedded, "load", lambda name: (tiny(vocab_size=300), tiny_tokenizer(TEXT)))
+    example = runpy.run_path(str(EXAMPLES / "machine_text.py"))
+    words, draw = TEXT.replace(",", "").replace(".", "").split(), random.Random(0)
+    pages = ["\n\n".join(" ".join(draw.choices(words, k=14)) for _ in range(10)) for _ in range(4)]
+    domains = dict.fromkeys(("pydoc", "readme"), lambda: pages)
+    for name, value in {"PROMPT": 4, "NEW": 8, "LAYERS": 2, "DOMAINS": domains}.items():
+        monkeypatch.setitem(example["main"].__globals__, name, value)
+    options = {"encoder": str(tmp_path / "model"), "machines": 9, "steps": 2, "seeds": 1, "output": tmp_path / "out"}
+    found = example["main"](**options)
+    assert set(found) == {*example["ARMS"], *example["CONTROLS"]}
+    names = {metric + name for metric in example["METRICS"] for name in example["SETS"]}
+    assert all(names < rows[0].keys() and all(0 <= rows[0][n] <= 1 for n in names) for rows in found.values())
+    texts = {path.name: path.read_text() for path in (tmp_path / "out" / "texts").iterdir()}
+    assert set(texts) == {"pydoc-1.0.jsonl", "pydoc-0.7.jsonl", "readme-1.0.jsonl"}
+    assert example["main"](**options) == found, "nothing is run twice"
+    assert {path.name: path.read_text() for path in (tmp_path / "out" / "texts").iterdir()} == texts
+    assert all(f"| {arm} |" in (tmp_path / "out" / "README.md").read_text() for arm in found)

@@ -43,19 +43,7 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
         if options:
             raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on it, not beside it")
         return loss
-    name, _, text = (loss or "cross_entropy").partition(":")
-    if name not in LOSSES:
-        raise ValueError(f"loss is {name!r}: choose one of {', '.join(LOSSES)}, or pass a hf_xent.losses.Loss")
-    options = catalog.parse(text) | {k: catalog.literal(v) if isinstance(v, str) else v for k, v in options.items()}
-    known = tuple(field.name for field in catalog.options(LOSSES[name]))
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(
-            f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
-        )
-    try:
-        return LOSSES[name](**options)
-    except TypeError as error:
-        raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
+    return catalog.build(LOSSES, loss or "cross_entropy", options)
 
 
 def table() -> list[dict[str, Any]]:

@@ -7,11 +7,32 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from itertools import pairwise
 from typing import Any
 
 from .base import Loss
+
+
+def build(registry: Mapping[str, type], loss: str, options: dict[str, Any]) -> Any:
+    """An entry of a registry of dataclasses by 'name' or 'name:key=value, ...', with more options beside it.
+
+    Options given as text are read as Python literals, else as words. Raises: ValueError, as `hf_xent.losses.get`.
+    """
+    name, _, text = loss.partition(":")
+    if name not in registry:
+        raise ValueError(f"loss is {name!r}: choose one of {', '.join(registry)}, or pass a loss as an object")
+    options = parse(text) | {k: literal(v) if isinstance(v, str) else v for k, v in options.items()}
+    known = tuple(field.name for field in fields(registry[name]))
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(
+            f"loss {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"
+        )
+    try:
+        return registry[name](**options)
+    except TypeError as error:
+        raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
 
 
 def row(name: str, loss: type[Loss]) -> dict[str, Any]:

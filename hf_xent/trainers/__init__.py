@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .callback import PatchCallback as PatchCallback
+    from .dxo import DXOConfig as DXOConfig
+    from .dxo import DXOTrainer as DXOTrainer
     from .emo import EMOConfig as EMOConfig
     from .emo import EMOTrainer as EMOTrainer
     from .f2c import F2CConfig as F2CConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "callback": ("PatchCallback",),
+    "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),

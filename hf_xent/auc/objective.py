@@ -1,0 +1,64 @@
+"""A ranking loss with what it remembers: state as buffers, moved in training alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.algebra import wide
+from .losses import RankingLoss
+
+
+class Objective(nn.Module):
+    """A loss over `rows` training rows; its state is in `state_dict`, float32.
+
+    objective = Objective(auc.get("tpauc_kl"), rows=len(dataset))
+    loss = objective(logits, labels, index)            # all [B]; index: the rows' numbers in the training set
+
+    State moves only in training mode with gradients on. A row that is twice in a batch gets the mean of its new states.
+    """
+
+    def __init__(self, loss: RankingLoss, rows: int):
+        super().__init__()
+        self.loss = loss
+        for name, value in loss.state(rows).items():
+            self.register_buffer(name, value)
+
+    def forward(
+        self,
+        logits: Tensor,  # [B]
+        labels: Tensor,  # [B], 1 or 0
+        index: Tensor | None = None,  # [B]; None if the loss remembers nothing of rows
+    ) -> Tensor:
+        """The loss of a batch; without both classes a zero that is connected to the logits, with a warning.
+
+        Raises: ValueError if an index is needed.
+        """
+        scores = self.loss.scores(logits.to(wide(logits.dtype)))
+        positive = labels > 0.5
+        pos, neg = scores[positive], scores[~positive]
+        if self.loss.both and not (len(pos) and len(neg)):
+            warnings.warn(
+                f"a batch has {len(pos)} positives and {len(neg)} negatives: nothing to learn, use a DualSampler",
+                stacklevel=2,
+            )
+            return scores.sum() * 0
+        buffers = dict(self.named_buffers())
+        if index is None and any(buffer.ndim for buffer in buffers.values()):
+            raise ValueError("index is None but the loss remembers each training row: pass the rows' numbers [B]")
+        rows = None if index is None else index[positive]
+        loss, new = self.loss.step(pos, neg, {name: x[rows] if x.ndim else x for name, x in buffers.items()})
+        if self.training and torch.is_grad_enabled():
+            for name, buffer in buffers.items():
+                value = new[name].detach().to(buffer)
+                if rows is None or not buffer.ndim:
+                    buffer.copy_(value)
+                else:
+                    buffer.scatter_reduce_(0, rows, value, "mean", include_self=False)
+        return loss
+
+    def extra_repr(self) -> str:
+        """The loss and its options."""
+        return repr(self.loss)

@@ -1,0 +1,230 @@
+"""Deep X-risk optimization (DXO): a classifier trained for what matters at few false alarms, not for accuracy.
+
+The loss is one of `hf_xent.auc`, over pairs of a positive (label 1) and a negative: by default tpAUC-KL, of the two-way
+partial AUC. What differs from training under cross-entropy:
+
+    batches    `sampling_rate` of every batch are positives (DualSampler); None shuffles, as BCE alone is trained
+    state      moving averages, one a training row: saved in checkpoints, resumed, never moved by evaluation
+    ranks      scores of all ranks make the pairs, so two ranks of B rows are one of 2 B, and their states are equal
+    stages     updates before `warm_start` are under BCE, at `learning_rate`; the later ones at `dxo_learning_rate`
+    selection  evaluation reports `tpauc` (FPR <= max_fpr, TPR >= min_tpr), by which checkpoints are compared
+
+Pairs do not reach over micro-batches: `gradient_accumulation_steps` averages losses, it does not add pairs. The loss of
+evaluation is BCE whatever trains, comparable between losses and defined for any batch.
+
+The defaults of loss, rate, and selection are those of the published DACTYL detector; its optimizer, SOTAs of LibAUC, is
+Adam with gradients clamped to 1, so AdamW without weight decay here. The two stages follow LibAUC's advice (BCE first,
+then a smaller learning rate); DACTYL's own small classifiers may or may not have had them. In the published tables DXO
+is below BCE for small encoders.
+
+Source: Thorat and Caines 2025, arXiv:2508.00619; Yuan et al. 2023, LibAUC, KDD.
+Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`), 0 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import average_precision_score
+from torch import Tensor, distributed, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+
+from .. import auc
+from ..detection import metrics
+
+ROW = "row_index"
+STATE = "dxo_state.safetensors"
+
+
+@dataclass
+class DXOConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the options of DXO."""
+
+    loss: str = field(
+        default="tpauc_kl",
+        metadata={"help": "bce, aucm, pauc_cvar, pauc_dro, tpauc_kl or ap; with options: 'pauc_cvar:beta=0.1'."},
+    )
+    sampling_rate: float | None = field(
+        default=0.5, metadata={"help": "Share of positives in every batch; None shuffles all rows."}
+    )
+    warm_start: float = field(
+        default=0.0, metadata={"help": "Updates under BCE before the loss; a share of all of them if below 1."}
+    )
+    dxo_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate after the warm start; default: no change."}
+    )
+    max_fpr: float = field(default=0.05, metadata={"help": "FPR up to which evaluation's pauc and tpauc reach."})
+    min_tpr: float = field(default=0.8, metadata={"help": "TPR above which evaluation's tpauc is."})
+    metric_for_best_model: str | None = field(
+        default="tpauc", metadata={"help": "tpauc, pauc, auroc, ap, tpr_1, tpr_5, loss or one of compute_metrics."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dxo_learning_rate is not None and not self.warm_start:
+            raise ValueError(
+                f"dxo_learning_rate is {self.dxo_learning_rate} but warm_start is 0: set learning_rate, or a warm start"
+            )
+
+
+class DXOTrainer(Trainer):
+    """Trains any `AutoModelForSequenceClassification` of one or two labels; see the module's docstring.
+
+    `loss` (a name or a `hf_xent.auc.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two
+    logits their difference. A model of one label is set to `problem_type="multi_label_classification"`, so that its
+    pipeline applies a sigmoid (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`,
+    `pauc`, `tpauc`, `tpr_1` and `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.
+
+    Raises: ValueError for more labels, a data set without labels of both classes, or options that do not fit.
+    """
+
+    args: DXOConfig
+
+    def __init__(
+        self,
+        model: Any,
+        args: DXOConfig | None = None,
+        *,
+        loss: str | auc.RankingLoss | None = None,
+        train_dataset: Any = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ):
+        args = DXOConfig(output_dir="out") if args is None else args
+        if model.config.num_labels not in (1, 2):
+            raise ValueError(f"the model has {model.config.num_labels} labels: load it with num_labels=1 (or 2)")
+        if model.config.num_labels == 1:
+            model.config.problem_type = "multi_label_classification"
+        rows = 0 if train_dataset is None else len(train_dataset)
+        numbered = None if train_dataset is None else train_dataset.add_column(ROW, list(range(rows)))
+        self._more_metrics = compute_metrics
+        super().__init__(model=model, args=args, train_dataset=numbered, compute_metrics=self._measure, **kwargs)
+        self.loss_is_scaled_for_ga = False  # a mean over pairs: training_step divides by the accumulation steps
+        self.model_accepts_loss_kwargs = False
+        self.objective = auc.Objective(auc.get(loss or args.loss), rows).to(args.device)
+        self.warm = auc.Objective(auc.BCE(), rows)
+        self._epochs = _Epochs()
+        self.add_callback(self._epochs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """BCE in evaluation and the warm start, else the loss, over the scores of all ranks."""
+        inputs = dict(inputs)
+        labels, index = inputs.pop("labels").reshape(-1), inputs.pop(ROW, None)
+        outputs = model(**inputs)
+        logits = scores_of(outputs["logits"])
+        if not model.training or self.state.global_step < self.warm_steps(self.state.max_steps):
+            loss = self.warm(logits, labels)
+        else:
+            ranks = self.accelerator.num_processes
+            rows = None if index is None else gathered(index, ranks)
+            loss = self.objective(gathered(logits, ranks), gathered(labels, ranks), rows)
+        return (loss, outputs) if return_outputs else loss
+
+    def warm_steps(self, total: int) -> int:
+        """Updates under BCE, of `total`."""
+        share = self.args.warm_start
+        return math.ceil(share * total) if share < 1 else int(share)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start."""
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if made and self.args.dxo_learning_rate is not None:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"lr_scheduler_type is {self.args.lr_scheduler_type}: dxo_learning_rate needs one that is a"
+                    " function of the step, such as linear"
+                )
+            scheduler.lr_lambdas = [self._staged(scale, num_training_steps) for scale in scheduler.lr_lambdas]
+        return scheduler
+
+    def _staged(self, scale: Callable[[int], float], total: int) -> Callable[[int], float]:
+        warm, share = self.warm_steps(total), self.args.dxo_learning_rate / self.args.learning_rate
+        return lambda step: scale(step) * (1 if step < warm else share)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.sampling_rate is None:
+            return super()._get_train_sampler(dataset)
+        [column] = {"label", "labels"} & set(dataset.column_names)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = auc.DualSampler(dataset[column], self._train_batch_size, self.args.sampling_rate, seed)
+        self._epochs.sampler = sampler
+        return sampler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if ROW not in self._signature_columns:
+            self._signature_columns.append(ROW)
+
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        scores = scores_of(torch.as_tensor(prediction.predictions)).double().numpy()
+        labels, more = prediction.label_ids.reshape(-1), self._more_metrics
+        theirs = more(prediction) if more else {}
+        if len(set(labels.tolist())) < 2:
+            warnings.warn("the data has one class only: no metric of its ranking", stacklevel=2)
+            return theirs
+        return {
+            "auroc": metrics.auroc(labels, scores),
+            "ap": average_precision_score(labels, scores),
+            "pauc": metrics.pauc(labels, scores, self.args.max_fpr),
+            "tpauc": metrics.tpauc(labels, scores, self.args.max_fpr, self.args.min_tpr),
+            "tpr_1": metrics.tpr_at_fpr(labels, scores, 0.01),
+            "tpr_5": metrics.tpr_at_fpr(labels, scores, 0.05),
+            **theirs,
+        }
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_file(self.objective.state_dict(), Path(output_dir) / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        try:
+            self.objective.load_state_dict(load_file(Path(checkpoint) / STATE))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{checkpoint} does not have the state of {self.objective.loss} over {len(self.train_dataset)} rows:"
+                " resume with the same loss and training set"
+            ) from error
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not where ranks resume in the middle of one."""
+
+    sampler: auc.DualSampler | None = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the epoch's batches are drawn."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def scores_of(logits: Tensor) -> Tensor:
+    """One logit a text [B], of a head with one label [B, 1] or two [B, 2]."""
+    return logits[..., -1] - logits[..., 0] if logits.shape[-1] == 2 else logits[..., 0]
+
+
+def gathered(x: Tensor, ranks: int) -> Tensor:
+    """x [B] of all ranks [ranks * B], of equal B; this rank's part has `ranks` times its gradient, as DDP averages."""
+    if ranks == 1:
+        return x
+    fixed = x.detach().contiguous()
+    parts = [torch.empty_like(fixed) for _ in range(ranks)]
+    distributed.all_gather(parts, fixed)
+    if x.requires_grad:
+        parts[distributed.get_rank()] = fixed + ranks * (x - fixed)  # the value to the last bit, as other ranks have it
+    return torch.cat(parts)
