@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops",),
-    1: ("losses", "data"),
+    1: ("losses", "data", "hub"),
     2: ("lazy", "patching", "fused_head", "comparison"),
-    3: ("trainers", "consistency", "study", "detection", "ln_free", "generation", "hub", "embedded"),
+    3: ("trainers", "consistency", "study", "detection", "ln_free", "generation", "embedded"),
     4: ("bench", "cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}
