@@ -156,7 +156,9 @@ def test_report_puts_its_table_in_the_readme(tmp_path):
         invoke("report", results, "--readme", tmp_path / "nowhere.md")
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("bench",), ("report",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("check",), ("losses",), ("bench",), ("report",), ("data",), ("publish",)]
+)
 def test_help_explains_every_option(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout

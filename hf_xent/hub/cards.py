@@ -48,6 +48,24 @@ def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | Datase
     return card
 
 
+def base_license(base: str | None) -> str | None:
+    """What the card of a base model says, if the Hub or its cache has it."""
+    if base is None:
+        return None
+    try:
+        return ModelCard.load(base).data.license
+    except Exception:  # no connection, no card, a broken one: all the same here
+        return None
+
+
+def set_license(folder: str | Path, license: str) -> None:
+    """Write a license into the front matter of a folder's card."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    card.data.license = license
+    card.save(path)
+
+
 REQUIRED = {"model": ("license", "library_name", "pipeline_tag", "tags"), "dataset": ("license", "configs")}
 """Keys of the front matter, by kind of repository."""
 LEFTOVERS = ("[More Information Needed]", "[optional]", "{{", "{%")

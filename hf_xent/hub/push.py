@@ -10,14 +10,15 @@ affair (`hf auth login`, HF_TOKEN), and so are retries after 429, 5xx and broken
 from __future__ import annotations
 
 import fnmatch
+import glob
 from pathlib import Path
 from typing import Any
 
 from .cards import validate
 
 CARD = "README.md"
-IGNORED = ("checkpoint-*", "_*", ".git", ".cache", "__pycache__", "*.tmp")
-"""Names that are not published, nor what is below them."""
+IGNORED = ("checkpoint-*", ".git", ".cache", "__pycache__", "training_args.bin")
+"""Names that are not published, nor what is below them; the last is a pickle with paths and perhaps a token."""
 REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: choose another repo_id or a token with write access",
@@ -76,7 +77,7 @@ def _upload(
     if revision not in (None, "main") and not str(revision).startswith("refs/pr/"):
         api.create_branch(**repo, branch=revision, exist_ok=True)
     common = {**repo, "folder_path": folder}
-    rest = [name for name in files(folder) if name != CARD]
+    rest = [glob.escape(name) for name in files(folder) if name != CARD]
     request = None
     if rest:
         first = api.upload_folder(
@@ -113,7 +114,7 @@ def _explained(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    remedy = REMEDIES.get(status, "push again to resume")
+    remedy = REMEDIES.get(status or 0, "push again to resume")
     return f"{' '.join(str(error).split()) or type(error).__name__}; {remedy}"
 
 
