@@ -38,7 +38,7 @@ HELD_OUT = 40
 def run(arm: str, seed: int, model_name: str, steps: int, output: Path) -> dict[str, float]:
     """The consistency of an arm under a seed, which draws the held-out cities too."""
     model, tokenizer = embedded.load(model_name)
-    cities = data.DATASETS["cities"]().filter(lambda row: row["continent"] in CONTINENTS)
+    cities = data.load("cities", split="train").filter(lambda row: row["continent"] in CONTINENTS)
     parts = FORMATS.build(cities, tokenizer, chat=False).train_test_split(test_size=HELD_OUT, seed=seed)
     config = F2CConfig(
         output_dir=str(output / "run"), method=ARMS[arm] or "f2c", max_steps=steps, per_device_train_batch_size=4,

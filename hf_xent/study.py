@@ -27,6 +27,8 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import t as student
 
+from .hub import render
+
 
 @dataclass
 class Study:
@@ -118,8 +120,6 @@ class Study:
         console.print(table)
         tags = ["hf_xent", *front_matter.pop("tags", [])]
         head = ModelCardData(library_name="transformers", tags=tags, **front_matter)
-        settings = "\n".join(f"- {name}: {value}" for name, value in self.settings.items())
-        parts = [f"---\n{head.to_yaml()}\n---", f"# {self.name}", text, self.markdown(), "## Settings", settings]
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+        (self.output / "README.md").write_text(render("study", head, study=self, text=text), encoding="utf-8")
         return self.results

@@ -156,9 +156,11 @@ def test_report_puts_its_table_in_the_readme(tmp_path):
         invoke("report", results, "--readme", tmp_path / "nowhere.md")
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("check",), ("losses",), ("generate",), ("bench",), ("report",)])
+@pytest.mark.parametrize(
+    "command", ["", "train", "check", "losses", "generate", "detect", "publish", "bench", "report", "data", "ln-free"]
+)
 def test_help_explains_every_option(command):
-    result = invoke(*command, "--help")
+    result = invoke(*command.split(), "--help")
     assert result.exit_code == 0 and "Usage" in result.stdout
 
 

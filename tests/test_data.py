@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_xent import embedded
-from hf_xent.data import DATASETS, load_text, pack
+from hf_xent.data import load_text, pack
 
 datasets = pytest.importorskip("datasets")
 
@@ -49,14 +49,6 @@ def test_cities_are_facts() -> None:
     bogota = rows["Bogota"]
     assert (bogota["question"], bogota["answer"]) == ("In which country is the city of Bogota?", "Colombia")
     assert (bogota["continent"], bogota["label"]) == ("America", 1)
-
-
-@pytest.mark.parametrize("name", DATASETS)
-def test_registered_datasets_load_and_name_their_source(name: str) -> None:
-    import sys
-
-    assert len(DATASETS[name](split=None)) > 0
-    assert "Source:" in (sys.modules[DATASETS[name].__module__].__doc__ or "")
 
 
 def test_local_files(tmp_path: Path) -> None:

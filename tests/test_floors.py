@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops",),
-    1: ("losses", "auc", "data"),
+    1: ("losses", "auc", "data", "hub"),
     2: ("lazy", "patching", "fused_head", "comparison"),
     3: (
-        *("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "hub", "embedded"),
+        *("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "embedded"),
         "judging",
     ),
     4: ("bench", "cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer

@@ -95,6 +95,7 @@ def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcom
     after = trainer.evaluate()["eval_loss"]
     if run.save:
         trainer.save_model(run.output)
+        trainer.create_model_card(dataset=run.dataset)
     return Outcome(
         arm=arm,
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
-from . import cities, pydoc
+from . import bookmia, cities, dactyl, mimir, patentmia, pydoc, wikimia
+from .corpus import LABELS, Corpus, Source
 from .formats import Format, PromptFormats
+from .parquet import export, to_hub
 from .text import load_text, pack
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-DATASETS: dict[str, Callable[..., Dataset]] = {
-    "cities": cities.load,
-    "pydoc": pydoc.load,
+DATASETS: dict[str, Corpus] = {
+    "bookmia": bookmia.CORPUS,
+    "cities": cities.CORPUS,
+    "dactyl": dactyl.CORPUS,
+    "mimir": mimir.CORPUS,
+    "patentmia": patentmia.CORPUS,
+    "pydoc": pydoc.CORPUS,
+    "wikimia": wikimia.CORPUS,
 }
-"""Dataset name -> loader; a loader takes `split` (None for all rows) and returns a `datasets.Dataset`."""
+"""Name -> dataset; 'name:configuration' where there are several."""
 
-__all__ = ["DATASETS", "Format", "PromptFormats", "load_text", "pack"]
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    split: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """A registered dataset in its family's schema (`hf_xent.data.corpus`), as `datasets.load_dataset` returns one.
+
+    `path` is a local copy in place of the published one: a folder, zip, JSONL or Parquet file with rows as published.
+    Without `split` all splits by name, with it one (or a slice, 'train[:1%]', of what is not streamed).
+    `revision` is the Hub's: a branch, tag or commit.
+
+    Raises: ValueError for an unknown name, a copy that cannot be had or read, or a row that is not as published.
+    """
+    key, _, config = name.partition(":")
+    if key not in DATASETS:
+        raise ValueError(f"dataset is {name!r}: choose one of {', '.join(DATASETS)}")
+    place = None if path is None else Path(path).expanduser()
+    return DATASETS[key].load(Source(place, config, streaming, revision), split)
+
+
+__all__ = ["DATASETS", "LABELS", "Corpus", "Format", "PromptFormats", "export", "load", "load_text", "pack", "to_hub"]

@@ -11,18 +11,15 @@ Columns: city, country, continent, label (the continent's place in CONTINENTS), 
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .text import sliced
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .corpus import Made
 
 CONTINENTS = ("Africa", "America", "Asia", "Europe")
 
 
-def load(split: str | None = None) -> Dataset:
-    """One row a city, by country code; `split` is 'train' or a slice of it ('train[:90%]'), None for all."""
+def make() -> Any:
+    """One row a city, by country code."""
     from datasets import Dataset  # lazy: half a second
 
     countries = dict(_table("iso3166.tab"))
@@ -35,9 +32,23 @@ def load(split: str | None = None) -> Dataset:
             row = {"city": city, "country": country, "continent": area, "label": CONTINENTS.index(area)}
             asked = {"question": f"In which country is the city of {city}?", "answer": country}
             rows.append({**row, **asked, "text": f"{city} is a city in {country}, {area}."})
-    return sliced(Dataset.from_list(rows), split, "cities")
+    return Dataset.from_list(rows)
 
 
 def _table(name: str) -> list[list[str]]:
     lines = (files("tzdata") / "zoneinfo" / name).read_text(encoding="utf-8").splitlines()
     return [line.split("\t") for line in lines if not line.startswith("#")]
+
+
+CORPUS = Made(
+    title="cities",
+    family="text",
+    license="other",
+    caveat="In the public domain; the names of zones are those of one version of the database.",
+    source="the IANA time zone database in the package tzdata",
+    row=dict,
+    columns=("city", "country", "continent", "label", "question", "answer", "text"),
+    splits={"train": None},
+    tasks=("text-classification", "question-answering"),
+    make=make,
+)

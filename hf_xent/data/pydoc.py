@@ -8,19 +8,34 @@ Columns: topic, text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .text import sliced
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .corpus import Made, checked_text
 
 
-def load(split: str | None = None) -> Dataset:
-    """One row a topic, sorted by name; `split` is 'train' or a slice of it ('train[:90%]'), None for all."""
+def make() -> Any:
+    """The topics of this Python, sorted by name."""
     from pydoc_data.topics import topics
 
     from datasets import Dataset  # lazy: half a second
 
     names = sorted(topics)
-    return sliced(Dataset.from_dict({"topic": names, "text": [topics[name] for name in names]}), split, "pydoc")
+    return Dataset.from_dict({"topic": names, "text": [topics[name] for name in names]})
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {"topic": row["topic"], "text": checked_text(row["text"])}
+
+
+CORPUS = Made(
+    title="pydoc",
+    family="text",
+    license="other",
+    caveat="Under the license of the Python Software Foundation; the wording is that of one Python version.",
+    source="the module pydoc_data.topics of CPython",
+    row=_row,
+    columns=("topic", "text"),
+    splits={"train": None},
+    tasks=("text-generation",),
+    make=make,
+)

@@ -9,12 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import BUILDERS, first_line, readable
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File suffix -> builder of `datasets`."""
 
 
 def load_text(source: str, split: str | None = None, column: str = "text") -> Dataset:
@@ -26,11 +25,11 @@ def load_text(source: str, split: str | None = None, column: str = "text") -> Da
 
     Raises: ValueError for a source that is none of these, without rows, or without `column`.
     """
-    from . import DATASETS  # late: the registry's module imports this one
+    from . import DATASETS, load  # late: the registry's module imports this one
 
     path = Path(source).expanduser()
-    if source in DATASETS:
-        dataset = DATASETS[source](split=split)
+    if source.partition(":")[0] in DATASETS:
+        dataset = _only(load(source, split=split), source)
     elif path.exists():
         dataset = _local(path, split)
     elif path.suffix in BUILDERS:
@@ -78,24 +77,6 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     return type(dataset).from_dict({"input_ids": [rest], "labels": [list(rest)]})
 
 
-def sliced(whole: Dataset, split: str | None, name: str) -> Dataset:
-    """The rows of a registered dataset that `split` names: 'train', a slice of it ('train[:90%]'), or None for all.
-
-    Raises: ValueError for any other split.
-    """
-    from datasets import ReadInstruction
-
-    if split is None:
-        return whole
-    try:
-        [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-    except (AssertionError, ValueError) as error:
-        raise ValueError(
-            f"split is {split!r}: {name!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
-        ) from error
-    return whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
-
-
 def _checked(dataset: Dataset, column: str, source: str) -> Dataset:
     if column not in dataset.column_names:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")
@@ -108,21 +89,16 @@ def _local(path: Path, split: str | None) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
-    kinds = {BUILDERS.get(file.suffix) for file in files}
-    if len(kinds) != 1 or None in kinds:
-        found = ", ".join(sorted({file.suffix for file in files})) or "none of them"
-        raise ValueError(f"{path}: files of one kind among {', '.join(BUILDERS)} are read, found {found}")
-    [kind] = kinds
+    kind, files = readable(path)
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
         return load_dataset(kind, data_files=[str(file) for file in files], split=split or "train", **options)
     except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"cannot read {path} (split {split or 'train'}): {_line(error)}") from error
+        raise ValueError(f"cannot read {path} (split {split or 'train'}): {first_line(error)}") from error
 
 
 def _hub(source: str, split: str | None, known: str) -> Dataset:
-    from datasets import DatasetDict, load_dataset
+    from datasets import load_dataset
 
     name, _, config = source.partition(":")
     try:
@@ -130,17 +106,15 @@ def _hub(source: str, split: str | None, known: str) -> Dataset:
     except (OSError, ValueError) as error:  # every error of the Hub and of `datasets` is one of these
         raise ValueError(
             f"{source!r} is no registered dataset ({known}) and no local path, and as a Hub dataset"
-            f" it does not load: {_line(error)}"
+            f" it does not load: {first_line(error)}"
         ) from error
-    if not isinstance(found, DatasetDict):
+    return _only(found, source)
+
+
+def _only(found: Any, source: str) -> Dataset:
+    """The split meant where none was named."""
+    if not isinstance(found, dict):
         return found
     if "train" not in found and len(found) > 1:
         raise ValueError(f"{source} has no split 'train': choose one of {', '.join(found)}")
     return found["train"] if "train" in found else next(iter(found.values()))
-
-
-def _line(error: BaseException) -> str:
-    """The first line of the innermost cause: `datasets` wraps the one that says something."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip().split("\n")[0] or type(error).__name__

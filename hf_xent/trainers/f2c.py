@@ -36,6 +36,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..consistency import consistency
 from ..data.formats import PromptFormats
+from ..hub import Carded
 from ..ops import Head
 from ..patching import lazily, patch
 
@@ -130,7 +131,7 @@ def alignment(teachers: tuple[Tensor, Tensor], students: tuple[Tensor, Tensor]) 
     return torch.where(valid, found, 0.0).sum(), valid.sum()
 
 
-class F2CTrainer(Trainer):
+class F2CTrainer(Carded, Trainer):
     """Fine-tunes a causal LM towards consistency; see the module's docstring.
 
     Logged: `consensus` (the share of items that had one), `loss_cce`, `loss_agreement`, `loss_alignment` (means over

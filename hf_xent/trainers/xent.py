@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import losses
+from ..hub import Carded
 from ..losses import CrossEntropy, Loss
 from ..patching import patch, seam_of
 
@@ -43,7 +44,7 @@ class XentConfig(TrainingArguments):
     )
 
 
-class XentTrainer(Trainer):  # subclasses of one method name their configuration and override one method
+class XentTrainer(Carded, Trainer):  # subclasses of one method name their configuration and override one method
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
     `loss` (a name or a `hf_xent.losses.Loss`) goes before `args.loss`. A loss that takes something from the pretrained

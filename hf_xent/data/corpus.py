@@ -1,0 +1,167 @@
+"""What a registered dataset is: where it was published, what its rows become, what a copy of it has to say.
+
+    Hub repository | local folder, zip, JSONL, Parquet  ->  rows as published  ->  rows of the family's schema
+
+    membership   text, label (non-member, member), source, length        length in characters
+    generated    text, label (human, ai), model, domain, category        the last two may be null
+    text         as the dataset's file says
+
+Every row is checked as it is read, streaming or not: the published columns are there, text is not empty, a label is 0
+or 1. Rows are neither dropped nor reordered.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .files import first_line, located
+
+LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
+"""Family -> the names of label 0 and 1; scores that are higher for the second one say so."""
+
+
+class Source(NamedTuple):
+    """Which copy of a dataset to read: a local `path`, or what was published, at `revision`."""
+
+    path: Path | None = None
+    config: str = ""
+    streaming: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One published dataset; a file of `hf_xent.data` each. `row` takes a published row and gives one of the family."""
+
+    title: str
+    family: str
+    license: str
+    caveat: str
+    """What a card of any copy has to tell."""
+    source: str
+    """Who published it, and where."""
+    row: Callable[[dict[str, Any]], dict[str, Any]]
+    columns: tuple[str, ...]
+    """Columns as published, those that `row` reads."""
+    splits: dict[str, int | None]
+    """Split -> rows as published, None where that is not known."""
+    repo: str | None = None
+    """Hub id, where there is one."""
+    language: str = "en"
+    tasks: tuple[str, ...] = field(default=("text-classification",))
+
+    def load(self, source: Source, split: str | None) -> Any:
+        """The rows of a split, or all splits by name; see `hf_xent.data.load`."""
+        try:
+            found = self.open(source, split)
+        except Exception as error:  # `datasets` and the Hub raise a dozen kinds
+            raise ValueError(self._complaint(source, error)) from error
+        if isinstance(found, dict):
+            return type(found)({name: self._unified(rows, source, name) for name, rows in found.items()})
+        return self._unified(found, source, split)
+
+    def open(self, source: Source, split: str | None) -> Any:
+        """The rows as published."""
+        from datasets import load_dataset
+
+        if source.path is None and self.repo is None:
+            raise ValueError("not on the Hub")
+        published = {"path": self.repo, "revision": source.revision}
+        where = published if source.path is None else located(source.path, self.splits)
+        return load_dataset(**where, split=split, streaming=source.streaming)
+
+    def features(self) -> Any:
+        """The schema of the family."""
+        from datasets import ClassLabel, Features, Value
+
+        text = Value("string")
+        label = ClassLabel(names=list(LABELS[self.family]))
+        more = {
+            "membership": {"source": text, "length": Value("int32")},
+            "generated": {"model": text, "domain": text, "category": text},
+        }
+        return Features({"text": text, "label": label, **more[self.family]})
+
+    def _unified(self, rows: Any, source: Source, split: str | None) -> Any:
+        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know its columns from its rows alone
+        if missing := [name for name in self.columns if name not in columns]:
+            raise ValueError(
+                f"{self.title}: no column {', '.join(missing)} among {', '.join(columns) or 'none'}; pass a copy as it"
+                f" was published ({self.source})"
+            )
+        if not source.streaming:
+            self._count(rows, source, split)
+        progress = {} if source.streaming else {"desc": self.title}
+        return rows.map(self.row, remove_columns=columns, features=self.features(), **progress)
+
+    def _count(self, rows: Any, source: Source, split: str | None) -> None:
+        expected = self.splits.get(split or "")
+        if not len(rows):
+            raise ValueError(f"{self.title} (split {split}) has no rows: choose another split or copy")
+        if source.path is None and expected not in (None, len(rows)):
+            warnings.warn(
+                f"{self.title} {split} has {len(rows)} rows, published were {expected}: it changed, pin a revision",
+                stacklevel=5,
+            )
+
+    def _complaint(self, source: Source, error: Exception) -> str:
+        if source.path is not None:
+            return f"{self.title}: cannot read {source.path}: {first_line(error)}"
+        if self.repo is None:
+            return f"{self.title} is not on the Hub: get it from {self.source}, then give its place as path"
+        return (
+            f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection give a"
+            " local copy as path, behind a mirror set HF_ENDPOINT, for a gated one log in with `hf auth login`"
+        )
+
+
+@dataclass(frozen=True)
+class Made(Corpus):
+    """A dataset made on the spot, of something every installation has; 'train' is all there is."""
+
+    make: Callable[[], Any] = field(kw_only=True)
+
+    def open(self, source: Source, split: str | None) -> Any:
+        """The rows as they are made, or those of a copy."""
+        if source.path is not None:
+            return super().open(source, split)
+        from datasets import DatasetDict, ReadInstruction
+
+        whole = self.make()
+        if split is not None:
+            [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
+            whole = whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
+        whole = whole.to_iterable_dataset() if source.streaming else whole
+        return DatasetDict(train=whole) if split is None else whole
+
+    def features(self) -> Any:
+        """Those of its rows."""
+        return self.make().features
+
+    def _complaint(self, source: Source, error: Exception) -> str:
+        if source.path is not None:
+            return super()._complaint(source, error)
+        return f"split: {self.title!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
+
+
+def member(text: Any, label: Any, source: str) -> dict[str, Any]:
+    """A checked row of the membership family."""
+    return {"text": checked_text(text), "label": checked_label(label), "source": source, "length": len(text)}
+
+
+def checked_text(text: Any) -> str:
+    """`text`, if there is any."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a row has the text {text!r}: every row needs some; the copy is broken")
+    return text
+
+
+def checked_label(label: Any) -> int:
+    """`label`, if it is 0 or 1."""
+    if label not in (0, 1):
+        raise ValueError(f"a row has the label {label!r}: labels are 0 and 1; the copy is broken")
+    return int(label)

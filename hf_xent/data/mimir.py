@@ -1,0 +1,79 @@
+"""'mimir:CONFIG': members and non-members of the Pile, from the same distribution, decontaminated by n-gram overlap.
+
+Configurations: arxiv, dm_mathematics, github, hackernews, pile_cc, pubmed_central, 'wikipedia_(en)' with the splits
+ngram_7_0.2, ngram_13_0.2, ngram_13_0.8; c4, full_pile, temporal_wiki with the split none; temporal_arxiv with a month
+such as 2020_08. Both sides are kept whole, members first: they can differ in number (github has 1000 and 740).
+The lower the overlap allowed, the more the two sides differ in distribution too.
+
+The published loading script does not run any more, so its files are read: one JSON string a line, members in train/.
+`path` is a folder with train/ and test/ somewhere below. On the Hub the dataset is gated.
+
+Source: Duan et al. 2024, Do Membership Inference Attacks Work on Large Language Models?, arXiv:2402.07841; Hub
+iamgroot42/mimir.
+Data: text, label, source (the configuration), length.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .corpus import Corpus, Source, member
+
+NGRAMS = ("ngram_7_0.2", "ngram_13_0.2", "ngram_13_0.8")
+WHOLE = ("c4", "full_pile", "temporal_wiki")
+SIDES = {"train": 1, "test": 0}
+"""Folder -> label."""
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return member(json.loads(row["text"]), row["label"], row["source"])
+
+
+class Mimir(Corpus):
+    """Two files of strings a split."""
+
+    def open(self, source: Source, split: str | None) -> Any:
+        """One side after the other."""
+        from datasets import DatasetDict, IterableDatasetDict
+
+        if not source.config:
+            raise ValueError("name a configuration: 'mimir:arxiv', 'mimir:github', ...")
+        if split is not None:
+            return self._split(source, split)
+        splits = ("none",) if source.config in WHOLE else NGRAMS
+        kind = IterableDatasetDict if source.streaming else DatasetDict
+        return kind({name: self._split(source, name) for name in splits})
+
+    def _split(self, source: Source, split: str) -> Any:
+        from datasets import concatenate_datasets
+
+        stem = source.config if split == "none" else f"{source.config}_{split}"
+        return concatenate_datasets([self._side(source, side, f"{side}/{stem}.jsonl") for side in SIDES])
+
+    def _side(self, source: Source, side: str, name: str) -> Any:
+        from datasets import load_dataset
+
+        file = f"hf://datasets/{self.repo}@{source.revision or 'main'}/{_folder(source)}/{name}"
+        if source.path is not None:
+            file = str(next(source.path.rglob(name), source.path / name))
+        rows = load_dataset("text", data_files=file, split="train", streaming=source.streaming)
+        told = {"label": SIDES[side], "source": source.config}
+        return rows.map(lambda row: {**row, **told})
+
+
+def _folder(source: Source) -> str:
+    return "cache_100_200_10000_512" if source.config == "full_pile" else "cache_100_200_1000_512"
+
+
+CORPUS = Mimir(
+    title="MIMIR",
+    family="membership",
+    license="other",
+    caveat="Gated on the Hub, and drawn from the Pile, whose texts belong to many: do not pass rows on.",
+    source="https://huggingface.co/datasets/iamgroot42/mimir",
+    row=_row,
+    columns=("text", "label", "source"),
+    splits=dict.fromkeys((*NGRAMS, "none")),
+    repo="iamgroot42/mimir",
+)

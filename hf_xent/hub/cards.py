@@ -1,0 +1,86 @@
+"""Cards: a front matter and a template of `model_cards/`, rendered; and the check that needs no connection.
+
+Templates are Jinja; a value that a template names and nobody gives is an error, not a gap in the card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, ModelCard
+
+HERE = Path(__file__).parents[1] / "model_cards"
+TEMPLATES = HERE if HERE.is_dir() else HERE.parents[1] / "model_cards"
+"""In the wheel inside the package, in a checkout beside it."""
+
+
+def render(template: str, head: Any, **values: Any) -> str:
+    """The card of `model_cards/{template}.md`; `head` is a `ModelCardData` or `DatasetCardData`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=False,  # Markdown
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return found.get_template(f"{template}.md").render(head=head.to_yaml(), **values)
+
+
+def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | DatasetCard:
+    """The card of a folder, if the Hub and its readers can use it; no connection is needed.
+
+    Raises: ValueError that lists what is wrong: no README.md, a front matter that does not parse (`model-index`
+    included), required keys that are missing or empty, text left over from a template, data files that are not there.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no README.md: a folder is published with its card")
+    kind = DatasetCard if repo_type == "dataset" else ModelCard
+    try:
+        card = kind(path.read_text(encoding="utf-8"))
+    except Exception as error:  # of YAML, or of a model-index that lacks something
+        raise ValueError(f"{path}: the front matter does not parse: {' '.join(str(error).split())}") from error
+    if found := _faults(card, Path(folder), repo_type):
+        raise ValueError(f"{path}: {'; '.join(found)}")
+    return card
+
+
+def base_license(base: str | None) -> str | None:
+    """What the card of a base model says, if the Hub or its cache has it."""
+    if base is None:
+        return None
+    try:
+        return ModelCard.load(base).data.license
+    except Exception:  # no connection, no card, a broken one: all the same here
+        return None
+
+
+def set_license(folder: str | Path, license: str) -> None:
+    """Write a license into the front matter of a folder's card."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    card.data.license = license
+    card.save(path)
+
+
+REQUIRED = {"model": ("license", "library_name", "pipeline_tag", "tags"), "dataset": ("license", "configs")}
+"""Keys of the front matter, by kind of repository."""
+LEFTOVERS = ("[More Information Needed]", "[optional]", "{{", "{%")
+
+
+def _faults(card: Any, folder: Path, repo_type: str) -> list[str]:
+    data = card.data.to_dict()
+    faults = [f"{key} is missing" for key in REQUIRED[repo_type] if data.get(key) in (None, "", [])]
+    if data.get("license") == "unknown" and repo_type == "model":
+        faults.append("license is 'unknown': say which it is")
+    if "licence" in data:
+        faults.append("'licence' is no key of the Hub: 'license'")
+    faults += [f"the text has {mark!r} left from a template" for mark in LEFTOVERS if mark in card.content]
+    for config in data.get("configs") or []:
+        for entry in config["data_files"]:
+            if not any(folder.glob(entry["path"])):
+                faults.append(f"split {entry['split']} has no file {entry['path']}")
+    return faults

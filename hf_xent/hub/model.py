@@ -1,0 +1,223 @@
+"""The card of a trained model from what its trainer knows: one mixin for every trainer, and no code of theirs.
+
+    class XentTrainer(Carded, Trainer): ...
+
+    numbers    the last evaluation and the curve of the loss, both from `state.log_history`
+    method     the docstring of the trainer's file, and of the loss's, with their formulas and sources
+    settings   the configuration's fields: the method's own, and those of transformers that are not at their default
+
+The Hub shows an evaluation twice: as `model-index` in the front matter, which takes any metric, and, for a dataset that
+is on the Hub, as an entry in `.eval_results/`.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from dataclasses import MISSING, Field, fields
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..losses import Loss
+from .cards import base_license, render
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets")
+NOT_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+AUTO = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
+"""Task -> how the class that loads it is called."""
+PRIVATE = re.compile(r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu")
+"""Settings of transformers that say nothing about the result, or nobody else's business."""
+
+
+class Carded:
+    """Goes before a trainer in a class's bases: `push_to_hub` and `create_model_card` write the card of hf_xent.
+
+    Both take, by keyword, what transformers' and TRL's take: `model_name`, `dataset_name` or `dataset` (a Hub id, or
+    several), `tags`, `license`, `language`, `tasks`, `finetuned_from`. The base model and its license
+    are found out if they are not given, the dataset is not: rows do not tell where they come from.
+    """
+
+    objective: Any = None
+    """The loss, for trainers that have one of the registry."""
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **given: Any) -> None:
+        """Write README.md, loss.png and `.eval_results/` into the output folder.
+
+        Raises: TypeError for keywords that no card takes.
+        """
+        trainer: Any = self
+        known = {"tags", "license", "language", "tasks", "finetuned_from", "dataset", "dataset_tags", "dataset_args"}
+        if unknown := given.keys() - known:
+            raise TypeError(f"create_model_card takes no {', '.join(unknown)}: its keywords are {', '.join(known)}")
+        if not trainer.is_world_process_zero():
+            return
+        folder = Path(trainer.args.output_dir)
+        given = {"dataset": dataset_name or given.get("dataset_tags"), **given}
+        write(trainer, folder, model_name or folder.name, given)
+
+
+def write(trainer: Any, folder: Path, name: str, given: dict[str, Any]) -> None:
+    """The card of a trainer and what it refers to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = getattr(model, "peft_config", None)  # what makes a model an adapter of peft's
+    base = given.get("finetuned_from") or _base(model.config._name_or_path)
+    results = _results(trainer.state.log_history)
+    datasets = [name for name in _listed(given["dataset"]) if not Path(name).exists()]  # no paths of this machine
+    task = given.get("tasks") or ("text-generation" if model.can_generate() else "text-classification")
+    head = _head(
+        trainer, name, {**given, "base": base, "datasets": datasets, "task": task, "adapter": adapter}, results
+    )
+    text = render(
+        "model",
+        head,
+        name=name,
+        place=trainer.hub_model_id or name,
+        base=base,
+        adapter=bool(adapter),
+        datasets=datasets,
+        task=task,
+        trainer=type(trainer).__name__,
+        steps=trainer.state.global_step,
+        results=results,
+        method=_docs(type(trainer)),
+        loss=_loss(trainer.objective),
+        settings=settings(trainer.args),
+        hardware=hardware(trainer.args.device),
+        versions={library: version(library) for library in LIBRARIES if library in sys.modules},
+        plot=_plot(trainer.state.log_history, folder / "loss.png"),
+        auto_class=f"Auto{'PeftModel' if adapter else 'Model'}For{AUTO[task]}" if task in AUTO else None,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    for dataset in filter(_is_id, datasets):
+        eval_results(
+            folder, dataset, results, notes=f"{name}, step {trainer.state.global_step}, its own evaluation set"
+        )
+
+
+def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
+    """`.eval_results/{dataset}.yaml` with an entry a metric; nothing without results."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    if not results:
+        return
+    date = datetime.now(UTC).date().isoformat()
+    entries = [EvalResultEntry(dataset, metric, value, date=date, notes=notes) for metric, value in results.items()]
+    path = folder / ".eval_results" / f"{dataset.replace('/', '--')}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+
+
+def settings(args: Any) -> list[tuple[str, Any, str]]:
+    """(name, value, meaning) of the method's fields, then of the others that are not at their default."""
+    from transformers import TrainingArguments
+
+    common = {field.name for field in fields(TrainingArguments)}
+    own = [f for f in fields(args) if f.name not in common]
+    rest = [f for f in fields(TrainingArguments) if getattr(args, f.name) != _default(f)]
+    found = [(f.name, getattr(args, f.name), _help(f)) for f in own + rest if not PRIVATE.match(f.name)]
+    found = [(name, value.value if isinstance(value, Enum) else value, text) for name, value, text in found]
+    return [row for row in found if isinstance(row[1], int | float | str | list | None) and not _is_path(row[1])]
+
+
+def hardware(device: Any) -> str:
+    """The accelerator's name, or the processor's."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return f"{device.type}: {found[1] if found else platform.processor() or platform.machine()}"
+
+
+def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, float]) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    tags = ["hf_xent", _method(trainer), *_listed(about.get("tags")), *(["lora"] if about["adapter"] else [])]
+    dataset = (about["datasets"] or ["held-out rows of the run"])[0]
+    kind = dataset if _is_id(dataset) else "custom"
+    found = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
+    return ModelCardData(
+        license=about.get("license") or base_license(about["base"]) or "unknown",
+        language=about.get("language"),
+        library_name="peft" if about["adapter"] else "transformers",
+        pipeline_tag=about["task"],
+        base_model=about["base"],
+        datasets=[dataset for dataset in about["datasets"] if _is_id(dataset)] or None,
+        tags=sorted(set(tags), key=tags.index),
+        model_name=name if found else None,
+        eval_results=found or None,
+    )
+
+
+def _results(history: list[dict[str, Any]]) -> dict[str, float]:
+    """The last evaluation, without the prefix and the times."""
+    last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+    found = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and k not in NOT_RESULTS}
+
+
+def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
+    """A loss of the registry as its fields and what its file says."""
+    return (objective.describe(), _docs(type(objective))) if isinstance(objective, Loss) else None
+
+
+def _docs(kind: type) -> str:
+    return (sys.modules[kind.__module__].__doc__ or "").strip()
+
+
+def _method(trainer: Any) -> str:
+    return type(trainer).__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+
+def _base(name: str) -> str | None:
+    """A model's origin, unless it is a folder of this machine or there is none."""
+    return name if name and not Path(name).exists() else None
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _is_path(value: Any) -> bool:
+    """Whether this is a place on this machine."""
+    return isinstance(value, str) and Path(value).is_absolute()
+
+
+def _is_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _help(field: Field[Any]) -> str:
+    return " ".join(field.metadata.get("help", "").split()).split(". ")[0].replace("|", "\\|")
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _plot(history: list[dict[str, Any]], path: Path) -> str | None:
+    """The file's name, if there is a curve to draw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = {k: [(e["step"], e[k]) for e in history if k in e] for k in ("loss", "eval_loss")}
+    if len(curves["loss"]) < 2:
+        return None
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for (name, points), style in zip(curves.items(), ("-", "o--"), strict=True):
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=name, color="#d1495b" if name == "loss" else "#30638e")
+    axis.set(xlabel="step", ylabel="loss")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return path.name

@@ -1,0 +1,122 @@
+"""A folder to the Hub: the card last, and what arrived compared with what was sent.
+
+    card checked offline -> repository, branch -> every file but the card -> the card -> remote tree == folder
+
+Large folders go up in several commits; a repository shows the new card only after all else, so one that was cut off is
+not taken for published. Pushing again resumes: files that are there are not sent again. Tokens are huggingface_hub's
+affair (`hf auth login`, HF_TOKEN), and so are retries after 429, 5xx and broken connections.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+from pathlib import Path
+from typing import Any
+
+from .cards import validate
+
+CARD = "README.md"
+IGNORED = ("checkpoint-*", ".git", ".cache", "__pycache__", "training_args.bin")
+"""Names that are not published, nor what is below them; the last is a pickle with paths and perhaps a token."""
+REMEDIES = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: choose another repo_id or a token with write access",
+    404: "the token does not see this repository, or the revision does not exist",
+    409: "somebody else is writing there: push again",
+    412: "somebody else wrote there meanwhile: push again",
+    429: "too many requests: wait, then push again to resume",
+}
+"""What to do after an answer of the Hub that ends a push."""
+
+
+def files(folder: str | Path) -> dict[str, Path]:
+    """What a push publishes: path in the repository -> file."""
+    folder = Path(folder)
+    found = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {path.as_posix(): file for path, file in found.items() if not any(map(_ignored, path.parts))}
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish a folder that has a card; returns the address of the commit, or of the pull request.
+
+    `private` is for a repository that is made, `revision` a branch (made if need be), `create_pr` proposes the change
+    instead. Raises: ValueError for a card that does not hold up (`validate`) or options that do not go together;
+    RuntimeError, with what to do, when the Hub refuses or not all has arrived.
+    """
+    if create_pr and revision is not None:
+        raise ValueError(f"revision is {revision!r}, but a pull request goes to main: drop it or create_pr")
+    validate(folder, repo_type)
+    repo = {"repo_id": repo_id, "repo_type": repo_type}
+    try:
+        address, branch = _upload(folder, repo, private, revision, create_pr)
+        missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
+    except Exception as error:  # huggingface_hub and its HTTP client raise a dozen kinds
+        raise RuntimeError(f"{repo_id} is not published: {_explained(error)}") from error
+    if missing:
+        raise RuntimeError(f"{repo_id} is not published: {', '.join(missing)} did not arrive as sent; push again")
+    return address
+
+
+def _upload(
+    folder: str | Path, repo: dict[str, Any], private: bool | None, revision: str | None, create_pr: bool
+) -> tuple[str, str | None]:
+    """Both commits; the address of the last, or of the pull request, and the branch they are on."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(**repo, private=private, exist_ok=True)
+    if revision not in (None, "main") and not str(revision).startswith("refs/pr/"):
+        api.create_branch(**repo, branch=revision, exist_ok=True)
+    common = {**repo, "folder_path": folder}
+    rest = [glob.escape(name) for name in files(folder) if name != CARD]
+    request = None
+    if rest:
+        first = api.upload_folder(
+            **common, commit_message="Upload files", revision=revision, create_pr=create_pr, allow_patterns=rest
+        )
+        request, revision, create_pr = first.pr_url, first.pr_revision or revision, False
+    last = api.upload_folder(
+        **common, commit_message="Upload card", revision=revision, create_pr=create_pr, allow_patterns=[CARD]
+    )
+    return request or last.pr_url or last.commit_url, revision or last.pr_revision
+
+
+def _arrived(folder: str | Path, repo: dict[str, Any], branch: str | None) -> set[str]:
+    """Paths whose content is the same there and here."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+    found, sent = set(), files(folder)
+    for remote in HfApi().list_repo_tree(**repo, revision=branch, recursive=True):
+        here = sent.get(remote.path)
+        if here is None or remote.size != here.stat().st_size:
+            continue
+        if remote.lfs is None:
+            same = remote.blob_id == git_hash(here.read_bytes())
+        else:
+            with here.open("rb") as stream:
+                same = remote.lfs.sha256 == sha_fileobj(stream).hex()
+        found |= {remote.path} if same else set()
+    return found
+
+
+def _explained(error: BaseException) -> str:
+    """The innermost cause in one line, and what to do about it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    remedy = REMEDIES.get(status or 0, "push again to resume")
+    return f"{' '.join(str(error).split()) or type(error).__name__}; {remedy}"
+
+
+def _ignored(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in IGNORED)

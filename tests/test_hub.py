@@ -1,0 +1,495 @@
+"""Cards that hold, and folders, trainers and datasets that make the round trip to a Hub on this machine, failures too.
+
+huggingface_hub reads HF_ENDPOINT when it is imported, so what talks to the Hub runs in one process of its own.
+"""
+
+import importlib
+import json
+import os
+import socket
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import datasets
+import pytest
+import torch
+import yaml
+from hub_server import serving
+from models import V, tiny, tiny_tokenizer
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+from hf_xent import cli, hub
+from hf_xent.trainers import METHODS, XentConfig, XentTrainer
+
+HEAD = """---
+license: mit
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- hf_xent
+---
+"""
+IDS = torch.arange(3, 19).reshape(2, 8)
+
+
+@dataclass
+class Elsewhere:
+    """The Hub, and the process that knows no other."""
+
+    hub: object
+    pool: ProcessPoolExecutor
+
+    def run(self, function, *arguments, **options):
+        """The result or the error of a function of this file, run there."""
+        return self.pool.submit(function, *arguments, **options).result()
+
+    def files(self, repo_id, kind="models", branch="main"):
+        return self.hub.repos[f"{kind}/{repo_id}"].branches[branch]
+
+
+def only_here():
+    """Connections to anything but this machine are errors."""
+    real = socket.socket.connect
+
+    def connect(self, address):
+        assert address[0] == "127.0.0.1", f"tried to reach {address}"
+        real(self, address)
+
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", server.url)
+        patch.setenv("HF_HOME", str(home))
+        patch.setenv("HF_TOKEN", "hf_of_the_test")
+        for name, value in {"OFFLINE": "0", "DISABLE_XET": "1", "DISABLE_TELEMETRY": "1"}.items():
+            patch.setenv(f"HF_HUB_{name}", value)
+        with ProcessPoolExecutor(1, get_context("spawn"), only_here) as pool:
+            pool.submit(os.getpid).result()  # it has started, with this environment
+            patch.undo()
+            yield Elsewhere(server, pool)
+
+
+@pytest.fixture(autouse=True)
+def healthy(request):
+    """No failure of one test is left for the next."""
+    yield
+    if "elsewhere" in request.fixturenames:
+        request.getfixturevalue("elsewhere").hub.faults.clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model of nothing: a card, a small file, and one for LFS."""
+    made = tmp_path / "model"
+    (made / "checkpoint-3").mkdir(parents=True)
+    (made / "README.md").write_text(f"{HEAD}\n# Model\n")
+    (made / "config.json").write_text("{}")
+    (made / "model.safetensors").write_bytes(os.urandom(1000))
+    (made / "odd [1].txt").write_text("a name that is a pattern")
+    for private in (made / "checkpoint-3" / "optimizer.pt", made / "training_args.bin"):
+        private.write_bytes(b"not for others")
+    return made
+
+
+def rows(n=12):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, V, (n, 8), generator=generator).tolist()]
+
+
+def config(folder, kind=XentConfig, **options):
+    common = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    return kind(output_dir=str(folder), **{**common, **quiet, **options})
+
+
+class Patient(TrainerCallback):
+    """Waits for a push before the next step writes over its files."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.push_to_hub:
+            self.trainer.push_in_progress.wait_until_done()
+
+
+def trained(folder, model=None, train=None, **options):
+    found = datasets.Dataset.from_list(rows()) if train is None else train
+    model = tiny(std=0.05) if model is None else model
+    patient, held_out = Patient(), found.select(range(4))
+    made = XentTrainer(
+        model, config(folder, **options), train_dataset=found, eval_dataset=held_out, callbacks=[patient]
+    )
+    patient.trainer = made
+    made.train()
+    made.evaluate()
+    return made
+
+
+def logits(model):
+    with torch.no_grad():
+        return torch.as_tensor(model.eval()(input_ids=IDS).logits)
+
+
+# --- cards
+
+
+def test_card_has_what_the_run_measured_and_was_told(tmp_path):
+    trainer = trained(tmp_path, loss="focal:gamma=1.5", hub_token="hf_secret", logging_dir=None)
+    trainer.create_model_card(model_name="fox", dataset="me/foxes", license="mit", tags="toy")
+    card, last = hub.validate(tmp_path), trainer.evaluate()
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("mit", "transformers", "text-generation")
+    assert data.datasets == ["me/foxes"] and data.tags == ["hf_xent", "xent", "toy"] and data.base_model is None
+    assert {r.metric_type: r.metric_value for r in data.eval_results} == {
+        name: pytest.approx(last[f"eval_{name}"]) for name in ("loss", "perplexity", "entropy", "mean_token_accuracy")
+    }
+    entries = yaml.safe_load((tmp_path / ".eval_results" / "me--foxes.yaml").read_text())
+    assert entries[0]["dataset"] == {"id": "me/foxes", "task_id": "loss"}
+    assert {e["dataset"]["task_id"]: e["value"] for e in entries}["perplexity"] == pytest.approx(
+        last["eval_perplexity"]
+    )
+    assert (
+        "- `gamma`: 1.5" in card.text and "arXiv:1708.02002" in card.text and "| `learning_rate` | 0.01 |" in card.text
+    )
+    assert f"| perplexity | {last['eval_perplexity']:.6g} |" in card.text
+    assert "hf_secret" not in card.text and str(tmp_path) not in card.text
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(TypeError, match="takes no licence"):
+        trainer.create_model_card(licence="mit")
+
+
+def test_card_without_numbers_makes_none_up(tmp_path):
+    trainer = XentTrainer(tiny(), config(tmp_path), train_dataset=datasets.Dataset.from_list(rows()))
+    trainer.create_model_card(license="mit")
+    card = hub.validate(tmp_path)
+    assert card.data.eval_results is None and "Nothing was evaluated" in card.text and "](loss.png)" not in card.text
+    assert not (tmp_path / ".eval_results").exists()
+
+
+def test_every_trainer_writes_our_card():
+    names = [(file, name) for file, found in METHODS.items() for name in found if name.endswith("Trainer")]
+    assert len(names) >= 4
+    for file, name in names:
+        kind = getattr(importlib.import_module(f"hf_xent.trainers.{file}"), name)
+        assert kind.create_model_card is hub.Carded.create_model_card, (
+            f"{name}: hf_xent.hub.Carded goes before its bases"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# No head", "license is missing; library_name is missing; pipeline_tag is missing; tags is missing"),
+        (HEAD.replace("license: mit", "licence: mit"), "license is missing; 'licence' is no key of the Hub"),
+        (HEAD.replace("mit", "unknown"), "license is 'unknown': say which"),
+        (f"{HEAD}\n[More Information Needed]", "left from a template"),
+        (f"{HEAD}\nby {{{{ author }}}}", "left from a template"),
+        (HEAD.replace("tags:", "tags: ["), "the front matter does not parse"),
+        (HEAD.replace("tags:", "model-index:\n- name: x\n  results:\n  - task: {}\ntags:"), "does not parse"),
+        (None, "has no README.md"),
+    ],
+)
+def test_faulty_cards_are_refused_offline(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        hub.validate(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_with_a_gap_is_an_error(tmp_path):
+    from huggingface_hub import DatasetCardData
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError):
+        hub.render("dataset", DatasetCardData(license="mit"))
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: a\n  data_files:\n  - split: b\n    path: c-*\n---\n"
+    )
+    with pytest.raises(ValueError, match=r"split b has no file c-\*"):
+        hub.validate(tmp_path, "dataset")
+
+
+# --- pushes
+
+
+def pushed(*arguments, **options):
+    """The address, or the error's text."""
+    try:
+        return hub.push(*arguments, **options)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def published(folder):
+    return {name: file.read_bytes() for name, file in hub.files(folder).items()}
+
+
+def test_push_is_the_folder_and_the_card_comes_last(elsewhere, folder):
+    address = elsewhere.run(pushed, folder, "me/plain", private=True)
+    repo = elsewhere.hub.repos["models/me/plain"]
+    assert repo.branches["main"] == published(folder) and repo.settings["visibility"] == "private"
+    assert [paths for _, _, paths in repo.commits] == [
+        ["config.json", "model.safetensors", "odd [1].txt"],
+        ["README.md"],
+    ]
+    assert address == f"{elsewhere.hub.url}/me/plain/commit/{repo.sha('main')}"
+
+
+def test_branches_and_pull_requests_leave_main_alone(elsewhere, folder):
+    elsewhere.run(pushed, folder, "me/proposed")
+    before = dict(elsewhere.files("me/proposed"))
+    (folder / "config.json").write_text('{"new": 1}')
+    assert elsewhere.run(pushed, folder, "me/proposed", create_pr=True).endswith("/me/proposed/discussions/1")
+    elsewhere.run(pushed, folder, "me/proposed", revision="v2")
+    for branch in ("refs/pr/1", "v2"):
+        assert elsewhere.files("me/proposed", branch=branch) == published(folder)
+    assert elsewhere.files("me/proposed") == before
+    refused = elsewhere.run(pushed, folder, "me/proposed", revision="v2", create_pr=True)
+    assert refused.startswith("ValueError: revision is 'v2'")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"method": "POST", "part": "/repos/create", "status": 401}, "log in with `hf auth login`"),
+        ({"method": "POST", "part": "/commit/", "status": 403}, "a token with write access"),
+        ({"method": "POST", "part": "/commit/", "status": 409}, "push again"),
+        ({"method": "POST", "part": "/commit/", "status": 500}, "push again to resume"),
+        ({"method": "POST", "part": "/commit/", "cut": True}, "push again to resume"),
+        ({"method": "PUT", "part": "/_lfs/", "corrupt": True}, "push again to resume"),
+        ({"method": "POST", "part": "/commit/", "corrupt": True}, "config.json did not arrive as sent; push again"),
+    ],
+    ids=lambda v: " ".join(map(str, v.values())) if isinstance(v, dict) else "",
+)
+def test_failures_are_told_and_mended_by_pushing_again(elsewhere, folder, fault, message):
+    repo, before = f"me/failing-{abs(hash(str(fault)))}", published(folder)
+    elsewhere.hub.fail(**fault)
+    told = elsewhere.run(pushed, folder, repo)
+    assert told.startswith(f"RuntimeError: {repo} is not published: ") and message in told and "\n" not in told
+    assert published(folder) == before
+    if not fault.get("corrupt") or fault["method"] == "PUT":
+        assert "README.md" not in getattr(elsewhere.hub.repos.get(f"models/{repo}"), "branches", {"main": {}})["main"]
+    assert elsewhere.run(pushed, folder, repo).startswith(elsewhere.hub.url)
+    assert elsewhere.files(repo) == before
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "POST", "part": "/preupload/", "status": 429, "headers": {"Retry-After": "1"}},
+        {"method": "PUT", "part": "/_lfs/", "status": 500},
+        {"method": "PUT", "part": "/_lfs/", "cut": True},
+    ],
+    ids=lambda v: " ".join(map(str, v.values())),
+)
+def test_passing_failures_are_retried(elsewhere, folder, fault):
+    repo = f"me/retried-{abs(hash(str(fault)))}"
+    elsewhere.hub.fail(**fault)
+    assert elsewhere.run(pushed, folder, repo).startswith(elsewhere.hub.url)
+    assert elsewhere.files(repo) == published(folder) and elsewhere.hub.faults[0]["times"] == 0
+
+
+def test_what_arrived_is_not_sent_again(elsewhere, folder):
+    elsewhere.hub.fail("POST", "/me/broken/commit/", status=500)
+    assert "not published" in elsewhere.run(pushed, folder, "me/broken")
+    start = len(elsewhere.hub.log)
+    elsewhere.run(pushed, folder, "me/broken")
+    assert not [path for method, path in elsewhere.hub.log[start:] if method == "PUT"]
+    assert elsewhere.files("me/broken") == published(folder)
+
+
+# --- round trips
+
+
+def train_and_push(folder, repo, **options):
+    trainer = trained(folder, **options)
+    trainer.push_to_hub(model_name=repo.split("/")[1], license="mit", dataset="me/rows")
+    return logits(trainer.model), trainer.evaluate()
+
+
+def load_and_run(repo, **options):
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return logits(AutoModelForCausalLM.from_pretrained(repo, **options))
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_trainer_pushes_every_save_and_the_card_is_true(elsewhere, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": "me/trained", "hub_strategy": "every_save"}
+    sent, metrics = elsewhere.run(
+        train_and_push, tmp_path, "me/trained", save_strategy="steps", save_steps=1, **options
+    )
+    torch.testing.assert_close(elsewhere.run(load_and_run, "me/trained"), sent)
+    summaries = [summary for _, summary, _ in elsewhere.hub.repos["models/me/trained"].commits]
+    assert summaries == [*(f"Training in progress, step {i}" for i in (1, 2, 3)), "End of training"]
+    files = elsewhere.files("me/trained")
+    assert {"README.md", "model.safetensors", "loss.png", ".eval_results/me--rows.yaml"} <= files.keys()
+    assert not [name for name in files if name.startswith("checkpoint-")]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "README.md").write_bytes(files["README.md"])
+    card = hub.validate(tmp_path / "again")
+    shown = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert shown["loss"] == pytest.approx(metrics["eval_loss"]) and card.data.model_name == "trained"
+
+
+def push_adapter(folder, base):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    start = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(start, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trainer = trained(folder, model, hub_model_id="me/adapter")
+    trainer.push_to_hub(license="mit")
+    return logits(trainer.model)
+
+
+def load_adapter(repo):
+    from peft import AutoPeftModelForCausalLM
+
+    return logits(AutoPeftModelForCausalLM.from_pretrained(repo))
+
+
+def test_adapters_make_the_round_trip_with_their_base(elsewhere, tmp_path):
+    elsewhere.run(train_and_push, tmp_path / "base", "me/base", hub_model_id="me/base")
+    sent = elsewhere.run(push_adapter, tmp_path / "adapter", "me/base")
+    torch.testing.assert_close(elsewhere.run(load_adapter, "me/adapter"), sent)
+    files = elsewhere.files("me/adapter")
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    head = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert head["library_name"] == "peft" and head["base_model"] == "me/base" and "lora" in head["tags"]
+    assert b"AutoPeftModelForCausalLM" in files["README.md"]
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 3
+        return out
+"""
+
+
+def push_custom(folder, repo):
+    folder.mkdir(parents=True)
+    (folder / "modeling_odd.py").write_text(CUSTOM)
+    sys.path.insert(0, str(folder))
+    module = importlib.import_module("modeling_odd")
+    module.OddConfig.register_for_auto_class()
+    module.OddForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    torch.manual_seed(0)
+    model = module.OddForCausalLM(module.OddConfig(**tiny().config.to_diff_dict() | {"model_type": "odd"}))
+    model.save_pretrained(folder / "out")
+    (folder / "out" / "README.md").write_text(HEAD)
+    return logits(model), hub.push(folder / "out", repo)
+
+
+def test_a_class_of_its_own_loads_with_trust_and_a_pinned_revision(elsewhere, tmp_path):
+    sent, address = elsewhere.run(push_custom, tmp_path / "odd", "me/odd")
+    assert "modeling_odd.py" in elsewhere.files("me/odd")
+    sha = address.rsplit("/", 1)[1]
+    torch.testing.assert_close(elsewhere.run(load_and_run, "me/odd", trust_remote_code=True, revision=sha), sent)
+    assert "trust_remote_code" in elsewhere.run(load_and_run, "me/odd", trust_remote_code=False)
+
+
+def push_rows(path):
+    arguments = ("data", "push", "patentmia", "--repo-id", "me/patents", "--path", path, "--json")
+    return json.loads(CliRunner().invoke(cli.app, list(map(str, arguments))).stdout)["address"]
+
+
+def load_rows(repo):
+    found = datasets.load_dataset(repo)
+    return {name: part.to_list() for name, part in found.items()}, found["train"].features
+
+
+def test_a_dataset_makes_the_round_trip(elsewhere, tmp_path):
+    made = [{"text": f"发明 {i}", "label": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    assert elsewhere.run(push_rows, tmp_path / "rows.jsonl").startswith(f"{elsewhere.hub.url}/")
+    back, features = elsewhere.run(load_rows, "me/patents")
+    assert [(row["text"], row["label"]) for row in back["train"]] == [(row["text"], row["label"]) for row in made]
+    assert features["label"].names == ["non-member", "member"]
+    assert elsewhere.hub.repos["datasets/me/patents"].settings["visibility"] == "private"
+    assert b"do not pass rows on" in elsewhere.files("me/patents", "datasets")["README.md"]
+
+
+def push_preferences(folder):
+    from trl import DPOConfig, DPOTrainer
+
+    class Preferring(hub.Carded, DPOTrainer):
+        """As every trainer of ours on TRL."""
+
+    words = [{"prompt": "the", "chosen": " quick brown fox", "rejected": " lazy dog"}] * 4
+    options = config(
+        folder, DPOConfig, max_steps=2, bf16=False, save_strategy="steps", save_steps=1, push_to_hub=True,
+        hub_model_id="me/preferring", hub_strategy="every_save",
+    )  # fmt: skip
+    trainer = Preferring(
+        tiny(std=0.05),
+        tiny(std=0.05),
+        args=options,
+        train_dataset=datasets.Dataset.from_list(words),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    trainer.push_to_hub(dataset_name="me/words")
+    return logits(trainer.model)
+
+
+@pytest.mark.slow  # TRL takes seconds to import
+def test_trainers_on_trl_push_our_card(elsewhere, tmp_path):
+    sent = elsewhere.run(push_preferences, tmp_path)
+    torch.testing.assert_close(elsewhere.run(load_and_run, "me/preferring"), sent)
+    head = yaml.safe_load(elsewhere.files("me/preferring")["README.md"].decode().split("---")[1])
+    assert "licence" not in head and head["library_name"] == "transformers" and head["datasets"] == ["me/words"]
+    assert "trl" not in head["tags"] and b"| `beta` | 0.1 |" in elsewhere.files("me/preferring")["README.md"]
+
+
+# --- the command
+
+
+def publish(*arguments):
+    result = CliRunner().invoke(cli.app, ["publish", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return 1, str(result.exception)
+    return result.exit_code, result.stdout
+
+
+def test_dry_run_shows_the_card_and_sends_nothing(folder):
+    code, shown = publish(folder, "--repo-id", "me/dry", "--dry-run")  # a connection would be an error here
+    assert code == 0 and "nothing was sent" in shown and "model.safetensors" in shown and "1,000" in shown
+    assert "optimizer.pt" not in shown
+    found = json.loads(publish(folder, "--repo-id", "me/dry", "--dry-run", "--json")[1])
+    assert found["address"] is None and set(found["files"]) == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "odd [1].txt",
+    }
+
+
+def test_publish_sets_the_license_and_says_where(elsewhere, folder):
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("mit", "unknown"))
+    code, told = elsewhere.run(publish, folder, "--repo-id", "me/told")
+    assert code == 1 and "say which it is" in told and "models/me/told" not in elsewhere.hub.repos
+    code, told = elsewhere.run(publish, folder, "--repo-id", "me/told", "--license", "mit", "--json")
+    assert code == 0 and json.loads(told)["address"].startswith(elsewhere.hub.url)
+    assert (
+        elsewhere.files("me/told") == published(folder) and b"license: mit" in elsewhere.files("me/told")["README.md"]
+    )
+    code, told = elsewhere.run(publish, folder, "--repo-id", "me/told", "--type", "space")
+    assert code == 1 and "choose model or dataset" in told
