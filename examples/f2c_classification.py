@@ -31,7 +31,7 @@ FORMATS = PromptFormats(
 ARMS = {"untrained": None, "F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 CONSTANT = "constant predictor"
 SHARES = {f"predicted_{i}": name for i, name in enumerate(CONTINENTS)}
-METRICS = ("agreement", "f1", "f1_spread", "accuracy", *CONTINENTS)
+METRICS = ("agreement", "f1", "f1_spread", "accuracy", "vote_accuracy", *CONTINENTS)
 HELD_OUT = 40
 
 
