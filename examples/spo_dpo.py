@@ -29,7 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "DPO": {}, "SPCE": {}, "cDPO": {}, "PSO": {"method": "pso"}, "SPO": {"gamma_w": 0.2, "gamma_l": 0.0},
 }  # fmt: skip
 CONTROL = "untrained"
-METRICS = ("accuracy", "squared error", "mean |margin|", "words", "within limit")
+METRICS = ("accuracy", "squared error", "margin size", "words", "within limit")
 
 
 def pairs(count: int, seed: int, held_out: bool) -> Dataset:
@@ -93,7 +93,7 @@ def judged(trainer: Any) -> dict[str, float]:
     return {
         "accuracy": accuracy_score(truth[clear] > 0.5, margin[clear] > 0),
         "squared error": mean_squared_error(truth, margin.sigmoid()),
-        "mean |margin|": margin.abs().mean().item(),
+        "margin size": margin.abs().mean().item(),
     }
 
 
@@ -118,7 +118,10 @@ def main(model: str = "smollm2", steps: int = 6, seeds: int = 3, output: Path = 
         if arm != CONTROL:
             trainer.train()
         trainer.model.eval()
-        study.record(arm, seed, **judged(trainer), **answered(trainer, trainer.processing_class))
+        found = judged(trainer) | answered(trainer, trainer.processing_class)
+        if arm == CONTROL:
+            del found["accuracy"]  # margins of 0 have no sign but that of rounding
+        study.record(arm, seed, **found)
     return study.report("Made by `examples/spo_dpo.py` of hf_xent.", base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
 
 

@@ -159,8 +159,8 @@ def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
     truth = torch.tensor(example["pairs"](8, 0, held_out=True)["preference_prob"])
     control = found[example["CONTROL"]][0]
     assert control["squared error"] == pytest.approx((truth - 0.5).square().mean().item(), rel=1e-4)
-    assert control["mean |margin|"] == pytest.approx(0, abs=1e-7)
-    assert all(row[0]["mean |margin|"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
+    assert control["margin size"] == pytest.approx(0, abs=1e-7)
+    assert all(row[0]["margin size"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
     train = example["pairs"](50, 0, held_out=False)
     assert train["preference_prob"] != example["pairs"](50, 1, held_out=False)["preference_prob"]
     topics = [
