@@ -1,6 +1,6 @@
 """Preference tuning when annotators err: DPO, cDPO, PSO and SPO see noisy labels, SPCE how sure they were.
 
-    python examples/spo_dpo.py [--model smollm2] [--steps 10] [--seeds 3] [--output out/spo]
+    python examples/spo_dpo.py [--model smollm2] [--steps 6] [--seeds 3] [--output out/spo]
 
 Task: say what a Python topic is in at most 4 or 8 words. Answers are the topic's own first sentence in CPython's
 documentation (no download), cut after 3 to 12 words, so a program knows who is right: with u the number of words
@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, mean_squared_error
 from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer, data, embedded
 from hf_xent.study import Study
 
-BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 40, 12, 16
+BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 24, 8, 16
 ARMS: dict[str, dict[str, Any]] = {
     "DPO": {}, "SPCE": {}, "cDPO": {}, "PSO": {"method": "pso"}, "SPO": {"gamma_w": 0.2, "gamma_l": 0.0},
 }  # fmt: skip
@@ -48,7 +48,7 @@ def pairs(count: int, seed: int, held_out: bool) -> Dataset:
         answers = [" " + " ".join(words[:size]) for size in sizes]
         if draw.random() >= p:
             answers, p = answers[::-1], 1 - p
-        prompt = f"In at most {limit} words, {topic.lower()} in Python:"
+        prompt = f"Explain {topic.lower()} in Python in a sentence of at most {limit} words. Sentence:"
         rows.append(
             {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "preference_prob": p, "limit": limit}
         )
@@ -68,9 +68,10 @@ def trainer_of(arm: str, model_name: str, steps: int, seed: int, output: Path) -
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], layers_to_transform=last)
     kind, config = (SPOTrainer, SPOConfig) if arm == "SPO" else (SPCETrainer, SPCEConfig)
     arguments = config(
-        output_dir=str(output / arm), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=1e-3, beta=BETA,
+        output_dir=str(output / arm), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-3, beta=BETA,
         per_device_eval_batch_size=8, seed=seed, logging_steps=5, save_strategy="no", report_to="none", use_cpu=True,
-        bf16=False, lr_scheduler_type="constant", precompute_ref_log_probs=True, **options,
+        bf16=False, lr_scheduler_type="constant", precompute_ref_log_probs=True, gradient_checkpointing=False,
+        **options,
     )  # fmt: skip
     torch.manual_seed(seed)  # the adapter's first weights
     parts = {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer, "peft_config": lora}
@@ -108,7 +109,7 @@ def answered(trainer: Any, tokenizer: Any) -> dict[str, float]:
     return {"words": sum(words) / len(words), "within limit": sum(kept) / len(kept)}
 
 
-def main(model: str = "smollm2", steps: int = 10, seeds: int = 3, output: Path = Path("out/spo")) -> dict[str, Any]:
+def main(model: str = "smollm2", steps: int = 6, seeds: int = 3, output: Path = Path("out/spo")) -> dict[str, Any]:
     """Every arm under every seed, and the model as it is; returns the metrics by arm and seed."""
     settings = {"model": model, "steps": steps, "pairs a step": BATCH, "beta": BETA, "held-out pairs": HELD_OUT}
     study = Study("Noisy preferences", METRICS, "DPO", output, seeds=seeds, settings=settings)

@@ -111,6 +111,7 @@ def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
     train = example["pairs"](50, 0, held_out=False)
     assert train["preference_prob"] != example["pairs"](50, 1, held_out=False)["preference_prob"]
     topics = [
-        {row["prompt"].split(", ")[1] for row in rows} for rows in (train, example["pairs"](50, 0, held_out=True))
+        {row["prompt"].split(" in a sentence")[0] for row in rows}
+        for rows in (train, example["pairs"](50, 0, held_out=True))
     ]
     assert not topics[0] & topics[1]

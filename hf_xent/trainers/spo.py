@@ -102,6 +102,9 @@ class SPO(Streamed):
     trainer is the one below it, to the last bit. Raises: ValueError for options that do not fit.
     """
 
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         get_base: Any = getattr(self.model, "get_base_model", None)  # PEFT
