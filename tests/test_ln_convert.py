@@ -1,6 +1,10 @@
 """LN-free checkpoints: folding against the formulas, both ways round, in stock classes and out of a folder."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +127,30 @@ def test_load_takes_every_form(tmp_path):
         assert ln_free.is_ln_free(loaded) == (form in ("true", "eps trick"))
     loaded, _ = ln_free.load(str(tmp_path / "removable"))
     assert ln_free.sites(loaded) == ln_free.sites(model)
+
+
+def test_load_from_the_cache_of_the_hub(tmp_path):
+    """As downloaded: a removable and a true model by name, in a process that cannot download."""
+    for name, model in (("removable", removed("gpt2")), ("true", ln_free.to_true(removed("gpt2")))):
+        folder = tmp_path / "hub" / f"models--us--{name}"
+        for saved in (model, tiny_tokenizer()):
+            saved.save_pretrained(folder / "snapshots" / "abc")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("abc")
+    code = "for n in ('removable', 'true'): print(ln_free.form_of(ln_free.load(f'us/{n}')[0]))"
+    code = f"from hf_xent import ln_free\n{code}"
+    where = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    where.pop("HF_HUB_CACHE", None)
+    run = subprocess.run([sys.executable, "-c", code], env=where, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["removable", "true"], run.stderr
+
+
+def test_norms_without_weights_are_folded():
+    model = ln_free.wrap(tiny("opt", layer_norm_elementwise_affine=False))
+    ln_free.calibrate(model, [{"input_ids": batch()[0]}])
+    for site in ln_free.sites(model):
+        ln_free.remove(model, site.name)
+    assert apart(model, ln_free.to_true(model)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt"])

@@ -1,12 +1,13 @@
 """Removable norms and their training: found by structure, exact while real, affine when removed, resumable midway."""
 
 import copy
+import dataclasses
 
 import datasets
 import peft
 import pytest
 import torch
-from models import V, batch, gradients, tiny
+from models import V, batch, gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, losses_of
 from torch import nn
 from torch.nn import functional as F
@@ -459,4 +460,8 @@ def test_recipes(tmp_path, name):
     config = recipe.config(str(tmp_path), use_cpu=True, report_to=[])
     assert (config.schedule, config.max_steps, config.sigma_weight) == (name, recipe.max_steps, recipe.sigma_weight)
     assert config.lr_scheduler_kwargs == {"min_lr": recipe.min_learning_rate} and config.weight_decay == 0.01
+    tiny("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = dataclasses.replace(recipe, model=str(tmp_path)).load()
+    assert model.dtype == torch.bfloat16 and model.transformer.h[0].attn.attn_dropout.p == 0.0
     assert recipe.released % config.save_steps == 0 and recipe.released > Schedule.named(name).events[-1][0]

@@ -23,7 +23,7 @@ is that of TransformerLens (fold_ln), centering moved to the readers alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -64,24 +64,30 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
 
-    source = embedded.resolve(model)
-    if Path(source).is_dir():
+    source, config = embedded.resolve(model), None
+    with suppress(OSError):  # embedded.load says what is wrong
         config = AutoConfig.from_pretrained(source)
-        if hasattr(config, "ln_free"):
-            free: Any = class_of(AutoModelForCausalLM._model_mapping[type(config)])
-            return free.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+    if hasattr(config, "ln_free"):
+        free: Any = class_of(AutoModelForCausalLM._model_mapping[type(config)])
+        return free.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
     loaded, tokenizer = embedded.load(model, dtype)
-    state = _state(Path(source))
+    state = _state(source)
     if state:
         wrap(loaded).load_state_dict(state, strict=False)
     return loaded, tokenizer
 
 
-def _state(folder: Path) -> dict[str, Tensor]:
+def _state(source: str) -> dict[str, Tensor]:
+    """The buffers of removable norms in a checkpoint that was just loaded from a folder or the Hub."""
+    from huggingface_hub import try_to_load_from_cache
     from safetensors import safe_open
 
+    files: list[Any] = [Path(source, "weights")]
+    if not Path(source).is_dir():
+        files = [try_to_load_from_cache(source, name) for name in ("model.safetensors", "model.safetensors.index.json")]
+    folders = {Path(file).parent for file in files if isinstance(file, str | Path)}
     found = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(STATE)})  # noqa: SIM118  no dict
     return found
