@@ -217,8 +217,8 @@ def test_ln_free_smollm2_removes_the_last_layers(tmp_path):
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
     example = runpy.run_path(str(EXAMPLES / "ln_free_smollm2.py"))
     found = example["main"](model=str(tmp_path / "model"), layers=1, steps=6, output=tmp_path / "out")
-    assert found["norms removed"]["after"]["mean_nmae"] < 1e-3 < found["vanilla"]["after"]["mean_nmae"]
-    assert len(found["vanilla"]["losses"]) == 6
+    assert found["norms removed"]["mean_nmae"] < 1e-3 < found["vanilla"]["mean_nmae"]
+    assert found["original"]["loss"] != found["vanilla"]["loss"]
 
 
 def test_membership_scores_every_dose(tmp_path, monkeypatch):
