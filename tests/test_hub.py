@@ -139,7 +139,7 @@ def logits(model):
 
 
 def test_card_has_what_the_run_measured_and_was_told(tmp_path):
-    trainer = trained(tmp_path, loss="focal:gamma=1.5", hub_token="hf_secret", logging_dir=None)
+    trainer = trained(tmp_path, loss="focal:gamma=1.5", hub_token="hf_secret")
     trainer.create_model_card(model_name="fox", dataset="me/foxes", license="mit", tags="toy")
     card, last = hub.validate(tmp_path), trainer.evaluate()
     data = card.data
@@ -263,7 +263,10 @@ def test_branches_and_pull_requests_leave_main_alone(elsewhere, folder):
         ({"method": "POST", "part": "/commit/", "status": 500}, "push again to resume"),
         ({"method": "POST", "part": "/commit/", "cut": True}, "push again to resume"),
         ({"method": "PUT", "part": "/_lfs/", "corrupt": True}, "push again to resume"),
-        ({"method": "POST", "part": "/commit/", "corrupt": True}, "config.json did not arrive as sent; push again"),
+        (
+            {"method": "POST", "part": "/commit/", "corrupt": True},
+            "config.json, odd [1].txt did not arrive as sent; push again",
+        ),
     ],
     ids=lambda v: " ".join(map(str, v.values())) if isinstance(v, dict) else "",
 )
@@ -456,7 +459,8 @@ def test_trainers_on_trl_push_our_card(elsewhere, tmp_path):
     torch.testing.assert_close(elsewhere.run(load_and_run, "me/preferring"), sent)
     head = yaml.safe_load(elsewhere.files("me/preferring")["README.md"].decode().split("---")[1])
     assert "licence" not in head and head["library_name"] == "transformers" and head["datasets"] == ["me/words"]
-    assert "trl" not in head["tags"] and b"| `beta` | 0.1 |" in elsewhere.files("me/preferring")["README.md"]
+    assert head["tags"][0] == "hf_xent" and "dpo" in head["tags"]  # TRL's own stay
+    assert b"| `beta` | 0.1 |" in elsewhere.files("me/preferring")["README.md"]
 
 
 # --- the command
