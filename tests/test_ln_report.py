@@ -212,6 +212,8 @@ def test_report_of_every_form(tmp_path):
     text, found = page.read_text(), json.loads((tmp_path / "report.json").read_text())
     assert f"| loss, mean (nats per token) | {analyses['original'].loss:.4f} |" in text and "report.png" in text
     assert found["true"]["mean_nmae"] == analyses["true"].mean_nmae
+    heads = [100 * value for layer in analyses["original"].nmae for value in layer]
+    assert f"least to largest head | {min(heads):.2g} to {max(heads):.2g} % |" in text
     curves = ln_free.draw_curves({"a": [(1, 2.0), (2, 1.0)]}, [(1, "mlp.0"), (2, "final")], tmp_path / "curves.png")
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in (tmp_path / "report.png", curves))
 

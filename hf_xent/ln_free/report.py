@@ -25,9 +25,7 @@ ROWS: dict[str, Callable[[Analysis], str]] = {
     "entropy (nats)": lambda a: f"{a.entropy:.4f}",
     "calibration error (ECE)": lambda a: f"{a.ece:.4f}",
     "attribution error (NMAE), mean over heads": lambda a: f"{100 * a.mean_nmae:.2g} %",
-    "attribution error, least and largest head": lambda a: (
-        f"{100 * _extreme(a, min):.2g} to {100 * _extreme(a, max):.2g} %"
-    ),
+    "attribution error, least to largest head": lambda a: f"{_extreme(a, min):.2g} to {_extreme(a, max):.2g} %",
     "attention-sink rate": lambda a: f"{100 * a.sink_rate:.1f} %",
     "norm of the first token, relative": lambda a: f"{a.first_norm:.3g}",
     "confidence neurons": lambda a: ", ".join(map(str, a.neurons)),
@@ -44,6 +42,7 @@ COLORS = ("#8a8f98", "#1f77b4", "#d1495b", "#f08a4b", "#2ca02c", "#9467bd")
 
 
 def _extreme(analysis: Analysis, which: Callable[[Iterable[float]], float]) -> float:
+    """Per cent."""
     return which(100 * value for layer in analysis.nmae for value in layer)
 
 
