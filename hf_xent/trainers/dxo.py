@@ -39,6 +39,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from .. import auc
 from ..detection import metrics
+from ..hub import Carded
 
 ROW = "row_index"
 STATE = "dxo_state.safetensors"
@@ -75,7 +76,7 @@ class DXOConfig(TrainingArguments):
             )
 
 
-class DXOTrainer(Trainer):
+class DXOTrainer(Carded, Trainer):
     """Trains any `AutoModelForSequenceClassification` of one or two labels; see the module's docstring.
 
     `loss` (a name or a `hf_xent.auc.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hub import Carded
 from ..patching import ensure_patched, seam_of
 
 Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 
 
-class Streamed(Mixin):
+class Streamed(Carded, Mixin):
     """Goes before a TRL trainer in a class's bases: both of its models answer TRL's fused head by hf_xent's kernels.
 
-    A model that is patched already keeps its patch; a reference model that is not gets the options of the policy's.
+    They push our card. A model that is patched already keeps its patch; a reference model that is not gets the options
+    of the policy's.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
