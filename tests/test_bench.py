@@ -364,5 +364,5 @@ def test_one_dpo_step_of_each_side(tmp_path):
     found = dpo.run(str(tmp_path), pairs=2, tokens=32, prompt=8, rounds=1)
     for mine, theirs in zip(found["hf_xent"], found["TRL"], strict=True):
         assert (mine.loss, mine.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-4)
-        assert mine.loss != pytest.approx(math.log(2), rel=1e-5) and mine.seconds > 0 < mine.mib
+        assert mine.loss != pytest.approx(math.log(2), rel=1e-6) and mine.seconds > 0 < mine.mib
     assert "| TRL |" in dpo.table(found) and dpo.table(found).count("1.00") >= 2

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from ..embedded import PACKAGED
-from . import compression, dpo, inputs, objectives, tails
+from . import compression, dpo, inputs, tails
 from .measure import BenchConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -63,6 +63,8 @@ def costs(
     repeats: Annotated[int, Option(help="Rounds.", min=1)] = 5,
 ) -> None:
     """Measure what EMO, NoiseFiT and other objectives cost beside cross-entropy, in time and memory."""
+    from . import objectives  # lazy: trainers load transformers' Trainer, and what that loads
+
     config = BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu")
     output.write_text(objectives.page(config), encoding="utf-8")
     print(f"written: {output}")

@@ -95,7 +95,7 @@ def _trainer(side: str, name: str, folder: str) -> Any:
     reference, _ = embedded.load(name)
     with torch.no_grad():
         for parameter in reference.parameters():
-            parameter.mul_(1.001)
+            parameter.mul_(1.01)
     kind, config = (DPOTrainer, DPOConfig) if side == "TRL" else (SPCETrainer, SPCEConfig)
     arguments = config(output_dir=folder, report_to="none", use_cpu=True, bf16=False)
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
