@@ -43,11 +43,12 @@ def run(model: str, pairs: int, tokens: int, prompt: int, rounds: int) -> dict[s
         pipes[side], theirs = context.Pipe()
         shape = (model, pairs, tokens, prompt)
         context.Process(target=_serve, args=(theirs, side, *shape, torch.get_num_threads()), daemon=True).start()
+        theirs.close()  # so that the end of a process is the end of its pipe
     found: dict[str, list[Step]] = {side: [] for side in SIDES}
     for place in range(rounds + 1):
         for side in SIDES if place % 2 else reversed(SIDES):
             pipes[side].send(True)
-            found[side].append(pipes[side].recv())
+            found[side].append(_receive(side, pipes[side]))
         ours, stock = found["hf_xent"][-1], found["TRL"][-1]
         for name in ("loss", "grad_norm"):
             one, other = getattr(ours, name), getattr(stock, name)
@@ -68,6 +69,14 @@ def table(found: dict[str, list[Step]]) -> str:
         memory = steps[0].mib / base[0].mib
         lines.append(f"| {side} | {steps[0].mib:.0f} | {seconds:.1f} | {memory:.2f} | {ratio:.2f} |")
     return "\n".join(lines)
+
+
+def _receive(side: str, pipe: Connection) -> Step:
+    try:
+        found: Step = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"the process of {side} ended without a word (killed for memory?): try fewer pairs") from None
+    return found
 
 
 def _serve(pipe: Connection, side: str, model: str, pairs: int, tokens: int, prompt: int, threads: int) -> None:
