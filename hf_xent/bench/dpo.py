@@ -75,7 +75,7 @@ def _receive(side: str, pipe: Connection) -> Step:
     try:
         found: Step = pipe.recv()
     except EOFError:
-        raise RuntimeError(f"the process of {side} ended without a word (killed for memory?): try fewer pairs") from None
+        raise RuntimeError(f"the run of {side} ended without a word (killed for memory?): try fewer pairs") from None
     return found
 
 
