@@ -165,6 +165,7 @@ def export(folder: str | Path) -> Path:
 CARD = """---
 license: apache-2.0
 library_name: transformers
+pipeline_tag: text-generation
 tags:
 - custom_generate
 - hf_xent

@@ -21,7 +21,7 @@ from models import V, tiny, tiny_tokenizer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from hf_xent import cli, hub
+from hf_xent import cli, hub, mirostat
 from hf_xent.trainers import METHODS, XentConfig, XentTrainer
 
 HEAD = """---
@@ -407,6 +407,25 @@ def test_a_class_of_its_own_loads_with_trust_and_a_pinned_revision(elsewhere, tm
     sha = address.rsplit("/", 1)[1]
     torch.testing.assert_close(elsewhere.run(load_and_run, "me/odd", trust_remote_code=True, revision=sha), sent)
     assert "trust_remote_code" in elsewhere.run(load_and_run, "me/odd", trust_remote_code=False)
+
+
+def push_sampler(folder, repo):
+    return hub.push(mirostat.export(folder), repo)
+
+
+def sample(repo):
+    model, options = tiny(), {"target": 1.5, "max_new_tokens": 8, "pad_token_id": 0}
+    torch.manual_seed(5)
+    theirs = model.generate(IDS, custom_generate=repo, trust_remote_code=True, **options)
+    torch.manual_seed(5)
+    return theirs, mirostat.generate(model, IDS, **options)
+
+
+def test_a_way_to_generate_makes_the_round_trip(elsewhere, tmp_path):
+    elsewhere.run(push_sampler, tmp_path / "mirostat", "me/mirostat")
+    assert "custom_generate/generate.py" in elsewhere.files("me/mirostat")
+    theirs, ours = elsewhere.run(sample, "me/mirostat")
+    assert torch.equal(theirs, ours) and theirs.shape[1] > IDS.shape[1]
 
 
 def push_rows(path):
