@@ -35,6 +35,11 @@ class Repo:
     commits: list = field(default_factory=list)  # (branch, summary, paths)
     settings: dict = field(default_factory=dict)
 
+    @property
+    def private(self):
+        """As asked for when it was made, in the words of huggingface_hub 2 or before."""
+        return self.settings.get("visibility") == "private" or bool(self.settings.get("private"))
+
     def sha(self, branch):
         found = hashlib.sha1(branch.encode())
         for path, content in sorted(self.branches[branch].items()):
@@ -205,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             found, branch = where
             names = [{"rfilename": path} for path in sorted(found.branches[branch])]
             about = {
-                "private": found.settings.get("visibility") == "private",
+                "private": found.private,
                 "gated": False,
                 "disabled": False,
                 "tags": [],

@@ -187,12 +187,15 @@ def test_every_kind_of_model(name):
         np.testing.assert_array_equal(stock[score], again[score])
 
 
-def test_bfloat16_is_close():
+def test_bfloat16_is_no_worse_than_torch():
     """Weights of eight bits: the loss is off by the rounding of the logits, not by that of the statistics."""
     single, half = (
         scored(model=tiny(std=0.1, dtype=d), scores=("loss",))["loss"] for d in (torch.float32, torch.bfloat16)
     )
-    assert half.dtype == np.float64 and np.abs(half - single).max() < 2**-6 * single.max()
+    model = tiny(std=0.1, dtype=torch.bfloat16)
+    stock = [float(dense(text, tiny_tokenizer(), model, tiny("qwen3"))["loss"].detach()) for text in TEXTS]
+    allowed = 2 * np.abs(np.array(stock) - single).max()
+    assert half.dtype == np.float64 and np.abs(half - single).max() < allowed < 0.1 * single.max()
 
 
 def test_options_share_one_forward_and_order_the_caps():

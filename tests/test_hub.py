@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from hub_server import serving
 from models import V, tiny, tiny_tokenizer
+from packaging.version import Version
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -32,6 +34,9 @@ tags:
 - hf_xent
 ---
 """
+OLD_HUB = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("2"), reason="huggingface_hub 1.5 gives a cut upload up at once"
+)
 IDS = torch.arange(3, 19).reshape(2, 8)
 
 
@@ -233,7 +238,7 @@ def published(folder):
 def test_push_is_the_folder_and_the_card_comes_last(elsewhere, folder):
     address = elsewhere.run(pushed, folder, "me/plain", private=True)
     repo = elsewhere.hub.repos["models/me/plain"]
-    assert repo.branches["main"] == published(folder) and repo.settings["visibility"] == "private"
+    assert repo.branches["main"] == published(folder) and repo.private
     assert [paths for _, _, paths in repo.commits] == [
         ["config.json", "model.safetensors", "odd [1].txt"],
         ["README.md"],
@@ -287,7 +292,7 @@ def test_failures_are_told_and_mended_by_pushing_again(elsewhere, folder, fault,
     [
         {"method": "POST", "part": "/preupload/", "status": 429, "headers": {"Retry-After": "1"}},
         {"method": "PUT", "part": "/_lfs/", "status": 500},
-        {"method": "PUT", "part": "/_lfs/", "cut": True},
+        pytest.param({"method": "PUT", "part": "/_lfs/", "cut": True}, marks=OLD_HUB),
     ],
     ids=lambda v: " ".join(map(str, v.values())),
 )
@@ -445,7 +450,7 @@ def test_a_dataset_makes_the_round_trip(elsewhere, tmp_path):
     back, features = elsewhere.run(load_rows, "me/patents")
     assert [(row["text"], row["label"]) for row in back["train"]] == [(row["text"], row["label"]) for row in made]
     assert features["label"].names == ["non-member", "member"]
-    assert elsewhere.hub.repos["datasets/me/patents"].settings["visibility"] == "private"
+    assert elsewhere.hub.repos["datasets/me/patents"].private
     assert b"do not pass rows on" in elsewhere.files("me/patents", "datasets")["README.md"]
 
 
