@@ -72,8 +72,8 @@ def main():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # No teardown: a thread of the group that comes back to Python while the interpreter goes down aborts the process
-    # ("terminate called without an active exception"), and a launcher takes that for a failed run.
+    # No teardown of the interpreter, in which a rank seems to have aborted once ("terminate called without an active
+    # exception", as a thread that comes back to Python then does): a launcher takes that for a failed run.
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(0)
 
