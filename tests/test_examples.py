@@ -123,8 +123,6 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
 def test_osp_rounds_compares_all_arms(tmp_path):
     """On a tiny model and one seed: every arm runs, DPO reads the self-judge's pairs, the card has the table."""
-    import runpy
-
     import datasets
 
     tokenizer = tiny_tokenizer("what is rain A B answer in at most eight words the letter ")
@@ -173,7 +171,6 @@ def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
 def test_kneser_ney_is_a_distribution_and_counts_by_hand(monkeypatch):
     """Bigrams of a b a b a c: after a, b twice and c once; distinct left neighbors 1 (a), 1 (b), 1 (c)."""
     import math
-    import runpy
 
     kneser_ney = runpy.run_path(str(EXAMPLES / "kneser_ney.py"))["kneser_ney"]
     train = [[0, 1, 0, 1, 0, 2]]
@@ -186,8 +183,6 @@ def test_kneser_ney_is_a_distribution_and_counts_by_hand(monkeypatch):
 
 def test_ln_free_gpt2_compares_all_arms(tmp_path, monkeypatch):
     """From no model at all: pre-trained, resumed from disk, every arm trained, models and plots kept."""
-    import runpy
-
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(TEXT[i % 9 :] * 12)
@@ -210,8 +205,6 @@ def test_ln_free_gpt2_compares_all_arms(tmp_path, monkeypatch):
 
 
 def test_ln_free_smollm2_removes_the_last_layers(tmp_path):
-    import runpy
-
     model = tiny("llama", std=0.05, vocab_size=90, num_hidden_layers=3)
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
@@ -223,8 +216,6 @@ def test_ln_free_smollm2_removes_the_last_layers(tmp_path):
 
 def test_membership_scores_every_dose(tmp_path, monkeypatch):
     """On a tiny model and one seed: all doses and scores are there, and before the training nothing is known."""
-    import runpy
-
     tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
     example = runpy.run_path(str(EXAMPLES / "membership.py"))
@@ -237,8 +228,6 @@ def test_membership_scores_every_dose(tmp_path, monkeypatch):
 
 
 def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
-    import runpy
-
     tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
     example = runpy.run_path(str(EXAMPLES / "scoring_cost.py"))
@@ -248,8 +237,6 @@ def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
 
 def test_machine_text_compares_all_arms(tmp_path, monkeypatch):
     """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
-    import runpy
-
     from hf_xent import embedded
 
     tiny(std=0.05, vocab_size=300).save_pretrained(tmp_path / "model")
