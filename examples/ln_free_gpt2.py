@@ -38,7 +38,8 @@ def tune(arm: str, seed: int, model: Any, blocks: Any, steps: int, output: Path)
         "output_dir": str(output / "run"), "max_steps": steps, "per_device_train_batch_size": ROWS, "seed": seed,
         "learning_rate": 6e-4, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 3e-4},
         "warmup_steps": steps // 12, "weight_decay": 0.01, "logging_steps": 5, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True,
+        "report_to": "none", "disable_tqdm": True, "memory_budget": 2**25,
+        "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     options, trainer = ARMS[arm], None
     if options is None:

@@ -28,8 +28,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_xent
 from hf_xent import data
 
-VOCABULARY, CONTEXT, ROWS, END = 2048, 128, 8, "<|endoftext|>"
-SIZE = {"n_layer": 4, "n_embd": 128, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+VOCABULARY, CONTEXT, ROWS, END = 2048, 256, 16, "<|endoftext|>"
+SIZE = {"n_layer": 6, "n_embd": 256, "n_head": 4, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
 FAST = {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's own, in one kernel
 
 
@@ -93,11 +93,13 @@ def pretrain(text: str, steps: int, output: Path) -> tuple[GPT2LMHeadModel, Any,
     config = hf_xent.XentConfig(
         output_dir=str(output / "checkpoints"), max_steps=steps, per_device_train_batch_size=ROWS, warmup_steps=50,
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": steps // 3}, logging_steps=50,
-        save_steps=250, save_total_limit=1, report_to="none", memory_budget=2**25,
+        save_steps=250, save_total_limit=1, report_to="none", memory_budget=2**25, eval_strategy="steps", eval_steps=500,
         bf16=True, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     optimizer = Muon(model, lr=3e-3)
-    trainer = hf_xent.XentTrainer(model, config, train_dataset=blocks["train"], optimizers=(optimizer, None))
+    trainer = hf_xent.XentTrainer(
+        model, config, train_dataset=blocks["train"], eval_dataset=blocks["test"], optimizers=(optimizer, None)
+    )
     folder = Path(config.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     hf_xent.unpatch(model).save_pretrained(output)
