@@ -26,7 +26,7 @@ endef
 
 venv: .venv/.stamp  ## set up .venv with the pinned versions (once; PYTHON=python3.12 for another Python)
 
-demo: venv  ## fine-tune SmolLM2-135M on text, stock and patched, and compare (ARGS="--loss focal")
+demo: venv  ## fine-tune SmolLM2-135M on text, stock and patched, and compare (ARGS=focal)
 	HF_HUB_OFFLINE=1 .venv/bin/hf-xent train --compare --output out/demo $(ARGS)
 
 test: venv  ## run every test that needs neither network nor GPU (ARGS="-k lazy")

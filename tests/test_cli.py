@@ -50,7 +50,7 @@ def small_run(model_folder, text_file, output, *more):
 def test_train_saves_a_model_that_loads(model_folder, text_file, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    result = small_run(model_folder, text_file, tmp_path / "out", "--loss", "focal:gamma=1.0")
+    result = small_run(model_folder, text_file, tmp_path / "out", "focal:gamma=1.0")
     assert result.exit_code == 0
     summary = json.loads(result.stdout)
     run = summary["runs"]["hf_xent"]
@@ -65,7 +65,7 @@ def test_a_tail_is_taken_and_a_wrong_one_refused_early(model_folder, text_file, 
     assert small_run(model_folder, text_file, tmp_path / "out", "--tail", 0.1).exit_code == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["run"]["tail"] == 0.1
     with pytest.raises(ValueError, match="EMO differentiates 'payload'"):
-        invoke("train", "--model", "nothing/here", "--loss", "emo", "--tail", 0.1)
+        invoke("train", "emo", "--model", "nothing/here", "--tail", 0.1)
 
 
 def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
@@ -167,9 +167,9 @@ def test_help_explains_every_option(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--loss", "nonesuch"), "loss is 'nonesuch': choose one of cross_entropy"),
-        (("train", "--loss", "focal:gama=2"), "does not take gama: its options are gamma"),
-        (("train", "--loss", "forward_kl"), "it needs a teacher"),
+        (("train", "nonesuch"), "loss is 'nonesuch': choose one of cross_entropy"),
+        (("train", "focal:gama=2"), "does not take gama: its options are gamma"),
+        (("train", "forward_kl"), "it needs a teacher"),
         (("train", "--dtype", "int8"), "dtype is 'int8': choose float32"),
         (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
         (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
@@ -218,7 +218,7 @@ def test_quiet_prints_no_table_but_errors_and_json(model_folder, monkeypatch, ca
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "")  # set by the command, and put back after the test
     assert invoke("--quiet", "check", model_folder).stdout == ""
     assert json.loads(invoke("--quiet", "check", model_folder, "--json").stdout)["equal"] is True
-    monkeypatch.setattr("sys.argv", ["hf-xent", "--quiet", "train", "--loss", "nonesuch"])
+    monkeypatch.setattr("sys.argv", ["hf-xent", "--quiet", "train", "nonesuch"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "loss is 'nonesuch'" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_generate_prints_continuations_and_their_surprise(model_folder):
 
 
 def test_debug_shows_the_trace(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "train", "--loss", "nonesuch"])
+    monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "train", "nonesuch"])
     with pytest.raises(ValueError, match="nonesuch"):
         cli.main()
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
 app = typer.Typer(
     name="hf-xent",
@@ -48,7 +48,8 @@ Json = Annotated[bool, Option("--json", help=JSON_HELP, callback=_alone)]
 def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command an option for each field of a dataclass; the command gets the instance as its first argument.
 
-    A field's metadata are the arguments of `typer.Option` (help, min ...), and `flags` for names of its own.
+    A field's metadata are the arguments of `typer.Option` (help, min ...), `flags` for names of its own, and
+    `positional` if it is given without a name.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +57,8 @@ def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
 
         def parameter(f: Any) -> inspect.Parameter:
             options = dict(f.metadata)
-            option = Option(*options.pop("flags", ()), **options)
+            given = Argument if options.pop("positional", False) else Option
+            option = given(*options.pop("flags", ()), **options)
             kind = inspect.Parameter.KEYWORD_ONLY
             return inspect.Parameter(f.name, kind, default=f.default, annotation=Annotated[hints[f.name], option])
 

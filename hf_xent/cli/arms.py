@@ -18,7 +18,7 @@ STOCK, PATCHED = "stock", "hf_xent"
 
 
 def _option(default: Any, help: str, **more: Any) -> Any:
-    """A field that is also an option of the command line: its metadata are the arguments of `typer.Option`."""
+    """A field that is also an option of the command line: its metadata are what `app.takes` reads."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -26,11 +26,13 @@ def _option(default: Any, help: str, **more: Any) -> Any:
 class Run:
     """Everything one fine-tuning run depends on; each field is an option of `hf-xent train`."""
 
+    loss: str = _option(
+        "cross_entropy", "The loss, with options if any: 'focal:gamma=3'; see `hf-xent losses`.", positional=True
+    )
     model: str = _option("smollm2", "'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")
     dataset: str = _option("pydoc", "'pydoc' (embedded, offline), a text/JSON/CSV/Parquet file or folder, or a Hub id.")
     split: str | None = _option(None, "Split of the dataset, such as 'train[:10%]'.")
     column: str = _option("text", "Column that holds the text.")
-    loss: str = _option("cross_entropy", "Loss, with options if any: 'focal:gamma=3'; `hf-xent losses` lists them.")
     steps: int = _option(30, "Optimizer steps.", min=1)
     batch_size: int = _option(4, "Blocks per forward pass.", min=1)
     accumulation: int = _option(1, "Forward passes per optimizer step.", min=1)

@@ -99,8 +99,12 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
 
 @contextmanager
 def _measuring(model: Any) -> Iterator[None]:
-    """In evaluation mode, attention weights computed, logits lazy; then as before."""
+    """In evaluation mode, attention weights computed, logits lazy, without a trainer's autocast; then as before."""
     training, attention, patched = model.training, model.config._attn_implementation, "_hf_xent" in model.__dict__
+    places = model.__dict__
+    forward, own = places.get("forward"), places.get("_original_forward")  # where accelerate keeps what it wrapped
+    if own is not None:
+        model.forward = own
     model.eval()
     model.set_attn_implementation("eager")
     if not patched:
@@ -113,6 +117,8 @@ def _measuring(model: Any) -> Iterator[None]:
             unpatch(model)
         model.set_attn_implementation(attention)
         model.train(training)
+        if own is not None:
+            model.forward = forward
 
 
 @dataclass(frozen=True)
