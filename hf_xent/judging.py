@@ -60,6 +60,13 @@ class Verdicts(NamedTuple):
     steady: Tensor  # [n] whether both orders prefer the same response
 
 
+class Quality(NamedTuple):
+    """What a judge's probabilities are worth; nan where there were no pairs."""
+
+    accuracy: float  # share of pairs whose better response is preferred; a tie counts a half
+    brier: float  # mean of (1 - p)^2; 0.25 knows nothing
+
+
 class Pair(NamedTuple):
     """Two responses by their indices, and the probability that the chosen one is better (at least 1/2)."""
 
@@ -84,6 +91,13 @@ def _probabilities(found: Sequence[float] | Tensor, n: int) -> Tensor:
             f"the judge answered {n} comparisons with {p}: return {n} probabilities that the first response is better"
         )
     return p
+
+
+def quality(judge: Judge, rows: Sequence[Row], better: Sequence[str], worse: Sequence[str]) -> Quality:
+    """How a judge does, asked in both orders, on pairs of which one knows which response is better."""
+    p = both_orders(judge, rows, better, worse).p
+    right = ((p > 0.5).double() + (p >= 0.5)) / 2
+    return Quality(float(right.mean()), float((1 - p).square().mean()))
 
 
 def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
