@@ -14,18 +14,18 @@ of preference; no code is published. The verdict tokens, the two orders, Bradley
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .data import Format
 from .lazy import LazyLogits
+from .mode import evaluating
 from .patching import ensure_patched, lazily
 
 Row = Mapping[str, Any]
@@ -112,18 +112,6 @@ def ranked_pairs(p: Sequence[float], scheme: str = "best_worst", eps: float = 0.
     return [Pair(order[i], order[j], strength(p[order[i]], p[order[j]], eps)) for i, j in SCHEMES[scheme](len(p))]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In here a model has neither dropout nor gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
 @dataclass
 class ModelJudge:
     """A language model as a judge: the odds of two verdict tokens, read off two rows of its head at one position.
@@ -175,7 +163,7 @@ class ModelJudge:
         model, width = self.model, max(map(len, prompts))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
-        with evaluating(model), lazily(ensure_patched(model)):
+        with torch.no_grad(), evaluating(model), lazily(ensure_patched(model)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             if isinstance(last, LazyLogits) and last.head.shard is None:
