@@ -18,7 +18,6 @@ import typer
 
 import hf_xent
 from hf_xent import data, embedded, generation
-from hf_xent.patching import lazily
 from hf_xent.study import Study
 
 ARMS = {
@@ -56,16 +55,8 @@ def scores(trainer: hf_xent.EMOTrainer) -> dict[str, float]:
 
 def diversity(model: Any, blocks: torch.Tensor, seed: int, temperature: float = 1.0) -> dict[str, float]:
     """distinct-2 and rep-4 of continuations of the blocks' first halves."""
-    prompts = blocks[:PROMPTS, : BLOCK // 2]
-    made = generation.sample(model, prompts, tokens=NEW, seed=seed, temperature=temperature)
+    made = generation.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
     return {"distinct-2": generation.distinct(made, 2), "rep-4": generation.repetition(made, 4)}
-
-
-def cooled(model: Any, blocks: torch.Tensor, entropy: float) -> float:
-    """The temperature at which a model has this entropy on the blocks."""
-    with torch.no_grad(), lazily(model):
-        logits = model(input_ids=blocks).logits[:, :-1]
-    return generation.temperature_of(logits.hidden, logits.head, blocks[:, 1:], entropy)
 
 
 def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path = Path("out/emo")) -> dict[str, Any]:
@@ -79,7 +70,7 @@ def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path =
             found, temperature = scores(trainer), 1.0
         else:  # the temperature changes what is sampled, not what is predicted
             found = {"entropy": study.values("EMO", "entropy")[seed]}
-            temperature = cooled(trainer.model.eval(), blocks, found["entropy"])
+            temperature = generation.temperature_at(trainer.model.eval(), blocks, found["entropy"])
         study.record(arm, seed, **found, **diversity(trainer.model.eval(), blocks, seed, temperature))
     return study.report("Made by `examples/emo_lm.py` of hf_xent.", base_model=model)
 

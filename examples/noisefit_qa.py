@@ -2,25 +2,23 @@
 
     python examples/noisefit_qa.py [--model smollm2] [--data cities] [--steps 12] [--seeds 3] [--output out/noisefit]
 
-Questions: the countries of 254 cities (the time zone database; no download), or any data with columns `question` and
-`answer`. The authors' adapter learns the answers of some, the others are held out. `nll` is a held-out answer's, per
-token; `accuracy` the share of samples that are the answer, letter by letter; `consistency` the share of pairs among
-samples of one question that agree. `divergence` is KL(clean || noisy) per token in training; dropout alone makes some,
-so what the noise adds is the distance from the control with sigma 0.
+Questions and what is measured of samples are those of short_answers.py; `--data` may name any with columns `question`
+and `answer`. The authors' adapter learns the answers of some, the others are held out. `nll` is a held-out answer's,
+per token. `divergence` is KL(clean || noisy) per token in training; dropout alone makes some, so what the noise adds is
+the distance from the control with sigma 0.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import peft
 import typer
+from short_answers import answers, questions
 from transformers import DataCollatorForSeq2Seq
 
-from hf_xent import NoiseFiTTrainer, XentTrainer, data, embedded, generation
+from hf_xent import NoiseFiTTrainer, XentTrainer, embedded
 from hf_xent.study import Study
 from hf_xent.trainers.noisefit import lora_config
 
@@ -32,32 +30,13 @@ ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "NoiseFiT": (NoiseFiTTrainer, {}),
 }
 METRICS = ("nll", "accuracy", "consistency", "divergence")
-HELD_OUT, SAMPLES, NEW, TEMPERATURE = 40, 3, 6, 0.5
-
-
-def encode(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
-    """Question and answer as tokens; the answer alone is learned."""
-    prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
-    answer = [*tokenizer(f" {row['answer']}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return {"prompt": prompt, "input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-
-
-def answers(model: Any, tokenizer: Any, rows: Any, seed: int) -> dict[str, float]:
-    """How often samples are right, and how often they agree."""
-    prompts = [prompt for prompt in rows["prompt"] for _ in range(SAMPLES)]
-    made = generation.sample(model, prompts, tokens=NEW, seed=seed, temperature=TEMPERATURE)
-    texts = [tokenizer.decode(tokens).strip() for tokens in made]
-    asked = [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
-    right = mean(text == answer for found, answer in zip(asked, rows["answer"], strict=True) for text in found)
-    return {"accuracy": right, "consistency": mean(a == b for found in asked for a, b in combinations(found, 2))}
+HELD_OUT = 40
 
 
 def run(arm: str, seed: int, model_name: str, source: str, steps: int, output: Path) -> dict[str, float]:
     """The metrics of an arm under a seed, which draws the held-out questions too."""
     model, tokenizer = embedded.load(model_name)
-    rows = data.load_text(source, column="question").select_columns(["question", "answer"])
-    rows = rows.map(encode, fn_kwargs={"tokenizer": tokenizer}, desc="tokenize")
-    parts = rows.train_test_split(test_size=HELD_OUT, seed=seed)
+    parts = questions(source, tokenizer).train_test_split(test_size=HELD_OUT, seed=seed)
     kind, options = ARMS[arm]
     config = kind.config_class(
         output_dir=str(output / "run"), max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=1,

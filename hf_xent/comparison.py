@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .lazy import LazyLogits
+from .mode import evaluating
 
 
 @dataclass(frozen=True)
@@ -44,24 +45,23 @@ class Comparison:
 
 def run_both_ways(model: nn.Module, inner: nn.Module, state: Any, tokens: int) -> Comparison:
     """Compare a patched model (`inner` without its wrappers, `state` its patch); leaves it as it was."""
-    training, objective = inner.training, inner._modules.pop("_loss_function", None)
+    objective = inner._modules.pop("_loss_function", None)
     head, seam = state.forwards[0].linear, state.seam
     tail, seam.tail = seam.tail, 0.0  # what is compared is the seam, not an approximation asked for
-    inner.eval()
     state.objective, state.paused, state.awake = None, True, False
     try:
-        ids = _tokens(head.weight, tokens)
-        stock = _loss_and_gradients(model, ids)
-        state.paused = False
-        before = (seam.streamed, seam.materialized)
-        ours = _loss_and_gradients(model, ids)
-        counts = (seam.streamed - before[0], seam.materialized - before[1])
-        seam.take(training=False)
-        recipe = _recipe(model, ids)
+        with evaluating(inner):
+            ids = _tokens(head.weight, tokens)
+            stock = _loss_and_gradients(model, ids)
+            state.paused = False
+            before = (seam.streamed, seam.materialized)
+            ours = _loss_and_gradients(model, ids)
+            counts = (seam.streamed - before[0], seam.materialized - before[1])
+            seam.take(training=False)
+            recipe = _recipe(model, ids)
     finally:
         state.paused, state.awake = False, state.always
         seam.tail = tail
-        inner.train(training)
         if objective is not None:
             inner._loss_function = state.objective = objective
     return _comparison(inner, head, stock, ours, counts, recipe)

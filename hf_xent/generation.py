@@ -4,7 +4,7 @@
     rep-n      = mean over sequences of 1 - distinct n-grams / n-grams   Welleck et al. 2019, arXiv:1908.04319
     MAUVE      = area under (exp(-c KL(Q || R)), exp(-c KL(P || R)))     Pillutla et al. 2021, arXiv:2102.01454
 
-A sharper model repeats more and errs less: compare models at equal entropy (`temperature_of`), or say that they differ.
+A sharper model repeats more and errs less: compare models at equal entropy (`temperature_at`), or say that they differ.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from .ops import Head, vocab_stats
+from .patching import ensure_patched, lazily
 
 Tokens = Sequence[Sequence[int]]
 
@@ -116,6 +117,14 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < entropy else (low, middle)
     return (low + high) / 2
+
+
+@torch.no_grad()
+def temperature_at(model: Any, ids: Tensor, entropy: float) -> float:
+    """`temperature_of` a causal LM that predicts every token of ids [B, T] but the first; it is patched, if not yet."""
+    with lazily(ensure_patched(model)):
+        logits = model(input_ids=ids).logits[:, :-1]
+    return temperature_of(logits.hidden, logits.head, ids[:, 1:], entropy)
 
 
 def ends(model: Any) -> set[int | None]:

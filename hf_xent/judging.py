@@ -14,18 +14,18 @@ of preference; no code is published. The verdict tokens, the two orders, Bradley
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .data import Format
 from .lazy import LazyLogits
+from .mode import evaluating
 from .patching import ensure_patched, lazily
 
 Row = Mapping[str, Any]
@@ -60,6 +60,13 @@ class Verdicts(NamedTuple):
     steady: Tensor  # [n] whether both orders prefer the same response
 
 
+class Quality(NamedTuple):
+    """What a judge's probabilities are worth; nan where there were no pairs."""
+
+    accuracy: float  # share of pairs whose better response is preferred; a tie counts a half
+    brier: float  # mean of (1 - p)^2; 0.25 knows nothing
+
+
 class Pair(NamedTuple):
     """Two responses by their indices, and the probability that the chosen one is better (at least 1/2)."""
 
@@ -86,6 +93,13 @@ def _probabilities(found: Sequence[float] | Tensor, n: int) -> Tensor:
     return p
 
 
+def quality(judge: Judge, rows: Sequence[Row], better: Sequence[str], worse: Sequence[str]) -> Quality:
+    """How a judge does, asked in both orders, on pairs of which one knows which response is better."""
+    p = both_orders(judge, rows, better, worse).p
+    right = ((p > 0.5).double() + (p >= 0.5)) / 2
+    return Quality(float(right.mean()), float((1 - p).square().mean()))
+
+
 def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
     """p_ij from two probabilities against the same baseline, clipped into [eps, 1 - eps] first."""
     clipped = torch.tensor([p_i, p_j], dtype=torch.float64).clamp(eps, 1 - eps).logit()
@@ -96,18 +110,6 @@ def ranked_pairs(p: Sequence[float], scheme: str = "best_worst", eps: float = 0.
     """Pairs of n responses by their probabilities against a baseline; of equal ones, the earlier ranks higher."""
     order = sorted(range(len(p)), key=lambda i: -p[i])
     return [Pair(order[i], order[j], strength(p[order[i]], p[order[j]], eps)) for i, j in SCHEMES[scheme](len(p))]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In here a model has neither dropout nor gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @dataclass
@@ -161,7 +163,7 @@ class ModelJudge:
         model, width = self.model, max(map(len, prompts))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
-        with evaluating(model), lazily(ensure_patched(model)):
+        with torch.no_grad(), evaluating(model), lazily(ensure_patched(model)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             if isinstance(last, LazyLogits) and last.head.shard is None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from models import tiny, tiny_tokenizer
@@ -69,18 +70,25 @@ def test_launch_configurations_are_accelerate_s(name):
 
 @pytest.fixture
 def model(tmp_path):
-    """The folder of a tiny model and its tokenizer, which knows some words of the examples."""
-    tiny(std=0.05, vocab_size=90, num_hidden_layers=3).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+    """The folder of a tiny model and its tokenizer, which knows some words of the examples and their verdicts."""
+    tiny(std=0.05, vocab_size=90, num_hidden_layers=3, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer(f"{TEXT} A B What is rain?")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
 def compared(name, monkeypatch, model, folder, **changes):
-    """The results of an example with one step and one seed, and the example; card and results are on disk."""
+    """The results of an example with one seed, and the example; card and results are on disk.
+
+    Changes in capitals are of its constants, others are its options: one step, if there are none.
+    """
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # some import their task
     example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
-    for constant, value in changes.items():
-        monkeypatch.setitem(example["main"].__globals__, constant, value)
-    found = example["main"](model=model, steps=1, seeds=1, output=folder)
+    for constant in filter(str.isupper, changes):
+        monkeypatch.setitem(example["main"].__globals__, constant, changes[constant])
+    options = {option: value for option, value in changes.items() if option.islower()} or {"steps": 1}
+    found = example["main"](model=model, seeds=1, output=folder, **options)
     card = (folder / "README.md").read_text()
     assert all(f"| {arm} |" in card for arm in found)
     assert json.loads((folder / "results.json").read_text())["results"].keys() == found.keys()
@@ -98,12 +106,12 @@ def test_noisefit_qa_compares_all_arms(tmp_path, monkeypatch, model):
     found, example = compared("noisefit_qa", monkeypatch, model, tmp_path / "out", HELD_OUT=4)
     assert set(found) == set(example["ARMS"])
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("accuracy", "consistency"))
-    assert found["NoiseFiT"][0]["divergence"] > 0 and "divergence" not in found["NEFTune"][0]
+    assert [arm for arm, rows in found.items() if "divergence" in rows[0]] == ["NoiseFiT, sigma 0", "NoiseFiT"]
 
 
-def test_noisefit_qa_counts_answers_and_pairs(monkeypatch):
+def test_short_answers_counts_answers_and_pairs(monkeypatch):
     """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
-    example = runpy.run_path(str(EXAMPLES / "noisefit_qa.py"))
+    example = runpy.run_path(str(EXAMPLES / "short_answers.py"))
     made = [[1], [1], [2], [3], [2], [3]]
     monkeypatch.setattr("hf_xent.generation.sample", lambda *args, **kwargs: made)
     words = type("Words", (), {"decode": lambda self, tokens: " " + "-abc"[tokens[0]]})()
@@ -121,50 +129,65 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
-def test_osp_rounds_compares_all_arms(tmp_path):
-    """On a tiny model and one seed: every arm runs, DPO reads the self-judge's pairs, the card has the table."""
-    import datasets
-
-    tokenizer = tiny_tokenizer("what is rain A B answer in at most eight words the letter ")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    tiny(std=0.05).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    example = runpy.run_path(str(EXAMPLES / "osp_rounds.py"))
-    rows = [{"thing": "rain"}] * 3
-    judged = example["program"](rows, ["Rain is water.", "rain", "Rain " * 9], ["Water is wet.", "x", "y"])
-    assert judged == [1, 0.5, 0.5]
-    found = example["main"](model=str(tmp_path / "model"), prompts=2, rounds=1, seeds=1, output=tmp_path / "out")
-    assert set(found) == set(example["ARMS"])
+def test_osp_rounds_compares_all_arms(tmp_path, monkeypatch, model):
+    """Every arm runs, and DPO reads the self-judge's pairs."""
+    found, example = compared("osp_rounds", monkeypatch, model, tmp_path / "out", prompts=2, rounds=1)
+    assert set(found) == {example["BASE"], *example["JUDGES"], example["HARD"]}
     pairs = datasets.load_from_disk(str(tmp_path / "out" / "self-judge" / "seed-0" / "_pairs" / "round-0"))
     assert found["self-judge"][0]["strength"] == sum(pairs["preference_prob"]) / 2 < 1
-    assert found["DPO on the self-judge's pairs"][0]["strength"] == 1
-    assert not (tmp_path / "out" / "DPO on the self-judge's pairs").exists()
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"| {arm} |" in card for arm in found)
+    assert found[example["HARD"]][0]["strength"] == 1 and not (tmp_path / "out" / example["HARD"]).exists()
+
+
+def test_eight_words_judges_by_the_truth():
+    """Right is what names the thing in three to eight words; a tie says nothing, and is no decided pair."""
+    example = runpy.run_path(str(EXAMPLES / "eight_words.py"))
+    texts = [("Rain is water.", "Water is wet."), ("rain", "x"), ("y", "It is rain.")]
+    judged = example["program"]([{"thing": "rain"}] * 3, *zip(*texts, strict=True))
+    assert judged == [1, 0.5, 0]
+    sides = [{side: [{"content": t}] for side, t in zip(("chosen", "rejected"), pair, strict=True)} for pair in texts]
+    rows = [{"thing": "rain", "preference_prob": p, **pair} for p, pair in zip((0.9, 0.6, 0.6), sides, strict=True)]
+    assert example["described"](rows) == {"strength": pytest.approx(0.7), "pairs right": 0.5}
+    assert example["described"](rows[1:2]) == {"strength": 0.6}
+
+
+def test_eight_words_measures_answers_and_judgment(monkeypatch, model):
+    """One right answer among four samples of each of two things: three pairs each, of which a judge likes four."""
+    from hf_xent import embedded
+
+    lm, tokenizer = embedded.load(model)
+    example = runpy.run_path(str(EXAMPLES / "eight_words.py"))
+    texts = ["It is rain.", "no", "not this", "wet", "wind", "It is wind.", "air", "not this"]
+    likes = {"no": 0.9, "wet": 0.8, "wind": 0.7, "air": 0.6, "not this": 0.4}  # how a right one does against it
+
+    def judge(rows, first, second):
+        return [likes.get(b, 1 - likes.get(a, 1)) for a, b in zip(first, second, strict=True)]
+
+    monkeypatch.setattr("hf_xent.generation.responses", lambda model, ids, **options: texts[: len(ids)])
+    monkeypatch.setattr("hf_xent.judging.ModelJudge", lambda *parts: judge)
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda self, rows, **options: rows)
+    found = example["evaluate"](lm, tokenizer, example["questions"](["rain", "wind"]), 0)
+    brier = (0.1**2 + 0.2**2 + 0.3**2 + 0.4**2 + 2 * 0.6**2) / 6
+    expected = {"right": 2 / 8, "words": 14 / 8, "judge accuracy": 4 / 6, "judge Brier": brier}
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL passes transformers' options by names of before v6
-def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch):
-    """On a tiny model and one seed: every arm trains on the same noisy pairs, the untrained control knows nothing."""
-    tiny(std=0.05, vocab_size=90, max_position_embeddings=256).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    example = runpy.run_path(str(EXAMPLES / "spo_dpo.py"))
-    places = example["main"].__globals__
-    for name, value in (("HELD_OUT", 8), ("PROMPTS", 2), ("NEW", 4)):
-        monkeypatch.setitem(places, name, value)
-    found = example["main"](model=str(tmp_path / "model"), steps=1, seeds=1, output=tmp_path / "out")
+def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch, model):
+    """Every arm trains on the same noisy pairs, the untrained control knows nothing."""
+    found, example = compared("spo_dpo", monkeypatch, model, tmp_path / "out", HELD_OUT=8, PROMPTS=2, NEW=4)
     assert set(found) == {*example["ARMS"], example["CONTROL"]}
     truth = torch.tensor(example["pairs"](8, 0, held_out=True)["preference_prob"])
     control = found[example["CONTROL"]][0]
     assert control["squared error"] == pytest.approx((truth - 0.5).square().mean().item(), rel=1e-4)
     assert control["margin size"] == pytest.approx(0, abs=1e-7)
     assert all(row[0]["margin size"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
-    train = example["pairs"](50, 0, held_out=False)
-    assert train["preference_prob"] != example["pairs"](50, 1, held_out=False)["preference_prob"]
-    topics = [
-        {row["prompt"].split(" in a sentence")[0] for row in rows}
-        for rows in (train, example["pairs"](50, 0, held_out=True))
-    ]
+
+
+def test_noisy_preferences_holds_topics_out():
+    pairs = runpy.run_path(str(EXAMPLES / "noisy_preferences.py"))["pairs"]
+    train, test = pairs(50, 0, held_out=False), pairs(50, 0, held_out=True)
+    assert train["preference_prob"] != pairs(50, 1, held_out=False)["preference_prob"]
+    topics = [{prompt.split(" in a sentence")[0] for prompt in rows["prompt"]} for rows in (train, test)]
     assert not topics[0] & topics[1]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import V, batch, tiny
 
-from hf_xent.generation import distinct, features, mauve, repetition, responses, sample, temperature_of
+from hf_xent.generation import distinct, features, mauve, repetition, responses, sample, temperature_at, temperature_of
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
 
@@ -91,3 +91,12 @@ def test_temperature_of_an_entropy(softcap):
     assert temperature_of(hidden, head, labels, entropy) == pytest.approx(0.6, rel=1e-4)
     with pytest.raises(ValueError, match=r"entropy is 9\.0: between temperatures"):
         temperature_of(hidden, head, labels, 9.0)
+
+
+def test_temperature_at_which_a_model_has_an_entropy():
+    model, ids = tiny("gemma2 softcap"), batch()[0]
+    logp = (model(ids).logits[:, :-1] / 0.7).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1).mean().item()
+    for _ in range(2):  # not patched, patched
+        assert temperature_at(model, ids, entropy) == pytest.approx(0.7, rel=1e-4)
+        assert seam_of(model).materialized == 0

@@ -10,7 +10,7 @@ from oracle import Largest
 
 from hf_xent import judging
 from hf_xent.data import Format
-from hf_xent.judging import ModelJudge, Pair, both_orders, ranked_pairs, strength
+from hf_xent.judging import ModelJudge, Pair, both_orders, quality, ranked_pairs, strength
 from hf_xent.patching import patch, seam_of
 
 FORMAT = Format("{prompt} over {first} or {second} is", ("a", "b"))
@@ -91,6 +91,17 @@ def test_a_liking_for_a_place_cancels():
         lambda rows, a, b: [float(len(x) > len(y)) for x, y in zip(a, b, strict=True)], ROWS, FIRST, SECOND
     )
     assert program.p.tolist() == [0, 1, 1] and program.steady.all()
+
+
+def test_quality_is_accuracy_and_brier_by_hand():
+    """Of three pairs one is judged well, one badly, one not at all; a liking for the first place changes nothing."""
+    likes = {"the dog": 0.8, "a fox": 0.5, "quick quick quick": 0.4}
+    fair = lambda rows, a, b: [likes.get(x, 1 - likes.get(y, 1)) for x, y in zip(a, b, strict=True)]  # noqa: E731
+    biased = lambda *shown: [p + 0.125 for p in fair(*shown)]  # noqa: E731
+    for judge in (fair, biased):
+        accuracy, brier = quality(judge, ROWS, FIRST, SECOND)
+        assert accuracy == pytest.approx((1 + 0.5 + 0) / 3) and brier == pytest.approx((0.2**2 + 0.5**2 + 0.6**2) / 3)
+    assert all(math.isnan(value) for value in quality(fair, [], [], []))
 
 
 def test_adapters_and_modes(tokenizer):

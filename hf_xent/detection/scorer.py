@@ -26,6 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
+from ..mode import evaluating
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..patching import head_of, lazily, patch, seam_of, unpatch
 from . import scores as registry
@@ -212,7 +213,6 @@ def lazy(*models: nn.Module) -> Iterator[None]:
             except ValueError:
                 patch(model)
                 stack.callback(unpatch, model)
-            stack.callback(model.train, model.training)
-            model.eval()
+            stack.enter_context(evaluating(model))
             stack.enter_context(lazily(model))
         yield

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..mode import evaluating
 from .structure import Norm, trace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -281,17 +282,16 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
     """Set every real norm's sigma to the mean over batches of model inputs, without training. Raises: as `sites`."""
     norms = list(fake_norms(model).values())
     momenta, watch = [norm.momentum for norm in norms], norms[0].watch
-    training, watch.always = model.training, True
-    model.eval()
+    watch.always = True
     try:
-        for count, batch in enumerate(batches):
-            for norm in norms:
-                norm.momentum = count / (count + 1)
-                if not count and not all(norm.removed):
-                    norm.sigma.fill_(float("nan"))
-            model(**batch)
+        with evaluating(model):
+            for count, batch in enumerate(batches):
+                for norm in norms:
+                    norm.momentum = count / (count + 1)
+                    if not count and not all(norm.removed):
+                        norm.sigma.fill_(float("nan"))
+                model(**batch)
     finally:
         watch.always = False
-        model.train(training)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

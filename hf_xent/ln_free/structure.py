@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..mode import evaluating
+
 EPS = 1e-5  # of norms that do not tell theirs
 
 
@@ -54,16 +56,13 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
     walk = _Walk({module: name for name, module in model.named_modules()})
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(walk) for leaf in leaves]
-    training = model.training
-    model.eval()
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             output = model(input_ids=random_tokens(model, 1, tokens), use_cache=True)
             walk.attribute(output.past_key_values)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return Trace([norm for norm, _, _ in walk.found], walk.others)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..mode import evaluating
 from .convert import form_of, parity
 from .norms import is_ln_free
 from .structure import random_tokens
@@ -46,8 +47,11 @@ class Verification:
 
 def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
     """Check a causal LM in any form, against another if given, on random prompts and so many generated tokens."""
-    training = model.training
-    model.eval()
+    with evaluating(model):
+        return _verified(model, other, tokens)
+
+
+def _verified(model: Any, other: Any, tokens: int) -> Verification:
     ids = random_tokens(model, 2, 9)
     short, mask = ids[:1, 4:], torch.ones_like(ids)
     mask[0, :4] = 0
@@ -56,7 +60,7 @@ def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
     difference, largest = (float("nan"), float(full.abs().max()))
     if other is not None:
         difference, largest = parity(other, model)
-    found = Verification(
+    return Verification(
         model=type(model).__name__,
         form=form_of(model),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -66,8 +70,6 @@ def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
         parity=difference,
         logits=largest,
     )
-    model.train(training)
-    return found
 
 
 def _generated(model: Any, ids: Tensor, mask: Tensor, tokens: int, use_cache: bool = True) -> Tensor:

@@ -37,6 +37,7 @@ from transformers import Trainer, TrainingArguments
 from ..consistency import consistency
 from ..data.formats import PromptFormats
 from ..hub import Carded
+from ..mode import evaluating
 from ..ops import Head
 from ..patching import lazily, patch
 
@@ -175,15 +176,11 @@ class F2CTrainer(Carded, Trainer):
     @torch.no_grad()
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
-        training = model.training
-        model.eval()
-        try:
-            flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
+        flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
+        with evaluating(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
             stats = logits.stats(flat["answers"], shift=True, outputs=("lse", "target"))
-        finally:
-            model.train(training)
         return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
 
     def _term(self, pick: tuple[int, int], logp: Tensor, targets: Tensor, scores: Tensor) -> Tensor:

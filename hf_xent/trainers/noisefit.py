@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..lazy import next_token_labels
 from ..losses import CrossEntropy
+from ..mode import evaluating
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of
 from .noise import layers_of, noisy, strengths
@@ -175,13 +176,8 @@ class NoiseFiTTrainer(XentTrainer):
         args, layers = self.args, layers_of(self.model)
         given = self._given_layers(len(layers))
         tensors = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
-        training = model.training
-        model.eval()
-        try:
-            with lazily(model):
-                found = strengths(layers, lambda: model(**tensors), args.noise_std or 1.0, inputs.get("attention_mask"))
-        finally:
-            model.train(training)
+        with evaluating(model), lazily(model):
+            found = strengths(layers, lambda: model(**tensors), args.noise_std or 1.0, inputs.get("attention_mask"))
         ordered = sorted(range(len(layers)), key=lambda i: found[i].ratio, reverse=args.noise_layers == "largest")
         chosen = sorted(ordered[: args.num_noise_layers]) if given is None else given
         factor = args.noise_std ** (args.sigma_power - 1) if args.noise_std else 0.0

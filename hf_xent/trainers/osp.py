@@ -47,7 +47,8 @@ from trl.trainer.utils import use_adapter
 
 from .. import generation
 from ..embedded import publish
-from ..judging import SCHEMES, Judge, ModelJudge, both_orders, evaluating, ranked_pairs
+from ..judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
+from ..mode import evaluating
 from .spce import SPCEConfig, SPCETrainer
 
 Generate = Callable[..., list[list[int]]]
@@ -212,7 +213,7 @@ class OSPTrainer(SPCETrainer):
     def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
         """Answers, in batches that are each seeded by the run's seed, the round and their place."""
         args, size, found = self.args, self.args.generation_batch_size, []
-        with evaluating(self.model):
+        with torch.no_grad(), evaluating(self.model):
             starts = range(0, len(prompts), size)
             for start in tqdm(starts, f"Sampling, round {number}", leave=False, disable=args.disable_tqdm or None):
                 [seed] = np.random.SeedSequence((args.seed, number, start)).generate_state(1).tolist()

@@ -1,0 +1,77 @@
+"""A preference task with annotators who err, and a program that knows how often.
+
+Asked for is what a Python topic is in at most 4 or 8 words. Answers are the topic's own first sentence in CPython's
+documentation (no download), cut after 3 to 12 words: with u the number of words beyond the limit,
+
+    P(a wins over b) = sigmoid((u_b - u_a) / 2)          and the annotator's label is drawn from that
+
+so a trainer's margins and a model's answers are measured against the truth; spo_dpo.py compares arms by them.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, mean_squared_error
+
+from hf_xent import data, generation
+
+
+def sentences(split: str) -> list[tuple[str, list[str]]]:
+    """Topics, and the words of the first paragraph of each that is prose and long enough to be cut."""
+    found = []
+    for page in data.load_text("pydoc", split=split):
+        texts = [" ".join(part.split()) for part in page["text"].split("\n\n")]
+        prose = [text.split() for text in texts if len(text.split()) > 12 and text[0].isalpha()]
+        found += [(page["topic"], words) for words in prose[:1]]
+    return found
+
+
+def pairs(count: int, seed: int, held_out: bool) -> Dataset:
+    """Pairs of answers, the noisy winner first, and the probability with which it wins; no topic is in both parts."""
+    draw, rows = random.Random(2 * seed + held_out), []
+    topics = sentences("train[80%:]" if held_out else "train[:80%]")
+    for _ in range(count):
+        topic, words = draw.choice(topics)
+        limit, sizes = draw.choice((4, 8)), draw.sample(range(3, 13), 2)
+        over = [max(0, size - limit) for size in sizes]
+        p = float(torch.sigmoid(torch.tensor((over[1] - over[0]) / 2)))
+        answers = [" " + " ".join(words[:size]) for size in sizes]
+        if draw.random() >= p:
+            answers, p = answers[::-1], 1 - p
+        prompt = f"Explain {topic.lower()} in Python in a sentence of at most {limit} words. Sentence:"
+        row = {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+        rows.append(row | {"preference_prob": p, "limit": limit})
+    return Dataset.from_list(rows)
+
+
+@torch.no_grad()
+def judged(trainer: Any) -> dict[str, float]:
+    """The margins beta Delta of a trainer's model on its held-out pairs against the truth; a toss-up has no sign."""
+    z: list[float] = []
+    for batch in trainer.get_eval_dataloader():
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        tensors = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        chosen, rejected = trainer.model(**tensors, labels=labels, fused_lm_head=True).log_probs.sum(1).chunk(2)
+        delta = chosen - batch["ref_chosen_logps"] - rejected + batch["ref_rejected_logps"]
+        z += (trainer.args.beta * delta).tolist()
+    truth, margin = torch.tensor(trainer.eval_dataset["preference_prob"]), torch.tensor(z)
+    clear = truth != 0.5
+    return {
+        "accuracy": accuracy_score(truth[clear] > 0.5, margin[clear] > 0),
+        "squared error": mean_squared_error(truth, margin.sigmoid()),
+        "margin size": margin.abs().mean().item(),
+    }
+
+
+def answered(model: Any, tokenizer: Any, rows: Dataset, tokens: int) -> dict[str, float]:
+    """Words of greedy answers to the rows' prompts, and the share that keeps its limit."""
+    prompts = tokenizer(rows["prompt"][:])["input_ids"]
+    made = generation.responses(model, prompts, tokens=tokens, temperature=0.0)
+    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+    words = [len(text.strip().split("\n")[0].split()) for text in texts]
+    kept = [n <= limit for n, limit in zip(words, rows["limit"], strict=True)]
+    return {"words": sum(words) / len(words), "within limit": sum(kept) / len(kept)}
