@@ -12,6 +12,7 @@ A twentieth of the documents is held out; the yardstick is that of kneser_ney.py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,8 @@ def pretrain(text: str, steps: int, output: Path) -> tuple[GPT2LMHeadModel, Any,
     config = hf_xent.XentConfig(
         output_dir=str(output / "checkpoints"), max_steps=steps, per_device_train_batch_size=ROWS, warmup_steps=50,
         lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": steps // 3}, logging_steps=50,
-        save_steps=250, save_total_limit=1, report_to="none", memory_budget=2**25, eval_strategy="steps", eval_steps=500,
-        bf16=True, use_cpu=not torch.cuda.is_available(),
+        save_steps=250, save_total_limit=1, report_to="none", memory_budget=2**25, bf16=True,
+        use_cpu=not torch.cuda.is_available(), eval_strategy="steps", eval_steps=500,
     )  # fmt: skip
     optimizer = Muon(model, lr=3e-3)
     trainer = hf_xent.XentTrainer(
@@ -113,7 +114,7 @@ def main(text: str = "pydoc", steps: int = 3000, output: Path = Path("out/gpt2")
     rows = {name: list(part["input_ids"]) for name, part in blocks.items()}
     ends = hf_xent.XentConfig(output_dir=str(output / "evaluation"), per_device_eval_batch_size=64, report_to="none")
     trainer = hf_xent.XentTrainer(model, ends, eval_dataset=blocks["test"])
-    found = {"gpt2": trainer.evaluate()["eval_loss"]}
+    found = {"gpt2": math.log(trainer.evaluate()["eval_perplexity"])}  # of predicted tokens, one less than labels
     found |= {f"kneser-ney {n}": kneser_ney(rows["train"], rows["test"], len(tokenizer), n) for n in (2, 3, 4)}
     found["tokens"] = len(rows["train"]) * CONTEXT
     found["parameters"] = model.num_parameters()
