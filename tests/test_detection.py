@@ -353,6 +353,12 @@ def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
     assert len(counted) == 9
 
 
+def test_a_registered_corpus_may_have_a_configuration(tmp_path):
+    (tmp_path / "ca01").write_text("The/at fox/nn jumps/vbz ./.")
+    rows, _ = Corpus(f"brown:{tmp_path}").open()
+    assert rows["text"][:] == ["The fox jumps ."]
+
+
 def test_a_hub_corpus_is_streamed(monkeypatch):
     import datasets
 
