@@ -237,24 +237,17 @@ def test_ln_free_smollm2_removes_the_last_layers(tmp_path):
     assert found["original"]["loss"] != found["vanilla"]["loss"]
 
 
-def test_membership_scores_every_dose(tmp_path, monkeypatch):
-    """On a tiny model and one seed: all doses and scores are there, and before the training nothing is known."""
-    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    example = runpy.run_path(str(EXAMPLES / "membership.py"))
-    monkeypatch.setitem(example["main"].__globals__, "RESAMPLES", 3)
-    found = example["main"](model=str(tmp_path / "model"), members=8, words=6, seeds=1, output=tmp_path / "out")
+def test_membership_scores_every_dose(tmp_path, monkeypatch, model):
+    """All doses and scores are there, and before the training nothing is known."""
+    found, example = compared("membership", monkeypatch, model, tmp_path / "out", RESAMPLES=3, members=8, words=6)
     assert list(found) == [*example["SCORES"], "reference", "reference_gap", "blind"]
     assert all(0 <= rows[0][column] <= 1 for rows in found.values() for column in example["COLUMNS"].values())
     assert found["reference"][0]["0 epochs"] == 0.5 and len(set(found["blind"][0].values())) <= 4
-    assert "| dc_pdd:a=0.1 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
-    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+def test_scoring_cost_is_a_ratio_of_the_same_work(model):
     example = runpy.run_path(str(EXAMPLES / "scoring_cost.py"))
-    ratios = example["main"](model=str(tmp_path / "model"), texts=4, tokens=12, repetitions=2)
+    ratios = example["main"](model=model, texts=4, tokens=12, repetitions=2)
     assert len(ratios) == 2 and min(ratios) > 0
 
 
