@@ -251,20 +251,29 @@ def test_scoring_cost_is_a_ratio_of_the_same_work(model):
     assert len(ratios) == 2 and min(ratios) > 0
 
 
-def test_machine_text_compares_all_arms(tmp_path, monkeypatch):
+def test_continuations_reads_prose_where_there_is_some(tmp_path, monkeypatch):
+    (tmp_path / "ca01").write_text("He/pps said/vbd ./.")
+    pages = runpy.run_path(str(EXAMPLES / "continuations.py"))["pages"]
+    assert list(pages(f"brown:{tmp_path}")) == ["He said."]
+    assert any("Name: hf" in page for page in pages("readme")) and len(pages("pydoc")) > 50
+
+
+def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
     from hf_xent import embedded
 
-    tiny(std=0.05, vocab_size=300).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(embedded, "load", lambda name: (tiny(vocab_size=300), tiny_tokenizer(TEXT)))
-    example = runpy.run_path(str(EXAMPLES / "machine_text.py"))
-    words, draw = TEXT.replace(",", "").replace(".", "").split(), random.Random(0)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import continuations
+    import text_classifiers
+
+    words, draw, load = TEXT.replace(",", "").replace(".", "").split(), random.Random(0), embedded.load
     pages = ["\n\n".join(" ".join(draw.choices(words, k=14)) for _ in range(10)) for _ in range(4)]
-    domains = dict.fromkeys(("pydoc", "readme"), lambda: pages)
-    for name, value in {"PROMPT": 4, "NEW": 8, "LAYERS": 2, "DOMAINS": domains}.items():
-        monkeypatch.setitem(example["main"].__globals__, name, value)
-    options = {"encoder": str(tmp_path / "model"), "machines": 9, "steps": 2, "seeds": 1, "output": tmp_path / "out"}
+    monkeypatch.setattr(embedded, "load", lambda name: load(model))
+    for name, value in {"PROMPT": 4, "NEW": 8, "pages": lambda domain: pages}.items():
+        monkeypatch.setattr(continuations, name, value)
+    monkeypatch.setattr(text_classifiers, "LAYERS", 2)
+    example = runpy.run_path(str(EXAMPLES / "machine_text.py"))
+    options = {"encoder": model, "machines": 9, "steps": 2, "seeds": 1, "output": tmp_path / "out"}
     found = example["main"](**options)
     assert set(found) == {*example["ARMS"], *example["CONTROLS"]}
     names = {metric + name for metric in example["METRICS"] for name in example["SETS"]}
