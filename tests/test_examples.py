@@ -60,6 +60,12 @@ def test_launchers_train_as_one_process_does(clm):
     assert clm(["-m", "torch.distributed.run", *one], script, "torchrun", 2) == pytest.approx(alone, rel=1e-4)
 
 
+def test_examples_are_short():
+    """One idea a file."""
+    lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert {name: count for name, count in lines.items() if count > 80} == {}
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_launch_configurations_are_accelerate_s(name):
     from accelerate.commands.config.config_args import load_config_from_file
