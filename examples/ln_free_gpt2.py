@@ -2,54 +2,26 @@
 
     python examples/ln_free_gpt2.py [--text pydoc] [--pretraining 3000] [--steps 240] [--seeds 3] [--output out/ln-free]
 
-The model is that of pretrain_gpt2.py, made once. From it: fine-tuning with its norms (vanilla); LN removal on the
-scaled schedule; all norms at once; on schedule without the auxiliary loss. A seed's arms see the same batches.
-Losses are of held-out documents. The first seed's models are kept, reported on side by side and plotted.
+The model is that of pretrain_gpt2.py, made once; the arms are those of ln_free_arms.py. A seed's arms see the same
+batches. Losses are of held-out documents. The first seed's models are kept, reported on side by side and plotted.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from ln_free_arms import ARMS, tune
 from pretrain_gpt2 import CONTEXT, ROWS, pretrain
 from transformers import GPT2LMHeadModel
 
-import hf_xent
 from hf_xent import ln_free
 from hf_xent.study import Study
 
-ARMS: dict[str, dict[str, Any] | None] = {
-    "vanilla": None,
-    "LN-free": {},
-    "LN-free, all at once": {"schedule": "at_once"},
-    "LN-free, no auxiliary loss": {"sigma_weight": 0.0},
-}
 METRICS = ("loss", "median loss", "entropy", "ECE", "NMAE (%)", "sink rate", "worst 5 steps")
-
-
-def tune(arm: str, seed: int, model: Any, blocks: Any, steps: int, output: Path) -> list[tuple[int, float]]:
-    """Fine-tune a model in place under an arm; cross-entropy of training by step, means of five."""
-    shared: dict[str, Any] = {
-        "output_dir": str(output / "run"), "max_steps": steps, "per_device_train_batch_size": ROWS, "seed": seed,
-        "learning_rate": 6e-4, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 3e-4},
-        "warmup_steps": steps // 12, "weight_decay": 0.01, "logging_steps": 5, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True, "memory_budget": 2**25,
-        "bf16": True, "use_cpu": not torch.cuda.is_available(),
-    }  # fmt: skip
-    options, trainer = ARMS[arm], None
-    if options is None:
-        trainer = hf_xent.XentTrainer(model, hf_xent.XentConfig(**shared), train_dataset=blocks)
-    else:
-        config = hf_xent.LNRemovalConfig(**shared, **options)
-        trainer = hf_xent.LNRemovalTrainer(model, config, train_dataset=blocks)
-    trainer.train()
-    hf_xent.unpatch(model)
-    return [(log["step"], math.log(log["perplexity"])) for log in trainer.state.log_history if "loss" in log]
 
 
 def untrained(model: Any, train: torch.Tensor, test: torch.Tensor) -> float:
@@ -77,7 +49,7 @@ def main(
         found = ln_free.analyze(model, test)
         values = (found.loss, found.median, found.entropy, found.ece, 100 * found.mean_nmae, found.sink_rate)
         if seed == 0:
-            kept = model if ARMS[arm] is None else ln_free.to_eps_trick(model)
+            kept = model if arm == study.baseline else ln_free.to_eps_trick(model)
             kept.save_pretrained(output / arm)
             tokenizer.save_pretrained(output / arm)
             (output / arm / "curve.json").write_text(json.dumps(curve))

@@ -20,6 +20,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 import hf_xent
 from hf_xent import data, detection, embedded
+from hf_xent.detection.callback import MembershipCallback
 from hf_xent.detection.corpus import count, smoothed
 from hf_xent.patching import head_of
 from hf_xent.study import Study
@@ -50,26 +51,6 @@ def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: 
     hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collator, callbacks=[watch]).train()
 
 
-class Watch(TrainerCallback):
-    """Evaluates all scores before the training and after the epochs in DOSES."""
-
-    def __init__(self, scorer: detection.TextScorer, texts: list[str]):
-        self.scorer, self.texts = scorer, texts
-        self.before = scorer(texts)
-        self.found = {0: self.evaluate(self.before)}
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        if (dose := round(state.epoch)) in DOSES:
-            self.found[dose] = self.evaluate(self.scorer(self.texts))
-
-    def evaluate(self, scores: dict[str, Any]) -> dict[str, dict[str, float]]:
-        """Metrics of every score, and of words alone; the model before the training is the reference."""
-        members, before, after = len(self.texts) // 2, self.before["loss"], scores["loss"]
-        scores = scores | {"reference": after / before, "reference_gap": before - after}
-        return detection.evaluate(scores, [1] * members + [0] * members, self.texts, resamples=RESAMPLES)
-
-
 def main(
     model: str = "smollm2", source: str = "pydoc", members: int = 40, words: int = 24, seeds: int = 3,
     output: Path = Path("out/membership"),
@@ -83,7 +64,8 @@ def main(
         loaded, tokenizer = embedded.load(model)
         q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
         scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
-        watch = Watch(scorer, texts)
+        labels = [1] * members + [0] * members
+        watch = MembershipCallback(scorer, texts, labels, DOSES, resamples=RESAMPLES)
         train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, watch)
         for score in watch.found[0]:
             rows = {COLUMNS[dose]: found[score] for dose, found in watch.found.items()}

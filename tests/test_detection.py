@@ -28,6 +28,7 @@ WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 rng = np.random.default_rng(0)
 TEXTS = [" ".join(rng.choice(WORDS, n)) for n in (1, 9, 3, 14, 2, 6, 11, 4, 8, 1, 5, 12, 7, 3, 10, 2, 13, 6)]
 FREQUENCIES = smoothed(np.arange(V) % 7 * 100)
+COMPARED = ("reference", "reference_gap")
 ALL = (*detection.SCORES, "min_k:k=1.0", "dc_pdd:a=10")
 
 
@@ -351,6 +352,35 @@ def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
     file.write_text(json.dumps({"text": "dog"}))
     ask()
     assert len(counted) == 9
+
+
+def test_callback_evaluates_before_and_between(tmp_path):
+    """Once the members alone are trained on, they are told from the others; before, the model is its own reference."""
+    from hf_xent.detection.callback import MembershipCallback
+
+    model, tokenizer, labels = tiny(), tiny_tokenizer(), [1, 0] * 9
+    scorer = TextScorer(model, tokenizer, ("loss", "zlib"), progress=False)
+    watch = MembershipCallback(scorer, TEXTS, labels, epochs=(1, 3), resamples=2)
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids} for _, ids in scorer.tokenize(TEXTS[::2])])
+    config = hf_xent.XentConfig(
+        str(tmp_path), num_train_epochs=4, learning_rate=1e-2, report_to="none", use_cpu=True, save_strategy="no",
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    hf_xent.XentTrainer(model, config, train_dataset=rows, callbacks=[watch]).train()
+    assert list(watch.found) == [0, 1, 3] and list(watch.found[3]) == ["loss", "zlib", *COMPARED, detection.BLIND]
+    assert all(watch.found[0][name]["auroc"] == 0.5 for name in COMPARED)
+    assert (
+        watch.found[3]["reference"]["auroc"] > 0.6
+        and watch.found[3][detection.BLIND] == watch.found[0][detection.BLIND]
+    )
+    alone = MembershipCallback(TextScorer(model, tokenizer, ("zlib",), progress=False), TEXTS, labels, (), resamples=2)
+    assert list(alone.found[0]) == ["zlib", detection.BLIND]
+
+
+def test_a_registered_corpus_may_have_a_configuration(tmp_path):
+    (tmp_path / "ca01").write_text("The/at fox/nn jumps/vbz ./.")
+    rows, _ = Corpus(f"brown:{tmp_path}").open()
+    assert rows["text"][:] == ["The fox jumps ."]
 
 
 def test_a_hub_corpus_is_streamed(monkeypatch):

@@ -60,6 +60,12 @@ def test_launchers_train_as_one_process_does(clm):
     assert clm(["-m", "torch.distributed.run", *one], script, "torchrun", 2) == pytest.approx(alone, rel=1e-4)
 
 
+def test_examples_are_short():
+    """One idea a file."""
+    lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert {name: count for name, count in lines.items() if count > 80} == {}
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
 def test_launch_configurations_are_accelerate_s(name):
     from accelerate.commands.config.config_args import load_config_from_file
@@ -239,41 +245,43 @@ def test_ln_free_smollm2_removes_the_norms_that_are_even(tmp_path):
     assert example["even"](model, torch.randint(90, (2, 8)), 0.1) == []
 
 
-def test_membership_scores_every_dose(tmp_path, monkeypatch):
-    """On a tiny model and one seed: all doses and scores are there, and before the training nothing is known."""
-    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    example = runpy.run_path(str(EXAMPLES / "membership.py"))
-    monkeypatch.setitem(example["main"].__globals__, "RESAMPLES", 3)
-    found = example["main"](model=str(tmp_path / "model"), members=8, words=6, seeds=1, output=tmp_path / "out")
+def test_membership_scores_every_dose(tmp_path, monkeypatch, model):
+    """All doses and scores are there, and before the training nothing is known."""
+    found, example = compared("membership", monkeypatch, model, tmp_path / "out", RESAMPLES=3, members=8, words=6)
     assert list(found) == [*example["SCORES"], "reference", "reference_gap", "blind"]
     assert all(0 <= rows[0][column] <= 1 for rows in found.values() for column in example["COLUMNS"].values())
     assert found["reference"][0]["0 epochs"] == 0.5 and len(set(found["blind"][0].values())) <= 4
-    assert "| dc_pdd:a=0.1 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_scoring_cost_is_a_ratio_of_the_same_work(tmp_path):
-    tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
+def test_scoring_cost_is_a_ratio_of_the_same_work(model):
     example = runpy.run_path(str(EXAMPLES / "scoring_cost.py"))
-    ratios = example["main"](model=str(tmp_path / "model"), texts=4, tokens=12, repetitions=2)
+    ratios = example["main"](model=model, texts=4, tokens=12, repetitions=2)
     assert len(ratios) == 2 and min(ratios) > 0
 
 
-def test_machine_text_compares_all_arms(tmp_path, monkeypatch):
+def test_continuations_reads_prose_where_there_is_some(tmp_path, monkeypatch):
+    (tmp_path / "ca01").write_text("He/pps said/vbd ./.")
+    pages = runpy.run_path(str(EXAMPLES / "continuations.py"))["pages"]
+    assert list(pages(f"brown:{tmp_path}")) == ["He said."]
+    assert any("Name: hf" in page for page in pages("readme")) and len(pages("pydoc")) > 50
+
+
+def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
     from hf_xent import embedded
 
-    tiny(std=0.05, vocab_size=300).save_pretrained(tmp_path / "model")
-    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(embedded, "load", lambda name: (tiny(vocab_size=300), tiny_tokenizer(TEXT)))
-    example = runpy.run_path(str(EXAMPLES / "machine_text.py"))
-    words, draw = TEXT.replace(",", "").replace(".", "").split(), random.Random(0)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import continuations
+    import text_classifiers
+
+    words, draw, load = TEXT.replace(",", "").replace(".", "").split(), random.Random(0), embedded.load
     pages = ["\n\n".join(" ".join(draw.choices(words, k=14)) for _ in range(10)) for _ in range(4)]
-    domains = dict.fromkeys(("pydoc", "readme"), lambda: pages)
-    for name, value in {"PROMPT": 4, "NEW": 8, "LAYERS": 2, "DOMAINS": domains}.items():
-        monkeypatch.setitem(example["main"].__globals__, name, value)
-    options = {"encoder": str(tmp_path / "model"), "machines": 9, "steps": 2, "seeds": 1, "output": tmp_path / "out"}
+    monkeypatch.setattr(embedded, "load", lambda name: load(model))
+    for name, value in {"PROMPT": 4, "NEW": 8, "pages": lambda domain: pages}.items():
+        monkeypatch.setattr(continuations, name, value)
+    monkeypatch.setattr(text_classifiers, "LAYERS", 2)
+    example = runpy.run_path(str(EXAMPLES / "machine_text.py"))
+    options = {"encoder": model, "machines": 9, "steps": 2, "seeds": 1, "output": tmp_path / "out"}
     found = example["main"](**options)
     assert set(found) == {*example["ARMS"], *example["CONTROLS"]}
     names = {metric + name for metric in example["METRICS"] for name in example["SETS"]}

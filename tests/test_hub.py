@@ -170,8 +170,9 @@ def test_card_has_what_the_run_measured_and_was_told(tmp_path):
 
 def test_card_without_numbers_makes_none_up(tmp_path):
     trainer = XentTrainer(tiny(), config(tmp_path), train_dataset=datasets.Dataset.from_list(rows()))
-    trainer.create_model_card(license="mit")
+    trainer.create_model_card(license="mit", dataset=[f"brown:{tmp_path}", str(tmp_path), "me/foxes"])
     card = hub.validate(tmp_path)
+    assert card.data.datasets == ["me/foxes"] and str(tmp_path) not in card.text
     assert card.data.eval_results is None and "Nothing was evaluated" in card.text and "](loss.png)" not in card.text
     assert not (tmp_path / ".eval_results").exists()
 

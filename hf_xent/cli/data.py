@@ -14,7 +14,10 @@ data = typer.Typer(name="data", help="Write a registered dataset as Parquet with
 
 Name = Annotated[
     str,
-    Argument(help="bookmia, dactyl, mimir:CONFIG, patentmia, pydoc or wikimia.", show_default=False),
+    Argument(
+        help="bookmia, brown:FOLDER, cities, dactyl, mimir:CONFIG, patentmia, pydoc, wiki or wikimia.",
+        show_default=False,
+    ),
 ]
 Copy = Annotated[
     Path | None, Option("--path", help="A local copy as it was published: folder, zip, JSONL or Parquet file.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import bookmia, cities, dactyl, mimir, patentmia, pydoc, wikimia
+from . import bookmia, brown, cities, dactyl, mimir, patentmia, pydoc, wiki, wikimia
 from .corpus import LABELS, Corpus, Source
 from .formats import Format, PromptFormats
 from .parquet import export, to_hub
@@ -13,14 +13,16 @@ from .text import load_text, pack
 
 DATASETS: dict[str, Corpus] = {
     "bookmia": bookmia.CORPUS,
+    "brown": brown.CORPUS,
     "cities": cities.CORPUS,
     "dactyl": dactyl.CORPUS,
     "mimir": mimir.CORPUS,
     "patentmia": patentmia.CORPUS,
     "pydoc": pydoc.CORPUS,
+    "wiki": wiki.CORPUS,
     "wikimia": wikimia.CORPUS,
 }
-"""Name -> dataset; 'name:configuration' where there are several."""
+"""Name -> dataset; 'name:configuration' where there are several, 'brown:FOLDER'."""
 
 
 def load(

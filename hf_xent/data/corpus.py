@@ -129,14 +129,7 @@ class Made(Corpus):
         """The rows as they are made, or those of a copy."""
         if source.path is not None:
             return super().open(source, split)
-        from datasets import DatasetDict, ReadInstruction
-
-        whole = self.make()
-        if split is not None:
-            [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-            whole = whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
-        whole = whole.to_iterable_dataset() if source.streaming else whole
-        return DatasetDict(train=whole) if split is None else whole
+        return sliced(self.make(), split, source.streaming)
 
     def features(self) -> Any:
         """Those of its rows."""
@@ -145,7 +138,20 @@ class Made(Corpus):
     def _complaint(self, source: Source, error: Exception) -> str:
         if source.path is not None:
             return super()._complaint(source, error)
+        if isinstance(error, ImportError):
+            return first_line(error)
         return f"split: {self.title!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
+
+
+def sliced(whole: Any, split: str | None, streaming: bool) -> Any:
+    """Rows made at once, which are 'train', as `datasets.load_dataset` returns them."""
+    from datasets import DatasetDict, ReadInstruction
+
+    if split is not None:
+        [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
+        whole = whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
+    whole = whole.to_iterable_dataset() if streaming else whole
+    return DatasetDict(train=whole) if split is None else whole
 
 
 def member(text: Any, label: Any, source: str) -> dict[str, Any]:

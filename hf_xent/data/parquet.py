@@ -69,7 +69,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
     head = DatasetCardData(
         license=corpus.license,
         language=corpus.language,
-        pretty_name=" ".join(filter(None, [corpus.title, config])),
+        pretty_name=" ".join(filter(None, [corpus.title, Path(config).name])),
         task_categories=list(corpus.tasks),
         size_categories=_size(total),
         tags=["hf_xent", corpus.family],

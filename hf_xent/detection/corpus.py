@@ -47,7 +47,7 @@ class Corpus:
 
     def open(self) -> tuple[Iterable[dict[str, Any]], str]:
         """Rows, and what tells their content from another: a fingerprint, or a Hub id's revision."""
-        if self.source in data.DATASETS or Path(self.source).expanduser().exists():
+        if self.source.partition(":")[0] in data.DATASETS or Path(self.source).expanduser().exists():
             rows = data.load_text(self.source, self.split, self.column)
             return rows, rows._fingerprint  # datasets has no public name for it
         from datasets import load_dataset  # lazy: half a second

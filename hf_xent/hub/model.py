@@ -67,7 +67,8 @@ def write(trainer: Any, folder: Path, name: str, given: dict[str, Any]) -> None:
     adapter = getattr(model, "peft_config", None)  # what makes a model an adapter of peft's
     base = given.get("finetuned_from") or _base(model.config._name_or_path)
     results = _results(trainer.state.log_history)
-    datasets = [name for name in _listed(given["dataset"]) if not Path(name).exists()]  # no paths of this machine
+    # no paths of this machine, 'brown:FOLDER' neither
+    datasets = [name for name in _listed(given["dataset"]) if not Path(name.partition(":")[2] or name).exists()]
     task = given.get("tasks") or ("text-generation" if model.can_generate() else "text-classification")
     head = _head(
         trainer, name, {**given, "base": base, "datasets": datasets, "task": task, "adapter": adapter}, results
