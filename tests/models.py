@@ -95,6 +95,15 @@ def add_adapter(model, config):
     return model
 
 
+def checkpointing(model, reentrant: bool = False):
+    """The model in training mode, with gradient checkpointing."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.20 or so
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    return model.train()
+
+
 def batch(rows: int = 3, length: int = 11):
     """Token ids [B, T] and labels with ignored positions at both ends."""
     torch.manual_seed(1)

@@ -7,7 +7,7 @@ import datasets
 import peft
 import pytest
 import torch
-from models import V, batch, gradients, tiny, tiny_tokenizer
+from models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, losses_of
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_xent import ln_free
 from hf_xent.ln_free import Schedule
+from hf_xent.ln_free.norms import fake_norms
 from hf_xent.patching import seam_of
 from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
 
@@ -224,14 +225,12 @@ def test_sigma_is_frozen_at_removal_and_float32():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_neither_gradients_nor_sigma(reentrant):
     found = []
-    for checkpointing in (False, True):
+    for checkpointed in (False, True):
         model = seen("gpt2", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).train()
         for site in ("mlp.1", "qk.0", "qk.1", "v.1"):
             ln_free.remove(model, site)
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
+        if checkpointed:
+            checkpointing(model, reentrant)
         ids, labels = batch()
         model(input_ids=ids, labels=labels).loss.backward()
         found.append((gradients(model), ln_free.sites(model)))
@@ -379,6 +378,53 @@ def test_a_step_equals_a_dense_one(tmp_path, rows):
     ours, theirs = gradients(trainer.model), gradients(stock)
     for key, g in theirs.items():
         torch.testing.assert_close(ours[key], g, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_spread_term_is_the_variance_of_the_logarithms_of_every_divisor(tmp_path, rows, name):
+    """Against the stock model's inputs of its norms; half of the sites removed, with and without checkpointing."""
+    inputs, weight = padded([rows[i] for i in range(5)]), 3.0
+    keep = inputs["attention_mask"].bool()
+    found = []
+    for checkpointed in (True, False):
+        trainer = trainer_of(tmp_path, rows, name, sigma_weight=0.0, spread_weight=weight)
+        model = without_dropout(trainer.model).train()
+        ln_free.calibrate(model, [{k: inputs[k] for k in ("input_ids", "attention_mask")}])
+        for site in ln_free.sites(model)[::2]:
+            ln_free.remove(model, site.name)
+        if checkpointed:
+            checkpointing(model)
+        trainer.compute_loss(model, dict(inputs), num_items_in_batch=(inputs["labels"][:, 1:] != -100).sum()).backward()
+        found.append(gradients(model))
+    captured, variances = [], []
+    for norm in fake_norms(model).values():
+        norm.measured = False
+        norm.register_forward_pre_hook(lambda norm, args: captured.append((norm, args[0])))
+    model.zero_grad()
+    z = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    for norm, x in captured:
+        x = x.reshape(*keep.shape, -1)[keep]  # OPT flattens tokens
+        x = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+        logs = 0.5 * (x.pow(2).mean(-1) + norm.eps).log()
+        variances.append((logs**2).mean() - logs.mean() ** 2)
+    assert len(variances) == 5
+    expected = F.cross_entropy(z[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    (expected + weight * sum(variances) / 5).backward()
+    for ours in found:
+        for key, g in gradients(model).items():
+            torch.testing.assert_close(ours[key], g, rtol=1e-3, atol=1e-5)
+
+
+def test_the_spread_term_brings_divisors_together_and_needs_inner_gradients(tmp_path, rows):
+    options = {"schedule": Schedule(()), "max_steps": 20, "learning_rate": 5e-3}
+    apart, alike = (fit(tmp_path, rows, "llama", spread_weight=weight, **options) for weight in (1e-9, 30.0))
+    ends = [trainer.state.log_history[19]["loss_spread"] for trainer in (apart, alike)]
+    assert ends[1] < alike.state.log_history[0]["loss_spread"] / 2 and ends[1] < ends[0] / 2
+    assert "loss_spread" not in fit(tmp_path, rows, max_steps=1).state.log_history[0]
+    trainer = trainer_of(tmp_path, rows, "llama", spread_weight=1.0)
+    checkpointing(trainer.model, reentrant=True)
+    with pytest.raises(ValueError, match="no norm within a layer has a gradient"):
+        trainer.compute_loss(trainer.model, padded([rows[0]]), num_items_in_batch=torch.tensor(5))
 
 
 def test_accumulation_does_not_change_the_step(tmp_path, rows):

@@ -4,7 +4,7 @@ import datasets
 import peft
 import pytest
 import torch
-from models import V, assert_same_gradients, batch, gradients, tiny
+from models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch.nn import functional as F
 
 from hf_xent.ops import Head
@@ -252,13 +252,11 @@ def test_accumulation_does_not_change_gradients(tmp_path, rows):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_draws_the_same_noise_again(tmp_path, rows, reentrant):
     inputs, found = collate([rows[i] for i in range(4)]), []
-    for checkpointing in (False, True):
+    for checkpointed in (False, True):
         trainer = trainer_of(tmp_path, rows, model=tiny(std=0.3), noise_std=1.0, noise_layers="0,1")
         model = trainer.model.train()
-        if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
+        if checkpointed:
+            checkpointing(model, reentrant)
         torch.manual_seed(5)
         trainer.noise_layers = [0, 1]
         loss = trainer.training_step(model, dict(inputs), torch.tensor(30))

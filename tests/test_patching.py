@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, gradients, tiny
+from models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -85,15 +85,7 @@ def test_every_label_ignored_is_a_connected_zero():
 
 def test_gradient_checkpointing_and_frozen_head():
     model, (ids, labels) = tiny(), batch()
-    model.train()
-    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20 or so
-        model.activation_checkpointing_enable()
-        both_ways(model, input_ids=ids, labels=labels)
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_enable()
-        both_ways(model, input_ids=ids, labels=labels)
-        model.gradient_checkpointing_disable()
+    both_ways(checkpointing(model), input_ids=ids, labels=labels)
     model.lm_head.weight.requires_grad_(False)
     both_ways(model, input_ids=ids, labels=labels)
 

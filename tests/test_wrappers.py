@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from accelerate import dispatch_model
-from models import V, add_adapter, assert_same_gradients, batch, gradients, tiny
+from models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
 from oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -52,14 +52,7 @@ def frozen_head():
 
 
 def checkpointed(reentrant):
-    model = tiny().train()  # its configuration has no dropout
-    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.20 or so
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    return model
+    return checkpointing(tiny(), reentrant)  # its configuration has no dropout
 
 
 def dispatched():

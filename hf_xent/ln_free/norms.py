@@ -34,6 +34,8 @@ from .structure import Norm, trace
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = ("mlp", "qk", "v", "final")
 """What is removed apart, in the paper's order."""
+FINAL = (KINDS[3],)
+"""The sites of the norm before the head."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class FakeNorm(nn.Module):
         self.register_buffer("gone", torch.zeros(len(sites), dtype=torch.bool, device=device))
         self.removed = [False] * len(sites)  # `gone`, without asking the device
         self.ratio: Tensor | None = None  # values' divisor against the other, from this norm to its readers
+        self.measured = False  # whether training asks for sigma_x, with its gradient
+        self.measure: Tensor | None = None  # sigma_x [...] of the last pass that counted
 
     def centered(self, x: Tensor) -> Tensor:
         """What is divided."""
@@ -104,6 +108,9 @@ class FakeNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of x [..., D], real or removed."""
+        if self.measured and self.training:  # within a checkpoint's second pass, too, which must repeat the first
+            spread = self.spread(x).squeeze(-1)
+            self.measure = spread if self.watch.live else self.measure
         if all(self.removed):
             return self.affine(x, self.sigma)
         if self.watch.live:
@@ -197,7 +204,7 @@ def wrap(model: Model, *, momentum: float = 0.9) -> Model:
         elif any(part.isdigit() for part in norm.name.split(".")):  # in a list of layers
             names, mlps = (f"mlp.{mlps}",), mlps + 1
         else:
-            names = ("final",)
+            names = FINAL
         _replace(model, norm, names, watch, momentum)
     model.register_forward_pre_hook(watch.begin, with_kwargs=True)
     model.register_forward_hook(watch.end, always_call=True)

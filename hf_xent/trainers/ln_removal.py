@@ -1,11 +1,15 @@
 """Fine-tuning that removes a model's norms one by one (see `hf_xent.ln_free`), on the loss without logits.
 
-    loss = cross-entropy + lambda mean_t (sigma_t - sigma*)^2
+    loss = cross-entropy + lambda mean_t (sigma_t - sigma*)^2 + mu mean_n Var_t log sigma_n,t
 
 sigma_t is the divisor of the final norm at a token, before or after its removal; sigma*, a constant, is its mean over
 the tokens that are neither the first of a sequence nor an end of text: exactly those two are pulled towards the others,
 whose divisor is to serve for all. The mean is over all tokens of a forward pass that are no padding. Under accumulation
 a pass counts by its share of the step's labels.
+
+mu, 0 unless given, is ours: it makes the divisors of every norm n alike, removed or not, whatever their size. It is for
+models with massive activations, where a first token's residual is many times as long as the others' and one divisor
+cannot serve both (in SmolLM2-135M 170 times, and a gated MLP squares it); removals then start when it has come down.
 
 Removals happen at the beginning of their steps. What was removed and every sigma are buffers of the model, so that a
 checkpoint in the middle of the schedule goes on as if it had not stopped. lambda 0.1 is the authors' for the two
@@ -18,7 +22,6 @@ Data: as for `XentTrainer`; with padding, an `attention_mask`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..lazy import next_token_labels
-from ..ln_free.norms import FakeNorm, fake_norms, remove, sites, wrap
+from ..ln_free.norms import FINAL, fake_norms, remove, sites, wrap
 from ..ln_free.schedule import END, START, Schedule
 from .xent import XentConfig, XentTrainer
 
@@ -48,6 +51,13 @@ class LNRemovalConfig(XentConfig):
     )
     removal_end: float = field(default=END, metadata={"help": "Share before the last removal, for 'scaled'."})
     sigma_weight: float = field(default=0.1, metadata={"help": "lambda; 0 is a control."})
+    spread_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "mu, on the variance of the logarithms of every norm's divisors: 1 for models with massive"
+            " activations, with removal_start 0.5."
+        },
+    )
     sigma_momentum: float = field(default=0.9, metadata={"help": "Of every norm's running sigma."})
 
 
@@ -91,10 +101,12 @@ class LNRemovalCallback(TrainerCallback):
 class LNRemovalTrainer(XentTrainer):
     """Fine-tunes a causal LM until its norms are gone; see the module's docstring and `XentTrainer`.
 
-    Wraps the model. `schedule` goes before `args.schedule`. Logged: `norms`, how many sites are left, and `loss_sigma`,
-    the auxiliary term before its weight, a mean over forward passes since the last log. Evaluation is the loss alone.
+    Wraps the model. `schedule` goes before `args.schedule`. Logged: `norms`, how many sites are left, `loss_sigma` and
+    `loss_spread`, the auxiliary terms before their weights, means over forward passes since the last log. Evaluation is
+    the loss alone.
 
-    Raises: ValueError for a model whose norms cannot be removed, or a schedule that does not fit it.
+    Raises: ValueError for a model whose norms cannot be removed, a schedule that does not fit it, or, in training,
+    `spread_weight` under reentrant checkpointing.
     """
 
     config_class = LNRemovalConfig
@@ -107,7 +119,10 @@ class LNRemovalTrainer(XentTrainer):
         wrap(model, momentum=args.sigma_momentum)
         super().__init__(model, args, **kwargs)
         self.add_callback(LNRemovalCallback(schedule))
-        self._terms: list[Tensor] = []
+        self._weights = {"sigma": args.sigma_weight, "spread": args.spread_weight}
+        self._terms: dict[str, list[Tensor]] = {name: [] for name, weight in self._weights.items() if weight}
+        for norm in fake_norms(model).values():
+            norm.measured = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
 
     def compute_loss(
         self,
@@ -117,15 +132,31 @@ class LNRemovalTrainer(XentTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The loss, and in training the auxiliary term."""
-        if not model.training or not self.args.sigma_weight:
+        if not model.training or not self._terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self._final_spread() as spreads:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        end = self.model.config.get_text_config().eos_token_id
-        term = sigma_term(spreads[0], inputs["input_ids"], inputs.get("attention_mask"), end)
-        self._terms.append(term.detach())
-        loss = loss + self.args.sigma_weight * self._share(inputs, num_items_in_batch) * term
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        share = self._share(inputs, num_items_in_batch)
+        for name, term in self._auxiliary(inputs["input_ids"], inputs.get("attention_mask")):
+            self._terms[name].append(term.detach())
+            loss = loss + self._weights[name] * share * term
         return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary(self, ids: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """The auxiliary terms of a forward pass, from the divisors that its norms measured."""
+        spreads = {}
+        for norm in fake_norms(self.model).values():
+            if norm.measure is not None:
+                spreads[norm.sites], norm.measure = norm.measure.reshape(ids.shape), None
+        if "sigma" in self._terms:
+            end = self.model.config.get_text_config().eos_token_id
+            yield "sigma", sigma_term(spreads[FINAL], ids, mask, end)
+        if "spread" in self._terms:
+            if not any(spread.requires_grad for names, spread in spreads.items() if names != FINAL):
+                raise ValueError(
+                    f"spread_weight is {self.args.spread_weight}, but no norm within a layer has a gradient: train"
+                    " layers, and with checkpointing set gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+            yield "spread", spread_term(list(spreads.values()), mask)
 
     def _share(self, inputs: dict[str, Any], num_items: Tensor | None) -> Tensor | float:
         """The part of the step's labels that a forward pass has, as its loss has been scaled."""
@@ -136,25 +167,13 @@ class LNRemovalTrainer(XentTrainer):
         share = (labels != -100).sum() / num_items
         return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
-    @contextmanager
-    def _final_spread(self) -> Iterator[list[Tensor]]:
-        """Collects the final norm's divisors [B, T] of a forward pass."""
-        names = {site.norm for site in sites(self.model) if site.kind == "final"}
-        norm: FakeNorm = fake_norms(self.model)[names.pop()]
-        spreads: list[Tensor] = []
-        handle = norm.register_forward_pre_hook(lambda _, args: spreads.append(norm.spread(args[0]).squeeze(-1)))
-        try:
-            yield spreads
-        finally:
-            handle.remove()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what is left to be removed, and the auxiliary term."""
+        """Adds what is left to be removed, and the auxiliary terms."""
         if "loss" in logs:
             logs["norms"] = sum(not site.removed for site in sites(self.model))
-            if self._terms:
-                logs["loss_sigma"] = float(torch.stack(self._terms).mean())
-                self._terms.clear()
+            for name, terms in self._terms.items():
+                logs[f"loss_{name}"] = float(torch.stack(terms).mean())
+                terms.clear()
         super().log(logs, start_time)
 
 
@@ -166,3 +185,10 @@ def sigma_term(spread: Tensor, ids: Tensor, mask: Tensor | None, end: int | list
     usual = keep & ~first & ~torch.isin(ids, ends)
     target = spread.detach()[usual if bool(usual.any()) else keep].mean()
     return (spread - target)[keep].square().mean()
+
+
+def spread_term(spreads: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Mean over norms of the variance of log sigma_t, divisors [B, T] each, over tokens that are no padding."""
+    logs = torch.stack([spread.to(spreads[0].device) for spread in spreads]).log()
+    logs = logs.flatten(1) if mask is None else logs[:, mask.bool()]
+    return logs.var(-1, correction=0).mean()
