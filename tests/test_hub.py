@@ -163,6 +163,9 @@ def test_card_has_what_the_run_measured_and_was_told(tmp_path):
     )
     assert f"| perplexity | {last['eval_perplexity']:.6g} |" in card.text
     assert "hf_secret" not in card.text and str(tmp_path) not in card.text
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret"
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TypeError, match="takes no licence"):
         trainer.create_model_card(licence="mit")

@@ -60,6 +60,17 @@ class Carded:
         write(trainer, folder, model_name or folder.name, given)
 
 
+class Tokenless:
+    """Goes before a trainer's configuration in a class's bases: copies and pickles of it are without the Hub's token.
+
+    Trainers push such a pickle with the model, `training_args.bin`.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, `hub_token` emptied: a copy pushes with the login."""
+        return {**self.__dict__, "hub_token": None}
+
+
 def write(trainer: Any, folder: Path, name: str, given: dict[str, Any]) -> None:
     """The card of a trainer and what it refers to."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -39,14 +39,14 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from .. import auc
 from ..detection import metrics
-from ..hub import Carded
+from ..hub import Carded, Tokenless
 
 ROW = "row_index"
 STATE = "dxo_state.safetensors"
 
 
 @dataclass
-class DXOConfig(TrainingArguments):
+class DXOConfig(Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the options of DXO."""
 
     loss: str = field(

@@ -36,14 +36,14 @@ from transformers import Trainer, TrainingArguments
 
 from ..consistency import consistency
 from ..data.formats import PromptFormats
-from ..hub import Carded
+from ..hub import Carded, Tokenless
 from ..mode import evaluating
 from ..ops import Head
 from ..patching import lazily, patch
 
 
 @dataclass
-class F2CConfig(TrainingArguments):
+class F2CConfig(Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the options of F2C; the defaults are the authors' for RTE, in all but K."""
 
     method: str = field(default="f2c", metadata={"help": "'f2c', or a baseline: 'cce' or 'swarm'."})

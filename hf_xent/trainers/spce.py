@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
+from ..hub import Tokenless
 from .streamed import Streamed
 
 COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
@@ -49,7 +50,7 @@ SOFT = ("sigmoid", "sigmoid_norm")
 
 
 @dataclass
-class SPCEConfig(DPOConfig):
+class SPCEConfig(Tokenless, DPOConfig):
     """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss."""
 
     method: str = field(

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
 from ..data.variants import Variants
+from ..hub import Tokenless
 from ..patching import lazily
 from .streamed import Streamed
 
@@ -91,7 +92,7 @@ class SPOOptions:
 
 
 @dataclass
-class SPOConfig(SPOOptions, DPOConfig):
+class SPOConfig(SPOOptions, Tokenless, DPOConfig):
     """`trl.DPOConfig` and the options of SPO."""
 
 

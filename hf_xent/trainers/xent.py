@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import losses
-from ..hub import Carded
+from ..hub import Carded, Tokenless
 from ..losses import CrossEntropy, Loss
 from ..patching import patch, seam_of
 
 
 @dataclass
-class XentConfig(TrainingArguments):
+class XentConfig(Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the loss."""
 
     loss: str = field(
