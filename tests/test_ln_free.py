@@ -80,6 +80,8 @@ def test_scaled_schedules():
         assert (events[0][0], events[-1][0]) == (max(1, int(0.1 * steps)), int(0.5 * steps))
     assert Schedule.at_once(model, 7).events == tuple((7, name) for name in names)
     assert Schedule.of(["mlp.0", "v.0", "final"], 5, (2, 9, 4)).events == ((5, "mlp.0"), (7, "v.0"), (11, "final"))
+    slow = Schedule.at_once(model, 7, taper=3)
+    assert [set(slow.due(step).values()) for step in range(6, 12)] == [set(), {0.25}, {0.5}, {0.75}, {1.0}, {1.0}]
     with pytest.raises(ValueError, match="schedule is 'gpt3'"):
         Schedule.named("gpt3")
     with pytest.raises(ValueError, match=r"start is 0.5 and end 0.2"):
@@ -123,18 +125,18 @@ def test_the_values_of_a_projection_are_told_by_derivatives():
         assert list(values(name)) == [reader] and values(name)[reader].all()
 
 
-def by_hand(model, qk, v):
-    """Logits of a 2-layer GPT-2 whose layer 1 takes the given divisors for q/k and for v (None: its own)."""
+def by_hand(model, sigma, qk, v):
+    """Logits of a 2-layer GPT-2 whose layer 1 is removed to the given shares for q/k and for v."""
     attention, ln = model.transformer.h[1].attn, model.transformer.h[1].ln_1
     raw = {}
 
-    def norm(x, sigma):
+    def norm(x, share):
         centered = x - x.mean(-1, keepdim=True)
-        sigma = (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt() if sigma is None else sigma
-        return centered / sigma * ln.weight + ln.bias
+        own = (centered.square().mean(-1, keepdim=True) + 1e-5).log() / 2
+        return centered / ((1 - share) * own + share * sigma.log()).exp() * ln.weight + ln.bias
 
     def project(module, args, output):
-        parts = [norm(raw["x"], sigma) @ module.weight + module.bias for sigma in (qk, v)]
+        parts = [norm(raw["x"], share) @ module.weight + module.bias for share in (qk, v)]
         return torch.cat([parts[0][..., :64], parts[1][..., 64:]], -1)
 
     handles = [
@@ -147,14 +149,14 @@ def by_hand(model, qk, v):
     return found
 
 
-@pytest.mark.parametrize("gone", [("qk.1",), ("v.1",), ("qk.1", "v.1")])
-def test_paths_are_removed_apart(gone):
+@pytest.mark.parametrize("shares", [(1, 0), (0, 1), (1, 1), (0.4, 0), (0.4, 0.4), (0.4, 0.9), (1, 0.3)])
+def test_paths_are_removed_apart(shares):
     """Values and every gradient against a dense reference that projects twice."""
     stock, model = tiny("gpt2"), seen("gpt2")
-    sigma = next(s.sigma for s in ln_free.sites(model) if s.name == "qk.1")
-    for site in gone:
-        ln_free.remove(model, site)
-    expected = by_hand(stock, *(sigma if name in gone else None for name in ("qk.1", "v.1")))
+    sigma = torch.tensor(next(s.sigma for s in ln_free.sites(model) if s.name == "qk.1"))
+    for site, share in zip(("qk.1", "v.1"), shares, strict=True):
+        ln_free.remove(model, site, share)
+    expected = by_hand(stock, sigma, *shares)
     found = model(input_ids=batch()[0]).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(found)
@@ -180,6 +182,30 @@ def test_removed_norms_are_affine(name):
         torch.testing.assert_close(norm((x + y) / 2), (norm(x) + norm(y)) / 2, rtol=1e-4, atol=1e-5)
     ln_free.restore(model, "final")
     assert not ln_free.is_ln_free(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_share_of_a_norm_divides_by_a_geometric_mean(name):
+    """Of the token's own and sigma; 0 and 1 are the norm and none."""
+    model = seen(name)
+    norms = fake_norms(model)
+    site = next(site for site in ln_free.sites(model) if site.kind == "mlp")
+    norm = norms[site.norm]
+    x = torch.randn(2, 5, 32) * torch.tensor([0.1, 1.0, 3.0, 9.0, 30.0])[:, None]
+    center = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    own = (center.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    for share in (0.0, 0.3, 1.0):
+        ln_free.remove(model, site.name, share)
+        expected = center / (own ** (1 - share) * site.sigma**share) * norm.weight
+        expected = expected if norm.bias is None else expected + norm.bias
+        torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+        assert ln_free.sites(model)[0].share == pytest.approx(share)
+    ln_free.remove(model, "qk.1", 0.2)
+    ln_free.remove(model, "v.1", 0.7)
+    found = ln_free.verify(model)
+    assert max(found.cache, found.padding) < 1e-4 and not found.ln_free
+    with pytest.raises(ValueError, match=r"share is 1.5"):
+        ln_free.remove(model, "v.1", 1.5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -286,7 +312,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="no removable norms"):
         ln_free.sites(tiny("gpt2"))
     model = ln_free.wrap(tiny("gpt2"))
-    with pytest.raises(ValueError, match=r"mlp.0 has no sigma yet"):
+    with pytest.raises(ValueError, match=r"mlp.0 has no finite sigma"):
         ln_free.remove(model, "mlp.0")
     with pytest.raises(ValueError, match=r"site is 'mlp.9'"):
         ln_free.remove(model, "mlp.9")
@@ -337,15 +363,25 @@ def test_training_removes_all_norms_on_schedule(tmp_path, rows, name):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_resumed_in_the_middle_of_the_schedule(tmp_path, rows, step):
-    """Dropout, sigmas, removals: losses are bit-equal."""
-    options = {"save_strategy": "steps", "save_steps": step, "removal_start": 0.1, "removal_end": 0.7}
+@pytest.mark.parametrize("taper", [0.0, 0.3])
+def test_resumed_in_the_middle_of_the_schedule(tmp_path, rows, step, taper):
+    """Dropout, sigmas, removals and shares of them: losses are bit-equal."""
+    options = {"save_strategy": "steps", "save_steps": step, "removal_start": 0.1, "removal_end": 0.6}
+    options["removal_taper"] = taper
     straight = fit(tmp_path, rows, **options)
-    midway = [entry["norms"] for entry in straight.state.log_history if "loss" in entry][step - 1]
-    assert 0 < midway < 7
+    assert ln_free.is_ln_free(straight.model)
     resumed = fit(tmp_path, rows, resume=str(tmp_path / f"checkpoint-{step}"), **options)
     assert losses_of(resumed) == losses_of(straight)
     assert ln_free.sites(resumed.model) == ln_free.sites(straight.model)
+    midway = ln_free.convert.load(str(tmp_path / f"checkpoint-{step}"))[0]
+    shares = [site.share for site in ln_free.sites(midway)]
+    assert shares == pytest.approx(
+        [
+            Schedule.scaled(midway, 12, start=0.1, end=0.6, taper=int(taper * 12)).due(step - 1).get(site.name, 0.0)
+            for site in ln_free.sites(midway)
+        ]
+    )
+    assert 0 < sum(shares) < 7
 
 
 def dense_term(model, inputs, weight):
@@ -484,6 +520,8 @@ def test_the_callback_under_a_stock_trainer(tmp_path, rows):
     callbacks = [LNRemovalCallback(schedule)]
     Trainer(model, config, train_dataset=rows, data_collator=padded, callbacks=callbacks).train()
     assert ln_free.is_ln_free(model)
+    with pytest.raises(ValueError, match=r"removal_taper is 0.5 and the last removal begins at 0.6"):
+        fit(tmp_path, rows, removal_end=0.6, removal_taper=0.5)
     with pytest.raises(ValueError, match=r"schedule removes 'mlp.2'"):
         fit(tmp_path, rows, schedule=Schedule.named("gpt2"))
 

@@ -189,12 +189,12 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """Removed norms normalize in here, so that they are recognized."""
     fakes = [m for m in model.modules() if isinstance(m, FakeNorm)]
     for fake in fakes:
-        fake.removed = [False] * len(fake.sites)
+        fake.shares = [0.0] * len(fake.sites)
     try:
         yield
     finally:
         for fake in fakes:
-            fake.removed = fake.gone.tolist()
+            fake.shares = fake.gone.tolist()
 
 
 def _affine(norm: Any, width: int) -> tuple[Tensor, Tensor]:

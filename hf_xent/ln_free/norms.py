@@ -2,6 +2,7 @@
 
     real     (x - mu) / sigma_x * weight + bias          sigma_x = sqrt(var(x) + eps), of every token
     removed  (x - mu) / sigma   * weight + bias          sigma, one constant a norm: an affine map
+    between  (x - mu) / sigma_x^(1 - a) sigma^a * weight + bias                     0 < a < 1, the share that is removed
 
 (without mu, and with the root mean square for sigma_x, in RMSNorms). While a norm is real, sigma follows the mean of
 sigma_x over the tokens that are no padding, once a forward pass in training mode, and never in evaluation:
@@ -15,7 +16,7 @@ the ratio of the two divisors. Both share one sigma, live until the second step,
 holds no two. `momentum` 0.9 is the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
 
 Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; the predecessor
-is Heimersheim 2024, arXiv:2409.13710. RMSNorm and finding norms by structure are ours.
+is Heimersheim 2024, arXiv:2409.13710. RMSNorm, shares and finding norms by structure are ours.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ class Site:
     kind: str
     layer: int | None
     norm: str  # the module's name in the model
-    removed: bool
+    share: float  # removed, 0 to 1
     sigma: float  # nan until a batch was seen
+
+    @property
+    def removed(self) -> bool:
+        """Whether nothing normalizes here any more."""
+        return self.share == 1
 
 
 class Watch:
@@ -86,8 +92,8 @@ class FakeNorm(nn.Module):
         self.sites, self.watch, self.momentum, self.training = sites, watch, momentum, norm.training
         device = next((p.device for p in norm.parameters()), None)
         self.register_buffer("sigma", torch.tensor(float("nan"), device=device))
-        self.register_buffer("gone", torch.zeros(len(sites), dtype=torch.bool, device=device))
-        self.removed = [False] * len(sites)  # `gone`, without asking the device
+        self.register_buffer("gone", torch.zeros(len(sites), device=device))
+        self.shares = [0.0] * len(sites)  # `gone`, without asking the device
         self.ratio: Tensor | None = None  # values' divisor against the other, from this norm to its readers
         self.measured = False  # whether training asks for sigma_x, with its gradient
         self.measure: Tensor | None = None  # sigma_x [...] of the last pass that counted
@@ -111,16 +117,27 @@ class FakeNorm(nn.Module):
         if self.measured and self.training:  # within a checkpoint's second pass, too, which must repeat the first
             spread = self.spread(x).squeeze(-1)
             self.measure = spread if self.watch.live else self.measure
-        if all(self.removed):
+        if self.removed:
             return self.affine(x, self.sigma)
         if self.watch.live:
             self._follow(x)
-        if not any(self.removed):
+        if not any(self.shares):
             return super().forward(x)
-        own = self.spread(x)
-        first, values = (self.sigma if removed else own for removed in self.removed)
-        self.ratio = first / values
+        first, *values = (self.divisor(x, share) for share in self.shares)
+        if len(set(self.shares)) > 1:
+            self.ratio = first / values[0]
         return self.affine(x, first)
+
+    @property
+    def removed(self) -> bool:
+        """Whether all of its sites are."""
+        return all(share == 1 for share in self.shares)
+
+    def divisor(self, x: Tensor, share: float) -> Tensor:
+        """sigma_x^(1 - share) sigma^share, [..., 1] or []."""
+        if share == 1:
+            return self.sigma
+        return self.spread(x) ** (1 - share) * self.sigma**share if share else self.spread(x)
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
@@ -133,25 +150,28 @@ class FakeNorm(nn.Module):
         moved = self.momentum * self.sigma + (1 - self.momentum) * mean
         self.sigma.copy_(torch.where(self.sigma.isnan(), mean, moved))
 
-    def switch(self, site: str, removed: bool) -> None:
-        """Remove one of the norm's sites, or put it back."""
-        if removed and not bool(self.sigma.isfinite()):
-            raise ValueError(
-                f"{site} has no sigma yet: run a batch in training mode first, or hf_xent.ln_free.calibrate"
-            )
+    def switch(self, site: str, share: float) -> None:
+        """Remove a share of one of the norm's sites; none puts it back."""
         index = self.sites.index(site)
-        self.removed[index] = removed
-        self.gone[index] = removed
+        if share == self.shares[index]:
+            return
+        if share and not bool(self.sigma.isfinite()):
+            raise ValueError(
+                f"{site} has no finite sigma: run a batch in training mode first, or hf_xent.ln_free.calibrate; if that"
+                " was done, training has diverged"
+            )
+        self.shares[index] = share
+        self.gone[index] = share
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        sigma = self.sigma
+        sigma, gone = self.sigma, self.gone
         super()._apply(fn, recurse)
-        self.sigma = sigma.to(self.sigma.device)  # float32 in a model of any dtype
+        self.sigma, self.gone = sigma.to(self.sigma.device), gone.to(self.gone.device)  # float32 in any model
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.removed = self.gone.tolist()
+        self.shares = self.gone.tolist()
 
 
 class FakeLayerNorm(FakeNorm, nn.LayerNorm):
@@ -247,9 +267,9 @@ def sites(model: nn.Module) -> list[Site]:
     """
     found = []
     for name, norm in fake_norms(model).items():
-        for site, removed in zip(norm.sites, norm.removed, strict=True):
+        for site, share in zip(norm.sites, norm.shares, strict=True):
             kind, _, layer = site.partition(".")
-            found.append(Site(site, kind, int(layer) if layer else None, name, removed, float(norm.sigma)))
+            found.append(Site(site, kind, int(layer) if layer else None, name, share, float(norm.sigma)))
     return sorted(found, key=lambda site: (KINDS.index(site.kind), site.layer or 0))
 
 
@@ -258,23 +278,25 @@ def is_ln_free(model: nn.Module) -> bool:
 
     Runs a few tokens: what counts is what its modules do, whatever they are called.
     """
-    if any(not all(m.removed) for m in model.modules() if isinstance(m, FakeNorm)):
+    if any(not m.removed for m in model.modules() if isinstance(m, FakeNorm)):
         return False
     found = trace(model)
     return not found.others and not any(norm.acts for norm in found.norms)
 
 
-def remove(model: nn.Module, site: str) -> None:
-    """Freeze a site's divisor at its sigma; does nothing twice.
+def remove(model: nn.Module, site: str, share: float = 1.0) -> None:
+    """Freeze a site's divisor at its sigma, or remove a share of the norm, a in [0, 1]; does nothing twice.
 
-    Raises: ValueError for an unknown site, or one that has seen no batch yet.
+    Raises: ValueError for an unknown site, another share, or a norm that has seen no batch yet.
     """
-    _norm_of(model, site).switch(site, True)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}: choose one from 0, the norm itself, to 1, none")
+    _norm_of(model, site).switch(site, float(share))
 
 
 def restore(model: nn.Module, site: str) -> None:
     """Normalize at a site again. Raises: ValueError for an unknown site."""
-    _norm_of(model, site).switch(site, False)
+    _norm_of(model, site).switch(site, 0.0)
 
 
 def _norm_of(model: nn.Module, site: str) -> FakeNorm:
@@ -295,7 +317,7 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
             for count, batch in enumerate(batches):
                 for norm in norms:
                     norm.momentum = count / (count + 1)
-                    if not count and not all(norm.removed):
+                    if not count and not norm.removed:
                         norm.sigma.fill_(float("nan"))
                 model(**batch)
     finally:

@@ -8,13 +8,17 @@ MLPs first was the most stable order for the authors; gaps let the loss come dow
 is the paper's table. `Schedule.scaled` (ours) keeps the proportions of the smallest size, removals from 1/15 to 26/75
 of the steps (20 and 104 of 300) with gaps 2 : 2 : 3, for any depth and number of steps.
 
+A removal may take more steps than one (ours): its share, that of `hf_xent.ln_free.remove`, grows by 1 / (taper + 1) in
+each. At once and with a long taper, all norms fade together, and every layer learns to go without while all others are
+still held a little.
+
 Source: Baroni et al. 2025, arXiv:2507.02559, table of hyperparameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -33,9 +37,13 @@ START, END, GAPS = 20 / 300, 104 / 300, (2, 2, 3)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Removals as (step, site), in order; each happens at the beginning of its step, step 0 being the first."""
+    """Removals as (step, site), in order; each happens at the beginning of its step, step 0 being the first.
+
+    taper: steps that each of them takes from then on; 0 is all of it at the first.
+    """
 
     events: tuple[tuple[int, str], ...]
+    taper: int = 0
 
     @classmethod
     def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:
@@ -57,7 +65,9 @@ class Schedule:
         return cls.of([*names, KINDS[3]], start, gaps)
 
     @classmethod
-    def scaled(cls, model: nn.Module, steps: int, *, start: float = START, end: float = END) -> Schedule:
+    def scaled(
+        cls, model: nn.Module, steps: int, *, start: float = START, end: float = END, taper: int = 0
+    ) -> Schedule:
         """For a wrapped model and a number of steps; the first and the final removal at these shares of them.
 
         Raises: ValueError for shares that are not 0 <= start <= end < 1, or a model that was not wrapped.
@@ -68,16 +78,21 @@ class Schedule:
         whole = sum(GAPS[KINDS.index(name.partition(".")[0])] for name in names if name != KINDS[3])
         first = max(1.0, start * steps)  # at step 0 no norm has seen a batch
         unit = max(0.0, end * steps - first) / max(whole, 1)
-        return cls.of(names, first, (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit))
+        gaps = (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit)
+        return replace(cls.of(names, first, gaps), taper=taper)
 
     @classmethod
-    def at_once(cls, model: nn.Module, step: int) -> Schedule:
-        """Everything at one step: the control. Raises: ValueError for a model that was not wrapped."""
-        return cls(tuple((step, site.name) for site in sites(model)))
+    def at_once(cls, model: nn.Module, step: int, taper: int = 0) -> Schedule:
+        """Everything from one step on; without a taper, the control.
 
-    def due(self, step: int) -> list[str]:
-        """Sites to be removed by the beginning of a step."""
-        return [site for at, site in self.events if at <= step]
+        Raises: ValueError for a model that was not wrapped.
+        """
+        return cls(tuple((step, site.name) for site in sites(model)), taper)
+
+    def due(self, step: int) -> dict[str, float]:
+        """Sites that are to be removed by the beginning of a step, and their shares, above 0 to 1."""
+        shares = {site: min(1.0, (step - at + 1) / (self.taper + 1)) for at, site in self.events}
+        return {site: share for site, share in shares.items() if share > 0}
 
     def check(self, model: nn.Module) -> None:
         """Raises: ValueError if it removes what a wrapped model does not have."""

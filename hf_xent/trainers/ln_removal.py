@@ -43,13 +43,17 @@ class LNRemovalConfig(XentConfig):
         default="scaled",
         metadata={
             "help": "'scaled' to the model's depth and the number of steps; 'gpt2', 'gpt2-medium', 'gpt2-large' or"
-            " 'gpt2-xl' as in the paper; 'at_once', a control."
+            " 'gpt2-xl' as in the paper; 'at_once', a control unless it takes `removal_taper`."
         },
     )
     removal_start: float = field(
         default=START, metadata={"help": "Share of the steps before the first removal, for 'scaled' and 'at_once'."}
     )
     removal_end: float = field(default=END, metadata={"help": "Share before the last removal, for 'scaled'."})
+    removal_taper: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps that a norm's removal takes, for 'scaled' and 'at_once'; 0 is a switch."},
+    )
     sigma_weight: float = field(default=0.1, metadata={"help": "lambda; 0 is a control."})
     spread_weight: float = field(
         default=0.0,
@@ -62,11 +66,18 @@ class LNRemovalConfig(XentConfig):
 
 
 def schedule_of(args: LNRemovalConfig, model: nn.Module, steps: int) -> Schedule:
-    """The schedule that arguments name. Raises: ValueError for an unknown name, or a start or end out of range."""
+    """The schedule that arguments name. Raises: ValueError for an unknown name, or shares of the steps out of range."""
+    last = args.removal_start if args.schedule == "at_once" else args.removal_end
+    if not 0 <= args.removal_taper < 1 - last:
+        raise ValueError(
+            f"removal_taper is {args.removal_taper} and the last removal begins at {last} of the steps: their sum must"
+            " stay below 1"
+        )
+    taper = int(args.removal_taper * steps)
     if args.schedule == "scaled":
-        return Schedule.scaled(model, steps, start=args.removal_start, end=args.removal_end)
+        return Schedule.scaled(model, steps, start=args.removal_start, end=args.removal_end, taper=taper)
     if args.schedule == "at_once":
-        return Schedule.at_once(model, max(1, int(args.removal_start * steps)))
+        return Schedule.at_once(model, max(1, int(args.removal_start * steps)), taper)
     return Schedule.named(args.schedule)
 
 
@@ -94,8 +105,8 @@ class LNRemovalCallback(TrainerCallback):
     ) -> None:
         """Remove what is due."""
         assert self.schedule is not None
-        for site in self.schedule.due(state.global_step):
-            remove(kwargs["model"], site)
+        for site, share in self.schedule.due(state.global_step).items():
+            remove(kwargs["model"], site, share)
 
 
 class LNRemovalTrainer(XentTrainer):
