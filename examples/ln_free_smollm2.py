@@ -1,10 +1,10 @@
-"""Remove every RMSNorm of SmolLM2-135M, against plain fine-tuning and against removal as in GPT-2.
+"""Remove every RMSNorm of SmolLM2-135M, against plain fine-tuning and against removal without what it takes there.
 
     python examples/ln_free_smollm2.py [--steps 480] [--text pydoc] [--output out/ln-free-smollm2]
 
 From layer 12 on the first token's residual is some 170 times as long as the others', so that no divisor serves both,
-and a gated MLP squares it. The term of `spread_weight` makes divisors alike before the first norm goes. All weights
-train. One seed. Losses are of held-out blocks of the text; the models are saved for `hf-xent ln-free`.
+and one gated MLP after the other squares it. So divisors are made alike, by `spread_weight`, and all norms fade
+together. All weights train. One seed. Losses are of held-out blocks; the models are saved for `hf-xent ln-free`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ import hf_xent
 from hf_xent import data, embedded, ln_free
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96  # short ones: the term needs many first tokens
-ARMS = {"original": None, "vanilla": None, "LN-free": 100.0, "LN-free, no spread term": 0.0}
-"""Arm -> spread_weight."""
+FADE = {"schedule": "at_once", "removal_start": 1 / 8, "removal_taper": 0.7, "sigma_weight": 0.0}
+ARMS: dict[str, Any] = {
+    "original": None,
+    "vanilla": None,
+    "LN-free": {**FADE, "spread_weight": 100.0},
+    "LN-free, no spread term": FADE,
+    "LN-free, no fading": {"spread_weight": 100.0, "sigma_weight": 0.0},
+}
+"""Arm -> options of LNRemovalConfig."""
 
 
 def trainer_of(arm: str, model: Any, tokenizer: Any, blocks: Any, steps: int, output: Path) -> Any:
-    """Norms go between 27 and 83 % of the steps, those of MLPs at longer intervals."""
     shared: dict[str, Any] = {
         "output_dir": str(output / "run"), "max_steps": steps, "per_device_train_batch_size": ROWS,
         "learning_rate": 2e-4, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-5},
@@ -36,13 +42,11 @@ def trainer_of(arm: str, model: Any, tokenizer: Any, blocks: Any, steps: int, ou
     rows = {"train_dataset": blocks, "processing_class": tokenizer}
     if arm == "vanilla":
         return hf_xent.XentTrainer(model, hf_xent.XentConfig(**shared), **rows)
-    schedule = ln_free.Schedule.scaled(ln_free.wrap(model), steps, start=0.27, end=0.83, gaps=(5, 2, 2))
-    config = hf_xent.LNRemovalConfig(**shared, spread_weight=ARMS[arm], sigma_weight=0.0)
-    return hf_xent.LNRemovalTrainer(model, config, schedule=schedule, **rows)
+    return hf_xent.LNRemovalTrainer(model, hf_xent.LNRemovalConfig(**shared | ARMS[arm]), **rows)
 
 
 def run(arm: str, model: Any, tokenizer: Any, parts: Any, steps: int, output: Path) -> dict[str, Any]:
-    """Fine-tune, save, measure; where a sigma got infinite, the step at which it did."""
+    """Fine-tune, save, measure; where a sigma is infinite, the step at which it was to be frozen."""
     if arm != "original":
         trainer = trainer_of(arm, model, tokenizer, parts["train"], steps, output)
         try:
@@ -68,8 +72,7 @@ def main(
             loaded, tokenizer = embedded.load(model)
             parts = data.pack(data.load_text(text), tokenizer, block_size=BLOCK).train_test_split(HELD_OUT, seed=0)
             file.write_text(json.dumps(run(arm, loaded, tokenizer, parts, steps, output)))
-        row = json.loads(file.read_text())
-        show(arm, {name: value for name, value in row.items() if name != "nmae"})
+        show(arm, {name: x for name, x in json.loads(file.read_text()).items() if name != "nmae"})
     return {arm: json.loads((output / f"{arm}.json").read_text()) for arm in ARMS}
 
 

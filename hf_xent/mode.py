@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -17,3 +18,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+@contextmanager
+def measuring(model: Any) -> Iterator[None]:
+    """As `evaluating`, and without the autocast that accelerate puts around a model's forward for a trainer's bf16."""
+    places = model.__dict__
+    forward, own = places.get("forward"), places.get("_original_forward")  # where accelerate keeps what it wrapped
+    if own is not None:
+        model.forward = own
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if own is not None:
+            model.forward = forward

@@ -233,16 +233,19 @@ def test_ln_free_gpt2_compares_all_arms(tmp_path, monkeypatch):
     assert yardstick["kneser-ney 3"] < yardstick["gpt2"]  # four steps have learned nothing, trigrams the whole text
 
 
-def test_ln_free_smollm2_removes_the_norms_that_are_even(tmp_path):
-    """In a random model all are: with the final one gone, attribution is exact. No norm is within a limit of 0.1."""
-    tiny("llama", std=0.05, vocab_size=90, num_hidden_layers=3).save_pretrained(tmp_path / "model")
+def test_ln_free_smollm2_removes_all_norms(tmp_path):
+    """Attribution is exact without norms, and their two forms are the same model; what diverges is told by its step."""
+    tiny("llama", std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
     tiny_tokenizer(TEXT).save_pretrained(tmp_path / "model")
     example = runpy.run_path(str(EXAMPLES / "ln_free_smollm2.py"))
-    found = example["main"](model=str(tmp_path / "model"), steps=10, output=tmp_path / "out")
-    assert found["norms removed"]["mean_nmae"] < 1e-3 < found["vanilla"]["mean_nmae"]
-    assert found["original"]["loss"] != found["vanilla"]["loss"] and len(found["norms removed"]["removed"]) == 10
-    model = example["ln_free"].wrap(tiny("llama", std=0.05, vocab_size=90))
-    assert example["even"](model, torch.randint(90, (2, 8)), 0.1) == []
+    found = example["main"](model=str(tmp_path / "model"), steps=12, output=tmp_path / "out")
+    for arm in [name for name in found if "LN-free" in name]:
+        assert found[arm]["mean_nmae"] < 1e-3 < found["vanilla"]["mean_nmae"], arm
+        assert max(found[arm][form][0] for form in ("to_true", "to_eps_trick")) < 1e-4
+    assert len({row["loss"] for row in found.values()}) == 5
+    (tmp_path / "out" / "LN-free.json").unlink()
+    example["ARMS"]["LN-free"]["learning_rate"] = 1e30
+    assert example["main"](model=str(tmp_path / "model"), steps=12, output=tmp_path / "out")["LN-free"]["diverged"] < 12
 
 
 def test_membership_scores_every_dose(tmp_path, monkeypatch, model):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from hf_xent.mode import evaluating
+from hf_xent.mode import evaluating, measuring
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -19,3 +20,15 @@ def test_a_model_is_left_in_its_mode_whatever_happens(training):
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert all(module.training is training for module in model.modules())
+
+
+def test_measuring_takes_a_trainers_autocast_off_and_puts_it_back():
+    """As accelerate puts it on; float32 in between."""
+    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    expected = model(x)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    rounded = prepared(x)
+    assert not torch.equal(rounded, expected)
+    with measuring(prepared):
+        assert torch.equal(prepared(x), expected) and not prepared.training
+    assert torch.equal(prepared(x), rounded) and prepared.training

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..mode import measuring
 from ..patching import head_of, lazily, patch, unpatch
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
@@ -100,25 +101,18 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
 @contextmanager
 def _measuring(model: Any) -> Iterator[None]:
     """In evaluation mode, attention weights computed, logits lazy, without a trainer's autocast; then as before."""
-    training, attention, patched = model.training, model.config._attn_implementation, "_hf_xent" in model.__dict__
-    places = model.__dict__
-    forward, own = places.get("forward"), places.get("_original_forward")  # where accelerate keeps what it wrapped
-    if own is not None:
-        model.forward = own
-    model.eval()
-    model.set_attn_implementation("eager")
-    if not patched:
-        patch(model)
-    try:
-        with lazily(model):
-            yield
-    finally:
+    attention, patched = model.config._attn_implementation, "_hf_xent" in model.__dict__
+    with measuring(model):
+        model.set_attn_implementation("eager")
         if not patched:
-            unpatch(model)
-        model.set_attn_implementation(attention)
-        model.train(training)
-        if own is not None:
-            model.forward = forward
+            patch(model)
+        try:
+            with lazily(model):
+                yield
+        finally:
+            if not patched:
+                unpatch(model)
+            model.set_attn_implementation(attention)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import embedded
-from ..mode import evaluating
+from ..mode import measuring
 from .modeling_ln_free import LNFree
 from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
 from .structure import eps_of, random_tokens, trace
@@ -162,7 +162,7 @@ def parity(a: nn.Module, b: nn.Module, rows: int = 2, length: int = 16) -> tuple
     """Largest difference between two models' logits on random tokens, and the largest logit of the first."""
     found = []
     for model in (a, b):
-        with evaluating(model):
+        with measuring(model):
             found.append(model(input_ids=random_tokens(model, rows, length)).logits.float().cpu())
     return float((found[0] - found[1]).abs().max()), float(found[0].abs().max())
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mode import evaluating
+from ..mode import measuring
 
 EPS = 1e-5  # of norms that do not tell theirs
 
@@ -57,7 +57,7 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(walk) for leaf in leaves]
     try:
-        with evaluating(model), torch.enable_grad():
+        with measuring(model), torch.enable_grad():
             output = model(input_ids=random_tokens(model, 1, tokens), use_cache=True)
             walk.attribute(output.past_key_values)
     finally:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mode import evaluating
+from ..mode import measuring
 from .convert import form_of, parity
 from .norms import is_ln_free
 from .structure import random_tokens
@@ -47,7 +47,7 @@ class Verification:
 
 def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
     """Check a causal LM in any form, against another if given, on random prompts and so many generated tokens."""
-    with evaluating(model):
+    with measuring(model):
         return _verified(model, other, tokens)
 
 
