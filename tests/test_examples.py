@@ -244,7 +244,7 @@ def test_ln_free_smollm2_removes_all_norms(tmp_path):
         assert max(found[arm][form][0] for form in ("to_true", "to_eps_trick")) < 1e-4
     assert len({row["loss"] for row in found.values()}) == 5
     (tmp_path / "out" / "LN-free.json").unlink()
-    example["ARMS"]["LN-free"]["learning_rate"] = 1e30
+    example["REMOVALS"]["LN-free"]["learning_rate"] = 1e30
     assert example["main"](model=str(tmp_path / "model"), steps=12, output=tmp_path / "out")["LN-free"]["diverged"] < 12
 
 
