@@ -21,8 +21,8 @@ import hf_xent
 from hf_xent import data, embedded, ln_free
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96
-FADE = {"schedule": "at_once", "removal_start": 1 / 8, "removal_taper": 0.7, "sigma_weight": 0.0}
-SPREAD = {"spread_weight": 100.0, "sigma_weight": 0.0}
+FADE = {"schedule": "at_once", "removal_start": 1 / 8, "removal_taper": 0.7, "sigma_weight": 0.0, "sigma_median": True}
+SPREAD = {"spread_weight": 100.0, "sigma_weight": 0.0, "sigma_median": True}
 REMOVALS = {"LN-free": FADE | SPREAD, "LN-free, no spread term": FADE, "LN-free, no fading": SPREAD}
 ARMS = ("original", "vanilla", *REMOVALS)
 
@@ -38,8 +38,8 @@ def trainer_of(arm: str, model: Any, tokenizer: Any, rows: Any, steps: int, outp
     shared: dict[str, Any] = {
         "output_dir": str(output / "run"), "max_steps": steps, "per_device_train_batch_size": ROWS,
         "learning_rate": 2e-4, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-5},
-        "warmup_steps": 10, "logging_steps": 10, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "bf16": True, "use_cpu": not torch.cuda.is_available(),
+        "adam_beta2": 0.95, "warmup_steps": 10, "logging_steps": 10, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     kind = hf_xent.LNRemovalTrainer if arm in REMOVALS else hf_xent.XentTrainer
     args = kind.config_class(**shared | REMOVALS.get(arm, {}))

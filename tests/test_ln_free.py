@@ -209,9 +209,10 @@ def test_a_share_of_a_norm_divides_by_a_geometric_mean(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_sigma_follows_tokens_that_are_no_padding(name):
+@pytest.mark.parametrize("median", [False, True])
+def test_sigma_follows_tokens_that_are_no_padding(name, median):
     """A moving average of the divisors of real tokens, in training alone."""
-    model = ln_free.wrap(tiny(name), momentum=0.75)
+    model = ln_free.wrap(tiny(name), momentum=0.75, median=median)
     inputs = {}
 
     def keep(module_name):
@@ -231,8 +232,24 @@ def test_sigma_follows_tokens_that_are_no_padding(name):
         means = []
         for x, keep_tokens in zip(inputs[site.norm], (mask.bool(), torch.ones_like(mask).bool()), strict=False):
             x = x - x.mean(-1, keepdim=True) if name != "llama" else x
-            means.append((x.square().mean(-1) + model.get_submodule(site.norm).eps).sqrt()[keep_tokens].mean())
+            own = (x.square().mean(-1) + model.get_submodule(site.norm).eps).sqrt()[keep_tokens]
+            means.append(own.median() if median else own.mean())
         assert site.sigma == pytest.approx(float(0.75 * means[0] + 0.25 * means[1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("median", [False, True])
+def test_one_exploding_token_moves_the_mean_and_not_the_median(median):
+    norm = fake_norms(ln_free.wrap(tiny("llama"), median=median))["model.norm"]
+    norm.watch.live, x = True, torch.randn(4, 64, 32)
+    norm(x)
+    before = float(norm.sigma)
+    x[1, 0] *= 1e30
+    norm(x)
+    assert (float(norm.sigma) == pytest.approx(before, rel=1e-2)) is median
+    norm.watch.keep = torch.zeros(4, 64)
+    before = float(norm.sigma)
+    norm(x)
+    assert float(norm.sigma) == before, "nothing but padding"
 
 
 def test_sigma_is_frozen_at_removal_and_float32():

@@ -9,6 +9,9 @@ sigma_x over the tokens that are no padding, once a forward pass in training mod
 
     sigma <- momentum sigma + (1 - momentum) mean sigma_x           the first batch sets it
 
+or their median (ours), which does not move when the residual of one token explodes, as it may behind gated MLPs whose
+norms are gone: with the mean, that token undoes the divisor of all others.
+
 `wrap` puts these in the places of a model's norms, under their own names and with their own parameters, so attention,
 KV cache, padding, checkpointing and the weights' names stay as they were. A norm that attention reads is removed in two
 steps, for queries and keys (and whatever else reads it) and for values: in between, the values' inputs are rescaled by
@@ -59,7 +62,8 @@ class Site:
 class Watch:
     """What norms are told about the pass under way, by hooks on their model."""
 
-    def __init__(self) -> None:
+    def __init__(self, median: bool) -> None:
+        self.median = median  # which sigma follows; or the mean
         self.always = False  # also in evaluation: calibration
         self.live = False  # within a forward that counts; not while a checkpoint computes a layer again
         self.keep: Tensor | None = None  # [B, T], zero at padding
@@ -143,12 +147,11 @@ class FakeNorm(nn.Module):
     def _follow(self, x: Tensor) -> None:
         spread, keep = self.spread(x).squeeze(-1), self.watch.keep
         if keep is not None and keep.numel() == spread.numel():  # some models flatten tokens before a norm
-            weight = keep.reshape(spread.shape).to(spread)
-            mean = (spread * weight).sum() / weight.sum().clamp(min=1)
-        else:
-            mean = spread.mean()
-        moved = self.momentum * self.sigma + (1 - self.momentum) * mean
-        self.sigma.copy_(torch.where(self.sigma.isnan(), mean, moved))
+            spread = spread.where(keep.reshape(spread.shape).bool(), torch.nan)
+        middle = spread.nanmedian() if self.watch.median else spread.nanmean()
+        moved = self.momentum * self.sigma + (1 - self.momentum) * middle
+        moved = torch.where(self.sigma.isnan(), middle, moved)
+        self.sigma.copy_(torch.where(middle.isnan(), self.sigma, moved))  # nan: nothing but padding
 
     def switch(self, site: str, share: float) -> None:
         """Remove a share of one of the norm's sites; none puts it back."""
@@ -205,8 +208,10 @@ class _Values:
         return torch.where(self.values.to(output.device), reader.forward(own), output)
 
 
-def wrap(model: Model, *, momentum: float = 0.9) -> Model:
+def wrap(model: Model, *, momentum: float = 0.9, median: bool = False) -> Model:
     """Make the norms of a causal LM removable, in place; returns the same model. Wrapping again changes nothing.
+
+    median: sigma follows the median of the tokens' divisors, not their mean.
 
     Raises: ValueError for adapters, or a norm that no linear layer reads (as on queries and keys, or after a block).
     """
@@ -216,7 +221,7 @@ def wrap(model: Model, *, momentum: float = 0.9) -> Model:
         raise ValueError("model has adapters: removing norms trains all weights, merge the adapters first")
     found = trace(model)
     _refuse(model, found.others, found.norms)
-    watch, mlps = Watch(), 0
+    watch, mlps = Watch(median), 0
     for norm in found.norms:
         names: tuple[str, ...]
         if norm.layer is not None:

@@ -63,6 +63,13 @@ class LNRemovalConfig(XentConfig):
         },
     )
     sigma_momentum: float = field(default=0.9, metadata={"help": "Of every norm's running sigma."})
+    sigma_median: bool = field(
+        default=False,
+        metadata={
+            "help": "Sigma follows the median of the tokens' divisors, not their mean: for models with massive"
+            " activations, where one token can explode."
+        },
+    )
 
 
 def schedule_of(args: LNRemovalConfig, model: nn.Module, steps: int) -> Schedule:
@@ -127,7 +134,7 @@ class LNRemovalTrainer(XentTrainer):
         self, model: Any, args: LNRemovalConfig | None = None, *, schedule: Schedule | None = None, **kwargs: Any
     ):
         args = LNRemovalConfig(output_dir="out") if args is None else args
-        wrap(model, momentum=args.sigma_momentum)
+        wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         super().__init__(model, args, **kwargs)
         self.add_callback(LNRemovalCallback(schedule))
         self._weights = {"sigma": args.sigma_weight, "spread": args.spread_weight}
