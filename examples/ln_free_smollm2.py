@@ -21,10 +21,11 @@ import hf_xent
 from hf_xent import data, embedded, ln_free
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96
-FADE = {"schedule": "at_once", "removal_start": 1 / 8, "removal_taper": 0.7, "sigma_weight": 0.0, "sigma_median": True}
-SPREAD = {"spread_weight": 100.0, "sigma_weight": 0.0, "sigma_median": True}
-REMOVALS = {"LN-free": FADE | SPREAD, "LN-free, no spread term": FADE, "LN-free, no fading": SPREAD}
-ARMS = ("original", "vanilla", *REMOVALS)
+REMOVAL = {
+    "schedule": "at_once", "removal_start": 1 / 8, "removal_taper": 0.7, "sigma_weight": 0.0, "sigma_median": True,
+    "spread_weight": 100.0, "spread_limit": 0.05,
+}  # fmt: skip
+ARMS: dict[str, dict[str, Any]] = {"original": {}, "vanilla": {}, "LN-free": REMOVAL}
 
 
 def blocks(text: str, tokenizer: Any) -> Any:
@@ -41,13 +42,13 @@ def trainer_of(arm: str, model: Any, tokenizer: Any, rows: Any, steps: int, outp
         "adam_beta2": 0.95, "warmup_steps": 10, "logging_steps": 10, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    kind = hf_xent.LNRemovalTrainer if arm in REMOVALS else hf_xent.XentTrainer
-    args = kind.config_class(**shared | REMOVALS.get(arm, {}))
+    kind = hf_xent.LNRemovalTrainer if ARMS[arm] else hf_xent.XentTrainer
+    args = kind.config_class(**shared | ARMS[arm])
     return kind(model, args, train_dataset=rows, processing_class=tokenizer)
 
 
 def run(arm: str, model: Any, tokenizer: Any, parts: Any, steps: int, output: Path) -> dict[str, Any]:
-    """Fine-tune, save, measure; where a sigma is infinite, the step at which it was to be frozen."""
+    """Fine-tune, save, measure; of what diverged, the step."""
     if arm != "original":
         trainer = trainer_of(arm, model, tokenizer, parts["train"], steps, output)
         try:
@@ -57,7 +58,7 @@ def run(arm: str, model: Any, tokenizer: Any, parts: Any, steps: int, output: Pa
         trainer.save_model(str(output / arm))
     held_out = torch.tensor(list(parts["test"][:HELD_OUT]["input_ids"]))
     row = ln_free.analyze(model, held_out).as_dict()
-    if arm in REMOVALS:
+    if ARMS[arm]:
         row |= {form.__name__: ln_free.parity(model, form(model)) for form in (ln_free.to_true, ln_free.to_eps_trick)}
     return row
 

@@ -480,6 +480,13 @@ def test_the_spread_term_brings_divisors_together_and_needs_inner_gradients(tmp_
         trainer.compute_loss(trainer.model, padded([rows[0]]), num_items_in_batch=torch.tensor(5))
 
 
+def test_passes_over_the_limit_are_left_out_once_removal_has_begun(tmp_path, rows):
+    options = {"schedule": Schedule(((3, "mlp.0"),)), "spread_limit": 1e-9, "spread_weight": 1.0}
+    log = [entry for entry in fit(tmp_path, rows, "llama", max_steps=5, **options).state.log_history if "loss" in entry]
+    assert [entry["exploded"] for entry in log] == [0, 0, 0, 1, 1]
+    assert [entry["grad_norm"] > 0 for entry in log] == [True, True, True, False, False]
+
+
 def test_accumulation_does_not_change_the_step(tmp_path, rows):
     """The same batch twice, in one pass, in two, and padded: sigma* is a mean over a pass, so passes must be alike."""
     twice = datasets.Dataset.from_list([rows[i] for i in (0, 1, 2, 3) * 2])

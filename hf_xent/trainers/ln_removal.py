@@ -10,6 +10,8 @@ a pass counts by its share of the step's labels.
 mu, 0 unless given, is ours: it makes the divisors of every norm n alike, removed or not, whatever their size. It is for
 models with massive activations, where a first token's residual is many times as long as the others' and one divisor
 cannot serve both (in SmolLM2-135M 170 times, and a gated MLP squares it); removals then start when it has come down.
+Once they have started, a pass whose term is above `spread_limit` is left out: one of its tokens has exploded, from one
+gated MLP to the next, and its gradient would undo the model.
 
 Removals happen at the beginning of their steps. What was removed and every sigma are buffers of the model, so that a
 checkpoint in the middle of the schedule goes on as if it had not stopped. lambda 0.1 is the authors' for the two
@@ -21,6 +23,7 @@ Data: as for `XentTrainer`; with padding, an `attention_mask`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +63,13 @@ class LNRemovalConfig(XentConfig):
         metadata={
             "help": "mu, on the variance of the logarithms of every norm's divisors: 1 for models with massive"
             " activations, with removal_start 0.5."
+        },
+    )
+    spread_limit: float = field(
+        default=math.inf,
+        metadata={
+            "help": "A forward pass in which the variance is larger is left out once removal has begun: a token has"
+            " exploded in it. 0.05 for models with massive activations."
         },
     )
     sigma_momentum: float = field(default=0.9, metadata={"help": "Of every norm's running sigma."})
@@ -120,8 +130,8 @@ class LNRemovalTrainer(XentTrainer):
     """Fine-tunes a causal LM until its norms are gone; see the module's docstring and `XentTrainer`.
 
     Wraps the model. `schedule` goes before `args.schedule`. Logged: `norms`, how many sites are left, `loss_sigma` and
-    `loss_spread`, the auxiliary terms before their weights, means over forward passes since the last log. Evaluation is
-    the loss alone.
+    `loss_spread`, the auxiliary terms before their weights, means over forward passes since the last log, and
+    `exploded`, how many of these were left out if there is a limit. Evaluation is the loss alone.
 
     Raises: ValueError for a model whose norms cannot be removed, a schedule that does not fit it, or, in training,
     `spread_weight` under reentrant checkpointing.
@@ -139,6 +149,7 @@ class LNRemovalTrainer(XentTrainer):
         self.add_callback(LNRemovalCallback(schedule))
         self._weights = {"sigma": args.sigma_weight, "spread": args.spread_weight}
         self._terms: dict[str, list[Tensor]] = {name: [] for name, weight in self._weights.items() if weight}
+        self._exploded = 0
         for norm in fake_norms(model).values():
             norm.measured = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
 
@@ -157,7 +168,14 @@ class LNRemovalTrainer(XentTrainer):
         for name, term in self._auxiliary(inputs["input_ids"], inputs.get("attention_mask")):
             self._terms[name].append(term.detach())
             loss = loss + self._weights[name] * share * term
+            if name == "spread" and self._explodes(term):
+                self._exploded += 1  # no backward through what is infinite: it would be 0 * inf
+                loss = sum(0.0 * p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
+
+    def _explodes(self, term: Tensor) -> bool:
+        limit = self.args.spread_limit
+        return limit < math.inf and not term < limit and any(site.share for site in sites(self.model))
 
     def _auxiliary(self, ids: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """The auxiliary terms of a forward pass, from the divisors that its norms measured."""
@@ -192,6 +210,8 @@ class LNRemovalTrainer(XentTrainer):
             for name, terms in self._terms.items():
                 logs[f"loss_{name}"] = float(torch.stack(terms).mean())
                 terms.clear()
+            if self.args.spread_limit < math.inf:
+                logs["exploded"], self._exploded = self._exploded, 0
         super().log(logs, start_time)
 
 
