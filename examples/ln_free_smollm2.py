@@ -1,10 +1,9 @@
-"""Remove every RMSNorm of SmolLM2-135M, against plain fine-tuning and against removal without what it takes there.
+"""Remove every RMSNorm of SmolLM2-135M, against plain fine-tuning.
 
     python examples/ln_free_smollm2.py [--steps 480] [--text pydoc] [--output out/ln-free-smollm2]
 
-From layer 12 on the first token's residual is some 170 times as long as the others', so that no divisor serves both,
-and one gated MLP after the other squares it. So every block begins with the same token, divisors are made alike, by
-`spread_weight`, and all norms fade together. All weights train. One seed. Losses are of held-out blocks.
+The first token's residual is some 170 times as long as the others', and one gated MLP after the other squares it: every
+block begins with the same token, divisors are made alike by `spread_weight`, and all norms fade together. One seed.
 """
 
 from __future__ import annotations

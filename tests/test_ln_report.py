@@ -184,6 +184,22 @@ def test_sinks_and_first_norms_are_what_the_model_returns():
     assert found.first_norm >= float(ratio) * (1 - 1e-5)
 
 
+def test_sequences_that_overflow_are_counted_and_left_out():
+    """A token as large as gated MLPs make it where nothing normalizes."""
+    model, ids = free("llama"), blocks()
+    usual = analyze(model, ids[[0, 1, 3, 4]])  # no 0 in it
+    assert usual.exploded == 0.0
+    ids[2, 4] = 0
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 1e38
+    found = analyze(model, ids)
+    assert found.exploded == pytest.approx(0.2)
+    ours, theirs = found.as_dict(), usual.as_dict()
+    assert all(ours[name] == pytest.approx(theirs[name], rel=1e-4) for name in ("loss", "p99", "ece", "entropy"))
+    with pytest.raises(ValueError, match="overflows in each of 1 sequences"):
+        analyze(model, ids[2:3])
+
+
 def test_analysis_leaves_the_model_as_it_was():
     model = hf_xent.patch(tiny("gpt2").train(), "emo")
     model.set_attn_implementation("sdpa")

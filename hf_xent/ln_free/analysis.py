@@ -9,6 +9,8 @@
     neurons      of the last MLP, with the largest score |w_i| / LogitVar(w_i), w_i the neuron's output weights,
                  LogitVar(w) = variance over the vocabulary of (w_v . w) / (|w_v| |w|); and how far loss and entropy
                  move, relatively, if these neurons are held at their means over the tokens
+    exploded     share of sequences in which the model overflows, as gated MLPs without norms may; they are left out
+                 of all the rest
 
 Losses, entropy and calibration are those of `hf_xent.ln_free.tokens`, without logits. LogitVar is w' C w, C the
 covariance of the vocabulary's unit vectors, D x D. Output projections of attention and of the last MLP are found by
@@ -55,6 +57,7 @@ class Analysis:
     neurons: tuple[int, ...]
     neuron_loss: float  # relative change when they are ablated
     neuron_entropy: float
+    exploded: float  # share of sequences
 
     @property
     def mean_nmae(self) -> float:
@@ -71,14 +74,19 @@ class Analysis:
 def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3) -> Analysis:
     """Measure a causal LM, its norms in whatever form, on token ids [N, T] without padding; leaves it as it was.
 
-    Raises: ValueError for sequences of fewer than 3 tokens, or a model whose final norm is neither a LayerNorm nor an
-    RMSNorm.
+    Raises: ValueError for sequences of fewer than 3 tokens, a model whose final norm is neither a LayerNorm nor an
+    RMSNorm, or one that overflows in every sequence.
     """
     if blocks.ndim != 2 or blocks.shape[1] < 3:
         raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with T >= 3")
     with _measuring(model):
         anatomy = Anatomy.of(model)
-        parts = blocks.to(next(model.parameters()).device).split(batch_size)
+        given = blocks.to(next(model.parameters()).device)
+        states = (model(input_ids=ids, use_cache=False).logits.hidden for ids in given.split(batch_size))
+        blocks = given[torch.cat([hidden.flatten(1).isfinite().all(1) for hidden in states])]
+        if not len(blocks):
+            raise ValueError(f"model overflows in each of {len(given)} sequences: there is nothing to analyze")
+        parts = blocks.split(batch_size)
         tokens, ablated, seen = Tokens(), Tokens(), Passes(anatomy)
         for ids in parts:
             with seen.watched(model):
@@ -95,6 +103,7 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
         neurons=tuple(chosen.tolist()),
         neuron_loss=after["loss"] / before["loss"] - 1,
         neuron_entropy=after["entropy"] / before["entropy"] - 1,
+        exploded=1 - len(blocks) / len(given),
     )
 
 

@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[Analysis], str]] = {
     "attribution error, least to largest head": lambda a: f"{_extreme(a, min):.2g} to {_extreme(a, max):.2g} %",
     "attention-sink rate": lambda a: f"{100 * a.sink_rate:.1f} %",
     "norm of the first token, relative": lambda a: f"{a.first_norm:.3g}",
+    "sequences that overflow, left out": lambda a: f"{100 * a.exploded:.1f} %",
     "confidence neurons": lambda a: ", ".join(map(str, a.neurons)),
     "loss without them": lambda a: f"{100 * a.neuron_loss:+.2f} %",
     "entropy without them": lambda a: f"{100 * a.neuron_entropy:+.2f} %",

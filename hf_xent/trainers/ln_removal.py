@@ -164,18 +164,22 @@ class LNRemovalTrainer(XentTrainer):
         if not model.training or not self._terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        terms = dict(self._auxiliary(inputs["input_ids"], inputs.get("attention_mask")))
+        if self._explodes(terms.get("spread")):
+            self._exploded += 1  # no backward through what is infinite: it would be 0 * inf
+            loss = sum(0.0 * p.sum() for p in model.parameters() if p.requires_grad)
+            terms.clear()
         share = self._share(inputs, num_items_in_batch)
-        for name, term in self._auxiliary(inputs["input_ids"], inputs.get("attention_mask")):
+        for name, term in terms.items():
             self._terms[name].append(term.detach())
             loss = loss + self._weights[name] * share * term
-            if name == "spread" and self._explodes(term):
-                self._exploded += 1  # no backward through what is infinite: it would be 0 * inf
-                loss = sum(0.0 * p.sum() for p in model.parameters() if p.requires_grad)
         return (loss, outputs) if return_outputs else loss
 
-    def _explodes(self, term: Tensor) -> bool:
+    def _explodes(self, term: Tensor | None) -> bool:
         limit = self.args.spread_limit
-        return limit < math.inf and not term < limit and any(site.share for site in sites(self.model))
+        if term is None or limit == math.inf or bool(term < limit):
+            return False
+        return any(site.share for site in sites(self.model))
 
     def _auxiliary(self, ids: Tensor, mask: Tensor | None) -> Iterator[tuple[str, Tensor]]:
         """The auxiliary terms of a forward pass, from the divisors that its norms measured."""
@@ -207,7 +211,7 @@ class LNRemovalTrainer(XentTrainer):
         """Adds what is left to be removed, and the auxiliary terms."""
         if "loss" in logs:
             logs["norms"] = sum(not site.removed for site in sites(self.model))
-            for name, terms in self._terms.items():
+            for name, terms in filter(lambda item: item[1], self._terms.items()):
                 logs[f"loss_{name}"] = float(torch.stack(terms).mean())
                 terms.clear()
             if self.args.spread_limit < math.inf:
