@@ -241,7 +241,7 @@ def test_ln_free_smollm2_removes_all_norms(tmp_path):
     found = example["main"](model=str(tmp_path / "model"), steps=12, output=tmp_path / "out")
     for arm in [name for name in found if "LN-free" in name]:
         assert found[arm]["mean_nmae"] < 1e-3 < found["vanilla"]["mean_nmae"], arm
-        assert max(found[arm][form][0] for form in ("to_true", "to_eps_trick")) < 1e-4
+        assert max(found[arm][form][0] for form in ("true", "eps trick")) < 1e-4
     assert len({row["loss"] for row in found.values()}) == 3
     (tmp_path / "out" / "LN-free.json").unlink()
     example["ARMS"]["LN-free"]["learning_rate"] = 1e30

@@ -118,8 +118,8 @@ def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None
     return plain.to(dtype or _dtype(model))
 
 
-def to_true(model: Any) -> Any:
-    """A model without norms from a removable (all removed) or eps-trick one; computes the same.
+def to_true(model: Any, ids: Tensor | None = None) -> Any:
+    """A model without norms from a removable (all removed) or eps-trick one; computes the same, compared as `parity`.
 
     Raises: ValueError if it still normalizes, or something else than a linear layer reads a norm; RuntimeError if the
     result differs, as where the residual stream itself takes a norm's output.
@@ -149,7 +149,9 @@ def to_true(model: Any) -> Any:
     free = _built(class_of(kind), config, model)
     free.load_state_dict(state)
     free = free.to(_dtype(model))
-    error, size = parity(model, free)
+    error, size = parity(model, free, ids)
+    if size != size:
+        raise RuntimeError(f"{type(model).__name__} overflows in every sequence of ids: pass some of its training text")
     if not error <= (5e-2 if _dtype(model).itemsize == 2 else 1e-3) * size:
         raise RuntimeError(
             f"folding the norms of {type(model).__name__} changed its logits by {error:.1e} of {size:.1e}"
@@ -158,13 +160,21 @@ def to_true(model: Any) -> Any:
 
 
 @torch.no_grad()
-def parity(a: nn.Module, b: nn.Module, rows: int = 2, length: int = 16) -> tuple[float, float]:
-    """Largest difference between two models' logits on random tokens, and the largest logit of the first."""
+def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
+    """Largest difference between two models' logits on ids [B, T], or 32 random ones, and the first's largest logit.
+
+    Sequences in which the first overflows are left out; nan if it always does.
+    """
     found = []
     for model in (a, b):
+        tokens = random_tokens(model, 2, 16) if ids is None else ids.to(next(model.parameters()).device)
         with measuring(model):
-            found.append(model(input_ids=random_tokens(model, rows, length)).logits.float().cpu())
-    return float((found[0] - found[1]).abs().max()), float(found[0].abs().max())
+            found.append(model(input_ids=tokens).logits.float().cpu())
+    fine = found[0].flatten(1).isfinite().all(1)
+    if not fine.any():
+        return float("nan"), float("nan")
+    ours, theirs = (logits[fine] for logits in found)
+    return float((ours - theirs).abs().max()), float(ours.abs().max())
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
