@@ -27,9 +27,9 @@ def removed(name, std=0.2):
     return model
 
 
-def logits(model):
+def logits(model, ids=None):
     with torch.no_grad():
-        return model(input_ids=batch()[0]).logits
+        return model(input_ids=batch()[0] if ids is None else ids).logits
 
 
 def apart(a, b):
@@ -208,6 +208,20 @@ def test_a_stream_that_takes_a_norm_itself_is_found_out():
         ln_free.remove(model, site.name)
     with pytest.raises(RuntimeError, match="changed its logits"):
         ln_free.to_true(model)
+
+
+def test_parity_is_of_sequences_in_which_the_model_does_not_overflow():
+    model, ids = removed("llama"), torch.randint(1, 90, (3, 8))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 1e38
+    free = ln_free.to_true(model, ids)
+    error, size = ln_free.parity(model, free, ids)
+    assert error < 1e-4 < size
+    ids[1, 2] = 0
+    assert not logits(model, ids).isfinite().all()
+    assert ln_free.parity(model, free, ids) == ln_free.parity(model, free, ids[[0, 2]])
+    with pytest.raises(RuntimeError, match="overflows in every sequence of ids"):
+        ln_free.to_true(model, ids[1:2])
 
 
 def invoke(*arguments):
