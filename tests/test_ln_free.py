@@ -485,6 +485,8 @@ def test_passes_over_the_limit_are_left_out_once_removal_has_begun(tmp_path, row
     log = [entry for entry in fit(tmp_path, rows, "llama", max_steps=5, **options).state.log_history if "loss" in entry]
     assert [entry["exploded"] for entry in log] == [0, 0, 0, 1, 1]
     assert [entry["grad_norm"] > 0 for entry in log] == [True, True, True, False, False]
+    with pytest.raises(ValueError, match=r"spread_limit is 0.1 and spread_weight 0"):
+        trainer_of(tmp_path, rows, spread_limit=0.1)
 
 
 def test_accumulation_does_not_change_the_step(tmp_path, rows):

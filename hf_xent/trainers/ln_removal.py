@@ -61,8 +61,8 @@ class LNRemovalConfig(XentConfig):
     spread_weight: float = field(
         default=0.0,
         metadata={
-            "help": "mu, on the variance of the logarithms of every norm's divisors: 1 for models with massive"
-            " activations, with removal_start 0.5."
+            "help": "mu, on the variance of the logarithms of every norm's divisors: 100 for models with massive"
+            " activations."
         },
     )
     spread_limit: float = field(
@@ -133,8 +133,8 @@ class LNRemovalTrainer(XentTrainer):
     `loss_spread`, the auxiliary terms before their weights, means over forward passes since the last log, and
     `exploded`, how many of these were left out if there is a limit. Evaluation is the loss alone.
 
-    Raises: ValueError for a model whose norms cannot be removed, a schedule that does not fit it, or, in training,
-    `spread_weight` under reentrant checkpointing.
+    Raises: ValueError for a model whose norms cannot be removed, a schedule that does not fit it, `spread_limit`
+    without `spread_weight`, or, in training, `spread_weight` under reentrant checkpointing.
     """
 
     config_class = LNRemovalConfig
@@ -144,6 +144,10 @@ class LNRemovalTrainer(XentTrainer):
         self, model: Any, args: LNRemovalConfig | None = None, *, schedule: Schedule | None = None, **kwargs: Any
     ):
         args = LNRemovalConfig(output_dir="out") if args is None else args
+        if args.spread_limit < math.inf and not args.spread_weight:
+            raise ValueError(
+                f"spread_limit is {args.spread_limit} and spread_weight 0: set both, it is a limit of that term"
+            )
         wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         super().__init__(model, args, **kwargs)
         self.add_callback(LNRemovalCallback(schedule))
@@ -160,7 +164,7 @@ class LNRemovalTrainer(XentTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The loss, and in training the auxiliary term."""
+        """The loss, and in training the auxiliary terms."""
         if not model.training or not self._terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
