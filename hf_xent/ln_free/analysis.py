@@ -169,7 +169,8 @@ class Anatomy:
         """What the final norm, its divisor frozen at r [..., D], makes of a part c [..., D] of r."""
         norm: Any = self.final
         if isinstance(norm, FakeNorm):
-            return norm.affine(c, norm.divisor(r, norm.shares[0])) - (0 if norm.bias is None else norm.bias)
+            sigma = norm.divisor(norm.spread(r), norm.shares[0])
+            return norm.affine(c, sigma) - (0 if norm.bias is None else norm.bias)
         if isinstance(norm, nn.Identity):
             return c
         r, c = (x - x.mean(-1, keepdim=True) if self.center else x for x in (r, c))

@@ -127,7 +127,8 @@ class FakeNorm(nn.Module):
             self._follow(x)
         if not any(self.shares):
             return super().forward(x)
-        first, *values = (self.divisor(x, share) for share in self.shares)
+        own = self.spread(x)
+        first, *values = (self.divisor(own, share) for share in self.shares)
         if len(set(self.shares)) > 1:
             self.ratio = first / values[0]
         return self.affine(x, first)
@@ -137,11 +138,11 @@ class FakeNorm(nn.Module):
         """Whether all of its sites are."""
         return all(share == 1 for share in self.shares)
 
-    def divisor(self, x: Tensor, share: float) -> Tensor:
-        """sigma_x^(1 - share) sigma^share, [..., 1] or []."""
+    def divisor(self, own: Tensor, share: float) -> Tensor:
+        """sigma_x^(1 - share) sigma^share of own = sigma_x [..., 1], [..., 1] or []."""
         if share == 1:
             return self.sigma
-        return self.spread(x) ** (1 - share) * self.sigma**share if share else self.spread(x)
+        return own ** (1 - share) * self.sigma**share if share else own
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
