@@ -52,6 +52,13 @@ LEAN = {
     "index list": lambda x, y: x[:, [0, 2]].logsumexp(-1),
     "unsqueezed and squeezed": lambda x, y: x.unsqueeze(0).squeeze(0).logsumexp(-1),
     "rows transposed": lambda x, y: F.cross_entropy(x.transpose(0, 1).contiguous().view(-1, V), y.T.reshape(-1)),
+    "keywords": lambda x, y: F.cross_entropy(input=torch.reshape(x, shape=(-1, V)), target=moved(y)),
+    "argmax over an axis": lambda x, y: x.argmax(axis=-1),
+    "gather by keywords": lambda x, y: torch.gather(input=x, dim=-1, index=y.clamp(min=0)[..., None]),
+    "log_softmax in another dtype": lambda x, y: torch.log_softmax(x, -1, torch.float64).gather(
+        -1, y.clamp(min=0)[..., None]
+    ),
+    "a bias of the vocabulary": lambda x, y: F.cross_entropy((x * 2 + torch.linspace(0, 1, V)).view(-1, V), moved(y)),
     "cast there and back": lambda x, y: F.cross_entropy(x.double().to(torch.float32).view(10, V), y.view(-1)),
 }
 DENSE = {

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from ..losses import CrossEntropy
 from ..ops import Stats, vocab_stats
-from .shapes import derive, detach
-from .tensor import ANSWERS, LazyLogits
+from .answers import register
+from .shapes import derive, detach, place
+from .tensor import LazyLogits
 
 
 def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
@@ -59,34 +60,40 @@ def _nll_loss(x: LazyLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _log_softmax(
     x: LazyLogits,
     dim: int | None = None,
-    _stacklevel: int = 3,
+    _stacklevel: Any = 3,  # of F.log_softmax; in the same place torch.log_softmax has its dtype
     dtype: torch.dtype | None = None,
 ) -> Any:
-    if dim is None or dim % x.ndim != x.ndim - 1 or x.recipe.log_probs:
+    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype or x.dtype
+    if not _is_last(x, dim) or x.recipe.log_probs or not dtype.is_floating_point:
         return NotImplemented
-    return derive(x, recipe=replace(x.recipe, log_probs=True), dtype=dtype or x.dtype)
+    return derive(x, recipe=replace(x.recipe, log_probs=True), dtype=dtype, layout=None)
 
 
-def _gather(x: LazyLogits, dim: int, index: Tensor, **kwargs: Any) -> Any:
+def _gather(x: LazyLogits, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """One column a row: the label's logit, or its log-probability."""
-    if kwargs or dim % x.ndim != x.ndim - 1 or index.shape != (*x.shape[:-1], 1):
+    if sparse_grad or not _is_last(x, dim) or index.shape != (*x.shape[:-1], 1) or index.dtype != torch.int64:
         return NotImplemented
     stats = _scalar_stats(x, index.squeeze(-1), ("lse", "target"))
-    return (stats.logp if x.recipe.log_probs else stats.target).unsqueeze(-1).to(x.dtype)
+    value = stats.logp if x.recipe.log_probs else stats.target
+    return value.to(x.dtype, copy=True).unsqueeze(-1)  # a copy may be written to: the backward reads the statistics
 
 
 def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
-    if not isinstance(dim, int) or dim % x.ndim != x.ndim - 1 or x.recipe.log_probs:
+    if not _is_last(x, dim) or x.recipe.log_probs:
         return NotImplemented
-    lse = _scalar_stats(x, None, ("lse",)).lse.to(x.dtype)
+    lse = _scalar_stats(x, None, ("lse",)).lse.to(x.dtype, copy=True)
     return lse.unsqueeze(-1) if keepdim else lse
 
 
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    if not isinstance(dim, int) or dim % x.ndim != x.ndim - 1:
+    if not _is_last(x, dim):
         return NotImplemented
     top = _scalar_stats(detach(x), None, ("top",)).top
     return top.unsqueeze(-1) if keepdim else top
+
+
+def _is_last(x: LazyLogits, dim: Any) -> bool:
+    return place(x, dim) == x.ndim - 1
 
 
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:
@@ -98,13 +105,12 @@ def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]
 
 
 _T = torch.Tensor
-ANSWERS.update(
-    {
-        **dict.fromkeys((_T.log_softmax, torch.log_softmax, F.log_softmax), _log_softmax),
-        **dict.fromkeys((_T.gather, torch.gather), _gather),
-        **dict.fromkeys((_T.logsumexp, torch.logsumexp), _logsumexp),
-        **dict.fromkeys((_T.argmax, torch.argmax), _argmax),
-        F.cross_entropy: _cross_entropy,
-        F.nll_loss: _nll_loss,
-    }
-)
+_RULES: dict[Any, Any] = {
+    **dict.fromkeys((_T.log_softmax, torch.log_softmax, F.log_softmax), _log_softmax),
+    **dict.fromkeys((_T.gather, torch.gather), _gather),
+    **dict.fromkeys((_T.logsumexp, torch.logsumexp), _logsumexp),
+    **dict.fromkeys((_T.argmax, torch.argmax), _argmax),
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
+}
+register(_RULES)

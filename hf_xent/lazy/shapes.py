@@ -5,21 +5,25 @@ Each rule returns the answer, or NotImplemented to have the dense tensor asked i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .tensor import ANSWERS, LazyLogits, make
+from .answers import register
+from .tensor import LazyLogits, is_view, make, shadow
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
-    """A lazy tensor that differs in some operands."""
+    """A lazy tensor that differs in some operands: a copy, unless a `parent` says what it is a view of."""
+    x.check()  # the operands are taken over as they are now
     now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "seam": x.seam}
-    return make(**{**now, **changes})
+    same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
+    layout = torch.empty_like(shadow(x)) if same_shape else None  # as torch lays out what is made of x
+    return make(**{**now, "reads": x.reads, "layout": layout, **changes})
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -28,34 +32,59 @@ def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     """`.to(dtype)`, `.to(device)`, `.to(other)`; on another device the answers will be there, the operands stay."""
+    copy = kwargs.pop("copy", False)
+    if len(args) > 2 and isinstance(args[-1], bool):  # (device or other, dtype, non_blocking, copy)
+        return NotImplemented
     parse: Any = torch._C._nn._parse_to  # its stub leaves out that each answer may be None
     device, dtype, _, memory_format = parse(*(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()})
     if memory_format is not None:
         return NotImplemented
-    moved = device is not None and device != x.device
-    x = derive(x, device=device, parent=(x, lambda d: d.to(device))) if moved else x
-    return x if dtype is None else _cast(x, dtype)
+    device, dtype = device or x.device, dtype or x.dtype
+    same = (device, dtype) == (x.device, x.dtype)
+    return x if same and not copy else derive(x, device=device, dtype=dtype)
 
 
 def _meta(x: Any) -> Any:
     return torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(x, LazyLogits) else x
 
 
-def _same(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    plain = kwargs.get("memory_format") in (None, torch.preserve_format, torch.contiguous_format)
-    return x if plain else NotImplemented
+def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
+    if memory_format is torch.preserve_format:
+        return derive(x)
+    return derive(x, layout=None) if memory_format is torch.contiguous_format else NotImplemented
+
+
+def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return NotImplemented
+    return x if x.is_contiguous() else derive(x, layout=None)
 
 
 def detach(x: LazyLogits) -> LazyLogits:
-    """The same value without its graph, still lazy."""
+    """The same values without their graph, still lazy."""
     raw = x.raw
     bias, adapter = (None if t is None else t.detach() for t in (raw.bias, raw.adapter))
-    return derive(x, hidden=x.hidden.detach(), raw=replace(raw, weight=raw.weight.detach(), bias=bias, adapter=adapter))
+    raw = replace(raw, weight=raw.weight.detach(), bias=bias, adapter=adapter)
+    return derive(x, hidden=x.hidden.detach(), raw=raw, parent=(x, lambda d: d.detach()))
 
 
-def _plus(x: LazyLogits, y: Any, **kwargs: Any) -> Any:
+def _plus(x: LazyLogits, other: Any) -> Any:
+    """Another product of the same tokens and vocabulary (a LoRA branch's), or a bias of the vocabulary (BART's)."""
+    if isinstance(other, LazyLogits) and not other.is_dense:
+        return _sum(x, other)
+    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs or x.recipe.inner == 0:
+        return NotImplemented
+    same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
+    is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
+    if not same_kind or not is_bias or x.raw.shard is not None:
+        return NotImplemented
+    bias = other.reshape(-1) / x.recipe.inner
+    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
+
+
+def _sum(x: LazyLogits, y: LazyLogits) -> Any:
     """Two products of the same tokens and vocabulary, a head's and its LoRA branch's: one product of both inputs."""
-    if kwargs or not isinstance(y, LazyLogits) or y.is_dense or x.shape != y.shape:
+    if x.shape != y.shape:
         return NotImplemented
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
     heads = (big.raw, small.raw)
@@ -69,19 +98,20 @@ def _plus(x: LazyLogits, y: Any, **kwargs: Any) -> Any:
     biases = [b if head is big.raw else (b * ratio).to(dtype) for head in heads if (b := head.bias) is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
     raw = replace(big.raw, bias=bias, adapter=adapter)
-    return derive(big, hidden=hidden, raw=raw, dtype=torch.promote_types(x.dtype, y.dtype))
+    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(shadow(x))
+    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout)
 
 
-def _times(x: LazyLogits, factor: Any, **kwargs: Any) -> Any:
-    number = _number(factor)
-    if kwargs or number is None or x.recipe.log_probs or not x.is_floating_point():
+def _times(x: LazyLogits, other: Any) -> Any:
+    number = _number(other)
+    if number is None or x.recipe.log_probs or not x.is_floating_point():
         return NotImplemented
     return derive(x, recipe=x.recipe.times(number))
 
 
-def _divided(x: LazyLogits, divisor: Any, **kwargs: Any) -> Any:
-    number = _number(divisor)
-    return NotImplemented if not number else _times(x, 1 / number, **kwargs)
+def _divided(x: LazyLogits, other: Any) -> Any:
+    number = _number(other)
+    return NotImplemented if not number else _times(x, 1 / number)
 
 
 def _number(x: Any) -> float | None:
@@ -89,7 +119,7 @@ def _number(x: Any) -> float | None:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
-        return float(x)
+        return None if x.is_complex() else float(x)
     return None
 
 
@@ -99,16 +129,25 @@ def _tanh(x: LazyLogits) -> Any:
     return derive(x, recipe=replace(x.recipe, outer=1.0))
 
 
-def _reshape(x: LazyLogits, *shape: Any) -> Any:
-    sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-    if not all(isinstance(n, int) for n in sizes) or not sizes:  # .view(dtype)
+def _reshape(x: LazyLogits, *sizes: Any, shape: Any = None) -> Any:
+    """`reshape`, and `view` where torch could make one, that leave the vocabulary last."""
+    return _laid_out(x, torch.Tensor.reshape, sizes, shape)
+
+
+def _view(x: LazyLogits, *sizes: Any, size: Any = None) -> Any:
+    return _laid_out(x, torch.Tensor.view, sizes, size)
+
+
+def _laid_out(x: LazyLogits, layout: Callable[..., Tensor], sizes: tuple[Any, ...], size: Any) -> Any:
+    if len(sizes) == 1 and not isinstance(sizes[0], int):
+        size, sizes = sizes[0], ()
+    sizes = tuple(sizes if size is None else size) if not isinstance(size, torch.dtype) else (size,)
+    if not sizes or not all(isinstance(n, int) for n in sizes):  # .view(dtype)
         return NotImplemented
-    if -1 in sizes:
-        known = -math.prod(sizes)
-        sizes[sizes.index(-1)] = x.numel() // known if known else 0
-    if sizes[-1] != x.shape[-1] or math.prod(sizes) != x.numel():
+    after = layout(shadow(x), sizes).shape  # also torch's error for sizes that do not fit
+    if not after or after[-1] != x.shape[-1]:
         return NotImplemented
-    return _rows(x, lambda h: h.reshape(*sizes[:-1], h.shape[-1]), lambda d: d.reshape(sizes))
+    return _rows(x, lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
 
 
 def _rows(
@@ -116,56 +155,94 @@ def _rows(
     on_hidden: Callable[[Tensor], Tensor],
     on_dense: Callable[[Tensor], Tensor],
 ) -> LazyLogits:
-    return derive(x, hidden=on_hidden(x.hidden), parent=(x, on_dense))
+    """Rows of x, as torch gives them: a view where the same on the dense tensor is one, or else a copy."""
+    before = shadow(x)
+    parent = (x, on_dense) if is_view(on_dense(before), before) else None
+    return derive(x, hidden=on_hidden(x.hidden), parent=parent)
 
 
 def _view_as(x: LazyLogits, other: Tensor) -> Any:
+    return _view(x, *other.shape)
+
+
+def _reshape_as(x: LazyLogits, other: Tensor) -> Any:
     return _reshape(x, *other.shape)
 
 
 def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    start, end = start_dim % x.ndim, end_dim % x.ndim
-    if end == x.ndim - 1:
+    start, end = place(x, start_dim), place(x, end_dim)
+    if start is None or end is None or not start <= end < x.ndim - 1:
         return NotImplemented
     return _reshape(x, *x.shape[:start], -1, *x.shape[end + 1 :])
 
 
 def _unsqueeze(x: LazyLogits, dim: int) -> Any:
-    place = dim % (x.ndim + 1)
-    return NotImplemented if place == x.ndim else _rows(x, lambda h: h.unsqueeze(place), lambda d: d.unsqueeze(place))
-
-
-def _squeeze(x: LazyLogits, *dims: Any) -> Any:
-    if len(dims) != 1 or not isinstance(dims[0], int) or dims[0] % x.ndim == x.ndim - 1:
+    at = place(x, dim, x.ndim + 1)
+    if at is None or at == x.ndim:
         return NotImplemented
-    return _rows(x, lambda h: h.squeeze(dims[0] % x.ndim), lambda d: d.squeeze(dims[0] % x.ndim))
+    return _rows(x, lambda h: h.unsqueeze(at), lambda d: d.unsqueeze(at))
+
+
+def _squeeze(x: LazyLogits, dim: int) -> Any:
+    at = place(x, dim)
+    if at is None or at == x.ndim - 1:
+        return NotImplemented
+    return _rows(x, lambda h: h.squeeze(at), lambda d: d.squeeze(at))
 
 
 def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
     """Of rows alone: ProphetNet scores all its prediction streams at once, and turns them to the front first."""
-    a, b = dim0 % x.ndim, dim1 % x.ndim
-    if x.ndim - 1 in (a, b):
+    a, b = place(x, dim0), place(x, dim1)
+    if a is None or b is None or x.ndim - 1 in (a, b):
         return NotImplemented
     return _rows(x, lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
 
 
+def place(x: LazyLogits, dim: Any, count: int | None = None) -> int | None:
+    """A dimension counted from the first; None if it is no dimension of x, so that torch says so."""
+    count = x.ndim if count is None else count
+    return dim % count if isinstance(dim, int) and not isinstance(dim, bool) and -count <= dim < count else None
+
+
 def _getitem(x: LazyLogits, index: Any) -> Any:
     """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last place."""
-    index = index if isinstance(index, tuple) else (index,)
-    index = tuple(i.to(x.hidden.device) if isinstance(i, Tensor) else i for i in index)
-    used = sum(
-        i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1
-        for i in index
-        if i is not None and i is not ...
-    )
+    index = tuple(_plain(i, x.hidden.device) for i in (index if isinstance(index, tuple) else (index,)))
+    if not all(
+        i is None or i is ... or (isinstance(i, (int, slice, Tensor)) and not isinstance(i, bool)) for i in index
+    ):
+        return NotImplemented
+    used = sum(_consumed(i) for i in index)
     counted_from_the_end = any(i is ... for i in index) and index[-1] is not ...
     vocabulary = slice(None)
     if counted_from_the_end or used >= x.ndim:
         if used > x.ndim or not isinstance(index[-1], slice):
             return NotImplemented
         index, vocabulary = (*index[:-1], slice(None)), index[-1]
-    untouched = all(i is ... or i == slice(None) if not isinstance(i, Tensor) else False for i in index)
-    return _vocabulary(x if untouched else _rows(x, lambda h: h[index], lambda d: d[index]), vocabulary)
+    if not all(i is ... or (isinstance(i, slice) and i == slice(None)) for i in index):
+        x = _indexed(x, index)
+    return _vocabulary(x, vocabulary)
+
+
+def _plain(i: Any, device: torch.device) -> Any:
+    """An index as torch takes it: integers of any kind as int, flat lists as tensors, beside the hidden states."""
+    if isinstance(i, np.integer) or (isinstance(i, Tensor) and i.ndim == 0 and i.dtype in _INTEGERS):
+        return int(i)
+    if isinstance(i, np.ndarray) or (isinstance(i, list) and i and all(isinstance(n, int) for n in i)):
+        i = torch.as_tensor(i)
+    return i.to(device) if isinstance(i, Tensor) else i
+
+
+def _consumed(i: Any) -> int:
+    """How many dimensions an index stands for."""
+    if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8):
+        return i.ndim
+    return 0 if i is None or i is ... else 1
+
+
+def _indexed(x: LazyLogits, index: tuple[Any, ...]) -> LazyLogits:
+    if any(isinstance(i, Tensor) for i in index):  # a copy
+        return derive(x, hidden=x.hidden[index])
+    return _rows(x, lambda h: h[index], lambda d: d[index])
 
 
 def _vocabulary(x: LazyLogits, part: slice) -> Any:
@@ -176,15 +253,16 @@ def _vocabulary(x: LazyLogits, part: slice) -> Any:
     return derive(x, raw=x.raw[part], parent=(x, lambda d: d[..., part]))
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((_T.contiguous, _T.clone, torch.clone), _same),
+    **dict.fromkeys((_T.clone, torch.clone), _clone),
     **dict.fromkeys((_T.detach, torch.detach), detach),
     **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _plus),
     **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
     **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
     **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
-    **dict.fromkeys((_T.view, _T.reshape, torch.reshape), _reshape),
+    **dict.fromkeys((_T.reshape, torch.reshape), _reshape),
     **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
     **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),
     **dict.fromkeys((_T.squeeze, torch.squeeze), _squeeze),
@@ -193,8 +271,11 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _T.double: lambda x: _cast(x, torch.float64),
     _T.half: lambda x: _cast(x, torch.float16),
     _T.bfloat16: lambda x: _cast(x, torch.bfloat16),
+    _T.contiguous: _contiguous,
     _T.to: _to,
+    _T.view: _view,
     _T.view_as: _view_as,
+    _T.reshape_as: _reshape_as,
     _T.__getitem__: _getitem,
 }
-ANSWERS.update(_RULES)
+register(_RULES)

@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops import Head, Stats, vocab_stats
+from .answers import ANSWERS
+from .graph import Connected, Recipe, Values
 from .seam import Seam, next_token_labels
 
-ANSWERS: dict[Any, Callable[..., Any]] = {}
-"""Torch function -> what a lazy tensor does instead; see `shapes` and `consumers`."""
 METADATA: set[Any] = set()
 """Functions that look at the wrapper alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a lazy tensor's value comes from the head's operands."""
-
-    inner: float = 1.0
-    outer: float | None = None  # None: no tanh
-    log_probs: bool = False  # log_softmax on top
-
-    def head(self, raw: Head) -> Head:
-        """The head, on the operands of one without scale, whose activated logits the value is (before log_softmax)."""
-        if self.outer is None:
-            return replace(raw, scale=self.inner)
-        return replace(raw, scale=self.inner * self.outer, softcap=self.outer)
-
-    def value(self, hidden: Tensor, raw: Head) -> Tensor:
-        """The dense value."""
-        z = self.head(raw).logits(hidden)
-        return z.log_softmax(-1) if self.log_probs else z
-
-    def times(self, factor: float) -> Recipe:
-        """The recipe of `factor` times the value."""
-        if self.outer is None:
-            return replace(self, inner=self.inner * factor)
-        return replace(self, outer=self.outer * factor)
+_SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
 
 class LazyLogits(torch.Tensor):
@@ -52,8 +26,13 @@ class LazyLogits(torch.Tensor):
     raw: Head  # without scale and softcap
     recipe: Recipe
     seam: Seam
-    parent: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # what this is a view of, and how
+    differentiable: bool  # whether its values have a graph
+    parent: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     made: Tensor | None  # the dense tensor, once something needed it
+    copied: Tensor | None  # the values of a view that was only read, without those of the tensor it is a view of
+    versions: tuple[int | None, ...]  # of the operands, when the head was called
+    memory: list[Tensor]  # `made`, where the wrapper's place in the graph can see whether it was written to
+    reads: set[str]  # 'loss' once one was computed without these logits; shared by all that is made of a head's output
 
     @staticmethod
     def of(hidden: Tensor, raw: Head, seam: Seam | None = None) -> LazyLogits:
@@ -62,26 +41,72 @@ class LazyLogits(torch.Tensor):
 
     @property
     def head(self) -> Head:
-        """The head whose activated logits of `hidden` this tensor is (before any log_softmax)."""
+        """The head whose activated logits of `hidden` this tensor is (before any log_softmax).
+
+        Raises: RuntimeError if one of its tensors, or `hidden`, was changed in place since it was called.
+        """
+        self.check()
+        self.reads.add("loss")
         return self.recipe.head(self.raw)
+
+    def check(self) -> None:
+        """Raises: RuntimeError if an operand was changed in place since the head was called."""
+        for name, before, now in zip(_OPERANDS, self.versions, _versions(self.hidden, self.raw), strict=True):
+            if before != now:
+                raise RuntimeError(
+                    f"these logits are computed when they are read, and the head's {name} was modified in place since"
+                    " (by optimizer.step(), say): read what you need of them before that, as in"
+                    " `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
+                )
 
     @property
     def is_dense(self) -> bool:
-        """Whether the dense values exist; from then on they are used, since they may have been written to."""
+        """Whether the dense values exist; from then on they are used, since they may have been written to.
+
+        They are also made of what a custom autograd function returned: only the wrapper has its place in the graph.
+        """
+        if self.made is None and _requires_grad(self) and not self.differentiable:
+            self.made = Values.apply(self)
         return self.made is not None or (self.parent is not None and self.parent[0].is_dense)
 
     def dense(self) -> Tensor:
-        """The ordinary tensor, made once and kept, with autograd."""
-        if self.made is None and self.parent is not None and self.parent[0].is_dense:
-            self.made = self.parent[1](self.parent[0].dense())
-        if self.made is None:
-            self.seam.materialized += 1
-            with (
-                torch.set_grad_enabled(self.requires_grad),
-                torch.autocast(self.hidden.device.type, enabled=False),
-            ):
-                self.made = self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
+        """The ordinary tensor, made once and kept, with autograd. A view's shares the memory of what it is a view of.
+
+        Raises: RuntimeError if the values do not exist yet and an operand was changed in place meanwhile.
+        """
+        if self.is_dense and self.made is not None:
+            return self.made
+        if self.parent is not None:
+            base = self.parent[0].dense()
+            with torch.set_grad_enabled(self.differentiable):
+                self.made = self.parent[1](base)
+        else:
+            self.made = self._value()
+        self.memory.append(self.made)
+        self.copied = None
         return self.made
+
+    def _values(self) -> Tensor:
+        """The dense values, to be read only: those of a few rows are computed without the rest."""
+        if self.is_dense or not self._is_part():
+            return self.dense()
+        if self.copied is None:
+            with torch.inference_mode(False):  # where tensors count how often they are written to
+                self.copied = self._value()
+        return self.copied
+
+    def _is_part(self) -> bool:
+        """Whether this is a view that costs less to compute than what it is a view of."""
+        base = self
+        while base.parent is not None:
+            base = base.parent[0]
+        return self.numel() < base.numel() or self.differentiable != base.differentiable
+
+    def _value(self) -> Tensor:
+        self.check()
+        self.seam.materialized += 1
+        with torch.set_grad_enabled(self.differentiable), torch.autocast(self.hidden.device.type, enabled=False):
+            return self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
 
     def stats(
         self,
@@ -101,96 +126,170 @@ class LazyLogits(torch.Tensor):
         labels = labels.to(self.hidden.device)
         return vocab_stats(self.hidden, self.head, labels, **asked, **self.seam.options).to(self.device)
 
+    def retain_grad(self) -> None:
+        """Keep the gradient of these logits in `.grad`, as torch does; it makes them dense.
+
+        Raises: RuntimeError if a loss was computed without them before, so that no gradient passes through them.
+        """
+        if self.reads and not self.is_dense:
+            raise RuntimeError(
+                "logits.retain_grad(): the loss was computed without making these logits, so they get no gradient:"
+                " compute it from out.logits.dense(), or from a model that is not patched (hf_xent.unpatch)"
+            )
+        self.dense().retain_grad()
+
+    def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
+        """Call `hook` with the gradient of these logits, as torch does; makes them dense unless a loss was computed
+        without them, when they have none (wrappers of models hook every output).
+        """
+        if self.reads and not self.is_dense:
+            with torch._C.DisableTorchFunctionSubclass():
+                return super().register_hook(hook)
+        return self.dense().register_hook(hook)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and isinstance(kwargs.get("input"), LazyLogits):
+            args = (kwargs.pop("input"),)
         if func in ANSWERS and isinstance(args[0] if args else None, LazyLogits) and not args[0].is_dense:
             answer = ANSWERS[func](*args, **kwargs)
             if answer is not NotImplemented:
                 return answer
-        elif func in METADATA:
+        elif func in METADATA and not (func in _OF_VALUES and args[0].is_dense):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if kwargs.get("out") is not None:  # what is written there has no graph, so it takes values alone
+            return func(*_each(lambda x: x.dense().detach(), args), **_densify(kwargs))
+        if not _writes(func):
+            found = _read(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
         return func(*_densify(args), **_densify(kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function that stands in for none
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # below autograd: whoever comes here differentiates with respect to the wrapper, and _Lazy.backward takes over
-        def value(x: Any) -> Any:
-            return x.dense().detach() if isinstance(x, LazyLogits) else x
+        # below autograd: whoever comes here differentiates with respect to the wrapper; Connected.backward takes over
+        aliased = any(argument.alias_info is not None for argument in func._schema.arguments)
 
-        return func(*tree_map(value, args), **tree_map(value, kwargs or {}))
+        def value(x: LazyLogits) -> Tensor:
+            return (x.dense() if aliased else x._values()).detach()
 
-
-class _Lazy(torch.autograd.Function):
-    """Gives the wrapper a place in the graph; its backward serves consumers that took dense values below Python."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, raw: Head, recipe: Recipe, dtype: Any, device: Any, seam: Seam, *tensors: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        hollow: dict[str, Any] = dict.fromkeys(("weight", "bias", "adapter"))
-        ctx.hollow = replace(raw, **hollow)  # no tensor outlives the graph through ctx
-        ctx.recipe, ctx.dtype = recipe, dtype
-        hidden = tensors[0]
-        assert hidden is not None
-        shape = (*hidden.shape[:-1], raw.vocabulary)
-        lazy = torch.Tensor._make_wrapper_subclass(LazyLogits, shape, dtype=dtype, device=device)
-        lazy.recipe, lazy.seam, lazy.parent, lazy.made = recipe, seam, None, None
-        return lazy
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
-        leaves = [
-            None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
-        hidden, weight, bias, adapter = leaves
-        with torch.enable_grad():
-            raw = replace(ctx.hollow, weight=weight, bias=bias, adapter=adapter)
-            value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        grads = iter(torch.autograd.grad(value, wanted, upstream))
-        own = (next(grads) if t is not None and t.requires_grad else None for t in leaves)
-        return None, None, None, None, None, *own
+        return func(*_each(value, args), **_each(value, kwargs or {}))
 
 
-def make(
+def _writes(func: Any) -> bool:
+    """Whether a torch function may write to its arguments, or hands out their memory: told by its name."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or func in _HANDS_OUT or name == "__set__"
+
+
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives that only reads its lazy arguments; NotImplemented if it does more, or if none is a view.
+
+    It runs on the values of views alone. Where its result shares their memory, or they were written to, the function
+    has to run again on the memory of what they are views of.
+    """
+    lazies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
+    if all(x.is_dense or not x._is_part() for x in lazies):
+        return NotImplemented
+    values = [x._values() for x in lazies]
+    versions, memory = [v._version for v in values], {v.untyped_storage()._cdata for v in values}
+    found = func(*_each(LazyLogits._values, args), **_each(LazyLogits._values, kwargs))
+    if not all(_is_apart(leaf, memory) for leaf in tree_leaves(found)):
+        return NotImplemented
+    if versions != [v._version for v in values]:
+        for x in lazies:
+            x.copied = None  # it holds what should be written elsewhere
+        return NotImplemented
+    return found
+
+
+def _is_apart(leaf: Any, memory: set[int]) -> bool:
+    """Whether a part of a result has nothing to do with these storages."""
+    if not isinstance(leaf, Tensor):
+        return isinstance(leaf, _SCALARS)
+    return type(leaf) is Tensor and (leaf.layout != torch.strided or leaf.untyped_storage()._cdata not in memory)
+
+
+def make(  # noqa: PLR0913  what a lazy tensor holds
     hidden: Tensor,
     raw: Head,
     recipe: Recipe,
     dtype: torch.dtype,
     device: torch.device,
     seam: Seam,
+    *,
     parent: Any = None,
+    layout: Tensor | None = None,
+    reads: set[str] | None = None,
 ) -> LazyLogits:
-    """A lazy tensor of these operands, with its place in the graph; `parent` as the attribute.
+    """A lazy tensor of these operands, with its place in the graph; `parent` and `reads` as the attributes.
 
-    `device` is where its values are to be; the operands may lie elsewhere (a model split over devices).
+    `device` is where its values are to be; the operands may lie elsewhere (a model split over devices). `layout` is a
+    tensor that has its strides, by default a view's or those of a contiguous tensor.
     """
-    lazy = _Lazy.apply(raw, recipe, dtype, device, seam, hidden, raw.weight, raw.bias, raw.adapter)
-    lazy.hidden, lazy.raw, lazy.parent = hidden, raw, parent
+    if parent is not None:
+        layout = parent[1](shadow(parent[0]))
+    elif layout is None:
+        layout = torch.empty((*hidden.shape[:-1], raw.vocabulary), device="meta")
+    place = {"dtype": dtype, "device": device}
+    lazy = Connected.apply(LazyLogits, raw, recipe, layout, place, hidden, raw.weight, raw.bias, raw.adapter)
+    lazy.hidden, lazy.raw, lazy.recipe, lazy.seam = hidden, raw, recipe, seam
+    lazy.parent, lazy.made, lazy.copied = None, None, None
+    lazy.differentiable, lazy.parent = _requires_grad(lazy), parent
+    lazy.versions, lazy.reads = _versions(hidden, raw), set() if reads is None else reads
     return lazy
 
 
+def shadow(x: LazyLogits) -> Tensor:
+    """A tensor without values that is laid out as x: what torch does to it tells what it would do to x's values."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def is_view(result: Tensor, base: Tensor) -> bool:
+    """Whether a result shares the memory of `base`."""
+    return result.untyped_storage()._cdata == base.untyped_storage()._cdata
+
+
+def _requires_grad(lazy: LazyLogits) -> bool:
+    """Whether the wrapper is part of a graph."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return lazy.requires_grad
+
+
+def _versions(hidden: Tensor, raw: Head) -> tuple[int | None, ...]:
+    """How often each operand was written to; None where there is none, or where torch does not count."""
+    return tuple(_version(t) for t in (hidden, raw.weight, raw.bias, raw.adapter))
+
+
+def _version(t: Tensor | None) -> int | None:
+    return None if t is None or t.is_inference() else t._version
+
+
+def _each(fn: Callable[[LazyLogits], Tensor], tree: Any) -> Any:
+    return tree_map(lambda x: fn(x) if isinstance(x, LazyLogits) else x, tree)
+
+
 def _densify(tree: Any) -> Any:
-    return tree_map(lambda x: x.dense() if isinstance(x, LazyLogits) else x, tree)
+    return _each(LazyLogits.dense, tree)
 
 
+_OPERANDS = ("hidden states", "weight", "bias", "adapter")
 _PROPERTIES = (
     "shape dtype device requires_grad grad_fn is_leaf layout ndim is_cuda is_cpu is_sparse is_quantized is_meta"
     " is_nested _version _backward_hooks"
 )
+_GRAPH = "requires_grad grad_fn is_leaf grad _version"  # once there are dense values, theirs
 _METHODS = (
-    "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device register_hook retain_grad"
+    "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device"
     " stride is_contiguous element_size storage_offset"
 )
 _HOOKS: Any = torch.Tensor._backward_hooks  # a descriptor of the class; torch's stub has what it holds on a tensor
@@ -198,3 +297,5 @@ METADATA |= torch.overrides.get_default_nowrap_functions()
 METADATA |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()} | {_HOOKS.__set__}
 METADATA |= {getattr(torch.Tensor, name) for name in _METHODS.split()}
 METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex}
+_OF_VALUES = {getattr(torch.Tensor, name).__get__ for name in _GRAPH.split()}
+_HANDS_OUT = {torch.Tensor.data_ptr, torch.Tensor.__setitem__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]

@@ -1,0 +1,90 @@
+"""A lazy tensor's value, and its place in the graph: how both come from the head's operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Head
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a lazy tensor's value comes from the head's operands."""
+
+    inner: float = 1.0
+    outer: float | None = None  # None: no tanh
+    log_probs: bool = False  # log_softmax on top
+
+    def head(self, raw: Head) -> Head:
+        """The head, on the operands of one without scale, whose activated logits the value is (before log_softmax)."""
+        if self.outer is None:
+            return replace(raw, scale=self.inner)
+        return replace(raw, scale=self.inner * self.outer, softcap=self.outer)
+
+    def value(self, hidden: Tensor, raw: Head) -> Tensor:
+        """The dense value."""
+        z = self.head(raw).logits(hidden)
+        return z.log_softmax(-1) if self.log_probs else z
+
+    def times(self, factor: float) -> Recipe:
+        """The recipe of `factor` times the value."""
+        if self.outer is None:
+            return replace(self, inner=self.inner * factor)
+        return replace(self, outer=self.outer * factor)
+
+
+class Connected(torch.autograd.Function):
+    """Gives the wrapper a place in the graph; its backward serves consumers that took dense values below Python."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kind: type[Tensor], raw: Head, recipe: Recipe, layout: Tensor, place: Any, *tensors: Tensor | None
+    ) -> Tensor:
+        """A wrapper of class `kind` that is laid out as `layout`, with `place` its dtype and device."""
+        ctx.save_for_backward(*tensors)
+        without_tensors: dict[str, Any] = dict.fromkeys(("weight", "bias", "adapter"))
+        ctx.head = replace(raw, **without_tensors)  # no tensor outlives the graph through ctx
+        ctx.recipe, ctx.dtype = recipe, place["dtype"]
+        lazy: Any = torch.Tensor._make_wrapper_subclass(kind, layout.shape, strides=layout.stride(), **place)
+        ctx.memory = lazy.memory = []
+        return lazy
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        """Gradients of the operands, from the value computed again."""
+        if any(not values.is_inference() and values._version for values in ctx.memory):
+            raise RuntimeError(
+                "logits were written to in place, and a custom autograd function got them as well, where their gradient"
+                " does not know of it: give the function out.logits.dense()"
+            )
+        needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
+        twice = torch.is_grad_enabled()  # create_graph=True: these gradients are to be differentiated again
+        inputs = [
+            None if t is None else t.view_as(t) if twice and need else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, needs, strict=True)
+        ]
+        hidden, weight, bias, adapter = inputs
+        with torch.enable_grad():
+            raw = replace(ctx.head, weight=weight, bias=bias, adapter=adapter)
+            value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
+        grads = iter(torch.autograd.grad(value, wanted, upstream, create_graph=twice))
+        return None, None, None, None, None, *(next(grads) if need else None for need in needs)
+
+
+class Values(torch.autograd.Function):
+    """The dense values of a wrapper whose place in the graph is not its operands'."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: Any) -> Tensor:
+        """What the operands give; the graph goes on with the wrapper's."""
+        return lazy._value().detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return upstream
