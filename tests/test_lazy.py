@@ -107,6 +107,18 @@ def test_consumers_agree_with_the_dense_tensor(name, operands):
     assert (seam.streamed > 0) == (name in LEAN)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "avg"}, {"label_smoothing": 1.5}, {"weight": torch.ones(V - 1)}, {"ignore_index": "none"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_arguments_that_torch_refuses_are_refused(options, operands):
+    hidden, weight, bias, labels = operands
+    for logits in (LazyLogits.of(hidden, Head(weight, bias)), F.linear(hidden, weight, bias)):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            F.cross_entropy(logits.view(-1, V), labels.view(-1), **options)
+
+
 def test_written_values_are_seen_by_views(operands):
     def write(x, labels):
         view = x.view(-1, V)

@@ -152,9 +152,7 @@ def test_random_programs_of_views_copies_reads_and_writes(seed, grad):
             assert_same(lazy[i], dense[i])
         if grad:
             expected, theirs = outcome(lambda h, ts=dense: torch.autograd.grad(weighted_sum(ts), h)[0], hidden)
-            if (
-                theirs is None
-            ):  # torch refuses to differentiate what it saved before it was written to
+            if theirs is None:  # torch refuses to differentiate what it saved before it was written to
                 [ours] = torch.autograd.grad(weighted_sum(lazy), hidden)
                 torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 

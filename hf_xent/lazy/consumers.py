@@ -33,7 +33,9 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     indices = (
         isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
     )
-    if not indices or size_average is not None or reduce is not None or (weight is not None and label_smoothing):
+    if not indices or size_average is not None or reduce is not None or not 0 <= label_smoothing < 1:
+        return NotImplemented
+    if weight is not None and (label_smoothing or weight.shape != x.shape[-1:]):
         return NotImplemented
     target = target.to(x.hidden.device)
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]

@@ -290,7 +290,7 @@ _PROPERTIES = (
 _GRAPH = "requires_grad grad_fn is_leaf grad _version"  # once there are dense values, theirs
 _METHODS = (
     "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device"
-    " stride is_contiguous element_size storage_offset"
+    " stride is_contiguous element_size"
 )
 _HOOKS: Any = torch.Tensor._backward_hooks  # a descriptor of the class; torch's stub has what it holds on a tensor
 METADATA |= torch.overrides.get_default_nowrap_functions()
