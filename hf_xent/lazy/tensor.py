@@ -298,4 +298,4 @@ METADATA |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()
 METADATA |= {getattr(torch.Tensor, name) for name in _METHODS.split()}
 METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex}
 _OF_VALUES = {getattr(torch.Tensor, name).__get__ for name in _GRAPH.split()}
-_HANDS_OUT = {torch.Tensor.data_ptr, torch.Tensor.__setitem__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+_HANDS_OUT = {torch.Tensor.data_ptr, torch.Tensor.storage_offset, torch.Tensor.__setitem__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
