@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from . import chunked, reference
 from .algebra import STATISTICS, TENSORS, Head, Problem, Stats, wide
 from .autograd import eager, recompute
+from .higher import composed
 from .rows import Rows, autocast, autocast_head, check_head
 
 IMPLS = ("reference", "chunked", "triton")
@@ -109,7 +110,7 @@ def vocab_loss(
     backend = _backend(impl)
     problem = replace(_problem(rows, (*loss.uses, *observe), payload, memory_budget, backend), tail=tail)
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
-    if problem.needs and not unreduced:
+    if problem.needs and not unreduced and not composed(*problem.tensors):
         objective = _WeightedSum(loss, problem, weight)
         total, values = eager(backend, problem, objective)
         values["loss"] = objective.per_token()
@@ -133,10 +134,8 @@ class _WeightedSum:
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {name: values[name].detach().requires_grad_() for name in self.uses}
-        labels = self.labels[rows]
-        weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
         with torch.enable_grad():
-            found = self.loss.of(Stats({**values, **leaves}, labels, torch.ones_like(labels, dtype=torch.bool)))
+            found, weight = self._of(rows, {**values, **leaves})
             total = (found * weight / self.unit).sum()
         self.parts.append(found.detach())
         self.sums.append(total.detach() * self.unit)
@@ -144,6 +143,17 @@ class _WeightedSum:
             return {"lse": torch.zeros_like(values["lse"])}
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+
+    def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
+        kept = {name: value if name in self.uses else value.detach() for name, value in values.items()}
+        found, weight = self._of(rows, kept)
+        return (found * weight).sum()
+
+    def _of(self, rows: slice, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """The losses of these rows and their weights."""
+        labels = self.labels[rows]
+        weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
+        return self.loss.of(Stats(values, labels, torch.ones_like(labels, dtype=torch.bool))), weight
 
     def total(self) -> Tensor:
         return torch.stack(self.sums).sum()
@@ -166,12 +176,17 @@ def map_logits(
     """
     check_head(hidden, head)
     hidden, head = autocast(hidden), autocast_head(head, hidden)
+
+    def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
+        # torch.func knows no saved-tensor hooks, which checkpoints are made of: there the rows stay
+        return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)  # type: ignore[return-value]
+
     row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs room of its own
     step = max(1, (memory_budget or default_budget(head)) // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]
-        parts.append(checkpoint(lambda h, *r: fn(head.logits(h), *r), *part, use_reentrant=False))
+        parts.append(run(lambda h, *r: fn(head.logits(h), *r), *part))
     return torch.cat(parts)
 
 
