@@ -292,9 +292,14 @@ def test_rows_are_remembered_by_their_number():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nonesuch", "choose one of bce"), ("tpauc_kl:tau=0", "temperature"), ("pauc_dro:gamma=0", "0 < gamma <= 1"),
+    [("nonesuch", "choose one of bce"), ("tpauc_kl:tau=0", r"tau is 0: choose a number in \(0, inf\)"),
+     ("pauc_dro:gamma=0", r"gamma is 0: .*\(0, 1\]"),
      ("pauc_cvar:beta=2", "beta is 2"), ("aucm:margin=0", "margin is 0"), ("ap:surrogate=cubic", "squared_hinge"),
-     ("bce:gamma=1", "does not take gamma")],
+     ("bce:gamma=1", "does not take gamma"), ("bce:pos_weight=-1", "pos_weight is -1"), ("aucm:gamma=2", "gamma is 2"),
+     ("aucm:margin=nan", "margin is nan"), ("pauc_cvar:eta=inf", "eta is inf"), ("pauc_dro:lam=x", "lam is 'x'"),
+     ("tpauc_kl:gamma_w=0", "gamma_w is 0"), ("ap:sigmoid=maybe", "sigmoid is 'maybe': choose True or False"),
+     ("pauc_dro:first_touch=no", "first_touch is 'no'"), ("ap:gamma=True", "gamma is True"),
+     ("aucm:gamma=.1, gamma=.2", "set gamma once")],
 )  # fmt: skip
 def test_errors_name_the_remedy(name, message):
     with pytest.raises(ValueError, match=message):
@@ -346,6 +351,7 @@ def test_sampler_epochs_seeds_and_small_classes():
     tight = list(auc.DualSampler([1, 0, 0, 0], 8, rate=0.5))
     assert len(tight) == 8 and tight[:4] == [0] * 4 and {*tight[4:]} == {1, 2, 3}
     assert torch.equal(state, torch.random.get_rng_state())
-    for bad in ({"labels": [0, 0]}, {"labels": [0, 1], "batch_size": 1}, {"labels": [0, 1], "rate": 1.0}):
+    for bad in ({"labels": [0, 0]}, {"labels": [0, 1], "batch_size": 1}, {"labels": [0, 1], "rate": 1.0},
+                {"labels": [0, 1], "batch_size": 2.5}, {"labels": [0, 1], "rate": float("nan")}):  # fmt: skip
         with pytest.raises(ValueError, match=r"both are needed|batch_size is"):
             auc.DualSampler(**{"batch_size": 4, **bad})

@@ -9,7 +9,7 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
 import hf_xent
-from hf_xent.losses import CrossEntropy, Focal
+from hf_xent.losses import EISL, CrossEntropy, Focal
 from hf_xent.ops import Head, Shard, map_logits, vocab_loss, vocab_stats
 from hf_xent.patching import seam_of
 
@@ -102,6 +102,24 @@ def test_ranks_equal_one_process(world, impl, tmp_path):
             torch.testing.assert_close(whole, expected, rtol=rtol, atol=atol * size, msg=lambda m, at=label: at + m)
 
 
+def beyond(tensors, labels, shard=None):
+    """A loss of sequences, rows of the head by id, and a gradient penalty, with gradients; of this rank's rows."""
+    part = slice(None) if shard is None else slice(shard.start, shard.start + shard.width)
+    own = {name: t if "hidden" in name else t.detach()[part].requires_grad_() for name, t in tensors.items()}
+    leaves = list(own.values())
+    head = Head(own["weight"], own["bias"], 0.7, 4.0, own["adapter"], shard)
+    sequences = EISL(ce_factor=0.5)(own["hidden"], head, labels)
+    rows = head[labels.clamp(min=0).flatten()].logits(own["hidden"][0])
+    smooth = CrossEntropy(label_smoothing=0.1)(own["hidden"], head, labels, memory_budget=1500)
+    stats = vocab_stats(own["hidden"], head, labels, outputs=("entropy", "lse"), memory_budget=1500)
+    found = {"eisl": sequences, "rows": rows, "eisl of": torch.autograd.grad(sequences, leaves)}
+    found["rows of"] = torch.autograd.grad(rows.square().sum(), leaves)
+    for name, total in (("smooth", smooth), ("entropy", (stats.entropy * stats.lse).sum())):
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        found[name + " of"] = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+    return {name: x.detach() if torch.is_tensor(x) else dict(zip(own, x, strict=True)) for name, x in found.items()}
+
+
 def logits_on_a_rank(rank):
     tensors, labels = operands({}, False, torch.float32)
     shard = Shard(dist.group.WORLD, rank * -(-V // dist.get_world_size()), V)
@@ -122,7 +140,8 @@ def logits_on_a_rank(rank):
         with pytest.raises(ValueError) as error:
             call()
         refused.append(str(error.value))
-    return dense.detach(), first, second, refused
+    more = beyond(*operands({"bias": True, "adapter": True}, False, torch.float32), shard)
+    return dense.detach(), first, second, more, refused
 
 
 def test_dense_logits_and_refusals(tmp_path):
@@ -130,7 +149,7 @@ def test_dense_logits_and_refusals(tmp_path):
     tensors, _ = operands({}, False, torch.float32)
     z = tensors["hidden"] @ tensors["weight"].T
     expected = torch.autograd.grad(z.square().sum(), [tensors["hidden"], tensors["weight"]])
-    for dense, *found, _ in ranks:
+    for dense, *found, _, _ in ranks:
         torch.testing.assert_close(dense, z)
         for grads in found:
             torch.testing.assert_close(grads[0], expected[0], rtol=1e-4, atol=1e-4)
@@ -140,6 +159,17 @@ def test_dense_logits_and_refusals(tmp_path):
     matches += ("the head has 97 tokens", "split both, or none")
     for message, match in zip(ranks[0][-1], matches, strict=True):
         assert match in message
+    for name, whole_ones in beyond(*operands({"bias": True, "adapter": True}, False, torch.float32)).items():
+        parts = [rank[3][name] for rank in ranks]
+        if torch.is_tensor(whole_ones):
+            torch.testing.assert_close(parts, [whole_ones, whole_ones], rtol=1e-4, atol=1e-4)
+            continue
+        for tensor, expected in whole_ones.items():
+            cut = [part[tensor] for part in parts]
+            joined = cut if tensor == "hidden" else [torch.cat(cut)]
+            atol, label = 1e-4 * float(expected.abs().max()), f"{name} {tensor}: "
+            for one in joined:
+                torch.testing.assert_close(one, expected, rtol=1e-4, atol=atol, msg=lambda m, at=label: at + m)
 
 
 def tensor_parallel(rank, cases):

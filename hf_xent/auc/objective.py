@@ -44,7 +44,7 @@ class Objective(nn.Module):
                 f"a batch has {len(pos)} positives and {len(neg)} negatives: nothing to learn, use a DualSampler",
                 stacklevel=2,
             )
-            return scores.sum() * 0
+            return scores[:0].sum()  # not scores.sum() * 0, which infinite logits make nan
         buffers = dict(self.named_buffers())
         if index is None and any(buffer.ndim for buffer in buffers.values()):
             raise ValueError("index is None but the loss remembers each training row: pass the rows' numbers [B]")

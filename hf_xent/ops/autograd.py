@@ -84,11 +84,10 @@ class _Recompute(torch.autograd.Function):
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
         if torch.is_grad_enabled() or higher.composed(*grads.values()):
 
-            def value(rows: slice, again: dict[str, Tensor], *given: Tensor) -> Tensor:
-                products = [(again[name] * g).sum() for name, g in zip(grads, given, strict=True)]
-                return torch.stack(products).sum()
+            def chosen(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
+                return [again[name] for name in grads]
 
-            return None, None, *higher.gradients(problem, value, tuple(grads.values()))
+            return None, None, *higher.gradients(problem, chosen, tuple(grads.values()))
         out = add_up(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
@@ -119,10 +118,10 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled() or higher.composed(upstream):
             problem = ctx.hollow.with_tensors(tuple(saved[len(TENSORS) :]), labels)
 
-            def value(rows: slice, again: dict[str, Tensor], given: Tensor) -> Tensor:
-                return objective.value(rows, again) * given
+            def share(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
+                return [objective.value(rows, again)]
 
-            return None, None, None, *higher.gradients(problem, value, (upstream,))
+            return None, None, None, *higher.gradients(problem, share, (upstream,))
         upstream = upstream * objective.unit
         if not len(labels):  # zeros, also where the caller divided by the number of tokens and upstream is infinite
             pass

@@ -16,7 +16,7 @@ from . import chunked, reference
 from .algebra import STATISTICS, TENSORS, Head, Problem, Stats, wide
 from .autograd import eager, recompute
 from .higher import composed
-from .rows import Rows, autocast, autocast_head, check_head
+from .rows import Rows, autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
 
 IMPLS = ("reference", "chunked", "triton")
 Payload = tuple[Tensor, Head]
@@ -46,6 +46,8 @@ def vocab_stats(
     """Every token's softmax reduced to a handful of differentiable floats; no [tokens, vocabulary] tensor is kept.
 
     Gradients reach hidden, the head and the payload (mode *recompute*: four matmuls in all, composes with any graph).
+    A backward with `create_graph=True` costs more, so that its gradients can be differentiated again, any number of
+    times: they come from dense rows, a chunk at a time. torch.func and forward mode get all logits at once.
     `payload=(hidden2, head2)` adds the expectation of a second head's logits under the first head's softmax.
     `memory_budget` bounds the bytes of logits alive at a time (default: half a byte a number in the head, at
     least 24 MiB).
@@ -70,10 +72,24 @@ def dense_stats(
     outputs: tuple[str, ...] = ("lse", "target", "entropy", "top"),
     ignore_index: int = -100,
 ) -> Stats:
-    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations."""
-    mask = labels != ignore_index
-    z = logits[mask]
-    found = reference.statistics(z.to(wide(z.dtype)), labels[mask])
+    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations.
+
+    Raises: ValueError for shapes that do not fit, labels outside the vocabulary, unknown statistics.
+    """
+    labels, ignored = token_ids(labels), ignored_id(ignore_index)
+    if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but logits {tuple(logits.shape)}: pass one label per row of logits"
+        )
+    if unknown := [name for name in outputs if name not in STATISTICS or name == "payload"]:
+        choices = ", ".join(name for name in STATISTICS if name != "payload")
+        raise ValueError(f"outputs has {unknown[0]!r}: choose among {choices}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device} but logits on {logits.device}: move one of them")
+    mask = labels != ignored
+    z, ids = logits[mask], labels[mask]
+    check_ids(ids, z.shape[-1], ignored)
+    found = reference.statistics(z.to(wide(z.dtype)), ids)
     values = {name: found[name].new_zeros(mask.shape).masked_scatter(mask, found[name]) for name in outputs}
     return Stats(values, labels, mask)
 
@@ -103,7 +119,7 @@ def vocab_loss(
     `tail` above 0 compresses the gradient of unlikely tokens (`hf_xent.ops.tail`): the relative error it may make in
     the gradient of the logits, 1e-3 for instance; the loss itself stays exact. 1 + 3k matmuls, k the share of the
     vocabulary that matters. For losses of log p alone and heads without softcap: refused elsewhere with a ValueError.
-    Exact with `unreduced` and with impl='reference'.
+    Exact with `unreduced`, with impl='reference', and in a backward with `create_graph=True`.
     """
     check_tail(tail, loss, head)
     rows = Rows(hidden, head, labels, ignore_index)
@@ -179,7 +195,7 @@ def map_logits(
 
     def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
         # torch.func knows no saved-tensor hooks, which checkpoints are made of: there the rows stay
-        return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)  # type: ignore[return-value]
+        return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)
 
     row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs room of its own
     step = max(1, (memory_budget or default_budget(head)) // row)

@@ -11,7 +11,7 @@ and <v, grad_x F> is a sum over tokens again. So one Function serves every order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,89 +22,99 @@ from torch.autograd import forward_ad
 from . import reference
 from .algebra import TENSORS, Problem, wide
 
+Pairs = Iterable[tuple[Tensor | None, Tensor | None]]  # outputs and what comes from above for each
 ROWS = ("hidden", "payload_hidden")  # of TENSORS: those cut into chunks, the others are whole in each
 
 
 def composed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: both need a graph of torch's own operations."""
+    """Whether torch.func, forward-mode differentiation or batched gradients (`is_grads_batched`) are at work: what they
+    do to torch's own operations they cannot do to ours.
+    """
     if torch._C._are_functorch_transforms_active():
         return True
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    given = [t for t in tensors if t is not None]
+    return any(
+        forward_ad.unpack_dual(t).tangent is not None or torch._C._functorch.is_legacy_batchedtensor(t) for t in given
+    )
 
 
 def gradients(
     problem: Problem,
-    value: Callable[..., Tensor],  # (rows, statistics of these rows, *upstream) -> the chunk's share of F
+    outputs: Callable[[slice, dict[str, Tensor]], list[Tensor]],  # (rows, their statistics) -> what upstream is of
     upstream: Sequence[Tensor],  # [N], cut into chunks, or [], whole in each
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of F for every tensor in `problem.needs`, in the order of TENSORS, with a graph of any order."""
+    """Gradients of `F = sum(upstream * outputs)` for every tensor in `problem.needs`, in the order of TENSORS, with a
+    graph of any order.
+    """
     labels, hollow = problem.labels, problem.with_tensors((None,) * len(TENSORS), None)
     count = len(upstream)
 
-    def part(rows: slice, *given: Tensor | None) -> Tensor:
+    def part(rows: slice, *given: Tensor | None) -> Pairs:
         chunk = hollow.with_tensors(given[count:], labels[rows])
-        return value(rows, reference.forward(chunk), *given[:count])
+        return zip(outputs(rows, reference.forward(chunk)), given[:count], strict=True)
 
     cut = (*(x.ndim > 0 for x in upstream), *(name in ROWS for name in TENSORS))
     wanted = tuple(count + i for i, name in enumerate(TENSORS) if name in problem.needs)
-    found = iter(_Gradient.apply(_Sum(part, problem.rows(), cut, wanted), *upstream, *problem.tensors))
+    found = iter(_Sum(part, problem.rows(), cut, wanted).differentiable((*upstream, *problem.tensors)))
     return tuple(next(found) if name in problem.needs else None for name in TENSORS)
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum over tokens, as a function of tensors: `part` is the share of a chunk of rows."""
+    """A sum of inner products <output, upstream> over tokens, as a function of tensors; `part` is a chunk's."""
 
-    part: Callable[..., Tensor]  # (rows, *tensors), those of `cut` already cut
+    part: Callable[..., Pairs]  # (rows, *tensors), those of `cut` already cut
     chunks: list[slice]
     cut: tuple[bool, ...]  # which tensors have a row a token
-    wanted: tuple[int, ...]  # which tensors get a gradient
+    wanted: tuple[int, ...]  # which tensors get a gradient; none that is an upstream one of this sum
+
+    def differentiable(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """The gradients by the wanted tensors, with a graph if grad mode is on."""
+        again = torch.is_grad_enabled()
+        if not composed(*tensors):
+            return _Gradient.apply(self, *tensors) if again else self.gradients(tensors)
+        with torch.enable_grad():
+            # views, so that the gradient by one tensor leaves out what another owes to it (tied embeddings)
+            own = [x.view_as(x) if x is not None and i in self.wanted else x for i, x in enumerate(tensors)]
+        found = self._grad(slice(None), own, create_graph=again)
+        return tuple(torch.zeros_like(tensors[i]) if g is None else g for i, g in zip(self.wanted, found, strict=True))  # type: ignore[arg-type]
 
     def gradients(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """By the wanted tensors, added up over the chunks in a wide dtype."""
-        found = {}
-        for i in self.wanted:
-            x = tensors[i]
-            assert x is not None  # nobody asks for the gradient of what is not there
-            found[i] = (x, torch.zeros_like(x, dtype=wide(x.dtype), memory_format=torch.contiguous_format))
+        """The same without a graph, added up over the chunks in a wide dtype."""
+        wanted: Any = [tensors[i] for i in self.wanted]  # none is None: nobody asks for the gradient of nothing
+        contiguous = torch.contiguous_format
+        sums = [torch.zeros_like(x, dtype=wide(x.dtype), memory_format=contiguous) for x in wanted]
         for rows in self.chunks:
             pieces = zip(tensors, self.cut, strict=True)
             leaves = [None if x is None else (x[rows] if cut else x).detach() for x, cut in pieces]
-            with torch.enable_grad():
-                for i in self.wanted:
-                    leaves[i].requires_grad_()  # type: ignore[union-attr]  # as above
-                total = self.part(rows, *leaves)
-            if not total.requires_grad:
-                continue
-            grads = torch.autograd.grad(total, [leaves[i] for i in self.wanted], allow_unused=True)  # type: ignore[misc]
-            for i, grad in zip(self.wanted, grads, strict=True):
+            for i, total, grad in zip(self.wanted, sums, self._grad(rows, leaves, create_graph=False), strict=True):
                 if grad is not None:
-                    place = found[i][1]
-                    (place[rows] if self.cut[i] else place).add_(grad)
-        return tuple(total.to(x.dtype) for x, total in found.values())
+                    (total[rows] if self.cut[i] else total).add_(grad)
+        return tuple(total.to(x.dtype) for x, total in zip(wanted, sums, strict=True))
 
     def along(self, wanted: tuple[int, ...], count: int) -> _Sum:
         """The inner product of this sum's gradients with `count` directions, which come before its tensors."""
 
-        def part(rows: slice, *given: Tensor | None) -> Tensor:
-            directions, own = given[:count], list(given[count:])
-            for i in self.wanted:
-                x = own[i]
-                if x is not None and not x.requires_grad:
-                    own[i] = x.detach().requires_grad_()
-            total = self.part(rows, *own)
-            product = torch.zeros((), dtype=total.dtype, device=total.device)
-            if not total.requires_grad:
-                return product
-            inputs: Any = [own[i] for i in self.wanted]
-            grads = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
-            for direction, grad in zip(directions, grads, strict=True):
-                if direction is not None and grad is not None:
-                    product = product + (direction * grad).sum()
-            return product
+        def part(rows: slice, *given: Tensor | None) -> Pairs:
+            return zip(self._grad(rows, list(given[count:]), create_graph=True), given[:count], strict=True)
 
         cut = (*(self.cut[i] for i in self.wanted), *self.cut)
         return _Sum(part, self.chunks, cut, tuple(count + i for i in wanted))
+
+    def _grad(self, rows: slice, tensors: list[Tensor | None], *, create_graph: bool) -> tuple[Tensor | None, ...]:
+        """The gradients of one part by the wanted tensors; those without a graph become leaves."""
+        with torch.enable_grad():
+            for i in self.wanted:
+                x = tensors[i]
+                assert x is not None
+                tensors[i] = x if x.requires_grad else x.detach().requires_grad_()
+            pairs = [(x, g) for x, g in self.part(rows, *tensors) if x is not None and g is not None]
+        pairs = [(x, g) for x, g in pairs if x.requires_grad]
+        if not pairs:
+            return (None,) * len(self.wanted)
+        inputs: Any = [tensors[i] for i in self.wanted]
+        outputs, upstream = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, inputs, upstream, create_graph=create_graph, allow_unused=True)
 
 
 class _Gradient(torch.autograd.Function):
@@ -122,7 +132,5 @@ class _Gradient(torch.autograd.Function):
         tensors = ctx.saved_tensors
         wanted = tuple(i for i in range(len(tensors)) if ctx.needs_input_grad[1 + i])
         again = ctx.total.along(wanted, len(directions))
-        given = (*directions, *tensors)
-        found = _Gradient.apply(again, *given) if torch.is_grad_enabled() else again.gradients(given)
-        grads = dict(zip(wanted, found, strict=True))
+        grads = dict(zip(wanted, again.differentiable((*directions, *tensors)), strict=True))
         return None, *(grads.get(i) for i in range(len(tensors)))

@@ -14,7 +14,7 @@ The gradient of a rank's logits needs nothing else; only the hidden states' is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def meet(problem: Problem, values: dict[str, Tensor], rows: slice = slice(None))
         mine["mean"] = mine["mean"] * (head.size / head.shard.size)
     if "top" in mine:
         top = mine["top"]
-        best = head[top]
+        best = replace(head, shard=None)[top]  # of the columns here
         raw = torch.linalg.vecdot(
             best.joined().weight.to(mine["lse"].dtype), problem.hidden[rows].to(mine["lse"].dtype)
         )
@@ -107,7 +107,7 @@ def gather(local: Tensor, shard: Shard | None) -> Tensor:
 
 
 def total(part: Tensor, shard: Shard) -> Tensor:
-    """The sum of all ranks' parts, in the place of this rank's own, which must be fresh; the gradient is each part's."""
+    """The sum of all ranks' parts, in place of this rank's own, which must be fresh; each part gets the gradient."""
     return _Total.apply(part, shard.group)
 
 
