@@ -583,9 +583,9 @@ def test_tailr_and_mixce_identities():
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(loss, impl, device):
     p = problem(torch.float32, device)
     found = per_token(loss, p, teacher=(p.hidden, p.head), impl=impl)
-    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=5e-6 * loss.temperature**2)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=2e-5 * loss.temperature**2)
     for g in gradients(found.sum(), p):  # a teacher that got a gradient would not cancel it
-        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=2e-5)
+        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD()], ids=repr)
