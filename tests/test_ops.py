@@ -396,6 +396,34 @@ def test_second_derivatives_stay_lean(mode):
     assert largest.numel <= 20 * V
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_under_autocast(mode):
+    """Against torch under the same autocast; mode eager keeps no copy of the head for them."""
+    case = make(20, 90, 33, dtype=torch.float32)
+
+    def penalty(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        return gradients(sum(g.square().sum() for g in grads), leaves)
+
+    def dense(of: Case) -> Tensor:
+        logits = F.linear(of.tensors["hidden"], of.head.weight, of.head.bias)
+        return (F.cross_entropy(logits, case.labels, reduction="none") * case.weight).sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = ours(case, "chunked", CrossEntropy(), mode)[1]
+        plain = penalty(dense(case), case.leaves)
+    if mode == "eager":
+        kept = [t for t in total.grad_fn.saved_tensors if t is not None and t.shape == (90, 33)]
+        assert sorted(str(t.dtype) for t in kept) == [
+            "torch.bfloat16",
+            "torch.float32",
+        ]  # its gradient, the head itself
+    exact = case.to(torch.float64)
+    truth = penalty(dense(exact), exact.leaves)
+    for found, theirs, true in zip(penalty(total, case.leaves), plain, truth, strict=True):
+        assert_no_worse(found, theirs, true)
+
+
 FUNC = {
     "grad": lambda f, h, w, v: torch.func.grad(f, argnums=(0, 1))(h, w),
     "hessian": lambda f, h, w, v: torch.func.hessian(f)(h, w),

@@ -49,10 +49,15 @@ class Objective(Protocol):
         ...
 
 
-def eager(backend: ModuleType, problem: Problem, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-    """A sum and detached statistics; the sum's gradients are ready when this returns."""
+def eager(
+    backend: ModuleType, problem: Problem, objective: Objective, origins: tuple[Tensor | None, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A sum and detached statistics; the sum's gradients are ready when this returns.
+
+    `origins` are what the problem's tensors were cast from, if from anything: a graph holds these, not copies.
+    """
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        total, *found = _Eager.apply(backend, problem, objective, *problem.tensors)
+        total, *found = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
     return total, dict(zip(_order(problem), found, strict=True))
 
 
@@ -97,7 +102,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: ModuleType, problem: Problem, objective: Objective, *tensors: Tensor | None
+        ctx: Any,
+        backend: ModuleType,
+        problem: Problem,
+        objective: Objective,
+        origins: tuple[Tensor | None, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         if problem.tail and len(problem.labels) and hasattr(backend, "survey"):
             values, grads = tail.eager(backend, problem, objective.gradients)
@@ -105,7 +115,8 @@ class _Eager(torch.autograd.Function):
             visit = getattr(backend, "eager", None) or _two_visits(backend)
             values, grads = visit(problem, objective.gradients, objective.uses)
         add_up(problem, grads)
-        ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *tensors, problem.labels)
+        ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.hollow, ctx.objective = problem.with_tensors((None,) * len(TENSORS), None), objective
         found = [values[name] for name in _order(problem)]
         ctx.mark_non_differentiable(*found)
@@ -116,12 +127,14 @@ class _Eager(torch.autograd.Function):
         *saved, labels = ctx.saved_tensors
         grads, objective = saved[: len(TENSORS)], ctx.objective
         if torch.is_grad_enabled() or higher.composed(upstream):
-            problem = ctx.hollow.with_tensors(tuple(saved[len(TENSORS) :]), labels)
+            pairs = zip(saved[len(TENSORS) :], ctx.dtypes, strict=True)
+            operands = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
+            problem = ctx.hollow.with_tensors(operands, labels)
 
             def share(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
                 return [objective.value(rows, again)]
 
-            return None, None, None, *higher.gradients(problem, share, (upstream,))
+            return None, None, None, None, *higher.gradients(problem, share, (upstream,))
         upstream = upstream * objective.unit
         if not len(labels):  # zeros, also where the caller divided by the number of tokens and upstream is infinite
             pass
@@ -131,7 +144,7 @@ class _Eager(torch.autograd.Function):
             grads = [None if g is None else (g * upstream if stays else g.mul_(upstream)) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [None if g is None else g.clone() for g in grads]  # a taken buffer would be added to next time
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -128,7 +128,7 @@ def vocab_loss(
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not unreduced and not composed(*problem.tensors):
         objective = _WeightedSum(loss, problem, weight)
-        total, values = eager(backend, problem, objective)
+        total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
     else:
         values = recompute(backend, problem)
@@ -276,6 +276,14 @@ def _problem(
         name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad
     }
     return replace(problem, needs=frozenset(needs))
+
+
+def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
+    """What each of the problem's tensors was cast from by autocast: of the heads, the caller's own."""
+    own: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
+    own += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    pairs = zip(own, problem.tensors, strict=True)
+    return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)
 
 
 def _payload(rows: Rows, payload: Payload) -> Payload:
