@@ -306,6 +306,27 @@ def test_errors_name_the_remedy(name, message):
         auc.get(name)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_row_numbers_of_any_integer_dtype(dtype):
+    """A uint8 index is the rows' numbers, not a mask."""
+    index, found = torch.tensor([3, 1, 2, 0]), []
+    for rows in (index, index.to(dtype)):
+        objective = Objective(auc.get("pauc_cvar"), 4)
+        found.append((objective(torch.tensor(H), torch.tensor(Y), rows), objective.s.clone()))
+    torch.testing.assert_close(*found)
+
+
+def test_errors_of_a_batch():
+    objective = Objective(auc.get("pauc_cvar"), 4)
+    for labels, index, message in (
+        (torch.tensor(Y), torch.zeros(4), "index is torch.float32: pass the rows' numbers as integers"),
+        (torch.tensor(Y), torch.zeros(3).long(), r"have the shapes \(4,\), \(4,\), \(3,\): pass one number per row"),
+        (torch.tensor(Y)[:, None], None, r"have the shapes \(4,\), \(4, 1\): pass one number per row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(torch.tensor(H), labels, index)
+
+
 def test_registry():
     assert auc.get("tpauc_kl:tau=0.5, gamma=0.7") == auc.TPAUCKL(tau=0.5, gamma=0.7)
     loss = auc.PAUCCVaR(beta=0.1)

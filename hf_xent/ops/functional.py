@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -198,7 +200,7 @@ def map_logits(
         return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)
 
     row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs room of its own
-    step = max(1, (memory_budget or default_budget(head)) // row)
+    step = max(1, _budget(memory_budget, head) // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]
@@ -217,10 +219,21 @@ def default_budget(head: Head) -> int:
     return max((24 if head.weight.device.type == "cpu" else 256) << 20, rows * head.weight.shape[1] // 2)
 
 
-def check_tail(tail: float, loss: TokenLoss, head: Head | None = None) -> None:
+def _budget(memory_budget: Any, head: Head) -> int:
+    """The bytes given, or the default. Raises: ValueError for what is no positive number."""
+    if memory_budget is None:
+        return default_budget(head)
+    given = float(memory_budget) if isinstance(memory_budget, Real) else math.nan
+    if not 0 < given < math.inf:
+        raise ValueError(f"memory_budget is {memory_budget!r}: pass a positive number of bytes")
+    return max(1, int(given))
+
+
+def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
     """Refuse a sparse tail where it does not hold, with a ValueError that names the remedy."""
-    if not 0 <= tail < 1:
-        raise ValueError(f"tail is {tail}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
+    given = float(tail) if not isinstance(tail, bool) and isinstance(tail, Real) else math.nan
+    if not 0 <= given < 1:
+        raise ValueError(f"tail is {tail!r}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
     if tail and not set(loss.uses) <= {"lse", "target"}:
         other = sorted(set(loss.uses) - {"lse", "target"})[0]
         raise ValueError(
@@ -254,8 +267,6 @@ def _problem(
         raise ValueError(
             "outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither"
         )
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes")
     head = rows.head if backend is chunked else rows.head.joined()  # the others multiply one matrix
     if head.shard is not None and (backend is reference or "rank" in outputs):
         what = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
@@ -269,7 +280,7 @@ def _problem(
         labels=rows.flat,
         outputs=frozenset(ask),
         payload=payload,
-        memory_budget=memory_budget or default_budget(head),
+        memory_budget=_budget(memory_budget, head),
     )
     wanted = torch.is_grad_enabled()
     needs = {
