@@ -34,11 +34,25 @@ class Consistency:
 
 
 def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Consistency:
-    """Of predicted labels [N, K] and true ones [N], of `choices` labels. Raises: ValueError for a single format."""
+    """Of predicted labels [N, K] and true ones [N], of `choices` labels.
+
+    Raises: ValueError for a single format, no item, and labels that are not integers in [0, choices).
+    """
     predictions, gold = np.asarray(predictions), np.asarray(gold)
+    if predictions.ndim != 2 or gold.shape != predictions.shape[:1] or not len(gold):
+        raise ValueError(
+            f"predictions has shape {predictions.shape} and gold {gold.shape}: pass the labels of N items in K formats,"
+            " [N, K], and their true ones, [N], with at least one item"
+        )
     count, formats = predictions.shape
     if formats < 2:
         raise ValueError(f"predictions has {formats} format: agreement needs at least two")
+    for name, labels in (("predictions", predictions), ("gold", gold)):
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= choices:
+            raise ValueError(
+                f"{name} is {labels.dtype} in [{labels.min()}, {labels.max()}]: pass integers in [0, {choices - 1}]"
+            )
+    predictions, gold = predictions.astype(np.int64), gold.astype(np.int64)
     votes = np.stack([(predictions == label).sum(1) for label in range(choices)], 1)  # [N, C]
     scores = [f1(gold, column, choices) for column in predictions.T]
     constant = int(np.bincount(gold, minlength=choices).argmax())

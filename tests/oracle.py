@@ -27,6 +27,12 @@ def assert_no_worse(
     assert ours <= bound, f"{what}: error {ours:.3e} exceeds {bound:.3e} = {factor} x torch's {torchs:.3e} + {atol}"
 
 
+def assert_close_at_scale(found: Tensor, expected: Tensor, error: float, what: str = "result") -> None:
+    """`found` is off by at most `error` times the largest number: what sums leave behind does not shrink with them."""
+    atol = error * float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=error, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
 def statistics(z: Tensor, labels: Tensor, pay: Tensor | None = None) -> dict[str, Tensor]:
     """Every statistic of dense logits [N, V], from its definition."""
     logp = z.log_softmax(-1)

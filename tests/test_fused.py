@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import assert_close_at_scale
 from torch.nn import functional as F
 
 from hf_xent.losses import CrossEntropy, Focal
@@ -92,7 +93,8 @@ def test_the_whole_loss_is_the_same(
 
     got = run()
     monkeypatch.setattr(chunked, "_kernels", lambda z: None)
-    torch.testing.assert_close(got, run(), rtol=1e-10, atol=1e-13)
+    for one, other in zip(got, run(), strict=True):
+        assert_close_at_scale(one, other, 1e-9)
 
 
 def test_recompute_takes_them_in_both_directions(device: str) -> None:

@@ -236,6 +236,57 @@ def test_nothing_to_learn_is_a_connected_zero(name, options, impl, device):
 
 
 @every
+@pytest.mark.parametrize("shape", [(2, 3), (0,), (2, 0), (0, 3), ()], ids=str)
+def test_no_token_is_a_zero_however_it_is_counted(name, options, shape):
+    """Also divided by a batch's count of 0 tokens: 0 and gradients of 0, not nan."""
+    p = problem(torch.float32, labels=torch.full(shape, -100))
+    loss, call = build(name, options, p)
+    for count in (None, 0, torch.tensor(0)):
+        found = loss(p.hidden, p.head, p.labels, num_items=count, **call)
+        assert found.item() == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(found, p))
+
+
+@every
+def test_second_derivatives_equal_the_references(name, options):
+    """Of a gradient penalty: all that a loss holds constant is constant in it too."""
+    p = problem()
+    loss, call = build(name, options, p)
+    found = [loss(p.hidden, p.head, p.labels, memory_budget=1, **call), dense(loss, p).mean()]
+    grads = [gradients(total, p, create_graph=True) for total in found]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*(gradients(sum(g.square().sum() for g in of), p) for of in grads))
+
+
+@every
+def test_an_adapter_is_a_part_of_the_head(name, options):
+    """LoRA on the head: the last columns of the matrix in a tensor of their own change nothing."""
+    p = problem()
+    loss, call = build(name, options, p)
+    weight, adapter = (x.detach().requires_grad_() for x in p.head.weight.split([D - 2, 2], 1))
+    head = replace(p.head, weight=weight, adapter=adapter)
+    current = getattr(loss, "cost", None) == "current"  # the embeddings of the base model, which are narrower here
+    expected = (replace(loss, cost=weight.detach()) if current else loss)(p.hidden, p.head, p.labels, **call)
+    found = loss(p.hidden, head, p.labels, **call)
+    torch.testing.assert_close(found, expected)
+    own = torch.autograd.grad(found, [p.hidden, weight, adapter, p.head.bias])
+    hidden, matrix, bias = gradients(expected, p)
+    torch.testing.assert_close((own[0], torch.cat(own[1:3], 1), own[3]), (hidden, matrix, bias))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_labels_of_any_integer_dtype(name, options, dtype):
+    labels = torch.randint(V, (2, 7))
+    p = problem(labels=labels)
+    loss, call = build(name, options, p)
+    for ignore_index in (-100, int(labels[0, 0])):
+        call["ignore_index"] = ignore_index
+        found = loss(p.hidden, p.head, labels.to(dtype), **call)
+        torch.testing.assert_close(found, loss(p.hidden, p.head, labels, **call))
+
+
+@every
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_tensors(name, options, frozen):
     p = problem()
@@ -532,18 +583,20 @@ def test_tailr_and_mixce_identities():
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(loss, impl, device):
     p = problem(torch.float32, device)
     found = per_token(loss, p, teacher=(p.hidden, p.head), impl=impl)
-    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=5e-6 * loss.temperature**2)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=2e-5 * loss.temperature**2)
     for g in gradients(found.sum(), p):  # a teacher that got a gradient would not cancel it
-        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=2e-5)
+        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD()], ids=repr)
 def test_the_teacher_gets_no_gradient(loss):
     p = problem()
     teacher = problem(labels=p.labels)
-    loss(p.hidden, p.head, p.labels, teacher=(teacher.hidden, teacher.head)).backward()
+    weight, adapter = (x.detach().requires_grad_() for x in teacher.head.weight.split([D - 2, 2], 1))
+    head = replace(teacher.head, weight=weight, adapter=adapter)
+    loss(p.hidden, p.head, p.labels, teacher=(teacher.hidden, head)).backward()
     assert all(x.grad is not None for x in p.leaves)
-    assert all(x.grad is None for x in teacher.leaves)
+    assert all(x.grad is None for x in (*teacher.leaves, weight, adapter))
 
 
 def test_jsd_is_symmetric_at_one_half_and_ends_in_the_kls():
@@ -641,6 +694,7 @@ def test_get():
     assert losses.get("eisl:ngrams=(1, 2, 0), ce_factor=.5") == EISL(ngrams=(1, 2, 0), ce_factor=0.5)
     assert losses.get("emo:variant=emo2,gt_detach=True").describe() == EMO("emo2", gt_detach=True).describe()
     assert losses.get("emo", ratio_clamp="None").ratio_clamp is None
+    assert losses.get("eisl:floor=-inf") == EISL(floor=-math.inf)
     assert losses.get(Focal(1.0)) == Focal(1.0)
 
 
@@ -650,7 +704,38 @@ def test_get():
         (lambda: losses.get("cross-entropy"), "loss is 'cross-entropy': choose one of cross_entropy, focal"),
         (lambda: losses.get("focal", alpha=1), "does not take alpha: its options are gamma"),
         (lambda: losses.get("focal:gamma"), "options are 'gamma': write them as key=value"),
-        (lambda: losses.get("focal:gamma=much"), "cannot take {'gamma': 'much'}"),
+        (lambda: losses.get("focal:gamma=much"), "cannot take {'gamma': 'much'}: gamma is 'much': choose a finite"),
+        (
+            lambda: losses.get("focal:gamma=-1"),
+            "'focal' cannot take {'gamma': -1}: gamma is -1: choose",
+        ),
+        (lambda: losses.get("focal:gamma=nan"), "gamma is nan: choose a finite number >= 0"),
+        (lambda: losses.get("focal:gamma=1, gamma=2"), "options are 'gamma=1, gamma=2': set gamma once"),
+        (
+            lambda: losses.get("focal:gamma=1", gamma=2),
+            "'focal:gamma=1' with gamma=2 beside it: set gamma once",
+        ),
+        (lambda: losses.get("focal:gama=1"), "'focal' does not take gama: its options are gamma"),
+        (lambda: losses.get("focal:3"), "options are '3': write them as key=value"),
+        (lambda: losses.get("focal:**{'gamma': 3}"), "write them as key=value"),
+        (lambda: losses.get("focal:gamma=1), dict(gamma=2"), "write them as key=value"),
+        (lambda: losses.get("comp_sum:tau=inf"), "tau is inf: choose a finite number >= 0"),
+        (
+            lambda: losses.get("cross_entropy:label_smoothing=1.5"),
+            r"label_smoothing is 1.5: choose a share in",
+        ),
+        (lambda: losses.get("cross_entropy:z_loss=nan"), "z_loss is nan: choose a finite weight"),
+        (lambda: losses.get("jsd:beta=1.5"), r"beta is 1.5: choose a share in \(0, 1\)"),
+        (lambda: losses.get("jsd:temperature=nan"), "temperature is nan: choose a positive number"),
+        (lambda: losses.get("eisl:ngrams=2"), r"ngrams is 2: pass integers such as \(1, 2\)"),
+        (lambda: losses.get("eisl:ngrams=(1, 1.5)"), r"ngrams is \(1, 1.5\): pass integers"),
+        (lambda: losses.get("eisl:gumbel=maybe"), "gumbel is 'maybe': choose True or False"),
+        (lambda: losses.get("eisl:weights=(1, inf)"), "weights is .*: pass one positive number for each of ngrams"),
+        (lambda: losses.get("emo:gt_detach=1"), "gt_detach is 1: choose True or False"),
+        (lambda: losses.get("emo:ratio_clamp=nan"), "ratio_clamp is .* in emo1: pass a number > 0"),
+        (lambda: Focal(gamma=True), "gamma is True: choose a finite number >= 0"),
+        (lambda: Focal(gamma=None), "gamma is None: choose a finite number >= 0"),
+        (lambda: EISL(weights=1.0), "weights is 1.0: pass one positive number for each of ngrams"),
         (lambda: losses.get(Focal(), gamma=1), "loss is an object"),
         (lambda: Focal(gamma=-1), "gamma is -1: choose a finite number >= 0"),
         (lambda: Focal(gamma=math.nan), "gamma is nan"),

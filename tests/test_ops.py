@@ -16,7 +16,7 @@ from oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_xent.losses import CrossEntropy
+from hf_xent.losses import CrossEntropy, linear_cross_entropy
 from hf_xent.ops import (
     DIFFERENTIABLE,
     FORWARD_ONLY,
@@ -24,6 +24,7 @@ from hf_xent.ops import (
     Head,
     State,
     Stats,
+    dense_stats,
     map_logits,
     merge,
     vocab_loss,
@@ -315,13 +316,167 @@ def test_gradients_accumulate(impl, device, mode):
     torch.testing.assert_close([t.grad for t in case.leaves], [2 * g for g in once])
 
 
+@pytest.mark.parametrize("kind", ("plain", "adapter", "everything"))
 @pytest.mark.parametrize("mode", MODES)
-def test_no_second_derivative(impl, device, mode):
-    """The backward is not differentiable, and says so instead of giving zeros."""
-    case = make(4, 9, 3, device=device)
-    grads = torch.autograd.grad(ours(case, impl, Polynomial(), mode)[1].square(), case.leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grads[0].sum().backward()
+def test_second_derivatives(impl, device, mode, kind):
+    """Finite differences of every gradient, in every tensor and upstream: one token a chunk, one ignored."""
+    if impl == "triton":
+        pytest.skip("only first derivatives depend on the backend, and its kernels are slow to interpret")
+    options = {**SOFT, "D2": 2} if kind == "everything" else {"bias": False}
+    case = make(3, 5, 3, device=device, ignore=lambda rows: rows == 1, **options)
+    uses = {"plain": ("lse", "target"), "adapter": ("entropy", "mean"), "everything": DIFFERENTIABLE}[kind]
+    tensors = dict(case.tensors)
+    if kind == "adapter":
+        tensors["adapter"] = torch.randn(5, 1, dtype=torch.float64, device=device, requires_grad=True)
+        tensors["hidden"] = torch.randn(3, 4, dtype=torch.float64, device=device, requires_grad=True)
+
+    def run(*given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        found = dict(zip(tensors, given, strict=True))
+        again = replace(case, tensors={name: t for name, t in found.items() if name != "adapter"})
+        head, hidden = replace(again.head, adapter=found.get("adapter")), found["hidden"]
+        call = {"impl": impl, "payload": again.payload, "memory_budget": 1}
+        if mode == "eager":
+            loss = Polynomial(uses)
+            return vocab_loss(loss, hidden, head, case.labels, token_weight=case.weight, **call)[0]
+        stats = vocab_stats(hidden, head, case.labels, outputs=uses, **call)
+        return tuple(stats.values[name] for name in uses)
+
+    # the order of atomic sums on a GPU is not fixed: float64 rounding may differ from call to call
+    given = tuple(tensors.values())
+    assert torch.autograd.gradgradcheck(run, given, atol=1e-4, nondet_tol=1e-12, fast_mode=True)
+
+
+def small(dtype=torch.float64):
+    """Hidden states, a head's weight and labels, and the mean cross-entropy of a weight, dense and ours."""
+    hidden, weight = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((5, 3), (7, 3)))
+    labels = torch.tensor([0, 6, -100, 2, 2])
+    dense = lambda h, w: F.cross_entropy(h @ w.T, labels)  # noqa: E731
+    lean = lambda h, w: linear_cross_entropy(h, w, labels, memory_budget=60)  # noqa: E731
+    return hidden, weight, dense, lean
+
+
+def test_gradient_penalty_and_beyond():
+    """A penalty on gradients, a penalty on the penalty's, and weights tied to the hidden states."""
+
+    def penalties(loss):
+        rows = (hidden * weight[:5].tanh()).sin()  # tied: one tensor on both ways
+        total, found = loss(rows, weight), []
+        for _ in range(3):
+            grads = torch.autograd.grad(total, (hidden, weight), create_graph=True)
+            found += grads
+            total = total.square() + sum((10 * g).square().sum() for g in grads)
+        return found
+
+    hidden, weight, dense, lean = small()
+    torch.testing.assert_close(penalties(lean), penalties(dense))
+
+
+def test_second_derivatives_of_a_sparse_tail_are_exact():
+    """Gradients that will be differentiated are not compressed."""
+    hidden, weight = torch.randn(6, 4, dtype=torch.float64), 9 * torch.randn(64, 4, dtype=torch.float64)
+    hidden, weight, labels = hidden.requires_grad_(), weight.requires_grad_(), torch.arange(6)
+    totals = [vocab_loss(CrossEntropy(), hidden, Head(weight), labels, tail=tail)[0] for tail in (0.0, 0.3)]
+    totals.append(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"))
+    grads = [torch.autograd.grad(total, (hidden, weight), create_graph=True) for total in totals]
+    seconds = [torch.autograd.grad(sum(g.square().sum() for g in found), (hidden, weight)) for found in grads]
+    for exact, sparse, dense in (grads, seconds):
+        torch.testing.assert_close(sparse, exact)
+        torch.testing.assert_close(sparse, dense)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_stay_lean(mode):
+    """No more than a chunk of logits at a time, and the first derivatives of a usual backward are as lean as ever."""
+    N, V = 120, 60
+    case = make(N, V, 6, dtype=torch.float32)
+    with Largest() as largest:
+        total = ours(case, "chunked", Polynomial(), mode, memory_budget=20 * V * 4)[1]
+        grads = torch.autograd.grad(total, case.leaves, create_graph=True)
+        gradients(sum(g.square().sum() for g in grads), case.leaves)
+    assert largest.numel <= 20 * V
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_under_autocast(mode):
+    """Against torch under the same autocast; mode eager keeps no copy of the head for them."""
+    case = make(20, 90, 33, dtype=torch.float32)
+
+    def penalty(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        return gradients(sum(g.square().sum() for g in grads), leaves)
+
+    def dense(of: Case) -> Tensor:
+        logits = F.linear(of.tensors["hidden"], of.head.weight, of.head.bias)
+        return (F.cross_entropy(logits, case.labels, reduction="none") * case.weight).sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = ours(case, "chunked", CrossEntropy(), mode)[1]
+        plain = penalty(dense(case), case.leaves)
+    if mode == "eager":
+        kept = [t for t in total.grad_fn.saved_tensors if t is not None and t.shape == (90, 33)]
+        assert {t.dtype for t in kept} == {torch.bfloat16, torch.float32} and len(kept) == 2  # its gradient, the head
+    exact = case.to(torch.float64)
+    truth = penalty(dense(exact), exact.leaves)
+    for found, theirs, true in zip(penalty(total, case.leaves), plain, truth, strict=True):
+        assert_no_worse(found, theirs, true)
+
+
+FUNC = {
+    "grad": lambda f, h, w, v: torch.func.grad(f, argnums=(0, 1))(h, w),
+    "hessian": lambda f, h, w, v: torch.func.hessian(f)(h, w),
+    "jvp": lambda f, h, w, v: torch.func.jvp(f, (h, w), v),
+    "vmap of grad over hidden": lambda f, h, w, v: torch.func.vmap(torch.func.grad(f), (0, None))(
+        torch.stack([h, 2 * h]), w
+    ),
+    "forward over reverse": lambda f, h, w, v: torch.func.jvp(torch.func.grad(f, argnums=(0, 1)), (h, w), v)[1],
+    "autograd.functional.hvp": lambda f, h, w, v: torch.autograd.functional.hvp(f, (h, w), v),
+    "autograd.functional.jvp": lambda f, h, w, v: torch.autograd.functional.jvp(f, (h, w), v),
+    "vectorized hessian": lambda f, h, w, v: torch.autograd.functional.hessian(f, (h, w), vectorize=True),
+}
+
+
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, by forward mode
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("name", FUNC)
+@pytest.mark.parametrize("door", ("loss", "stats", "map_logits"))
+def test_other_ways_to_differentiate(name, door):
+    """torch.func, forward mode and torch.autograd.functional give what they give of dense logits."""
+    hidden, weight, dense, lean = small()
+    if door != "loss":
+        dense = lambda h, w: (h @ w.T).logsumexp(-1).sin().sum()  # noqa: E731
+    if door == "stats":
+        lean = lambda h, w: vocab_stats(h, Head(w), torch.zeros(5, dtype=torch.long)).lse.sin().sum()  # noqa: E731
+    if door == "map_logits":
+        lean = lambda h, w: map_logits(lambda z: z.logsumexp(-1).sin(), h, Head(w), memory_budget=500).sum()  # noqa: E731
+    hidden, weight = hidden.detach(), weight.detach()
+    along = (torch.randn_like(hidden), torch.randn_like(weight))
+    torch.testing.assert_close(FUNC[name](lean, hidden, weight, along), FUNC[name](dense, hidden, weight, along))
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("create_graph", (False, True))
+def test_batched_gradients_and_dual_numbers(create_graph):
+    """`is_grads_batched` and torch.autograd.forward_ad, through the statistics and through a loss."""
+    hidden, weight, dense, lean = small()
+
+    def batched(total):
+        several = torch.eye(max(1, total.numel()), dtype=total.dtype).reshape(-1, *total.shape) * 3
+        options = {"is_grads_batched": True, "create_graph": create_graph}
+        grads = torch.autograd.grad(total, (hidden, weight), several, **options)
+        return [*grads, *(torch.autograd.grad(grads[0].square().sum(), (hidden, weight)) if create_graph else ())]
+
+    def dual(function):
+        with torch.autograd.forward_ad.dual_level():
+            first = torch.autograd.forward_ad.make_dual(hidden.detach(), torch.ones_like(hidden))
+            out = function(first.requires_grad_(create_graph), weight.detach())
+            return torch.autograd.forward_ad.unpack_dual(out).tangent.detach()
+
+    torch.testing.assert_close(batched(lean(hidden, weight)), batched(dense(hidden, weight)))
+    lse = vocab_stats(hidden, Head(weight), torch.zeros(5, dtype=torch.long)).lse
+    torch.testing.assert_close(batched(lse), batched((hidden @ weight.T).logsumexp(-1)))
+    torch.testing.assert_close(dual(lean), dual(dense))
 
 
 # ---- low precision --------------------------------------------------------------------------------------------------
@@ -653,6 +808,28 @@ WRONG = {
         {"labels": torch.zeros(4, device="meta").long()},
         "labels is on meta but hidden on cpu: move one of them",
     ),
+    "labels list": ({"labels": [0, 1, 2, 3]}, "labels is a list: pass a tensor of token ids"),
+    "labels complex": ({"labels": torch.zeros(4, dtype=torch.cfloat)}, "labels is torch.complex64: pass token ids"),
+    "labels uint8 too high": (
+        {"labels": torch.tensor([0, 1, 156, 2], dtype=torch.uint8)},
+        r"labels range over \[0, 156\] but the head has 7 tokens: pass ids in \[0, 6\]",
+    ),
+    "ignore_index": ({"ignore_index": None}, "ignore_index is None: pass an integer, such as -100"),
+    "ignore_index float": ({"ignore_index": 0.5}, "ignore_index is 0.5: pass an integer"),
+    "hidden integers": (
+        {"hidden": torch.ones(4, 3).long(), "head": Head(torch.ones(7, 3).long())},
+        "hidden is torch.int64: pass one of torch.float16, torch.bfloat16, torch.float32, torch.float64",
+    ),
+    "scale": ({"head": Head(torch.randn(7, 3), scale=float("nan"))}, "scale is nan: pass a finite number"),
+    "softcap infinite": ({"head": Head(torch.randn(7, 3), softcap=float("inf"))}, "softcap is inf: pass a finite"),
+    "adapter shape": (
+        {"head": Head(torch.randn(7, 2), adapter=torch.randn(6, 1))},
+        r"adapter has shape \(6, 1\): pass a row per row of weight, \[7, rank\]",
+    ),
+    "bias device": (
+        {"head": Head(torch.randn(7, 3), torch.randn(7, device="meta"))},
+        "bias is on meta but weight on cpu: move one of them",
+    ),
     "weight shape": (
         {"head": Head(torch.randn(7))},
         r"weight has shape \(7,\): a head needs a non-empty \[vocabulary, hidden\] matrix \(gather a sharded weight",
@@ -692,6 +869,8 @@ WRONG = {
         "outputs has 'perplexity': choose among lse, target, mean, entropy, variance, payload, top, rank, log_sum_sq",
     ),
     "budget": ({"memory_budget": 0}, "memory_budget is 0: pass a positive number of bytes"),
+    "budget nan": ({"memory_budget": float("nan")}, "memory_budget is nan: pass a positive number of bytes"),
+    "budget text": ({"memory_budget": "1GB"}, "memory_budget is '1GB': pass a positive number of bytes"),
     "payload alone": (
         second(4, 2),
         r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither",
@@ -735,6 +914,68 @@ def test_errors_of_the_other_doors():
         vocab_loss(Polynomial(), **arguments(), token_weight=torch.ones(3))
     with pytest.raises(ValueError, match=r"hidden has shape \(4, 5\)"):
         map_logits(lambda z: z, torch.randn(4, 5), Head(torch.randn(7, 3)))
+
+    with pytest.raises(ValueError, match=r"labels has shape \(4,\) but logits \(5, 7\)"):
+        dense_stats(torch.randn(5, 7), torch.zeros(4).long())
+    with pytest.raises(ValueError, match=r"labels range over \[0, 9\] but the head has 7 tokens"):
+        dense_stats(torch.randn(2, 7), torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match="outputs has 'payload': choose among lse"):
+        dense_stats(torch.randn(2, 7), torch.tensor([0, 1]), outputs=("payload",))
+    with pytest.raises(
+        ValueError, match=r"class_weight has shape \(6,\) on cpu: pass one number per row of weight, \[7\]"
+    ):
+        linear_cross_entropy(torch.randn(2, 3), torch.randn(7, 3), torch.zeros(2).long(), class_weight=torch.ones(6))
+    with pytest.raises(ValueError, match="memory_budget is -1: pass a positive number of bytes"):
+        map_logits(lambda z: z, torch.randn(4, 3), Head(torch.randn(7, 3)), memory_budget=-1)
+    for tail in (-0.1, 1, float("nan"), True, "1e-3"):
+        with pytest.raises(ValueError, match=rf"tail is {tail!r}: pass a relative error in \[0, 1\)"):
+            vocab_loss(Polynomial(), **arguments(), tail=tail)
+    with pytest.raises(ValueError, match=r"labels is batched by torch.vmap"):
+        torch.func.vmap(lambda h, y: linear_cross_entropy(h, torch.ones(7, 3), y))(
+            torch.randn(2, 4, 3), torch.zeros(2, 4).long()
+        )
+    message = r"hidden is torch\.float64 but weight torch\.float32: cast one of them$"
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=message):
+        vocab_stats(**arguments(hidden=torch.randn(4, 3).double()))
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_of_any_integer_dtype(dtype):
+    """What the labels mean depends on their values alone: no id is taken for ignore_index, none is lost."""
+    hidden, weight = torch.randn(6, 8), torch.randn(256, 8)
+    labels = torch.tensor([156, 3, 255, 200, 0, 156] if dtype not in (torch.int8,) else [-100, 3, 127, 100, 0, -100])
+    narrow = labels.to(dtype)
+    assert torch.equal(narrow.long(), labels)
+    wanted = F.cross_entropy(hidden @ weight.T, labels)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, narrow), wanted)
+    stats, logits = vocab_stats(hidden, Head(weight), narrow), hidden @ weight.T
+    assert torch.equal(stats.mask, labels != -100)
+    torch.testing.assert_close(dense_stats(logits, narrow).nll, stats.nll)
+    class_weight = torch.rand(256)
+    found = linear_cross_entropy(hidden, weight, narrow, class_weight=class_weight)
+    torch.testing.assert_close(found, F.cross_entropy(logits, labels, class_weight))
+    kept = labels >= 0  # and an ignore_index that the dtype can hold
+    found = linear_cross_entropy(hidden[kept], weight, narrow[kept], ignore_index=3)
+    torch.testing.assert_close(found, F.cross_entropy(logits[kept], labels[kept], ignore_index=3))
+
+
+def test_heads_cut_cooled_and_detached():
+    """Rows, temperature and detachment reach bias and adapter too."""
+    weight, bias, adapter = (torch.randn(*s).requires_grad_() for s in ((9, 4), (9,), (9, 2)))
+    head, hidden = Head(weight, bias, 0.7, 3.0, adapter), torch.randn(5, 6)
+    z, ids = head.logits(hidden), torch.tensor([3, 0, 3])
+    for tokens in (ids, slice(2, 5)):
+        torch.testing.assert_close(head[tokens].logits(hidden), z[:, tokens])
+    torch.testing.assert_close(head.tempered(2.5).logits(hidden), z / 2.5)
+    torch.testing.assert_close(
+        replace(head, softcap=None).tempered(0.5).logits(hidden),
+        0.7 / 0.5 * (hidden @ torch.cat([weight, adapter], 1).T + bias),
+    )
+    assert z.requires_grad and not head.detach().logits(hidden).requires_grad
+    assert head.to(torch.float64).logits(hidden.double()).dtype == torch.float64
 
 
 def test_impl_from_the_environment(monkeypatch):

@@ -57,9 +57,14 @@ def test_import_is_light():
 
 
 def test_private_api_of_torch_we_rely_on():
-    """If this fails, torch renamed what tells a backward whether its graph is kept: see ops/functional.py."""
+    """If this fails, torch renamed what tells a backward whether its graph is kept (ops/autograd.py), or that other
+    ways to differentiate are at work (ops/higher.py).
+    """
     import torch
 
     assert isinstance(torch._C._autograd._get_current_graph_task_keep_graph(), bool)
+    assert torch._C._are_functorch_transforms_active() is False
+    assert torch._C._functorch.is_legacy_batchedtensor(torch.zeros(())) is False
+    assert torch._C._functorch.is_batchedtensor(torch.zeros(())) is False
     assert callable(torch._C._nn._parse_to)
     assert callable(torch.Tensor._make_wrapper_subclass)

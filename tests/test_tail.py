@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import Largest, gradients
+from oracle import Largest, assert_close_at_scale, gradients
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: in
         torch.autograd.grad(raw, [x for x in (hidden, weight, head.bias) if x is not None], dz * head.scale),
         strict=True,
     ):
-        assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
+        assert_close_at_scale(got, want, 1e-9)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -107,8 +107,9 @@ def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, loss: losses.L
         hidden, head, labels, token_weight=token_weight, reduction="sum", tail=0.05, impl=impl, memory_budget=30_000
     )
     dh, dw = gradients(found, [hidden, weight])
-    assert torch.allclose(dh[kept], dz @ weight, rtol=1e-8, atol=1e-11) and not dh[7].any()
-    assert torch.allclose(dw, dz.T @ hidden[kept], rtol=1e-8, atol=1e-11)
+    assert_close_at_scale(dh[kept], dz @ weight, 1e-9)
+    assert_close_at_scale(dw, dz.T @ hidden[kept], 1e-9)
+    assert not dh[7].any()
 
 
 @pytest.mark.parametrize("tail", [0.1, 0.01, 1e-3])
@@ -122,7 +123,7 @@ def test_the_bound_holds_and_rows_sum_to_zero(tail: float) -> None:
     assert 0 < (found - dz).norm() <= tail * dz.norm()
     assert found.sum(-1).abs().max() < 1e-12
     for group in pieces(64, 4):  # equal weights: a group's tail has its own mass in every column
-        assert torch.allclose(found[group].sum(0), dz[group].sum(0), atol=1e-12)
+        assert_close_at_scale(found[group].sum(0), dz[group].sum(0), 1e-9)
 
 
 def test_dropping_the_same_columns_is_at_least_twice_as_wrong() -> None:
@@ -143,7 +144,8 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
         h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
         found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), [h, w])
         want = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
-        assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-13) for x, y in zip(found, want, strict=True))
+        for x, y in zip(found, want, strict=True):
+            assert_close_at_scale(x, y, 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -181,7 +183,8 @@ def test_what_is_frozen_costs_and_gets_nothing(frozen: str) -> None:
     both = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
     want = gradients(CrossEntropy()(both[0], Head(both[1]), labels, tail=0.02), both)
     for x, grad in zip((hidden, weight), want, strict=True):
-        assert x.grad is None or torch.allclose(x.grad, grad, rtol=1e-12, atol=1e-15)
+        if x.grad is not None:
+            assert_close_at_scale(x.grad, grad, 1e-9)
     assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
 
 

@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..losses.ranges import check_flag, check_number
 
 State = dict[str, Tensor]
 
@@ -44,8 +46,17 @@ SURROGATES: dict[str, Callable[[float, Tensor], Tensor]] = {
 class RankingLoss:
     """What a loss of this module is: `state` says what it remembers, `step` is one batch."""
 
+    ranges: ClassVar[dict[str, str]] = {}
+    """The interval of each option that is a number; the others are True or False, or check themselves."""
     both: ClassVar[bool] = True
     """Whether a batch needs both classes."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            if option.name in self.ranges:
+                check_number(self, option.name, self.ranges[option.name])
+            elif isinstance(option.default, bool):
+                check_flag(self, option.name)
 
     def state(self, rows: int) -> State:
         """What the loss remembers before the first batch: scalars, and tensors [rows] with one entry a training row."""
@@ -66,11 +77,13 @@ class BCE(RankingLoss):
 
     pos_weight: float = 1.0
     """w, of positives; the number of negatives over that of positives balances them."""
+    ranges: ClassVar[dict[str, str]] = {"pos_weight": "(0, inf)"}
     both: ClassVar[bool] = False
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:
         """Without state."""
-        return (self.pos_weight * F.softplus(-pos).sum() + F.softplus(neg).sum()) / (len(pos) + len(neg)), state
+        count = max(1, len(pos) + len(neg))  # no row is a zero loss
+        return (self.pos_weight * F.softplus(-pos).sum() + F.softplus(neg).sum()) / count, state
 
 
 @dataclass(frozen=True)
@@ -81,10 +94,7 @@ class Bounded(RankingLoss):
     """m: how far a positive should be above a negative."""
     sigmoid: bool = True
     """h = sigmoid(logit); else h is the logit."""
-
-    def __post_init__(self) -> None:
-        if self.margin <= 0:
-            raise ValueError(f"margin is {self.margin}: choose a number > 0, such as 1")
+    ranges: ClassVar[dict[str, str]] = {"margin": "(0, inf)"}
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities, or the logits."""
@@ -103,6 +113,7 @@ class AUCM(Bounded):
     """
 
     gamma: float = 0.2
+    ranges: ClassVar[dict[str, str]] = Bounded.ranges | {"gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
         """Three scalars."""
@@ -145,11 +156,7 @@ class PAUCCVaR(Pairwise):
 
     beta: float = 0.2
     eta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (0 < self.beta <= 1 and self.eta > 0):
-            raise ValueError(f"beta is {self.beta}, eta is {self.eta}: choose 0 < beta <= 1 and eta > 0")
+    ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"beta": "(0, 1]", "eta": "(0, inf)"}
 
     def state(self, rows: int) -> State:
         """s, the threshold of a positive."""
@@ -174,10 +181,7 @@ class PAUCDRO(Pairwise):
     lam: float = 1.0
     gamma: float = 0.9
     first_touch: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_average(self.lam, self.gamma)
+    ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"lam": "(0, inf)", "gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
         """log u of a positive."""
@@ -203,10 +207,7 @@ class TPAUCKL(PAUCDRO):
 
     tau: float = 1.0
     gamma_w: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_average(self.tau, self.gamma_w)
+    ranges: ClassVar[dict[str, str]] = PAUCDRO.ranges | {"tau": "(0, inf)", "gamma_w": "(0, 1]"}
 
     def state(self, rows: int) -> State:
         """log u of a positive, and log w."""
@@ -233,10 +234,7 @@ class AP(Pairwise):
     """
 
     gamma: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_average(1.0, self.gamma)
+    ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
         """u and v of a positive."""
@@ -274,10 +272,3 @@ def moved(log_old: Tensor, log_new: Tensor, gamma: float, first_touch: bool = Fa
     keep = math.log1p(-gamma) if gamma < 1 else -math.inf
     mixed = torch.logaddexp(log_old + keep, log_new + math.log(gamma))
     return torch.where(log_old == -torch.inf, log_new, mixed) if first_touch else mixed
-
-
-def _check_average(temperature: float, gamma: float) -> None:
-    if not (temperature > 0 and 0 < gamma <= 1):
-        raise ValueError(
-            f"a temperature (lam, tau) is {temperature}, its gamma {gamma}: choose a number > 0 and 0 < gamma <= 1"
-        )

@@ -34,8 +34,13 @@ class Objective(nn.Module):
     ) -> Tensor:
         """The loss of a batch; without both classes a zero that is connected to the logits, with a warning.
 
-        Raises: ValueError if an index is needed.
+        Raises: ValueError for shapes that differ, for an index that is needed, and for one that is not of integers.
         """
+        if labels.shape != logits.shape or (index is not None and index.shape != logits.shape):
+            shapes = ", ".join(str(tuple(x.shape)) for x in (logits, labels, index) if x is not None)
+            raise ValueError(f"logits, labels and index have the shapes {shapes}: pass one number per row of the batch")
+        if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
+            raise ValueError(f"index is {index.dtype}: pass the rows' numbers as integers")
         scores = self.loss.scores(logits.to(wide(logits.dtype)))
         positive = labels > 0.5
         pos, neg = scores[positive], scores[~positive]
@@ -44,11 +49,11 @@ class Objective(nn.Module):
                 f"a batch has {len(pos)} positives and {len(neg)} negatives: nothing to learn, use a DualSampler",
                 stacklevel=2,
             )
-            return scores.sum() * 0
+            return scores[:0].sum()  # not scores.sum() * 0, which infinite logits make nan
         buffers = dict(self.named_buffers())
         if index is None and any(buffer.ndim for buffer in buffers.values()):
             raise ValueError("index is None but the loss remembers each training row: pass the rows' numbers [B]")
-        rows = None if index is None else index[positive]
+        rows = None if index is None else index[positive].long()  # uint8 would be a mask
         loss, new = self.loss.step(pos, neg, {name: x[rows] if x.ndim else x for name, x in buffers.items()})
         if self.training and torch.is_grad_enabled():
             for name, buffer in buffers.items():

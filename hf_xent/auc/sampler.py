@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..losses.ranges import is_integer, is_number
+
 
 class DualSampler(Sampler[int]):
     """Row numbers, batch by batch, each with the same number of positives: for `DataLoader(batch_size=batch_size)`.
@@ -33,7 +35,7 @@ class DualSampler(Sampler[int]):
             raise ValueError(
                 f"labels has {len(self.positives)} positives and {len(self.negatives)} negatives: both are needed"
             )
-        if batch_size < 2 or not 0 < rate < 1:
+        if not (is_integer(batch_size) and batch_size >= 2 and is_number(rate, "(0, 1)")):
             raise ValueError(f"batch_size is {batch_size}, rate {rate}: choose batch_size >= 2 and 0 < rate < 1")
         self.num_pos = max(1, int(rate * batch_size))
         self.num_neg = batch_size - self.num_pos

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ops import Head, Payload, Stats, vocab_loss
 from ..ops.algebra import wide
 from ..ops.functional import check_tail
+from ..ops.rows import token_ids
 
 
 class Loss:
@@ -75,6 +76,7 @@ class Loss:
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'")
+        labels = token_ids(labels)
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} compares with a teacher: pass teacher=(hidden, head)")
         weight = labels.new_ones(labels.shape, dtype=wide(hidden.dtype)) if token_weight is None else token_weight

@@ -23,7 +23,10 @@ def build(registry: Mapping[str, type], loss: str, options: dict[str, Any]) -> A
     name, _, text = loss.partition(":")
     if name not in registry:
         raise ValueError(f"loss is {name!r}: choose one of {', '.join(registry)}, or pass a loss as an object")
-    options = parse(text) | {k: literal(v) if isinstance(v, str) else v for k, v in options.items()}
+    written = parse(text)
+    if twice := [option for option in options if option in written]:
+        raise ValueError(f"loss is {loss!r} with {twice[0]}={options[twice[0]]!r} beside it: set {twice[0]} once")
+    options = written | {k: literal(v) if isinstance(v, str) else v for k, v in options.items()}
     known = tuple(field.name for field in fields(registry[name]))
     if unknown := [option for option in options if option not in known]:
         raise ValueError(
@@ -31,7 +34,7 @@ def build(registry: Mapping[str, type], loss: str, options: dict[str, Any]) -> A
         )
     try:
         return registry[name](**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"loss {name!r} cannot take {options}: {error}") from error
 
 
@@ -68,18 +71,22 @@ def parse(text: str) -> dict[str, Any]:
     """Options written as text: 'gamma=3, variant=emo2' is {'gamma': 3, 'variant': 'emo2'}. Raises: ValueError."""
     try:
         call = ast.parse(f"dict({text})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args and all(keyword.arg for keyword in call.keywords)
-    except (SyntaxError, AssertionError):
-        raise ValueError(f"options are {text!r}: write them as key=value, key=value") from None
+    except (SyntaxError, ValueError):  # a ValueError for what no source has, such as a null character
+        call = None
+    if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+        raise ValueError(f"options are {text!r}: write them as key=value, key=value")
+    names = [str(keyword.arg) for keyword in call.keywords]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"options are {text!r}: set {twice[0]} once")
     return {str(keyword.arg): literal(ast.unparse(keyword.value)) for keyword in call.keywords}
 
 
 def literal(text: str) -> Any:
-    """A Python literal, else the text as it is."""
+    """A Python literal, or inf, -inf and nan, which have none; else the text as it is."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
-        return text
+        return float(text) if text.strip() in ("inf", "-inf", "nan") else text
 
 
 def _help(loss: type) -> dict[str, str]:

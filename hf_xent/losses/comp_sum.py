@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..ops import Stats
 from .base import Loss
+from .ranges import check_number
 
 TANGENT_FROM = 60.0  # e^60 leaves float32 twelve digits of room to be summed over tokens
 
@@ -42,8 +43,7 @@ class CompSum(Loss):
     uses = ("lse", "target")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau < float("inf"):
-            raise ValueError(f"tau is {self.tau}: choose a finite number >= 0 (1 is cross-entropy)")
+        check_number(self, "tau", "[0, inf)", "choose a finite number >= 0 (1 is cross-entropy)")
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]."""

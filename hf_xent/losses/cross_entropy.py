@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Stats
+from ..ops.rows import token_ids
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,8 @@ class CrossEntropy(Loss):
     """zeta >= 0: weight of lse^2, which keeps the normalizer near 1 (PaLM: 1e-4)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a share in [0, 1)")
-        if not 0 <= self.z_loss < float("inf"):
-            raise ValueError(f"z_loss is {self.z_loss}: choose a finite weight >= 0 (PaLM: 1e-4)")
+        check_number(self, "label_smoothing", "[0, 1)", "choose a share in [0, 1)")
+        check_number(self, "z_loss", "[0, inf)", "choose a finite weight >= 0 (PaLM: 1e-4)")
 
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
@@ -73,9 +73,15 @@ def linear_cross_entropy(
     token weights, whose meaning together is not defined.
     """
     if class_weight is not None:
-        if label_smoothing or "token_weight" in options:
+        if label_smoothing or options.get("token_weight") is not None:
             raise ValueError("class_weight is given with label_smoothing or token_weight: pass one of them alone")
-        ignore_index = options.get("ignore_index", -100)
-        options["token_weight"] = class_weight[torch.where(labels == ignore_index, 0, labels)]
+        if class_weight.shape != weight.shape[:1] or class_weight.device != weight.device:
+            raise ValueError(
+                f"class_weight has shape {tuple(class_weight.shape)} on {class_weight.device}: pass one number per row"
+                f" of weight, [{len(weight)}], on {weight.device}"
+            )
+        labels = token_ids(labels)
+        # clamped, so that ignored labels have some weight and the others outside of the vocabulary reach their error
+        options["token_weight"] = class_weight[labels.clamp(0, len(weight) - 1)]
     loss = CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss)
     return loss(hidden, Head(weight, bias, scale, softcap), labels, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats, vocab_stats
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Distillation(Loss):
     needs_teacher = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}: choose a positive number")
+        check_number(self, "temperature", "(0, inf)", "choose a positive number")
 
     def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
         """What the loss is beyond `of`, in the shape of labels and 0 at ignored positions; heads are tempered."""
@@ -45,7 +45,7 @@ class Distillation(Loss):
         options: dict[str, Any],
     ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus `rest`; statistics are the student's at temperature 1."""
-        own, teacher = self.tempered(head), self.frozen(teacher, head)
+        own, teacher = head.tempered(self.temperature), self.frozen(teacher, head)
         weight = weight * self.temperature**2
         total, stats = super().per_token(hidden, own, labels, weight, teacher, observe, unreduced, options)
         rest = self.rest(hidden, own, labels, teacher, options)
@@ -56,21 +56,16 @@ class Distillation(Loss):
         stats.values["loss"] = loss
         return total + rest, stats
 
-    def tempered(self, head: Head) -> Head:
-        """The head of z / T."""
-        softcap = None if head.softcap is None else head.softcap / self.temperature
-        return replace(head, scale=head.scale / self.temperature, softcap=softcap)
-
     def frozen(self, teacher: Payload | None, head: Head) -> Payload:
         """The teacher, checked, tempered and without gradient."""
         assert teacher is not None  # `compute` refused
         hidden, other = teacher
-        if other.size != head.size:
+        if other.vocabulary != head.vocabulary:
             raise ValueError(
-                f"the teacher's head has {other.size} tokens but the student's {head.size}: share one vocabulary"
+                f"the teacher's head has {other.vocabulary} tokens but the student's {head.vocabulary}: share one"
+                " vocabulary"
             )
-        bias = None if other.bias is None else other.bias.detach()
-        return hidden.detach(), self.tempered(replace(other, weight=other.weight.detach(), bias=bias))
+        return hidden.detach(), other.detach().tempered(self.temperature)
 
     @staticmethod
     @torch.no_grad()

@@ -14,12 +14,14 @@ Statistics: lse, and target with ce_factor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ranges import check_flag, check_number, is_integer, is_number
 from .sequence import SequenceLoss
 
 
@@ -39,14 +41,19 @@ class EISL(SequenceLoss):
     """Log-probabilities below it count as this, without gradient."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ngrams, Sequence) or not all(is_integer(n) for n in self.ngrams):
+            raise ValueError(f"ngrams is {self.ngrams!r}: pass integers such as (1, 2), or (1,) for one length")
         object.__setattr__(self, "ngrams", tuple(self.ngrams))  # a list would not hash
-        object.__setattr__(self, "weights", None if self.weights is None else tuple(self.weights))
-        if self.weights is not None and (len(self.weights) != len(self.ngrams) or not all(w > 0 for w in self.weights)):
-            raise ValueError(f"weights is {self.weights}: pass one positive number for each of ngrams, {self.ngrams}")
-        if not 0 <= self.ngram_factor < float("inf"):
-            raise ValueError(f"ngram_factor is {self.ngram_factor}: choose a finite number >= 0")
-        if not self.floor < 0:
-            raise ValueError(f"floor is {self.floor}: choose a negative number of nats, -inf for none")
+        if self.weights is not None:
+            many = self.weights if isinstance(self.weights, Sequence) else ()
+            if len(many) != len(self.ngrams) or not all(is_number(w, "(0, inf)") for w in many):
+                raise ValueError(
+                    f"weights is {self.weights!r}: pass one positive number for each of ngrams, {self.ngrams}"
+                )
+            object.__setattr__(self, "weights", tuple(many))
+        check_number(self, "ngram_factor", "[0, inf)", "choose a finite number >= 0")
+        check_number(self, "floor", "[-inf, 0)", "choose a negative number of nats, -inf for none")
+        check_flag(self, "gumbel")
         super().__post_init__()
 
     def of_run(self, logp: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize, one_hot
 from ..ops import Head, Payload, Stats
 from ..ops.algebra import wide
 from .base import Loss
+from .ranges import check_flag, is_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +40,10 @@ class EMO(Loss):
     def __post_init__(self) -> None:
         if self.variant not in ("emo1", "emo2", "emo"):
             raise ValueError(f"variant is {self.variant!r}: choose 'emo1', 'emo2' or 'emo'")
-        if self.ratio_clamp is not None and not (self.variant == "emo1" and self.ratio_clamp > 0):
-            raise ValueError(f"ratio_clamp is {self.ratio_clamp} in {self.variant}: pass a number > 0, to emo1 only")
+        check_flag(self, "gt_detach")
+        clamp = self.ratio_clamp
+        if clamp is not None and not (self.variant == "emo1" and is_number(clamp, "(0, inf]")):
+            raise ValueError(f"ratio_clamp is {clamp!r} in {self.variant}: pass a number > 0, to emo1 only")
         if isinstance(self.cost, Tensor) and self.cost.ndim == 2:  # a copy with rows of length 1, 0 for zero rows
             rows = self.cost.detach().to(wide(self.cost.dtype))
             object.__setattr__(self, "cost", normalize(rows, dim=-1).to(self.cost.dtype))

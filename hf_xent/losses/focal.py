@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ops import Stats
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class Focal(Loss):
     uses = ("lse", "target")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma < float("inf"):
-            raise ValueError(f"gamma is {self.gamma}: choose a finite number >= 0")
+        check_number(self, "gamma", "[0, inf)", "choose a finite number >= 0")
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]. At p_y = 1 the factor stops at the smallest float: its slope is infinite if gamma < 1."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats, map_logits
 from .distillation import Distillation
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,8 @@ class JSD(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.beta < 1:
-            raise ValueError(
-                f"beta is {self.beta}: choose a share in (0, 1), or the forward_kl and reverse_kl losses for its ends"
-            )
+        ends = "choose a share in (0, 1), or the forward_kl and reverse_kl losses for its ends"
+        check_number(self, "beta", "(0, 1)", ends)
 
     def per_token(
         self,
@@ -64,7 +63,8 @@ class JSD(Distillation):
         def fn(logits: Tensor, other: Tensor) -> Tensor:
             return self.divergence(logits, teacher_head.logits(other))
 
-        found = map_logits(fn, rows[0], self.tempered(head), rows[1], memory_budget=options["memory_budget"])
+        own = head.tempered(self.temperature)
+        found = map_logits(fn, rows[0], own, rows[1], memory_budget=options["memory_budget"])
         loss = found.new_zeros(labels.numel()).index_copy(0, valid, found * self.temperature**2).reshape(labels.shape)
         return self._weighted(loss, weight, stats, unreduced)
 

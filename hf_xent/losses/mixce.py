@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ops import Stats
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ class MixCE(Loss):
     uses = ("lse", "target")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}: choose a share in [0, 1]")
+        check_number(self, "eta", "[0, 1]", "choose a share in [0, 1]")
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]."""

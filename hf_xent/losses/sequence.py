@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from ..ops import Head, Payload, Stats, vocab_stats
 from ..ops.algebra import wide
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,7 @@ class SequenceLoss(Loss):
     """Weight of plain cross-entropy beside it."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ce_factor < float("inf"):
-            raise ValueError(f"ce_factor is {self.ce_factor}: choose a finite number >= 0")
+        check_number(self, "ce_factor", "[0, inf)", "choose a finite number >= 0")
 
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
@@ -59,17 +60,18 @@ class SequenceLoss(Loss):
         valid = stats.mask.reshape(-1).nonzero().squeeze(-1)
         ids, exact = labels.reshape(-1)[valid], wide(hidden.dtype)
         lse = stats.lse.reshape(-1)[valid]
-        bias = torch.zeros_like(lse) if head.bias is None else head.bias[ids]
         # one gather for all runs: the gradient of each would be a dense [V, D]
-        parts = hidden.reshape(-1, hidden.shape[-1])[valid], lse, head.weight[ids], bias
+        wanted, states = head[ids].to(exact), hidden.reshape(-1, hidden.shape[-1])[valid].to(exact)
         found = [lse[:0]]
-        for h, norm, w, b in zip(*(x.to(exact).split(_runs(stats.mask)) for x in parts), strict=True):
-            found.append(self.of_run(replace(head, weight=w, bias=b).logits(h) - norm[:, None]))
+        for run in _runs(stats.mask):
+            found.append(self.of_run(wanted[run].logits(states[run]) - lse[run, None]))
         loss = self.of(stats).reshape(-1).index_add(0, valid, torch.cat(found)).reshape(labels.shape)
         return self._weighted(loss, weight, stats, unreduced)
 
 
-def _runs(mask: Tensor) -> list[int]:
-    """Lengths of the runs of True in the rows of a mask, in reading order."""
-    edges = F.pad(mask.reshape(-1, mask.shape[-1]).int(), (1, 1)).diff()  # 1 where a run starts, -1 past its end
-    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+def _runs(mask: Tensor) -> list[slice]:
+    """The runs of True in the rows of a mask, in reading order, as slices of all that is True."""
+    rows = torch.atleast_1d(mask).int()
+    edges = F.pad(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]), (1, 1)).diff()  # 1 at a start, -1 past an end
+    ends = ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).cumsum(0).tolist()
+    return [slice(start, end) for start, end in pairwise([0, *ends])]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..ops import Stats
 from .base import Loss
+from .ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,9 @@ class TaiLr(Loss):
     """eps in [0, 1): share of the target spread evenly over the vocabulary."""
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "w_min"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose a number in [0, 1]")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose a share in [0, 1)")
+        check_number(self, "gamma", "[0, 1]")
+        check_number(self, "w_min", "[0, 1]")
+        check_number(self, "label_smoothing", "[0, 1)", "choose a share in [0, 1)")
 
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields

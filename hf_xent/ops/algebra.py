@@ -13,7 +13,7 @@ dtype. Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .parallel import Shard, enter, gather
+from .parallel import Shard, enter, gather, total
 
 DIFFERENTIABLE = ("lse", "target", "mean", "entropy", "variance", "payload")
 FORWARD_ONLY = ("top", "rank", "log_sum_sq")
@@ -68,10 +68,39 @@ class Head:
             found["adapter"] = (self.adapter, slice(width, None))
         return found
 
-    def __getitem__(self, columns: slice | Tensor) -> Head:
-        """The same head over some of its tokens; a slice copies nothing."""
-        bias, adapter = (None if x is None else x[columns] for x in (self.bias, self.adapter))
-        return replace(self, weight=self.weight[columns], bias=bias, adapter=adapter)
+    def __getitem__(self, tokens: slice | Tensor) -> Head:
+        """The same head over some tokens: a slice of those here, which copies nothing, or ids of the whole vocabulary,
+        whose rows are put together from all ranks and are whole on each.
+        """
+        shard = self.shard
+        if shard is None or isinstance(tokens, slice):
+            return self._each(lambda x: x[tokens])
+        places = tokens - shard.start
+        here, places = (places >= 0) & (places < self.size), places.clamp(0, self.size - 1)
+
+        def rows(x: Tensor) -> Tensor:
+            mask = here.reshape(*here.shape, *[1] * (x.ndim - 1))
+            return total(torch.where(mask, x[places], 0), shard)
+
+        return replace(self._each(rows), shard=None)
+
+    def detach(self) -> Head:
+        """The same head without gradient."""
+        return self._each(Tensor.detach)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head in another dtype."""
+        return self._each(lambda x: x.to(dtype))
+
+    def tempered(self, temperature: float) -> Head:
+        """The head of z / temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=softcap)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same head of changed tensors."""
+        bias, adapter = (None if x is None else change(x) for x in (self.bias, self.adapter))
+        return replace(self, weight=change(self.weight), bias=bias, adapter=adapter)
 
     def joined(self) -> Head:
         """The same head with one matrix, a copy if there is an adapter."""

@@ -1,4 +1,7 @@
-"""The two places of a backend in the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum."""
+"""The two places of a backend in the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum.
+
+Both stream once. A backward that is to be differentiated again (`create_graph=True`) goes through `higher`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import tail
+from . import higher, reference, tail
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
 from .parallel import add_up, meet
 
@@ -17,6 +20,8 @@ from .parallel import add_up, meet
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
     """Every requested statistic, differentiable by whatever stands on them."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
+        if higher.composed(*problem.tensors):
+            return reference.forward(problem)
         if not problem.needs:
             with torch.no_grad():
                 values = meet(problem, backend.forward(problem))
@@ -39,11 +44,20 @@ class Objective(Protocol):
         """The sum over all chunks visited."""
         ...
 
+    def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
+        """The sum over these rows, with a graph; leaves no trace."""
+        ...
 
-def eager(backend: ModuleType, problem: Problem, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-    """A sum and detached statistics; the sum's gradients are ready when this returns."""
+
+def eager(
+    backend: ModuleType, problem: Problem, objective: Objective, origins: tuple[Tensor | None, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A sum and detached statistics; the sum's gradients are ready when this returns.
+
+    `origins` are what the problem's tensors were cast from, if from anything: a graph holds these, not copies.
+    """
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        total, *found = _Eager.apply(backend, problem, objective, *problem.tensors)
+        total, *found = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
     return total, dict(zip(_order(problem), found, strict=True))
 
 
@@ -67,13 +81,18 @@ class _Recompute(torch.autograd.Function):
         return tuple(values[name] for name in order)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         problem = ctx.hollow.with_tensors(saved[: ctx.count], saved[ctx.count])
         order = _order(problem)
         values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
+        if torch.is_grad_enabled() or higher.composed(*grads.values()):
+
+            def chosen(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
+                return [again[name] for name in grads]
+
+            return None, None, *higher.gradients(problem, chosen, tuple(grads.values()))
         out = add_up(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
@@ -83,7 +102,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backend: ModuleType, problem: Problem, objective: Objective, *tensors: Tensor | None
+        ctx: Any,
+        backend: ModuleType,
+        problem: Problem,
+        objective: Objective,
+        origins: tuple[Tensor | None, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         if problem.tail and len(problem.labels) and hasattr(backend, "survey"):
             values, grads = tail.eager(backend, problem, objective.gradients)
@@ -91,17 +115,28 @@ class _Eager(torch.autograd.Function):
             visit = getattr(backend, "eager", None) or _two_visits(backend)
             values, grads = visit(problem, objective.gradients, objective.uses)
         add_up(problem, grads)
-        ctx.save_for_backward(*(grads.get(name) for name in TENSORS))
-        ctx.empty, ctx.unit = not len(problem.labels), objective.unit
+        ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.hollow, ctx.objective = problem.with_tensors((None,) * len(TENSORS), None), objective
         found = [values[name] for name in _order(problem)]
         ctx.mark_non_differentiable(*found)
         return objective.total(), *found
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-        grads, upstream = ctx.saved_tensors, upstream * ctx.unit
-        if ctx.empty:  # zeros, also where the caller divided by the number of tokens and upstream is infinite
+        *saved, labels = ctx.saved_tensors
+        grads, objective = saved[: len(TENSORS)], ctx.objective
+        if torch.is_grad_enabled() or higher.composed(upstream):
+            pairs = zip(saved[len(TENSORS) :], ctx.dtypes, strict=True)
+            operands = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
+            problem = ctx.hollow.with_tensors(operands, labels)
+
+            def share(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
+                return [objective.value(rows, again)]
+
+            return None, None, None, None, *higher.gradients(problem, share, (upstream,))
+        upstream = upstream * objective.unit
+        if not len(labels):  # zeros, also where the caller divided by the number of tokens and upstream is infinite
             pass
         elif upstream.device.type != "cpu" or upstream != 1:
             # the graph dies after this backward unless asked to stay: its buffers can be scaled in place
@@ -109,7 +144,7 @@ class _Eager(torch.autograd.Function):
             grads = [None if g is None else (g * upstream if stays else g.mul_(upstream)) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [None if g is None else g.clone() for g in grads]  # a taken buffer would be added to next time
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from . import chunked, reference
 from .algebra import STATISTICS, TENSORS, Head, Problem, Stats, wide
 from .autograd import eager, recompute
-from .rows import Rows, autocast, autocast_head, check_head
+from .higher import composed
+from .rows import Rows, autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
 
 IMPLS = ("reference", "chunked", "triton")
 Payload = tuple[Tensor, Head]
@@ -45,6 +48,8 @@ def vocab_stats(
     """Every token's softmax reduced to a handful of differentiable floats; no [tokens, vocabulary] tensor is kept.
 
     Gradients reach hidden, the head and the payload (mode *recompute*: four matmuls in all, composes with any graph).
+    A backward with `create_graph=True` costs more, so that its gradients can be differentiated again, any number of
+    times: they come from dense rows, a chunk at a time. torch.func and forward mode get all logits at once.
     `payload=(hidden2, head2)` adds the expectation of a second head's logits under the first head's softmax.
     `memory_budget` bounds the bytes of logits alive at a time (default: half a byte a number in the head, at
     least 24 MiB).
@@ -69,10 +74,24 @@ def dense_stats(
     outputs: tuple[str, ...] = ("lse", "target", "entropy", "top"),
     ignore_index: int = -100,
 ) -> Stats:
-    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations."""
-    mask = labels != ignore_index
-    z = logits[mask]
-    found = reference.statistics(z.to(wide(z.dtype)), labels[mask])
+    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations.
+
+    Raises: ValueError for shapes that do not fit, labels outside the vocabulary, unknown statistics.
+    """
+    labels, ignored = token_ids(labels), ignored_id(ignore_index)
+    if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but logits {tuple(logits.shape)}: pass one label per row of logits"
+        )
+    if unknown := [name for name in outputs if name not in STATISTICS or name == "payload"]:
+        choices = ", ".join(name for name in STATISTICS if name != "payload")
+        raise ValueError(f"outputs has {unknown[0]!r}: choose among {choices}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels is on {labels.device} but logits on {logits.device}: move one of them")
+    mask = labels != ignored
+    z, ids = logits[mask], labels[mask]
+    check_ids(ids, z.shape[-1], ignored)
+    found = reference.statistics(z.to(wide(z.dtype)), ids)
     values = {name: found[name].new_zeros(mask.shape).masked_scatter(mask, found[name]) for name in outputs}
     return Stats(values, labels, mask)
 
@@ -102,16 +121,16 @@ def vocab_loss(
     `tail` above 0 compresses the gradient of unlikely tokens (`hf_xent.ops.tail`): the relative error it may make in
     the gradient of the logits, 1e-3 for instance; the loss itself stays exact. 1 + 3k matmuls, k the share of the
     vocabulary that matters. For losses of log p alone and heads without softcap: refused elsewhere with a ValueError.
-    Exact with `unreduced` and with impl='reference'.
+    Exact with `unreduced`, with impl='reference', and in a backward with `create_graph=True`.
     """
     check_tail(tail, loss, head)
     rows = Rows(hidden, head, labels, ignore_index)
     backend = _backend(impl)
     problem = replace(_problem(rows, (*loss.uses, *observe), payload, memory_budget, backend), tail=tail)
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
-    if problem.needs and not unreduced:
+    if problem.needs and not unreduced and not composed(*problem.tensors):
         objective = _WeightedSum(loss, problem, weight)
-        total, values = eager(backend, problem, objective)
+        total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
     else:
         values = recompute(backend, problem)
@@ -133,10 +152,8 @@ class _WeightedSum:
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {name: values[name].detach().requires_grad_() for name in self.uses}
-        labels = self.labels[rows]
-        weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
         with torch.enable_grad():
-            found = self.loss.of(Stats({**values, **leaves}, labels, torch.ones_like(labels, dtype=torch.bool)))
+            found, weight = self._of(rows, {**values, **leaves})
             total = (found * weight / self.unit).sum()
         self.parts.append(found.detach())
         self.sums.append(total.detach() * self.unit)
@@ -144,6 +161,17 @@ class _WeightedSum:
             return {"lse": torch.zeros_like(values["lse"])}
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+
+    def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
+        kept = {name: value if name in self.uses else value.detach() for name, value in values.items()}
+        found, weight = self._of(rows, kept)
+        return (found * weight).sum()
+
+    def _of(self, rows: slice, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """The losses of these rows and their weights."""
+        labels = self.labels[rows]
+        weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
+        return self.loss.of(Stats(values, labels, torch.ones_like(labels, dtype=torch.bool))), weight
 
     def total(self) -> Tensor:
         return torch.stack(self.sums).sum()
@@ -166,12 +194,17 @@ def map_logits(
     """
     check_head(hidden, head)
     hidden, head = autocast(hidden), autocast_head(head, hidden)
+
+    def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
+        # torch.func knows no saved-tensor hooks, which checkpoints are made of: there the rows stay
+        return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)
+
     row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs room of its own
-    step = max(1, (memory_budget or default_budget(head)) // row)
+    step = max(1, _budget(memory_budget, head) // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]
-        parts.append(checkpoint(lambda h, *r: fn(head.logits(h), *r), *part, use_reentrant=False))
+        parts.append(run(lambda h, *r: fn(head.logits(h), *r), *part))
     return torch.cat(parts)
 
 
@@ -186,10 +219,21 @@ def default_budget(head: Head) -> int:
     return max((24 if head.weight.device.type == "cpu" else 256) << 20, rows * head.weight.shape[1] // 2)
 
 
-def check_tail(tail: float, loss: TokenLoss, head: Head | None = None) -> None:
+def _budget(memory_budget: Any, head: Head) -> int:
+    """The bytes given, or the default. Raises: ValueError for what is no positive number."""
+    if memory_budget is None:
+        return default_budget(head)
+    given = float(memory_budget) if isinstance(memory_budget, Real) else math.nan
+    if not 0 < given < math.inf:
+        raise ValueError(f"memory_budget is {memory_budget!r}: pass a positive number of bytes")
+    return max(1, int(given))
+
+
+def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
     """Refuse a sparse tail where it does not hold, with a ValueError that names the remedy."""
-    if not 0 <= tail < 1:
-        raise ValueError(f"tail is {tail}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
+    given = float(tail) if not isinstance(tail, bool) and isinstance(tail, Real) else math.nan
+    if not 0 <= given < 1:
+        raise ValueError(f"tail is {tail!r}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
     if tail and not set(loss.uses) <= {"lse", "target"}:
         other = sorted(set(loss.uses) - {"lse", "target"})[0]
         raise ValueError(
@@ -223,8 +267,6 @@ def _problem(
         raise ValueError(
             "outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither"
         )
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes")
     head = rows.head if backend is chunked else rows.head.joined()  # the others multiply one matrix
     if head.shard is not None and (backend is reference or "rank" in outputs):
         what = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
@@ -238,13 +280,21 @@ def _problem(
         labels=rows.flat,
         outputs=frozenset(ask),
         payload=payload,
-        memory_budget=memory_budget or default_budget(head),
+        memory_budget=_budget(memory_budget, head),
     )
     wanted = torch.is_grad_enabled()
     needs = {
         name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad
     }
     return replace(problem, needs=frozenset(needs))
+
+
+def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
+    """What each of the problem's tensors was cast from by autocast: of the heads, the caller's own."""
+    own: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
+    own += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    pairs = zip(own, problem.tensors, strict=True)
+    return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)
 
 
 def _payload(rows: Rows, payload: Payload) -> Payload:

@@ -14,13 +14,14 @@ The gradient of a rank's logits needs nothing else; only the hidden states' is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .algebra import Problem
@@ -55,7 +56,7 @@ def meet(problem: Problem, values: dict[str, Tensor], rows: slice = slice(None))
         mine["mean"] = mine["mean"] * (head.size / head.shard.size)
     if "top" in mine:
         top = mine["top"]
-        best = head[top]
+        best = replace(head, shard=None)[top]  # of the columns here
         raw = torch.linalg.vecdot(
             best.joined().weight.to(mine["lse"].dtype), problem.hidden[rows].to(mine["lse"].dtype)
         )
@@ -94,13 +95,20 @@ def add_up(problem: Problem, grads: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def enter(hidden: Tensor, shard: Shard | None) -> Tensor:
-    """Hidden states into a product with a part of the head; their gradient is the sum of all parts'."""
-    return hidden if shard is None else _Enter.apply(hidden, shard)
+    """What is the same on every rank, into a product with a part of the head; its gradient is the sum of all parts'."""
+    return hidden if shard is None else _Enter.apply(hidden, shard.group)
 
 
 def gather(local: Tensor, shard: Shard | None) -> Tensor:
     """A rank's columns [..., V_r] into those of all ranks [..., V]."""
-    return local if shard is None else _Gather.apply(local, shard)
+    if shard is None:
+        return local
+    return total(F.pad(local, (shard.start, shard.size - shard.start - local.shape[-1])), shard)
+
+
+def total(part: Tensor, shard: Shard) -> Tensor:
+    """The sum of all ranks' parts, in place of this rank's own, which must be fresh; each part gets the gradient."""
+    return _Total.apply(part, shard.group)
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:
@@ -110,27 +118,28 @@ def _all_gather(x: Tensor, group: Any) -> Tensor:
 
 
 class _Enter(torch.autograd.Function):
+    """The identity from replicated to partial; its backward is `_Total`, whose backward it is: right in any order."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, shard: Shard) -> Tensor:
-        ctx.group = shard.group
-        return hidden.view_as(hidden)
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        total = upstream.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _Total.apply(upstream.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
-class _Gather(torch.autograd.Function):
+class _Total(torch.autograd.Function):
+    """The sum of partial ones, replicated."""
+
     @staticmethod
-    def forward(ctx: Any, local: Tensor, shard: Shard) -> Tensor:
-        ctx.columns = slice(shard.start, shard.start + local.shape[-1])
-        whole = local.new_zeros(*local.shape[:-1], shard.size)
-        whole[..., ctx.columns] = local
-        dist.all_reduce(whole, group=shard.group)
-        return whole
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        ctx.mark_dirty(part)
+        dist.all_reduce(part, group=group)
+        return part
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream[..., ctx.columns], None  # the same on every rank: each keeps its own columns
+        return _Enter.apply(upstream, ctx.group), None

@@ -5,6 +5,8 @@ Checks and autocast happen here, once: backends see valid rows only, in one dtyp
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,35 +15,31 @@ from torch import Tensor
 
 from .algebra import Head, Stats
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Rows:
     """The valid tokens of one call: checked, flattened, compacted; and the way back to the labels' shape."""
 
     def __init__(self, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int):
         check_head(hidden, head)
+        labels, ignored = token_ids(labels), ignored_id(ignore_index)
         if labels.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)} but hidden {tuple(hidden.shape)}: pass one label per row of"
                 f" hidden, {tuple(hidden.shape[:-1])}"
             )
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise ValueError(f"labels is {labels.dtype}: pass token ids as int64")
         if labels.device != hidden.device:
             raise ValueError(f"labels is on {labels.device} but hidden on {hidden.device}: move one of them")
         self.labels = labels
-        self.mask = labels != ignore_index
+        self.mask = labels != ignored
         flat = labels.reshape(-1)
         index = self.mask.reshape(-1).nonzero().squeeze(-1)
         self.index = None if len(index) == flat.numel() else index
         self.hidden = autocast(self.select(hidden, trailing=1))
         self.head = autocast_head(head, hidden)
-        self.flat = self.select(labels).long()
-        low, high = (int(self.flat.min()), int(self.flat.max())) if len(self.flat) else (0, 0)
-        if low < 0 or high >= head.vocabulary:
-            raise ValueError(
-                f"labels range over [{low}, {high}] but the head has {head.vocabulary} tokens: pass ids in"
-                f" [0, {head.vocabulary - 1}], or ignore_index={ignore_index} for positions without a label"
-            )
+        self.flat = self.select(labels)
+        check_ids(self.flat, head.vocabulary, ignored)
 
     def select(self, x: Tensor, trailing: int = 0) -> Tensor:
         """Valid rows of a tensor shaped like labels (and `trailing` more dimensions)."""
@@ -64,9 +62,43 @@ class Rows:
         return Stats({name: value.reshape(shape) for name, value in full.items()}, self.labels, self.mask)
 
 
+def token_ids(labels: Tensor) -> Tensor:
+    """Labels of any integer dtype as int64: in a narrow one an ignore_index of -100 would be a token (156 in uint8).
+
+    Raises: ValueError for what is no tensor of integers, and for labels that torch.vmap batches.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels is a {type(labels).__name__}: pass a tensor of token ids")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise ValueError(f"labels is {labels.dtype}: pass token ids as int64")
+    if torch._C._functorch.is_batchedtensor(labels):
+        raise ValueError(
+            "labels is batched by torch.vmap, but which tokens have a label must be known: write the map as a loop, or"
+            " give the mapped dimension to hidden and labels"
+        )
+    return labels.long()
+
+
+def ignored_id(ignore_index: int) -> int:
+    """The id that means 'no label' as an int. Raises: ValueError for anything else, such as None."""
+    if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
+        raise ValueError(f"ignore_index is {ignore_index!r}: pass an integer, such as -100")
+    return operator.index(ignore_index)
+
+
+def check_ids(ids: Tensor, size: int, ignored: int) -> None:
+    """Refuse ids outside of a vocabulary of `size` tokens, with a ValueError that names the remedy."""
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"labels range over [{low}, {high}] but the head has {size} tokens: pass ids in [0, {size - 1}], or"
+            f" ignore_index={ignored} for positions without a label"
+        )
+
+
 def check_head(hidden: Tensor, head: Head) -> None:
     """Refuse hidden states and a head that do not fit together, with a ValueError that names the remedy."""
-    weight, bias = head.weight, head.bias
+    weight, bias, adapter = head.weight, head.bias, head.adapter
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}: a head needs a non-empty [vocabulary, hidden] matrix"
@@ -74,8 +106,13 @@ def check_head(hidden: Tensor, head: Head) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}: pass one value per row of weight, [{head.size}]")
+    if adapter is not None and (adapter.ndim != 2 or len(adapter) != head.size):
+        raise ValueError(f"adapter has shape {tuple(adapter.shape)}: pass a row per row of weight, [{head.size}, rank]")
     if head.softcap == 0:
         raise ValueError("softcap is 0: pass None for a head without a softcap")
+    for name, number in (("scale", head.scale), ("softcap", head.softcap)):
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name} is {number}: pass a finite number")
     if hidden.ndim == 0 or hidden.shape[-1] != head.features:
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}: its last dimension must be the head's hidden size,"
@@ -83,14 +120,22 @@ def check_head(hidden: Tensor, head: Head) -> None:
         )
     if head.shard is not None and head.size > head.shard.width:
         raise ValueError(f"the head's shard has {head.size} tokens: ranks hold at most {head.shard.width}, in order")
-    if hidden.device != weight.device:
-        raise ValueError(f"hidden is on {hidden.device} but weight on {weight.device}: move one of them")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
-    if head.adapter is not None and head.adapter.dtype != weight.dtype and not torch.is_autocast_enabled():
-        raise ValueError(f"adapter is {head.adapter.dtype} but weight {weight.dtype}: cast one of them")
-    if bias is not None and bias.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise ValueError(f"bias is {bias.dtype} but weight {weight.dtype}: cast one of them, or use torch.autocast")
+    _check_alike(hidden, weight, bias, adapter)
+
+
+def _check_alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> None:
+    """Refuse devices and dtypes that differ, once autocast has had its way."""
+    for name, x in (("hidden", hidden), ("bias", bias), ("adapter", adapter)):
+        if x is not None and x.device != weight.device:
+            raise ValueError(f"{name} is on {x.device} but weight on {weight.device}: move one of them")
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias), ("adapter", adapter)):
+        if x is not None and x.dtype not in FLOATS:
+            raise ValueError(f"{name} is {x.dtype}: pass one of {', '.join(map(str, FLOATS))}")
+        if x is not None and x.dtype != weight.dtype:
+            cast = torch.is_autocast_enabled(weight.device.type)
+            if not cast or torch.float64 in (x.dtype, weight.dtype):  # autocast leaves float64 alone
+                remedy = "cast one of them" + ("" if cast else ", or use torch.autocast")
+                raise ValueError(f"{name} is {x.dtype} but weight {weight.dtype}: {remedy}")
 
 
 def autocast(x: Tensor) -> Tensor:

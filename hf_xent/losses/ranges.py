@@ -1,0 +1,43 @@
+"""What the options of a dataclass may be: numbers of an interval, or True and False; anything else is a ValueError."""
+
+from __future__ import annotations
+
+import re
+from numbers import Integral, Real
+from typing import Any
+
+INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+def check_number(owner: Any, name: str, interval: str, remedy: str = "") -> None:
+    """Refuse an option that is no number, not a number (nan), or outside of an interval such as '[0, 1)' or '(0, inf)'.
+
+    Raises: ValueError that names the option, its value and what to choose.
+    """
+    value = getattr(owner, name)
+    if not is_number(value, interval):
+        raise ValueError(f"{name} is {value!r}: {remedy or f'choose a number in {interval}'}")
+
+
+def check_flag(owner: Any, name: str) -> None:
+    """Refuse an option that is neither True nor False. Raises: ValueError."""
+    value = getattr(owner, name)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: choose True or False")
+
+
+def is_number(value: Any, interval: str) -> bool:
+    """Whether something is a real number in an interval; True and False are none."""
+    found = INTERVAL.fullmatch(interval)
+    if found is None:
+        raise ValueError(f"interval is {interval!r}: write it as '[0, 1)'")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    low, number, high = float(found[2]), float(value), float(found[3])
+    above = low <= number if found[1] == "[" else low < number
+    return above and (number <= high if found[4] == "]" else number < high)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether something is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
