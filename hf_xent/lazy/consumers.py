@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..losses import CrossEntropy
 from ..ops import Stats, vocab_stats
+from ..ops.rows import token_ids
 from .answers import register
 from .shapes import derive, detach, place
 from .tensor import LazyLogits
@@ -37,7 +38,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     if weight is not None and (label_smoothing or weight.shape != x.shape[-1:]):
         return NotImplemented
-    target = target.to(x.hidden.device)
+    target = token_ids(target.to(x.hidden.device))
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
     loss, stats = CrossEntropy(label_smoothing=label_smoothing).compute(
         x.hidden,

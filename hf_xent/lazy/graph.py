@@ -63,12 +63,13 @@ class Connected(torch.autograd.Function):
             )
         needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
         twice = torch.is_grad_enabled()  # create_graph=True: these gradients are to be differentiated again
-        inputs = [
-            None if t is None else t.view_as(t) if twice and need else t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
-        hidden, weight, bias, adapter = inputs
         with torch.enable_grad():
+            # a view keeps the graph, and keeps what one operand owes to another (tied embeddings) out of its gradient
+            inputs = [
+                None if t is None else t.view_as(t) if twice and need else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+            hidden, weight, bias, adapter = inputs
             raw = replace(ctx.head, weight=weight, bias=bias, adapter=adapter)
             value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]

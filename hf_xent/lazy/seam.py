@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import Stats
+from ..ops.rows import token_ids
 
 
 @dataclass
@@ -43,4 +44,4 @@ class Seam:
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Labels [B, T] moved one to the left: what position t has to predict; the last position is ignored."""
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+    return F.pad(token_ids(labels), (0, 1), value=ignore_index)[..., 1:].contiguous()

@@ -62,10 +62,7 @@ def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> 
 
 def detach(x: LazyLogits) -> LazyLogits:
     """The same values without their graph, still lazy."""
-    raw = x.raw
-    bias, adapter = (None if t is None else t.detach() for t in (raw.bias, raw.adapter))
-    raw = replace(raw, weight=raw.weight.detach(), bias=bias, adapter=adapter)
-    return derive(x, hidden=x.hidden.detach(), raw=raw, parent=(x, lambda d: d.detach()))
+    return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
 
 
 def _plus(x: LazyLogits, other: Any) -> Any:
