@@ -91,13 +91,15 @@ SHARES = {"scaled": ("start", "end", "taper"), "at_once": ("start", "taper")}
 
 def check_options(args: LNRemovalConfig, given: Schedule | None = None) -> None:
     """Raises: ValueError for an option out of its range, or one that the schedule (given, or named) has no use for."""
+    if not isinstance(given, Schedule | None):
+        raise ValueError(f"schedule is {given!r}: pass a Schedule, or name one in the configuration")
     takes = () if given is not None else SHARES.get(args.schedule, ())
     default = {f.name: f.default for f in fields(LNRemovalConfig)}
     for name in ("start", "end", "taper"):
         value = getattr(args, f"removal_{name}")
         if name not in takes and value != default[f"removal_{name}"]:
-            kind = "one of its own was given to the trainer" if given is not None else repr(args.schedule)
-            raise ValueError(f"removal_{name} is {value}, but the schedule is {kind}, which does not take it: drop it")
+            kind = "a schedule of its own was given" if given is not None else f"the schedule is {args.schedule!r}"
+            raise ValueError(f"removal_{name} is {value}, but {kind}, which does not take it: drop it")
     for name in ("sigma_weight", "spread_weight"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"{name} is {getattr(args, name)}: choose 0 or more")
@@ -218,6 +220,8 @@ class LNRemovalTrainer(XentTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The loss, and in training the auxiliary terms."""
+        if num_items_in_batch is not None:  # none in the whole step: a zero, not 0 / 0
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         if not model.training or not self._terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -263,7 +267,7 @@ class LNRemovalTrainer(XentTrainer):
         count = (labels != -100).sum()
         if num_items is None:
             return count.clamp(max=1)
-        share = count / torch.as_tensor(num_items).clamp(min=1)
+        share = count / num_items
         return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
