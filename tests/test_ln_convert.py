@@ -238,6 +238,9 @@ def test_command_line(tmp_path):
     for source, to in (("trained", "eps-trick"), ("eps-trick", "true"), ("true", "eps-trick")):
         result = invoke("convert", tmp_path / source, tmp_path / to, "--to", to, "--json")
         assert json.loads(result.stdout)["parity"] < 1e-4
+        assert "<!-- loads . -->" in (tmp_path / to / "README.md").read_text()
+    with pytest.raises(ValueError, match="the model's own folder: choose another"):
+        invoke("convert", tmp_path / "true", tmp_path / "true", "--to", "eps-trick")
     result = invoke("verify", tmp_path / "true", "--against", tmp_path / "trained", "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["passed"] and found["form"] == "true" and found["parity"] < 1e-4

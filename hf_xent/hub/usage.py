@@ -51,6 +51,8 @@ def usage_of(model: Any) -> Usage | None:
         found: Usage = own(model)
         return found
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "config"):
+        return None
     names = [kind.__name__ for kind in type(base).__mro__]  # a sharded model's own class is made on the spot
     auto = _auto_of(base, names)
     if getattr(model, "peft_config", None):  # what makes a model an adapter of peft's

@@ -22,7 +22,7 @@ LOAD = 'from hf_xent import ln_free\n\nmodel, tokenizer = ln_free.load("PLACE")'
 STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PLACE"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PLACE")"""
+tokenizer = AutoTokenizer.from_pretrained("PLACE"{trust})"""
 REMOVABLE = """\
 {removed}. Divisors and removals are in the checkpoint beside the stock weights, where hf_xent reads them; **a stock
 class (`AutoModel...`) leaves them out and normalizes again.** `hf-xent ln-free convert` makes what loads without

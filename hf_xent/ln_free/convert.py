@@ -79,7 +79,7 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     state = {} if free else _state(source)
     if state:
         wrap(loaded).load_state_dict(state, strict=False)
-    return loaded, _tokenizer(source)
+    return loaded, _tokenizer(source, loaded.config)
 
 
 def _class_saved(source: str) -> type | None:
@@ -97,11 +97,11 @@ def _class_saved(source: str) -> type | None:
     return class_of(AutoModelForCausalLM._model_mapping[stock])
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, config: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     return found if len(found) > len(found.all_special_tokens) else None  # transformers makes up an empty one for GPT-2
