@@ -619,7 +619,7 @@ def test_what_removal_pushes_is_what_its_card_loads(elsewhere, tmp_path, steps, 
     card = elsewhere.files(repo)["README.md"].decode()
     back, without_norms, form, _ = elsewhere.run(load_by, card)
     assert torch.equal(back, sent) and without_norms == (left == 0) and form == "removable"
-    assert ("7 of 7 norms are not removed yet" in card) == (left == 7) and "a stock\nclass (`AutoModel...`)" in card
+    assert ("7 of 7 norms are not removed yet" in card) == (left == 7) and "a stock class (`AutoModel...`)" in card
     assert "| `sigma_weight` | 0.1 |" in card, "it is the card of the training"
 
 

@@ -24,9 +24,9 @@ STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PLACE"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PLACE"{trust})"""
 REMOVABLE = """\
-{removed}. Divisors and removals are in the checkpoint beside the stock weights, where hf_xent reads them; **a stock
-class (`AutoModel...`) leaves them out and normalizes again.** `hf-xent ln-free convert` makes what loads without
-hf_xent."""
+{removed}. Divisors and removals are in the checkpoint beside
+the stock weights, where hf_xent reads them; **a stock class (`AutoModel...`) leaves them out and normalizes again.**
+When no norm is left, `hf-xent ln-free convert` makes what loads without hf_xent."""
 FORMS = {
     "removable": "The weights are those of training; each norm is a fixed affine map, which `hf_xent` applies.",
     "eps trick": """\
