@@ -133,6 +133,11 @@ def usage_on(card, **names):
     return names
 
 
+def assert_same(a, b):
+    """Up to rounding: weights that are mapped from a file lie elsewhere in memory."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
 def logits_by(card):
     """Logits of the model that a card's code loads, and its class."""
     model = usage_on(card)["model"]
@@ -554,7 +559,8 @@ def test_the_code_on_its_card_loads_a_model_without_norms(elsewhere, published_f
     repo = f"me/{name}-{form}"
     card = elsewhere.files(repo)["README.md"].decode()
     back, without_norms, kind, text = elsewhere.run(load_by, card)
-    assert torch.equal(back, published_forms[repo]) and without_norms and kind.startswith(form) and text == " the fox"
+    assert_same(back, published_forms[repo])
+    assert without_norms and kind.startswith(form) and text == " the fox"
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == ("hf_xent" if form == "removable" else "transformers") and "ln-free" in head["tags"]
 
@@ -600,7 +606,7 @@ def test_stock_forms_load_without_hf_xent(elsewhere, published_forms, tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for repo, back in torch.load(tmp_path / "logits.pt").items():
-        assert torch.equal(back, published_forms[repo]), repo
+        assert_same(back, published_forms[repo])
 
 
 def push_removal(folder, repo, **options):
@@ -618,7 +624,8 @@ def test_what_removal_pushes_is_what_its_card_loads(elsewhere, tmp_path, steps, 
     sent = elsewhere.run(push_removal, tmp_path, repo, max_steps=steps)
     card = elsewhere.files(repo)["README.md"].decode()
     back, without_norms, form, _ = elsewhere.run(load_by, card)
-    assert torch.equal(back, sent) and without_norms == (left == 0) and form == "removable"
+    assert_same(back, sent)
+    assert without_norms == (left == 0) and form == "removable"
     assert ("7 of 7 norms are not removed yet" in card) == (left == 7) and "a stock class (`AutoModel...`)" in card
     assert "| `sigma_weight` | 0.1 |" in card, "it is the card of the training"
 
@@ -640,7 +647,7 @@ def test_cards_of_folders_load_the_folder(tmp_path, monkeypatch):
         names = usage_on(Path("README.md").read_text())
         assert ln_free.is_ln_free(names["model"]) and names.get("tokenizer") is None
         reference = trainer.model if form == "removable" else FORMS[form](trainer.model)
-        assert torch.equal(logits(names["model"]), logits(reference))
+        assert_same(logits(names["model"]), logits(reference))
 
 
 def test_cards_of_models_without_norms_tell_where_they_come_from(tmp_path):
