@@ -656,6 +656,7 @@ def test_a_training_that_begins_again_has_its_norms_again(tmp_path, rows):
         ({"spread_weight": 1.0, "spread_limit": 0.0}, r"spread_limit is 0.0: choose more than 0"),
         ({"sigma_momentum": 1.5}, r"momentum is 1.5"),
         ({"use_liger_kernel": True}, r"use_liger_kernel is True"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha is 5.0"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path, rows, options, match):

@@ -111,6 +111,11 @@ def check_options(args: LNRemovalConfig, given: Schedule | None = None) -> None:
         )
     if args.use_liger_kernel:
         raise ValueError("use_liger_kernel is True: Liger would put its norms over the removable ones, leave it out")
+    if args.neftune_noise_alpha:
+        raise ValueError(
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}: sigmas would be frozen at those of noised embeddings,"
+            " which only training has, leave it out"
+        )
 
 
 def schedule_of(args: LNRemovalConfig, model: nn.Module, steps: int) -> Schedule:
