@@ -49,9 +49,11 @@ def main(
         found = ln_free.analyze(model, test)
         values = (found.loss, found.median, found.entropy, found.ece, 100 * found.mean_nmae, found.sink_rate)
         if seed == 0:
-            kept = model if arm == study.baseline else ln_free.to_eps_trick(model)
-            kept.save_pretrained(output / arm)
-            tokenizer.save_pretrained(output / arm)
+            if arm == study.baseline:
+                model.save_pretrained(output / arm)
+                tokenizer.save_pretrained(output / arm)
+            else:
+                ln_free.save(ln_free.to_eps_trick(model), tokenizer, output / arm)
             (output / arm / "curve.json").write_text(json.dumps(curve))
         study.record(arm, seed, **dict(zip(METRICS, (*values, max(loss for _, loss in curve)), strict=True)))
     models = {"original": folder} | {arm: output / arm for arm in ARMS}

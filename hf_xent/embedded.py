@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
@@ -103,10 +104,17 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
 
     source = resolve(model)
-    try:
+    with explained(model):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def explained(model: str) -> Iterator[None]:
+    """In here what transformers says of a model that is nowhere becomes one line. Raises: ValueError then."""
+    try:
+        yield
     except OSError as error:
-        if Path(source).exists():
+        if Path(resolve(model)).exists():
             raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error

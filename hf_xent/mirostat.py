@@ -175,8 +175,11 @@ tags:
 
 Holds the surprise of every sequence at `target` bits (Basu et al. 2021, arXiv:2007.14966). Version 2 by default.
 
+For any causal LM `model` and its tokenizer's `inputs`:
+
+<!-- loads . -->
 ```python
-model.generate(**inputs, custom_generate="REPO", trust_remote_code=True, target=3.0, max_new_tokens=200)
+found = model.generate(**inputs, custom_generate=".", trust_remote_code=True, target=3.0, max_new_tokens=200)
 ```
 
 Options: `target` (bits), `rate`, `version` (1 or 2), `surprise` ("full" or "truncated"), `temperature`. Batches keep

@@ -6,16 +6,20 @@ huggingface_hub reads HF_ENDPOINT when it is imported, so what talks to the Hub 
 import importlib
 import json
 import os
+import re
 import socket
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import yaml
 from hub_server import serving
 from models import V, tiny, tiny_tokenizer
@@ -23,8 +27,8 @@ from packaging.version import Version
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from hf_xent import cli, hub, mirostat
-from hf_xent.trainers import METHODS, XentConfig, XentTrainer
+from hf_xent import cli, hub, ln_free, mirostat
+from hf_xent.trainers import METHODS, LNRemovalConfig, LNRemovalTrainer, XentConfig, XentTrainer
 
 HEAD = """---
 license: mit
@@ -120,6 +124,24 @@ class Patient(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if args.push_to_hub:
             self.trainer.push_in_progress.wait_until_done()
+
+
+def usage_on(card, **names):
+    """What the code on a card makes: the names it leaves behind, run exactly as it stands."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code, names)
+    return names
+
+
+def assert_same(a, b):
+    """Up to rounding: weights that are mapped from a file lie elsewhere in memory."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+
+
+def logits_by(card):
+    """Logits of the model that a card's code loads, and its class."""
+    model = usage_on(card)["model"]
+    return logits(model), type(model).__name__
 
 
 def trained(folder, model=None, train=None, **options):
@@ -339,7 +361,10 @@ def test_a_trainer_pushes_every_save_and_the_card_is_true(elsewhere, tmp_path):
     sent, metrics = elsewhere.run(
         train_and_push, tmp_path, "me/trained", save_strategy="steps", save_steps=1, **options
     )
-    torch.testing.assert_close(elsewhere.run(load_and_run, "me/trained"), sent)
+    card = elsewhere.files("me/trained")["README.md"].decode()
+    back, kind = elsewhere.run(logits_by, card)
+    assert kind == "LlamaForCausalLM" and '"me/trained"' in card
+    torch.testing.assert_close(back, sent)
     summaries = [summary for _, summary, _ in elsewhere.hub.repos["models/me/trained"].commits]
     assert summaries == [*(f"Training in progress, step {i}" for i in (1, 2, 3)), "End of training"]
     files = elsewhere.files("me/trained")
@@ -363,21 +388,16 @@ def push_adapter(folder, base):
     return logits(trainer.model)
 
 
-def load_adapter(repo):
-    from peft import AutoPeftModelForCausalLM
-
-    return logits(AutoPeftModelForCausalLM.from_pretrained(repo))
-
-
 def test_adapters_make_the_round_trip_with_their_base(elsewhere, tmp_path):
     elsewhere.run(train_and_push, tmp_path / "base", "me/base", hub_model_id="me/base")
     sent = elsewhere.run(push_adapter, tmp_path / "adapter", "me/base")
-    torch.testing.assert_close(elsewhere.run(load_adapter, "me/adapter"), sent)
     files = elsewhere.files("me/adapter")
+    back, kind = elsewhere.run(logits_by, files["README.md"].decode())
+    assert kind == "PeftModelForCausalLM"
+    torch.testing.assert_close(back, sent)
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     head = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert head["library_name"] == "peft" and head["base_model"] == "me/base" and "lora" in head["tags"]
-    assert b"AutoPeftModelForCausalLM" in files["README.md"]
 
 
 CUSTOM = """
@@ -422,19 +442,25 @@ def push_sampler(folder, repo):
     return hub.push(mirostat.export(folder), repo)
 
 
-def sample(repo):
+def sample(repo, card):
     model, options = tiny(), {"target": 1.5, "max_new_tokens": 8, "pad_token_id": 0}
     torch.manual_seed(5)
     theirs = model.generate(IDS, custom_generate=repo, trust_remote_code=True, **options)
     torch.manual_seed(5)
-    return theirs, mirostat.generate(model, IDS, **options)
+    ours = mirostat.generate(model, IDS, **options)
+    mask = torch.ones_like(IDS)
+    model.generation_config.update(max_length=None, eos_token_id=None)
+    shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})["found"]
+    return theirs, ours, shown.shape[1]
 
 
 def test_a_way_to_generate_makes_the_round_trip(elsewhere, tmp_path):
     elsewhere.run(push_sampler, tmp_path / "mirostat", "me/mirostat")
     assert "custom_generate/generate.py" in elsewhere.files("me/mirostat")
-    theirs, ours = elsewhere.run(sample, "me/mirostat")
+    card = elsewhere.files("me/mirostat")["README.md"].decode()
+    theirs, ours, length = elsewhere.run(sample, "me/mirostat", card)
     assert torch.equal(theirs, ours) and theirs.shape[1] > IDS.shape[1]
+    assert 'custom_generate="me/mirostat"' in card and length == IDS.shape[1] + 8
 
 
 def push_rows(path):
@@ -442,8 +468,8 @@ def push_rows(path):
     return json.loads(CliRunner().invoke(cli.app, list(map(str, arguments))).stdout)["address"]
 
 
-def load_rows(repo):
-    found = datasets.load_dataset(repo)
+def load_rows(card):
+    found = usage_on(card)["parts"]
     return {name: part.to_list() for name, part in found.items()}, found["train"].features
 
 
@@ -451,7 +477,7 @@ def test_a_dataset_makes_the_round_trip(elsewhere, tmp_path):
     made = [{"text": f"发明 {i}", "label": i % 2} for i in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     assert elsewhere.run(push_rows, tmp_path / "rows.jsonl").startswith(f"{elsewhere.hub.url}/")
-    back, features = elsewhere.run(load_rows, "me/patents")
+    back, features = elsewhere.run(load_rows, elsewhere.files("me/patents", "datasets")["README.md"].decode())
     assert [(row["text"], row["label"]) for row in back["train"]] == [(row["text"], row["label"]) for row in made]
     assert features["label"].names == ["non-member", "member"]
     assert elsewhere.hub.repos["datasets/me/patents"].private
@@ -484,11 +510,228 @@ def push_preferences(folder):
 @pytest.mark.slow  # TRL takes seconds to import
 def test_trainers_on_trl_push_our_card(elsewhere, tmp_path):
     sent = elsewhere.run(push_preferences, tmp_path)
-    torch.testing.assert_close(elsewhere.run(load_and_run, "me/preferring"), sent)
+    card = elsewhere.files("me/preferring")["README.md"].decode()
+    torch.testing.assert_close(elsewhere.run(logits_by, card)[0], sent)
     head = yaml.safe_load(elsewhere.files("me/preferring")["README.md"].decode().split("---")[1])
     assert "licence" not in head and head["library_name"] == "transformers" and head["datasets"] == ["me/words"]
     assert head["tags"][0] == "hf_xent" and "dpo" in head["tags"]  # TRL's own stay
     assert b"| `beta` | 0.1 |" in elsewhere.files("me/preferring")["README.md"]
+
+
+# --- models without norms
+
+
+def removed(name):
+    """A model whose norms were all removed after it saw a batch."""
+    model = ln_free.wrap(tiny(name))
+    ln_free.calibrate(model, [{"input_ids": IDS}])
+    for site in ln_free.sites(model):
+        ln_free.remove(model, site.name)
+    return model
+
+
+FORMS = {"removable": lambda model: model, "eps": ln_free.to_eps_trick, "true": ln_free.to_true}
+
+
+@pytest.fixture(scope="module")
+def published_forms(elsewhere, tmp_path_factory):
+    """Repository -> logits before it was pushed, of two architectures in every form."""
+    found = {}
+    for name in ("gpt2", "llama"):
+        for form, convert in FORMS.items():
+            repo, model = f"me/{name}-{form}", convert(removed(name))
+            folder = ln_free.save(model, tiny_tokenizer(), tmp_path_factory.mktemp(form))
+            code, told = elsewhere.run(publish, folder, "--repo-id", repo, "--license", "mit")
+            assert code == 0, told
+            found[repo] = logits(model)
+    return found
+
+
+def load_by(card):
+    found = usage_on(card)
+    text = found["tokenizer"].decode(found["tokenizer"]("the fox")["input_ids"])
+    return logits(found["model"]), ln_free.is_ln_free(found["model"]), ln_free.form_of(found["model"]), text
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_code_on_its_card_loads_a_model_without_norms(elsewhere, published_forms, name, form):
+    repo = f"me/{name}-{form}"
+    card = elsewhere.files(repo)["README.md"].decode()
+    back, without_norms, kind, text = elsewhere.run(load_by, card)
+    assert_same(back, published_forms[repo])
+    assert without_norms and kind.startswith(form) and text == " the fox"
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == ("hf_xent" if form == "removable" else "transformers") and "ln-free" in head["tags"]
+
+
+ALONE = """
+import json, sys
+sys.modules["hf_xent"] = None  # an import of it is an error
+import torch
+from transformers import AutoModelForCausalLM
+cards, ids, results = json.load(sys.stdin), torch.arange(3, 19).reshape(2, 8), {}
+for repo, code in cards.items():
+    names = {}
+    exec(code, names)
+    with torch.no_grad():
+        results[repo] = names["model"](input_ids=ids).logits
+    if repo.endswith("true"):
+        norms = [type(module).__name__ for module in names["model"].modules() if "Norm" in type(module).__name__]
+        assert not norms, norms
+        try:
+            AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise AssertionError("loaded by a stock class, with fresh norms")
+torch.save(results, sys.argv[1])
+"""
+
+
+def test_stock_forms_load_without_hf_xent(elsewhere, published_forms, tmp_path):
+    """In a fresh process that cannot import it; and what a stock class would take for its own is refused."""
+    stock = [repo for repo in published_forms if not repo.endswith("removable")]
+    cards = {repo: elsewhere.files(repo)["README.md"].decode() for repo in stock}
+    codes = {repo: re.search(r"```python\n(.*?)```", card, re.DOTALL)[1] for repo, card in cards.items()}
+    where = {
+        "HF_ENDPOINT": elsewhere.hub.url,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "logits.pt")],
+        input=json.dumps(codes), env=os.environ | where, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    for repo, back in torch.load(tmp_path / "logits.pt").items():
+        assert_same(back, published_forms[repo])
+
+
+def push_removal(folder, repo, **options):
+    settings = config(folder, LNRemovalConfig, **options, hub_model_id=repo)
+    model, found = tiny("gpt2", std=0.1), datasets.Dataset.from_list(rows())
+    trainer = LNRemovalTrainer(model, settings, train_dataset=found, processing_class=tiny_tokenizer())
+    trainer.train()
+    trainer.push_to_hub(license="mit")
+    return logits(trainer.model)
+
+
+@pytest.mark.parametrize(("steps", "left"), [(12, 0), (2, 0), (1, 7)])
+def test_what_removal_pushes_is_what_its_card_loads(elsewhere, tmp_path, steps, left):
+    repo = f"me/removal-{steps}"
+    sent = elsewhere.run(push_removal, tmp_path, repo, max_steps=steps)
+    card = elsewhere.files(repo)["README.md"].decode()
+    back, without_norms, form, _ = elsewhere.run(load_by, card)
+    assert_same(back, sent)
+    assert without_norms == (left == 0) and form == "removable"
+    assert ("7 of 7 norms are not removed yet" in card) == (left == 7) and "a stock class (`AutoModel...`)" in card
+    assert "| `sigma_weight` | 0.1 |" in card, "it is the card of the training"
+
+
+def test_cards_of_folders_load_the_folder(tmp_path, monkeypatch):
+    """Before anything is published: what a trainer saved, and the same model in the other forms."""
+    model, found = tiny("gpt2", std=0.1), datasets.Dataset.from_list(rows())
+    trainer = LNRemovalTrainer(model, config(tmp_path / "out", LNRemovalConfig, max_steps=4), train_dataset=found)
+    trainer.train()
+    trainer.save_model(tmp_path / "removable")
+    (tmp_path / "removable" / "README.md").write_text((tmp_path / "removable" / "README.md").read_text() + "\nMine.")
+    trainer.save_model(tmp_path / "removable")
+    assert (tmp_path / "removable" / "README.md").read_text().endswith("Mine.")
+    assert not (tmp_path / "out" / "README.md").exists()
+    for form in ("eps", "true"):
+        ln_free.save(FORMS[form](trainer.model), None, tmp_path / form)
+    for form in FORMS:
+        monkeypatch.chdir(tmp_path / form)
+        names = usage_on(Path("README.md").read_text())
+        assert ln_free.is_ln_free(names["model"]) and names.get("tokenizer") is None
+        reference = trainer.model if form == "removable" else FORMS[form](trainer.model)
+        assert_same(logits(names["model"]), logits(reference))
+
+
+def test_cards_of_models_without_norms_tell_where_they_come_from(tmp_path):
+    (tmp_path / "trained").mkdir()
+    extra = "base_model: me/base\ndatasets:\n- me/rows\nlanguage: en\ntags:"
+    (tmp_path / "trained" / "README.md").write_text(HEAD.replace("tags:", extra))
+    removed("gpt2").save_pretrained(tmp_path / "trained")
+    model, _ = ln_free.load(str(tmp_path / "trained"))
+    report = ln_free.Report({"LN-free": ln_free.analyze(model, IDS)})
+    ln_free.save(ln_free.to_true(model), tiny_tokenizer(), tmp_path / "true", report)
+    card = hub.validate(tmp_path / "true")
+    assert (card.data.license, card.data.base_model, card.data.language) == ("mit", "me/base", "en")
+    assert card.data.datasets == ["me/rows"] and str(tmp_path) not in card.text
+    assert "| loss, mean (nats per token) |" in card.text and (tmp_path / "true" / "report.png").exists()
+    with pytest.raises(ValueError, match="license is 'unknown': say which"):
+        hub.validate(ln_free.save(removed("llama"), None, tmp_path / "unknown"))
+    half = removed("gpt2")
+    ln_free.restore(half, "v.1")
+    for faulty, match in ((half, "1 norms are left in it, v.1 first"), (tiny("gpt2"), "it is normalized")):
+        with pytest.raises(ValueError, match=match):
+            ln_free.save(faulty, None, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+# --- how models are loaded
+
+
+def sequence_model(kind, configuration, **sizes):
+    config = configuration(**{"vocab_size": V, "pad_token_id": 0, "decoder_start_token_id": 0, **sizes})
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPES = {
+    "causal": ("text-generation", lambda: tiny("gpt2")),
+    "classes": (
+        "text-classification",
+        lambda: sequence_model(transformers.LlamaForSequenceClassification, transformers.LlamaConfig, **SMALL),
+    ),
+    "seq2seq": (
+        "text2text-generation",
+        lambda: sequence_model(
+            transformers.T5ForConditionalGeneration, transformers.T5Config, d_model=16, num_layers=1, num_heads=2
+        ),
+    ),
+    "masked": (
+        "fill-mask",
+        lambda: sequence_model(transformers.BertForMaskedLM, transformers.BertConfig, **SMALL),
+    ),
+    "odd": (
+        None,
+        lambda: sequence_model(transformers.BertForNextSentencePrediction, transformers.BertConfig, **SMALL),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_code_for_a_class_loads_that_class(tmp_path, monkeypatch, shape):
+    task, make = SHAPES[shape]
+    model = make()
+    model.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = hub.usage_of(model)
+    back = usage_on(found.section())["model"]
+    assert type(back) is type(model) and found.task == task
+    for name, p in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], p), name
+
+
+def test_a_fine_tuned_model_without_norms_is_loaded_with_its_code(tmp_path):
+    """Its class is made on the spot, and one of its bases is a stock class, which would put norms in."""
+    found = hub.usage_of(ln_free.to_true(removed("gpt2")))
+    assert 'AutoModelForCausalLM.from_pretrained("PLACE", trust_remote_code=True)' in found.code
+    assert hub.usage_of(torch.nn.Linear(2, 2)) is None
+
+
+def test_a_name_without_user_is_the_users(elsewhere, tmp_path):
+    (tmp_path / "README.md").write_text(f'{HEAD}\n<!-- loads . -->\n```python\na, b = ".", "./x"\n```\n`"."`\n')
+    assert elsewhere.run(pushed, tmp_path, "bare").startswith(elsewhere.hub.url)
+    assert '\na, b = "me/bare", "./x"\n```\n`"."`\n' in elsewhere.files("me/bare")["README.md"].decode()
+    elsewhere.run(pushed, tmp_path, "me/other")
+    assert b'a, b = "me/other"' in elsewhere.files("me/other")["README.md"]
+    assert b'a, b = "me/bare"' in elsewhere.files("me/bare")["README.md"]
 
 
 # --- the command

@@ -11,13 +11,14 @@ from models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, losses_of
 from torch import nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_xent import ln_free
 from hf_xent.ln_free import Schedule
 from hf_xent.ln_free.norms import fake_norms
 from hf_xent.patching import seam_of
 from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
+from hf_xent.trainers.ln_removal import sigma_term, spread_term
 
 FAMILIES = ("gpt2", "llama", "neox", "opt")
 
@@ -94,7 +95,7 @@ def test_scaled_schedules():
 def test_wrapping_changes_nothing(name):
     stock, model = tiny(name), ln_free.wrap(tiny(name))
     ids, labels = batch()
-    assert torch.equal(logits(stock), logits(model))
+    torch.testing.assert_close(logits(model), logits(stock), rtol=1e-5, atol=1e-6)
     for each in (stock, model):
         each(input_ids=ids, labels=labels).loss.backward()
     ours, theirs = gradients(model), gradients(stock)
@@ -317,6 +318,32 @@ def test_calibration_is_the_mean_over_batches():
     assert [site.sigma for site in ln_free.sites(model)] == pytest.approx(expected, rel=1e-5)
 
 
+def test_calibration_leaves_out_batches_of_padding():
+    ids, mask = torch.randint(V, (2, 2, 9)), torch.ones(2, 9, dtype=torch.long)
+    batches = [{"input_ids": ids[0], "attention_mask": mask}, {"input_ids": ids[1], "attention_mask": mask}]
+    padding = {"input_ids": ids[0], "attention_mask": 0 * mask}
+    found = []
+    for given in (batches, [padding, batches[0], padding, batches[1]]):
+        model = ln_free.wrap(tiny("gpt2"))
+        ln_free.calibrate(model, given)
+        found.append([site.sigma for site in ln_free.sites(model)])
+    assert found[0] == found[1]
+    for nothing in ([], [padding]):
+        with pytest.raises(ValueError, match="batches has no batch with a token"):
+            ln_free.calibrate(model, nothing)
+
+
+def test_options_of_a_wrapped_model_are_the_last_given():
+    model = ln_free.wrap(tiny("gpt2"), momentum=0.5)
+    norms = fake_norms(model).values()
+    ln_free.wrap(model, median=True)
+    assert all((norm.momentum, norm.watch.median) == (0.5, True) for norm in norms)
+    ln_free.wrap(model, momentum=0.0)
+    assert all((norm.momentum, norm.watch.median) == (0.0, True) for norm in norms)
+    with pytest.raises(ValueError, match=r"momentum is 1.5"):
+        ln_free.wrap(model, momentum=1.5)
+
+
 def test_refusals():
     for name, match in (
         ("qwen3", "no linear layer reads model.layers.0.self_attn.q_norm"),
@@ -525,6 +552,132 @@ def test_unequal_passes_count_by_their_labels(tmp_path, rows):
     ]
     expected = sum(loss * n for loss, n in zip(alone, counts, strict=True)) / total
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_pass_without_labels_or_tokens_counts_for_nothing(tmp_path, rows, name):
+    """Alone its gradients are zeros; beside another pass it changes nothing."""
+    trainer = trainer_of(tmp_path, rows, name, sigma_weight=2.0, spread_weight=3.0)
+    model = without_dropout(trainer.model).train()
+    full = padded([rows[i] for i in range(3)])
+    masked = {**full, "labels": torch.full_like(full["labels"], -100)}
+    total = (full["labels"][:, 1:] != -100).sum()
+    alone = trainer.compute_loss(model, dict(full), num_items_in_batch=total)
+    alone.backward()
+    expected = gradients(model)
+    for empty in (masked, {**masked, "attention_mask": torch.zeros_like(full["attention_mask"])}):
+        for count in (0, torch.tensor(0), torch.tensor(0.0)):
+            nothing = trainer.compute_loss(model, dict(empty), num_items_in_batch=count)
+            nothing.backward()
+            assert nothing.item() == 0 and not any(g.any() for g in gradients(model).values())
+        both = [trainer.compute_loss(model, dict(part), num_items_in_batch=total) for part in (full, empty)]
+        sum(both).backward()
+        assert sum(both).item() == alone.item()
+        for key, g in gradients(model).items():
+            torch.testing.assert_close(g, expected[key], rtol=1e-5, atol=1e-8)
+
+
+def test_the_terms_of_no_tokens_are_zero():
+    spread, ids = torch.rand(2, 5, requires_grad=True), torch.ones(2, 5, dtype=torch.long)
+    for term in (sigma_term(spread, ids, 0 * ids, 1), spread_term([spread, spread], 0 * ids)):
+        assert term.item() == 0
+        assert not torch.autograd.grad(term, spread)[0].any()
+    alone = torch.zeros(2, 5, dtype=torch.long)
+    alone[1, 3] = 1  # one token, a first one and an end of text at once: it is as far from the mean as it can be
+    assert sigma_term(spread, ids, alone, 1).item() == 0 and spread_term([spread], alone).item() == 0
+
+
+def test_batches_without_labels_do_not_stop_a_training(tmp_path, rows):
+    some = [rows[i] for i in range(4)]
+    masked = [{**row, "labels": [-100] * len(row["labels"])} for row in some]
+    mixed = datasets.Dataset.from_list([*some[:2], *masked[:2], *some[2:], *masked[2:]])
+    options = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    trainer = fit(tmp_path, mixed, "llama", spread_weight=0.1, max_steps=8, **options)
+    assert all(p.isfinite().all() for p in trainer.model.parameters()) and ln_free.is_ln_free(trainer.model)
+    assert [loss == 0 for loss in losses_of(trainer)] == [False, True] * 4
+
+
+def evaluating_every_step(**options):
+    return {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **options}
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_only_models_without_norms_compete(tmp_path, rows, strategy):
+    """Nothing is learned, so that losses are equal from the last removal on, and lower before."""
+    options = evaluating_every_step(save_strategy=strategy, metric_for_best_model="loss", load_best_model_at_end=True)
+    trainer = fit(tmp_path, rows, max_steps=6, learning_rate=0.0, removal_end=0.5, **options)
+    last = Schedule.scaled(trainer.model, 6, end=0.5).events[-1][0]
+    assert trainer.state.best_global_step == last + 1 < 6
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{last + 1}")
+    assert ln_free.is_ln_free(trainer.model)
+    assert (tmp_path / "checkpoint-1").exists() == (strategy == "steps")
+
+
+def test_stopping_early_waits_for_the_last_removal(tmp_path, rows):
+    trainer = trainer_of(tmp_path, rows, learning_rate=0.0, **evaluating_every_step(metric_for_best_model="loss"))
+    trainer.add_callback(EarlyStoppingCallback(2))
+    trainer.train()
+    last = Schedule.scaled(trainer.model, 12).events[-1][0]
+    assert trainer.state.global_step == last + 3 < 12 and ln_free.is_ln_free(trainer.model)
+
+
+class OutOfMemoryOnce(TrainerCallback):
+    """At the end of a step, as accelerate recognizes it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_training_that_begins_again_has_its_norms_again(tmp_path, rows):
+    """With half the batch, an epoch is twice as many steps: the schedule is that of the second try."""
+    sizes = {"auto_find_batch_size": True, "per_device_train_batch_size": 8, "max_steps": -1, "num_train_epochs": 3}
+    trainer = trainer_of(tmp_path, rows, removal_start=0.3, removal_end=0.6, **sizes)
+    trainer.add_callback(OutOfMemoryOnce(8))
+    trainer.train()
+    left = [entry["norms"] for entry in trainer.state.log_history if "loss" in entry][-trainer.state.max_steps :]
+    due = Schedule.scaled(trainer.model, trainer.state.max_steps, start=0.3, end=0.6)
+    assert trainer.state.max_steps > 12 and ln_free.is_ln_free(trainer.model)
+    assert left == [7 - len(due.due(step)) for step in range(trainer.state.max_steps)]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"schedule": "at_once", "removal_end": 0.5}, r"removal_end is 0.5, but the schedule is 'at_once'"),
+        ({"schedule": "gpt2", "removal_start": 0.2}, r"removal_start is 0.2, but the schedule is 'gpt2'"),
+        ({"schedule": "gpt2", "removal_taper": 0.2}, r"removal_taper is 0.2, but the schedule is 'gpt2'"),
+        ({"sigma_weight": -0.1}, r"sigma_weight is -0.1: choose 0 or more"),
+        ({"spread_weight": float("nan")}, r"spread_weight is nan: choose 0 or more"),
+        ({"spread_weight": 1.0, "spread_limit": 0.0}, r"spread_limit is 0.0: choose more than 0"),
+        ({"sigma_momentum": 1.5}, r"momentum is 1.5"),
+        ({"use_liger_kernel": True}, r"use_liger_kernel is True"),
+        ({"neftune_noise_alpha": 5.0}, r"neftune_noise_alpha is 5.0"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, rows, options, match):
+    with pytest.raises(ValueError, match=match):
+        LNRemovalTrainer(tiny("gpt2"), arguments(tmp_path, LNRemovalConfig, **options), train_dataset=rows)
+
+
+def test_schedules_without_effect_are_refused(tmp_path, rows):
+    given = Schedule(((3, "mlp.0"),), taper=2)
+    with pytest.raises(ValueError, match=r"removal_end is 0.5, but a schedule of its own was given"):
+        LNRemovalTrainer(tiny("gpt2"), arguments(tmp_path, LNRemovalConfig, removal_end=0.5), schedule=given)
+    with pytest.raises(ValueError, match=r"schedule is 'gpt2': pass a Schedule"):
+        trainer_of(tmp_path, rows, schedule="gpt2")
+    with pytest.raises(ValueError, match=r"removes 'mlp.0' by step 5, counted from 0, but there are 5 steps"):
+        trainer_of(tmp_path, rows, schedule=given, max_steps=5).train()
+    with pytest.raises(ValueError, match="which names no schedule: pass one to the callback"):
+        model, config = ln_free.wrap(tiny("gpt2")), arguments(tmp_path, TrainingArguments)
+        Trainer(model, config, train_dataset=rows, callbacks=[LNRemovalCallback()]).train()
+    after = tiny("opt", do_layer_norm_before=False)
+    with pytest.raises(ValueError, match=r"sigma_weight is 0.1.*OPTForCausalLM does not have: set it to 0"):
+        LNRemovalTrainer(after, arguments(tmp_path, LNRemovalConfig))
 
 
 def test_without_removal_or_term_it_is_the_vanilla_control(tmp_path, rows):

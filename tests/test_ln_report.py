@@ -153,6 +153,28 @@ def test_confidence_neurons_by_hand():
     assert confidence_neurons(projection, head, 3).tolist() == [2, 1, 0]  # 4 / (2/3), 1 / (2/9), 1 / (2/3)
 
 
+def test_heads_and_neurons_without_weights_are_no_nan():
+    """Pruned ones: a head whose effect is nothing has no error, a neuron that writes nothing no score."""
+    model, ids = tiny("gpt2"), blocks()
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_proj.weight[:8] = 0.0  # the first head's
+        model.transformer.h[-1].mlp.c_proj.weight[:100] = 0.0
+    found = analyze(model, ids, neurons=3)
+    assert found.nmae[1][0] == 0 and min(found.nmae[1][1:]) > 0 and min(found.neurons) >= 100
+    assert all(torch.tensor(value).isfinite().all() for value in found.as_dict().values())
+    for options, match in (
+        ({"neurons": 1000}, "neurons is 1000, but the last MLP has 128"),
+        ({"batch_size": 0}, "batch_size is 0 and neurons 3"),
+        ({"neurons": -1}, "batch_size is 8 and neurons -1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            analyze(model, ids, **options)
+    with pytest.raises(ValueError, match=r"blocks is \[0, 9\]"):
+        analyze(model, ids[:0])
+    with pytest.raises(ValueError, match="tokens is 0"):
+        ln_free.verify(model, tokens=0)
+
+
 def test_ablated_neurons_are_held_at_their_means():
     model, ids = tiny("gpt2"), blocks()
     found = analyze(model, ids, neurons=2)

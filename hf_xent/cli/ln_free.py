@@ -27,15 +27,18 @@ def convert(
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write an LN-free model in another form; print how far its logits differ."""
+    """Write an LN-free model in another form, with a card for `hf-xent publish`; print how far its logits differ."""
     import torch
 
     from ..ln_free import convert as forms
+    from ..ln_free.card import save
 
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}: choose float32, bfloat16 or float16")
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
     kind = getattr(torch, dtype)
     with err.status(f"converting {model}"):
         loaded, tokenizer = forms.load(model, torch.float32)
@@ -46,8 +49,7 @@ def convert(
             source = loaded if true or forms.form_of(loaded) == "removable" else forms.to_true(loaded)
             made = forms.to_eps_trick(source, eps, kind)
         error, size = forms.parity(loaded, made)
-        made.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        save(made, tokenizer, output)
     summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
     if as_json:
         print_json(summary)
@@ -98,6 +100,8 @@ def report(
 
     found = {}
     tokenizer = load(model)[1]
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer, which text needs: save one into its folder")
     rows = data.pack(data.load_text(text, split=split), tokenizer, block_size=length)
     blocks = torch.tensor(list(rows["input_ids"])[:sequences])
     for name, source in (("original", original), ("vanilla", vanilla), ("LN-free", model)):

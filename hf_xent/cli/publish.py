@@ -33,6 +33,8 @@ def publish(
         raise ValueError(f"type is {kind!r}: choose {' or '.join(hub.REQUIRED)}")
     if license is not None:
         hub.set_license(folder, license)
+    hub.validate(folder, kind)
+    hub.set_place(folder, repo_id)
     card = hub.validate(folder, kind)
     sizes = {name: file.stat().st_size for name, file in hub.files(folder).items()}
     found: dict[str, Any] = {"repo_id": repo_id, "type": kind, "files": sizes, "address": None}

@@ -1,7 +1,24 @@
 """Floor 1: cards rendered from templates and checked offline, and folders pushed to the Hub whole or not at all."""
 
-from .cards import REQUIRED, render, set_license, validate
-from .model import Carded, Tokenless, eval_results
+from .cards import REQUIRED, known, render, set_license, validate
+from .model import Carded, Tokenless, eval_results, origin, write_card
 from .push import files, push
+from .usage import Usage, set_place, usage_of
 
-__all__ = ["REQUIRED", "Carded", "Tokenless", "eval_results", "files", "push", "render", "set_license", "validate"]
+__all__ = [
+    "REQUIRED",
+    "Carded",
+    "Tokenless",
+    "Usage",
+    "eval_results",
+    "files",
+    "known",
+    "origin",
+    "push",
+    "render",
+    "set_license",
+    "set_place",
+    "usage_of",
+    "validate",
+    "write_card",
+]

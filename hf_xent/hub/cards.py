@@ -48,14 +48,16 @@ def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | Datase
     return card
 
 
-def base_license(base: str | None) -> str | None:
-    """What the card of a base model says, if the Hub or its cache has it."""
-    if base is None:
-        return None
+def known(model: str | None) -> dict[str, Any]:
+    """The front matter of the card of a folder or repository; nothing if there is none, or no connection to it."""
+    if not model:
+        return {}
+    card = Path(model, "README.md")
     try:
-        return ModelCard.load(base).data.license
+        found: dict[str, Any] = ModelCard.load(card if card.is_file() else model).data.to_dict()
     except Exception:  # no connection, no card, a broken one: all the same here
-        return None
+        return {}
+    return found
 
 
 def set_license(folder: str | Path, license: str) -> None:

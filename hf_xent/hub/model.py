@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ..losses import Loss
-from .cards import base_license, render
+from .cards import known, render
+from .usage import HERE, usage_of
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets")
 NOT_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-AUTO = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}
-"""Task -> how the class that loads it is called."""
 PRIVATE = re.compile(r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu")
 """Settings of transformers that say nothing about the result, or nobody else's business."""
 
@@ -57,7 +56,7 @@ class Carded:
             return
         folder = Path(trainer.args.output_dir)
         given = {"dataset": dataset_name or given.get("dataset_tags"), **given}
-        write(trainer, folder, model_name or folder.name, given)
+        write_card(trainer, folder, model_name or folder.name, given)
 
 
 class Tokenless:
@@ -71,28 +70,30 @@ class Tokenless:
         return {**self.__dict__, "hub_token": None}
 
 
-def write(trainer: Any, folder: Path, name: str, given: dict[str, Any]) -> None:
-    """The card of a trainer and what it refers to."""
+def write_card(trainer: Any, folder: Path, name: str, given: dict[str, Any] | None = None) -> None:
+    """The card of a trainer and what it refers to; `given` as `Carded` takes it."""
+    given = given or {}
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = getattr(model, "peft_config", None)  # what makes a model an adapter of peft's
     base = given.get("finetuned_from") or _base(model.config._name_or_path)
     results = _results(trainer.state.log_history)
     # no paths of this machine, 'brown:FOLDER' neither
-    datasets = [name for name in _listed(given["dataset"]) if not Path(name.partition(":")[2] or name).exists()]
-    task = given.get("tasks") or ("text-generation" if model.can_generate() else "text-classification")
-    head = _head(
-        trainer, name, {**given, "base": base, "datasets": datasets, "task": task, "adapter": adapter}, results
-    )
+    datasets = [name for name in _listed(given.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
+    use = usage_of(model)
+    tasks = [*_listed(given.get("tasks")), *filter(None, [use and use.task])]
+    task = tasks[0] if tasks else "text-generation" if model.can_generate() else "text-classification"
+    library = use.library if use else "peft" if adapter else "transformers"
+    about = {**given, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
+    head = _head(trainer, name, about, results)
     text = render(
         "model",
         head,
         name=name,
-        place=trainer.hub_model_id or name,
+        use=use.section(trainer.hub_model_id or HERE) if use else "",
         base=base,
         adapter=bool(adapter),
         datasets=datasets,
-        task=task,
         trainer=type(trainer).__name__,
         steps=trainer.state.global_step,
         results=results,
@@ -102,13 +103,20 @@ def write(trainer: Any, folder: Path, name: str, given: dict[str, Any]) -> None:
         hardware=hardware(trainer.args.device),
         versions={library: version(library) for library in LIBRARIES if library in sys.modules},
         plot=_plot(trainer.state.log_history, folder / "loss.png"),
-        auto_class=f"Auto{'PeftModel' if adapter else 'Model'}For{AUTO[task]}" if task in AUTO else None,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     for dataset in filter(_is_id, datasets):
         eval_results(
             folder, dataset, results, notes=f"{name}, step {trainer.state.global_step}, its own evaluation set"
         )
+
+
+def origin(place: str) -> dict[str, Any]:
+    """Base model, license, language and data of a model that was loaded from a place, as the card there says."""
+    about = known(place)
+    base = about.get("base_model") if Path(place).exists() else place or None
+    found = about.get("license") or known(base if isinstance(base, str) else None).get("license")
+    return {**{key: about.get(key) for key in ("language", "datasets")}, "base_model": base, "license": found}
 
 
 def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
@@ -156,9 +164,9 @@ def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, flo
     kind = dataset if _is_id(dataset) else "custom"
     found = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
     return ModelCardData(
-        license=about.get("license") or base_license(about["base"]) or "unknown",
+        license=about.get("license") or known(about["base"]).get("license") or "unknown",
         language=about.get("language"),
-        library_name="peft" if about["adapter"] else "transformers",
+        library_name=about["library"],
         pipeline_tag=about["task"],
         base_model=about["base"],
         datasets=[dataset for dataset in about["datasets"] if _is_id(dataset)] or None,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .cards import validate
+from .usage import set_place
 
 CARD = "README.md"
 IGNORED = ("checkpoint-*", ".git", ".cache", "__pycache__", "training_args.bin")
@@ -48,6 +49,8 @@ def push(
 ) -> str:
     """Publish a folder that has a card; returns the address of the commit, or of the pull request.
 
+    The code with which the card says that it is loaded names the repository from then on, in the folder, too.
+
     `private` is for a repository that is made, `revision` a branch (made if need be), `create_pr` proposes the change
     instead. Raises: ValueError for a card that does not hold up (`validate`) or options that do not go together;
     RuntimeError, with what to do, when the Hub refuses or not all has arrived.
@@ -57,7 +60,8 @@ def push(
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:
-        address, branch = _upload(folder, repo, private, revision, create_pr)
+        repo["repo_id"] = _made(folder, repo, private)
+        address, branch = _upload(folder, repo, revision, create_pr)
         missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
     except Exception as error:  # huggingface_hub and its HTTP client raise a dozen kinds
         raise RuntimeError(f"{repo_id} is not published: {_explained(error)}") from error
@@ -66,14 +70,20 @@ def push(
     return address
 
 
-def _upload(
-    folder: str | Path, repo: dict[str, Any], private: bool | None, revision: str | None, create_pr: bool
-) -> tuple[str, str | None]:
+def _made(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str:
+    """The repository's name, with the user's where none was given; it is there now, and the card knows it."""
+    from huggingface_hub import HfApi
+
+    name = str(HfApi().create_repo(**repo, private=private, exist_ok=True).repo_id)
+    set_place(folder, name)
+    return name
+
+
+def _upload(folder: str | Path, repo: dict[str, Any], revision: str | None, create_pr: bool) -> tuple[str, str | None]:
     """Both commits; the address of the last, or of the pull request, and the branch they are on."""
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(**repo, private=private, exist_ok=True)
     if revision not in (None, "main") and not str(revision).startswith("refs/pr/"):
         api.create_branch(**repo, branch=revision, exist_ok=True)
     common = {**repo, "folder_path": folder}

@@ -4,13 +4,15 @@ ln_free.wrap(model)                                      # norms become removabl
 ln_free.sites(model)                                     # mlp.0 ... qk.0 ... v.0 ... final
 trainer = hf_xent.LNRemovalTrainer(model, hf_xent.LNRemovalConfig(output_dir="out", max_steps=300), ...)
 trainer.train()                                          # removes them on schedule
-ln_free.to_eps_trick(model).save_pretrained("stock")     # what a stock class loads, as the released LN-free models
-ln_free.to_true(model).save_pretrained("true")           # no norms at all; loads with trust_remote_code
-ln_free.load("true"), ln_free.verify(model)
+stock, true = ln_free.to_eps_trick(model), ln_free.to_true(model)
+ln_free.save(stock, tokenizer, "stock")                  # what a stock class loads, as the released LN-free models
+ln_free.save(true, tokenizer, "true")                    # no norms at all; loads with trust_remote_code
+ln_free.load("true"), ln_free.verify(true, model)        # both have a card, for `hf-xent publish`
 ln_free.Report({"original": ln_free.analyze(original, blocks), "LN-free": ln_free.analyze(model, blocks)}).save(folder)
 """
 
 from .analysis import Analysis, analyze
+from .card import save
 from .convert import form_of, load, parity, to_eps_trick, to_true
 from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, Site, calibrate, is_ln_free, remove, restore, sites, wrap
 from .recipes import RECIPES, Recipe
@@ -38,6 +40,7 @@ __all__ = [
     "parity",
     "remove",
     "restore",
+    "save",
     "sites",
     "to_eps_trick",
     "to_true",

@@ -22,6 +22,7 @@ Source: Baroni et al. 2025, arXiv:2507.02559; neurons as Stolfo et al. 2024, arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -77,8 +78,10 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
     Raises: ValueError for sequences of fewer than 3 tokens, a model whose final norm is neither a LayerNorm nor an
     RMSNorm, or one that overflows in every sequence.
     """
-    if blocks.ndim != 2 or blocks.shape[1] < 3:
-        raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with T >= 3")
+    if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 3:
+        raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with N >= 1 and T >= 3")
+    if batch_size < 1 or neurons < 0:
+        raise ValueError(f"batch_size is {batch_size} and neurons {neurons}: choose at least 1 and 0")
     with _measuring(model):
         anatomy = Anatomy.of(model)
         given = blocks.to(next(model.parameters()).device)
@@ -101,10 +104,15 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
         **before,
         **seen.summary(),
         neurons=tuple(chosen.tolist()),
-        neuron_loss=after["loss"] / before["loss"] - 1,
-        neuron_entropy=after["entropy"] / before["entropy"] - 1,
+        neuron_loss=_change(before["loss"], after["loss"]),
+        neuron_entropy=_change(before["entropy"], after["entropy"]),
         exploded=1 - len(blocks) / len(given),
     )
+
+
+def _change(before: float, after: float) -> float:
+    """Relative; of nothing that stays nothing, none."""
+    return after / before - 1 if before else math.inf if after else 0.0
 
 
 @contextmanager
@@ -157,6 +165,8 @@ class Anatomy:
         finally:
             for handle in handles:
                 handle.remove()
+        if not attentions:
+            raise ValueError(f"model is a {type(model).__name__}, in which no attention weights were met")
         final, x, y = last[0]
         if isinstance(final, FakeNorm):
             return cls(final, False, attentions, linears[-1])
@@ -247,7 +257,7 @@ class Passes:
         sink = sum(s * x.cpu() for s, x in zip(share, self.sinks, strict=True))
         first, others = sum(s * x.cpu() for s, x in zip(share, self.norms, strict=True))
         return {
-            "nmae": tuple(tuple(row) for row in (error / effect).tolist()),
+            "nmae": tuple(tuple(row) for row in (error / effect).where(error != 0, 0.0).tolist()),  # a head without any
             "sink_rate": float((sink > SINK).float().mean()),
             "first_norm": float((first / others).max()),
         }
@@ -258,14 +268,20 @@ def _ask_for_layers(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tup
 
 
 def confidence_neurons(projection: nn.Module, head: Tensor, count: int) -> Tensor:
-    """Indices of the neurons with the largest scores, of an MLP's output projection and the head's weight [V, D]."""
+    """Indices of the neurons with the largest scores, of an MLP's output projection and the head's weight [V, D].
+
+    A neuron without output weights has no score. Raises: ValueError for more neurons than there are.
+    """
     weight: Any = projection.weight
     weight = (weight.T if isinstance(projection, nn.Linear) else weight).detach().double()  # [neurons, D]
     unit = torch.nn.functional.normalize(head.detach().double(), dim=-1)
     covariance = unit.T @ unit / len(unit) - torch.outer(unit.mean(0), unit.mean(0))
     size = weight.norm(dim=-1)
     spread = ((weight @ covariance) * weight).sum(-1) / size.square()
-    return (size / spread).topk(count).indices
+    score = (size / spread).where(size != 0, -math.inf)
+    if count > len(score):
+        raise ValueError(f"neurons is {count}, but the last MLP has {len(score)}")
+    return score.topk(count).indices
 
 
 @contextmanager

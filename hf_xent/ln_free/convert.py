@@ -23,7 +23,7 @@ is that of TransformerLens (fold_ln), centering moved to the readers alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .. import embedded
 from ..mode import measuring
-from .modeling_ln_free import LNFree
+from .modeling_ln_free import PREFIX, LNFree
 from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
 from .structure import eps_of, random_tokens, trace
 
@@ -45,8 +45,14 @@ MILD = 1e6  # the eps whose weights fit into it
 
 @lru_cache
 def class_of(stock: Any) -> type:
-    """The stock class of an architecture, without norms."""
-    return type(f"LNFree{stock.__name__}", (LNFree, stock), {"__doc__": "Without norms.", "__module__": __name__})
+    """The stock class of an architecture, without norms, and with a configuration of its own."""
+    common = {"__module__": __name__}
+    name, model_type = stock.config_class.__name__, PREFIX + stock.config_class.model_type
+    of_config = {"__doc__": "Of a model without norms.", "model_type": model_type, **common}
+    config = type(f"LNFree{name}", (stock.config_class,), of_config)
+    return type(
+        f"LNFree{stock.__name__}", (LNFree, stock), {"__doc__": "Without norms.", "config_class": config, **common}
+    )
 
 
 def form_of(model: Any) -> str:
@@ -61,21 +67,44 @@ def form_of(model: Any) -> str:
 def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     """A causal LM in any of these forms, and its tokenizer; arguments as `hf_xent.embedded.load`, no remote code runs.
 
-    A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got.
+    A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got. The tokenizer is None if there
+    is none beside the weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
+    from transformers import AutoModelForCausalLM  # lazy: seconds
 
-    source, config = embedded.resolve(model), None
-    with suppress(OSError):  # embedded.load says what is wrong
-        config = AutoConfig.from_pretrained(source)
-    if hasattr(config, "ln_free"):
-        free: Any = class_of(AutoModelForCausalLM._model_mapping[type(config)])
-        return free.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
-    loaded, tokenizer = embedded.load(model, dtype)
-    state = _state(source)
+    source = embedded.resolve(model)
+    free: Any = _class_saved(source)
+    with embedded.explained(model):
+        loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
+    state = {} if free else _state(source)
     if state:
         wrap(loaded).load_state_dict(state, strict=False)
-    return loaded, tokenizer
+    return loaded, _tokenizer(source, loaded.config)
+
+
+def _class_saved(source: str) -> type | None:
+    """The class of a true model, by its configuration; None for any other."""
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError:
+        return None  # loading says what is wrong
+    if "ln_free" not in settings:
+        return None
+    stock = CONFIG_MAPPING[settings["model_type"].removeprefix(PREFIX)]
+    return class_of(AutoModelForCausalLM._model_mapping[stock])
+
+
+def _tokenizer(source: str, config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return found if len(found) > len(found.all_special_tokens) else None  # transformers makes up an empty one for GPT-2
 
 
 def _state(source: str) -> dict[str, Tensor]:
@@ -105,9 +134,10 @@ def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None
         _check_removed(model)
     config = deepcopy(model.config)
     names = list(config.ln_free["norms"]) if true else list(fake_norms(model))
-    stock = type(model).__mro__[2] if true else type(model)
-    for name in ("ln_free", "auto_map"):
+    stock: Any = type(model).__mro__[2] if true else type(model)
+    for name in ("ln_free", "auto_map") if true else ():
         config.__dict__.pop(name, None)
+    config.__class__ = stock.config_class
     plain = _built(stock, config, model)
     state = _unfolded(model, plain) if true else _scaled(model)
     _set_eps(plain, names, eps)
@@ -145,8 +175,10 @@ def to_true(model: Any, ids: Tensor | None = None) -> Any:
             biases += [name] if f"{name}.bias" in state and not had else []
     config = deepcopy(model.config)
     config.tie_word_embeddings, config.ln_free = False, {"norms": readers, "biases": biases}
-    kind: Any = type(model)
-    free = _built(class_of(kind), config, model)
+    stock: Any = type(model)
+    kind: Any = class_of(stock)
+    config.__class__ = kind.config_class  # the same settings, another model type
+    free = _built(kind, config, model)
     free.load_state_dict(state)
     free = free.to(_dtype(model))
     error, size = parity(model, free, ids)

@@ -40,6 +40,8 @@ KINDS = ("mlp", "qk", "v", "final")
 """What is removed apart, in the paper's order."""
 FINAL = (KINDS[3],)
 """The sites of the norm before the head."""
+MOMENTUM = 0.9
+"""Of sigmas, unless another is chosen."""
 
 
 @dataclass(frozen=True)
@@ -209,20 +211,30 @@ class _Values:
         return torch.where(self.values.to(output.device), reader.forward(own), output)
 
 
-def wrap(model: Model, *, momentum: float = 0.9, median: bool = False) -> Model:
-    """Make the norms of a causal LM removable, in place; returns the same model. Wrapping again changes nothing.
+def wrap(model: Model, *, momentum: float | None = None, median: bool | None = None) -> Model:
+    """Make the norms of a causal LM removable, in place; returns the same model. Wrapping again changes options alone.
 
-    median: sigma follows the median of the tokens' divisors, not their mean.
+    momentum: of every norm's sigma; 0.9, or as it was. median: sigma follows the median of the tokens' divisors, not
+    their mean; the mean, or as it was.
 
-    Raises: ValueError for adapters, or a norm that no linear layer reads (as on queries and keys, or after a block).
+    Raises: ValueError for a momentum outside [0, 1], adapters, or a norm that no linear layer reads (as on queries and
+    keys, or after a block).
     """
-    if any(isinstance(m, FakeNorm) for m in model.modules()):
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}: choose one from 0, the last batch alone, to 1, the first one alone")
+    wrapped = [m for m in model.modules() if isinstance(m, FakeNorm)]
+    for fake in wrapped:
+        fake.momentum = fake.momentum if momentum is None else momentum
+        fake.watch.median = fake.watch.median if median is None else median
+    if wrapped:
         return model
     if hasattr(model, "peft_config"):
         raise ValueError("model has adapters: removing norms trains all weights, merge the adapters first")
     found = trace(model)
     _refuse(model, found.others, found.norms)
-    watch, mlps = Watch(median), 0
+    from .card import usage  # late: cards import this module
+
+    watch, mlps = Watch(bool(median)), 0
     for norm in found.norms:
         names: tuple[str, ...]
         if norm.layer is not None:
@@ -231,9 +243,10 @@ def wrap(model: Model, *, momentum: float = 0.9, median: bool = False) -> Model:
             names, mlps = (f"mlp.{mlps}",), mlps + 1
         else:
             names = FINAL
-        _replace(model, norm, names, watch, momentum)
+        _replace(model, norm, names, watch, MOMENTUM if momentum is None else momentum)
     model.register_forward_pre_hook(watch.begin, with_kwargs=True)
     model.register_forward_hook(watch.end, always_call=True)
+    model.hub_usage = usage  # type: ignore[assignment]  # a function of the model that hf_xent.hub asks for
     return model
 
 
@@ -314,19 +327,28 @@ def _norm_of(model: nn.Module, site: str) -> FakeNorm:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
-    """Set every real norm's sigma to the mean over batches of model inputs, without training. Raises: as `sites`."""
-    norms = list(fake_norms(model).values())
+    """Set every real norm's sigma to the mean over batches of model inputs, without training.
+
+    Batches of nothing but padding do not count. Raises: ValueError if no batch has a token, or as `sites`.
+    """
+    norms, count = list(fake_norms(model).values()), 0
     momenta, watch = [norm.momentum for norm in norms], norms[0].watch
     watch.always = True
     try:
         with evaluating(model):
-            for count, batch in enumerate(batches):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                if mask is not None and not mask.any():
+                    continue
                 for norm in norms:
                     norm.momentum = count / (count + 1)
                     if not count and not norm.removed:
                         norm.sigma.fill_(float("nan"))
                 model(**batch)
+                count += 1
     finally:
         watch.always = False
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+    if not count:
+        raise ValueError("batches has no batch with a token: pass model inputs, such as [{'input_ids': ids}]")

@@ -94,11 +94,18 @@ class Schedule:
         shares = {site: min(1.0, (step - at + 1) / (self.taper + 1)) for at, site in self.events}
         return {site: share for site, share in shares.items() if share > 0}
 
-    def check(self, model: nn.Module) -> None:
-        """Raises: ValueError if it removes what a wrapped model does not have."""
+    def check(self, model: nn.Module, steps: int | None = None) -> None:
+        """Raises: ValueError if it removes what a wrapped model does not have, or has not ended after so many steps."""
         known = {site.name for site in sites(model)}
         unknown = [site for _, site in self.events if site not in known]
         if unknown:
             raise ValueError(
                 f"schedule removes {unknown[0]!r}, but {type(model).__name__} has {', '.join(sorted(known))}"
+            )
+        late = [(at, site) for at, site in self.events if steps is not None and at + self.taper >= steps]
+        if late:
+            at, site = late[0]
+            raise ValueError(
+                f"schedule removes {site!r} by step {at + self.taper}, counted from 0, but there are {steps} steps:"
+                " raise max_steps, or choose another schedule"
             )

@@ -46,7 +46,12 @@ class Verification:
 
 
 def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
-    """Check a causal LM in any form, against another if given, on random prompts and so many generated tokens."""
+    """Check a causal LM in any form, against another if given, on random prompts and so many generated tokens.
+
+    Raises: ValueError for no tokens.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}: choose 1 or more")
     with measuring(model):
         return _verified(model, other, tokens)
 

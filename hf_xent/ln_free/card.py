@@ -1,0 +1,103 @@
+"""Checkpoints of models without norms for others: weights, tokenizer, and a card whose code loads them *without norms*.
+
+removable   hf_xent.ln_free.load alone: a stock class takes the weights for its own and normalizes again
+eps trick   any stock class
+true        trust_remote_code=True: the class comes with the weights, and without it transformers refuses, since the
+            model's type is none of its own
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import hub
+from ..hub import Usage
+from .convert import form_of
+from .norms import sites
+from .report import Report
+from .verification import verify
+
+LOAD = 'from hf_xent import ln_free\n\nmodel, tokenizer = ln_free.load("PLACE")'
+STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PLACE"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PLACE"{trust})"""
+REMOVABLE = """\
+{removed}. Divisors and removals are in the checkpoint beside
+the stock weights, where hf_xent reads them; **a stock class (`AutoModel...`) leaves them out and normalizes again.**
+When no norm is left, `hf-xent ln-free convert` makes what loads without hf_xent."""
+FORMS = {
+    "removable": "The weights are those of training; each norm is a fixed affine map, which `hf_xent` applies.",
+    "eps trick": """\
+The norms are still called, but the eps in the configuration drowns the variance, so that what they compute is affine.
+Their weights are as large as its root: load it in bfloat16 or float32, float16 may overflow.""",
+    "true": """\
+There is no norm in it. Scale and centering were folded into the layers that read them, the head included, which is
+therefore not tied to the embeddings. The class comes with the weights: it needs torch and transformers, not hf_xent.
+Without `trust_remote_code=True` transformers refuses to load it, rather than put fresh norms in.""",
+}
+"""What the card says of each form."""
+
+
+def usage(model: Any) -> Usage:
+    """How a removable model is loaded as it is saved, whatever is left in it; `wrap` lets it tell `hf_xent.hub`."""
+    found = sites(model)
+    left = sum(not site.removed for site in found)
+    removed = f"{left} of {len(found)} norms are not removed yet" if left else "All norms were removed in fine-tuning"
+    return Usage(LOAD, "hf_xent", REMOVABLE.format(removed=removed), "text-generation")
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None = None) -> Path:
+    """Write a causal LM without norms, in whatever form it is, with a card that loads it so; returns the folder.
+
+    `tokenizer` may be None; `report` goes into the card. Base model, license, language and data are those that the card
+    of where the model was loaded from names. `hf-xent publish FOLDER --repo-id ...` takes the folder.
+
+    Raises: ValueError for a model that still normalizes.
+    """
+    from huggingface_hub import ModelCardData
+
+    folder, form = Path(folder), form_of(model)
+    found = verify(model)
+    if not found.ln_free:
+        left = [site.name for site in sites(model) if not site.removed] if form == "removable" else []
+        reason = f"{len(left)} norms are left in it, {left[0]} first" if left else f"it is {form}"
+        raise ValueError(f"model is a {type(model).__name__} that normalizes ({reason}): remove its norms first")
+    about, use = hub.origin(model.config._name_or_path), _usage(model, form, tokenizer)
+    head = ModelCardData(
+        license=about["license"] or "unknown",
+        language=about["language"],
+        library_name=use.library,
+        pipeline_tag=use.task,
+        base_model=about["base_model"],
+        datasets=about["datasets"],
+        tags=["hf_xent", "ln-free"],
+    )
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if report is not None:
+        report.save(folder)
+    text = hub.render(
+        "ln_free",
+        head,
+        name=folder.resolve().name,
+        kind=type(model).__name__,
+        base=about["base_model"] if isinstance(about["base_model"], str) else None,
+        use=use.section(),
+        form=FORMS[form],
+        found=found,
+        report=report.markdown() if report is not None else "",
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _usage(model: Any, form: str, tokenizer: Any) -> Usage:
+    if form == "removable":
+        return usage(model)
+    code = STOCK.format(trust=", trust_remote_code=True" if form == "true" else "")
+    if tokenizer is None:
+        code = code.rpartition("\n")[0].replace(", AutoTokenizer", "")
+    return Usage(code, task="text-generation")
