@@ -21,7 +21,10 @@ from torch import Tensor
 from .. import embedded
 from ..losses import EMO, Loss
 from ..patching import head_of
+from .base import refuse_options
 from .xent import XentConfig, XentTrainer
+
+OPTIONS = ("variant", "cost", "gt_detach", "ratio_clamp")
 
 
 @dataclass
@@ -57,15 +60,20 @@ class EMOConfig(XentConfig):
 class EMOTrainer(XentTrainer):
     """Fine-tunes a causal LM under EMO; see the module's docstring and `XentTrainer`.
 
-    Raises: ValueError for options EMO does not take, or a cost whose vocabulary is not the model's.
+    Raises: ValueError for options EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
+    model's.
     """
 
     config_class = EMOConfig
 
     @classmethod
     def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
-        if not isinstance(args, EMOConfig) or (loss or args.loss) != "emo":
+        assert isinstance(args, EMOConfig)
+        asked = loss or args.loss
+        if asked != "emo":
+            refuse_options(args, dict.fromkeys(OPTIONS, f"the loss is {asked!r}: it is an option of loss='emo' alone"))
             return super()._objective(args, loss)
+        refuse_options(args, {"label_smoothing_factor": "it smooths cross-entropy only, and the loss is EMO"})
         cost: str | Tensor = args.cost
         if args.cost not in ("frozen", "current"):
             cost = head_of(embedded.load(args.cost)[0]).weight.detach()

@@ -143,7 +143,7 @@ class LNRemovalTrainer(XentTrainer):
     def __init__(
         self, model: Any, args: LNRemovalConfig | None = None, *, schedule: Schedule | None = None, **kwargs: Any
     ):
-        args = LNRemovalConfig(output_dir="out") if args is None else args
+        args = self.configured(args)
         if args.spread_limit < math.inf and not args.spread_weight:
             raise ValueError(
                 f"spread_limit is {args.spread_limit} and spread_weight 0: set both, it is a limit of that term"
