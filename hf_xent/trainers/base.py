@@ -47,7 +47,7 @@ class Method(Mixin):
         of_others = [k for k in type(args).__mro__ if k.__module__.startswith(f"{__package__}.") and k not in known]
         if of_others or not all(isinstance(args, kind) for kind in kinds):
             raise ValueError(
-                f"args is a {type(args).__name__}: {cls.__name__} takes a {cls.config_class.__name__} of hf_xent, with"
+                f"args is a {type(args).__name__}: {cls.__name__} takes a hf_xent.{cls.config_class.__name__}, with"
                 " the fields of its own method"
             )
         return args
@@ -153,7 +153,7 @@ def refuse_compilation(model: nn.Module | None, args: Any, what: str) -> None:
 
 
 def lazy(logits: Any, what: str) -> LazyLogits:
-    """Logits that are not computed yet. Raises: ValueError if they are, and `what` cannot read hidden states off them."""
+    """Logits that are not computed yet: `what` reads hidden states off them. Raises: ValueError for others."""
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         raise ValueError(
             f"the logits are a {type(logits).__name__} with values, but {what} reads hidden states off lazy ones: train"
