@@ -92,7 +92,6 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
 
     config_class: type = SPCEConfig
     args: SPCEConfig
-    means = ("rewards/brier",)
     data_collator: Any
     precompute_ref_logps: bool
     _signature_columns: Any
@@ -165,7 +164,7 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
 
     def _note_brier(self, z: Tensor, stated: Tensor) -> None:
         errors = self.accelerator.gather_for_metrics((z.sigmoid() - stated).square())
-        self._note("rewards/brier", errors.sum(), len(errors))
+        self._metrics["train" if self.model.training else "eval"]["rewards/brier"].append(errors.mean().item())
 
 
 class Recorder:

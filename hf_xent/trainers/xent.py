@@ -135,18 +135,27 @@ class XentTrainer(
         seam.sums.clear()
 
     def _means(self, training: bool) -> dict[str, float]:
-        """Means over tokens, perplexity first; one warning if there are none."""
+        """Means over tokens, perplexity first; a warning if there are none."""
         counted = bool(self._sums[training])
         found = super()._means(training)
         nll = found.pop("nll", None)
         if nll is not None:
             self._passes = 0 if training else self._passes
             return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **found}
-        if counted and not self._warned and (self._passes > 1 or not training):  # a single batch may well be masked
-            self._warned = True
-            warnings.warn(
+        if not counted and training and self.compute_loss_func is None:
+            self._warn(
+                "the model computed its loss without telling hf_xent (a compiled model, or a head that is sharded or"
+                " offloaded, has all its logits): no perplexity is logged"
+            )
+        elif counted and (self._passes > 1 or not training):  # a single batch may well be masked
+            self._warn(
                 f"no token has a label {'since the last log' if training else 'in this evaluation'} (every label is"
-                " -100), so there is no perplexity and nothing to learn: check what the data collator masks",
-                stacklevel=2,
+                " -100), so there is no perplexity and nothing to learn: check what the data collator masks"
             )
         return found
+
+    def _warn(self, text: str) -> None:
+        """Once a trainer."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(text, stacklevel=2)
