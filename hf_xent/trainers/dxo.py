@@ -18,7 +18,7 @@ then a smaller learning rate); DACTYL's own small classifiers may or may not hav
 is below BCE for small encoders.
 
 Source: Thorat and Caines 2025, arXiv:2508.00619; Yuan et al. 2023, LibAUC, KDD.
-Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`, or `label_ids`), 0 or 1.
+Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`), 0 or 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ..hub import Carded, Tokenless
 from .base import NO_MODEL_INIT, OWN_LOSS, Method, refuse_arguments, refuse_options
 
 ROW = "row_index"
-LABELS = ("labels", "label", "label_ids")
+LABELS = ("labels", "label")
 """What a column of labels may be called: transformers' collators know these."""
 STATE = "dxo_state.safetensors"
 
@@ -150,7 +150,7 @@ class DXOTrainer(Method, Carded, Trainer):
         if labels is None or not bool(((labels == 0) | (labels == 1)).all()):
             raise ValueError(
                 f"a batch has {', '.join(inputs)}, and labels {labels}: give 0 or 1 for every row, in a column named"
-                f" {', '.join(LABELS[:-1])} or {LABELS[-1]}"
+                f" {' or '.join(LABELS)}"
             )
         labels = labels.reshape(-1)
         outputs = model(**inputs)
@@ -276,8 +276,8 @@ def check_labels(dataset: Any, name: str) -> str:
     found = [column for column in LABELS if column in dataset.column_names]
     if len(found) != 1:
         raise ValueError(
-            f"{name} has the columns {', '.join(dataset.column_names)}: one of them has to be named labels (or label,"
-            " or label_ids), only one, and be 0 or 1; see Dataset.rename_column and remove_columns"
+            f"{name} has the columns {', '.join(dataset.column_names)}: one of them has to be named labels (or label),"
+            " only one, and be 0 or 1; see Dataset.rename_column and remove_columns"
         )
     wrong = [value for value in dataset[found[0]] if _scalar(value) not in (0, 1)]
     if wrong:
