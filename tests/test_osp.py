@@ -259,5 +259,5 @@ def test_data_that_does_not_fit(tmp_path):
         trainer_of(tmp_path, max_length=6)
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
     for content in (call, {"role": "user", "content": [{"type": "text", "text": "the dog"}]}):
-        with pytest.raises(ValueError, match="a message of a prompt has content of type (NoneType|list)"):
+        with pytest.raises(ValueError, match=r"a message of a prompt has content of type (NoneType|list)"):
             trainer_of(tmp_path, datasets.Dataset.from_dict({"prompt": [[content]]}))
