@@ -264,3 +264,68 @@ def test_two_ranks_are_one_process_with_all_rows(tmp_path):
             torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
     assert first[0][0] == first[1][0], "resumed losses are those of the straight run"
     assert all(torch.equal(first[0][2][name], x) for name, x in first[1][2].items())
+
+
+def test_a_label_column_that_does_not_do_is_refused_by_name(tmp_path):
+    words = rows().map(lambda row: {"labels": "ai" if row["labels"] else "human"})
+    wrong = {
+        "train_dataset has the columns input_ids, attention_mask, generated: one": rows("generated"),
+        "train_dataset has the columns input_ids, attention_mask, labels, label: one": rows().add_column(
+            "label", [0] * ROWS
+        ),
+        "train_dataset has 'ai' in column labels": words,
+        "train_dataset has 2 in column labels": rows().map(lambda row: {"labels": 2 * row["labels"]}),
+        "train_dataset has None in column labels": rows().map(lambda row: {"labels": row["labels"] or None}),
+        "train_dataset is a IterableDataset": rows().to_iterable_dataset(),
+        "train_dataset is a list": rows().to_list(),
+        "train_dataset is a TensorDataset": torch.utils.data.TensorDataset(torch.zeros(4, 9)),
+    }
+    for message, dataset in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, dataset)
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(ValueError, match="eval_dataset has the columns"):
+        trainer.evaluate(rows("generated"))
+    with pytest.raises(ValueError, match="eval_dataset has 'ai' in column labels"):
+        trainer.evaluate({"a": words})
+    with pytest.raises(ValueError, match="b has 'ai' in column labels"):
+        DXOTrainer(encoder(), trainer.args, train_dataset=rows(), eval_dataset={"a": rows(), "b": words})
+    with pytest.raises(ValueError, match="test_dataset has 'ai' in column labels"):
+        trainer.predict(words)
+
+
+@pytest.mark.parametrize(
+    ("column", "as_"), [("labels", float), ("label", bool), ("labels", lambda y: [y])], ids=["float", "bool", "list"]
+)
+def test_labels_of_any_name_and_kind_train_alike(tmp_path, column, as_):
+    dataset = rows().map(lambda row: {column: as_(row["labels"])})
+    dataset = dataset if column == "labels" else dataset.remove_columns("labels")
+    assert losses_of(fit(tmp_path, dataset=dataset, max_steps=2)) == losses_of(fit(tmp_path, max_steps=2))
+
+
+def test_its_own_data_set_serves_a_second_time(tmp_path):
+    first = fit(tmp_path, max_steps=2)
+    assert losses_of(fit(tmp_path, dataset=first.train_dataset, max_steps=2)) == losses_of(first)
+
+
+def test_rows_without_labels_are_predicted(tmp_path):
+    trainer = trainer_of(tmp_path)
+    expected = trainer.predict(rows()).predictions
+    for unknown in (rows().remove_columns("labels"), rows().map(lambda row: {"labels": -1})):
+        found = trainer.predict(unknown)
+        np.testing.assert_array_equal(found.predictions, expected)
+        assert "test_loss" not in found.metrics and "test_auroc" not in found.metrics
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    for options, message in (
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but a ranking's metrics"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential', but sampling_rate"),
+        ({"warm_start": -1.0}, r"warm_start is -1\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_of(tmp_path, **options)
+    with pytest.raises(ValueError, match="compute_loss_func is given, but the trainer computes its own loss"):
+        DXOTrainer(encoder(), DXOConfig(str(tmp_path), use_cpu=True), compute_loss_func=lambda *args: 0)
+    whole, parts = (trainer_of(tmp_path, eval_do_concat_batches=x).evaluate() for x in (True, False))
+    assert parts["eval_tpauc"] == whole["eval_tpauc"]

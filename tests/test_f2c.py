@@ -1,6 +1,8 @@
 """F2C: votes, splits and losses worked by hand; a step against a dense one; its data; what it reports."""
 
 import copy
+import pickle
+import re
 
 import datasets
 import numpy as np
@@ -239,7 +241,8 @@ def test_three_steps_equal_a_dense_reference(tmp_path, rows, options):
             optimizer.zero_grad()
     assert seam_of(trainer.model).materialized == 0
     if not options:  # teachers and students were among them
-        assert all(sum(trainer._seen[True, f"loss_{name}"]) > 0 for name in ("cce", "agreement", "alignment"))
+        found = trainer._means(True)
+        assert all(found[f"loss_{name}"] > 0 for name in ("cce", "agreement", "alignment"))
 
 
 def test_swarm_aligns_every_answer_to_the_mixture_of_all(tmp_path, rows):
@@ -358,3 +361,81 @@ def test_refusals():
         F2CConfig(output_dir="x", use_cpu=True, method="vote")
     with pytest.raises(ValueError, match="alignment_min is 2"):
         F2CConfig(output_dir="x", use_cpu=True, alignment_min=2.0)
+
+
+def test_the_collator_pickles(tmp_path, rows):
+    """For workers that are spawned."""
+    collator = pickle.loads(pickle.dumps(trainer_of(tmp_path, rows).data_collator))
+    expected = FORMATS.collate([rows[0], rows[1]])
+    found = collator([rows[0], rows[1]])
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def labeled(rows, gold):
+    return rows.remove_columns("gold").add_column("gold", gold)
+
+
+@pytest.mark.parametrize("gold", [["yes", "no"] * 3, [None, 1] * 3, [-1] * 6, [7] * 6])
+def test_gold_is_not_read_in_training(tmp_path, rows, gold):
+    trainer = trainer_of(tmp_path, labeled(rows, gold), max_steps=1)
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    plain = trainer_of(tmp_path, rows.remove_columns("gold"), max_steps=1)
+    plain.train()
+    assert found == [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+
+
+def test_gold_that_is_not_known_is_left_out_of_the_report(tmp_path, rows):
+    trainer = trainer_of(tmp_path, rows)
+    unknown = trainer.predict(labeled(rows, [-1] * 6))
+    assert unknown.predictions.shape == (6, 5) and "test_f1" not in unknown.metrics
+    known = np.array([0, -1, 1, -1, 1, 0])
+    some = trainer.predict(labeled(rows, known.tolist()))
+    expected = consistency(some.predictions[known >= 0], known[known >= 0], 2).as_dict()
+    assert {name: some.metrics[f"test_{name}"] for name in expected} == expected
+    missing = trainer.predict(labeled(rows, [None if y < 0 else int(y) for y in known]))
+    assert missing.metrics["test_f1"] == some.metrics["test_f1"]
+
+
+@pytest.mark.parametrize(("gold", "shown"), [(["yes", "no"] * 3, "'yes'"), ([0, 2] * 3, "2"), ([0.5] * 6, "0.5")])
+def test_gold_that_is_no_answer_is_refused_in_evaluation(tmp_path, rows, gold, shown):
+    with pytest.raises(ValueError, match=f"gold has {re.escape(shown)}: .* the right answer, 0 to 1"):
+        trainer_of(tmp_path, rows).evaluate(labeled(rows, gold))
+
+
+def test_every_evaluation_has_its_own_names(tmp_path, rows):
+    trainer = trainer_of(tmp_path, rows, eval_do_concat_batches=False, remove_unused_columns=True)
+    sets = {"a": rows.select(range(2)), "b": rows.select(range(2, 6)).add_column("note", ["x"] * 4)}
+    trainer.predict(sets["b"])
+    found = trainer.evaluate(sets)
+    alone = {name: trainer_of(tmp_path, rows).evaluate(part) for name, part in sets.items()}
+    for name in ("consensus", "loss_cce", "agreement", "f1"):
+        assert f"eval_{name}" not in found
+        for part in sets:
+            key = f"eval_{name}"
+            assert (f"eval_{part}_{name}" in found) == (key in alone[part])
+            if key in alone[part]:
+                assert found[f"eval_{part}_{name}"] == pytest.approx(alone[part][key])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile is True"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but consistency is reported of all"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is True"),
+        ({"method": "cce", "agreement_weight": 0.9}, "agreement_weight is 0.9, but method is 'cce'"),
+        ({"method": "swarm", "cce_weight": 0.9}, "cce_weight is 0.9, but method is 'swarm'"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer_of(tmp_path, rows, **options)
+
+
+def test_rows_that_are_no_items_are_refused(tmp_path, rows):
+    collate = trainer_of(tmp_path, rows).data_collator
+    with pytest.raises(ValueError, match="a row has text: F2C needs prompts and answers"):
+        collate([{"text": "fox"}])
+    with pytest.raises(ValueError, match="every answer needs a token"):
+        collate([{"prompts": [[5], [6]], "answers": [[[7], []], [[7], [8]]]}])

@@ -1,17 +1,20 @@
 """NoiseFiT: against a dense, readable step; its controls; noise where it belongs and nowhere else."""
 
+import re
+
 import datasets
 import peft
 import pytest
 import torch
 from models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch.nn import functional as F
+from transformers import DataCollatorWithFlattening
 
 from hf_xent.ops import Head
 from hf_xent.patching import seam_of
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
 from hf_xent.trainers.noise import layers_of, noise_scale, strengths
-from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, tempered
+from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated, tempered
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +344,77 @@ def test_refusals(tmp_path, rows):
     for options, match in (({"noise_layers": "7"}, r"numbers below 2"), ({"num_noise_layers": 3}, r"has 2 layers")):
         with pytest.raises(ValueError, match=match):
             fit(tmp_path, rows, **options)
+
+
+def test_a_packed_batch_is_its_sequences(tmp_path, rows):
+    """Clean passes of flattened sequences, with and without the arguments of flash attention, are those of the rows."""
+    lengths = [len(row["input_ids"]) for row in rows.select(range(4))]
+    expected = fit(tmp_path, rows.select(range(4)), noise_std=0.0, max_steps=1)
+    for flash in (False, True):
+        collator = DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+        trainer = trainer_of(tmp_path, None, noise_std=0.0, max_steps=1, remove_unused_columns=False)
+        trainer.train_dataset, trainer.data_collator = [dict(row) for row in rows.select(range(4))], collator
+        for row in trainer.train_dataset:
+            del row["attention_mask"]
+        trainer.train()
+        assert losses_of(trainer) == pytest.approx(losses_of(expected), rel=1e-5)
+        assert trainer.state.log_history[1]["divergence"] == pytest.approx(0, abs=1e-5), "all passes see the same"
+    packed = collator([{"input_ids": [5] * n} for n in lengths])
+    found, total = repeated(packed, 3), sum(lengths)
+    assert found["input_ids"].shape == (1, 3 * total) and found["max_length_q"] == max(lengths)
+    assert found["cu_seq_lens_q"].diff().tolist() == lengths * 3 and found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["position_ids"].tolist() == [[*packed["position_ids"][0].tolist()] * 3]
+
+
+def test_rows_are_repeated_and_what_has_none_is_not():
+    inputs = {
+        "input_ids": torch.arange(6).view(2, 3), "attention_mask": torch.ones(2, 3), "use_cache": False,
+        "logits_to_keep": torch.tensor(2), "position_ids": torch.arange(18).view(3, 2, 3),
+    }  # fmt: skip
+    found = repeated(inputs, 2)
+    assert found["input_ids"].tolist() == [[0, 1, 2], [3, 4, 5]] * 2 and found["attention_mask"].shape == (4, 3)
+    assert found["position_ids"].shape == (3, 4, 3) and found["position_ids"][1, 2].tolist() == [6, 7, 8]
+    assert found["use_cache"] is False and found["logits_to_keep"] == 2
+    numbered = {
+        "input_ids": torch.zeros(1, 3),
+        "position_ids": torch.tensor([[0, 1, 0]]),
+        "seq_idx": torch.tensor([[0, 0, 1]]),
+    }
+    assert repeated(numbered, 2)["seq_idx"].tolist() == [[0, 0, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("method", ["noisefit", "rdrop"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
+    silent = rows.select(range(8)).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    mixed = datasets.concatenate_datasets([silent, rows.select(range(8))])
+    trainer = fit(
+        tmp_path, mixed, method=method, max_steps=4 // accumulation, gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential", logging_steps=4 // accumulation,
+    )  # fmt: skip
+    assert all(p.isfinite().all() for p in trainer.model.parameters()) and losses_of(trainer)[0] > 0
+    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tail": 1e-3}, "tail is 0.001, but the divergences"),
+        ({"torch_compile": True}, "torch_compile is True"),
+        ({"method": "rdrop", "noise_std": 0.3}, "noise_std is 0.3, but method is 'rdrop'"),
+        ({"rdrop_weight": 2.0}, "rdrop_weight is 2.0, but method is 'noisefit'"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer_of(tmp_path, rows, **options)
+
+
+def test_a_loss_of_the_users_and_missing_labels_are_refused(tmp_path, rows):
+    config = NoiseFiTConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="compute_loss_func is given, but the trainer computes its own loss"):
+        NoiseFiTTrainer(tiny(), config, train_dataset=rows, compute_loss_func=lambda *args: 0)
+    trainer = trainer_of(tmp_path, rows.remove_columns("labels"))
+    trainer.data_collator = lambda examples: {"input_ids": torch.tensor([[5, 6, 7]])}
+    with pytest.raises(ValueError, match="a batch has input_ids but no labels"):
+        trainer.train()

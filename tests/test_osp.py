@@ -243,7 +243,9 @@ def test_chats_and_evaluation(tmp_path):
     ({"pairs": "some"}, "pairs is 'some': choose one of best_worst, adjacent, all"),
     ({"num_generations": 1}, "num_generations is 1: choose at least 2"),
     ({"strength_eps": 0.5}, "strength_eps is 0.5"),
-    ({"precompute_ref_log_probs": True}, "pairs are made on the way"),
+    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is True, but pairs are made on the way"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length', but pairs"),
+    ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "dataloader_persistent_workers is True"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -255,3 +257,7 @@ def test_data_that_does_not_fit(tmp_path):
         trainer_of(tmp_path, baseline="given")
     with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, with max_new_tokens 5 more than max_length 6"):
         trainer_of(tmp_path, max_length=6)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    for content in (call, {"role": "user", "content": [{"type": "text", "text": "the dog"}]}):
+        with pytest.raises(ValueError, match=r"a message of a prompt has content of type (NoneType|list)"):
+            trainer_of(tmp_path, datasets.Dataset.from_dict({"prompt": [[content]]}))

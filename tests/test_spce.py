@@ -297,7 +297,22 @@ def test_refusals(saved, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             trainer_of(*SPCE, tmp_path, saved, **options)
-    for column, value in (("preference_prob", 1.2), ("preference_prob", float("nan")), ("weight", -1.0)):
-        with pytest.raises(ValueError, match=rf"column {column} has {value}: give a number from 0 to"):
-            trainer_of(*SPCE, tmp_path, saved, table(**{column: [1.0] * 7 + [value]}))
+    for column, values in (
+        ("preference_prob", [1.0] * 7 + [1.2]), ("preference_prob", [1.0] * 7 + [float("nan")]),
+        ("preference_prob", [None] * 8), ("preference_prob", ["strong"] * 8), ("weight", [1.0] * 7 + [-1.0]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"column {column} has {values[-1]!r}: give a number from 0 to"):
+            trainer_of(*SPCE, tmp_path, saved, table(**{column: values}))
     assert set(COLUMNS) == {"preference_prob", "weight"}
+
+
+def test_every_evaluation_has_its_own_names(saved, tmp_path):
+    trainer = trainer_of(*SPCE, tmp_path, saved, table(preference_prob=P))
+    found = trainer.evaluate({"a": table(preference_prob=P), "b": table(preference_prob=[0.9] * 8)})
+    expected = torch.tensor(P).sub(0.5).square().mean().item()  # the policy is still the reference
+    assert found["eval_a_rewards/brier"] == pytest.approx(expected, rel=1e-4)
+    assert found["eval_b_rewards/brier"] == pytest.approx(0.16, rel=1e-4) and "eval_rewards/brier" not in found
+    tested = trainer.predict(trainer._prepare_dataset(table(), trainer.processing_class, trainer.args, "eval"))
+    assert tested.metrics["test_rewards/brier"] == pytest.approx(0.25, rel=1e-4), "p is 1 without the column"
+    with pytest.raises(ValueError, match=r"args is a DPOConfig: SPCETrainer takes a hf_xent\.SPCEConfig"):
+        trainer_of(SPCETrainer, trl.DPOConfig, tmp_path, saved)

@@ -1,6 +1,7 @@
 """SPO: the degree loss by hand, the trainers below it untouched, and a head that travels beside the model."""
 
 import copy
+import pickle
 import warnings
 from dataclasses import dataclass
 
@@ -87,6 +88,91 @@ def test_variants_of_conversations_and_completions():
     texts = [tokenizer.decode(ids[where]) for ids, where in zip(task["input_ids"], task["answer"], strict=True)]
     assert [text.strip() for text in texts] == ["fox of the dog jumps", "of the  jumps"]
     assert task["side"].tolist() == [1, 1], "an undesirable completion counts as rejected"
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TEMPLATE = "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def told(text):
+    return [{"type": "text", "text": text}, {"type": "image", "text": None}]
+
+
+def test_variants_of_tool_calls_and_of_content_in_parts():
+    """Text is cut wherever it stands; what is none stays, and an answer without text has no variants."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    collate = Variants(lambda rows: {}, tokenizer, SPOOptions(degrees=2, max_removed=1.0, gamma_l=0.0))
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    answers = {
+        "a call and an answer": [call, {"role": "assistant", "content": "fox of the dog", "tool_calls": None}],
+        "parts": [{"role": "assistant", "content": told("fox of the dog")}],
+    }
+    for answer in answers.values():
+        whole, cut = collate._cut(answer)
+        assert whole == answer
+        text = cut[-1]["content"] if isinstance(cut[-1]["content"], str) else cut[-1]["content"][0]["text"]
+        assert text == "of the " and cut[:-1] == answer[:-1]
+        assert isinstance(cut[-1]["content"], str) or cut[-1]["content"][1:] == told("")[1:]
+    row = {"prompt": [{"role": "user", "content": "the dog "}], "rejected": []}
+    assert collate([row | {"chosen": [call]}]) == {} == collate([row | {"chosen": [{"content": told(" ")}]}])
+    tools = {"chosen": answers["a call and an answer"][1:], "tools": '[{"name": "fox"}]'}
+    [first, _] = collate([row | tools])["spo"]["input_ids"]
+    assert tokenizer.decode(first).strip().startswith("fox the dog fox of"), "the prompt is what TRL makes of it"
+
+
+@pytest.mark.parametrize("kind", ["tools", "parts"])
+def test_trains_on_tool_calls_and_content_in_parts(saved, tmp_path, kind):
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    done = {"role": "assistant", "content": "the lazy dog", "tool_calls": None}
+    chosen, rejected, prompt = [call, done], [done], "the fox"
+    if kind == "parts":
+        part = lambda text: [{"type": "text", "text": text}]  # noqa: E731
+        chosen, rejected, prompt = ([{"role": "assistant", "content": part(x)}] for x in ("a fox", "dog", "the fox"))
+        prompt = prompt[0]["content"]
+    row = {"prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    args = SPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, logging_steps=1, save_strategy="no")
+    trainer = SPOTrainer(
+        tiny(std=0.05), tiny(std=0.05), args, train_dataset=datasets.Dataset.from_list([row] * 2),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "degree_loss") == [[pytest.approx(torch.tensor(3.0).log().item(), abs=1e-5)]]
+
+
+def test_every_evaluation_has_its_own_names(saved, tmp_path):
+    """TRL's means too, which it calls eval_ whatever is evaluated."""
+    trainer = trainer_of(*SPO_DPO, tmp_path, saved)
+    sets = {"a": table(), "b": table().select(range(3))}
+    found = trainer.evaluate(sets)
+    names = ("degree_loss", "degree_accuracy", "rewards/chosen", "logps/chosen", "loss")
+    assert {f"eval_{part}_{name}" for part in sets for name in names} <= found.keys()
+    assert not any(f"eval_{name}" in found for name in names)
+    alone = trainer.evaluate(sets["a"])
+    assert found["eval_a_logps/chosen"] == pytest.approx(alone["eval_logps/chosen"])
+    trainer.predict(trainer._prepare_dataset(sets["b"], trainer.processing_class, trainer.args, "eval"))
+    assert trainer.evaluate(sets["a"])["eval_logps/chosen"] == alone["eval_logps/chosen"], "predict leaves nothing"
+
+
+def test_what_spo_cannot_do_is_refused(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"torch_compile is True: .* SPO reads the hidden states"):
+        trainer_of(*SPO_DPO, tmp_path, saved, torch_compile=True)
+    with pytest.raises(ValueError, match=r"args is a DPOConfig: SPOTrainer takes a hf_xent\.SPOConfig"):
+        trainer_of(SPOTrainer, trl.DPOConfig, tmp_path, saved)
+    with pytest.raises(ValueError, match=r"args is a SPCEConfig: SoftTrainer takes a hf_xent\.SPOOptions"):
+        trainer_of(SoftTrainer, SPCEConfig, tmp_path, saved)
+    with pytest.raises(ValueError, match="args is None: SPOKTOTrainer takes a configuration made of"):
+        SPOKTOTrainer(tiny(), train_dataset=table())
+
+
+def test_the_collator_pickles(saved, tmp_path):
+    trainer = trainer_of(*SPO_DPO, tmp_path, saved)
+    rows = [trainer.train_dataset[i] for i in range(2)]
+    found, expected = pickle.loads(pickle.dumps(trainer.data_collator))(rows), trainer.data_collator(rows)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert all(torch.equal(found["spo"][name], x) for name, x in expected["spo"].items())
 
 
 def dense_degrees(trainer, model, task, kind, pooling, two):

@@ -1,14 +1,20 @@
 """XentTrainer: what transformers' Trainer computes, under accumulation, resume and evaluation, without logits."""
 
+import warnings
+from dataclasses import dataclass
+
 import datasets
 import pytest
 import torch
+import trl
 from models import V, gradients, tiny
-from transformers import Trainer, TrainingArguments
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import hf_xent
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import seam_of
-from hf_xent.trainers import XentConfig, XentTrainer
+from hf_xent.trainers import EMOConfig, LNRemovalConfig, XentConfig, XentTrainer
 
 STEPS = 4
 
@@ -51,7 +57,8 @@ def losses_of(trainer):
 
 
 def fit(folder, rows, kind=XentTrainer, resume=None, **options):
-    extra = {k: options.pop(k) for k in ("loss", "compute_metrics", "preprocess_logits_for_metrics") if k in options}
+    more = ("loss", "compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "callbacks")
+    extra = {k: options.pop(k) for k in more if k in options}
     config = arguments(folder, XentConfig if kind is XentTrainer else TrainingArguments, **options)
     trainer = kind(tiny(std=0.05), config, train_dataset=rows, eval_dataset=rows, data_collator=collate, **extra)
     trainer.train(resume_from_checkpoint=resume)
@@ -183,3 +190,158 @@ def test_tail_reaches_the_model(tmp_path, rows):
     trainer = fit(tmp_path / "tail", rows, tail=0.2)
     assert seam_of(trainer.model).tail == 0.2
     assert losses_of(trainer) == pytest.approx(losses_of(fit(tmp_path / "exact", rows)), rel=0.05)
+
+
+def dense_perplexity(model, rows):
+    """Of unpatched logits, over all tokens with a label."""
+    nll, tokens = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits.detach()[0, :-1].double()
+        labels = torch.tensor(row["labels"])[1:]
+        nll += F.cross_entropy(logits, labels, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return torch.tensor(nll / tokens).exp().item()
+
+
+class Looks(TrainerCallback):
+    """Forward passes with labels that are no steps of the trainer's, in both modes."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        ids = torch.full((1, 9), 5)
+        for training in (True, False):
+            model.train(training)(input_ids=ids, labels=ids)
+
+    on_prediction_step = on_step_end
+
+
+def test_every_evaluation_has_its_own_names_and_numbers(tmp_path, rows):
+    sets = {"a": rows.select(range(8)), "b": rows.select(range(8, 20))}
+    trainer = fit(tmp_path, rows, max_steps=1, callbacks=[Looks()])
+    expected = {name: dense_perplexity(trainer.model, part) for name, part in sets.items()}
+    found = trainer.evaluate(sets)
+    assert {k for k in found if k.endswith("perplexity")} == {"eval_a_perplexity", "eval_b_perplexity"}
+    assert {k for k in found if k.endswith("accuracy")} == {"eval_a_mean_token_accuracy", "eval_b_mean_token_accuracy"}
+    assert found["eval_a_perplexity"] == pytest.approx(expected["a"], rel=1e-5)
+    assert found["eval_b_perplexity"] == pytest.approx(expected["b"], rel=1e-5)
+    predicted = trainer.predict(sets["b"]).metrics
+    assert predicted["test_perplexity"] == pytest.approx(expected["b"], rel=1e-5)
+    again = trainer.evaluate(sets["a"], metric_key_prefix="late")
+    assert again["late_perplexity"] == pytest.approx(expected["a"], rel=1e-5) and "eval_perplexity" not in again
+    logged = [entry for entry in trainer.state.log_history if "late_loss" in entry]
+    assert logged[0]["late_perplexity"] == again["late_perplexity"], "in the log, too"
+
+
+def test_forward_passes_of_callbacks_are_not_counted(tmp_path, rows):
+    looked = fit(tmp_path, rows, max_steps=3, logging_steps=3, callbacks=[Looks()]).state.log_history[0]
+    alone = fit(tmp_path, rows, max_steps=3, logging_steps=3).state.log_history[0]
+    for name in ("perplexity", "entropy", "mean_token_accuracy"):
+        assert looked[name] == alone[name]
+
+
+def test_a_metric_of_the_users_goes_before_ours(tmp_path, rows):
+    trainer = fit(tmp_path, rows, max_steps=1, compute_metrics=lambda p: {"perplexity": -1.0})
+    assert trainer.evaluate()["eval_perplexity"] == -1.0
+
+
+def test_no_tokens_have_no_perplexity_and_one_warning(tmp_path, rows):
+    silent = rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    with pytest.warns(UserWarning, match="no token has a label since the last log") as seen:
+        trainer = fit(tmp_path, silent, max_steps=4)
+        metrics = trainer.evaluate()
+    assert len(seen) == 1
+    assert not any("perplexity" in k or "entropy" in k for e in (*trainer.state.log_history, metrics) for k in e)
+    assert losses_of(trainer) == [0.0] * 4
+
+
+def test_a_loss_that_is_computed_elsewhere_is_said(tmp_path, rows):
+    model = tiny(std=0.05)
+    model.lm_head.weight.ds_id = 0  # ZeRO-3's mark of weights that cannot be read after their layer's call
+    trainer = XentTrainer(model, arguments(tmp_path), train_dataset=rows, data_collator=collate)
+    with pytest.warns(UserWarning, match="sharded or offloaded") as seen:
+        trainer.train()
+    assert sum("perplexity" in str(warning.message) for warning in seen) == 1
+    assert losses_of(trainer) == pytest.approx(losses_of(fit(tmp_path, rows, kind=Trainer)), rel=1e-5)
+
+
+def smoothed(outputs, labels, num_items_in_batch=None):
+    """A user's loss."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.3) / num_items_in_batch
+
+
+def test_a_loss_of_the_users_gets_lazy_logits(tmp_path, rows):
+    ours = fit(tmp_path, rows, compute_loss_func=smoothed)
+    stock = fit(tmp_path, rows, kind=Trainer, compute_loss_func=smoothed)
+    torch.testing.assert_close(losses_of(ours), losses_of(stock), rtol=1e-5, atol=0)
+    assert seam_of(ours.model).materialized == 0
+    expected = dense_perplexity(ours.model, rows)
+    assert ours.evaluate()["eval_perplexity"] == pytest.approx(expected, rel=1e-5), "of the labels, without smoothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "focal", "compute_loss_func": smoothed}, "compute_loss_func is given and loss is Focal"),
+        ({"loss": "cross_entropy", "compute_loss_func": smoothed}, "compute_loss_func is given and loss is Cross"),
+        ({"label_smoothing_factor": 0.1, "compute_loss_func": smoothed}, r"CrossEntropy\(label_smoothing=0.1"),
+        ({"loss": "focal", "torch_compile": True}, r"torch_compile is True: .* Focal"),
+        ({"label_smoothing_factor": 0.1, "torch_compile": True}, "torch_compile is True"),
+        ({"tail": 1e-3, "torch_compile": True}, "tail would have no effect: train without torch_compile"),
+        ({"memory_budget": 1 << 20, "torch_compile": True}, "memory_budget would have no effect"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is True"),
+    ],
+)
+def test_refusals(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, rows, **options)
+
+
+def test_a_model_is_given_and_not_made_later(tmp_path, rows):
+    with pytest.raises(ValueError, match="model_init is given, but the model is patched once"):
+        XentTrainer(None, arguments(tmp_path), train_dataset=rows, model_init=tiny)
+    with pytest.raises(ValueError, match="torch_compile is False but the model is compiled"):
+        XentTrainer(torch.compile(tiny(), backend="eager"), arguments(tmp_path), loss="focal", train_dataset=rows)
+
+
+KINDS = ("Xent", "EMO", "NoiseFiT", "LNRemoval", "F2C", "DXO", "SPO", "SPCE", "OSP")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_configuration_of_another_trainer_is_refused(name, tmp_path, rows):
+    """transformers' own, TRL's, a parent's, a child's, and what is none; before anything is done to the model."""
+    kind, model = getattr(hf_xent, f"{name}Trainer"), tiny()
+    preference = name in ("SPO", "SPCE", "OSP")
+    others = [TrainingArguments, trl.DPOConfig, LNRemovalConfig if name != "LNRemoval" else EMOConfig]
+    others += [hf_xent.SPCEConfig] if name == "OSP" else [hf_xent.OSPConfig] if preference else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's, of an old name
+        configs = [config(output_dir=str(tmp_path), use_cpu=True, bf16=False) for config in others]
+    for config in [*configs, {"output_dir": "out"}]:
+        with pytest.raises(
+            ValueError, match=rf"args is a {type(config).__name__}: {name}Trainer takes a .*{name}Config"
+        ):
+            kind(model, args=config, train_dataset=rows)
+    with pytest.raises(ValueError, match="is not patched"):
+        seam_of(model)
+
+
+@dataclass
+class LongRun(XentConfig):
+    num_train_epochs: float = 30.0
+
+
+def test_a_configuration_made_from_the_trainers_own_is_taken(tmp_path, rows):
+    assert XentTrainer(tiny(), arguments(tmp_path, LongRun), train_dataset=rows).args.num_train_epochs == 30
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_label_smoothing_is_honored_or_refused(name, tmp_path, rows):
+    kind, config = getattr(hf_xent, f"{name}Trainer"), getattr(hf_xent, f"{name}Config")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, label_smoothing_factor=0.1)
+    if name in ("Xent", "LNRemoval"):
+        assert kind(tiny(), args, train_dataset=rows).objective == CrossEntropy(label_smoothing=0.1)
+        return
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
+        kind(tiny(), args=args, train_dataset=rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +45,16 @@ class Variants:
             answers = [(row["chosen"], 0), (row["rejected"], 1)]
         for answer, side in answers:
             gamma = (self.options.gamma_w, self.options.gamma_l)[side]
-            if gamma:
-                for degree, (tokens, start) in enumerate(self._tokens(row["prompt"], answer)):
+            if gamma and _has_text(answer):
+                for degree, (tokens, start) in enumerate(self._tokens(row, answer)):
                     yield tokens, start, degree, side, float(gamma)
 
-    def _tokens(self, prompt: Any, answer: Any) -> Iterator[tuple[list[int], int]]:
-        limit = getattr(self.options, "max_length", None)
-        before = self._ids(prompt, [] if isinstance(prompt, list) else "", add_generation_prompt=True)
+    def _tokens(self, row: dict[str, Any], answer: Any) -> Iterator[tuple[list[int], int]]:
+        limit, prompt, template = getattr(self.options, "max_length", None), row["prompt"], _template(row)
+        empty: Any = [] if isinstance(prompt, list) else ""
+        before = self._ids(prompt, empty, add_generation_prompt=True, **template)
         for variant in self._cut(answer):
-            tokens = self._ids(prompt, variant)[:limit]
+            tokens = self._ids(prompt, variant, **template)[:limit]
             yield tokens, min(_common(before, tokens), len(tokens) - 1)
 
     def _ids(self, prompt: Any, answer: Any, **template: Any) -> list[int]:
@@ -62,18 +64,34 @@ class Variants:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _cut(self, answer: Any) -> list[Any]:
-        """The answer with growing shares of its key phrases removed; of a conversation, all messages of it."""
+        """The answer with growing shares of its key phrases removed; of a conversation, all text of all messages."""
         if isinstance(answer, str):
             end = self.tokenizer.eos_token or ""  # TRL has added it: no key content
             body = answer.removesuffix(end)
             shuffled = self.options.key_content == "random"
             texts = rake.without(body, self.options.shares, shuffled=shuffled)
             return [text + answer[len(body) :] for text in texts]
-        by_message = [self._cut(message["content"]) for message in answer]
-        return [
-            [{**message, "content": text} for message, text in zip(answer, texts, strict=True)]
-            for texts in zip(*by_message, strict=True)
-        ]
+        if not isinstance(answer, list):  # None where a message calls tools
+            return [answer] * self.options.degrees
+        cut = []
+        for item in answer:  # messages, or parts of the content of one
+            key = "content" if "content" in item else "text"
+            cut.append([{**item, key: text} if key in item else item for text in self._cut(item.get(key))])
+        return [list(items) for items in zip(*cut, strict=True)]
+
+
+def _has_text(answer: Any) -> bool:
+    """Whether there is anything to cut in an answer, its messages, or their parts."""
+    if isinstance(answer, list):
+        return any(_has_text(item.get("content", item.get("text"))) for item in answer)
+    return isinstance(answer, str) and bool(answer.strip())
+
+
+def _template(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row tells its chat template, as TRL reads it."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -30,7 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score
 from torch import Tensor, distributed, nn
@@ -40,8 +42,11 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from .. import auc
 from ..detection import metrics
 from ..hub import Carded, Tokenless
+from .base import NO_MODEL_INIT, OWN_LOSS, Method, refuse_arguments, refuse_options
 
 ROW = "row_index"
+LABELS = ("labels", "label")
+"""What a column of labels may be called: transformers' collators know these."""
 STATE = "dxo_state.safetensors"
 
 
@@ -70,13 +75,15 @@ class DXOConfig(Tokenless, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.warm_start < 0:
+            raise ValueError(f"warm_start is {self.warm_start}: choose a number of updates, or a share of all, >= 0")
         if self.dxo_learning_rate is not None and not self.warm_start:
             raise ValueError(
                 f"dxo_learning_rate is {self.dxo_learning_rate} but warm_start is 0: set learning_rate, or a warm start"
             )
 
 
-class DXOTrainer(Carded, Trainer):
+class DXOTrainer(Method, Carded, Trainer):
     """Trains any `AutoModelForSequenceClassification` of one or two labels; see the module's docstring.
 
     `loss` (a name or a `hf_xent.auc.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two
@@ -84,9 +91,11 @@ class DXOTrainer(Carded, Trainer):
     pipeline applies a sigmoid (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`,
     `pauc`, `tpauc`, `tpr_1` and `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.
 
-    Raises: ValueError for more labels, a data set without labels of both classes, or options that do not fit.
+    Raises: ValueError for more labels, a data set that is none or has no column of labels of both classes, a
+    configuration of another trainer, or options that do not fit.
     """
 
+    config_class = DXOConfig
     args: DXOConfig
 
     def __init__(
@@ -99,13 +108,30 @@ class DXOTrainer(Carded, Trainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
-        args = DXOConfig(output_dir="out") if args is None else args
+        args = self.configured(args)
+        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS})
+        refuse_options(
+            args,
+            {
+                "label_smoothing_factor": "DXO's losses compare scores and have no labels to smooth: leave it 0",
+                "batch_eval_metrics": "a ranking's metrics are those of all rows at once: set it to False",
+            },
+        )
+        if args.sampling_rate is not None:
+            refuse_options(args, {"train_sampling_strategy": "sampling_rate makes the batches: set that to None"})
         if model.config.num_labels not in (1, 2):
             raise ValueError(f"the model has {model.config.num_labels} labels: load it with num_labels=1 (or 2)")
         if model.config.num_labels == 1:
             model.config.problem_type = "multi_label_classification"
-        rows = 0 if train_dataset is None else len(train_dataset)
-        numbered = None if train_dataset is None else train_dataset.add_column(ROW, list(range(rows)))
+        rows, numbered = 0, None
+        if train_dataset is not None:
+            check_labels(train_dataset, "train_dataset")
+            rows, plain = len(train_dataset), train_dataset.remove_columns({ROW} & {*train_dataset.column_names})
+            numbered = plain.add_column(ROW, list(range(rows)))
+        held_out = kwargs.get("eval_dataset")
+        for name, dataset in held_out.items() if isinstance(held_out, dict) else [("eval_dataset", held_out)]:
+            if isinstance(dataset, Dataset):  # of others, batches are checked
+                check_labels(dataset, name)
         self._more_metrics = compute_metrics
         super().__init__(model=model, args=args, train_dataset=numbered, compute_metrics=self._measure, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over pairs: training_step divides by the accumulation steps
@@ -120,7 +146,13 @@ class DXOTrainer(Carded, Trainer):
     ) -> Any:
         """BCE in evaluation and the warm start, else the loss, over the scores of all ranks."""
         inputs = dict(inputs)
-        labels, index = inputs.pop("labels").reshape(-1), inputs.pop(ROW, None)
+        labels, index = inputs.pop("labels", None), inputs.pop(ROW, None)
+        if labels is None or not bool(((labels == 0) | (labels == 1)).all()):
+            raise ValueError(
+                f"a batch has {', '.join(inputs)}, and labels {labels}: give 0 or 1 for every row, in a column named"
+                f" {' or '.join(LABELS)}"
+            )
+        labels = labels.reshape(-1)
         outputs = model(**inputs)
         logits = scores_of(outputs["logits"])
         if not model.training or self.state.global_step < self.warm_steps(self.state.max_steps):
@@ -157,9 +189,11 @@ class DXOTrainer(Carded, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.sampling_rate is None:
             return super()._get_train_sampler(dataset)
-        [column] = {"label", "labels"} & set(dataset.column_names)
+        column = check_labels(dataset, "train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = auc.DualSampler(dataset[column], self._train_batch_size, self.args.sampling_rate, seed)
+        sampler = auc.DualSampler(
+            [*map(_scalar, dataset[column])], self._train_batch_size, self.args.sampling_rate, seed
+        )
         self._epochs.sampler = sampler
         return sampler
 
@@ -168,9 +202,27 @@ class DXOTrainer(Carded, Trainer):
         if ROW not in self._signature_columns:
             self._signature_columns.append(ROW)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer`. Raises: ValueError for a data set without a column of labels."""
+        if isinstance(eval_dataset, Dataset):
+            check_labels(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `Trainer`; labels that are all -1 or None stand for none. Raises: ValueError for others but 0 and 1."""
+        if isinstance(test_dataset, Dataset) and (found := {*LABELS} & {*test_dataset.column_names}):
+            unknown = [name for name in found if all(_scalar(value) in (-1, None) for value in test_dataset[name])]
+            test_dataset = test_dataset.remove_columns(unknown)
+            if found.difference(unknown):
+                check_labels(test_dataset, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
+
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
-        scores = scores_of(torch.as_tensor(prediction.predictions)).double().numpy()
-        labels, more = prediction.label_ids.reshape(-1), self._more_metrics
+        predictions, labels = prediction.predictions, prediction.label_ids
+        if not self.args.eval_do_concat_batches:
+            predictions, labels = np.concatenate(predictions), np.concatenate(labels)
+        scores = scores_of(torch.as_tensor(predictions)).double().numpy()
+        labels, more = labels.reshape(-1), self._more_metrics
         theirs = more(prediction) if more else {}
         if len(set(labels.tolist())) < 2:
             warnings.warn("the data has one class only: no metric of its ranking", stacklevel=2)
@@ -212,6 +264,33 @@ class _Epochs(TrainerCallback):
         """Before the epoch's batches are drawn."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch or 0))
+
+
+def check_labels(dataset: Any, name: str) -> str:
+    """The column of a data set's labels. Raises: ValueError for no `Dataset`, no or several columns, other values."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}: DXO numbers its rows and draws them by class, pass a"
+            " datasets.Dataset (for rows in memory Dataset.from_list)"
+        )
+    found = [column for column in LABELS if column in dataset.column_names]
+    if len(found) != 1:
+        raise ValueError(
+            f"{name} has the columns {', '.join(dataset.column_names)}: one of them has to be named labels (or label),"
+            " only one, and be 0 or 1; see Dataset.rename_column and remove_columns"
+        )
+    wrong = [value for value in dataset[found[0]] if _scalar(value) not in (0, 1)]
+    if wrong:
+        raise ValueError(
+            f"{name} has {wrong[0]!r} in column {found[0]}: give 0 (negative) or 1 (positive) in every row"
+        )
+    return found[0]
+
+
+def _scalar(value: Any) -> Any:
+    """A label out of a list or tensor of one."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # of data sets with a format
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def scores_of(logits: Tensor) -> Tensor:

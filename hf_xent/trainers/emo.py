@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from .. import embedded
 from ..losses import EMO, Loss
 from ..patching import head_of
+from .base import Config, refuse_options
 from .xent import XentConfig, XentTrainer
+
+OPTIONS = ("variant", "cost", "gt_detach", "ratio_clamp")
 
 
 @dataclass
@@ -57,16 +58,28 @@ class EMOConfig(XentConfig):
 class EMOTrainer(XentTrainer):
     """Fine-tunes a causal LM under EMO; see the module's docstring and `XentTrainer`.
 
-    Raises: ValueError for options EMO does not take, or a cost whose vocabulary is not the model's.
+    Raises: ValueError for options EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
+    model's.
     """
 
     config_class = EMOConfig
 
     @classmethod
+    def configured(cls, args: Config | None) -> Config:
+        """As `Method`; a plain `XentConfig` is taken too, if it asks for no loss: EMO with its defaults."""
+        if type(args) is XentConfig and args.loss in (XentConfig.loss, "emo"):
+            return args
+        return super().configured(args)
+
+    @classmethod
     def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
-        if not isinstance(args, EMOConfig) or (loss or args.loss) != "emo":
+        asked = loss or (args.loss if isinstance(args, EMOConfig) else "emo")
+        own = OPTIONS if isinstance(args, EMOConfig) else ()
+        if asked != "emo":
+            refuse_options(args, dict.fromkeys(own, f"the loss is {asked!r}: it is an option of loss='emo' alone"))
             return super()._objective(args, loss)
-        cost: str | Tensor = args.cost
-        if args.cost not in ("frozen", "current"):
-            cost = head_of(embedded.load(args.cost)[0]).weight.detach()
-        return EMO(variant=args.variant, cost=cost, gt_detach=args.gt_detach, ratio_clamp=args.ratio_clamp)
+        refuse_options(args, {"label_smoothing_factor": "it smooths cross-entropy only, and the loss is EMO"})
+        options = {name: getattr(args, name) for name in own}
+        if options.get("cost", "frozen") not in ("frozen", "current"):
+            options["cost"] = head_of(embedded.load(options["cost"])[0]).weight.detach()
+        return EMO(**options)

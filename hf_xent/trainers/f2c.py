@@ -22,14 +22,17 @@ every answer, without a vote. An even number of margins has the mean of the two 
 A majority can be wrong: evaluation reports F1, label marginals and the constant predictor beside the agreement.
 
 Source: Hejabi et al. 2025, Flip-Flop Consistency, arXiv:2510.14242; written from the description alone.
-Data: rows of `hf_xent.data.PromptFormats.build`, all with the same K and C; `gold` is read in evaluation only.
+Data: rows of `hf_xent.data.PromptFormats.build`, all with the same K and C. `gold`, the number of the right answer, is
+read in evaluation only; None and -1 stand for unknown, and rows without it are left out of the report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -40,6 +43,26 @@ from ..hub import Carded, Tokenless
 from ..mode import evaluating
 from ..ops import Head
 from ..patching import lazily, patch
+from .base import (
+    NO_MODEL_INIT,
+    OWN_LOSS,
+    Method,
+    lazy,
+    refuse_arguments,
+    refuse_compilation,
+    refuse_options,
+)
+
+READ_BY = {
+    "cce_weight": ("f2c", "cce"),
+    **dict.fromkeys(
+        ("agreement_weight", "alignment_min", "alignment_max", "weight_temperature", "threshold", "top_k",
+         "group_answers"),
+        ("f2c",),
+    ),
+}  # fmt: skip
+"""Option -> the methods it is for."""
+COLUMNS = ("prompts", "answers", "gold")
 
 
 @dataclass
@@ -73,6 +96,8 @@ class F2CConfig(Tokenless, TrainingArguments):
                 f"alignment_min is {self.alignment_min}, alignment_max {self.alignment_max}, weight_temperature"
                 f" {self.weight_temperature}: choose 0 <= alignment_min <= alignment_max and weight_temperature > 0"
             )
+        unread = [name for name, methods in READ_BY.items() if self.method not in methods]
+        refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
 
 
 @dataclass(frozen=True)
@@ -132,26 +157,82 @@ def alignment(teachers: tuple[Tensor, Tensor], students: tuple[Tensor, Tensor]) 
     return torch.where(valid, found, 0.0).sum(), valid.sum()
 
 
-class F2CTrainer(Carded, Trainer):
+@dataclass
+class Items:
+    """The data collator: `PromptFormats.collate`, and `gold` as evaluation reads it."""
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch; `gold` [B] if a row has one, as a list if a value is no number.
+
+        Raises: ValueError for rows that are no items, and answers without tokens.
+        """
+        for row in rows:
+            if not {"prompts", "answers"} <= row.keys():
+                raise ValueError(
+                    f"a row has {', '.join(row)}: F2C needs prompts and answers, as hf_xent.data.PromptFormats.build"
+                    " makes them"
+                )
+            if not all(answer for answers in row["answers"] for answer in answers):
+                raise ValueError(f"answers is {row['answers']}: every answer needs a token")
+        batch: dict[str, Any] = PromptFormats.collate([{k: row[k] for k in COLUMNS[:2]} for row in rows], self.pad)
+        if any("gold" in row for row in rows):
+            gold = [row.get("gold") for row in rows]
+            numbers = [number_of(value) for value in gold]
+            batch["gold"] = gold if None in numbers else torch.tensor(numbers)
+        return batch
+
+
+def number_of(gold: Any) -> int | None:
+    """The number of an answer, -1 for one that is not known, None for what is no number."""
+    if gold is None or gold != gold:  # pandas writes nan for None
+        return -1
+    try:
+        return int(gold) if int(gold) == float(gold) else None
+    except (TypeError, ValueError):
+        return None
+
+
+class F2CTrainer(Method, Carded, Trainer):
     """Fine-tunes a causal LM towards consistency; see the module's docstring.
 
     Logged: `consensus` (the share of items that had one), `loss_cce`, `loss_agreement`, `loss_alignment` (means over
     items that had one, before their weights). Evaluation gives the same loss without dropout, and, where rows have
     `gold`, the fields of `hf_xent.consistency.Consistency`.
 
-    Raises: ValueError for options that do not fit, or a model that cannot be patched.
+    Raises: ValueError for options that do not fit, a configuration of another trainer, or a model that cannot be
+    patched.
     """
 
+    config_class = F2CConfig
     args: F2CConfig
+    means = ("consensus", "loss_cce", "loss_agreement", "loss_alignment")
+    _signature_columns: Any
 
     def __init__(self, model: Any, args: F2CConfig | None = None, **kwargs: Any):
+        args = self.configured(args)
+        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS})
+        refuse_options(
+            args,
+            {
+                "label_smoothing_factor": "F2C has no labels to smooth: leave it 0",
+                "batch_eval_metrics": "consistency is reported of all items at once: set it to False",
+                "use_liger_kernel": "Liger takes the place of the forward that is patched: set it to False",
+            },
+        )
+        refuse_compilation(model, args, "F2C reads the hidden states before them")
         patch(model)
-        pad = getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0
-        kwargs.setdefault("data_collator", lambda rows: PromptFormats.collate(rows, pad))
-        super().__init__(model=model, args=F2CConfig(output_dir="out") if args is None else args, **kwargs)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = Items(getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0)
+        super().__init__(model=model, args=args, **kwargs)
         self.loss_is_scaled_for_ga = False  # a mean over items: training_step divides by the accumulation steps
         self.model_accepts_loss_kwargs = False
-        self._seen: dict[tuple[bool, str], list[Tensor | float]] = {}  # by mode and name
+        self._choices = 0  # C of the last batch that was evaluated
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -180,6 +261,7 @@ class F2CTrainer(Carded, Trainer):
         with evaluating(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
+            logits = lazy(logits, "F2C")
             stats = logits.stats(flat["answers"], shift=True, outputs=("lse", "target"))
         return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
 
@@ -240,14 +322,14 @@ class F2CTrainer(Carded, Trainer):
         shape = chosen["answers"].shape[:2]
         ids, mask, answers = (x.flatten(0, 1) for x in chosen.values())
         with lazily(model):
-            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits = lazy(model(input_ids=ids, attention_mask=mask).logits, "F2C")
         here = answers[:, 1:] != -100  # the positions that predict an answer's token
         length = int(here.sum(-1).max())
         first = here.int().argmax(-1)
         place = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
         inside = torch.arange(length, device=ids.device) < here.sum(-1, keepdim=True)
         targets = torch.where(inside, answers[:, 1:].gather(1, place), -100)
-        rows = logits[torch.arange(len(ids), device=ids.device)[:, None], place]  # lazy: only these meet the head
+        rows: Any = logits[torch.arange(len(ids), device=ids.device)[:, None], place]  # lazy: only these meet the head
         head: Head = rows.head
         logp = head.logits(rows.hidden).log_softmax(-1)
         return logp.unflatten(0, shape), targets.unflatten(0, shape)
@@ -255,34 +337,41 @@ class F2CTrainer(Carded, Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, answers of all formats [B, K], and true labels [B] if there are any."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, found = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only and "gold" not in inputs:
-            return loss, None, None
-        return loss, found["predictions"], inputs.get("gold")
+        """Loss, answers of all formats [B, K], and true labels [B] if there are any (-1 for unknown ones).
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        Raises: ValueError for a `gold` that is not the number of an answer.
+        """
+        inputs = self._prepare_inputs(inputs)
+        gold, self._choices = inputs.get("gold"), inputs["answers"].shape[2]
+        wrong = self._wrong(gold)
+        if wrong:
+            raise ValueError(
+                f"gold has {wrong[0]!r}: evaluation needs the number of the right answer, 0 to {self._choices - 1}, or"
+                " -1 where it is not known; map the labels, or build the rows with label=None"
+            )
+        with self._step(training=False), torch.no_grad(), self.compute_loss_context_manager():
+            loss, found = self.compute_loss(model, inputs, return_outputs=True)
+        if self.args.prediction_loss_only or (prediction_loss_only and gold is None):
+            return loss, None, None
+        return loss, found["predictions"], gold
+
+    def _wrong(self, gold: Tensor | list[Any] | None) -> list[Any]:
+        values: Iterable[Any] = [] if gold is None else gold.tolist() if isinstance(gold, Tensor) else gold
+        return [value for value in values if number_of(value) not in range(-1, self._choices)]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`, and the consistency of the answers where true labels are known."""
-        found = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if found.label_ids is not None and found.predictions is not None:
+        found = super().evaluation_loop(*args, **kwargs)
+        if found.label_ids is None or found.predictions is None:
+            return found
+        predictions, gold = joined(found.predictions), joined(found.label_ids)
+        if (known := gold >= 0).any():
             prefix = kwargs.get("metric_key_prefix", "eval")
-            choices = len(dataloader.dataset[0]["answers"][0])
-            report = consistency(found.predictions, found.label_ids, choices).as_dict()
+            report = consistency(predictions[known], gold[known], self._choices).as_dict()
             found.metrics.update({f"{prefix}_{name}": value for name, value in report.items()})
         return found
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        if prefix or "loss" in logs:
-            for training, name in [key for key in self._seen if key[0] is not bool(prefix)]:
-                values = self._seen.pop((training, name))
-                logs[prefix + name] = float(sum(values)) / len(values)
-        super().log(logs, start_time)
 
-    def _note(self, name: str, value: Tensor | float) -> None:
-        self._seen.setdefault((self.model.training, name), []).append(
-            value.detach() if isinstance(value, Tensor) else value
-        )
+def joined(parts: Any) -> np.ndarray:
+    """What evaluation gathers as one array, which `eval_do_concat_batches=False` leaves in parts."""
+    return np.concatenate(parts) if isinstance(parts, list) else np.asarray(parts)

@@ -201,7 +201,7 @@ class LNRemovalTrainer(XentTrainer):
     def __init__(
         self, model: Any, args: LNRemovalConfig | None = None, *, schedule: Schedule | None = None, **kwargs: Any
     ):
-        args = LNRemovalConfig(output_dir="out") if args is None else args
+        args = self.configured(args)
         check_options(args, schedule)
         wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         if args.sigma_weight and all(norm.sites != FINAL for norm in fake_norms(model).values()):

@@ -57,16 +57,19 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None) -> Iterator[None]:
-    """Noise on the last two thirds of the layers' outputs, in training mode; `mask` [B, T] is that of one third."""
+def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None, dim: int = 0) -> Iterator[None]:
+    """Noise on the last two thirds of the layers' outputs, in training mode; `mask` [B, T] is that of one third.
+
+    `dim` is where the thirds follow each other: 0, or 1 in a packed batch.
+    """
 
     def disturb(layer: nn.Module, _: Any, output: Any) -> Any:
         if not layer.training or not sigma:
             return None
-        clean, *parts = _first(output).chunk(3)
+        clean, *parts = _first(output).chunk(3, dim)
         scales = [noise_scale(part, sigma, None if mask is None else mask.to(part.device)) for part in parts]
         disturbed = [h + (torch.randn_like(s) * s).to(h.dtype) for h, s in zip(parts, scales, strict=True)]
-        h = torch.cat([clean, *disturbed])
+        h = torch.cat([clean, *disturbed], dim)
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     handles = [layer.register_forward_hook(disturb) for layer in layers]

@@ -23,11 +23,13 @@ train on prompt and response; here labels say what is trained on.
 
 Source: Khadangi et al. 2025, arXiv:2504.03302, with the authors' code, github.com/akhadangi/NoiseFiT; R-Drop: Liang et
 al. 2021, arXiv:2106.14448.
-Data: as for `XentTrainer`.
+Data: as for `XentTrainer`; a packed batch (one row with position ids and without a mask, as of
+`DataCollatorWithFlattening`) has its passes one after the other in the row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,12 +37,16 @@ import torch
 from torch import Tensor, nn
 
 from ..lazy import next_token_labels
-from ..losses import CrossEntropy
+from ..losses import CrossEntropy, Loss
 from ..mode import evaluating
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of
+from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_options
 from .noise import layers_of, noisy, strengths
 from .xent import XentConfig, XentTrainer
+
+NOISEFIT_OPTIONS = ("noise_std", "sigma_power", "ce_weight", "consistency_weight", "temperature", "version")
+"""What R-Drop does not read; where noise would go does no harm, and stays."""
 
 
 @dataclass
@@ -76,6 +82,8 @@ class NoiseFiTConfig(XentConfig):
                 f"noise_std is {self.noise_std}, ce_weight {self.ce_weight}, temperature {self.temperature}: choose"
                 " noise_std >= 0, ce_weight in [0, 1] and temperature > 0"
             )
+        unread = NOISEFIT_OPTIONS if self.method == "rdrop" else ("rdrop_weight",)
+        refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
 
 
 def lora_config() -> Any:
@@ -97,13 +105,23 @@ class NoiseFiTTrainer(XentTrainer):
 
     config_class = NoiseFiTConfig
     args: NoiseFiTConfig
+    means = ("divergence",)
 
     def __init__(self, model: Any, args: NoiseFiTConfig | None = None, **kwargs: Any):
+        args = self.configured(args)
+        refuse_arguments(kwargs, {"compute_loss_func": OWN_LOSS})
+        refuse_options(args, {"tail": "the divergences have exact gradients only: leave it 0"})
+        refuse_compilation(model, args, "NoiseFiT compares passes by the hidden states before them")
         super().__init__(model, args, **kwargs)
-        if self.objective != CrossEntropy():
-            raise ValueError(f"loss is {self.objective!r}: NoiseFiT is built on plain cross-entropy, pass no loss")
         self.noise_layers: list[int] | None = None if self.args.method == "noisefit" else []
-        self._apart: list[Tensor] = []  # [divergence of clean and noisy passes, tokens], summed, since the last log
+
+    @classmethod
+    def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
+        refuse_options(args, {"label_smoothing_factor": "NoiseFiT is built on plain cross-entropy: leave it 0"})
+        objective = super()._objective(args, loss)
+        if objective != CrossEntropy():
+            raise ValueError(f"loss is {objective!r}: NoiseFiT is built on plain cross-entropy, pass no loss")
+        return objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A step with noise on the chosen layers, from forward to the end of backward (which may compute it again)."""
@@ -113,7 +131,8 @@ class NoiseFiTTrainer(XentTrainer):
             self.noise_layers = [int(value) for name, value in logged.items() if name.startswith("noise_layer_")]
         layers = layers_of(self.model) if self.noise_layers else []
         sigma = self.args.noise_std**self.args.sigma_power
-        with noisy([layers[index] for index in self.noise_layers], sigma, inputs.get("attention_mask")):
+        chosen, mask = [layers[index] for index in self.noise_layers], inputs.get("attention_mask")
+        with noisy(chosen, sigma, mask, dim=int(packed(inputs))):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
@@ -127,13 +146,11 @@ class NoiseFiTTrainer(XentTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         copies = 2 if self.args.method == "rdrop" else 3
-        tensors = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
+        rest, labels = _without_labels(inputs)
         with lazily(model):
-            output = model(**{name: torch.cat([x] * copies) for name, x in tensors.items()})
-        labels = inputs.get("shift_labels")
-        labels = next_token_labels(inputs["labels"]) if labels is None else labels
-        logits = output.logits
-        passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies)]
+            output = model(**repeated(rest, copies))
+        logits = lazy(output.logits, "NoiseFiT")
+        passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies, int(packed(inputs)))]
         loss = self._hybrid(passes, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as Trainer does: DDP averages what counts all ranks' tokens
@@ -141,7 +158,8 @@ class NoiseFiTTrainer(XentTrainer):
 
     def _hybrid(self, passes: list[Payload], labels: Tensor, num_items: Tensor | None) -> Tensor:
         args, seam = self.args, seam_of(self.model)
-        tokens = (labels != -100).sum().clamp(min=1) if num_items is None else num_items.to(labels.device)
+        tokens = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
+        tokens = tokens.clamp(min=1)  # a step without labels is a zero
 
         def entropy(part: Payload, observe: tuple[str, ...] = ()) -> Tensor:
             found, stats = CrossEntropy().compute(*part, labels, num_items=tokens, observe=observe, **seam.options)
@@ -157,16 +175,9 @@ class NoiseFiTTrainer(XentTrainer):
         soft, consistency = disagreement(
             passes, labels, temperature=args.temperature, version=args.version, **seam.options
         )
-        self._apart.append(torch.stack([soft.detach().sum(), (labels != -100).sum()]))
+        self._note("divergence", soft.sum(), (labels != -100).sum())
         rest = (1 - args.ce_weight) * soft + args.consistency_weight * consistency
         return args.ce_weight * entropy(passes[0], seam.observe) + rest.sum() / tokens
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the divergence of noisy passes from clean ones since the last log, in nats a token."""
-        if "loss" in logs and self._apart:
-            total, tokens = (self._total(x) for x in torch.stack(self._apart).sum(0))
-            logs["divergence"], self._apart = total / max(tokens, 1.0), []
-        super().log(logs, start_time)
 
     def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
         """The layers to disturb, ascending: given, or by the signal-to-noise ratio of one batch in evaluation mode.
@@ -175,9 +186,9 @@ class NoiseFiTTrainer(XentTrainer):
         """
         args, layers = self.args, layers_of(self.model)
         given = self._given_layers(len(layers))
-        tensors = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
+        rest, _ = _without_labels(inputs)
         with evaluating(model), lazily(model):
-            found = strengths(layers, lambda: model(**tensors), args.noise_std or 1.0, inputs.get("attention_mask"))
+            found = strengths(layers, lambda: model(**rest), args.noise_std or 1.0, inputs.get("attention_mask"))
         ordered = sorted(range(len(layers)), key=lambda i: found[i].ratio, reverse=args.noise_layers == "largest")
         chosen = sorted(ordered[: args.num_noise_layers]) if given is None else given
         factor = args.noise_std ** (args.sigma_power - 1) if args.noise_std else 0.0
@@ -203,6 +214,49 @@ class NoiseFiTTrainer(XentTrainer):
                 " by commas"
             )
         return chosen
+
+
+def packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch is one row of sequences that their position ids tell apart."""
+    ids = inputs.get("input_ids")
+    return (
+        isinstance(ids, Tensor)
+        and len(ids) == 1
+        and inputs.get("position_ids") is not None
+        and inputs.get("attention_mask") is None
+    )
+
+
+def repeated(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """A model's inputs with the batch several times over; what is no tensor with rows stays as it is.
+
+    Rows are repeated, or, in a packed batch, the sequences of its row: attention kernels look for packing in single
+    rows only. The copies' ends (`cu_seq_lens_q`, `cu_seq_lens_k`) and numbers (`seq_idx`) go on counting.
+    """
+    in_row = packed(inputs)
+    width = inputs["input_ids"].shape[1] if in_row else 0
+    found = {}
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            found[name] = x
+        elif in_row and name.startswith("cu_seq_lens"):
+            found[name] = torch.cat([x[:1], *(x[1:] + i * x[-1] for i in range(copies))])
+        elif in_row and name == "seq_idx":
+            found[name] = torch.cat([x + i * (x.max() + 1) for i in range(copies)], 1)
+        elif name == "position_ids" and x.ndim == 3:  # [3, B, T] of models that place tokens in images
+            found[name] = torch.cat([x] * copies, 1 + in_row)
+        else:
+            found[name] = torch.cat([x] * copies, int(in_row and x.ndim > 1 and x.shape[1] == width))
+    return found
+
+
+def _without_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The rest of a batch, and what every position has to predict. Raises: ValueError if it has no labels."""
+    rest = dict(inputs)
+    labels, shifted = rest.pop("labels", None), rest.pop("shift_labels", None)
+    if labels is None and shifted is None:
+        raise ValueError(f"a batch has {', '.join(rest)} but no labels: use a language-modeling data collator")
+    return rest, next_token_labels(labels) if shifted is None else shifted
 
 
 def disagreement(

@@ -49,6 +49,7 @@ from .. import generation
 from ..embedded import publish
 from ..judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
 from ..mode import evaluating
+from .base import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 
 Generate = Callable[..., list[list[int]]]
@@ -92,8 +93,15 @@ class OSPConfig(SPCEConfig):
                 f"strength_eps is {self.strength_eps}, temperature {self.temperature}: choose 0 < strength_eps < 0.5"
                 " and temperature > 0"
             )
-        if self.precompute_ref_log_probs:
-            raise ValueError("precompute_ref_log_probs is True, but pairs are made on the way: set it to False")
+        made_later = "pairs are made on the way: set it to"
+        refuse_options(
+            self,
+            {
+                "precompute_ref_log_probs": f"{made_later} False",
+                "dataloader_persistent_workers": f"{made_later} False, or workers keep the first round's",
+                "train_sampling_strategy": f"{made_later} 'random'",
+            },
+        )
 
 
 class Round(torch.utils.data.Dataset):
@@ -122,6 +130,7 @@ class OSPTrainer(SPCETrainer):
     Raises: ValueError for options that do not fit, prompts that leave no room for an answer, or sharded parameters.
     """
 
+    config_class = OSPConfig
     args: OSPConfig
     train_dataset: Any
     _name = "OSP"
@@ -137,7 +146,7 @@ class OSPTrainer(SPCETrainer):
         generate: Generate = generation.responses,
         **kwargs: Any,
     ):
-        args = OSPConfig(output_dir="out") if args is None else args
+        args = self.configured(args)
         super().__init__(model, ref_model, args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("OSP samples from the whole policy on one process: train without FSDP and DeepSpeed")
@@ -204,10 +213,10 @@ class OSPTrainer(SPCETrainer):
                     pair |= {side: _like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
                     pair[f"{side}_score"] = scores[i]
                 made.append({**rows[start], **pair})
-        self._note("judge/strength", np.mean([pair["preference_prob"] for pair in made]))
-        self._note("answers/tokens", np.mean([len(answer) for answer in answers]))
+        self._report("judge/strength", np.mean([pair["preference_prob"] for pair in made]))
+        self._report("answers/tokens", np.mean([len(answer) for answer in answers]))
         ends = generation.ends(self.model)
-        self._note("answers/ended", np.mean([bool(ends.intersection(answer[-1:])) for answer in answers]))
+        self._report("answers/ended", np.mean([bool(ends.intersection(answer[-1:])) for answer in answers]))
         return Dataset.from_list(made)
 
     def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
@@ -240,7 +249,7 @@ class OSPTrainer(SPCETrainer):
             verdicts = both_orders(judge, [rows[i] for i in asked], [texts[i] for i in asked], against)
         differ = torch.tensor([texts[i] != baselines[i] for i in asked])
         if differ.any():
-            self._note("judge/steady", verdicts.steady[differ].double().mean())
+            self._report("judge/steady", verdicts.steady[differ].double().mean())
         scores = [0.5] * len(texts)
         for i, p in zip(asked, verdicts.p.tolist(), strict=True):
             scores[i] = p
@@ -261,7 +270,7 @@ class OSPTrainer(SPCETrainer):
         with within:
             yield judge
 
-    def _note(self, name: str, value: Any) -> None:
+    def _report(self, name: str, value: Any) -> None:
         self._metrics["train"][name].append(float(value))  # TRL's, in the next log
 
 
@@ -279,6 +288,12 @@ class _EpochBegins(TrainerCallback):
 def _encoded(prompt: Any, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    wrong = [message for message in prompt if not isinstance(message["content"], str)]
+    if wrong:  # judges read text, and generation here is of text alone
+        raise ValueError(
+            f"a message of a prompt has content of type {type(wrong[0]['content']).__name__}: OSP takes text, give the"
+            " content as a string and leave tool calls out"
+        )
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
 from ..hub import Tokenless
+from .base import Method, refuse_options
 from .streamed import Streamed
 
 COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
@@ -77,17 +79,18 @@ class SPCEConfig(Tokenless, DPOConfig):
             raise ValueError("use_weighting is True: WPO's weights are not defined for soft labels; set it to False")
 
 
-class SPCETrainer(Streamed, DPOTrainer):
+class SPCETrainer(Method, Streamed, DPOTrainer):
     """DPO with a strength and a weight for every pair; see the module's docstring and `trl.DPOTrainer`.
 
     All of DPO stays: reference model or precomputed log-probabilities, adapters, accumulation, vision models. Model and
     reference are patched, so nothing of the size tokens x vocabulary is made. Logged beside DPO's metrics:
     `rewards/brier`, the mean of (sigmoid(beta Delta) - preference_prob)^2, 1/4 for a model that knows nothing.
 
-    Raises: ValueError for options that do not fit, a column with values out of range, or a model that cannot be
-    patched.
+    Raises: ValueError for options that do not fit, a configuration of another trainer, a column with values out of
+    range, or a model that cannot be patched.
     """
 
+    config_class: type = SPCEConfig
     args: SPCEConfig
     data_collator: Any
     precompute_ref_logps: bool
@@ -102,7 +105,9 @@ class SPCETrainer(Streamed, DPOTrainer):
     }
 
     def __init__(self, model: Any, ref_model: Any = None, args: SPCEConfig | None = None, **kwargs: Any):
-        super().__init__(model, ref_model, SPCEConfig(output_dir="out") if args is None else args, **kwargs)
+        args = self.configured(args)
+        refuse_options(args, {"label_smoothing_factor": "preference losses have label_smoothing: set that one"})
+        super().__init__(model, ref_model, args, **kwargs)
         self.data_collator = WithColumns(self.data_collator)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,17 +192,21 @@ class WithColumns:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch. Raises: ValueError for values out of range."""
-        own = {name: checked(name, [row[name] for row in rows]) for name in _columns(rows[0])}
+        own = {name: checked(name, [row.get(name) for row in rows]) for name in _columns(rows[0])}
         return {**self.inner(rows), **own}
 
 
-def checked(name: str, values: Iterable[float | None]) -> Tensor:
-    """A column of SPCE as a tensor. Raises: ValueError for a value out of its range."""
+def checked(name: str, values: Iterable[Any]) -> Tensor:
+    """A column of SPCE as a tensor. Raises: ValueError for what is no number, or out of its range."""
     found = list(values)
-    wrong = [value for value in found if value is None or not 0 <= value <= COLUMNS[name]]
+    wrong = [value for value in found if not (_is_number(value) and 0 <= value <= COLUMNS[name])]
     if wrong:
-        raise ValueError(f"column {name} has {wrong[0]}: give a number from 0 to {COLUMNS[name]:g} in every row")
-    return torch.tensor(found, dtype=torch.float32)
+        raise ValueError(f"column {name} has {wrong[0]!r}: give a number from 0 to {COLUMNS[name]:g} in every row")
+    return torch.tensor([float(value) for value in found], dtype=torch.float32)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def scores_of(divergence: str, alpha: float) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,8 @@ The alignment loss is whatever the trainer's is: `SPO` goes before any TRL train
 
 It works with `DPOTrainer` and every loss type of it (`SPOTrainer`), `SPCETrainer`, `KTOTrainer`, and TRL's experimental
 ORPO and CPO. Texts and conversations, adapters and full fine-tuning; not images. Answers are cut on their text and
-tokenized as batches are made; they are cut at `max_length`, as TRL cuts them.
+tokenized as batches are made; they are cut at `max_length`, as TRL cuts them. Of messages in parts the text parts are
+cut; tool calls stay as they are, and an answer without any text has no degree loss.
 
 The head starts at zero (L = ln N, or ln 2 for the ordinal one), and trains with the model but is no part of it:
 checkpoints have it in a file of its own, `_degree_head.safetensors`, which resuming reads and which a push leaves out,
@@ -38,16 +39,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from ..data.variants import Variants
 from ..hub import Tokenless
 from ..patching import lazily
+from .base import Method, lazy, refuse_compilation, refuse_options
 from .streamed import Streamed
 
 KEY = "spo"  # of the degree task's tensors in a batch
 NAME = "degree_head"
-TEXTS = ("prompt", "chosen", "rejected", "completion")
+TEXTS = ("prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs")
+"""Columns that variants are made of."""
 
 
 @dataclass
@@ -96,17 +100,31 @@ class SPOConfig(SPOOptions, Tokenless, DPOConfig):
     """`trl.DPOConfig` and the options of SPO."""
 
 
-class SPO(Streamed):
+class SPO(Method, Streamed):
     """The degree loss on top of a TRL trainer's own; see the module's docstring.
 
     Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`. With both gammas 0 the
-    trainer is the one below it, to the last bit. Raises: ValueError for options that do not fit.
+    trainer is the one below it, to the last bit.
+
+    Raises: ValueError for options that do not fit, a configuration without `SPOOptions`, or of another trainer.
     """
+
+    config_class: type = SPOOptions
+    means = ("degree_loss", "degree_accuracy")
 
     data_collator: Any
     _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
+        given = kwargs.get("args") or next((x for x in args if isinstance(x, TrainingArguments)), None)
+        if given is None:
+            raise ValueError(
+                f"args is None: {type(self).__name__} takes a configuration made of hf_xent.SPOOptions and TRL's"
+            )
+        self.configured(given)
+        refuse_options(given, {"label_smoothing_factor": "preference losses have label_smoothing: set that one"})
+        model = args[0] if args else kwargs.get("model")
+        refuse_compilation(model, given, "SPO reads the hidden states before them")
         super().__init__(*args, **kwargs)
         get_base: Any = getattr(self.model, "get_base_model", None)  # PEFT
         model = self.model if get_base is None else get_base()
@@ -115,7 +133,6 @@ class SPO(Streamed):
         ignored = {f"{NAME}.{name}" for name in self.degree_head.state_dict()}
         model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *ignored}
         self.data_collator = Variants(self.data_collator, self.processing_class, self.args)
-        self._seen: dict[tuple[bool, str], list[Tensor]] = {}  # by mode and name
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -143,23 +160,12 @@ class SPO(Streamed):
         side: Tensor, weight: Tensor,
     ) -> Tensor:  # fmt: skip
         with lazily(model):  # lazy logits carry the head's hidden states [R, T, D], and are never computed
-            hidden = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.hidden
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        hidden = lazy(logits, "SPO").hidden
         losses, guesses = self.degree_head(hidden, answer, degree, side)
-        self._note("degree_loss", losses)
-        self._note("degree_accuracy", (guesses == degree).float())
+        self._note("degree_loss", losses.sum(), len(losses))
+        self._note("degree_accuracy", (guesses == degree).sum(), len(losses))
         return (losses * weight).sum()
-
-    def _note(self, name: str, values: Tensor) -> None:
-        means = self.accelerator.gather(values.detach().mean())
-        self._seen.setdefault((self.model.training, name), []).append(means.mean())
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the means since the last log."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        if prefix or "loss" in logs:
-            for training, name in [key for key in self._seen if key[0] is not bool(prefix)]:
-                logs[prefix + name] = float(torch.stack(self._seen.pop((training, name))).mean())
-        super().log(logs, *args, **kwargs)
 
     @property
     def _head_file(self) -> str:
@@ -188,6 +194,7 @@ class SPO(Streamed):
 class SPOTrainer(SPO, DPOTrainer):
     """DPO, with any of its losses, and SPO's degree loss; see the module's docstring and `trl.DPOTrainer`."""
 
+    config_class = SPOConfig
     args: SPOConfig
     _name = "SPO"
     _tag_names = ["trl", "spo", "hf_xent"]  # noqa: RUF012  as TRL declares it
@@ -199,7 +206,7 @@ class SPOTrainer(SPO, DPOTrainer):
     }
 
     def __init__(self, model: Any, ref_model: Any = None, args: SPOConfig | None = None, **kwargs: Any):
-        super().__init__(model, ref_model, SPOConfig(output_dir="out") if args is None else args, **kwargs)
+        super().__init__(model, ref_model, self.configured(args), **kwargs)
 
 
 class DegreeHead(nn.Module):
@@ -232,6 +239,6 @@ class DegreeHead(nn.Module):
     def _pool(self, hidden: Tensor, answer: Tensor) -> Tensor:
         if self.pooling == "mean":
             mask = answer[..., None].to(hidden)
-            return (hidden * mask).sum(1) / mask.sum(1)
+            return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         places = torch.arange(answer.shape[1], device=answer.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), (places * answer).argmax(1)]

@@ -1,24 +1,27 @@
 """Training of causal LMs without logits, under any registered loss.
 
-The only change with respect to `transformers.Trainer` is `log`: the model is patched, and what its loss already knew
-about the tokens (entropy, accuracy, perplexity) is logged.
+What changes with respect to `transformers.Trainer`: the model is patched, and what its loss already knew about the
+tokens (entropy, accuracy, perplexity) is logged.
 
 Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with a language-modeling collator.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import losses
 from ..hub import Carded, Tokenless
 from ..losses import CrossEntropy, Loss
-from ..patching import patch, seam_of
+from ..patching import lazily, patch, seam_of
+from .base import NO_MODEL_INIT, Method, refuse_arguments, refuse_compilation
 
 
 @dataclass
@@ -44,19 +47,27 @@ class XentConfig(Tokenless, TrainingArguments):
     )
 
 
-class XentTrainer(Carded, Trainer):  # subclasses of one method name their configuration and override one method
+class XentTrainer(
+    Method, Carded, Trainer
+):  # subclasses name their configuration and override `_objective`, or one more
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
     `loss` (a name or a `hf_xent.losses.Loss`) goes before `args.loss`. A loss that takes something from the pretrained
     head (EMO's frozen cost) takes it from `model` as it is given here, so give the pretrained model also when resuming.
     The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Logged beside it:
     `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
-    last log; the same with `eval_`. `label_smoothing_factor` is streamed too, for cross-entropy.
+    last log; the same of every evaluation, under its prefix. `label_smoothing_factor` is streamed too, for
+    cross-entropy. A `compute_loss_func` gets lazy logits: what it asks of them (`F.cross_entropy`) is streamed, and
+    logged if it is a cross-entropy.
 
-    Raises: ValueError for an unknown loss or a model that cannot be patched.
+    Raises: ValueError for an unknown loss, a configuration of another trainer, options without effect, or a model that
+    cannot be patched.
     """
 
     config_class: type[XentConfig] = XentConfig
+    means: tuple[str, ...] = ("nll", "mean_token_accuracy", "entropy")
+    _warned = False
+    _passes = 0  # forward passes of training since one that is known to have had a label
 
     def __init__(
         self,
@@ -66,8 +77,14 @@ class XentTrainer(Carded, Trainer):  # subclasses of one method name their confi
         loss: str | Loss | None = None,
         **kwargs: Any,
     ):
-        args = self.config_class(output_dir="out") if args is None else args
+        args = self.configured(args)
         self.objective = self._objective(args, loss)
+        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT})
+        if kwargs.get("compute_loss_func") is not None and (loss is not None or self.objective != CrossEntropy()):
+            raise ValueError(
+                f"compute_loss_func is given and loss is {self.objective!r}: one of them would have no effect, pass one"
+            )
+        self._refuse(model, args)
         patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # part of the objective: transformers' own needs the logits
@@ -85,20 +102,60 @@ class XentTrainer(Carded, Trainer):  # subclasses of one method name their confi
             )
         return objective
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds perplexity, token accuracy and entropy since the last log, over all processes."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        if prefix or "loss" in logs:
-            taken = seam_of(self.model).take(training=not prefix)
-            sums = {name: self._total(value) for name, value in taken.items()}
-            tokens = max(1.0, sums.get("tokens", 0.0))
-            if "nll" in sums:
-                logs[prefix + "perplexity"] = float(torch.tensor(sums["nll"] / tokens, dtype=torch.float64).exp())
-            if "correct" in sums:
-                logs[prefix + "mean_token_accuracy"] = sums["correct"] / tokens
-            if "entropy" in sums:
-                logs[prefix + "entropy"] = sums["entropy"] / tokens
-        super().log(logs, start_time)
+    def _refuse(self, model: torch.nn.Module, args: XentConfig) -> None:
+        """Raises: ValueError for what would take the loss out of our hands."""
+        if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                "use_liger_kernel is True, but Liger's fused loss takes the place of the forward that is patched: set"
+                " it to False, or liger_kernel_config={'fused_linear_cross_entropy': False}"
+            )
+        if self.objective != CrossEntropy():
+            refuse_compilation(model, args, f"{self.objective!r} needs the hidden states before them")
+        for name in ("tail", "memory_budget"):
+            if getattr(args, name):
+                refuse_compilation(model, args, f"{name} would have no effect")
 
-    def _total(self, value: Tensor) -> float:
-        return float(self.accelerator.reduce(value.double(), reduction="sum"))
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; a `compute_loss_func` gets lazy logits."""
+        if self.compute_loss_func is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with lazily(model):  # it is called without the labels
+            return super().compute_loss(model, dict(inputs), *args, **kwargs)  # which are taken out of the inputs
+
+    @contextmanager
+    def _step(self, *, training: bool) -> Iterator[None]:
+        seam = seam_of(self.model)
+        seam.sums.clear()  # what forward passes outside of steps have left
+        with super()._step(training=training):
+            yield
+            for sums in seam.sums.values():
+                self._passes += training
+                for name, key in zip(XentTrainer.means, ("nll", "correct", "entropy"), strict=True):
+                    self._note(name, sums[key], sums["tokens"])
+        seam.sums.clear()
+
+    def _means(self, training: bool) -> dict[str, float]:
+        """Means over tokens, perplexity first; a warning if there are none."""
+        counted = bool(self._sums[training])
+        found = super()._means(training)
+        nll = found.pop("nll", None)
+        if nll is not None:
+            self._passes = 0 if training else self._passes
+            return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **found}
+        if not counted and training and self.compute_loss_func is None:
+            self._warn(
+                "the model computed its loss without telling hf_xent (a compiled model, or a head that is sharded or"
+                " offloaded, has all its logits): no perplexity is logged"
+            )
+        elif counted and (self._passes > 1 or not training):  # a single batch may well be masked
+            self._warn(
+                f"no token has a label {'since the last log' if training else 'in this evaluation'} (every label is"
+                " -100), so there is no perplexity and nothing to learn: check what the data collator masks"
+            )
+        return found
+
+    def _warn(self, text: str) -> None:
+        """Once a trainer."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(text, stacklevel=2)
