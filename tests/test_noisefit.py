@@ -14,7 +14,7 @@ from hf_xent.ops import Head
 from hf_xent.patching import seam_of
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
 from hf_xent.trainers.noise import layers_of, noise_scale, strengths
-from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated, tempered
+from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_divergence_is_that_of_dense_logits():
     weight, labels = model.lm_head.weight, torch.randint(V, (3, 5))
     labels[0, :2] = -100
     p, q = [(h, Head(weight)) for h in hidden]
-    found = divergence(tempered(p, 2.0), q, labels)
+    found = divergence((p[0], p[1].tempered(2.0)), q, labels)
     logp, logq = (hidden[0] @ weight.T / 2).log_softmax(-1), (hidden[1] @ weight.T).log_softmax(-1)
     expected = F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1) * (labels != -100)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -38,6 +38,7 @@ from ..hub import write_card
 from ..lazy import next_token_labels
 from ..ln_free.norms import FINAL, fake_norms, remove, sites, wrap
 from ..ln_free.schedule import END, START, Schedule
+from ..ops.rows import token_ids
 from .xent import XentConfig, XentTrainer
 
 
@@ -268,7 +269,7 @@ class LNRemovalTrainer(XentTrainer):
     def _share(self, inputs: dict[str, Any], num_items: Tensor | None) -> Tensor:
         """The part of the step's labels that a forward pass has, as its loss has been scaled; 0 if there are none."""
         labels = inputs.get("shift_labels")
-        labels = next_token_labels(inputs["labels"]) if labels is None else labels
+        labels = next_token_labels(inputs["labels"]) if labels is None else token_ids(labels)
         count = (labels != -100).sum()
         if num_items is None:
             return count.clamp(max=1)

@@ -30,7 +30,7 @@ Data: as for `XentTrainer`; a packed batch (one row with position ids and withou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from ..lazy import next_token_labels
 from ..losses import CrossEntropy, Loss
 from ..mode import evaluating
 from ..ops import Payload, vocab_stats
+from ..ops.rows import token_ids
 from ..patching import lazily, seam_of
 from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_options
 from .noise import layers_of, noisy, strengths
@@ -256,7 +257,7 @@ def _without_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels, shifted = rest.pop("labels", None), rest.pop("shift_labels", None)
     if labels is None and shifted is None:
         raise ValueError(f"a batch has {', '.join(rest)} but no labels: use a language-modeling data collator")
-    return rest, next_token_labels(labels) if shifted is None else shifted
+    return rest, next_token_labels(labels) if shifted is None else token_ids(shifted)
 
 
 def disagreement(
@@ -270,10 +271,12 @@ def disagreement(
     `vocab_stats`.
     """
     clean, *students = passes
-    teacher, other, factor = tempered(clean, temperature), students[1], 1.0
+    (hidden, head), other, factor = clean, students[1], 1.0
+    teacher = hidden, head.tempered(temperature)
     if version == "v2":
-        students = [tempered(student, temperature) for student in students]
-        teacher, other, factor = detached(teacher), detached(students[1]), temperature**2
+        students = [(hidden, head.tempered(temperature)) for hidden, head in students]
+        teacher, other = ((hidden.detach(), head.detach()) for hidden, head in (teacher, students[1]))
+        factor = temperature**2
     first, second = (vocab_stats(*student, labels, outputs=("lse",), **options).lse for student in students)
     soft = (first + second) / 2 - _toward(teacher, students, labels, **options)
     return factor * soft, factor * (first - _toward(other, students[:1], labels, **options))
@@ -297,19 +300,3 @@ def _toward(p: Payload, others: list[Payload], labels: Tensor, **options: Any) -
     outputs = ("entropy", "payload")
     found = [vocab_stats(*p, labels, outputs=outputs, payload=other, **options) for other in others]
     return torch.stack([stats.entropy + stats.payload for stats in found]).mean(0)
-
-
-def tempered(part: Payload, temperature: float) -> Payload:
-    """The same pass with its logits divided by a temperature."""
-    hidden, head = part
-    if temperature == 1:
-        return part
-    softcap = None if head.softcap is None else head.softcap / temperature
-    return hidden, replace(head, scale=head.scale / temperature, softcap=softcap)
-
-
-def detached(part: Payload) -> Payload:
-    """The same pass without its graph."""
-    hidden, head = part
-    bias, adapter = (None if x is None else x.detach() for x in (head.bias, head.adapter))
-    return hidden.detach(), replace(head, weight=head.weight.detach(), bias=bias, adapter=adapter)
