@@ -81,4 +81,5 @@ CORPUS = Brown(
     columns=("name", "tagged"),
     splits={"train": 500},
     tasks=("text-generation",),
+    configured=True,
 )
