@@ -90,7 +90,9 @@ class Corpus:
         if source.config and not self.configured:
             raise ValueError(f"{self.title} has no configurations, {source.config!r} was asked for: leave it out")
         if source.revision is not None and (source.path is not None or self.repo is None):
-            raise ValueError(f"revision is {source.revision!r}, but {self.title} is not read from the Hub: leave it out")
+            raise ValueError(
+                f"revision is {source.revision!r}, but {self.title} is not read from the Hub: leave it out"
+            )
 
     def features(self) -> Any:
         """The schema of the family."""
