@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -199,9 +200,9 @@ def _scored(scorer: TextScorer, texts: Any, settings: str, draft: Path) -> dict[
     if done and not _alike(scorer(texts[:step]), done[0]):
         done = []
     draft.write_text("\n".join([settings, *map(json.dumps, done), ""]))
-    with draft.open("a") as file:
-        starts = range(len(done) * step, len(texts), step)
-        for i in track(starts, "scoring", console=err):
+    todo = range(len(done) * step, len(texts), step)
+    with draft.open("a") as file, closing(track(todo, "scoring", console=err)) as starts:  # its threads end here
+        for i in starts:
             done.append({name: values.tolist() for name, values in scorer(texts[i : i + step]).items()})
             file.write(json.dumps(done[-1]) + "\n")
             file.flush()

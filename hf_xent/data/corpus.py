@@ -63,6 +63,7 @@ class Corpus:
     def published(self, source: Source, split: str | None) -> Any:
         """The rows as published, which nothing has looked at yet."""
         self._check(source)
+        source = self.placed(source)
         try:
             return self.open(source, split)
         except Exception as error:  # `datasets` and the Hub raise a dozen kinds
@@ -70,6 +71,7 @@ class Corpus:
 
     def unified(self, found: Any, source: Source, split: str | None) -> Any:
         """What `published` gave, checked and in the schema of the family."""
+        source = self.placed(source)
         if isinstance(found, dict):
             return type(found)({name: self._unified(rows, source, name) for name, rows in found.items()})
         return self._unified(found, source, split)
@@ -84,6 +86,10 @@ class Corpus:
         if self.repo is None:
             raise ValueError("not on the Hub")
         return load_dataset(self.repo, revision=source.revision, split=split, streaming=source.streaming)
+
+    def placed(self, source: Source) -> Source:
+        """The source with its path, where something else tells it."""
+        return source
 
     def _check(self, source: Source) -> None:
         """An option that says nothing to this dataset is refused."""

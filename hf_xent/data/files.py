@@ -143,8 +143,8 @@ def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, st
 def _cells(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """The rows of tables."""
     for name, *_ in stamped:
-        with _naming(name), _parsed(Path(name), chunksize=10_000) as parts:
-            for part in parts:
+        with _naming(name), _opened(Path(name), newline="") as file:
+            for part in _parsed(file, name, chunksize=10_000):
                 yield from part.to_dict("records")
 
 
@@ -159,21 +159,21 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
 
 
-def _parsed(file: Path, **options: Any) -> Any:
-    """pandas' reader of a table, every cell as the text it is."""
+def _parsed(file: Any, name: str, **options: Any) -> Any:
+    """A table by pandas, every cell as the text it is."""
     import pandas  # lazy: half a second, and a dependency of `datasets`
 
-    separator = "\t" if suffix_of(file) == ".tsv" else ","
-    return pandas.read_csv(_opened(file, newline=""), sep=separator, dtype=str, na_filter=False, **options)
+    separator = "\t" if suffix_of(Path(name)) == ".tsv" else ","
+    return pandas.read_csv(file, sep=separator, dtype=str, na_filter=False, **options)
 
 
 def _columns(files: Iterable[Path]) -> list[str]:
     """The columns of tables, which all have to have the same. Raises: ValueError for a header that names too few."""
     found: dict[tuple[str, ...], Path] = {}
     for file in files:
-        with _naming(str(file)):
-            head = _parsed(file, nrows=1)
-            if not head.index.equals(head.reset_index(drop=True).index):  # pandas would take the first for row names
+        with _naming(str(file)), _opened(file, newline="") as stream:
+            head = _parsed(stream, file.name, nrows=1)
+            if not head.index.equals(head.reset_index(drop=True).index):  # pandas takes the first fields for row names
                 raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
             found.setdefault(tuple(map(str, head.columns)), file)
     if len(found) > 1:

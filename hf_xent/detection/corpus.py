@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,7 +103,8 @@ def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: i
             console=Console(stderr=True),
             disable=not progress,
         )
-        np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
+        with closing(documents):  # its threads end here, whatever happens
+            np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
         (draft / "about.json").write_text(json.dumps(about, indent=1))
 
     if not folder.is_dir():

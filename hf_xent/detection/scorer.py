@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -83,8 +83,10 @@ class TextScorer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
         found = {name: np.full(len(rows), np.nan) for name in self.parsed}
         batches = range(0, len(rows), self.batch_size)
-        with lazy(self.model, *([] if self.reference is None else [self.reference])):
-            for i in track(batches, "scoring", console=Console(stderr=True), disable=not self.progress):
+        models = [model for model in (self.model, self.reference) if model is not None]
+        shown = track(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
+        with lazy(*models), closing(shown) as starts:  # its threads end here, whatever happens
+            for i in starts:
                 places = order[i : i + self.batch_size]
                 batch = Batch(self, [rows[place] for place in places])
                 for name, score in self.parsed.items():
