@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
@@ -193,6 +191,8 @@ def _scored(scorer: TextScorer, texts: Any, settings: str, draft: Path) -> dict[
 
     The first chunk is scored again and has to come out alike: settings do not tell of the device and of versions.
     """
+    from ..detection.corpus import tracked
+
     draft.parent.mkdir(parents=True, exist_ok=True)
     lines = draft.read_text().splitlines() if draft.exists() else []
     done = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [settings] else []
@@ -201,7 +201,7 @@ def _scored(scorer: TextScorer, texts: Any, settings: str, draft: Path) -> dict[
         done = []
     draft.write_text("\n".join([settings, *map(json.dumps, done), ""]))
     todo = range(len(done) * step, len(texts), step)
-    with draft.open("a") as file, closing(track(todo, "scoring", console=err)) as starts:  # its threads end here
+    with draft.open("a") as file, tracked(todo, "scoring", console=err) as starts:
         for i in starts:
             done.append({name: values.tolist() for name, values in scorer(texts[i : i + step]).items()})
             file.write(json.dumps(done[-1]) + "\n")

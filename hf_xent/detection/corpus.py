@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from .. import data, embedded
 from ..data.files import BUILDERS, first_line, suffix_of
 from ..data.text import Opened, opened
 
+T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
 
 
@@ -96,14 +97,8 @@ def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: i
     folder = embedded.cache_folder() / "frequencies" / key
 
     def write(draft: Path) -> None:
-        documents = track(
-            corpus.texts(rows()),
-            description=f"counting tokens of {corpus.source}",
-            total=corpus.documents,
-            console=Console(stderr=True),
-            disable=not progress,
-        )
-        with closing(documents):  # its threads end here, whatever happens
+        shown = {"total": corpus.documents, "console": Console(stderr=True), "disable": not progress}
+        with tracked(corpus.texts(rows()), f"counting tokens of {corpus.source}", **shown) as documents:
             np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
         (draft / "about.json").write_text(json.dumps(about, indent=1))
 
@@ -126,6 +121,16 @@ def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int
 def smoothed(counts: np.ndarray) -> Tensor:
     """Laplace's (count + 1) / (N' + V), float64 [V]."""
     return torch.from_numpy((counts + 1.0) / (counts.sum() + len(counts)))
+
+
+@contextmanager
+def tracked(values: Iterable[T], description: str, **options: Any) -> Iterator[Iterable[T]]:
+    """`rich.progress.track`, whose threads end with the block, whatever happens in it."""
+    shown = track(values, description, **options)
+    try:
+        yield shown
+    finally:
+        shown.close()  # type: ignore[attr-defined]  # it is a generator, declared as an iterable
 
 
 def fingerprint(tokenizer: Any) -> str:

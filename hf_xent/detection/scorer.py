@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
@@ -35,7 +34,7 @@ from ..mode import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..patching import head_of, lazily, patch, seam_of, unpatch
 from . import scores as registry
-from .corpus import Corpus, fingerprint, frequencies
+from .corpus import Corpus, fingerprint, frequencies, tracked
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
 SECOND = ("reference", "observed", "crossed")  # what a score can need that takes a second model
@@ -84,8 +83,8 @@ class TextScorer:
         found = {name: np.full(len(rows), np.nan) for name in self.parsed}
         batches = range(0, len(rows), self.batch_size)
         models = [model for model in (self.model, self.reference) if model is not None]
-        shown = track(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
-        with lazy(*models), closing(shown) as starts:  # its threads end here, whatever happens
+        shown = tracked(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
+        with lazy(*models), shown as starts:
             for i in starts:
                 places = order[i : i + self.batch_size]
                 batch = Batch(self, [rows[place] for place in places])
