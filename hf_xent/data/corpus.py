@@ -186,10 +186,10 @@ def chosen(parts: dict[str, Any], split: str | None) -> Any:
         return parts[split]
     sizes = {name: len(rows) for name, rows in parts.items()}
     slices = ReadInstruction.from_spec(split).to_absolute(sizes)
-    found = [
-        parts[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
-        for part in slices
-    ]
+    found = []
+    for part in slices:
+        asked = range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+        found.append(parts[part.splitname].select(asked or []))  # of an empty range `select` says it is out of range
     return found[0] if len(found) == 1 else concatenate_datasets(found)
 
 

@@ -10,6 +10,7 @@ All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper cas
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import lzma
@@ -67,7 +68,11 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     from datasets import Dataset, Features, IterableDataset, Value, load_dataset  # lazy: half a second
 
     files = list(files)
+    if not any(file.stat().st_size for file in files):
+        raise ValueError("there is nothing in it")
     if kind in ("json", "parquet"):
+        if wrong := [file for file in files if "::" in str(file)]:
+            raise ValueError(f"{wrong[0]} has '::' in its name, which `datasets` splits it at: rename it")
         names = [glob.escape(str(file)) for file in files]  # they would be taken for patterns
         return load_dataset(kind, data_files=names, split="train", streaming=streaming)
     columns = ["text"] if kind == "text" else _columns(files)
@@ -129,8 +134,12 @@ def first_line(error: BaseException) -> str:
 
 
 def _opened(file: Path, **options: Any) -> Any:
-    """A file as text; its byte order mark is no part of it."""
-    return COMPRESSED.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig", **options)
+    """A file as text, UTF-8, or UTF-16 where its byte order mark says so; the mark is no part of it."""
+    opener = COMPRESSED.get(file.suffix.lower(), open)
+    with opener(file, "rb") as start:
+        mark = start.read(2)
+    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return opener(file, "rt", encoding=encoding, **options)
 
 
 def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:

@@ -61,7 +61,14 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
     else:
         found = _hub(source, split, known=", ".join(DATASETS))
         dataset = lambda: found  # noqa: E731
-    return Opened(found._fingerprint, lambda: _checked(dataset(), column, source))  # datasets has no public name for it
+
+    def rows() -> Dataset:
+        checked = _checked(dataset(), column, source)
+        if not any(text and text.strip() for text in checked[column]):
+            raise ValueError(f"{source} has nothing but empty texts in its column {column!r}: choose another")
+        return checked
+
+    return Opened(found._fingerprint, rows)  # datasets has no public name for it
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text") -> Dataset:
