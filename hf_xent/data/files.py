@@ -74,7 +74,8 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
         if wrong := [file for file in files if "::" in str(file)]:
             raise ValueError(f"{wrong[0]} has '::' in its name, which `datasets` splits it at: rename it")
         names = [glob.escape(str(file)) for file in files]  # they would be taken for patterns
-        return load_dataset(kind, data_files=names, split="train", streaming=streaming)
+        options = {"encoding": "utf-8-sig"} if kind == "json" else {}  # not by default: bytes would go unchecked
+        return load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
     columns = ["text"] if kind == "text" else _columns(files)
     features = Features({name: Value("string") for name in columns})
     # the stamps are read by the cache of `datasets`: a file that has changed is read anew
@@ -130,6 +131,8 @@ def first_line(error: BaseException) -> str:
     """The first line of the innermost cause: `datasets` wraps the one that says something."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error}): save it in that encoding"
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
@@ -162,10 +165,8 @@ def _naming(name: str) -> Iterator[None]:
     """Errors of reading tell the file, of which there may be many."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 ({error}): save it in that encoding") from None
     except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name}: {first_line(error)}") from None
 
 
 def _parsed(file: Any, name: str, **options: Any) -> Any:
@@ -179,15 +180,19 @@ def _parsed(file: Any, name: str, **options: Any) -> Any:
 def _columns(files: Iterable[Path]) -> list[str]:
     """The columns of tables, which all have to have the same. Raises: ValueError for a header that names too few."""
     found: dict[tuple[str, ...], Path] = {}
+    rows = 0
     for file in files:
         with _naming(str(file)), _opened(file, newline="") as stream:
             head = _parsed(stream, file.name, nrows=1)
             if not head.index.equals(head.reset_index(drop=True).index):  # pandas takes the first fields for row names
                 raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
+            rows += len(head)
             found.setdefault(tuple(map(str, head.columns)), file)
     if len(found) > 1:
         told = "; ".join(f"{file.name} has {', '.join(columns)}" for columns, file in found.items())
         raise ValueError(f"the tables have different columns: {told}")
+    if not rows:
+        raise ValueError("it has a header and no rows")
     [columns] = found
     return list(columns)
 
