@@ -166,7 +166,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name}: {first_line(error)}") from None
+        raise ValueError(f"{Path(name).name}: {first_line(error)}") from None
 
 
 def _parsed(file: Any, name: str, **options: Any) -> Any:
