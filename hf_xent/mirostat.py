@@ -181,7 +181,8 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
         if asked is None and given is not None and name not in OTHERS:
             theirs = vars(given).get(name)
             asked = None if theirs == vars(default).get(name) else theirs
-        if asked is not None and asked is not False and (name not in NEUTRAL or asked != NEUTRAL[name]):
+        neutral = asked == NEUTRAL[name] if name in NEUTRAL else asked is False
+        if asked is not None and not neutral:
             raise ValueError(f"{name} is given: Mirostat alone decides what may be drawn, leave it out")
     if "paged" in (options.get("cache_implementation"), config.cache_implementation):
         raise ValueError("cache_implementation is 'paged', which draws tokens in batches of its own: choose another")
