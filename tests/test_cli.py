@@ -214,7 +214,8 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
 
     from hf_xent import bench
     from hf_xent.bench import plots
-    from hf_xent.cli import arms, detect, plot
+    from hf_xent.cli import arms, plot
+    from hf_xent.cli.detect import _draw as draw_roc
     from hf_xent.ln_free import report
 
     before = matplotlib.get_backend()
@@ -228,7 +229,7 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
             plot.draw([outcome], tmp_path / "curves.png", "title"),
             *plots.draw(rows, tmp_path / "bench"),
             report.draw_curves({"one": [(1, 2.0), (2, 1.0)]}, [(1, "ln_1.0")], tmp_path / "deep" / "ln.png"),
-            detect._draw(
+            draw_roc(
                 {"loss": np.array([1.0, 2.0])}, np.array([1.0, 0.0]), {"loss": {"auroc": 1.0}}, tmp_path / "roc.png"
             ),
         ]
