@@ -9,6 +9,7 @@ A sharper model repeats more and errs less: compare models at equal entropy (`te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from .mirostat import RUNNING, reduced
+from .mode import positions
 from .ops import Head, vocab_stats
 from .patching import ensure_patched, lazily
 
@@ -25,7 +28,7 @@ Tokens = Sequence[Sequence[int]]
 
 
 def distinct(sequences: Tokens, n: int) -> float:
-    """distinct-n in [0, 1]; nan if no sequence has n tokens."""
+    """distinct-n in [0, 1]; nan if no sequence has n tokens. Raises: ValueError for n < 1, as `repetition`."""
     grams = [gram for sequence in sequences for gram in _grams(sequence, n)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
@@ -40,17 +43,25 @@ def repetition(sequences: Tokens, n: int = 4) -> float:
 def responses(
     model: Any, prompts: Tokens, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
 ) -> list[list[int]]:
-    """Continuations of prompts of any lengths, by unbiased sampling (no top-k, no nucleus); greedy at temperature 0.
+    """Continuations of prompts of any lengths, by unbiased sampling; greedy at temperature 0.
 
-    Each ends with its end token, or after `tokens` without one. torch's generators are left as they were.
+    Nothing is cut off, penalized or assisted, whatever the model's generation configuration says. Each ends with its
+    end token, or after `tokens` without one. torch's generators are left as they were. Raises: ValueError for a
+    negative temperature, for no prompts or an empty one, or for more tokens than the model has positions for.
     """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: choose a positive number, or 0 for greedy decoding")
+    if not len(prompts) or not all(map(len, prompts)):
+        raise ValueError(f"prompts has {len(prompts)} rows, all of which need a token at least")
+    if (room := positions(model)) is not None and max(map(len, prompts)) + tokens > room:
+        raise ValueError(f"prompts of {max(map(len, prompts))} tokens and {tokens} more exceed {room} positions")
     length, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     how: dict[str, Any] = {"do_sample": False}
     if temperature:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), reduced(model.generation_config, RUNNING):
         torch.manual_seed(seed)
         made = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **how)
     made = made[:, length:].tolist()
@@ -134,4 +145,6 @@ def ends(model: Any) -> set[int | None]:
 
 
 def _grams(sequence: Sequence[int], n: int) -> Iterator[tuple[int, ...]]:
+    if n < 1:
+        raise ValueError(f"n is {n}: n-grams have at least one token")
     return (tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1))

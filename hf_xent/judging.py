@@ -25,7 +25,7 @@ from transformers.utils.logging import tqdm
 
 from .data import Format
 from .lazy import LazyLogits
-from .mode import evaluating
+from .mode import evaluating, positions
 from .patching import ensure_patched, lazily
 
 Row = Mapping[str, Any]
@@ -101,13 +101,25 @@ def quality(judge: Judge, rows: Sequence[Row], better: Sequence[str], worse: Seq
 
 
 def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
-    """p_ij from two probabilities against the same baseline, clipped into [eps, 1 - eps] first."""
+    """p_ij from two probabilities against the same baseline, clipped into [eps, 1 - eps] first.
+
+    Raises: ValueError for what is no probability, or eps outside of (0, 1/2).
+    """
+    if not 0 < eps < 0.5:
+        raise ValueError(f"eps is {eps}: choose a number above 0 and below 1/2")
+    if not (0 <= p_i <= 1 and 0 <= p_j <= 1):
+        raise ValueError(f"p is {p_i} and {p_j}: pass probabilities")
     clipped = torch.tensor([p_i, p_j], dtype=torch.float64).clamp(eps, 1 - eps).logit()
     return float((clipped[0] - clipped[1]).sigmoid())
 
 
 def ranked_pairs(p: Sequence[float], scheme: str = "best_worst", eps: float = 0.01) -> list[Pair]:
-    """Pairs of n responses by their probabilities against a baseline; of equal ones, the earlier ranks higher."""
+    """Pairs of n responses by their probabilities against a baseline; of equal ones, the earlier ranks higher.
+
+    Raises: ValueError for an unknown scheme, and as `strength`.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}: choose one of {', '.join(SCHEMES)}")
     order = sorted(range(len(p)), key=lambda i: -p[i])
     return [Pair(order[i], order[j], strength(p[order[i]], p[order[j]], eps)) for i, j in SCHEMES[scheme](len(p))]
 
@@ -120,7 +132,8 @@ class ModelJudge:
     judged with it. The model is patched if it is not yet (`hf_xent.patch`), and judges in evaluation mode. Without a
     model or tokenizer, those of the trainer are meant that it is given to.
 
-    Raises: ValueError for verdicts that are not one token each, and different ones.
+    Raises: ValueError for verdicts that are not one token each, and different ones; for a prompt with more tokens than
+    the model has positions; for a batch_size below 1.
     """
 
     model: Any = None
@@ -130,11 +143,18 @@ class ModelJudge:
 
     def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """s(first, second) [n]."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: choose a whole number of at least 1")
         if not rows:
             return torch.empty(0)
         asked = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
         verdicts = self._verdicts([answers for _, answers in asked])
         prompts = [prompt for prompt, _ in asked]
+        longest, room = max(map(len, prompts)), positions(self.model)
+        if room is not None and longest > room:
+            raise ValueError(
+                f"a prompt with two responses has {longest} tokens, the model {room} positions: shorten it"
+            )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like lengths
         found = torch.empty(len(prompts))
         starts = range(0, len(order), self.batch_size)

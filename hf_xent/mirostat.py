@@ -20,17 +20,35 @@ Source: Basu, Ramachandran, Keskar, Varshney 2021, Mirostat, arXiv:2007.14966, a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 
 FITTED = 100  # probabilities the Zipf law is fitted to
-NEUTRAL = {"do_sample": True, "num_beams": 1, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
-NEUTRAL |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "temperature": 1.0}
+NEUTRAL = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Options of `generate` that switch its own ways to draw off."""
+LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
+RUNNING = (
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
+    *("disable_compile", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    "return_dict_in_generate",
+)
+BEFORE = (
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
+    *("begin_suppress_tokens", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty"),
+    *("renormalize_logits", "token_healing"),
+)
+"""What changes the model's scores before Mirostat sees them: what it holds is the surprise under these."""
+OTHERS = ("assistant_model", "assistant_tokenizer", "custom_generate")  # arguments of `generate` that draw tokens
 
 
 class Mirostat(LogitsProcessor):
@@ -57,8 +75,9 @@ class Mirostat(LogitsProcessor):
         temperature: float = 1.0,
         eos: int | list[int] | None = None,
     ):
-        if target <= 0 or rate <= 0 or temperature <= 0:
-            raise ValueError(f"target is {target}, rate {rate}, temperature {temperature}: choose positive numbers")
+        for name, value in {"target": target, "rate": rate, "temperature": temperature}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: choose a positive number")
         if version not in (1, 2) or surprise not in ("full", "truncated"):
             raise ValueError(
                 f"version is {version}, surprise {surprise!r}: choose version 1 or 2, surprise 'full' or 'truncated'"
@@ -129,24 +148,51 @@ def zipf_k(s: Tensor, mu: Tensor, vocabulary: int) -> Tensor:
     return log_k.clamp(max=log_v).exp().round().clamp(1, vocabulary)
 
 
+@contextmanager
+def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
+    """In here a model's configuration says nothing but what is kept: `generate` reads it where options are silent."""
+    before = dict(vars(config))
+    ours = {*kept, "transformers_version"}
+    vars(config).update({name: None for name in before if name not in ours and not name.startswith("_")})
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """`model.generate` under Mirostat: its arguments, and those of `Mirostat` (target, rate, version, surprise ...).
 
-    Returns what `generate` returns. Other ways to truncate or search (top_k, num_beams ...) are switched off where the
-    model's own configuration has them, and refused where they are asked for. Raises: ValueError for those.
+    Returns what `generate` returns. Whatever else decides which token is drawn (top_k, top_h, num_beams, assisted
+    decoding, watermarks ...) is switched off where the model's own configuration has it, and refused where it is asked
+    for; penalties and forbidden tokens act before. Raises: ValueError for those.
     """
     names = ("target", "rate", "version", "surprise", "temperature")
     own = {name: options.pop(name) for name in names if options.get(name) is not None}
-    for name, neutral in {**NEUTRAL, "assistant_model": None}.items():
+    given, default = options.pop("generation_config", None), model.generation_config
+    kept = (*LENGTH, *RUNNING, *BEFORE)
+    config = deepcopy(given or default)
+    drawing = [
+        name for name in vars(config) if name not in (*kept, *NEUTRAL, "transformers_version") and name[0] != "_"
+    ]
+    for name in (*NEUTRAL, *OTHERS, *drawing):
         asked = options.pop(name, None)
-        if asked not in (None, neutral):
+        if asked is None and given is not None and name not in OTHERS:
+            theirs = vars(given).get(name)
+            asked = None if theirs == vars(default).get(name) else theirs
+        neutral = asked == NEUTRAL[name] if name in NEUTRAL else asked is False
+        if asked is not None and not neutral:
             raise ValueError(f"{name} is given: Mirostat alone decides what may be drawn, leave it out")
-    config = deepcopy(options.pop("generation_config", None) or model.generation_config)
+    if "paged" in (options.get("cache_implementation"), config.cache_implementation):
+        raise ValueError("cache_implementation is 'paged', which draws tokens in batches of its own: choose another")
+    vars(config).update(dict.fromkeys(drawing))
     options = config.update(**options, **NEUTRAL)  # what it does not know
-    mirostat = Mirostat(**own, eos=config.eos_token_id)
+    mirostat = Mirostat(**own, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)
     options["logits_processor"] = [*(options.get("logits_processor") or ()), mirostat]
-    # the class's: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
-    return type(model).generate(model, inputs, generation_config=config, **options)
+    with reduced(default, kept):
+        # the class's: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
+        return type(model).generate(model, inputs, generation_config=config, **options)
 
 
 def export(folder: str | Path) -> Path:

@@ -75,7 +75,8 @@ def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
         small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
     shutil.rmtree(tmp_path / "checkpoint-3")
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
-    assert json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"] == losses
+    again = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
+    assert again == pytest.approx(losses, rel=1e-5)
 
 
 def test_compare_runs_both_and_they_agree(model_folder, text_file, tmp_path):
@@ -171,6 +172,9 @@ def test_help_explains_every_option(command):
         (("train", "focal:gama=2"), "does not take gama: its options are gamma"),
         (("train", "forward_kl"), "it needs a teacher"),
         (("train", "--dtype", "int8"), "dtype is 'int8': choose float32"),
+        (("train", "--learning-rate", "nan"), "learning_rate is nan: choose a positive number"),
+        (("train", "--compare", "--resume"), "resume is given with compare"),
+        (("train", "--compare", "--save-steps", "2"), "save_steps is given with compare"),
         (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
         (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
         (("check", "no/such-model"), "model is 'no/such-model': no local folder, and the Hub does not give it"),
@@ -184,6 +188,56 @@ def test_errors_are_one_line(arguments, message, monkeypatch, capsys):
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
     assert len([line for line in shown.splitlines() if line.startswith("error:")]) == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("text"), TypeError("no\nlines"), AttributeError(), IndexError("far")])
+def test_an_unexpected_error_is_one_line_too(error, monkeypatch, capsys):
+    def broken(*args, **options):
+        raise error
+
+    monkeypatch.setattr("hf_xent.embedded.load", broken)
+    monkeypatch.setattr("sys.argv", ["hf-xent", "check", "some/model"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith(f"error: {type(error).__name__} at test_cli.py:") and "hf-xent --debug" in line
+    monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "check", "some/model"])
+    with pytest.raises(type(error)):
+        cli.main()
+
+
+def test_figures_leave_pyplot_as_it_is(tmp_path):
+    import matplotlib
+    import numpy as np
+    from matplotlib import pyplot
+
+    from hf_xent import bench
+    from hf_xent.bench import plots
+    from hf_xent.cli import arms, plot
+    from hf_xent.cli.detect import _draw as draw_roc
+    from hf_xent.ln_free import report
+
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    mine = pyplot.figure()
+    try:
+        outcome = arms.Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
+        shape = {"V": 5, "D": 2, "dtype": "float32", "source": "random", "device": "here"}
+        rows = [bench.Row("dense", "ok", N=n, time_ms=1.0, peak_mib=1.0, **shape) for n in (2, 4)]
+        drawn = [
+            plot.draw([outcome], tmp_path / "curves.png", "title"),
+            *plots.draw(rows, tmp_path / "bench"),
+            report.draw_curves({"one": [(1, 2.0), (2, 1.0)]}, [(1, "ln_1.0")], tmp_path / "deep" / "ln.png"),
+            draw_roc(
+                {"loss": np.array([1.0, 2.0])}, np.array([1.0, 0.0]), {"loss": {"auroc": 1.0}}, tmp_path / "roc.png"
+            ),
+        ]
+        assert len(drawn) == 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+        assert matplotlib.get_backend() == "svg" and pyplot.get_fignums() == [mine.number]
+    finally:
+        pyplot.close(mine)
+        matplotlib.use(before)
 
 
 def test_a_config_file_sets_options_and_the_command_line_goes_before_it(model_folder, text_file, tmp_path):
@@ -225,14 +279,14 @@ def test_quiet_prints_no_table_but_errors_and_json(model_folder, monkeypatch, ca
     assert "equal" in invoke("check", model_folder).stdout  # the next call speaks again
 
 
-def test_generate_prints_continuations_and_their_surprise(model_folder):
+def test_generate_prints_continuations_and_their_surprise(model_folder, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = ("generate", "the quick", "--model", model_folder, "--samples", 3, "--max-new-tokens", 6, "--seed", 4)
     for more in ((), ("--target", 2.0, "--version", 1)):
-        rows = json.loads(invoke(*options, *more, "--json").stdout)
-        assert rows == json.loads(invoke(*options, *more, "--json").stdout) and len(rows) == 3
+        rows, again = (json.loads(invoke(*options, *more, "--json").stdout) for _ in range(2))
+        assert [row["text"] for row in rows] == [row["text"] for row in again] and len(rows) == 3
         assert all(0 < row["surprise"] < 30 for row in rows)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     torch.manual_seed(4)
@@ -245,6 +299,27 @@ def test_generate_prints_continuations_and_their_surprise(model_folder):
     assert "bits a token" in invoke(*options).stdout
     with pytest.raises(ValueError, match="no chat template"):
         invoke(*options, "--chat")
+    own = tmp_path / "own"  # a configuration that would cut everything off
+    model.generation_config.update(do_sample=True, top_h=0.1, min_p=0.9, repetition_penalty=9.0)
+    model.save_pretrained(own)
+    tokenizer.save_pretrained(own)
+    assert json.loads(invoke("generate", "the quick", "--model", own, *options[4:], "--json").stdout) == rows
+
+
+def test_generate_refuses_what_has_no_effect_and_what_has_no_place(model_folder, tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path)
+    for arguments, message in (
+        (("x", "--rate", 0.5), "rate is Mirostat's, which needs a target"),
+        (("x", "--version", 1), "version is Mirostat's"),
+        (("x", "--temperature", 0), r"temperature is 0\.0"),
+        (("x", "--temperature", "nan"), "temperature is nan"),
+        (("x", "--target", "nan"), "target is nan: choose a positive number"),
+        (("",), "prompt has no token"),
+        (("the dog", "--model", tmp_path), "max_new_tokens is 100, the prompt has .* and the model 64 positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            invoke("generate", "--model", model_folder, *arguments)
 
 
 def test_debug_shows_the_trace(monkeypatch):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import multiprocessing
 import time
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import pytest
 
 from hf_xent import embedded
 from hf_xent.data import load, load_text, pack, wiki
+from hf_xent.data.corpus import Source
 
 datasets = pytest.importorskip("datasets")
 
@@ -106,6 +112,161 @@ def test_local_files(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "rows.parquet"), split="train[:2]")["text"][:] == ["p", "q"]
 
 
+DECOY = "another file"
+
+
+@pytest.mark.parametrize("name", ["data[1]", "data?", "data*", "[2024] notes", "{a}!", "__x/data", ".hidden/data"])
+def test_names_are_no_patterns(name: str, tmp_path: Path) -> None:
+    """Each file is read where others lie that its name would match as a pattern."""
+    writers = {
+        ".txt": lambda path, text: path.write_text(text),
+        ".jsonl": lambda path, text: path.write_text(json.dumps({"text": text})),
+        ".csv": lambda path, text: path.write_text(f"text\n{text}\n"),
+        ".parquet": lambda path, text: rows(text).to_parquet(path),
+    }
+    for suffix, write in writers.items():
+        path = tmp_path / f"{name}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        for decoy in ("data1", "dataX", "2 notes", "a"):
+            write(path.with_name(f"{decoy}{suffix}"), DECOY)
+        write(path, name)
+        assert load_text(path)["text"][:] == [name]
+    folder = tmp_path / "folder [1]" / "deep [2]"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("inside")
+    assert load_text(folder.parent)["text"][:] == ["inside"]
+
+
+WORDS = ["None", "null", "NA", "N/A", "nan", "", "007", "1.0", "True", "-", "a, b", 'say "no"', "real text"]
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t"), (".CSV.gz", ",")])
+def test_cells_of_tables_are_the_words_they_are(suffix: str, separator: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    opener = gzip.open if suffix.endswith(".gz") else open
+    with opener(path, "wt", encoding="utf-8-sig", newline="") as file:  # as spreadsheets write it
+        table = csv.writer(file, delimiter=separator)
+        table.writerows([("text", "id"), *((word, f"{i:03}") for i, word in enumerate(WORDS))])
+    found = load_text(path)
+    assert found["text"][:] == WORDS and found["id"][:] == [f"{i:03}" for i in range(len(WORDS))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("a.csv", "text\n" + "\n".join(map(str, range(9, 20))), "int64"),
+        ("a.csv", "text\n1.5\n-2e3\n7\n", "float64"),
+        ("a.csv", "text\nTrue\nfalse\n", "bool"),
+        ("a.jsonl", '{"text": 5}', "int64"),
+        ("a.jsonl", '{"text": false}', "bool"),
+        ("a.jsonl", '{"text": "2024-01-01"}', r"timestamp\[s\]"),  # datasets reads it so
+        ("a.jsonl", '{"text": null}', "null"),
+        ("a.jsonl", '{"text": ["one", "two"]}', "List"),
+        ("a.json", '[{"text": [{"role": "user", "content": "hello"}]}]', "List"),
+        ("a.jsonl", '{"text": "a"}\n{"text": 5}', "Json"),
+        ("a.jsonl", '{"text": {"content": "a"}}', "content"),
+    ],
+)
+def test_columns_that_hold_no_text_are_refused(name: str, text: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} holds .*{kind}.*, not text, in its column 'text': choose") as caught:
+        load_text(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [True, False], [["a", "b"]], [None, None]])
+def test_pack_refuses_what_is_no_text(values: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"dataset holds .*, not text, in its column 'text'"):
+        pack(datasets.Dataset.from_dict({"text": values}), Letters(), 4)
+
+
+def test_suffixes_in_upper_case_marks_and_compression(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    files = {
+        "B.TXT": b"\xef\xbb\xbfmarked",
+        "a.txt": b"first\r\nsecond\r\n",
+        "c.Txt": "caf\xe9".encode("utf-16"),
+        "d.txt.gz": gzip.compress(b"\xef\xbb\xbfpacked"),
+        "e.txt.BZ2": bz2.compress(b"packed too"),
+        "f.txt.xz": lzma.compress(b"and this"),
+        ".hidden.txt": b"hidden",
+        "README.md": b"of another kind",
+    }
+    for name, content in files.items():
+        (tmp_path / "docs" / name).write_bytes(content)
+    expected = ["marked", "first\nsecond\n", "caf\xe9", "packed", "packed too", "and this"]
+    assert load_text(tmp_path / "docs")["text"][:] == expected
+    for name, content in {
+        "A.JSONL": b'\xef\xbb\xbf{"text": "x"}\r\n{"text": "y"}\r\n',
+        "b.Json": b'\xef\xbb\xbf[{"text": "x"}, {"text": "y"}]',
+        "c.jsonl.gz": gzip.compress(b'{"text": "x"}\n{"text": "y"}\n'),
+        "d.ndjson": b'{"text": "x"}\n\n{"text": "y"}',
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert load_text(tmp_path / name)["text"][:] == ["x", "y"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "caf\xe9!".encode("latin-1"), "a.txt: it is not UTF-8 .*: save it in that encoding"),
+        ("a.csv", "text\ncaf\xe9!\n".encode("latin-1"), "a.csv: it is not UTF-8"),
+        ("a.jsonl", '{"text": "caf\xe9!"}'.encode("latin-1"), "it is not UTF-8"),
+        ("a.txt.gz", b"not packed", "a.txt.gz: Not a gzipped file"),
+        ("a.txt", b"", "there is nothing in it"),
+        ("a.jsonl", b"", "there is nothing in it"),
+        ("a.txt", b" \n", "nothing but empty texts"),
+        ("a.csv", b"text,n\n", "it has a header and no rows"),
+        ("a.csv", b"text\nhello, world\nplain\n", "more fields than the header: put texts that have commas in quotes"),
+        ("a.csv", b"text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
+    ],
+)
+def test_files_that_cannot_be_read_say_why(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_text(tmp_path / name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_tables_of_a_folder_have_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n\na,1\n")
+    (tmp_path / "b.tsv").write_text("n\ttext\n2\tb\n")
+    with pytest.raises(ValueError, match=r"different columns: a.csv has text, n; b.tsv has n, text"):
+        load_text(tmp_path)
+    (tmp_path / "b.tsv").write_text("text\tn\nb\t2\n")
+    assert load_text(tmp_path).to_list() == [{"text": "a", "n": "1"}, {"text": "b", "n": "2"}]
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path: Path) -> None:
+    for content in ("one", "three"):
+        (tmp_path / "a.txt").write_text(content)
+        assert load_text(tmp_path / "a.txt")["text"][:] == [content]
+
+
+def test_slices_are_those_of_datasets(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\na\nb\nc\nd\n")
+    for split, found in {
+        "train[1:3]": "bc",
+        "train[:1]+train[3:]": "ad",
+        "train[-50%:]": "cd",
+        "train": "abcd",
+    }.items():
+        assert load_text(tmp_path / "a.csv", split=split)["text"][:] == list(found)
+    with pytest.raises(ValueError, match="no rows"):
+        load_text(tmp_path / "a.csv", split="train[4:]")
+
+
+def test_a_set_that_is_made_is_made_once() -> None:
+    calls = []
+
+    def make() -> datasets.Dataset:
+        calls.append(1)
+        return datasets.Dataset.from_list([{"title": "a", "text": "b"}])
+
+    found = replace(wiki.CORPUS, make=make).load(Source(), "train")
+    assert found.to_list() == [{"title": "a", "text": "b"}] and len(calls) == 1
+
+
 def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"body": "x", "n": 1}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "x"\n{"text": "y"}\n')
@@ -113,10 +274,11 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
     cases = {
         ("rows.jsonl", None): r"no column 'text': choose one of body, n",
         ("broken.jsonl", None): r"cannot read .*broken.jsonl",
-        ("empty.csv", None): r"cannot read|no rows",
+        ("empty.csv", None): r"no rows",
         ("rows.jsonl", "test"): r"cannot read .*\"test\"",
         ("absent.txt", None): r"no file .*absent.txt",
         ("", None): r"files of one kind among .txt, .*found .csv, .jsonl$",
+        ("ABSENT.CSV", None): r"no file .*ABSENT.CSV",
     }
     for (name, split), message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:

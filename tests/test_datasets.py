@@ -179,6 +179,34 @@ def test_dactyl_categories_may_be_null(dactyl, tmp_path):
     assert load("dactyl", tmp_path / "only", split="test").features == rows.features
 
 
+def test_copies_are_read_as_they_stand(tmp_path, wikimia):
+    """Folders whose names look like patterns, upper-case suffixes, words that look missing, labels without a type."""
+    folder = tmp_path / "copy [1]"
+    folder.mkdir()
+    (folder / "rows.CSV").write_bytes(b"\xef\xbb\xbftext,label\nNA,1\n007,0\n")
+    for path in (folder, folder / "rows.CSV"):
+        rows = load("patentmia", path, split="train")
+        assert rows["text"][:] == ["NA", "007"] and rows["label"][:] == [1, 0]
+        assert list(load("patentmia", path, split="train", streaming=True)) == list(rows)
+    moved = wikimia.rename(tmp_path / "wikimia [2]")  # its README names its files
+    assert len(load("wikimia", moved, split="WikiMIA_length64")) == 3
+    (moved / "data" / "WikiMIA_length64-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="names files of the split WikiMIA_length64 that are not there"):
+        load("wikimia", moved)
+
+
+def test_options_that_say_nothing_to_a_set_are_refused(patentmia):
+    for name, path, options, message in (
+        ("pydoc:x", None, {}, "pydoc has no configurations, 'x' was asked for"),
+        ("patentmia:x", patentmia, {}, "PatentMIA has no configurations"),
+        ("pydoc", None, {"revision": "main"}, "revision is 'main', but pydoc is not read from the Hub"),
+        ("patentmia", patentmia, {"revision": "main"}, "PatentMIA is not read from the Hub"),
+        ("patentmia", patentmia, {"streaming": True, "split": "train[:1]"}, "of a stream, choose one of train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name, path, **options)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops",),
-    1: ("losses", "auc", "data", "hub"),
+    1: ("losses", "auc", "data", "hub", "figures"),
     2: ("lazy", "patching", "fused_head", "comparison", "mode"),
     3: (
         *("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "embedded"),

@@ -119,3 +119,19 @@ def test_unusable_input_is_refused(labels, scores, message):
         metrics.auroc(labels, scores)
     with pytest.raises(ValueError, match="max_fpr is 0, min_tpr is 0"):
         metrics.tpauc(*TOY, 0, 0)
+
+
+@pytest.mark.parametrize("share", [5, -0.1, float("nan")])
+def test_shares_outside_of_their_range_are_refused(share):
+    for ask, name in (
+        (lambda: metrics.tpr_at_fpr(*TOY, share), "fpr"),
+        (lambda: metrics.fpr_at_tpr(*TOY, share), "tpr"),
+        (lambda: metrics.threshold_at_fpr(NEGATIVES, share), "fpr"),
+        (lambda: metrics.pauc(*TOY, share), "max_fpr"),
+        (lambda: metrics.tpauc(*TOY, share), "max_fpr"),
+        (lambda: metrics.bootstrap(metrics.auroc, *TOY, level=share), "level"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is {share}"):
+            ask()
+    with pytest.raises(ValueError, match="resamples is 0"):
+        metrics.bootstrap(metrics.auroc, *TOY, resamples=0)

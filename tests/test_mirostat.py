@@ -149,8 +149,70 @@ def test_export_runs_as_custom_generate(tmp_path):
     assert torch.equal(loaded.eval().generate(inputs=ids, **{**ENDLESS, "target": 1.5}), ours)
 
 
+OTHERS = {
+    "top_k": 5, "top_p": 0.9, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 1e-3, "eta_cutoff": 1e-3,
+    "num_beams": 2, "do_sample": False, "penalty_alpha": 0.6, "prompt_lookup_num_tokens": 3, "assistant_early_exit": 1,
+    "num_assistant_tokens": 4, "use_mtp": True, "dola_layers": "low", "diversity_penalty": 0.5, "constraints": [1],
+    "force_words_ids": [[3]], "watermarking_config": {"bias": 2.0}, "length_penalty": 2.0, "early_stopping": True,
+    "cache_implementation": "paged", "custom_generate": "some/repository", "assistant_tokenizer": "any",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_else_draws_is_refused(name):
+    model, ids = tiny(), batch()[0]
+    before = model.generation_config.to_dict()
+    with pytest.raises(ValueError, match=f"{name} is "):
+        generate(model, ids, target=2.0, **ENDLESS, **{name: OTHERS[name]})
+    if name in vars(model.generation_config):
+        theirs = deepcopy(model.generation_config)
+        setattr(theirs, name, OTHERS[name])
+        with pytest.raises(ValueError, match=f"{name} is "):
+            generate(model, ids, target=2.0, generation_config=theirs, **ENDLESS)
+    assert model.generation_config.to_dict() == before
+
+
+def test_whatever_else_draws_is_switched_off_in_the_model_s_configuration():
+    """All at once; and what it says of penalties and end tokens holds."""
+    model, ids = tiny(std=0.3), batch()[0]
+    expected = {}
+    for own in ({}, {"suppress_tokens": list(range(40))}):
+        model.generation_config.update(**own)
+        torch.manual_seed(0)
+        expected[bool(own)] = generate(model, ids, target=3.0, **ENDLESS)
+    assert (expected[True][:, ids.shape[1] :] >= 40).all() and not torch.equal(expected[True], expected[False])
+    own = {
+        "top_k": 2, "top_p": 0.3, "min_p": 0.5, "top_h": 0.2, "typical_p": 0.2, "epsilon_cutoff": 0.1, "num_beams": 3,
+        "eta_cutoff": 0.1, "do_sample": True, "temperature": 0.1, "prompt_lookup_num_tokens": 3,
+        "watermarking_config": {"bias": 9.0},
+    }  # fmt: skip
+    model.generation_config.update(**own)
+    before = model.generation_config.to_dict()
+    torch.manual_seed(0)
+    assert torch.equal(generate(model, ids, target=3.0, **ENDLESS), expected[True])
+    assert model.generation_config.to_dict() == before
+    with pytest.raises(ValueError, match="target is 0"):
+        generate(model, ids, target=0, **ENDLESS)
+    assert model.generation_config.to_dict() == before
+
+
+def test_neutral_values_are_no_request():
+    model, ids = tiny(), batch()[0]
+    neutral = {"top_k": 0, "top_p": 1.0, "num_beams": 1, "do_sample": True, "use_mtp": False, "assistant_model": None}
+    found = []
+    for more in ({}, neutral, {"generation_config": deepcopy(model.generation_config)}):
+        torch.manual_seed(0)
+        found.append(generate(model, ids, target=2.0, **ENDLESS, **more))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(
-    "options", [{"target": 0.0}, {"rate": -1.0}, {"temperature": 0.0}, {"version": 3}, {"surprise": "some"}]
+    "options",
+    [
+        *[{name: value} for name in ("target", "rate", "temperature") for value in (0.0, -1.0, float("nan"))],
+        *[{name: value} for name in ("target", "rate", "temperature") for value in (float("inf"), "3", True, None)],
+        *({"version": 3}, {"surprise": "some"}),
+    ],
 )
 def test_options_outside_their_range_are_refused(options):
     [(name, value)] = options.items()

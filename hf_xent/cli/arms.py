@@ -174,7 +174,7 @@ def _arm(run: Run, arm: str, pipe: Any) -> None:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         pipe.send(("outcome", asdict(fit(run, arm, turn))))
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except Exception as error:  # whatever it is, the command has to tell
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 
 

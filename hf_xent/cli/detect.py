@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, out, prepare, print_json
+from ..figures import panels, save
+from .app import Json, check_dtype, err, out, prepare, print_json
 
 if TYPE_CHECKING:
     from ..detection import TextScorer
 CHUNK = 4  # batches between two writes of what is done
+DEFAULT_CORPUS = "pydoc"
+SECOND = ("reference", "observed", "crossed")  # what a score needs of the second model
 WRITERS = {".csv": "to_csv", ".parquet": "to_parquet", ".json": "to_json", ".jsonl": "to_json"}
 
 
@@ -48,15 +51,22 @@ def detect(
     column: Annotated[str, Option(help="Column that holds the text.")] = "text",
     split: Annotated[str | None, Option(help="Split of the data set, such as 'train[:1000]'.")] = None,
     label: Annotated[str | None, Option(help="Column of labels; adds metrics, ROC plot, blind baseline.")] = None,
-    positive: Annotated[str, Option(help="The label of members or generated texts; all others are negative.")] = "1",
-    corpus: Annotated[str, Option(help="Where dc_pdd counts token frequencies, as SOURCE; a Hub id is streamed.")] = (
-        "pydoc"
-    ),
+    positive: Annotated[
+        str | None, Option(help="The label of members or generated texts; all others are negative [default: 1].")
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        Option(
+            help=f"Where dc_pdd counts token frequencies, as SOURCE; a Hub id is streamed [default: {DEFAULT_CORPUS}]."
+        ),
+    ] = None,
     documents: Annotated[int | None, Option(help="Documents of the corpus to count [default: all].", min=1)] = None,
     batch_size: Annotated[int, Option(help="Texts per forward pass.", min=1)] = 16,
     max_tokens: Annotated[int, Option(help="Tokens of a text that are scored.", min=1)] = 512,
     dtype: Annotated[str, Option(help="Dtype to load models in; 'auto' for their own.")] = "auto",
-    resamples: Annotated[int, Option(help="Draws of the bootstrap behind an interval.", min=1)] = 1000,
+    resamples: Annotated[
+        int | None, Option(help="Draws of the bootstrap behind an interval [default: 1000].", min=1)
+    ] = None,
     output: Annotated[Path, Option(help="Rows with their scores, as .csv, .parquet, .json or .jsonl.")] = Path(
         "out/detect/scores.csv"
     ),
@@ -68,71 +78,152 @@ def detect(
 
     Labels tell how well each score separates. Members and non-members that differ in more than membership (topic, date)
     are separated by the blind baseline too, which has not seen the model: then no score is evidence of membership.
+    Texts without words or without a label are left out of the metrics.
     """
-    if output.suffix not in WRITERS:
-        raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
+    check_dtype(dtype, "auto")
+    names = DEFAULTS[task] + (WITH_REFERENCE[task] if reference else ()) if scores is None else _names(scores)
+    needs = _needs(names)
+    _check_used("without --label", label is not None, positive=positive, resamples=resamples)
+    _check_used("but no score counts tokens", "frequencies" in needs, corpus=corpus, documents=documents)
+    _check_used("but no score compares with it", not needs.isdisjoint(SECOND), reference=reference)
     from ..data import load_text
     from ..detection import Corpus, TextScorer, evaluate
     from ..embedded import load
 
     rows = load_text(source, split, column)
-    truth = None if label is None else _truth(rows, label, positive)
-    names = DEFAULTS[task] + (WITH_REFERENCE[task] if reference else ()) if scores is None else _names(scores)
+    _check_output(output, source, rows.column_names, names)
+    truth = None if label is None else _truth(rows, column, label, "1" if positive is None else positive, task)
     prepare(model)
     loaded, tokenizer = load(model, dtype)
     second = load(reference, dtype)[0] if reference else None
+    counted = Corpus(DEFAULT_CORPUS if corpus is None else corpus, documents=documents)
     scorer = TextScorer(
-        loaded, tokenizer, names, reference=second, frequencies=Corpus(corpus, documents=documents),
-        batch_size=batch_size, max_tokens=max_tokens, progress=False,
+        loaded, tokenizer, names, reference=second, frequencies=counted, batch_size=batch_size, max_tokens=max_tokens,
+        progress=False,
     )  # fmt: skip
-    settings = [rows._fingerprint, column, model, reference, names, corpus, documents, max_tokens, dtype, batch_size]
-    found = _scored(scorer, rows[column], json.dumps(settings), output.with_name(f".{output.name}.partial"))
+    settings = json.dumps([scorer.fingerprint(), _digest(rows[column]), batch_size])
+    found = _scored(scorer, rows[column], settings, output.with_name(f".{output.name}.partial"))
     _write(rows, found, output)
     summary = {"task": task.value, "texts": len(rows), "scores": str(output), **_summary(found, CLASSES[task])}
     if truth is not None:
         texts = list(rows[column]) if task is Task.members else None  # for the blind baseline of membership
         with err.status("bootstrapping"):
-            summary["metrics"] = evaluate(found, truth, texts, resamples=resamples)
+            summary["metrics"] = evaluate(found, truth, texts, resamples=1000 if resamples is None else resamples)
         summary["plot"] = str(_draw(found, truth, summary["metrics"], output.with_suffix(".png")))
+        summary["unlabeled"] = int(np.isnan(truth).sum())
     print_json(summary) if as_json else _show(summary)
 
 
+def _check_used(why: str, used: bool, **options: Any) -> None:
+    """Raises: ValueError for an option that was given and has no effect."""
+    if not used and (given := [name for name, value in options.items() if value is not None]):
+        raise ValueError(f"{given[0]} is {options[given[0]]!r}, {why}: leave it out")
+
+
+def _check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
+    """What would fail, or lose something, only when everything is scored."""
+    if output.suffix.lower() not in WRITERS:
+        raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
+    if output.is_dir():
+        raise ValueError(f"output is {output}, which is a folder: name a file")
+    if output.resolve() == Path(source).expanduser().resolve():
+        raise ValueError(f"output is {output}, which is the source: name another file")
+    if taken := [name for name in names if name in columns]:
+        raise ValueError(
+            f"{source} has a column {taken[0]!r} already, and the score of that name is to be written beside it: rename"
+            " or remove the column, or leave the score out"
+        )
+
+
 def _names(scores: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in scores.split(";") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for name in scores.split(";") if name.strip()))
+    if not names:
+        raise ValueError(f"scores is {scores!r}: name one at least, such as 'loss; min_k:k=0.1'")
+    return names
 
 
-def _truth(rows: Any, label: str, positive: str) -> np.ndarray:
-    """Labels as 0 and 1, before anything long is begun."""
+def _needs(names: tuple[str, ...]) -> set[str]:
+    """What the scores take beside the statistics. Raises: ValueError for an unknown score or option."""
+    from ..detection import get
+
+    return {need for name in names for need in get(name).needs}
+
+
+def _truth(rows: Any, column: str, label: str, positive: str, task: Task) -> np.ndarray:
+    """Labels as 1 and 0, NaN for a missing one, before anything long is begun."""
     if label not in rows.column_names:
         raise ValueError(f"label is {label!r}: choose one of {', '.join(rows.column_names)}")
-    found = [f"{v:g}" if isinstance(v, (bool, float)) else str(v) for v in rows[label]]
-    truth = np.array([value == positive for value in found], dtype=int)
-    if truth.min() == truth.max():
-        kinds = ", ".join(sorted(set(found))[:5])
+    found = [_word(value) for value in rows[label]]
+    truth = np.array([np.nan if value is None else float(value == _word(positive)) for value in found])
+    judged = truth[[bool(text and text.strip()) for text in rows[column]]]
+    least = 2 if task is Task.members else 1  # what the blind baseline needs
+    counts = [int((judged == kind).sum()) for kind in (1, 0)]
+    if not max(counts) or not min(counts):
+        kinds = ", ".join(sorted({value for value in found if value is not None})[:5]) or "no labels"
         raise ValueError(f"positive is {positive!r} but column {label!r} has {kinds}: both classes are needed")
+    if min(counts) < least:
+        raise ValueError(f"label {label!r} tells {counts[0]} texts from {counts[1]}: {least} of each class are needed")
     return truth
 
 
+def _word(value: Any) -> str | None:
+    """A label as it is compared: True, 1, 1.0 and '1' are one, and a missing label (None, NaN, an empty cell) none."""
+    if value is None or value != value or value == "":
+        return None
+    text = {"true": "1", "false": "0"}.get(str(value).strip().lower(), str(value).strip())
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() else str(number)
+
+
+def _digest(texts: Any) -> str:
+    """What tells texts from others, whatever file they are in."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(json.dumps(text).encode())
+    return found.hexdigest()
+
+
 def _scored(scorer: TextScorer, texts: Any, settings: str, draft: Path) -> dict[str, np.ndarray]:
-    """Scores of texts; what an interrupted run had under the same settings is read from `draft`, a line a chunk."""
+    """Scores of texts; what an interrupted run had under the same settings is read from `draft`, a line a chunk.
+
+    The first chunk is scored again and has to come out alike: settings do not tell of the device and of versions.
+    """
+    from ..detection.corpus import tracked
+
     draft.parent.mkdir(parents=True, exist_ok=True)
     lines = draft.read_text().splitlines() if draft.exists() else []
     done = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [settings] else []
-    draft.write_text("\n".join([settings, *map(json.dumps, done), ""]))
     step = CHUNK * scorer.batch_size
-    with draft.open("a") as file:
-        starts = range(len(done) * step, len(texts), step)
-        for i in track(starts, "scoring", console=err):
+    if done and not _alike(scorer(texts[:step]), done[0]):
+        done = []
+    draft.write_text("\n".join([settings, *map(json.dumps, done), ""]))
+    todo = range(len(done) * step, len(texts), step)
+    with draft.open("a") as file, tracked(todo, "scoring", console=err) as starts:
+        for i in starts:
             done.append({name: values.tolist() for name, values in scorer(texts[i : i + step]).items()})
             file.write(json.dumps(done[-1]) + "\n")
             file.flush()
     return {name: np.concatenate([part[name] for part in done]) for name in scorer.scores}
 
 
+def _alike(found: dict[str, np.ndarray], before: dict[str, list[float]]) -> bool:
+    """Whether scores are the same up to rounding, which is of the size of the largest: some are differences."""
+    if found.keys() != before.keys() or any(len(found[name]) != len(before[name]) for name in found):
+        return False
+    sizes = {name: np.nan_to_num(np.abs(values)).max(initial=0.0) for name, values in found.items()}
+    return all(np.allclose(found[n], before[n], rtol=0, atol=1e-4 * sizes[n], equal_nan=True) for n in found)
+
+
 def _write(rows: Any, found: dict[str, np.ndarray], output: Path) -> None:
     for name, values in found.items():
         rows = rows.add_column(name, values)
-    getattr(rows, WRITERS[output.suffix])(str(output))
+    whole = output.with_name(f".{output.name}.whole")
+    with whole.open("wb") as file:  # opened here: `datasets` would take a name for a pattern
+        getattr(rows, WRITERS[output.suffix.lower()])(file)
+    whole.replace(output)
     output.with_name(f".{output.name}.partial").unlink()
 
 
@@ -142,36 +233,34 @@ def _summary(found: dict[str, np.ndarray], classes: tuple[str, str]) -> dict[str
 
     sides = {"positive": classes[0], "negative": classes[1]}
     return {
-        "means": {name: float(np.nanmean(values)) for name, values in found.items()},
+        "means": {name: _mean(values) for name, values in found.items()},
         "higher_is": {name: sides[get(name).higher_is] for name in found},
         "unscored": int(np.isnan(next(iter(found.values()))).sum()),
     }
 
 
+def _mean(values: np.ndarray) -> float | None:
+    """Of the texts that have a score, if any has."""
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if len(kept) else None
+
+
 def _draw(found: dict[str, np.ndarray], truth: np.ndarray, metrics: dict[str, Any], path: Path) -> Path:
     """ROC curves, false positives on a logarithmic axis: what counts is on its left."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
     from ..detection import get
     from ..detection.metrics import roc
 
-    figure, axis = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
+    figure, [axis] = panels(1, 5.2, 4.4)
     least = 1 / max(2, int((truth == 0).sum()))
     for name, values in found.items():
-        kept = np.isfinite(values)
+        kept = np.isfinite(values) & np.isfinite(truth)
         false, true = roc(truth[kept], get(name).oriented(values)[kept])
         axis.step(np.maximum(false, least / 2), true, where="post", label=f"{name} ({metrics[name]['auroc']:.3f})")
     chance = np.geomspace(least / 2, 1)
     axis.plot(chance, chance, color="#8a8f98", linestyle=":", label="chance (0.500)")
     axis.set(xscale="log", xlabel="false positive rate", ylabel="true positive rate", title="ROC (AUROC)")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -190,4 +279,6 @@ def _show(summary: dict[str, Any]) -> None:
     out.print(table)
     plot = f", ROC curves in {summary['plot']}" if "plot" in summary else ""
     skipped = f"; {summary['unscored']} texts without a token have no score" if summary["unscored"] else ""
+    if summary.get("unlabeled"):
+        skipped += f"; {summary['unlabeled']} texts without a label are left out of the metrics"
     out.print(f"scores in {summary['scores']}{plot}{skipped}", highlight=False, soft_wrap=True)

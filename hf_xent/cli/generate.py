@@ -18,8 +18,10 @@ def generate(
     target: Annotated[
         float | None, Option(help="Bits of surprise a token is held at (Mirostat) [default: plain sampling].")
     ] = None,
-    rate: Annotated[float, Option(help="Learning rate of Mirostat's bound.")] = 1.0,
-    version: Annotated[int, Option(help="Mirostat 1 (Zipf fit) or 2 (bound on the surprise).", min=1, max=2)] = 2,
+    rate: Annotated[float | None, Option(help="Learning rate of Mirostat's bound [default: 1].")] = None,
+    version: Annotated[
+        int | None, Option(help="Mirostat 1 (Zipf fit) or 2 (bound on the surprise) [default: 2].", min=1, max=2)
+    ] = None,
     temperature: Annotated[float, Option(help="Temperature, before everything else.")] = 1.0,
     samples: Annotated[int, Option(help="How many continuations.", min=1)] = 1,
     max_new_tokens: Annotated[int, Option(help="Tokens of a continuation, at most.", min=1)] = 100,
@@ -27,10 +29,18 @@ def generate(
     seed: Annotated[int, Option(help="Seed of the samples.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; prints each continuation and its surprise under the whole model, bits a token."""
+    """Continue a prompt; prints each continuation and its surprise under the whole model, bits a token.
+
+    Without --target nothing is cut off or penalized, whatever the model's generation configuration says.
+    """
+    if target is None and (given := {k: v for k, v in {"rate": rate, "version": version}.items() if v is not None}):
+        raise ValueError(f"{next(iter(given))} is Mirostat's, which needs a target: add --target or leave it out")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: choose a positive number")
     import torch
 
     from .. import embedded, mirostat
+    from ..mode import positions
     from ..patching import patch
 
     prepare(model)
@@ -39,10 +49,12 @@ def generate(
         patch(lm.eval())
         torch.manual_seed(seed)
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)
+        _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
         inputs = {name: value.expand(samples, -1) for name, value in encoded.items()}
         if target is None:
             options: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
-            found = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
+            with mirostat.reduced(lm.generation_config, mirostat.RUNNING):
+                found = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
         else:
             held: dict[str, Any] = {"target": target, "rate": rate, "version": version, "temperature": temperature}
             found = mirostat.generate(lm, **inputs, **held, max_new_tokens=max_new_tokens)
@@ -56,6 +68,17 @@ def generate(
         return
     for row in rows:
         out.print(f"{literal(row['text'].strip())}\n[dim]{row['surprise']:.2f} bits a token[/]\n", soft_wrap=True)
+
+
+def _check_length(prompt: int, new: int, room: int | None) -> None:
+    """Raises: ValueError for a prompt without a token, or more tokens than the model has positions for."""
+    if not prompt:
+        raise ValueError("prompt has no token: give a word at least")
+    if room is not None and prompt + new > room:
+        raise ValueError(
+            f"max_new_tokens is {new}, the prompt has {prompt} tokens and the model {room} positions: ask for at most"
+            f" {max(0, room - prompt)}, or shorten the prompt"
+        )
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

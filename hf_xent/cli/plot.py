@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..figures import panels, save
 from .arms import Outcome
 
 STYLES = {"stock": {"color": "#8a8f98", "lw": 5, "alpha": 0.6}, "hf_xent": {"color": "#d1495b", "lw": 1.6}}
@@ -11,12 +12,7 @@ STYLES = {"stock": {"color": "#8a8f98", "lw": 5, "alpha": 0.6}, "hf_xent": {"col
 
 def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
     """Loss curves over each other (left) and peak memory of each step (right), as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = panels(2, 10, 3.8)
     for outcome in outcomes:
         style = STYLES[outcome.arm]
         steps = range(1, len(outcome.losses) + 1)
@@ -25,9 +21,6 @@ def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss")
     right.set(xlabel="step", ylabel="peak memory of the step (MiB)", title="memory", ylim=(0, None))
     for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer import Option
 
-from .app import Json, err, out, prepare, print_json, takes
+from .app import Json, check_dtype, err, out, prepare, print_json, takes
 from .arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
 
 
@@ -24,6 +25,8 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
+    if compare and (idle := [name for name in ("save_steps", "resume") if getattr(run, name)]):
+        raise ValueError(f"{idle[0]} is given with compare, which keeps no checkpoints: leave one of them out")
     if compare:
         run = replace(run, save_steps=0, resume=False, save=False)
     _check_run(run)
@@ -41,8 +44,9 @@ def _check_run(run: Run) -> None:
             f"loss is {run.loss!r}: it needs a teacher model, which this command has no option for; choose another"
         )
     objective.check_tail(run.tail)
-    if run.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {run.dtype!r}: choose float32, bfloat16 or float16")
+    check_dtype(run.dtype)
+    if not 0 < run.learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {run.learning_rate}: choose a positive number")
 
 
 def _outcomes(run: Run, compare: bool) -> list[Outcome]:

@@ -46,11 +46,11 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 class Brown(Corpus):
     """A document a row; the configuration says where they are, as `path` does."""
 
-    def load(self, source: Source, split: str | None) -> Any:
-        """See `hf_xent.data.load`."""
+    def placed(self, source: Source) -> Source:
+        """The configuration is a path."""
         if source.path is None and source.config:
-            source = source._replace(path=Path(source.config).expanduser())
-        return super().load(source, split)
+            return source._replace(path=Path(source.config).expanduser())
+        return source
 
     def open(self, source: Source, split: str | None) -> Any:
         """The files as they are, in the order of their names."""
@@ -81,4 +81,5 @@ CORPUS = Brown(
     columns=("name", "tagged"),
     splits={"train": 500},
     tasks=("text-generation",),
+    configured=True,
 )

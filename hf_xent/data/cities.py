@@ -51,4 +51,5 @@ CORPUS = Made(
     splits={"train": None},
     tasks=("text-classification", "question-answering"),
     make=make,
+    numbers=("label",),
 )

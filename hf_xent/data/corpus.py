@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import first_line, located
+from .files import first_line, located, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
 """Family -> the names of label 0 and 1; scores that are higher for the second one say so."""
@@ -53,13 +53,25 @@ class Corpus:
     """Hub id, where there is one."""
     language: str = "en"
     tasks: tuple[str, ...] = field(default=("text-classification",))
+    configured: bool = False
+    """Whether a configuration stands after the name: 'mimir:arxiv'."""
 
     def load(self, source: Source, split: str | None) -> Any:
         """The rows of a split, or all splits by name; see `hf_xent.data.load`."""
+        return self.unified(self.published(source, split), source, split)
+
+    def published(self, source: Source, split: str | None) -> Any:
+        """The rows as published, which nothing has looked at yet."""
+        self._check(source)
+        source = self.placed(source)
         try:
-            found = self.open(source, split)
+            return self.open(source, split)
         except Exception as error:  # `datasets` and the Hub raise a dozen kinds
             raise ValueError(self._complaint(source, error)) from error
+
+    def unified(self, found: Any, source: Source, split: str | None) -> Any:
+        """What `published` gave, checked and in the schema of the family."""
+        source = self.placed(source)
         if isinstance(found, dict):
             return type(found)({name: self._unified(rows, source, name) for name, rows in found.items()})
         return self._unified(found, source, split)
@@ -68,11 +80,25 @@ class Corpus:
         """The rows as published."""
         from datasets import load_dataset
 
-        if source.path is None and self.repo is None:
+        if source.path is not None:
+            parts = located(source.path, self.splits)
+            return chosen({name: table(*part, streaming=source.streaming) for name, part in parts.items()}, split)
+        if self.repo is None:
             raise ValueError("not on the Hub")
-        published = {"path": self.repo, "revision": source.revision}
-        where = published if source.path is None else located(source.path, self.splits)
-        return load_dataset(**where, split=split, streaming=source.streaming)
+        return load_dataset(self.repo, revision=source.revision, split=split, streaming=source.streaming)
+
+    def placed(self, source: Source) -> Source:
+        """The source with its path, where something else tells it."""
+        return source
+
+    def _check(self, source: Source) -> None:
+        """An option that says nothing to this dataset is refused."""
+        if source.config and not self.configured:
+            raise ValueError(f"{self.title} has no configurations, {source.config!r} was asked for: leave it out")
+        if source.revision is not None and (source.path is not None or self.repo is None):
+            raise ValueError(
+                f"revision is {source.revision!r}, but {self.title} is not read from the Hub: leave it out"
+            )
 
     def features(self) -> Any:
         """The schema of the family."""
@@ -124,6 +150,8 @@ class Made(Corpus):
     """A dataset made on the spot, of something every installation has; 'train' is all there is."""
 
     make: Callable[[], Any] = field(kw_only=True)
+    numbers: tuple[str, ...] = ()
+    """Columns of whole numbers; the others are text."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows as they are made, or those of a copy."""
@@ -132,8 +160,10 @@ class Made(Corpus):
         return sliced(self.make(), split, source.streaming)
 
     def features(self) -> Any:
-        """Those of its rows."""
-        return self.make().features
+        """Text and whole numbers."""
+        from datasets import Features, Value
+
+        return Features({name: Value("int64" if name in self.numbers else "string") for name in self.columns})
 
     def _complaint(self, source: Source, error: Exception) -> str:
         if source.path is not None:
@@ -143,15 +173,31 @@ class Made(Corpus):
         return f"split: {self.title!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
 
 
+def chosen(parts: dict[str, Any], split: str | None) -> Any:
+    """Of splits by name what `split` asks for, as `datasets.load_dataset` gives it: all, one, or slices of them."""
+    from datasets import DatasetDict, IterableDataset, IterableDatasetDict, ReadInstruction, concatenate_datasets
+
+    streaming = any(isinstance(rows, IterableDataset) for rows in parts.values())
+    if split is None:
+        return (IterableDatasetDict if streaming else DatasetDict)(parts)
+    if streaming:
+        if split not in parts:
+            raise ValueError(f"split is {split!r}: of a stream, choose one of {', '.join(parts)} as a whole")
+        return parts[split]
+    sizes = {name: len(rows) for name, rows in parts.items()}
+    slices = ReadInstruction.from_spec(split).to_absolute(sizes)
+    found = []
+    for part in slices:
+        asked = range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+        found.append(parts[part.splitname].select(asked or []))  # of an empty range `select` says it is out of range
+    return found[0] if len(found) == 1 else concatenate_datasets(found)
+
+
 def sliced(whole: Any, split: str | None, streaming: bool) -> Any:
     """Rows made at once, which are 'train', as `datasets.load_dataset` returns them."""
-    from datasets import DatasetDict, ReadInstruction
-
-    if split is not None:
-        [part] = ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
-        whole = whole.select(range(part.from_ or 0, len(whole) if part.to is None else part.to))
-    whole = whole.to_iterable_dataset() if streaming else whole
-    return DatasetDict(train=whole) if split is None else whole
+    part = whole if split is None else chosen({"train": whole}, split)
+    part = part.to_iterable_dataset() if streaming else part
+    return chosen({"train": part}, None) if split is None else part
 
 
 def member(text: Any, label: Any, source: str) -> dict[str, Any]:
@@ -167,7 +213,7 @@ def checked_text(text: Any) -> str:
 
 
 def checked_label(label: Any) -> int:
-    """`label`, if it is 0 or 1."""
-    if label not in (0, 1):
+    """`label`, if it is 0 or 1; in a table without types it is a word."""
+    if label not in (0, 1, "0", "1"):
         raise ValueError(f"a row has the label {label!r}: labels are 0 and 1; the copy is broken")
     return int(label)

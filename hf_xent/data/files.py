@@ -1,49 +1,121 @@
-"""Files that hold rows: of one kind, in a folder, in a zip, or named by split."""
+"""Files that hold rows: of one kind, in a folder, in a zip, or named by split. What is in them comes as it stands.
+
+    .txt               a row a file, without its byte order mark
+    .csv, .tsv         rows of text: 007 and NA are the words they are, an empty cell is an empty text
+    .json, .jsonl, .ndjson, .parquet   rows with the types that they have there
+
+All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, and a path is never a pattern.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bz2
+import codecs
+import glob
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""File suffix -> builder of `datasets`."""
+BUILDERS = {
+    ".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "parquet",
+}  # fmt: skip
+"""File suffix -> kind."""
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""Suffix after that one -> what opens the file."""
+NUMBERS = {
+    "int64": re.compile(r"[+-]?[0-9]+"),
+    "float64": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
+    "bool": re.compile(r"true|false|True|False|TRUE|FALSE"),
+}
+"""Type -> how a program writes its values."""
+
+
+def suffix_of(file: Path) -> str:
+    """The suffix that tells the kind of a file, in lower case and without that of a compression."""
+    return _plain(file).suffix.lower()
 
 
 def readable(path: Path) -> tuple[str, list[Path]]:
-    """The builder for a file, or for all files of a folder in the order of their paths; what systems hide is skipped.
+    """The kind of a file, or of all files of a folder in the order of their paths; what systems hide is skipped.
 
     Raises: ValueError where there are none, or of several kinds.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in BUILDERS and _shown(f, path))
-    kinds = {BUILDERS.get(file.suffix) for file in files}
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and _shown(f, path))
+    return kind_of(path, files if path.is_file() else [file for file in files if suffix_of(file) in BUILDERS])
+
+
+def kind_of(path: Path, files: list[Path]) -> tuple[str, list[Path]]:
+    """The one kind of files that were found at a path, and the files. Raises: ValueError as `readable`."""
+    kinds = {BUILDERS.get(suffix_of(file)) for file in files}
     if len(kinds) != 1 or None in kinds:
-        found = ", ".join(sorted({file.suffix for file in files})) or "none of them"
+        found = ", ".join(sorted({suffix_of(file) or file.name for file in files})) or "none of them"
         raise ValueError(f"{path}: files of one kind among {', '.join(BUILDERS)} are read, found {found}")
     [kind] = kinds
     return str(kind), files
 
 
-def located(path: Path, splits: Iterable[str]) -> dict[str, Any]:
-    """What `datasets.load_dataset` takes for a local copy of a published dataset with these splits.
+def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
+    """The rows of files of one kind, one after the other, as a `datasets.Dataset` or a stream of them.
+
+    Raises: an error of `datasets`, or a ValueError in its chain of causes, for what cannot be read.
+    """
+    from datasets import Dataset, Features, IterableDataset, Value, load_dataset  # lazy: half a second
+
+    files = list(files)
+    if not any(file.stat().st_size for file in files):
+        raise ValueError("there is nothing in it")
+    if kind in ("json", "parquet"):
+        if wrong := [file for file in files if "::" in str(file)]:
+            raise ValueError(f"{wrong[0]} has '::' in its name, which `datasets` splits it at: rename it")
+        names = [glob.escape(str(file)) for file in files]  # they would be taken for patterns
+        options = {"encoding": "utf-8-sig"} if kind == "json" else {}  # not by default: bytes would go unchecked
+        return load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
+    columns = ["text"] if kind == "text" else _columns(files)
+    features = Features({name: Value("string") for name in columns})
+    # the stamps are read by the cache of `datasets`: a file that has changed is read anew
+    stamped = {"stamped": tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)}
+    rows = _documents if kind == "text" else _cells
+    if streaming:
+        return IterableDataset.from_generator(rows, features=features, gen_kwargs=stamped)
+    return Dataset.from_generator(rows, features=features, gen_kwargs=stamped)
+
+
+def written_as(cells: Iterable[str]) -> str | None:
+    """The type that all cells of a column are written as, a number or a truth value; None for text."""
+    kinds = dict(NUMBERS)
+    for cell in filter(None, cells):
+        kinds = {name: pattern for name, pattern in kinds.items() if pattern.fullmatch(cell)}
+        if not kinds:
+            return None
+    return next(iter(kinds)) if len(kinds) < len(NUMBERS) else None
+
+
+def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path]]]:
+    """Split -> kind and files of a local copy of a published dataset with these splits.
 
     A folder whose README.md names its files is read as the Hub reads it. Elsewhere a file belongs to the split its name
     is or begins with ('validation.jsonl', 'train-00000-of-00002.parquet'); with one split, all files do.
     """
     if not path.exists():
         raise ValueError(f"path is {str(path)!r}: there is no such file or folder")
-    path = unpacked(path) if path.suffix == ".zip" else path
-    if _names_its_files(path / "README.md"):
-        return {"path": str(path)}
+    path = unpacked(path) if path.suffix.lower() == ".zip" else path
+    if named := _named(path):
+        return {split: kind_of(path, files) for split, files in named.items()}
     kind, files = readable(path)
     names = list(splits)
-    groups = {name: [str(f) for f in files if f.stem == name or f.name.startswith(f"{name}-")] for name in names}
+    groups = {name: [f for f in files if _stem(f) == name or f.name.startswith(f"{name}-")] for name in names}
     groups = {name: found for name, found in groups.items() if found}
     if not groups and len(names) == 1:
-        groups = {names[0]: [str(file) for file in files]}
+        groups = {names[0]: files}
     if not groups:
         raise ValueError(f"{path}: no file is named after a split; name them {', '.join(f'{n}.jsonl' for n in names)}")
-    return {"path": kind, "data_files": groups}
+    return {name: (kind, found) for name, found in groups.items()}
 
 
 def unpacked(path: Path) -> Path:
@@ -59,14 +131,101 @@ def first_line(error: BaseException) -> str:
     """The first line of the innermost cause: `datasets` wraps the one that says something."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error}): save it in that encoding"
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _opened(file: Path, **options: Any) -> Any:
+    """A file as text, UTF-8, or UTF-16 where its byte order mark says so; the mark is no part of it."""
+    opener = COMPRESSED.get(file.suffix.lower(), open)
+    with opener(file, "rb") as start:
+        mark = start.read(2)
+    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    return opener(file, "rt", encoding=encoding, **options)
+
+
+def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """A row a file."""
+    for name, *_ in stamped:
+        with _naming(name), _opened(Path(name)) as file:
+            yield {"text": file.read()}
+
+
+def _cells(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """The rows of tables."""
+    for name, *_ in stamped:
+        with _naming(name), _opened(Path(name), newline="") as file:
+            for part in _parsed(file, name, chunksize=10_000):
+                yield from part.to_dict("records")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of reading tell the file, of which there may be many."""
+    try:
+        yield
+    except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{Path(name).name}: {first_line(error)}") from None
+
+
+def _parsed(file: Any, name: str, **options: Any) -> Any:
+    """A table by pandas, every cell as the text it is."""
+    import pandas  # lazy: half a second, and a dependency of `datasets`
+
+    separator = "\t" if suffix_of(Path(name)) == ".tsv" else ","
+    return pandas.read_csv(file, sep=separator, dtype=str, na_filter=False, **options)
+
+
+def _columns(files: Iterable[Path]) -> list[str]:
+    """The columns of tables, which all have to have the same. Raises: ValueError for a header that names too few."""
+    found: dict[tuple[str, ...], Path] = {}
+    rows = 0
+    for file in files:
+        with _naming(str(file)), _opened(file, newline="") as stream:
+            head = _parsed(stream, file.name, nrows=1)
+            if not head.index.equals(head.reset_index(drop=True).index):  # pandas takes the first fields for row names
+                raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
+            rows += len(head)
+            found.setdefault(tuple(map(str, head.columns)), file)
+    if len(found) > 1:
+        told = "; ".join(f"{file.name} has {', '.join(columns)}" for columns, file in found.items())
+        raise ValueError(f"the tables have different columns: {told}")
+    if not rows:
+        raise ValueError("it has a header and no rows")
+    [columns] = found
+    return list(columns)
+
+
+def _plain(file: Path) -> Path:
+    """A file's name without the suffix of a compression."""
+    return Path(file.stem if file.suffix.lower() in COMPRESSED else file.name)
+
+
+def _stem(file: Path) -> str:
+    return _plain(file).stem
 
 
 def _shown(file: Path, folder: Path) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
 
 
-def _names_its_files(readme: Path) -> bool:
+def _named(folder: Path) -> dict[str, list[Path]]:
+    """Split -> files, as the README.md of a folder names them; none where it names none."""
     from huggingface_hub import DatasetCard
 
-    return readme.is_file() and "configs" in DatasetCard(readme.read_text(encoding="utf-8")).data
+    readme = folder / "README.md"
+    configs = DatasetCard(readme.read_text(encoding="utf-8")).data.get("configs") if readme.is_file() else None
+    if not configs:
+        return {}
+    chosen = next((c for c in configs if c.get("default") or c["config_name"] == "default"), configs[0])
+    told = chosen["data_files"]
+    entries = [told] if isinstance(told, (str, dict)) else told
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
+        split, paths = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+        for pattern in [paths] if isinstance(paths, str) else paths:
+            found.setdefault(split, []).extend(sorted(file for file in folder.glob(pattern) if file.is_file()))
+    if empty := [split for split, files in found.items() if not files]:
+        raise ValueError(f"{readme} names files of the split {empty[0]} that are not there")
+    return found

@@ -16,6 +16,7 @@ Data: text, label, source (the configuration), length.
 from __future__ import annotations
 
 import json
+from glob import escape
 from typing import Any
 
 from .corpus import Corpus, Source, member
@@ -56,8 +57,11 @@ class Mimir(Corpus):
 
         file = f"hf://datasets/{self.repo}@{source.revision or 'main'}/{_folder(source)}/{name}"
         if source.path is not None:
-            file = str(next(source.path.rglob(name), source.path / name))
-        rows = load_dataset("text", data_files=file, split="train", streaming=source.streaming)
+            local = source.path / name
+            found = (f for f in source.path.rglob("*.jsonl") if (f.parent.name, f.name) == (side, local.name))
+            file = escape(str(next(found, local)))  # `datasets` takes it for a pattern
+        options = {"encoding": "utf-8-sig", "split": "train", "streaming": source.streaming}
+        rows = load_dataset("text", data_files=file, **options)
         told = {"label": SIDES[side], "source": source.config}
         return rows.map(lambda row: {**row, **told})
 
@@ -76,4 +80,5 @@ CORPUS = Mimir(
     columns=("text", "label", "source"),
     splits=dict.fromkeys((*NGRAMS, "none")),
     repo="iamgroot42/mimir",
+    configured=True,
 )

@@ -5,38 +5,70 @@ source -> Dataset with a text column -> tokens of every row + EOS, end to end ->
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .files import BUILDERS, first_line, readable
+from .corpus import Source, sliced
+from .files import BUILDERS, first_line, readable, suffix_of, table, written_as
+
+TEXT = ("string", "large_string", "string_view")
+"""Names that `datasets` has for the type of text."""
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 
-def load_text(source: str, split: str | None = None, column: str = "text") -> Dataset:
+class Opened(NamedTuple):
+    """A source of text that was found, and not looked into yet."""
+
+    content: str
+    """What tells its content from another's."""
+    rows: Callable[[], Any]
+    """The dataset, checked."""
+
+
+def load_text(source: str | Path, split: str | None = None, column: str = "text") -> Dataset:
     """A dataset with a column of text, from a name in DATASETS, a local file, a folder of files, or a Hub dataset id.
 
-    A .txt file is one row; .jsonl, .json, .csv and .parquet files are rows with columns; a folder is searched for files
-    of one of these kinds, in the order of their paths. A Hub id may name its configuration: 'wikitext:wikitext-2-v1'.
+    A .txt file is one row; .jsonl, .json, .csv, .tsv and .parquet files are rows with columns; a folder is searched for
+    files of one of these kinds, in the order of their paths. All but Parquet may be compressed (.gz, .bz2, .xz). Cells
+    of .csv and .tsv files are the text they are. A Hub id may name its configuration: 'wikitext:wikitext-2-v1'.
     `split` as `datasets` takes it ('train', 'train[:1%]'); by default 'train', or the only one there is.
 
-    Raises: ValueError for a source that is none of these, without rows, or without `column`.
+    Raises: ValueError for a source that is none of these, without rows, without `column`, or with no text in it.
     """
-    from . import DATASETS, load  # late: the registry's module imports this one
+    return opened(source, split, column).rows()
 
-    path = Path(source).expanduser()
-    if source.partition(":")[0] in DATASETS:
-        dataset = _only(load(source, split=split), source)
+
+def opened(source: str | Path, split: str | None = None, column: str = "text") -> Opened:
+    """What `load_text` reads, before its rows are looked at; arguments and errors as there."""
+    from . import DATASETS  # late: the registry's module imports this one
+
+    source, path = str(source), Path(source).expanduser()
+    key, _, config = source.partition(":")
+    if key in DATASETS:
+        asked = Source(config=config)
+        found = _only(DATASETS[key].published(asked, split), source)
+        dataset = lambda: DATASETS[key].unified(found, asked, split or "train")  # noqa: E731
     elif path.exists():
-        dataset = _local(path, split)
-    elif path.suffix in BUILDERS:
+        found = _local(path, split, column)
+        dataset = lambda: found  # noqa: E731
+    elif suffix_of(path) in BUILDERS:
         raise ValueError(f"no file {source}: give the path of an existing file or folder")
     else:
-        dataset = _hub(source, split, known=", ".join(DATASETS))
-    return _checked(dataset, column, source)
+        found = _hub(source, split, known=", ".join(DATASETS))
+        dataset = lambda: found  # noqa: E731
+
+    def rows() -> Dataset:
+        checked = _checked(dataset(), column, source)
+        if not any(text and text.strip() for text in checked[column]):
+            raise ValueError(f"{source} has nothing but empty texts in its column {column!r}: choose another")
+        return checked
+
+    return Opened(found._fingerprint, rows)  # datasets has no public name for it
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text") -> Dataset:
@@ -82,19 +114,28 @@ def _checked(dataset: Dataset, column: str, source: str) -> Dataset:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")
     if not len(dataset):
         raise ValueError(f"{source} has no rows: choose another split or source")
+    kind = dataset.features[column]
+    name = getattr(kind, "dtype", None)  # a list has none
+    if name not in TEXT:
+        raise _no_text(column, source, str(name or kind))
     return dataset
 
 
-def _local(path: Path, split: str | None) -> Dataset:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _no_text(column: str, source: str, kind: str) -> ValueError:
+    return ValueError(
+        f"{source} holds {' '.join(kind.split())}, not text, in its column {column!r}: choose another or convert it"
+    )
 
+
+def _local(path: Path, split: str | None, column: str) -> Dataset:
     kind, files = readable(path)
-    options = {"sample_by": "document"} if kind == "text" else {}
     try:
-        return load_dataset(kind, data_files=[str(file) for file in files], split=split or "train", **options)
-    except (DatasetGenerationError, ValueError) as error:
+        rows = sliced(table(kind, files), split or "train", streaming=False)
+    except Exception as error:  # `datasets` raises a dozen kinds
         raise ValueError(f"cannot read {path} (split {split or 'train'}): {first_line(error)}") from error
+    if kind == "csv" and column in rows.column_names and (type_ := written_as(rows[column])):
+        raise _no_text(column, str(path), type_)
+    return rows
 
 
 def _hub(source: str, split: str | None, known: str) -> Dataset:

@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ from rich.progress import track
 from torch import Tensor
 
 from .. import data, embedded
+from ..data.files import BUILDERS, first_line, suffix_of
+from ..data.text import Opened, opened
 
+T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
 
 
@@ -45,17 +49,39 @@ class Corpus:
     documents: int | None = None  # the first so many; None for all
     max_tokens: int = 1024  # of a document
 
-    def open(self) -> tuple[Iterable[dict[str, Any]], str]:
-        """Rows, and what tells their content from another: a fingerprint, or a Hub id's revision."""
-        if self.source.partition(":")[0] in data.DATASETS or Path(self.source).expanduser().exists():
-            rows = data.load_text(self.source, self.split, self.column)
-            return rows, rows._fingerprint  # datasets has no public name for it
+    def __post_init__(self) -> None:
+        for name, least in (("documents", 1), ("max_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}: choose a whole number of at least {least}")
+
+    def open(self) -> Opened:
+        """Rows, which are looked at when they are counted, and what tells their content: for a Hub id its revision."""
+        path = Path(self.source).expanduser()
+        if self.source.partition(":")[0] in data.DATASETS or path.exists() or suffix_of(path) in BUILDERS:
+            return opened(self.source, self.split, self.column)
+        return Opened(self.revision or "main", self._streamed)
+
+    def _streamed(self) -> Iterable[dict[str, Any]]:
         from datasets import load_dataset  # lazy: half a second
 
         name, _, config = self.source.partition(":")
-        split = self.split or "train"
-        rows = load_dataset(name, config or None, split=split, revision=self.revision, streaming=True)
-        return rows, self.revision or "main"
+        try:
+            return load_dataset(
+                name, config or None, split=self.split or "train", revision=self.revision, streaming=True
+            )
+        except (OSError, ValueError) as error:  # every error of the Hub and of `datasets` is one of these
+            raise ValueError(f"corpus is {self.source!r}, which does not load: {first_line(error)}") from error
+
+    def texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+        """The texts that are counted. Raises: ValueError for rows without the column, or with something else in it."""
+        for row in islice(rows, self.documents):
+            if self.column not in row:
+                raise ValueError(f"{self.source} has no column {self.column!r}: choose one of {', '.join(row)}")
+            text = row[self.column]
+            if text is not None and not isinstance(text, str):
+                kind = type(text).__name__
+                raise ValueError(f"{self.source} holds {kind}, not text, in its column {self.column!r}: choose another")
+            yield text or ""
 
 
 def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: int, progress: bool = True) -> Tensor:
@@ -65,20 +91,15 @@ def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: i
     that does not open, or a tokenizer with ids outside of the vocabulary.
     """
     corpus = Corpus(corpus) if isinstance(corpus, str) else corpus
-    rows, content = corpus.open()
+    content, rows = corpus.open()
     about = {**asdict(corpus), "content": content, "tokenizer": fingerprint(tokenizer), "vocabulary": vocabulary}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     folder = embedded.cache_folder() / "frequencies" / key
 
     def write(draft: Path) -> None:
-        documents = track(
-            (row[corpus.column] or "" for row in islice(rows, corpus.documents)),
-            description=f"counting tokens of {corpus.source}",
-            total=corpus.documents,
-            console=Console(stderr=True),
-            disable=not progress,
-        )
-        np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
+        shown = {"total": corpus.documents, "console": Console(stderr=True), "disable": not progress}
+        with tracked(corpus.texts(rows()), f"counting tokens of {corpus.source}", **shown) as documents:
+            np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
         (draft / "about.json").write_text(json.dumps(about, indent=1))
 
     if not folder.is_dir():
@@ -100,6 +121,16 @@ def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int
 def smoothed(counts: np.ndarray) -> Tensor:
     """Laplace's (count + 1) / (N' + V), float64 [V]."""
     return torch.from_numpy((counts + 1.0) / (counts.sum() + len(counts)))
+
+
+@contextmanager
+def tracked(values: Iterable[T], description: str, **options: Any) -> Iterator[Iterable[T]]:
+    """`rich.progress.track`, whose threads end with the block, whatever happens in it."""
+    shown = track(values, description, **options)
+    try:
+        yield shown
+    finally:
+        shown.close()  # type: ignore[attr-defined]  # it is a generator, declared as an iterable
 
 
 def fingerprint(tokenizer: Any) -> str:

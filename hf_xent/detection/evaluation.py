@@ -25,21 +25,26 @@ BLIND = "blind"
 def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> np.ndarray:
     """Scores [N] of texts by their words alone, each from the folds without it; larger speaks for label 1.
 
-    A class with fewer texts than `folds` gets as many folds as it has texts. Raises: ValueError if it has one or none.
+    A class with fewer texts than `folds` gets as many folds as it has texts. A text without words, or without a label
+    (NaN, None), has NaN. Raises: ValueError if a class has one text or none.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # lazy: only where there are labels
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    truth = np.asarray(labels).astype(int)
-    least = int(np.bincount(truth, minlength=2).min())
+    truth = np.asarray(labels, dtype=np.float64)  # None is NaN
+    judged = np.isfinite(truth) & np.array([isinstance(text, str) and bool(text.strip()) for text in texts], dtype=bool)
+    least = int(np.bincount(truth[judged].astype(int), minlength=2).min())
     if least < 2:
         raise ValueError(f"one class has {least} texts: cross-validation needs two of each at least")
     words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
     splits = StratifiedKFold(min(folds, least), shuffle=True, random_state=seed)
     classifier = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
-    return cross_val_predict(classifier, list(texts), truth, cv=splits, method="decision_function")
+    known = [text for text, kept in zip(texts, judged, strict=True) if kept]
+    found = np.full(len(truth), np.nan)
+    found[judged] = cross_val_predict(classifier, known, truth[judged], cv=splits, method="decision_function")
+    return found
 
 
 def evaluate(
@@ -47,15 +52,16 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """`metrics.report` of every score, turned into its direction, with the 95 % interval of its AUROC.
 
-    With `texts`, the last row is the blind baseline. Texts with a NaN are left out; `texts` in a row counts the others.
+    With `texts`, the last row is the blind baseline. Texts with a NaN are left out, be it the score or the label (None
+    counts as NaN), and an empty one in the baseline too; `texts` in a row counts the others.
     """
-    truth = np.asarray(labels)
+    truth = np.asarray(labels, dtype=np.float64)
     oriented = {name: get(name).oriented(values) for name, values in found.items()}
     if texts is not None:
         oriented[BLIND] = blind(texts, truth)
     rows = {}
     for name, values in oriented.items():
-        kept = np.isfinite(values)
+        kept = np.isfinite(values) & np.isfinite(truth)
         interval = metrics.bootstrap(metrics.auroc, truth[kept], values[kept], resamples=resamples)
         row = metrics.report(truth[kept], values[kept])
         rows[name] = row | {"auroc_low": interval.low, "auroc_high": interval.high, "texts": int(kept.sum())}

@@ -46,18 +46,22 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float = 0.05, *, strict: bool = False) -> float:
     """The share of positives found where at most a share `fpr` of negatives is (`strict`: less than that)."""
+    _share("fpr", fpr)
     false, true = roc(labels, scores)
     return float(true[(false < fpr) if strict else (false <= fpr)].max(initial=0.0))
 
 
 def fpr_at_tpr(labels: ArrayLike, scores: ArrayLike, tpr: float = 0.95) -> float:
     """The share of negatives flagged where at least a share `tpr` of positives is found; smaller is better."""
+    _share("tpr", tpr)
     false, true = roc(labels, scores)
     return float(false[true >= tpr].min())
 
 
 def pauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05) -> float:
     """One-way partial AUC over FPR <= `max_fpr`, in [0.5, 1] where better than chance. Source: McClish 1989."""
+    if not 0 < max_fpr <= 1:
+        raise ValueError(f"max_fpr is {max_fpr}: choose 0 < max_fpr <= 1")
     return float(roc_auc_score(*_checked(labels, scores), max_fpr=max_fpr))
 
 
@@ -82,6 +86,7 @@ def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.05) -> float:
 
     Applied as `score >= threshold`. With fewer than 1 / fpr negatives it lies above all of them.
     """
+    _share("fpr", fpr)
     ranked = np.sort(np.asarray(negatives, dtype=np.float64))[::-1]
     if not len(ranked) or not np.isfinite(ranked).all():
         raise ValueError(f"negatives has {len(ranked)} scores: at least one is needed, and all have to be finite")
@@ -113,6 +118,8 @@ def bootstrap(
 
     It covers which texts were drawn, not which model was trained: for that, repeat the training over seeds.
     """
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"resamples is {resamples}, level is {level}: choose resamples >= 1 and 0 < level < 1")
     truth, values = _checked(labels, scores)
     positives, negatives = values[truth], values[~truth]
     again, rng = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)]), np.random.default_rng(seed)
@@ -129,6 +136,11 @@ def roc(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """All points (FPR, TPR) of the curve, from (0, 0) to (1, 1); scikit-learn's, without dropping collinear ones."""
     false, true, _ = roc_curve(*_checked(labels, scores), drop_intermediate=False)
     return false, true
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: choose a share from 0 to 1, such as 0.05 for 5 %")
 
 
 def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

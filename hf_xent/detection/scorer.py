@@ -5,32 +5,36 @@
     score("dc_pdd", model, tokenizer, texts)               # one array, for the one-off
 
 Texts are tokenized without special tokens and read after the tokenizer's BOS (its EOS if it has none), so that all
-their tokens are scored, as DC-PDD's paper has it; its code scores all but the first: `start=False`. Texts of about one
-length share a batch and are padded on the right, where nothing of a causal model looks back at it. A model that is not
-patched is patched meanwhile; a second model (`reference`) serves as reference, Fast-DetectGPT's sampling model and
-Binoculars' observer, `model` then being the performer. It needs the same tokenizer.
+their tokens are scored, as DC-PDD's paper has it; its code scores all but the first: `start=False`. A text is cut at
+`max_tokens`, or earlier where a model has learned no more positions (GPT-2: 1024, start token included).
+
+Texts of about one length share a batch and are padded on the right, where nothing of a causal model looks back at it. A
+model that is not patched is patched meanwhile; a second model (`reference`) serves as reference, Fast-DetectGPT's
+sampling model and Binoculars' observer, `model` then being the performer. It needs the same tokenizer.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..mode import evaluating
+from ..mode import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..patching import head_of, lazily, patch, seam_of, unpatch
 from . import scores as registry
-from .corpus import Corpus, frequencies
+from .corpus import Corpus, fingerprint, frequencies, tracked
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
 SECOND = ("reference", "observed", "crossed")  # what a score can need that takes a second model
@@ -44,7 +48,8 @@ class TextScorer:
     DC-PDD's q [V], or the corpus to count it on: the default is always there but small, name a large one in the texts'
     language. A text without a scored token (an empty one) has NaN.
 
-    Raises: ValueError for unknown scores or options, or one that needs the second model where none is given.
+    Raises: ValueError for unknown scores or options, for one that needs the second model where none is given, and for
+    texts that are no strings (None and NaN count as empty).
     """
 
     model: Any
@@ -53,11 +58,16 @@ class TextScorer:
     reference: Any = None
     frequencies: Tensor | Corpus | str = "pydoc"
     batch_size: int = 16
-    max_tokens: int = 512  # of a text; the rest is cut off
+    max_tokens: int = 512  # of a text; the rest is cut off, see `length`
     start: bool = True  # read texts after a start token
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "max_tokens"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
+        if isinstance(self.scores, str) or not self.scores:
+            raise ValueError(f"scores is {self.scores!r}: pass a tuple of names, at least one")
         self.parsed = {name: registry.get(name) for name in self.scores}
         needs = {need: name for name, score in self.parsed.items() for need in score.needs}
         if self.reference is None and (second := sorted(needs.keys() & set(SECOND))):
@@ -72,8 +82,10 @@ class TextScorer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
         found = {name: np.full(len(rows), np.nan) for name in self.parsed}
         batches = range(0, len(rows), self.batch_size)
-        with lazy(self.model, *([] if self.reference is None else [self.reference])):
-            for i in track(batches, "scoring", console=Console(stderr=True), disable=not self.progress):
+        models = [model for model in (self.model, self.reference) if model is not None]
+        shown = tracked(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
+        with lazy(*models), shown as starts:
+            for i in starts:
                 places = order[i : i + self.batch_size]
                 batch = Batch(self, [rows[place] for place in places])
                 for name, score in self.parsed.items():
@@ -82,22 +94,48 @@ class TextScorer:
         return found
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """Texts as they are scored, cut at `max_tokens`, and their ids after the start token."""
+        """Texts as they are scored, cut at `length`, and their ids after the start token."""
         if not len(texts):
             return []
-        rows = self.tokenizer([text or "" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        whole = _strings(texts)
+        rows = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        length = self.length
         cut = [
-            text or "" if len(ids) <= self.max_tokens else self.tokenizer.decode(ids[: self.max_tokens])
-            for text, ids in zip(texts, rows, strict=True)
+            text if len(ids) <= length else self.tokenizer.decode(ids[:length])
+            for text, ids in zip(whole, rows, strict=True)
         ]
-        return [(text, [*self.prefix, *ids[: self.max_tokens]]) for text, ids in zip(cut, rows, strict=True)]
+        return [(text, [*self.prefix, *ids[:length]]) for text, ids in zip(cut, rows, strict=True)]
+
+    @property
+    def length(self) -> int:
+        """Tokens of a text that are scored, at most: `max_tokens`, or those the models have positions for."""
+        rooms = [positions(model) for model in (self.model, self.reference) if model is not None]
+        return min([self.max_tokens, *(room - len(self.prefix) for room in rooms if room is not None)])
+
+    def fingerprint(self) -> str:
+        """Equal for scorers of equal models, tokenizers, frequencies and options: what they hold, not where it lies."""
+        models = [weights(model) for model in (self.model, self.reference) if model is not None]
+        state: dict[str, Any] = {
+            "models": models,
+            "tokenizer": fingerprint(self.tokenizer),
+            "scores": list(self.scores),
+        }
+        state |= {"length": self.length, "prefix": self.prefix}
+        if any("frequencies" in score.needs for score in self.parsed.values()):
+            state["frequencies"] = hashlib.sha256(self.q.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def q(self) -> Tensor:
-        """Token frequencies [V] for DC-PDD."""
-        if isinstance(self.frequencies, Tensor):
-            return self.frequencies
+        """Token frequencies [V] for DC-PDD. Raises: ValueError for a tensor that is none of the tokenizer's."""
         vocabulary = max(len(self.tokenizer), head_of(self.model).weight.shape[0])
+        if isinstance(self.frequencies, Tensor):
+            if self.frequencies.ndim != 1 or len(self.frequencies) < len(self.tokenizer):
+                shape = tuple(self.frequencies.shape)
+                raise ValueError(f"frequencies has shape {shape}: pass one number for each of {vocabulary} tokens")
+            if not ((self.frequencies > 0) & (self.frequencies <= 1)).all():
+                raise ValueError("frequencies has values that are not in (0, 1]: smooth counts, as `frequencies` does")
+            return self.frequencies.cpu()
         return frequencies(self.tokenizer, self.frequencies, vocabulary=vocabulary, progress=self.progress)
 
 
@@ -176,7 +214,14 @@ class Batch:
 
     def _forward(self, model: nn.Module) -> Tensor:
         device = next(model.parameters()).device
-        return model(input_ids=self.ids.to(device), attention_mask=self.mask.long().to(device), use_cache=False).logits
+        ids, mask = self.ids.to(device), self.mask.long().to(device)
+        try:
+            return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        except IndexError as error:  # ids of another tokenizer, or positions that `positions` does not know of
+            raise ValueError(
+                f"the model cannot read {ids.shape[1]} tokens with ids up to {int(ids.max())} ({error}): choose a"
+                f" smaller max_tokens than {self.scorer.max_tokens}, or the model's own tokenizer"
+            ) from error
 
     def _statistics(self, logits: Tensor, outputs: tuple[str, ...]) -> Stats:
         if isinstance(logits, LazyLogits):
@@ -201,6 +246,29 @@ def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options
     hf_xent.detection.score("dc_pdd", model, tokenizer, texts, frequencies="allenai/c4:en")
     """
     return TextScorer(model, tokenizer, (name,), **options)(texts)[name]
+
+
+def weights(model: Any) -> str:
+    """Equal for models of equal configurations, parameters and buffers: what they hold, not where it lies."""
+    config = model.config.to_dict()
+    told = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:  # offloaded: it lies on the disk
+            found.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def _strings(texts: Sequence[Any]) -> list[str]:
+    """Texts with those that are missing (None, NaN) as empty ones. Raises: ValueError for anything else."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts is the string {texts[:20]!r}...: pass a list of texts")
+    found = ["" if text is None or text != text else text for text in texts]
+    if wrong := [(i, text) for i, text in enumerate(found) if not isinstance(text, str)]:
+        place, text = wrong[0]
+        raise ValueError(f"texts has {text!r} at {place}, which is {type(text).__name__}, not text: pass strings")
+    return found
 
 
 @contextmanager

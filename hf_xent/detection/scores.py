@@ -38,6 +38,11 @@ from ..losses.catalog import parse
 from ..ops import Stats
 
 FLOOR = 1e-9  # of variances, nats^2
+RANGES = {
+    "k": (0, 1, "a share of the tokens above 0 and up to 1, such as 0.2 for the lowest 20 %"),
+    "a": (0, float("inf"), "a number above 0"),
+}
+"""Option of a score -> what it has to be above, what it may be at most, and that in words."""
 
 
 def loss(stats: Stats) -> Tensor:
@@ -83,6 +88,7 @@ def min_k_pp(stats: Stats, k: float = 0.2) -> Tensor:
 
 def dc_pdd(stats: Stats, frequencies: Tensor, a: float = 0.01) -> Tensor:
     """Divergence from a corpus' token frequencies q [V]. Source: Zhang et al. 2024, DC-PDD, arXiv:2409.14781."""
+    in_range("a", a)
     first = first_occurrences(stats.labels, stats.mask)
     q = frequencies[torch.where(stats.mask, stats.labels, 0)]
     return mean((-stats.logp.double().exp() * q.log()).clamp(max=a), first)
@@ -108,8 +114,17 @@ def mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.double(), 0.0).sum(-1) / mask.sum(-1)
 
 
+def in_range(option: str, value: Any) -> Any:
+    """The value of a score's option. Raises: ValueError for one outside of RANGES, or that is no number."""
+    low, high, hint = RANGES[option]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+        raise ValueError(f"{option} is {value!r}: choose {hint}")
+    return value
+
+
 def lowest(values: Tensor, mask: Tensor, k: float) -> Tensor:
-    """Mean of the int(k n) lowest values of each text, of one at least."""
+    """Mean of the int(k n) lowest values of each text, of one at least. Raises: ValueError for k outside of (0, 1]."""
+    in_range("k", k)
     n = mask.sum(-1, keepdim=True)
     count = (k * n.double()).long().clamp(min=1).minimum(n)
     ranked = torch.where(mask, values.double(), float("inf")).sort(-1).values
@@ -180,7 +195,7 @@ SCORES: dict[str, Score] = {
 def get(score: str) -> Score:
     """A registered score by name, with options if any: 'min_k:k=0.1', 'dc_pdd:a=0.1'.
 
-    Raises: ValueError for an unknown name, or an option the score does not have.
+    Raises: ValueError for an unknown name, an option the score does not have, or a value outside of its range.
     """
     name, _, text = score.partition(":")
     if name not in SCORES:
@@ -189,10 +204,14 @@ def get(score: str) -> Score:
     if unknown := sorted(options.keys() - found.defaults.keys()):
         known = ", ".join(found.defaults) or "none"
         raise ValueError(f"score {name!r} does not take {', '.join(unknown)}: its options are {known}")
+    for option, value in options.items():
+        in_range(option, value)
     return replace(found, options=options)
 
 
 def sweep(name: str, **values: Sequence[Any]) -> list[str]:
     """One score for each value of one option: `sweep("dc_pdd", a=(0.01, 0.1))`; all of them cost one forward."""
+    if len(values) != 1:
+        raise ValueError(f"sweep of {name!r} is over {', '.join(values) or 'nothing'}: name one option")
     [(option, choices)] = values.items()
     return [f"{name}:{option}={choice}" for choice in choices]

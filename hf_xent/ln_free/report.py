@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..figures import panels, save
 from .analysis import Analysis
 
 ROWS: dict[str, Callable[[Analysis], str]] = {
@@ -75,12 +76,7 @@ class Report:
 
     def draw(self, path: Path) -> Path:
         """Attribution error of every head (left) and what tokens lose (right), as PNG."""
-        import matplotlib
-
-        matplotlib.use("Agg")  # no display needed
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        figure, (left, right) = panels(2, 10, 3.8)
         width = 0.8 / len(self.analyses)
         for place, (name, found) in enumerate(self.analyses.items()):
             color, shift = COLORS[place % len(COLORS)], (place + 0.5) * width - 0.4
@@ -92,12 +88,8 @@ class Report:
         left.set_xticks(range(len(found.nmae)))
         right.set_xticks(range(4), ["median", "mean", "95 %", "99 %"])
         right.set(ylabel="loss (nats per token)", title="loss of tokens")
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
         right.legend(frameon=False)
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
-        return path
+        return save(figure, path, dpi=110)
 
 
 def draw_curves(
@@ -107,12 +99,7 @@ def draw_curves(
 
     `losses`: (step, nats per token) of every arm; `events`: (step, site) as in `Schedule.events`.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    figure, [axis] = panels(1, 9, 4)
     for (arm, points), color in zip(losses.items(), COLORS, strict=False):
         axis.plot(*zip(*points, strict=True), label=arm, color=color, lw=1.4)
     kinds: dict[str, list[int]] = {}
@@ -125,8 +112,5 @@ def draw_curves(
             kind, (steps[0], 0.98 - 0.06 * (height % 2)), xycoords=("data", "axes fraction"), fontsize=8, va="top"
         )
     axis.set(xlabel="step", ylabel="training loss (nats per token)", title=title)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="upper right")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    return save(figure, path, dpi=110)
