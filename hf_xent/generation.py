@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,9 +113,7 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
     """
 
     def mean(temperature: float) -> float:
-        softcap = None if head.softcap is None else head.softcap / temperature
-        cooled = replace(head, scale=head.scale / temperature, softcap=softcap)
-        stats = vocab_stats(hidden, cooled, labels, outputs=("entropy",))
+        stats = vocab_stats(hidden, head.tempered(temperature), labels, outputs=("entropy",))
         return float(stats.entropy.sum() / stats.mask.sum())
 
     low, high = 0.05, 4.0

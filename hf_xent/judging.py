@@ -186,9 +186,9 @@ class ModelJudge:
         with torch.no_grad(), evaluating(model), lazily(ensure_patched(model)):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-            if isinstance(last, LazyLogits) and last.head.shard is None:
+            if isinstance(last, LazyLogits):
                 z = last.head[torch.tensor(verdicts, device=last.hidden.device)].logits(last.hidden)
-            else:  # a head that cannot be read after its call, or is split over ranks: one position's whole logits
+            else:  # a head that cannot be read after its call: one position's whole logits
                 z = last[:, verdicts]
         return (z[:, 0] - z[:, 1]).sigmoid()
 
