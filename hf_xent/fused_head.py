@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,14 +54,18 @@ class FusedHead:
     @staticmethod
     def remove(model: nn.Module) -> None:
         """Take TRL's forward off a model that no longer needs it, unless something else has wrapped it."""
-        forward = model.__dict__.get("forward")
-        if _is_trls(getattr(forward, "__func__", None)):
-            del model.__dict__["forward"]
+        function: Any = getattr(model.__dict__.get("forward"), "__func__", None)
+        if not _is_trls(function):
+            return
+        before = inspect.getclosurevars(function).nonlocals["original_forward"]
+        del model.__dict__["forward"]
+        if getattr(before, "__self__", None) is model and before != MethodType(type(model).forward, model):
+            model.__dict__["forward"] = before  # it was on the instance, too
 
-    def restore(self, model: nn.Module) -> None:
-        """Put back what `remove` took."""
-        if self.forward is not None:
-            model.__dict__.setdefault("forward", self.forward)
+    def restore(self, model: nn.Module, below: Any) -> None:
+        """Put back what `remove` took, over what was below it, unless something else stands there now."""
+        if self.forward is not None and model.__dict__.get("forward") in (None, below):
+            model.__dict__["forward"] = self.forward
 
 
 def _is_trls(function: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .mirostat import RUNNING, reduced
 from .mode import positions
 from .ops import Head, vocab_stats
-from .patching import ensure_patched, lazily
+from .patching import patched
 
 Tokens = Sequence[Sequence[int]]
 
@@ -129,8 +129,8 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
 
 @torch.no_grad()
 def temperature_at(model: Any, ids: Tensor, entropy: float) -> float:
-    """`temperature_of` a causal LM that predicts every token of ids [B, T] but the first; it is patched, if not yet."""
-    with lazily(ensure_patched(model)):
+    """`temperature_of` a causal LM that predicts every token of ids [B, T] but the first; the model stays as it was."""
+    with patched(model, always=True):
         logits = model(input_ids=ids).logits[:, :-1]
     return temperature_of(logits.hidden, logits.head, ids[:, 1:], entropy)
 

@@ -23,12 +23,13 @@ def positions(model: Any) -> int | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In here a model is in evaluation mode, without dropout; gradients are as they were, see `torch.no_grad`."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # parts may be in another mode than the whole
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

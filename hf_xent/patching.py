@@ -1,15 +1,18 @@
-"""`patch(model)`: the only place that knows how a model produces logits, and all it knows is its output embeddings.
+"""`patch(model)`: a model's own forward runs unchanged over logits that are not computed.
 
-The head's *instance* `forward` returns `LazyLogits` while the model is asked for a loss; the model's own forward runs
-unchanged over them. No class and no global is touched, `unpatch` deletes what was set. Another objective is the model's
-own `loss_function` (an official setter), a module that reads hidden states and head off the lazy logits.
+The head's *instance* `forward` returns `LazyLogits` while the model is asked for a loss. That it is asked is noticed
+where its forward begins: by hooks if it is called, by an instance `forward` if that is called past the hooks. No class
+and no global is touched, `unpatch` deletes what was set. Another objective is the model's own `loss_function` (an
+official setter), a module that reads hidden states and head off the lazy logits.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, TypeVar
@@ -20,13 +23,22 @@ from torch import Tensor, nn
 from . import losses
 from .comparison import Comparison, run_both_ways
 from .fused_head import FusedCall, FusedHead
+from .heads import checked_head, fleeting, inner_of, is_split, linears_of, local_head
 from .lazy import LazyLogits, Seam, next_token_labels
 from .losses import CrossEntropy, Loss
-from .ops import Head, Shard
 
 Model = TypeVar("Model", bound=nn.Module)
 _LABELS = ("labels", "shift_labels")
-_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call the model in them
+COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
+_UNASKED = "the model was called without labels, so its loss is computed outside: pass always=True"
+_OUTSIDE = (
+    "the head was called outside of a call of the model that could be noticed: something keeps the model's forward from"
+    " before the patch, or calls the head itself"
+)
+_REPLACED = (
+    "the head's own forward was not called: an adapter on the head multiplies by itself, or torch.compile traced the"
+    " model (torch_compile=True)"
+)
 
 
 def patch(  # noqa: PLR0913  one keyword a choice the user has
@@ -47,7 +59,8 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the
     loss (see `Seam.take`). `tail` compresses the gradient of unlikely tokens (see `hf_xent.vocab_loss`). `verify` runs
     a few tokens both ways, without the tail, and refuses the model if they differ. Patching again replaces the earlier
-    patch.
+    patch. Where the head cannot be streamed (a compiled model, an offloaded head), the model computes its loss as it
+    did before, and `seam_of(model)` counts these calls and says why.
 
     Raises: ValueError for a model without a linear head, or for an unknown loss; RuntimeError if verification fails.
     """
@@ -57,22 +70,15 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
             f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself"
         )
     objective.check_tail(tail)
-    inner, head = _inner(model), head_of(model)
-    weight: Any = head.weight
-    objective = objective.bind(weight.full_tensor() if _is_split(weight) else weight)
+    weight: Any = head_of(model).weight
+    if type(objective).bind is not Loss.bind:
+        objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
     unpatch(model)  # now that nothing can be refused any more
     seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
-    state = _Patch(seam, always, awake=always, loss_function=inner.__dict__.get("_loss_function"))
-    state.install(inner)
-    asked = inner.register_forward_pre_hook(_Asked(state), with_kwargs=True)
-    answered = inner.register_forward_hook(_Answered(state), always_call=True)
-    state.hooks = (asked, answered)
-    state.take_over(inner)
-    inner.__dict__["_hf_xent"] = state
+    state = _Patch(seam, always=int(always))
     if objective != CrossEntropy():
         state.objective = ModelLoss(objective, seam)
-        kind: Any = type(inner)  # transformers' own, so it has the property
-        kind.loss_function.fset(inner, state.objective)  # nn.Module.__setattr__ would shadow the property
+    state.put_on(model)
     if verify:
         report = compare(model)
         if not report.equal:
@@ -88,28 +94,46 @@ def ensure_patched(model: Model, **options: Any) -> Model:
 
     Raises: as `patch`.
     """
-    state: _Patch | None = _inner(model).__dict__.get("_hf_xent")
+    state = _state_of(inner_of(model))
     if state is None:
         return patch(model, **options)
-    state.take_over(_inner(model))
+    state.take_over(inner_of(model))
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`; does nothing to a model that was not patched."""
-    inner = _inner(model)
-    state = inner.__dict__.pop("_hf_xent", None)
+    inner = inner_of(model)
+    state = _state_of(inner)
     if state is not None:
-        for handle in state.hooks:
-            handle.remove()
-        state.uninstall()
-        if state.fused is not None:
-            state.fused.restore(inner)
-        if state.objective is not None:
-            del inner._loss_function
-            if state.loss_function is not None:
-                inner.loss_function = state.loss_function
+        state.take_off(inner)
     return model
+
+
+@contextmanager
+def unpatched(model: Model) -> Iterator[Model]:
+    """In here a model is as it was before any patch; afterwards it has the same patch as before again, or none."""
+    inner = inner_of(model)
+    state = _state_of(inner)
+    unpatch(model)
+    try:
+        yield model
+    finally:
+        unpatch(model)  # whatever was patched meanwhile
+        if state is not None:
+            state.put_on(model)
+
+
+@contextmanager
+def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Iterator[Model]:
+    """In here a model is patched with these options alone; afterwards it is as it was, whatever wraps it.
+
+    A patch of the user's is set aside meanwhile, with its loss, counts and sums, and put back as it was; `impl` and
+    `memory_budget` are the user's if not given. Raises: as `patch`.
+    """
+    state = _state_of(inner_of(model))
+    with unpatched(model):
+        yield patch(model, loss, **({} if state is None else state.seam.options) | options)
 
 
 @contextmanager
@@ -119,12 +143,12 @@ def lazily(model: nn.Module) -> Iterator[None]:
     Raises: ValueError if the model is not patched.
     """
     seam_of(model)
-    state: _Patch = _inner(model).__dict__["_hf_xent"]
-    always, state.always = state.always, True
+    state: Any = _state_of(inner_of(model))
+    state.always += 1  # a count, for these contexts may overlap in any order
     try:
         yield
     finally:
-        state.always = state.awake = always
+        state.always -= 1
 
 
 def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
@@ -133,20 +157,18 @@ def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
     A model that is not patched is patched for the occasion. With another objective than cross-entropy, it is the
     model's own loss that is compared. Raises: as `patch`.
     """
-    inner = _inner(model)
-    patched = "_hf_xent" in inner.__dict__
-    if not patched:
-        patch(model)
-    try:
-        return run_both_ways(model, inner, inner.__dict__["_hf_xent"], tokens)
-    finally:
-        if not patched:
-            unpatch(model)
+
+    @contextmanager
+    def streamed() -> Iterator[Seam]:
+        with patched(model):
+            yield seam_of(model)
+
+    return run_both_ways(model, lambda: unpatched(model), streamed, tokens)
 
 
 def seam_of(model: nn.Module) -> Seam:
     """The counts and sums of a patched model. Raises: ValueError if it is not patched."""
-    state = _inner(model).__dict__.get("_hf_xent")
+    state = _state_of(inner_of(model))
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched: call hf_xent.patch(model) first")
     return state.seam
@@ -157,92 +179,76 @@ def head_of(model: nn.Module) -> nn.Linear:
 
     Raises: ValueError if there is none, it is not a plain linear layer, or something else already replaced its forward.
     """
-    inner = _inner(model)
-    name, head = type(inner).__name__, _linears(inner)[0]
-    if type(head.weight) not in (nn.Parameter, Tensor) and not _is_split(head.weight):
-        raise ValueError(
-            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
-            " streamed, leave the head out of the quantization"
-        )
-    forward = head.__dict__.get("forward")
-    if not (
-        forward is None or isinstance(forward, _LazyForward) or hasattr(head, "_hf_hook") or _is_split(head.weight)
-    ):
-        raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
-    return head
-
-
-def _linears(inner: nn.Module) -> list[nn.Linear]:
-    """The head, and the second halves of LoRA branches on it, whose products have the vocabulary's size too."""
-    name = type(inner).__name__
-    get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
-    head = layer = get() if get else None
-    if head is None:
-        raise ValueError(
-            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
-        )
-    while not isinstance(head, nn.Linear) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
-        saved = getattr(head, "modules_to_save", {})
-        active = [a for a in head.active_adapters if a in saved]
-        head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(
-            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
-        )
-    branches = getattr(layer, "lora_B", {}).values()
-    return [head, *(b for b in branches if isinstance(b, nn.Linear) and type(b).forward is nn.Linear.forward)]
-
-
-def _is_split(weight: Tensor) -> bool:
-    """Whether a weight is a DTensor."""
-    return hasattr(weight, "placements")
-
-
-def _local_head(linear: nn.Linear) -> Head | None:
-    """A head over this rank's operands; None if it is not split by vocabulary along one dimension of the mesh."""
-    weight: Any = linear.weight
-    bias: Any = linear.bias
-    if not _is_split(weight):
-        return Head(weight, bias)
-    split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
-    if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
-        return None
-    shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
-    shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
-    return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
-    inner: Any = model
-    while True:
-        wrapped = next((inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None), None)
-        if wrapped is not None:
-            inner = wrapped
-        elif hasattr(inner, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
-        else:
-            return inner
+    return checked_head(inner_of(model), lambda forward: isinstance(forward, _LazyForward))
 
 
 @dataclass
 class _Patch:
-    """What a patched model keeps: on the model, and shared by its hooks and its heads' forwards."""
+    """What a patched model keeps on itself. A replica of it has its own, with the same seam."""
 
     seam: Seam
-    always: bool
-    awake: bool  # whether the model was asked for a loss
-    paused: bool = False  # the model runs stock
-    hooks: tuple[Any, ...] = ()
-    forwards: list[_LazyForward] = field(default_factory=list)
+    always: int  # how many ask for lazy logits without labels
     objective: ModelLoss | None = None
     loss_function: Any = None  # what the user had set before, or None
+    before: Any = None  # the forward that was on the model's instance, or None
+    keepers: tuple[nn.Module, ...] = ()  # wrappers that kept the model's forward as their own
+    hooks: tuple[Any, ...] = ()
+    forwards: list[_LazyForward] = field(default_factory=list)
     fused: FusedHead | None = None  # TRL's, once a trainer installed it
-    asked: FusedCall | None = None  # a call of TRL's that is under way
+
+    def put_on(self, model: nn.Module) -> None:
+        """Onto a model without a patch."""
+        inner = inner_of(model)
+        self.install(inner)
+        self.take_over(inner)
+        before: Any = inner.__dict__.get("forward")
+        self.before = None if _is_ours(before) else before
+        kept = MethodType(type(inner).forward, inner)
+        self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == kept)
+        self.wrap(inner)
+        asked = inner.register_forward_pre_hook(_asked, with_kwargs=True)
+        self.hooks = (asked, inner.register_forward_hook(_answered, always_call=True))
+        inner.__dict__["_hf_xent"] = self
+        if self.objective is not None:
+            self.loss_function = inner.__dict__.get("_loss_function")
+            kind: Any = type(inner)  # transformers' own, so it has the property
+            kind.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
+
+    def take_off(self, inner: Any) -> None:
+        """Leaves the model as it was before `put_on`."""
+        places = inner.__dict__
+        for name in ("_hf_xent", "_replicate_for_data_parallel"):
+            del places[name]
+        for handle in self.hooks:
+            handle.remove()
+        self.uninstall()
+        for slot in ("forward", "_old_forward"):  # accelerate came afterwards if it is the second
+            if _is_ours(places.get(slot)):
+                del places[slot]
+                if self.before is not None or slot == "_old_forward":
+                    places[slot] = self.before or MethodType(type(inner).forward, inner)
+        for keeper in self.keepers:
+            keeper.__dict__["forward"] = MethodType(type(inner).forward, inner)
+        if self.fused is not None:
+            self.fused.restore(inner, self.before)
+        if self.objective is not None and inner._modules.get("_loss_function") is self.objective:
+            del inner._loss_function
+            if self.loss_function is not None:
+                inner.loss_function = self.loss_function
+
+    def wrap(self, inner: nn.Module) -> None:
+        """The instance's forward, for those who call it past the hooks.
+
+        They are PEFT's AdaLoRA, X-LoRA and adaption prompts (these keep it as they find it), and older PEFT.
+        """
+        forward = MethodType(_noticed(type(inner)), inner)
+        for module in (inner, *self.keepers):
+            module.__dict__["forward"] = forward
+        inner.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, inner)
 
     def install(self, inner: nn.Module) -> None:
         """Lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
-        linears = _linears(inner)
+        linears = linears_of(inner)
         if [forward.linear for forward in self.forwards] == linears:
             return
         head_of(inner)  # refuses what cannot be streamed
@@ -257,12 +263,87 @@ class _Patch:
         self.fused = FusedHead.installed(inner) or self.fused
         if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
             FusedHead.remove(inner)
+        bound = getattr(inner.__dict__.get("forward"), "__func__", None)
+        if "_hf_xent" in inner.__dict__ and bound in (None, type(inner).forward):  # an unpickled model has the latter
+            self.wrap(inner)
 
     def uninstall(self) -> None:
         """The heads' own forwards again."""
         for forward in self.forwards:
             forward.remove()
         self.forwards = []
+
+    def under_way(self) -> _Call | None:
+        """The call of the model in which this thread is, or None."""
+        call = _CALL.get()
+        while call is not None and call.patch is not self:
+            call = call.outer
+        return call
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a patched model under way: each thread has its own, and each replica."""
+
+    model: nn.Module
+    patch: _Patch
+    outer: _Call | None  # the call within which it happens
+    awake: bool = False  # whether the head is to give lazy logits
+    scored: bool = True  # whether the objective has been asked, if it has to be
+    entered: bool = False  # whether the model's forward has begun
+    lazy: bool = False  # whether the head gave lazy logits
+    reason: str = ""  # why it did not
+    fused: FusedCall | None = None  # TRL's
+
+    @classmethod
+    def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Wake the head if labels are given, or the patch says always; returns the arguments for the model itself."""
+        patch: _Patch = model.__dict__["_hf_xent"]
+        call = cls(model, patch, _CALL.get())
+        _CALL.set(call)
+        patch.install(model)
+        patch.seam.training = model.training
+        patch.take_over(model)
+        given = _labels_given(model, args, kwargs)
+        call.awake = given or patch.always > 0
+        objective = _objective_of(model)
+        call.scored = objective is None or not given
+        if not kwargs.get("fused_lm_head"):
+            return kwargs
+        if objective is not None:
+            raise RuntimeError(
+                f"the model is patched with {objective.loss!r}, but TRL's trainer takes its loss from"
+                " log-probabilities (fused_lm_head=True), so it would have no effect: patch without a loss, or use"
+                " hf_xent.XentTrainer"
+            )
+        call.fused = FusedCall.of(model, patch.fused, kwargs)
+        return kwargs if call.fused is None else call.fused.kwargs
+
+    @classmethod
+    def end(cls, model: nn.Module, output: Any) -> Any:
+        """The answer to the caller, from the model's own; None if it failed. A bypassed loss is an error."""
+        call = _CALL.get()
+        if call is None or call.model is not model:
+            return output
+        _CALL.set(call.outer)
+        if output is None:
+            return None
+        seam = call.patch.seam
+        if not call.lazy and (call.awake or (model.training and torch.is_grad_enabled())):
+            seam.bypass(call.reason or (_REPLACED if call.awake else _UNASKED))
+        if call.fused is not None:
+            return call.fused.answer(output)
+        objective = _objective_of(model)
+        if objective is not None and not call.scored:
+            raise RuntimeError(
+                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
+                " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
+                " to out.logits"
+            )
+        return output
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)  # the innermost one of this thread
 
 
 class _LazyForward:
@@ -272,7 +353,8 @@ class _LazyForward:
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        self.before = linear.__dict__.get(slot)  # tensor parallelism's, or none
+        before: Any = linear.__dict__.get(slot)  # tensor parallelism's, or none; a replica's still has the original's
+        self.before: Any = before.before if isinstance(before, _LazyForward) else before
         linear.__dict__[slot] = self
 
     def remove(self) -> None:
@@ -287,77 +369,109 @@ class _LazyForward:
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         linear = self.linear
-        awake = self.patch.awake and not torch.compiler.is_compiling() and type(input) is Tensor
-        raw = _local_head(linear) if awake and _stays(linear) else None
+        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head()
         if raw is None:
             before: Any = self.before
             return nn.Linear.forward(linear, input) if before is None else before(input)
         kind = input.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(kind)
             bias = None if raw.bias is None else raw.bias.to(dtype)
             input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
         return LazyLogits.of(input, raw, self.patch.seam)
 
-
-def _stays(linear: nn.Linear) -> bool:
-    """Whether the weight outlives the call, so that it can be read later; makes FSDP2 keep it until the backward."""
-    keep: Any = getattr(linear, "set_reshard_after_forward", None)
-    if keep is not None:  # sharded by FSDP2 on its own; the backward, which comes next, would gather it again
-        keep(False, recurse=False)
-    return not (hasattr(linear.weight, "ds_id") or getattr(getattr(linear, "_hf_hook", None), "offload", False))
-
-
-class _Asked:
-    """Before the model's forward: wakes the head if labels are given."""
-
-    def __init__(self, patch: _Patch):
-        self.patch = patch
-
-    def __call__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        patch = self.patch
-        if patch.paused:
+    def _head(self) -> Any:
+        """The operands of lazy logits, or None if they are not wanted or cannot be."""
+        call = self.patch.under_way()
+        if not (self.patch.always if call is None else call.awake):
+            if call is None and torch.is_grad_enabled():
+                self.patch.seam.bypass(_OUTSIDE)
             return None
-        patch.install(model)
-        patch.seam.training = model.training
-        patch.take_over(model)
-        given = _labels_given(model, args, kwargs)
-        patch.awake = patch.always or given
-        if patch.objective is not None:
-            patch.objective.called = not given
-        if not kwargs.get("fused_lm_head"):
-            return None
-        if patch.objective is not None:
-            raise RuntimeError(
-                f"the model is patched with {patch.objective.loss!r}, but TRL's trainer takes its loss from"
-                " log-probabilities (fused_lm_head=True), so it would have no effect: patch without a loss, or use"
-                " hf_xent.XentTrainer"
-            )
-        patch.asked = FusedCall.of(model, patch.fused, kwargs)
-        return None if patch.asked is None else (args, patch.asked.kwargs)
-
-
-class _Answered:
-    """After the model's forward, even a failed one: puts the head back to sleep; a bypassed loss is an error."""
-
-    def __init__(self, patch: _Patch):
-        self.patch = patch
-
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
-        patch, call = self.patch, self.patch.asked
-        patch.awake, patch.asked = patch.always and not patch.paused, None
+        reason = fleeting(self.linear)
+        raw = None if reason else local_head(self.linear)
+        if raw is None:
+            reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:
-            return None if output is None else call.answer(output)
-        objective = patch.objective
-        if objective is not None and not objective.called and output is not None:
-            raise RuntimeError(
-                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
-                " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
-                " to out.logits"
-            )
+            call.lazy, call.reason = call.lazy or raw is not None, reason
+        return raw
+
+
+def _asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the model is called."""
+    patch = _state_of(model)
+    if patch is None:
         return None
+    if torch.compiler.is_compiling():
+        patch.seam.reason = COMPILED
+        return None
+    return args, _Call.begin(model, args, kwargs)
+
+
+def _answered(model: nn.Module, args: Any, output: Any) -> Any:
+    """After the model was called, even in vain."""
+    return None if torch.compiler.is_compiling() else _Call.end(model, output)
+
+
+def _noticed(kind: Any) -> Any:
+    """A forward for instances of a class of models that runs its own, and notices if it was called past the hooks."""
+
+    @functools.wraps(kind.forward)  # signatures are looked at
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch = _state_of(self)
+        if patch is None or (torch.compiler.is_compiling() and patch.before is None):
+            return kind.forward(self, *args, **kwargs)
+        stock = patch.before or MethodType(kind.forward, self)
+        if torch.compiler.is_compiling():
+            return stock(*args, **kwargs)
+        call = _CALL.get()
+        if call is not None and call.model is self and not call.entered:
+            call.entered = True
+            try:
+                return stock(*args, **kwargs)
+            except Exception:  # the hook sees to it
+                raise
+            except BaseException:  # an interrupt runs no hooks
+                _Call.end(self, None)
+                raise
+        output = None
+        try:
+            kwargs = _Call.begin(self, args, kwargs)
+            output = stock(*args, **kwargs)
+        finally:
+            output = _Call.end(self, output)
+        return output
+
+    return forward
+
+
+_CODE = _noticed(nn.Module).__code__
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(getattr(forward, "__func__", None), "__code__", None) is _CODE
+
+
+def _replicate_for_data_parallel(self: Any) -> Any:
+    """As `nn.Module`'s: replicas run in threads of their own, on heads of their own, so each has a patch of its own."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    patch: _Patch = self.__dict__["_hf_xent"]
+    before = patch.before
+    if getattr(before, "__self__", None) is self:
+        before = MethodType(before.__func__, replica)
+    own = replace(patch, before=before, keepers=(), forwards=[])  # on the replica's head once it has one
+    replica.__dict__["_hf_xent"] = own
+    own.wrap(replica)
+    return replica
+
+
+def _state_of(inner: nn.Module) -> _Patch | None:
+    return inner.__dict__.get("_hf_xent")
+
+
+def _objective_of(model: nn.Module) -> ModelLoss | None:
+    """The one in a model's place for it: a replica has a replica, and a user may have set another since."""
+    found = model._modules.get("_loss_function")
+    return found if isinstance(found, ModelLoss) else None
 
 
 def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -372,7 +486,8 @@ class ModelLoss(nn.Module):
 
     def __init__(self, loss: Loss, seam: Seam):
         super().__init__()
-        self.loss, self.seam, self.called = loss, seam, False
+        self.loss, self.seam = loss, seam
+        self._shown = repr(loss)  # torch.compile cannot trace a dataclass's
 
     def forward(
         self,
@@ -385,12 +500,11 @@ class ModelLoss(nn.Module):
         **_: Any,
     ) -> Tensor:
         """The loss of next-token labels, as `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
-        self.called = True
         if not isinstance(logits, LazyLogits) or logits.is_dense:
-            raise RuntimeError(
-                f"{self.loss!r} needs the head's hidden states, but the logits were materialized on their way (an"
-                " adapter on the head, or an unusual operation after it): see hf-xent check"
-            )
+            raise RuntimeError(f"{self._shown} needs the head's hidden states, but {self._why_dense()}")
+        call = _CALL.get()
+        if call is not None:
+            call.scored = True
         targets = shift_labels
         if targets is None:
             assert labels is not None  # a model asks for a loss with labels of one kind or the other
@@ -407,3 +521,16 @@ class ModelLoss(nn.Module):
         )
         self.seam.record(stats)
         return loss
+
+    @staticmethod
+    def _why_dense() -> str:
+        if torch.compiler.is_compiling():
+            return f"{COMPILED}: leave torch_compile off, or train with cross-entropy"
+        call = _CALL.get()
+        if call is not None and call.lazy:
+            return (
+                "the logits were materialized on their way (an adapter on the head, or an unusual operation after it):"
+                " see hf-xent check"
+            )
+        reason = (call and call.reason) or _REPLACED
+        return f"{reason}: change that, or train with cross-entropy"

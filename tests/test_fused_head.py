@@ -8,6 +8,7 @@ answer.
 
 import copy
 import warnings
+from types import MethodType
 
 import datasets
 import peft
@@ -129,7 +130,7 @@ def test_other_calls_stay_as_they_are():
         torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=0)
         assert torch.equal(model.generate(ids[:1], max_new_tokens=5, do_sample=False, pad_token_id=0), generated)
         model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert "forward" not in model.__dict__
+    assert FusedHead.installed(model) is None
     unpatch(model)
     assert model.forward == theirs, "what the trainer installed is back"
     assert model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs is not None
@@ -305,6 +306,37 @@ def test_trainers_log_what_they_log_without_the_patch(kind, by_callback, saved, 
     if not by_callback:
         seam = seam_of(trainer.model)
         assert seam.streamed >= 3 and seam.materialized == 0
+
+
+def test_adalora_trains_as_without_the_callback(saved, tmp_path):
+    """Its model calls the wrapped one's forward past its hooks, and adds a term to the loss."""
+    logs = {}
+    for callbacks in ([], [hf_xent.PatchCallback()]):
+        config = peft.AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        )
+        model = AutoModelForCausalLM.from_pretrained(saved)
+        logs[bool(callbacks)], _ = train("SFT", model, tmp_path, peft_config=config, callbacks=callbacks)
+    for ours, stock in zip(logs[True], logs[False], strict=True):
+        assert ours == pytest.approx(stock, rel=2e-3, abs=2e-5)
+
+
+def test_what_stood_under_trls_forward_comes_back():
+    model, (ids, labels) = tiny(), batch()
+    calls = []
+
+    def mine(self, *args, **kwargs):
+        calls.append(1)
+        return type(self).forward(self, *args, **kwargs)
+
+    own = model.forward = MethodType(mine, model)
+    add_fused_lm_head(model)
+    patch(model)(input_ids=ids, labels=labels)
+    assert calls and FusedHead.installed(model) is None and seam_of(model).streamed == 1
+    unpatch(model)
+    assert FusedHead.installed(model) is not None
+    FusedHead.remove(model)
+    assert model.forward == own
 
 
 def test_training_with_an_adapter_on_the_head(tmp_path):

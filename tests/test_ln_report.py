@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from models import V, tiny, tiny_tokenizer
@@ -232,6 +233,15 @@ def test_analysis_leaves_the_model_as_it_was():
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with pytest.raises(ValueError, match=r"blocks is \[4\]"):
         analyze(model, blocks()[0, :4])
+
+
+def test_analysis_of_an_adapted_model_keeps_the_users_patch():
+    config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    model = peft.get_peft_model(tiny("gpt2"), config)
+    found = analyze(model, blocks())
+    seam = hf_xent.seam_of(hf_xent.patch(model, "focal"))
+    assert analyze(model, blocks()) == found
+    assert hf_xent.seam_of(model) is seam and seam.streamed == 0 and model.loss_function.loss.gamma == 2.0
 
 
 def test_report_of_every_form(tmp_path):

@@ -1,7 +1,13 @@
 """patch(): a model's own forward over lazy logits gives stock loss and stock gradients; unpatch leaves no trace."""
 
 import copy
+import gc
+import inspect
 import io
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 import hf_xent
 from hf_xent.lazy import LazyLogits, next_token_labels
+from hf_xent.lazy.tensor import ANSWERS, Recipe
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.patching import compare, patch, seam_of, unpatch
+from hf_xent.patching import compare, lazily, patch, patched, seam_of, unpatch
 
 
 def run(model, **inputs):
@@ -244,12 +251,181 @@ def test_a_bypassed_loss_is_an_error():
         model(ids, labels=labels)
 
 
-def test_compiled_models_run_dense():
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own tracer reads it
+def test_compiled_models_run_dense_and_say_so():
     model, (ids, labels) = tiny(), batch()
     expected = model(input_ids=ids, labels=labels).loss
-    patch(model)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(patch(model), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids, labels=labels).loss, expected)
+    assert seam_of(compiled).streamed == 0 and "torch.compile" in seam_of(compiled).reason
+
+
+def test_another_loss_of_a_traced_model_is_an_error_that_names_the_option():
+    objective, (_, labels) = patch(tiny(), loss=Focal()).loss_function, batch()
+    with pytest.raises(RuntimeError, match=r"Focal.*torch_compile=True.*leave torch_compile off"):
+        torch.compile(objective, backend="eager")(torch.randn(*labels.shape, V), labels)
+
+
+def test_the_forward_past_the_hooks_streams_too():
+    """Whoever calls `model.forward`, now or bound before the patch, gets the same answers."""
+    model, (ids, labels) = tiny(), batch()
+    expected, stock = run(model, input_ids=ids, labels=labels)
+    signature, dense = inspect.signature(model.forward), model.forward(input_ids=ids).logits
+    for loss in (None, Focal(gamma=0.0)):
+        patch(model, loss)
+        out = model.forward(input_ids=ids, labels=labels)
+        torch.testing.assert_close(out.loss, expected.loss)
+        out.loss.backward()
+        assert_same_gradients(gradients(model), stock)
+        assert (seam_of(model).streamed, seam_of(model).bypassed) == (1, 0)
+    assert inspect.signature(model.forward) == signature
+    torch.testing.assert_close(model.forward(input_ids=ids).logits, dense, rtol=0, atol=0)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.lm_head.weight.zero_()
+    assert clone.forward(input_ids=ids, labels=labels).logits.dense().abs().max() == 0
+    unpatch(model)
+    assert "forward" not in model.__dict__
+
+
+def test_a_head_called_on_its_own_is_counted():
+    model, (ids, _) = patch(tiny()), batch()
+    hidden = model.model(input_ids=ids).last_hidden_state
+    assert type(model.lm_head(hidden)) is torch.Tensor
+    assert seam_of(model).bypassed == 1 and "outside of a call" in seam_of(model).reason
+    with lazily(model):
+        assert type(model.lm_head(hidden)) is LazyLogits
+
+
+def test_training_without_labels_is_counted_as_bypassed():
+    model, (ids, labels) = patch(tiny()).train(), batch()
+    model(input_ids=ids, labels=labels)
+    model(input_ids=ids)
+    seam = seam_of(model)
+    assert (seam.streamed, seam.bypassed) == (1, 1) and "always=True" in seam.reason
+    with torch.no_grad():
+        model(input_ids=ids)
+    with lazily(model):
+        model(input_ids=ids)
+    assert seam.bypassed == 1
+
+
+def test_an_interrupted_call_leaves_nothing_behind():
+    model, (ids, labels) = patch(tiny()), batch()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.norm.register_forward_hook(interrupt)
+    for call in (model, model.forward):
+        with pytest.raises(KeyboardInterrupt):
+            call(input_ids=ids, labels=labels)
+    handle.remove()
+    assert type(model(input_ids=ids).logits) is torch.Tensor
+    del call
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def replicas(model, count):
+    """What `torch.nn.parallel.replicate` makes, on one device, with clones in place of broadcasts."""
+    modules = list(model.modules())
+    place = {m: i for i, m in enumerate(modules)}
+    made = []
+    for _ in range(count):
+        copies = [m._replicate_for_data_parallel() for m in modules]
+        values = {id(p): p.clone() for p in model.parameters()}
+        for module, twin in zip(modules, copies, strict=True):
+            for name, child in module._modules.items():
+                setattr(twin, name, None if child is None else copies[place[child]])
+            for name, p in module._parameters.items():
+                setattr(twin, name, None if p is None else values[id(p)])
+        made.append(copies[0])
+    return made
+
+
+def meet(module):
+    """Two threads wait for each other in a module's call, so that both are inside of their models' calls at once."""
+    together = threading.Barrier(2)
+
+    def wait(*_):
+        together.wait(20)
+
+    module.register_forward_hook(wait)
+
+
+@pytest.mark.parametrize("loss", [None, "focal", "emo"])
+@pytest.mark.parametrize("past_hooks", [False, True])
+def test_replicas_in_threads_have_their_own_calls(loss, past_hooks):
+    """nn.DataParallel: losses and gradients are those of one model, and the original keeps its patch."""
+    model, (ids, labels) = patch(tiny(), loss, observe=("entropy",)), batch(rows=4)
+    out, expected = run(model, input_ids=ids, labels=labels, num_items_in_batch=40)
+    meet(model.model)
+    first, second = replicas(model, 2)
+
+    def call(replica, rows):
+        target = replica.forward if past_hooks else replica
+        return target(input_ids=ids[rows], labels=labels[rows], num_items_in_batch=40)
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(call, (first, second), (slice(2), slice(2, 4))))
+    assert all(isinstance(part.logits, LazyLogits) for part in parts)
+    total = sum(part.loss for part in parts)
+    torch.testing.assert_close(total, out.loss)
+    total.backward()
+    assert_same_gradients(gradients(model), expected)
+    seam = seam_of(model)
+    assert (seam.streamed, seam.materialized, seam.bypassed) == (3, 0, 0)
+    assert seam.sums[False]["tokens"] == 2 * (labels[:, 1:] != -100).sum()
+    assert model.lm_head.__dict__["forward"].linear is model.lm_head
+    unpatch(model)
+    assert "forward" not in model.lm_head.__dict__ and "forward" not in model.__dict__
+
+
+def test_two_threads_call_one_model():
+    """One asks for a loss, the other generates: neither sees the other's call."""
+    model, (ids, labels) = patch(tiny()), batch()
+    meet(model.model)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(lambda: model(input_ids=ids, labels=labels).logits)
+        plain = pool.submit(lambda: model(input_ids=ids).logits)
+        assert isinstance(asked.result(), LazyLogits) and type(plain.result()) is torch.Tensor
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_data_parallel():
+    model, (ids, labels) = patch(tiny().cuda(), loss="emo", observe=("entropy",)), batch(rows=4)
+    labels = ids.clone()
+    expected, stock = run(model, input_ids=ids.cuda(), labels=labels.cuda())
+    loss = nn.DataParallel(model)(input_ids=ids.cuda(), labels=labels.cuda()).loss.mean()
+    torch.testing.assert_close(loss, expected.loss)
+    loss.backward()
+    assert_same_gradients(gradients(model), stock)
+    assert seam_of(model).streamed == 3
+
+
+def test_patched_for_the_occasion_restores_what_was_there():
+    model, (ids, labels) = tiny(), batch()
+    places = dict(model.__dict__), dict(model.lm_head.__dict__)
+    with patched(model, always=True) as same:
+        assert same is model and isinstance(model(input_ids=ids).logits, LazyLogits)
+    assert (model.__dict__.keys(), model.lm_head.__dict__.keys()) == tuple(place.keys() for place in places)
+    patch(model, Focal(gamma=3.0), observe=("entropy",), memory_budget=12345)
+    loss, objective, seam = model(input_ids=ids, labels=labels).loss, model.loss_function, seam_of(model)
+    before = replace(seam, sums=dict(seam.sums))
+    with pytest.raises(ZeroDivisionError), patched(model):
+        assert seam_of(model) is not seam and seam_of(model).options["memory_budget"] == 12345
+        assert model(input_ids=ids, labels=labels).loss != loss, "its own cross-entropy"
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="nonesuch"), patched(model, "nonesuch"):
+        pass
+    assert compare(model).equal
+    assert seam_of(model) is seam and seam == before and model.loss_function is objective
+    assert model(input_ids=ids, labels=labels).loss == loss and seam.streamed == before.streamed + 1
+    assert unpatch(model).__dict__.keys() == places[0].keys()
 
 
 class Doctored(nn.Linear):
@@ -324,6 +500,83 @@ def test_verify_refuses_a_model_that_differs(monkeypatch):
     assert "_hf_xent" not in model.__dict__
     monkeypatch.undo()
     assert hf_xent.patch(model, verify=True) is model
+
+
+def scaled_after_the_head(patch, model):
+    real = LazyLogits.of
+    patch.setattr(LazyLogits, "of", staticmethod(lambda *args: real(*args) * 1.001))
+
+
+def without_bias(patch, model):
+    real = LazyLogits.of
+    patch.setattr(LazyLogits, "of", staticmethod(lambda h, raw, seam: real(h, replace(raw, bias=None), seam)))
+
+
+def another_softcap(patch, model):
+    real = Recipe.head
+    patch.setattr(Recipe, "head", lambda self, raw: replace(real(self, raw), softcap=1.5 * 1.001))
+
+
+def one_gradient_off(patch, model):
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    off = 1 + max(1e-3, torch.finfo(weight.dtype).eps)  # less is no other number
+    weight.register_hook(lambda g: g * off if "_hf_xent" in model.__dict__ else g)
+
+
+def labels_that(change):
+    def doctor(patch, model):
+        real = ANSWERS[F.cross_entropy]
+        patch.setitem(ANSWERS, F.cross_entropy, lambda x, y, *args, **kw: real(x, change(y.clone()), *args, **kw))
+
+    return doctor
+
+
+def ignored_first(labels):
+    labels[0] = -100
+    return labels
+
+
+DOCTORED = {
+    "scale": ("llama", scaled_after_the_head),
+    "bias": ("bert bias", without_bias),
+    "softcap": ("gemma2 softcap", another_softcap),
+    "one gradient": ("llama", one_gradient_off),
+    "labels shifted": ("llama", labels_that(lambda labels: labels.roll(1))),
+    "a token dropped": ("llama", labels_that(ignored_first)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", DOCTORED)
+def test_compare_catches(case, dtype, monkeypatch):
+    """What is wrong by one per mille, in a dtype whose rounding is larger too."""
+    name, doctor = DOCTORED[case]
+    model = tiny(name, dtype=dtype)
+    assert compare(model).equal
+    doctor(monkeypatch, model)
+    found = compare(model)
+    assert not found.equal and max(found.exact_loss_error, found.exact_gradient_error) > 100 * found.exact_tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compare_judges_by_the_noise_of_the_model(name, dtype):
+    found = compare(tiny(name, dtype=dtype))
+    assert found.equal and found.lean, found
+    assert max(found.exact_loss_error, found.exact_gradient_error) <= 1e-9
+    assert 0 < found.noise < 1 and found.noise < found.tolerance
+
+
+def test_compare_catches_a_backend_that_errs_in_the_models_dtype_alone(monkeypatch):
+    """Sound in float64, a tenth off in bfloat16: only the run as it is can tell."""
+    real = CrossEntropy.of
+
+    def of(self, stats):
+        return real(self, stats) * (1.0 if stats.lse.dtype == torch.float64 else 1.1)
+
+    monkeypatch.setattr(CrossEntropy, "of", of)
+    found = compare(tiny(dtype=torch.bfloat16))
+    assert not found.equal and found.exact_loss_error <= 1e-9 and found.loss_error == pytest.approx(0.1, rel=0.1)
 
 
 def test_tail_reaches_the_gradient_and_leaves_loss_and_proof_alone():

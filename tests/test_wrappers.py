@@ -16,8 +16,9 @@ from oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
+from hf_xent import PatchCallback
 from hf_xent.lazy import LazyLogits
-from hf_xent.patching import patch, seam_of, unpatch
+from hf_xent.patching import compare, patch, patched, seam_of, unpatch
 
 # PEFT advises on merging and saving in these configurations
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -43,6 +44,25 @@ def injected():
 def prompts(kind):
     options = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(tiny(), kind(**options))
+
+
+def tuned(kind, *targets, **options):
+    """Adapters of a kind, none of which does nothing."""
+    more = {"target_modules": list(targets)} if targets else {}
+    model = peft.get_peft_model(tiny(use_cache=False), kind(task_type="CAUSAL_LM", **more, **options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def adalora(*targets):
+    return tuned(peft.AdaLoraConfig, *targets, init_r=4, target_r=2, total_step=10)
+
+
+def adaption_prompts():
+    """They keep the model's forward as their own when they are made."""
+    return tuned(peft.AdaptionPromptConfig, adapter_len=4, adapter_layers=1)
 
 
 def frozen_head():
@@ -79,6 +99,11 @@ WRAPPERS = {  # how to make it, and how often logits (or a branch of them) are m
     "modules_to_save=[lm_head]": (lambda: lora("q_proj", saved=["lm_head"]), 0),
     "DoRA inside": (lambda: lora("q_proj", use_dora=True), 0),
     "DoRA on the head": (lambda: lora("lm_head", use_dora=True), 3),  # scales every row of the weight by its norm
+    "AdaLoRA": (lambda: adalora("q_proj", "v_proj"), 0),
+    "adaption prompts": (adaption_prompts, 0),
+    "VeRA": (lambda: tuned(peft.VeraConfig, "q_proj", r=4), 0),
+    "IA3 on the head": (lambda: tuned(peft.IA3Config, "lm_head", feedforward_modules=[]), 1),
+    "AdaLoRA on the head": (lambda: adalora("lm_head"), 1),
     "prompt tuning": (lambda: prompts(peft.PromptTuningConfig), 0),
     "prefix tuning": (lambda: prompts(peft.PrefixTuningConfig), 0),
     "tied embeddings": (lambda: tiny("llama tied"), 0),
@@ -114,6 +139,49 @@ def test_loss_and_gradients_equal_stock(name):
     _, seam = both_ways(build(), input_ids=ids, labels=labels)
     if materialized is not None:
         assert (seam.streamed, seam.materialized) == (int(not materialized), materialized)
+
+
+BYPASSED = {  # adapters that multiply by the head's weight themselves
+    "HRA on the head": lambda: tuned(peft.HRAConfig, "lm_head", r=4),
+    "new tokens on the head": lambda: tuned(
+        peft.TrainableTokensConfig, "embed_tokens", "lm_head", token_indices=[3, 4]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BYPASSED)
+def test_a_bypassed_head_is_said_to_be(name):
+    model, (ids, labels) = BYPASSED[name](), batch()
+    _, seam = both_ways(model, input_ids=ids, labels=labels)
+    assert (seam.streamed, seam.bypassed) == (0, 1) and "adapter on the head multiplies by itself" in seam.reason
+    found = compare(model)
+    assert found.equal and not found.lean and "nothing was streamed" in found.way
+    patch(model, loss="focal")
+    with pytest.raises(RuntimeError, match=r"Focal.*adapter on the head"):
+        model(input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("build", [adalora, adaption_prompts])
+def test_wrappers_that_call_past_the_hooks_are_left_as_they_were(build):
+    model = build("q_proj") if build is adalora else build()
+    wrapper, inner = model.base_model, model.get_base_model()
+    before = dict(wrapper.__dict__), dict(inner.__dict__)
+    patch(model, loss="focal")
+    ids, labels = batch()
+    model(input_ids=ids, labels=labels)
+    assert (seam_of(model).streamed, seam_of(model).bypassed) == (1, 0)
+    unpatch(model)
+    assert (wrapper.__dict__.keys(), inner.__dict__.keys()) == tuple(places.keys() for places in before)
+    assert wrapper.forward == before[0].get("forward", wrapper.forward)
+
+
+def test_the_users_patch_survives_an_occasion_within_wrappers():
+    model = patch(lora("q_proj"), loss="focal")
+    seam, objective = seam_of(model), model.loss_function
+    with patched(model, always=True):
+        assert type(model(input_ids=batch()[0]).logits) is LazyLogits
+    compare(model)
+    assert seam_of(model) is seam and model.loss_function is objective and seam.streamed == 0
 
 
 @pytest.mark.parametrize("patched_first", [False, True])
@@ -387,6 +455,40 @@ def test_trainer_with_metrics(preprocess, smoothing, tmp_path):
         assert seam.materialized == 0, "the smoother calls the model without labels"
     else:  # argmax streams; without it the logits of three evaluation batches are gathered
         assert seam.materialized == (0 if preprocess else 3)
+
+
+def trained(model, tmp_path, callback, **options):
+    ids, labels = batch(rows=6)
+    arguments = TrainingArguments(
+        tmp_path, per_device_train_batch_size=2, max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+        logging_steps=1, save_strategy="no", seed=0,
+    )  # fmt: skip
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback], **options)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_callback_puts_the_users_patch_back(tmp_path):
+    model = patch(tiny(), loss="focal")
+    seam, objective = seam_of(model), model.loss_function
+    found = trained(model, tmp_path, PatchCallback())
+    assert found == pytest.approx(trained(tiny(), tmp_path, PatchCallback()), rel=1e-5), "cross-entropy, as asked for"
+    assert seam_of(model) is seam and model.loss_function is objective and seam.streamed == 0
+
+
+@pytest.mark.filterwarnings("default:PatchCallback")
+def test_the_callback_says_that_it_had_no_effect(tmp_path):
+    """A loss computed outside of the model gets its logits with `always`."""
+
+    def outside(out, labels, num_items_in_batch=None):
+        return F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    with pytest.warns(UserWarning, match="PatchCallback had no effect.*called without labels.*always=True"):
+        stock = trained(tiny(), tmp_path, PatchCallback(), compute_loss_func=outside)
+    model = tiny()
+    ours = trained(model, tmp_path, PatchCallback(always=True), compute_loss_func=outside)
+    assert ours == pytest.approx(stock, rel=1e-5)
 
 
 def test_the_loaded_model_of_a_saved_directory(tmp_path):

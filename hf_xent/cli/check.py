@@ -17,7 +17,11 @@ def check(
     tokens: Annotated[int, Option(help="Random tokens to compare on.", min=4)] = 24,
     as_json: Json = False,
 ) -> None:
-    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ."""
+    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ.
+
+    'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' what it allows; the
+    'exact' errors are those of both models with their heads in float64, where there is no noise.
+    """
     from .. import embedded
     from ..patching import compare
 
@@ -30,12 +34,10 @@ def check(
     else:
         table = Table(title=f"{model}", show_header=False)
         for name, value in found.as_dict().items():
-            table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+            table.add_row(name.replace("_", " "), literal(f"{value:.3g}" if isinstance(value, float) else str(value)))
         out.print(table)
-        times = found.materialized
-        lean = f"logits were materialized {times} times" if times else "without materializing logits"
         different = "[bold red]different[/]: do not patch this model, and report it"
-        out.print(f"[green]equal[/], {lean}" if found.equal else different)
+        out.print(f"[green]equal[/], {literal(found.way)}" if found.equal else different)
     if not found.equal:
         raise typer.Exit(1)
 

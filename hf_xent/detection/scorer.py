@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, next_token_labels
 from ..mode import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
-from ..patching import head_of, lazily, patch, seam_of, unpatch
+from ..patching import head_of, patched
 from . import scores as registry
 from .corpus import Corpus, fingerprint, frequencies, tracked
 
@@ -276,11 +276,6 @@ def lazy(*models: nn.Module) -> Iterator[None]:
     """Lazy logits, evaluation mode and no gradients for patched models and others, which are left as they were."""
     with torch.no_grad(), ExitStack() as stack:
         for model in models:
-            try:
-                seam_of(model)
-            except ValueError:
-                patch(model)
-                stack.callback(unpatch, model)
             stack.enter_context(evaluating(model))
-            stack.enter_context(lazily(model))
+            stack.enter_context(patched(model, always=True))
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from ..ops import Stats
 from ..ops.rows import token_ids
+
+_ADDING = Lock()  # replicas of a model add to one seam from threads of their own
 
 
 @dataclass
@@ -21,11 +24,22 @@ class Seam:
     tail: float = 0.0  # relative error allowed to the loss's gradient by logits
     streamed: int = 0  # consumers answered without logits
     materialized: int = 0  # dense tensors made
+    bypassed: int = 0  # calls for a loss, or in training, in which the head made its logits at once
+    reason: str = ""  # why it did so, the last time; also where torch.compile traced the call, which cannot be counted
     training: bool = True  # the model's mode in its last forward
     sums: dict[bool, dict[str, Tensor]] = field(default_factory=dict)  # by mode, over tokens since the last `take`
 
     def record(self, stats: Stats) -> None:
         """Count a streamed consumer, and add its tokens to the sums if anything is observed."""
+        with _ADDING:
+            self._record(stats)
+
+    def bypass(self, reason: str) -> None:
+        """Count a call that made its logits at once."""
+        with _ADDING:
+            self.bypassed, self.reason = self.bypassed + 1, reason
+
+    def _record(self, stats: Stats) -> None:
         self.streamed += 1
         if not self.observe:
             return
@@ -35,7 +49,9 @@ class Seam:
         if "top" in stats.values:
             found["correct"] = stats.is_top1.sum()
         before = self.sums.get(self.training, {})
-        self.sums[self.training] = {name: value + before.get(name, 0) for name, value in found.items()}
+        for name in found.keys() & before.keys():
+            found[name] = before[name] + found[name].to(before[name].device)  # replicas lie on several devices
+        self.sums[self.training] = found
 
     def take(self, *, training: bool = True) -> dict[str, Tensor]:
         """The sums over tokens seen in that mode since the last call: tokens, nll, entropy, correct."""

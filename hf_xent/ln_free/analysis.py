@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..mode import measuring
-from ..patching import head_of, lazily, patch, unpatch
+from ..patching import head_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
 from .tokens import Tokens
@@ -118,17 +118,13 @@ def _change(before: float, after: float) -> float:
 @contextmanager
 def _measuring(model: Any) -> Iterator[None]:
     """In evaluation mode, attention weights computed, logits lazy, without a trainer's autocast; then as before."""
-    attention, patched = model.config._attn_implementation, "_hf_xent" in model.__dict__
+    attention = model.config._attn_implementation
     with measuring(model):
         model.set_attn_implementation("eager")
-        if not patched:
-            patch(model)
         try:
-            with lazily(model):
+            with patched(model, always=True):
                 yield
         finally:
-            if not patched:
-                unpatch(model)
             model.set_attn_implementation(attention)
 
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..losses import Loss
-from ..patching import patch, unpatch
+from ..patching import patched, seam_of
 
 
 class PatchCallback(TrainerCallback):
     """Patches the model of any `transformers.Trainer` (TRL's included) for as long as it trains; arguments as `patch`.
 
     trainer.add_callback(hf_xent.PatchCallback())
+
+    Warns at the end if no loss was computed without logits, and says why.
     """
 
     def __init__(self, loss: str | Loss | None = None, **options: Any):
         self.loss, self.options = loss, options
+        self._training = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Patch the model. Raises: as `patch`."""
-        patch(kwargs["model"], self.loss, **self.options)
+        self._training.close()  # a training that failed has not ended
+        self._training.enter_context(patched(kwargs["model"], self.loss, **self.options))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was."""
-        model: nn.Module = kwargs["model"]
-        unpatch(model)
+        seam = seam_of(kwargs["model"])
+        if seam.reason and not seam.streamed:
+            warnings.warn(f"PatchCallback had no effect: {seam.reason}", stacklevel=2)
+        self._training.close()
