@@ -54,12 +54,14 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
         bars = {arm: progress.add_task(name, total=run.steps, phase="starting") for arm, name in names.items()}
 
         def report(arm: str, news: int | str) -> None:
-            if isinstance(news, int):
-                progress.update(bars[arm], completed=news)
+            shown = {"completed": news} if isinstance(news, int) else {"phase": news}
+            progress.update(bars[arm], **shown)
+            if err.is_terminal:
                 return
-            progress.update(bars[arm], phase=news)
-            if not err.is_terminal:  # where no bar can be drawn
+            if isinstance(news, str):  # lines where no bar can be drawn
                 err.print(f"{names[arm]}: {news}", highlight=False)
+            elif news and news % max(1, run.steps // 5) == 0:
+                err.print(f"{names[arm]}: {news} of {run.steps} steps", highlight=False)
 
         if compare:
             with quiet_loading():
