@@ -30,6 +30,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links that lead to benchmarks/results in the repository lead to the site's results/."""
+    return re.sub(r"\]\(\.\./((?:\.\./)*)benchmarks/results/", r"](\1results/", markdown)
+
+
 def results(pattern: str) -> list[Path]:
     """What was measured, committed."""
     return sorted((ROOT / "benchmarks" / "results").glob(pattern))

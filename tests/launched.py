@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in test_launch.py: trains a tiny model stock and patched, and writes both histories."""
+"""Run by `accelerate launch` in test_launch.py: trains tiny models stock and patched, and writes both histories."""
 
 import json
 import os
@@ -64,8 +64,11 @@ def history(patched, folder, options):
 
 
 def main():
-    out, options = sys.argv[1], json.loads(sys.argv[2])
-    found = [history(patched, f"{out}.d", dict(options)) for patched in (False, True)]
+    out, runs = sys.argv[1], json.loads(sys.argv[2])
+    found = {
+        name: [history(patched, f"{out}.d", dict(options)) for patched in (False, True)]
+        for name, options in runs.items()
+    }
     if not dist.is_initialized() or dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(found, file)

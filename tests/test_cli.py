@@ -1,16 +1,23 @@
 """hf-xent: every command, its JSON, its errors in one line, its help."""
 
 import json
+import os
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import tiny, tiny_tokenizer
+from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 from hf_xent import cli, comparison
+from hf_xent.cli.arms import PATCHED, STOCK, Run, fit
+from hf_xent.cli.quiet import quiet_loading
 
 runner = CliRunner()
+PHASES = ("loading the libraries", "loading the model", "reading the text", "evaluating", "training")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
@@ -79,13 +86,51 @@ def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
     assert again == pytest.approx(losses, rel=1e-5)
 
 
-def test_compare_runs_both_and_they_agree(model_folder, text_file, tmp_path):
+def test_compare_runs_both_and_they_agree(model_folder, text_file, tmp_path, capfd):
     result = small_run(model_folder, text_file, tmp_path, "--compare")
+    assert capfd.readouterr().err == "", "the arms' processes and the libraries in them have nothing to say"
+    assert all(f"{arm}: {phase}" in result.stderr for arm in ("stock", "hf_xent") for phase in PHASES)
     summary = json.loads(result.stdout)
     assert set(summary["runs"]) == {"stock", "hf_xent"} and summary["largest_loss_difference"] < 1e-3
     assert not (tmp_path / "model.safetensors").exists()
     outcomes = json.loads((tmp_path / "results.json").read_text())["outcomes"]
     assert "entropy" in outcomes[1]["logs"][0] and "entropy" not in outcomes[0]["logs"][0]
+
+
+def test_adapters_and_checkpointing(model_folder, text_file, tmp_path):
+    """Both losses train the same adapters, and computing activations again changes nothing but the work."""
+    from peft import PeftConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    forwards = {False: 0, True: 0}
+    run = Run(model=str(model_folder), dataset=str(text_file), steps=3, batch_size=2, block_size=16, lora=2, save=False)
+    stock = fit(replace(run, output=str(tmp_path / "stock")), STOCK)
+    for again in forwards:
+
+        def count(module, *_, again=again):
+            forwards[again] += isinstance(module, LlamaAttention)
+
+        with register_module_forward_pre_hook(count):
+            saved = replace(run, gradient_checkpointing=again, save=True, learning_rate=1e-2, output=str(tmp_path))
+            ours = fit(saved, PATCHED)
+            alike = fit(replace(saved, learning_rate=run.learning_rate, save=False), PATCHED)
+        assert alike.losses == pytest.approx(stock.losses, rel=1e-5)
+        assert ours.losses[-1] < ours.losses[0] and ours.eval_after < ours.eval_before
+    layers, steps = 2, 2 * run.steps
+    assert forwards[True] - forwards[False] == layers * steps, "one forward more of each layer and step"
+    assert PeftConfig.from_pretrained(tmp_path).r == 2 and not (tmp_path / "model.safetensors").exists()
+    moved = [p for n, p in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters() if "lora_B" in n]
+    assert len(moved) == 7 * layers and all(p.any() for p in moved)
+
+
+def test_real_warnings_are_heard_while_libraries_load(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with pytest.warns(UserWarning, match="of substance"), quiet_loading():
+        assert os.environ["TQDM_DISABLE"] == "1"
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("of substance", UserWarning, stacklevel=1)
+    assert "TQDM_DISABLE" not in os.environ
 
 
 def test_an_arm_that_fails_is_reported(model_folder, tmp_path):

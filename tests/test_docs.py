@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the tests, a tiny model on disk
+FOLDERS = ("docs", "benchmarks", "examples", "model_cards")
+WRITTEN = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
 
 
@@ -58,6 +60,13 @@ def test_the_loss_that_is_added_is_what_it_says(folder, monkeypatch):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(gradients(found, p), gradients(expected, p))
     assert names["loss"].isfinite()
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_pictures_are_in_the_repository(page):
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)]
+    assert [link for link in inside if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.slow

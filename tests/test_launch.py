@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,28 +23,39 @@ import hf_xent
 TESTS = Path(__file__).parent
 # accelerate's own CPU launcher wants MPI; its GPU launcher is torchrun, and `use_cpu` keeps the ranks on the CPU
 DDP = "--multi_gpu"
-LAUNCHES = {
-    "DDP": (DDP, {}),
-    "DDP, unused parameters looked for": (DDP, {"unused": True}),
-    "DDP, a rank without labels": (DDP, {"silent": True}),
-    "DDP, bf16": (f"{DDP} --mixed_precision bf16", {}),
+LAUNCHES = {  # flags of the launcher -> what is trained under them, one after the other
+    DDP: {
+        "DDP": {},
+        "DDP, unused parameters looked for": {"unused": True},
+        "DDP, a rank without labels": {"silent": True},
+    },
+    f"{DDP} --mixed_precision bf16": {"DDP, bf16": {}},
 }
+CASES = [(flags, name) for flags, runs in LAUNCHES.items() for name in runs]
 
 
-def launch(flags, options, folder):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
-    command += [*flags.split(), str(TESTS / "launched.py"), str(folder / "out.json"), json.dumps(options)]
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    found = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=folder)
-    assert found.returncode == 0, found.stderr[-4000:]
-    return json.loads((folder / "out.json").read_text())
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Histories under a launcher's flags, by name: each launch takes seconds to begin, so that it makes several."""
+
+    @cache
+    def launch(flags):
+        folder = tmp_path_factory.mktemp("launched")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+        command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
+        command += [*flags.split(), str(TESTS / "launched.py"), str(folder / "out.json"), json.dumps(LAUNCHES[flags])]
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path}
+        found = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
+        assert found.returncode == 0, found.stderr[-4000:]
+        return json.loads((folder / "out.json").read_text())
+
+    return launch
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_training_on_two_ranks_equals_stock(name, tmp_path):
-    flags, options = LAUNCHES[name]
-    stock, ours = launch(flags, options, tmp_path)
+@pytest.mark.parametrize(("flags", "name"), CASES, ids=[name for _, name in CASES])
+def test_training_on_two_ranks_equals_stock(flags, name, launched):
+    stock, ours = launched(flags)[name]
     assert ours["class"] == stock["class"] == "DistributedDataParallel"
     rel = 2e-2 if "bf16" in name else 1e-4  # rounding of sums in bfloat16, four optimizer steps later
     for mine, theirs in zip(ours["logs"], stock["logs"], strict=True):

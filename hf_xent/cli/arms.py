@@ -10,9 +10,12 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from .quiet import quiet_loading
 
 STOCK, PATCHED = "stock", "hf_xent"
 
@@ -38,6 +41,16 @@ class Run:
     accumulation: int = _option(1, "Forward passes per optimizer step.", min=1)
     block_size: int = _option(192, "Tokens per block.", min=2)
     learning_rate: float = _option(2e-5, "Peak learning rate of AdamW, decayed linearly.")
+    lora: int = _option(
+        0,
+        "Rank of LoRA adapters on all linear layers but the head, the rest frozen; 0 trains all weights.",
+        min=0,
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "Compute each layer's activations again in the backward pass instead of keeping them.",
+        flags=("--gradient-checkpointing",),
+    )
     eval_blocks: int = _option(4, "Blocks held out for evaluation.", min=1)
     seed: int = _option(0, "Seed of batches, dropout and everything else.")
     dtype: str = _option("float32", "float32, bfloat16 or float16.")
@@ -72,32 +85,28 @@ class Outcome:
         return max(self.memory)
 
 
-def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcome:
-    """Train in this process. `turn(step)` is called before each step and may wait."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
-
-    from .. import embedded
-    from ..trainers import XentConfig, XentTrainer
-
-    set_seed(run.seed)
-    model, tokenizer = embedded.load(run.model, dtype=run.dtype)
-    train, held_out = _data(run, tokenizer)
-    common = _arguments(run)
-    watch = _watch(turn)
-    options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "callbacks": [watch]}
-    if arm == PATCHED:
-        config = XentConfig(**common, loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
-        trainer: Trainer = XentTrainer(model, config, processing_class=tokenizer, **options)
-    else:
-        trainer = Trainer(model, TrainingArguments(**common), processing_class=tokenizer, **options)
-    trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
-    checkpoint = _checkpoint(run)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=checkpoint)
-    after = trainer.evaluate()["eval_loss"]
-    if run.save:
-        trainer.save_model(run.output)
-        trainer.create_model_card(dataset=run.dataset)
+def fit(
+    run: Run,
+    arm: str,
+    turn: Callable[[int], None] = lambda step: None,
+    say: Callable[[str], None] = lambda phase: None,
+) -> Outcome:
+    """Train in this process. `turn(step)` is called before each step and may wait; `say(phase)` when a phase begins."""
+    with quiet_loading():
+        say("loading the libraries")
+        trainer, watch = _trainer(run, arm, say), _watch(turn)
+        trainer.add_callback(watch)
+        checkpoint = _checkpoint(run)
+        say("evaluating")
+        before = trainer.evaluate()["eval_loss"]
+        say("training")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        say("evaluating")
+        after = trainer.evaluate()["eval_loss"]
+        if run.save:
+            say("saving")
+            trainer.save_model(run.output)
+            trainer.create_model_card(dataset=run.dataset)
     return Outcome(
         arm=arm,
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -110,8 +119,45 @@ def fit(run: Run, arm: str, turn: Callable[[int], None] | None = None) -> Outcom
     )
 
 
-def side_by_side(run: Run, report: Callable[[str, int], None] | None = None) -> list[Outcome]:
-    """The run under the stock loss and under ours, step by step in turn; `report(arm, step)` follows them.
+def _trainer(run: Run, arm: str, say: Callable[[str], None]) -> Any:
+    """The trainer of an arm, with model and text."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    from .. import embedded
+    from ..trainers import XentConfig, XentTrainer
+
+    say("loading the model")
+    set_seed(run.seed)
+    model, tokenizer = embedded.load(run.model, dtype=run.dtype)
+    if run.lora:
+        model = _adapted(model, run.lora)
+    say("reading the text")
+    train, held_out = _data(run, tokenizer)
+    options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
+    if arm == PATCHED:
+        config = XentConfig(**_arguments(run), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
+        trainer: Trainer = XentTrainer(model, config, **options)
+    else:
+        trainer = Trainer(model, TrainingArguments(**_arguments(run)), **options)
+    trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
+    return trainer
+
+
+def _adapted(model: Any, rank: int) -> Any:
+    """The model with everything frozen but LoRA adapters of this rank."""
+    from peft import LoraConfig, get_peft_model
+
+    # all linear layers but the output embedding; the strength alpha / rank = 2 of PEFT's own examples
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+Report = Callable[[str, int | str], None]
+"""`report(arm, step)` before a step, `report(arm, phase)` when a phase begins."""
+
+
+def side_by_side(run: Run, report: Report = lambda arm, news: None) -> list[Outcome]:
+    """The run under the stock loss and under ours, step by step in turn; `report` follows them.
 
     Raises: RuntimeError with the message of an arm that failed.
     """
@@ -124,7 +170,7 @@ def side_by_side(run: Run, report: Callable[[str, int], None] | None = None) -> 
         theirs.close()
         processes.append(process)
     try:
-        outcomes = _conduct(run, pipes, report or (lambda arm, step: None))
+        outcomes = _conduct(pipes, report)
         for process in processes:  # let them clean up after themselves
             process.join(timeout=30)
         return outcomes
@@ -134,20 +180,27 @@ def side_by_side(run: Run, report: Callable[[str, int], None] | None = None) -> 
             process.join()
 
 
-def _conduct(run: Run, pipes: dict[str, Any], report: Callable[[str, int], None]) -> list[Outcome]:
+def _conduct(pipes: dict[str, Any], report: Report) -> list[Outcome]:
     """Nobody steps while another does: an arm's next message comes before the next arm may go."""
-    messages = {arm: _receive(arm, pipe) for arm, pipe in pipes.items()}
+    messages: dict[str, tuple[str, Any]] = {}
+    while len(messages) < len(pipes):  # they load at the same time, and whoever has news is heard
+        for arm, pipe in pipes.items():
+            if arm not in messages and pipe in wait([p for a, p in pipes.items() if a not in messages]):
+                _hear(arm, pipe, messages, report)
     while any(kind == "step" for kind, _ in messages.values()):
         for arm, pipe in pipes.items():
             kind, step = messages[arm]
             if kind == "step":
                 report(arm, step)
                 pipe.send("go")
-                messages[arm] = _receive(arm, pipe)
+                del messages[arm]
+                while arm not in messages:
+                    _hear(arm, pipe, messages, report)
     return [Outcome(**messages[arm][1]) for arm in pipes]
 
 
-def _receive(arm: str, pipe: Any) -> tuple[str, Any]:
+def _hear(arm: str, pipe: Any, messages: dict[str, tuple[str, Any]], report: Report) -> None:
+    """One message of an arm: a phase is passed on, a step or an outcome is kept."""
     try:
         kind, value = pipe.recv()
     except EOFError:
@@ -156,24 +209,24 @@ def _receive(arm: str, pipe: Any) -> tuple[str, Any]:
         ) from None
     if kind == "error":
         raise RuntimeError(f"the {arm} run failed: {value}")
-    return kind, value
+    if kind == "phase":
+        report(arm, value)
+    else:
+        messages[arm] = (kind, value)
 
 
 def _arm(run: Run, arm: str, pipe: Any) -> None:
     """The life of one process."""
+    from ..bench.memory import return_large_blocks
+
+    return_large_blocks()
 
     def turn(step: int) -> None:
         pipe.send(("step", step))
         pipe.recv()
 
     try:
-        from datasets import disable_progress_bars
-        from transformers.utils import logging
-
-        disable_progress_bars()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        pipe.send(("outcome", asdict(fit(run, arm, turn))))
+        pipe.send(("outcome", asdict(fit(run, arm, turn, lambda phase: pipe.send(("phase", phase))))))
     except Exception as error:  # whatever it is, the command has to tell
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 
@@ -212,8 +265,14 @@ def _data(run: Run, tokenizer: Any) -> tuple[Any, Any]:
 
 def _arguments(run: Run) -> dict[str, Any]:
     import torch
+    from transformers import TrainingArguments
 
+    # transformers 5.23 names it anew; older ones know the old name alone
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {
+        checkpointing: run.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False} if run.gradient_checkpointing else None,
         "output_dir": run.output,
         "max_steps": run.steps,
         "per_device_train_batch_size": run.batch_size,
@@ -231,7 +290,7 @@ def _arguments(run: Run) -> dict[str, Any]:
     }
 
 
-def _watch(turn: Callable[[int], None] | None) -> Any:
+def _watch(turn: Callable[[int], None]) -> Any:
     """A callback that waits for its turn, and reads time and memory of every optimizer step."""
     from transformers import TrainerCallback
 
@@ -243,8 +302,7 @@ def _watch(turn: Callable[[int], None] | None) -> Any:
             self.memory: list[int] = []
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if turn is not None:
-                turn(state.global_step)
+            turn(state.global_step)
             self.meter = PeakMemory(args.device).__enter__()
             self.start = time.perf_counter()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from typer import Option
 
 from .app import Json, check_dtype, err, out, prepare, print_json, takes
 from .arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
+from .quiet import quiet_loading
 
 
 @takes(Run)
@@ -52,14 +54,27 @@ def _check_run(run: Run) -> None:
 def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     """The run under a progress bar, or two of them."""
     with _progress() as progress:
+        names = {STOCK: STOCK, PATCHED: PATCHED} if compare else {PATCHED: run.loss}
+        bars = {arm: progress.add_task(name, total=run.steps, phase="starting") for arm, name in names.items()}
+
+        def report(arm: str, news: int | str) -> None:
+            shown = {"completed": news} if isinstance(news, int) else {"phase": news}
+            progress.update(bars[arm], **shown)
+            if err.is_terminal:
+                return
+            if isinstance(news, str):  # lines where no bar can be drawn
+                err.print(f"{names[arm]}: {news}", highlight=False)
+            elif news and news % max(1, run.steps // 5) == 0:
+                err.print(f"{names[arm]}: {news} of {run.steps} steps", highlight=False)
+
         if compare:
-            bars = {arm: progress.add_task(arm, total=run.steps) for arm in (STOCK, PATCHED)}
-            outcomes = side_by_side(run, lambda arm, step: progress.update(bars[arm], completed=step))
+            with quiet_loading():
+                outcomes = side_by_side(run, report)
         else:
-            bar = progress.add_task(run.loss, total=run.steps)
-            outcomes = [fit(run, PATCHED, lambda step: progress.update(bar, completed=step))]
+            tell = partial(report, PATCHED)
+            outcomes = [fit(run, PATCHED, turn=tell, say=tell)]
         for task in progress.task_ids:
-            progress.update(task, completed=run.steps)
+            progress.update(task, completed=run.steps, phase="done")
     return outcomes
 
 
@@ -86,6 +101,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[phase]}"),
     )
     return Progress(*columns, console=err)
 
@@ -119,6 +135,7 @@ def _summary(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
         )
         summary["step_time_ratio"] = statistics.median(b / a for a, b in pairs)
         summary["memory_saved_mib"] = (stock.peak - ours.peak) / 2**20
+        summary["memory_saved"] = 1 - ours.peak / stock.peak
     return summary
 
 
@@ -141,6 +158,7 @@ def _train_table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> 
         table.caption = (
             f"largest relative difference of the losses {summary['largest_loss_difference']:.1e}; step time"
             f" {summary['step_time_ratio']:.2f}x (median over pairs of steps);"
-            f" {summary['memory_saved_mib']:.0f} MiB saved"
+            f" {abs(summary['memory_saved_mib']):.0f} MiB ({abs(summary['memory_saved']):.0%})"
+            f" {'less' if summary['memory_saved'] >= 0 else 'more'} memory"
         )
     return table
