@@ -77,8 +77,8 @@ class Comparison:
 
     @property
     def lean(self) -> bool:
-        """Whether the loss was taken without logits: streamed, never materialized."""
-        return self.streamed > 0 and self.materialized == 0
+        """Whether the loss was taken without logits: streamed, never materialized nor made at once."""
+        return self.streamed > 0 and self.materialized == self.bypassed == 0
 
     @property
     def way(self) -> str:
@@ -87,7 +87,8 @@ class Comparison:
             return "without materializing logits"
         if self.materialized:
             return f"but logits were materialized {self.materialized} times"
-        return f"but nothing was streamed, a patch has no effect: {self.reason or 'the head was never called'}"
+        done = "logits were made as well" if self.streamed else "nothing was streamed"
+        return f"but {done}: {self.reason or 'the head was never called'}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and the verdicts, for JSON."""

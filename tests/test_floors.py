@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops",),
     1: ("losses", "auc", "data", "hub", "figures"),
-    2: ("lazy", "patching", "heads", "fused_head", "comparison", "mode"),
+    2: ("lazy", "patching", "calls", "heads", "fused_head", "comparison", "mode"),
     3: (
         *("trainers", "consistency", "study", "detection", "ln_free", "generation", "mirostat", "embedded"),
         "judging",
