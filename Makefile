@@ -28,7 +28,7 @@ endef
 venv: .venv/.stamp  ## set up .venv with the pinned versions (once; PYTHON=python3.12 for another Python)
 
 # A frozen model under adapters, activations computed again where they are needed: what is left to fill memory is the loss.
-DEMO = --lora 16 --gradient-checkpointing --batch-size 5 --block-size 512 --steps 10 --learning-rate 5e-4
+DEMO = --lora 16 --gradient-checkpointing --batch-size 6 --block-size 384 --steps 5 --learning-rate 5e-4
 
 demo: venv  ## fine-tune SmolLM2-135M with LoRA, stock and patched, and compare (ARGS=focal)
 	HF_HUB_OFFLINE=1 .venv/bin/hf-xent train --compare --output out/demo $(DEMO) $(ARGS)

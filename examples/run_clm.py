@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     metrics = trainer.evaluate()
     metrics["perplexity"] = math.exp(metrics["eval_loss"])
     trainer.log_metrics("eval", metrics)
+    trainer.accelerator.end_training()  # ranks part in order: one whose threads outlive Python's end may abort
     return metrics
 
 

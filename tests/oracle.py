@@ -169,8 +169,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if (
-                isinstance(tensor, Tensor) and tensor.dtype != torch.uint8
-            ):  # bytes: the interpreter copying its arguments
+            # meta tensors have no values, bytes are the interpreter copying its arguments
+            if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8 and not tensor.is_meta:
                 self.numel = max(self.numel, tensor.numel())
         return out

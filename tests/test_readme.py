@@ -1,5 +1,6 @@
 """The README is true: every Python block runs, every hf-xent command runs, its generated parts are as generated."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,8 @@ from hf_xent import cli, embedded
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+DEMO = re.search(r"^DEMO = (.*)$", MAKEFILE, re.MULTILINE).group(1)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # offline here: the same model out of the package
 SMALLER = {"train": ["--steps", "1", "--batch-size", "1", "--block-size", "16", "--eval-blocks", "1", "--no-save"]}
 SMALLER["bench"] = ["--tokens", "32", "--repeats", "1", "--contestants", "dense,hf_xent"]
@@ -43,11 +46,39 @@ def test_commands_run(line, tmp_path):
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path):
+    """`make demo`, one small step of it: adapters, activations computed again, both losses."""
+    smaller = [option for option in SMALLER["train"] if option != "--no-save"]
+    result = CliRunner().invoke(
+        cli.app, ["train", "--compare", *shlex.split(DEMO), *smaller, "--json", "--output", str(tmp_path)]
+    )
+    assert result.exit_code == 0, result.output
+    run = json.loads((tmp_path / "results.json").read_text())["run"]
+    assert run["lora"] and run["gradient_checkpointing"] and json.loads(result.stdout)["largest_loss_difference"] < 1e-4
+
+
+def test_the_numbers_of_the_demo_agree():
+    """What the text says of the table follows from it, and the demo shows what it is there for."""
+    shown = re.search(r"<!-- demo -->\n(.*?)<!-- /demo -->", README, re.DOTALL).group(1)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if line[:2] == "| "]
+    table = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
+    stock, ours = (int(table[arm]["peak memory"].removesuffix(" MiB")) for arm in ("stock", "hf_xent"))
+    assert f"{stock - ours} MiB less" in shown and f"{1 - ours / stock:.0%}" in shown and ours <= 0.6 * stock
+    assert {
+        name for name in table["stock"] if "loss" in name and table["stock"][name] != table["hf_xent"][name]
+    } == set()
+    steps, tokens = re.search(r"(\d+) steps of ([\d,]+) tokens", shown).groups()
+    given = dict(re.findall(r"--([a-z-]+) (\d+)", re.search(r"^DEMO = (.*)$", MAKEFILE, re.MULTILINE).group(1)))
+    assert given["steps"] == steps and int(given["batch-size"]) * int(given["block-size"]) == int(
+        tokens.replace(",", "")
+    )
+
+
 def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = {line.split()[1] for block in blocks("bash") for line in block.splitlines() if line.startswith("make")}
     assert targets == {"demo", "test"}
-    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert all(re.search(rf"^{target}:", MAKEFILE, re.MULTILINE) for target in targets)
 
 
 def test_table_of_losses_is_generated():

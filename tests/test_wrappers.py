@@ -288,13 +288,23 @@ def test_an_adapter_on_the_head_makes_nothing_as_large_as_the_logits():
     assert merged.grad is None and merged.numel() == vocabulary * 32
 
 
+def of_fsdp(calls):
+    """A hook from where FSDP's are; what it does with real ranks is in test_launch."""
+
+    def hook(gradient):
+        calls.append(gradient)
+
+    hook.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
+    return hook
+
+
 def test_views_and_hooks_of_wrappers_stream():
     """DDP's `find_unused_parameters` views the outputs as themselves, FSDP2 hooks their gradients."""
     model, (ids, labels) = tiny(), batch()
     expected = model(input_ids=ids).logits
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     logits, calls = patch(model, always=True)(input_ids=ids).logits, []
-    logits.register_hook(calls.append)
+    logits.register_hook(of_fsdp(calls))
     viewed = logits.view_as(logits)
     ours = F.cross_entropy(viewed[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(ours, loss)

@@ -227,6 +227,8 @@ def _arm(run: Run, arm: str, pipe: Any) -> None:
 
     try:
         pipe.send(("outcome", asdict(fit(run, arm, turn, lambda phase: pipe.send(("phase", phase))))))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # whoever listened is gone or going
     except Exception as error:  # whatever it is, the command has to tell
         pipe.send(("error", f"{type(error).__name__}: {error}"))
 

@@ -139,10 +139,13 @@ class LazyLogits(torch.Tensor):
         self.dense().retain_grad()
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
-        """Call `hook` with the gradient of these logits, as torch does; makes them dense unless a loss was computed
-        without them, when they have none (wrappers of models hook every output).
+        """Call `hook` with the gradient of these logits, as torch does, which makes them dense.
+
+        Not for FSDP, which hooks every output of a module to gather its weights: the head's are kept until the backward
+        anyway. Nor once a loss was computed without these logits, when there is no such gradient.
         """
-        if self.reads and not self.is_dense:
+        of_fsdp = str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.")
+        if not self.is_dense and (self.reads or of_fsdp):
             with torch._C.DisableTorchFunctionSubclass():
                 return super().register_hook(hook)
         return self.dense().register_hook(hook)
