@@ -21,6 +21,7 @@ def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
     left.set(xlabel="step", ylabel="loss (nats per token)", title="loss")
     right.set(xlabel="step", ylabel="peak memory of the step (MiB)", title="memory", ylim=(0, None))
     for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
     return save(figure, path)
