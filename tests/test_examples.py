@@ -14,6 +14,14 @@ import torch
 from models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+# Ranks whose threads outlive the interpreter may abort in its teardown, after all their work is done ("terminate called
+# without an active exception", torch's): launched scripts skip it, as tests/launched.py does.
+LAUNCHED = """import os, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)
+"""
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. "
 
 
@@ -24,6 +32,7 @@ def clm(tmp_path_factory):
     tiny(std=0.05).save_pretrained(folder / "model")
     tiny_tokenizer(TEXT).save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(TEXT[i % 9 :] for i in range(120)))
+    (folder / "launched.py").write_text(LAUNCHED)
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
 
@@ -31,7 +40,7 @@ def clm(tmp_path_factory):
         options = f"""--model_name_or_path model --train_file text.txt --output_dir {out} --block_size 16 --max_steps 4
             --learning_rate 1e-2 --per_device_train_batch_size {batch} --logging_steps 1 --report_to none
             --use_cpu True"""
-        command = [sys.executable, *launcher, str(script), *options.split()]
+        command = [sys.executable, *launcher, *(["launched.py"] if launcher else []), str(script), *options.split()]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         state = json.loads((folder / out / "checkpoint-4" / "trainer_state.json").read_text())
