@@ -353,8 +353,9 @@ def test_compiled_dense_and_real_activations() -> None:
     found = bench.run(config)
     status = {row.contestant: row.status for row in found}
     assert len(found) == 3 and status["dense"] == status["hf_xent"] == "ok"
-    # whether what torch compiles stays within twice dense's errors differs between CPUs, and is not ours to promise
-    assert status["dense compiled"] in ("ok", "wrong") and named(found, "dense compiled").hidden_error < 1e-3
+    # whether what torch compiles is right differs between CPUs (with AVX2 alone it can be far off): the gate says so
+    compiled = named(found, "dense compiled")
+    assert compiled.status in ("ok", "wrong") and (compiled.time_ms is not None) == (compiled.status == "ok")
     assert (found[0].N, found[0].V, found[0].D, found[0].source) == (64, 49152, 576, "smollm2 on pydoc")
     assert named(found, "hf_xent").peak_ratio < named(found, "dense").peak_ratio
 
