@@ -630,10 +630,9 @@ def test_cli_scores_generated_with_two_models(folder):
     assert "blind" not in result.stdout and (folder / "s.png").exists()
 
 
-def test_cli_goes_on_where_it_stopped(folder, monkeypatch):
-    command = ("detect", "members", folder / "texts.jsonl", "--model", folder / "model", "--output", folder / "s.csv")
-    command = (*command, "--batch-size", 1, "--scores", "loss")
-    calls, whole, others = [], TextScorer.__call__, threading.enumerate()
+def interrupted_at_the_third(monkeypatch):
+    """Has the third call of any scorer interrupted; returns how many texts each call had, as they come."""
+    calls, whole = [], TextScorer.__call__
 
     def interrupted(self, texts):
         calls.append(len(texts))
@@ -642,6 +641,13 @@ def test_cli_goes_on_where_it_stopped(folder, monkeypatch):
         return whole(self, texts)
 
     monkeypatch.setattr(TextScorer, "__call__", interrupted)
+    return calls
+
+
+def test_cli_goes_on_where_it_stopped(folder, monkeypatch):
+    command = ("detect", "members", folder / "texts.jsonl", "--model", folder / "model", "--output", folder / "s.csv")
+    command = (*command, "--batch-size", 1, "--scores", "loss")
+    calls, others = interrupted_at_the_third(monkeypatch), threading.enumerate()
     assert invoke(*command).exit_code != 0 and not (folder / "s.csv").exists()
     ours = [thread for thread in threading.enumerate() if thread not in others]
     # the thread that follows the loop is waited for; the one that draws ends by itself
@@ -658,15 +664,12 @@ def test_cli_goes_on_where_it_stopped(folder, monkeypatch):
 @pytest.mark.parametrize("changed", ["model", "tokenizer", "texts"])
 def test_cli_begins_anew_where_what_lies_at_a_path_is_another(changed, folder, monkeypatch):
     command = ("detect", "members", folder / "texts.jsonl", "--model", folder / "model", "--output", folder / "s.csv")
-    calls, whole, model, tokenizer, texts = [], TextScorer.__call__, tiny(std=0.05), tiny_tokenizer(), [*TEXTS, ""]
-
-    def interrupted(self, texts):
-        calls.append(len(texts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return whole(self, texts)
-
-    monkeypatch.setattr(TextScorer, "__call__", interrupted)
+    calls, model, tokenizer, texts = (
+        interrupted_at_the_third(monkeypatch),
+        tiny(std=0.05),
+        tiny_tokenizer(),
+        [*TEXTS, ""],
+    )
     assert invoke(*command, "--batch-size", 1, "--scores", "loss").exit_code != 0
     if changed == "model":
         model = tiny(std=0.06)
