@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, mean_squared_error
+from torch.nn import functional as F
 
 from hf_xent import data, generation
 
@@ -55,8 +56,10 @@ def judged(trainer: Any) -> dict[str, float]:
     for batch in trainer.get_eval_dataloader():
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         tensors = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        chosen, rejected = trainer.model(**tensors, labels=labels, fused_lm_head=True).log_probs.sum(1).chunk(2)
-        delta = chosen - batch["ref_chosen_logps"] - rejected + batch["ref_rejected_logps"]
+        logits = trainer.model(**tensors).logits[:, :-1]
+        nll = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none").view_as(labels[:, 1:])
+        chosen, rejected = nll.sum(1).chunk(2)
+        delta = rejected - batch["ref_chosen_logps"] - chosen + batch["ref_rejected_logps"]
         z += (trainer.args.beta * delta).tolist()
     truth, margin = torch.tensor(trainer.eval_dataset["preference_prob"]), torch.tensor(z)
     clear = truth != 0.5

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import datasets
 import transformers
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 import hf_xent  # hf_xent: the first line
@@ -56,9 +57,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     metrics = trainer.evaluate()
     metrics["perplexity"] = math.exp(metrics["eval_loss"])
     trainer.log_metrics("eval", metrics)
-    trainer.accelerator.end_training()  # ranks part in order: one whose threads outlive Python's end may abort
     return metrics
 
 
 if __name__ == "__main__":
     main()
+    # Ranks part in order, and after the trainer has gone: a process group that its model lets go of last waits for a
+    # thread which may wait for Python, and one that outlives Python's end may abort.
+    PartialState().destroy_process_group()

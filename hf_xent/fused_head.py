@@ -103,7 +103,10 @@ class FusedCall:
 
     def answer(self, output: Any) -> Any:
         """TRL's output from the model's own."""
-        from trl.trainer.utils import FusedCausalLMOutput  # whoever calls so has TRL
+        try:
+            from trl.trainer.utils import FusedCausalLMOutput
+        except ImportError as error:
+            raise ImportError("fused_lm_head is True, an output of TRL's: install TRL 1.16 or newer") from error
 
         logits, labels = output.logits, self.labels.to(output.logits.device)
         if self.shift:

@@ -194,8 +194,9 @@ def test_spo_dpo_compares_all_arms(tmp_path, monkeypatch, model):
     truth = torch.tensor(example["pairs"](8, 0, held_out=True)["preference_prob"])
     control = found[example["CONTROL"]][0]
     assert control["squared error"] == pytest.approx((truth - 0.5).square().mean().item(), rel=1e-4)
-    assert control["margin size"] == pytest.approx(0, abs=1e-7)
-    assert all(row[0]["margin size"] > 1e-6 for arm, row in found.items() if arm != example["CONTROL"])
+    assert control["margin size"] < 4e-5  # 0.3 times differences of sums of 500 nats, each known to 6e-5
+    trained = [row[0]["margin size"] for arm, row in found.items() if arm != example["CONTROL"]]
+    assert min(trained) > 2 * control["margin size"]
 
 
 def test_noisy_preferences_holds_topics_out():

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from models import V, batch, tiny
+from transformers import WatermarkingConfig
 
 from hf_xent.generation import distinct, features, mauve, repetition, responses, sample, temperature_at, temperature_of
 from hf_xent.ops import Head
@@ -40,7 +41,7 @@ def test_samples_follow_the_model_and_leave_the_generator_alone():
         {"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}, {"top_h": 0.1}, {"typical_p": 0.1}, {"num_beams": 3},
         {"repetition_penalty": 9.0}, {"no_repeat_ngram_size": 1}, {"suppress_tokens": list(range(40))},
         {"prompt_lookup_num_tokens": 3}, {"min_new_tokens": 12}, {"stop_strings": ["a"]}, {"max_time": 0.0},
-        {"watermarking_config": {"bias": 9.0}},
+        {"watermarking_config": WatermarkingConfig(bias=9.0)},
     ],
 )  # fmt: skip
 def test_samples_do_not_go_by_the_model_s_generation_configuration(own):

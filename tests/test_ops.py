@@ -958,7 +958,7 @@ def test_labels_of_any_integer_dtype(dtype):
     found = linear_cross_entropy(hidden, weight, narrow, class_weight=class_weight)
     torch.testing.assert_close(found, F.cross_entropy(logits, labels, class_weight))
     kept = labels >= 0  # and an ignore_index that the dtype can hold
-    found = linear_cross_entropy(hidden[kept], weight, narrow[kept], ignore_index=3)
+    found = linear_cross_entropy(hidden[kept], weight, labels[kept].to(dtype), ignore_index=3)
     torch.testing.assert_close(found, F.cross_entropy(logits[kept], labels[kept], ignore_index=3))
 
 
