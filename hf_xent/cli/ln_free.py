@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, out, print_json
+from .app import Json, check_dtype, err, out, print_json
 
 app = typer.Typer(help="Models without LayerNorm: convert, verify, report.", no_args_is_help=True)
 MODEL_HELP = "Path (or Hub id) of a causal LM whose norms were removed, in any form."
@@ -35,8 +35,7 @@ def convert(
 
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype!r}: choose float32, bfloat16 or float16")
+    check_dtype(dtype)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
     kind = getattr(torch, dtype)
@@ -65,6 +64,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that nothing normalizes, and that KV cache and padding change nothing; exit code 1 if not."""
+    check_dtype(dtype, "auto")
     from ..ln_free.convert import load
     from ..ln_free.verification import verify as run
 
@@ -97,6 +97,7 @@ def report(
     from .. import data
     from ..ln_free import Report, analyze
     from ..ln_free.convert import load
+    from ..mode import check_room
 
     found = {}
     tokenizer = load(model)[1]
@@ -107,7 +108,9 @@ def report(
     for name, source in (("original", original), ("vanilla", vanilla), ("LN-free", model)):
         if source is not None:
             with err.status(f"analyzing {source}"):
-                found[name] = analyze(load(source, torch.float32)[0], blocks)
+                loaded = load(source, torch.float32)[0]
+                check_room(loaded, blocks.shape[1], "length")
+                found[name] = analyze(loaded, blocks)
     made = Report(found)
     page = made.save(output)
     if as_json:
