@@ -78,7 +78,7 @@ class Mirostat(LogitsProcessor):
     ):
         given: dict[str, Any] = {"target": target, "rate": rate, "temperature": temperature}
         for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} is {value!r}: choose a positive number")
         if isinstance(version, bool) or version not in (1, 2) or surprise not in ("full", "truncated"):
             raise ValueError(

@@ -23,7 +23,10 @@ def convert(
         str,
         Option(help="'eps-trick', which stock classes load, or 'true': no norms at all, with a class of its own."),
     ] = "true",
-    eps: Annotated[float, Option(help="Of the trick: 1e12 as in the released models; 1e6 fits into float16.")] = 1e12,
+    eps: Annotated[
+        float | None,
+        Option(help="Of the trick: 1e12 as in the released models; 1e6 fits into float16 [default: 1e12]."),
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Json = False,
 ) -> None:
@@ -35,6 +38,8 @@ def convert(
 
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
+    if to == "true" and eps is not None:
+        raise ValueError(f"eps is {eps}, which a true model does not have: leave it out")
     check_dtype(dtype)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
@@ -46,7 +51,7 @@ def convert(
             made = (loaded if true else forms.to_true(loaded)).to(kind)
         else:
             source = loaded if true or forms.form_of(loaded) == "removable" else forms.to_true(loaded)
-            made = forms.to_eps_trick(source, eps, kind)
+            made = forms.to_eps_trick(source, 1e12 if eps is None else eps, kind)
         error, size = forms.parity(loaded, made)
         save(made, tokenizer, output)
     summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
@@ -97,7 +102,6 @@ def report(
     from .. import data
     from ..ln_free import Report, analyze
     from ..ln_free.convert import load
-    from ..mode import check_room
 
     found = {}
     tokenizer = load(model)[1]
@@ -108,9 +112,7 @@ def report(
     for name, source in (("original", original), ("vanilla", vanilla), ("LN-free", model)):
         if source is not None:
             with err.status(f"analyzing {source}"):
-                loaded = load(source, torch.float32)[0]
-                check_room(loaded, blocks.shape[1], "length")
-                found[name] = analyze(loaded, blocks)
+                found[name] = analyze(load(source, torch.float32)[0], blocks)
     made = Report(found)
     page = made.save(output)
     if as_json:

@@ -83,6 +83,8 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
 
     Raises: ValueError for a missing column, a tokenizer without EOS, block_size < 2, or fewer than 2 tokens in all.
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"dataset is a {type(dataset).__name__}: pass a Dataset, whose rows are all there")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}: a block needs 2 tokens, one to read and one to predict")
     if tokenizer.eos_token_id is None:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mode import measuring
+from ..mode import check_room, measuring
 from ..patching import head_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
@@ -75,13 +75,14 @@ class Analysis:
 def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3) -> Analysis:
     """Measure a causal LM, its norms in whatever form, on token ids [N, T] without padding; leaves it as it was.
 
-    Raises: ValueError for sequences of fewer than 3 tokens, a model whose final norm is neither a LayerNorm nor an
-    RMSNorm, or one that overflows in every sequence.
+    Raises: ValueError for sequences of fewer than 3 tokens or more than the model has positions for, a model whose
+    final norm is neither a LayerNorm nor an RMSNorm, or one that overflows in every sequence.
     """
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 3:
         raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with N >= 1 and T >= 3")
     if batch_size < 1 or neurons < 0:
         raise ValueError(f"batch_size is {batch_size} and neurons {neurons}: choose at least 1 and 0")
+    check_room(model, blocks.shape[1], "length")
     with _measuring(model):
         anatomy = Anatomy.of(model)
         given = blocks.to(next(model.parameters()).device)
