@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..mode import check_room, measuring
-from ..patching import head_of, patched
+from ..patching import head_of, inner_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
 from .tokens import Tokens
@@ -123,10 +123,33 @@ def _measuring(model: Any) -> Iterator[None]:
     with measuring(model):
         model.set_attn_implementation("eager")
         try:
-            with patched(model, always=True):
+            with _merged(model), patched(model, always=True):
                 yield
         finally:
             model.set_attn_implementation(attention)
+
+
+@contextmanager
+def _merged(model: nn.Module) -> Iterator[None]:
+    """In here the adapters of linear layers are in their weights, which are what they were afterwards, bit for bit."""
+    embedded: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
+    layers: list[Any] = [
+        m
+        for m in model.modules()
+        if type(getattr(m, "base_layer", None)) in (nn.Linear, Conv1D)
+        and not (m.merged or m.disable_adapters)
+        and m.base_layer.weight is not getattr(embedded, "weight", None)  # a tied head's, which both would take
+    ]
+    before = [{name: p.detach().clone() for name, p in m.base_layer.named_parameters()} for m in layers]
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer, kept in zip(layers, before, strict=True):
+            layer.unmerge()
+            for name, p in layer.base_layer.named_parameters():
+                p.data.copy_(kept[name])  # subtracting an adapter leaves rounding
 
 
 @dataclass(frozen=True)
@@ -146,8 +169,11 @@ class Anatomy:
         attentions: list[tuple[nn.Module, nn.Module]] = []
         last: list[tuple[nn.Module, Tensor, Tensor]] = []
 
+        adapted = [m for m in model.modules() if getattr(m, "base_layer", None) is head]
+        parts = {head, *(part for m in adapted for part in m.modules())}
+
         def watch(module: nn.Module, args: Any, output: Any) -> None:
-            if module is head:
+            if module in parts:
                 return
             if isinstance(module, (nn.Linear, Conv1D)):
                 linears.append(module)
@@ -210,7 +236,7 @@ class Passes:
         handles = [m.register_forward_pre_hook(lambda m, args: self.inputs.update({m: args[0]})) for m in modules]
         for attention, _ in self.anatomy.attentions:
             handles.append(attention.register_forward_hook(lambda m, _, out: self.weights.update({m: out[1]})))
-        stem = model.base_model
+        stem: Any = inner_of(model).base_model  # not what PEFT calls so
         handles.append(stem.register_forward_pre_hook(_ask_for_layers, with_kwargs=True))
         handles.append(stem.register_forward_hook(lambda _, __, out: self.layers.extend(out.hidden_states[1:-1])))
         self.layers.clear()
