@@ -133,9 +133,10 @@ def _measuring(model: Any) -> Iterator[None]:
 def _merged(model: nn.Module) -> Iterator[None]:
     """In here the adapters of linear layers are in their weights, which are what they were afterwards, bit for bit."""
     embedded: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
-    layers: list[Any] = [
+    modules: Iterator[Any] = model.modules()
+    layers = [
         m
-        for m in model.modules()
+        for m in modules
         if type(getattr(m, "base_layer", None)) in (nn.Linear, Conv1D)
         and not (m.merged or m.disable_adapters)
         and m.base_layer.weight is not getattr(embedded, "weight", None)  # a tied head's, which both would take
