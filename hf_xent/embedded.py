@@ -105,16 +105,32 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
 
     source = resolve(model)
     with explained(model):
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source)
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for GPT-2
+            raise ValueError("it has no tokens")
+        return loaded, tokenizer
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
 
 
 @contextmanager
 def explained(model: str) -> Iterator[None]:
-    """In here what transformers says of a model that is nowhere becomes one line. Raises: ValueError then."""
+    """In here what is said of a model that is nowhere, or of broken weights, becomes one line: a ValueError."""
+    from safetensors import SafetensorError
+
+    place = Path(resolve(model))
+    if not model.strip() or place.is_file():
+        what = "a file" if model.strip() else "nothing"
+        raise ValueError(f"model is {model!r}, which is {what}: give the folder of a checkpoint, or a Hub id")
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(f"model is {model!r}, whose weights are no whole file ({error}): get them again") from error
     except OSError as error:
-        if Path(resolve(model)).exists():
+        if place.exists():
             raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error

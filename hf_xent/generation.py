@@ -9,7 +9,6 @@ A sharper model repeats more and errs less: compare models at equal entropy (`te
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from .losses.ranges import is_integer, is_number
 from .mirostat import RUNNING, reduced
 from .mode import positions
 from .ops import Head, vocab_stats
@@ -46,10 +46,15 @@ def responses(
 
     Nothing is cut off, penalized or assisted, whatever the model's generation configuration says. Each ends with its
     end token, or after `tokens` without one. torch's generators are left as they were. Raises: ValueError for a
-    negative temperature, for no prompts or an empty one, or for more tokens than the model has positions for.
+    negative temperature, tokens or a seed that are no whole numbers, no prompts or an empty one, or more tokens than
+    the model has positions for.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}: choose a positive number, or 0 for greedy decoding")
+    if not is_number(temperature, "[0, inf)"):
+        raise ValueError(f"temperature is {temperature!r}: choose a positive number, or 0 for greedy decoding")
+    if not is_integer(tokens) or tokens < 1:
+        raise ValueError(f"tokens is {tokens!r}: choose a whole number of at least 1")
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}: choose a whole number of 64 bits")
     if not len(prompts) or not all(map(len, prompts)):
         raise ValueError(f"prompts has {len(prompts)} rows, all of which need a token at least")
     if (room := positions(model)) is not None and max(map(len, prompts)) + tokens > room:
@@ -93,7 +98,14 @@ def mauve(human: Tensor, machine: Tensor, *, clusters: int | None = None, scale:
     features' unit rows in as many principal components as hold 90 % of the variance; R runs through the mixtures of P
     and Q. It depends on the encoder and on N: published numbers are of GPT-2-large and thousands of texts, so
     name the model that `features` were of, compare within one setting, and expect nothing of a few dozen texts.
+
+    Raises: ValueError for fewer than two clusters, more than there are texts, or a scale that is not positive.
     """
+    if not is_number(scale, "(0, inf)"):
+        raise ValueError(f"scale is {scale!r}: choose a positive number")
+    total = len(human) + len(machine)
+    if clusters is not None and not (is_integer(clusters) and 2 <= clusters <= total):
+        raise ValueError(f"clusters is {clusters!r}: choose a whole number from 2 to {total}, the number of texts")
     count = clusters or max(2, round(min(len(human), len(machine)) / 10))
     rows = torch.nn.functional.normalize(torch.cat([human, machine]).double(), dim=-1).numpy()
     rows = PCA(n_components=0.9, svd_solver="full").fit_transform(rows)
@@ -142,6 +154,6 @@ def ends(model: Any) -> set[int | None]:
 
 
 def _grams(sequence: Sequence[int], n: int) -> Iterator[tuple[int, ...]]:
-    if n < 1:
-        raise ValueError(f"n is {n}: n-grams have at least one token")
+    if not is_integer(n) or n < 1:
+        raise ValueError(f"n is {n!r}: n-grams have at least one token")
     return (tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1))

@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,13 @@ class Mirostat(LogitsProcessor):
         temperature: float = 1.0,
         eos: int | list[int] | None = None,
     ):
-        for name, value in {"target": target, "rate": rate, "temperature": temperature}.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        given: dict[str, Any] = {"target": target, "rate": rate, "temperature": temperature}
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} is {value!r}: choose a positive number")
-        if version not in (1, 2) or surprise not in ("full", "truncated"):
+        if isinstance(version, bool) or version not in (1, 2) or surprise not in ("full", "truncated"):
             raise ValueError(
-                f"version is {version}, surprise {surprise!r}: choose version 1 or 2, surprise 'full' or 'truncated'"
+                f"version is {version!r}, surprise {surprise!r}: choose version 1 or 2, surprise 'full' or 'truncated'"
             )
         self.target, self.rate, self.version = target, rate, version
         self.surprise, self.temperature = surprise, temperature

@@ -20,6 +20,12 @@ def positions(model: Any) -> int | None:
     return min((told if e.padding_idx is None else told - e.padding_idx - 1 for e in tables), default=None)
 
 
+def check_room(model: Any, tokens: int, name: str) -> None:
+    """Refuse sequences that are longer than a model has positions for. Raises: ValueError, which names the option."""
+    if (room := positions(model)) is not None and tokens > room:
+        raise ValueError(f"{name} is {tokens}, but the model has {room} positions: choose at most {room}")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In here a model is in evaluation mode, without dropout; gradients are as they were, see `torch.no_grad`."""

@@ -192,6 +192,13 @@ def test_a_stopped_sweep_keeps_what_it_measured_and_report_makes_the_rest(tmp_pa
         invoke("report", "kept", "--readme", "README.md")
 
 
+@pytest.mark.parametrize("text", ["", "x,y\n1,2\n"])
+def test_tables_of_others_are_no_results(text, tmp_path):
+    (tmp_path / "others.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"others.csv holds no benchmark results: name the folder that has them"):
+        invoke("report", tmp_path)
+
+
 def test_report_puts_its_table_in_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- bench -->\n<!-- /bench -->\n")
@@ -222,6 +229,12 @@ def test_help_explains_every_option(command):
         (("train", "--compare", "--save-steps", "2"), "save_steps is given with compare"),
         (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
         (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
+        (("losses", "--json", "--markdown"), "markdown and json are given"),
+        (("check", ""), "model is '', which is nothing: give the folder of a checkpoint"),
+        (("check", __file__), "test_cli.py', which is a file: give the folder"),
+        (("check", "--dtype", "int8"), "dtype is 'int8': choose auto, float32"),
+        (("ln-free", "verify", "x", "--dtype", "int8"), "dtype is 'int8': choose auto, float32"),
+        (("ln-free", "convert", "", "x"), "model is '', which is nothing"),
         (("check", "no/such-model"), "model is 'no/such-model': no local folder, and the Hub does not give it"),
     ],
 )
@@ -311,6 +324,9 @@ def test_a_config_file_with_errors_is_refused(text, message, tmp_path):
         invoke("--config", tmp_path / "runs.yaml", "losses")
     with pytest.raises(ValueError, match="which is no YAML file"):
         invoke("--config", tmp_path / "nowhere.yaml", "losses")
+    (tmp_path / "runs.yaml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"runs.yaml, which is no YAML file"):
+        invoke("--config", tmp_path / "runs.yaml", "losses")
 
 
 def test_quiet_prints_no_table_but_errors_and_json(model_folder, monkeypatch, capsys):
@@ -365,6 +381,26 @@ def test_generate_refuses_what_has_no_effect_and_what_has_no_place(model_folder,
     ):
         with pytest.raises(ValueError, match=message):
             invoke("generate", "--model", model_folder, *arguments)
+
+
+def test_sequences_that_exceed_the_positions_are_refused(text_file, tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"and no tokenizer beside it loads .*: save one there"):
+        invoke("train", "--model", tmp_path, "--dataset", text_file)
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path)
+    for name, arguments in (
+        ("block_size", ("train", "--model", tmp_path, "--dataset", text_file, "--block-size", 65)),
+        ("tokens", ("check", tmp_path, "--tokens", 65)),
+        ("length", ("ln-free", "report", tmp_path, "--text", text_file, "--length", 65)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is 65, but the model has 64 positions: choose at most 64"):
+            invoke(*arguments)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(500)
+    for command in (("check",), ("ln-free", "verify"), ("bench", "--model")):
+        place = tmp_path / "model.safetensors" if command[0] == "bench" else tmp_path
+        with pytest.raises(ValueError, match=r"no whole file .*: (get them|make it)"):
+            invoke(*command, place)
 
 
 def test_debug_shows_the_trace(monkeypatch):

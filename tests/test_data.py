@@ -190,12 +190,13 @@ def test_suffixes_in_upper_case_marks_and_compression(tmp_path: Path) -> None:
         "d.txt.gz": gzip.compress(b"\xef\xbb\xbfpacked"),
         "e.txt.BZ2": bz2.compress(b"packed too"),
         "f.txt.xz": lzma.compress(b"and this"),
+        "g.txt": "wide".encode("utf-32"),
         ".hidden.txt": b"hidden",
         "README.md": b"of another kind",
     }
     for name, content in files.items():
         (tmp_path / "docs" / name).write_bytes(content)
-    expected = ["marked", "first\nsecond\n", "caf\xe9", "packed", "packed too", "and this"]
+    expected = ["marked", "first\nsecond\n", "caf\xe9", "packed", "packed too", "and this", "wide"]
     assert load_text(tmp_path / "docs")["text"][:] == expected
     empty = b"\n" if Version(datasets.__version__) >= Version("5") else b""  # older ones stop at an empty line
     for name, content in {
@@ -218,7 +219,9 @@ def test_suffixes_in_upper_case_marks_and_compression(tmp_path: Path) -> None:
         ("a.txt", b"", "there is nothing in it"),
         ("a.jsonl", b"", "there is nothing in it"),
         ("a.txt", b" \n", "nothing but empty texts"),
+        ("a.txt", b"\xff\xfex", "a.txt: it is not UTF-16-LE"),
         ("a.csv", b"text,n\n", "it has a header and no rows"),
+        ("a.csv", b"text,n,text\na,1,b\n", "the header names the column 'text' twice: rename or remove one"),
         ("a.csv", b"text\nhello, world\nplain\n", "more fields than the header: put texts that have commas in quotes"),
         ("a.csv", b"text,n\na,1\nb,2,3\n", "Expected 2 fields in line 3, saw 3"),
     ],
@@ -228,6 +231,45 @@ def test_files_that_cannot_be_read_say_why(name: str, content: bytes, message: s
     with pytest.raises(ValueError, match=message) as caught:
         load_text(tmp_path / name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_links_stand_for_what_they_lead_to(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    inner.mkdir()
+    outer.mkdir()
+    (inner / "b.txt").write_text("b")
+    (outer / "a.txt").write_text("a")
+    (outer / "inside").symlink_to(inner)
+    (inner / "back").symlink_to(outer)  # a circle
+    assert load_text(outer)["text"][:] == ["a", "b"]
+    (outer / "c.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(ValueError, match=r"c.txt is a link to .*nowhere.txt, which is not there"):
+        load_text(outer)
+
+
+def test_paths_as_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Path("home").mkdir()
+    for name in ("~nobody.txt", "-a.txt", "hf:a.txt", "home/b.txt"):
+        Path(name).write_text(name)
+        assert load_text(name)["text"][:] == [name]
+    assert load_text("~/b.txt")["text"][:] == ["home/b.txt"]
+    for source, message in (
+        ("", "source is '': pass one name"),
+        (["a.txt"], r"source is \['a.txt'\]: pass one name"),
+        (None, "source is None"),
+        ("~nobody/b.txt", "no file ~nobody/b.txt"),
+        ("x" * 300 + ".txt", "no file x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_text(source)
+
+
+def test_a_table_without_rows_is_empty(tmp_path: Path) -> None:
+    rows("a").select([]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="there is nothing in it"):
+        load_text(tmp_path / "a.parquet")
 
 
 def test_tables_of_a_folder_have_the_same_columns(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Detection scores: worked examples, dense formulas, padding and batches, the frequency cache, the CLI, evaluate."""
 
+import datetime
 import json
 import math
 import threading
@@ -353,6 +354,8 @@ def test_what_is_no_list_of_texts_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             scored(texts, scores=("loss",))
+    with pytest.raises(ValueError, match="texts has <NA> at 0"):
+        scored([pandas.NA], scores=("loss",))
     missing = scored(["the", None, float("nan"), ""], scores=("loss",))["loss"]
     assert np.isfinite(missing[0]) and np.isnan(missing[1:]).all()
 
@@ -361,6 +364,8 @@ def test_what_is_no_list_of_texts_is_refused():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"frequencies": "pydoc", "max_tokens": True}, "max_tokens is True"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5"),
         ({"scores": ()}, r"scores is \(\): pass a tuple of names"),
@@ -418,6 +423,21 @@ def test_missing_texts_and_labels_are_left_out():
     assert found == detection.evaluate({"min_k": scores}, labels, texts, resamples=5)
     assert found["min_k"]["texts"] == found[detection.BLIND]["texts"] == 30
     assert np.isnan(detection.blind(more, [*labels, 1, 0, None, float("nan")])[30:]).all()
+
+
+def test_what_is_evaluated_is_checked():
+    values, labels = [1.0, 2.0, 3.0, 4.0], [1, 0, 1, 0]
+    for call, message in (
+        (lambda: detection.evaluate({"loss": values}, ["yes", "no"] * 2), "labels are no numbers .*: pass 1"),
+        (lambda: detection.evaluate({"loss": values[:3]}, labels), "loss has 3 entries, labels 4"),
+        (lambda: detection.evaluate({"loss": values}, labels, ["a"]), "texts has 1 entries, labels 4"),
+        (lambda: detection.evaluate({"loss": values}, labels, resamples=1.5), "resamples is 1.5"),
+        (lambda: detection.blind(["a", "b"] * 2, labels, folds=1), "folds is 1: choose"),
+        (lambda: Corpus(documents=1.5), "documents is 1.5"),
+        (lambda: Corpus(max_tokens=float("nan")), "max_tokens is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_blind_is_fair_where_there_is_nothing_to_see():
@@ -603,7 +623,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl", ".json"])
 def test_cli_scores_members(folder, suffix):
     output = folder / f"scores{suffix}"
     result = invoke(
@@ -615,10 +635,28 @@ def test_cli_scores_members(folder, suffix):
     assert summary["higher_is"] == {"loss": "non-member", "min_k:k=0.3": "member"} and summary["texts"] == 19
     assert Path(summary["plot"]).read_bytes().startswith(b"\x89PNG")
     readers = {".csv": pandas.read_csv, ".parquet": pandas.read_parquet}
-    table = readers.get(suffix, lambda f: pandas.read_json(f, lines=True))(output)
+    table = readers.get(suffix, lambda f: pandas.read_json(f, lines=suffix == ".jsonl"))(output)
     assert list(table.columns) == ["text", "kind", "loss", "min_k:k=0.3"] and table["loss"].isna().sum() == 1
     expected = scored(model=tiny(std=0.05), scores=("loss",))["loss"]
     np.testing.assert_allclose(table["loss"][:18], expected, rtol=1e-5)
+
+
+def test_cli_writes_other_columns_as_they_are(folder):
+    number, day = 0.12345678901234, datetime.date(2024, 1, 31)
+    Dataset.from_list([{"text": text, "number": number * 1e-3, "day": day} for text in TEXTS]).to_parquet(
+        folder / "texts.parquet"
+    )
+    for suffix in (".jsonl", ".json"):
+        output = folder / f"scores{suffix}"
+        invoke(
+            *("detect", "members", folder / "texts.parquet", "--model", folder / "model", "--scores", "loss"),
+            *("--output", output),
+        )
+        text = output.read_text()
+        written = json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+        assert [row["text"] for row in written] == TEXTS
+        np.testing.assert_allclose([row["number"] for row in written], number * 1e-3, rtol=1e-11)
+        assert {row["day"][:10] for row in written} == {"2024-01-31"}
 
 
 def test_cli_scores_generated_with_two_models(folder):
@@ -727,20 +765,24 @@ def test_cli_leaves_texts_without_words_or_label_out_of_the_metrics(folder):
     ("values", "positive"),
     [
         ([1, 0], None), ([1.0, 0.0], "1"), ([True, False], "true"), (["True", "false"], None), (["1.0", "0"], "1"),
-        (["yes", "no"], "yes"), ([2, 10], "2.0"), ([1, None], None),
+        (["yes", "no"], "yes"), ([2, 10], "2.0"), ([1, None], None), (["Yes", "NO"], "yes"), (["1", " "], None),
+        (["1", "nan"], None),
     ],
 )  # fmt: skip
 def test_labels_are_compared_by_what_they_say(values, positive):
-    labels = [*values, *values, values[0], 0] if None in values else values * 3
+    missing = values[1] in (None, " ", "nan")
+    labels = [*values, *values, values[0], type(values[0])(0)] if missing else values * 3
     rows = Dataset.from_dict({"text": ["the fox", "a dog"] * 3, "label": labels})
     found = _truth(rows, "text", "label", positive or "1", Task.generated)
-    expected = [1, np.nan, 1, np.nan, 1, 0] if None in values else [1, 0] * 3
+    expected = [1, np.nan, 1, np.nan, 1, 0] if missing else [1, 0] * 3
     np.testing.assert_array_equal(found, expected)
 
 
 def test_cli_refuses_early(folder):
     texts = folder / "texts.jsonl"
     (folder / "taken.csv").write_text("text,loss,min_k:k=0.1\nthe quick,1,2\nlazy dog,2,3\n")
+    (folder / "in").mkdir()
+    (folder / "in" / "a.csv").write_text("text\nthe quick\n")
     (folder / "few.csv").write_text("text,label\nthe quick,1\nlazy dog,0\n,1\n,0\na fox,0\n")
     for arguments, message in (
         (("--output", "scores.xls"), "output is scores.xls: give it one of the suffixes .csv"),
@@ -752,7 +794,7 @@ def test_cli_refuses_early(folder):
         (("--scores", "min_k:k=20"), "k is 20: choose a share"),
         (("--dtype", "int8"), "dtype is 'int8': choose auto, float32"),
         (("--output", folder), "give it one of the suffixes"),
-        (("--output", texts), "texts.jsonl, which is the source"),
+        (("--output", texts), r"texts.jsonl, which is \(in\) the source"),
         (("--positive", "machine"), "positive is 'machine', without --label: leave it out"),
         (("--resamples", 5), "resamples is 5, without --label"),
         (("--scores", "loss", "--documents", 3), "documents is 3, but no score counts tokens"),
@@ -764,6 +806,7 @@ def test_cli_refuses_early(folder):
     for name, arguments, message in (
         ("taken.csv", ("--scores", "perplexity; loss"), "has a column 'loss' already"),
         ("taken.csv", ("--scores", "min_k:k=0.1"), "has a column 'min_k:k=0.1' already"),
+        ("in", ("--output", folder / "in" / "s.csv"), r"s.csv, which is \(in\) the source"),
         ("few.csv", ("--label", "label"), "label 'label' tells 1 texts from 2: 2 of each class are needed"),
     ):
         with pytest.raises(ValueError, match=message):

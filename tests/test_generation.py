@@ -59,6 +59,12 @@ def test_samples_do_not_go_by_the_model_s_generation_configuration(own):
     [
         ({"temperature": -1.0}, r"temperature is -1\.0"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "1"}, "temperature is '1'"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"tokens": 2.5}, "tokens is 2.5"),
+        ({"tokens": math.inf}, "tokens is inf"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424"),
+        ({"seed": None}, "seed is None"),
         ({"prompts": []}, "prompts has 0 rows"),
         ({"prompts": [[5], []]}, "need a token at least"),
         ({"tokens": 62}, "prompts of 3 tokens and 62 more exceed 64 positions"),
@@ -68,8 +74,13 @@ def test_samples_that_cannot_be_had_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         responses(tiny("gpt2"), **{"prompts": [[5, 6, 7]], **options})
     for count in (distinct, repetition):
-        with pytest.raises(ValueError, match="n is 0"):
-            count([[1, 2]], 0)
+        for n in (0, 1.5, True):
+            with pytest.raises(ValueError, match=f"n is {n!r}"):
+                count([[1, 2]], n)
+    texts = torch.randn(20, 4)
+    for name, value in (("clusters", 0), ("clusters", 41), ("clusters", 2.5), ("scale", 0), ("scale", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}: choose"):
+            mauve(texts, texts, **{name: value})
 
 
 def test_samples_end_at_the_end_token():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,18 @@ def test_half_precision_is_refused_with_a_way_out():
     assert brain.dtype == torch.bfloat16 and apart(model, brain) < 0.3
 
 
+@pytest.mark.parametrize("eps", [0, -1.0, float("nan"), float("inf"), 1e40, True, "1e12"])
+def test_eps_outside_of_its_range_is_refused(eps):
+    with pytest.raises(ValueError, match=re.escape(f"eps is {eps!r}: choose")):
+        ln_free.to_eps_trick(removed("gpt2"), eps)
+
+
+def test_an_eps_that_drowns_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"eps is 0\.001, under which the model still normalizes"):
+        ln_free.to_eps_trick(removed("gpt2"), 1e-3)
+    assert ln_free.form_of(ln_free.to_eps_trick(removed("gpt2"), 10**12)) == "eps trick"  # a whole number is a number
+
+
 def test_what_cannot_be_converted():
     with pytest.raises(ValueError, match="no removable norms"):
         ln_free.to_eps_trick(tiny("gpt2"))
@@ -251,5 +264,9 @@ def test_command_line(tmp_path):
     assert invoke("verify", tmp_path / "stock").exit_code == 1
     with pytest.raises(ValueError, match="--to is 'onnx'"):
         invoke("convert", tmp_path / "true", tmp_path / "x", "--to", "onnx")
+    with pytest.raises(ValueError, match=r"eps is 1000000\.0, which a true model does not have"):
+        invoke("convert", tmp_path / "trained", tmp_path / "x", "--to", "true", "--eps", "1e6")
+    with pytest.raises(ValueError, match=r"eps is 0\.0: choose a positive number"):
+        invoke("convert", tmp_path / "trained", tmp_path / "x", "--to", "eps-trick", "--eps", "0")
     with pytest.raises(ValueError, match="float16 ends at 65504"):
         invoke("convert", tmp_path / "trained", tmp_path / "x", "--to", "eps-trick", "--dtype", "float16")

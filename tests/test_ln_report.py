@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -242,6 +243,17 @@ def test_analysis_of_an_adapted_model_keeps_the_users_patch():
     seam = hf_xent.seam_of(hf_xent.patch(model, "focal"))
     assert analyze(model, blocks()) == found
     assert hf_xent.seam_of(model) is seam and seam.streamed == 0 and model.loss_function.loss.gamma == 2.0
+
+
+@pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["q_proj", "lm_head"], "all-linear"])
+def test_analysis_of_an_adapted_model_is_that_of_the_merged_one(targets):
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama", std=0.1), config)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    found = analyze(model, blocks()).as_dict()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    for name, value in analyze(model.merge_and_unload(), blocks()).as_dict().items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-2, atol=1e-6, err_msg=name)
 
 
 def test_report_of_every_form(tmp_path):

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from models import V, batch, tiny
@@ -214,11 +215,12 @@ def test_neutral_values_are_no_request():
     [
         *[{name: value} for name in ("target", "rate", "temperature") for value in (0.0, -1.0, float("nan"))],
         *[{name: value} for name in ("target", "rate", "temperature") for value in (float("inf"), "3", True, None)],
-        *({"version": 3}, {"surprise": "some"}),
+        *({"version": 3}, {"version": True}, {"version": "2"}, {"surprise": "some"}),
     ],
 )
 def test_options_outside_their_range_are_refused(options):
     [(name, value)] = options.items()
     with pytest.raises(ValueError, match=f"{name} (is )?{value!r}"):
         Mirostat(**options)
+    assert Mirostat(np.float32(3)).target == 3  # a number all the same
     assert deepcopy(Mirostat()).mu.numel() == 0 and V == 97

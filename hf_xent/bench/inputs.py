@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -173,7 +173,11 @@ def export(config: BenchConfig, path: Path) -> None:
 
 def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
     """The first `tokens` positions of what `export` wrote, dequantized to float32, and their source."""
-    with safe_open(path, "pt") as file:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole file ({error}): make it with `python -m hf_xent.bench export`") from error
+    with opened as file:
         source = (file.metadata() or {}).get("source")
         if source is None or set(file.keys()) != {"hidden", "weight", "scale", "labels"}:
             raise ValueError(f"{path} holds no exported activations: make it with `python -m hf_xent.bench export`")

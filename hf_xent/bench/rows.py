@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,10 +121,13 @@ def stem(device: str) -> str:
 
 
 def from_csv(path: Path | str) -> list[Row]:
-    """The rows of a file that `to_csv` wrote."""
+    """The rows of a file that `to_csv` wrote. Raises: ValueError for any other."""
     kinds = {f.name: str(f.type) for f in fields(Row)}
     with Path(path).open(newline="", encoding="utf-8") as file:
-        return [Row(**{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds}) for row in csv.DictReader(file)]
+        found = [{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds} for row in csv.DictReader(file)]
+    if not found or any(f.default is MISSING and f.name not in found[0] for f in fields(Row)):
+        raise ValueError(f"{path} holds no benchmark results: name the folder that has them, or remove it")
+    return [Row(**row) for row in found]
 
 
 def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:

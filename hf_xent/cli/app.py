@@ -102,8 +102,8 @@ def _read(path: Path) -> Any:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config is {path}, which is no YAML file: {plain(error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config is {path}, which is no YAML file: {error}") from error
 
 
 def _defaults(command: Any, settings: Any, where: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Run:
         flags=("--gradient-checkpointing",),
     )
     eval_blocks: int = _option(4, "Blocks held out for evaluation.", min=1)
-    seed: int = _option(0, "Seed of batches, dropout and everything else.")
+    seed: int = _option(0, "Seed of batches, dropout and everything else.", min=0, max=2**32 - 1)
     dtype: str = _option("float32", "float32, bfloat16 or float16.")
     memory_budget: int | None = _option(
         None, "Bytes of logits alive at a time [default: half a byte a number in the head]."
@@ -124,11 +124,13 @@ def _trainer(run: Run, arm: str, say: Callable[[str], None]) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from .. import embedded
+    from ..mode import check_room
     from ..trainers import XentConfig, XentTrainer
 
     say("loading the model")
     set_seed(run.seed)
     model, tokenizer = embedded.load(run.model, dtype=run.dtype)
+    check_room(model, run.block_size, "block_size")
     if run.lora:
         model = _adapted(model, run.lora)
     say("reading the text")

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, literal, out, prepare, print_json
+from .app import Json, check_dtype, err, literal, out, prepare, print_json
 
 
 def check(
@@ -22,12 +22,15 @@ def check(
     'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' what it allows; the
     'exact' errors are those of both models with their heads in float64, where there is no noise.
     """
+    check_dtype(dtype, "auto")
     from .. import embedded
+    from ..mode import check_room
     from ..patching import compare
 
     prepare(model)
     with err.status(f"comparing {model}"):
         loaded, _ = embedded.load(model, dtype=dtype)
+        check_room(loaded, tokens, "tokens")
         found = compare(loaded, tokens=tokens)
     if as_json:
         print_json(found.as_dict())
@@ -47,6 +50,8 @@ def losses(
     as_json: Json = False,
 ) -> None:
     """List the registered losses: formula, statistics, source, options."""
+    if markdown and as_json:
+        raise ValueError("markdown and json are given, and one thing can be printed: leave one of them out")
     from ..losses import table as rows
 
     found = rows()

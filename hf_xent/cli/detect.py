@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 CHUNK = 4  # batches between two writes of what is done
 DEFAULT_CORPUS = "pydoc"
 SECOND = ("reference", "observed", "crossed")  # what a score needs of the second model
-WRITERS = {".csv": "to_csv", ".parquet": "to_parquet", ".json": "to_json", ".jsonl": "to_json"}
+JSON = {"double_precision": 15, "date_format": "iso"}  # pandas rounds to ten places, and makes numbers of dates
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("to_csv", {}),
+    ".parquet": ("to_parquet", {}),
+    ".json": ("to_json", {**JSON, "lines": False}),
+    ".jsonl": ("to_json", JSON),
+}
+"""Suffix -> the method of a dataset that writes such a file, and its options."""
 
 
 class Task(StrEnum):
@@ -122,12 +130,15 @@ def _check_used(why: str, used: bool, **options: Any) -> None:
 
 def _check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
     """What would fail, or lose something, only when everything is scored."""
+    from ..data.files import place_of
+
     if output.suffix.lower() not in WRITERS:
         raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder: name a file")
-    if output.resolve() == Path(source).expanduser().resolve():
-        raise ValueError(f"output is {output}, which is the source: name another file")
+    place = place_of(source)
+    if os.path.exists(place) and output.resolve().is_relative_to(place.resolve()):  # it would be read the next time
+        raise ValueError(f"output is {output}, which is (in) the source: name another file")
     if taken := [name for name in names if name in columns]:
         raise ValueError(
             f"{source} has a column {taken[0]!r} already, and the score of that name is to be written beside it: rename"
@@ -160,21 +171,26 @@ def _truth(rows: Any, column: str, label: str, positive: str, task: Task) -> np.
     counts = [int((judged == kind).sum()) for kind in (1, 0)]
     if not max(counts) or not min(counts):
         kinds = ", ".join(sorted({value for value in found if value is not None})[:5]) or "no labels"
-        raise ValueError(f"positive is {positive!r} but column {label!r} has {kinds}: both classes are needed")
+        raise ValueError(
+            f"positive is {positive!r} but column {label!r} has {kinds}: both classes are needed, and --positive names"
+            " the label of one"
+        )
     if min(counts) < least:
         raise ValueError(f"label {label!r} tells {counts[0]} texts from {counts[1]}: {least} of each class are needed")
     return truth
 
 
 def _word(value: Any) -> str | None:
-    """A label as it is compared: True, 1, 1.0 and '1' are one, and a missing label (None, NaN, an empty cell) none."""
-    if value is None or value != value or value == "":
-        return None
-    text = {"true": "1", "false": "0"}.get(str(value).strip().lower(), str(value).strip())
+    """A label as it is compared: True, 1, 1.0 and '1' are one, as are 'Yes' and 'yes'.
+
+    A missing label (None, NaN, a cell that is empty or has nan) is None.
+    """
+    text = "" if value is None else str(value).strip().casefold()
+    text = {"true": "1", "false": "0", "nan": ""}.get(text, text)
     try:
         number = float(text)
     except ValueError:
-        return text
+        return text or None
     return str(int(number)) if number.is_integer() else str(number)
 
 
@@ -221,8 +237,11 @@ def _write(rows: Any, found: dict[str, np.ndarray], output: Path) -> None:
     for name, values in found.items():
         rows = rows.add_column(name, values)
     whole = output.with_name(f".{output.name}.whole")
+    method, options = WRITERS[output.suffix.lower()]
+    if not options.get("lines", True):
+        options = {**options, "batch_size": len(rows)}  # one list cannot be written in parts
     with whole.open("wb") as file:  # opened here: `datasets` would take a name for a pattern
-        getattr(rows, WRITERS[output.suffix.lower()])(file)
+        getattr(rows, method)(file, **options)
     whole.replace(output)
     output.with_name(f".{output.name}.partial").unlink()
 

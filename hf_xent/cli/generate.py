@@ -26,7 +26,7 @@ def generate(
     samples: Annotated[int, Option(help="How many continuations.", min=1)] = 1,
     max_new_tokens: Annotated[int, Option(help="Tokens of a continuation, at most.", min=1)] = 100,
     chat: Annotated[bool, Option(help="Use the chat template, if the tokenizer has one.")] = False,
-    seed: Annotated[int, Option(help="Seed of the samples.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the samples.", min=0, max=2**32 - 1)] = 0,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt; prints each continuation and its surprise under the whole model, bits a token.

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, out, print_json
+from .app import Json, check_dtype, err, out, print_json
 
 app = typer.Typer(help="Models without LayerNorm: convert, verify, report.", no_args_is_help=True)
 MODEL_HELP = "Path (or Hub id) of a causal LM whose norms were removed, in any form."
@@ -23,7 +23,10 @@ def convert(
         str,
         Option(help="'eps-trick', which stock classes load, or 'true': no norms at all, with a class of its own."),
     ] = "true",
-    eps: Annotated[float, Option(help="Of the trick: 1e12 as in the released models; 1e6 fits into float16.")] = 1e12,
+    eps: Annotated[
+        float | None,
+        Option(help="Of the trick: 1e12 as in the released models; 1e6 fits into float16 [default: 1e12]."),
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Json = False,
 ) -> None:
@@ -35,8 +38,9 @@ def convert(
 
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype!r}: choose float32, bfloat16 or float16")
+    if to == "true" and eps is not None:
+        raise ValueError(f"eps is {eps}, which a true model does not have: leave it out")
+    check_dtype(dtype)
     if output.exists() and Path(model).exists() and output.samefile(model):
         raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
     kind = getattr(torch, dtype)
@@ -47,7 +51,7 @@ def convert(
             made = (loaded if true else forms.to_true(loaded)).to(kind)
         else:
             source = loaded if true or forms.form_of(loaded) == "removable" else forms.to_true(loaded)
-            made = forms.to_eps_trick(source, eps, kind)
+            made = forms.to_eps_trick(source, 1e12 if eps is None else eps, kind)
         error, size = forms.parity(loaded, made)
         save(made, tokenizer, output)
     summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
@@ -65,6 +69,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that nothing normalizes, and that KV cache and padding change nothing; exit code 1 if not."""
+    check_dtype(dtype, "auto")
     from ..ln_free.convert import load
     from ..ln_free.verification import verify as run
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import bookmia, brown, cities, dactyl, mimir, patentmia, pydoc, wiki, wikimia
 from .corpus import LABELS, Corpus, Source
+from .files import place_of
 from .formats import Format, PromptFormats
 from .parquet import export, to_hub
 from .text import load_text, pack
@@ -44,7 +45,7 @@ def load(
     key, _, config = name.partition(":")
     if key not in DATASETS:
         raise ValueError(f"dataset is {name!r}: choose one of {', '.join(DATASETS)}")
-    place = None if path is None else Path(path).expanduser()
+    place = None if path is None else place_of(path)
     return DATASETS[key].load(Source(place, config, streaming, revision), split)
 
 

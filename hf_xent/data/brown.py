@@ -12,10 +12,10 @@ them, punctuation put back).
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from .corpus import Corpus, Source, checked_text, sliced
+from .files import place_of
 
 
 def sentences(tagged: str) -> str:
@@ -49,7 +49,7 @@ class Brown(Corpus):
     def placed(self, source: Source) -> Source:
         """The configuration is a path."""
         if source.path is None and source.config:
-            return source._replace(path=Path(source.config).expanduser())
+            return source._replace(path=place_of(source.config))
         return source
 
     def open(self, source: Source, split: str | None) -> Any:

@@ -4,7 +4,8 @@
     .csv, .tsv         rows of text: 007 and NA are the words they are, an empty cell is an empty text
     .json, .jsonl, .ndjson, .parquet   rows with the types that they have there
 
-All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, and a path is never a pattern.
+All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, a path is never a pattern, and a
+link stands for what it leads to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import codecs
 import glob
 import gzip
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,11 @@ BUILDERS = {
 """File suffix -> kind."""
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix after that one -> what opens the file."""
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+"""Byte order mark -> encoding; that of UTF-32 begins as that of UTF-16 does."""
 NUMBERS = {
     "int64": re.compile(r"[+-]?[0-9]+"),
     "float64": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
@@ -41,13 +48,28 @@ def suffix_of(file: Path) -> str:
     return _plain(file).suffix.lower()
 
 
+def place_of(source: str | Path) -> Path:
+    """The path as it is written, where there is such a file or folder, else with its '~' as the home folder."""
+    path = Path(source)
+    if os.path.exists(path):  # unlike the method, it says False of a name that is too long
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:  # '~name' of nobody
+        return path
+
+
 def readable(path: Path) -> tuple[str, list[Path]]:
     """The kind of a file, or of all files of a folder in the order of their paths; what systems hide is skipped.
 
-    Raises: ValueError where there are none, or of several kinds.
+    Raises: ValueError where there are none, or of several kinds, or a link that leads nowhere.
     """
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and _shown(f, path))
-    return kind_of(path, files if path.is_file() else [file for file in files if suffix_of(file) in BUILDERS])
+    if path.is_file():
+        return kind_of(path, [path])
+    files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _shown(file, path))
+    if broken := [file for file in files if file.is_symlink() and not file.exists()]:
+        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there: mend or remove it")
+    return kind_of(path, [file for file in files if file.is_file()])
 
 
 def kind_of(path: Path, files: list[Path]) -> tuple[str, list[Path]]:
@@ -68,7 +90,7 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     from datasets import Dataset, Features, IterableDataset, Value, load_dataset  # lazy: half a second
 
     files = list(files)
-    if not any(file.stat().st_size for file in files):
+    if not any(file.stat().st_size for file in files) or (kind == "parquet" and not _rows(files)):
         raise ValueError("there is nothing in it")
     if kind in ("json", "parquet"):
         if wrong := [file for file in files if "::" in str(file)]:
@@ -132,17 +154,24 @@ def first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 ({error}): save it in that encoding"
+        return f"it is not {error.encoding.upper()} ({error}): save it in that encoding"
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _opened(file: Path, **options: Any) -> Any:
-    """A file as text, UTF-8, or UTF-16 where its byte order mark says so; the mark is no part of it."""
+    """A file as text, UTF-8, or what its byte order mark says; the mark is no part of it."""
     opener = COMPRESSED.get(file.suffix.lower(), open)
     with opener(file, "rb") as start:
-        mark = start.read(2)
-    encoding = "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        head = start.read(4)
+    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
     return opener(file, "rt", encoding=encoding, **options)
+
+
+def _rows(files: Iterable[Path]) -> int:
+    """Rows of Parquet files."""
+    from pyarrow import parquet  # type: ignore[import-untyped]  # lazy, and a dependency of `datasets`
+
+    return sum(parquet.read_metadata(file).num_rows for file in files)
 
 
 def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
@@ -178,7 +207,10 @@ def _parsed(file: Any, name: str, **options: Any) -> Any:
 
 
 def _columns(files: Iterable[Path]) -> list[str]:
-    """The columns of tables, which all have to have the same. Raises: ValueError for a header that names too few."""
+    """The columns of tables, which all have to have the same.
+
+    Raises: ValueError for a header that names too few, or one twice.
+    """
     found: dict[tuple[str, ...], Path] = {}
     rows = 0
     for file in files:
@@ -186,6 +218,10 @@ def _columns(files: Iterable[Path]) -> list[str]:
             head = _parsed(stream, file.name, nrows=1)
             if not head.index.equals(head.reset_index(drop=True).index):  # pandas takes the first fields for row names
                 raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
+            stream.seek(0)
+            names = [name for name in _parsed(stream, file.name, nrows=1, header=None).iloc[0] if name]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"the header names the column {twice[0]!r} twice: rename or remove one")
             rows += len(head)
             found.setdefault(tuple(map(str, head.columns)), file)
     if len(found) > 1:
@@ -204,6 +240,18 @@ def _plain(file: Path) -> Path:
 
 def _stem(file: Path) -> str:
     return _plain(file).stem
+
+
+def _within(folder: Path) -> Iterator[Path]:
+    """All that is in a folder and in those that are in it or linked there, each of them once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it, say
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def _shown(file: Path, folder: Path) -> bool:

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from .. import hub
 from .corpus import LABELS, Corpus
 
@@ -51,6 +53,7 @@ def to_hub(
 
     A copy of other people's texts is private unless asked otherwise: read the caveat on its card first.
     """
+    validate_repo_id(repo_id)  # before the rows are written
     with tempfile.TemporaryDirectory() as folder:
         export(name, folder, path, **options)
         return hub.push(folder, repo_id, repo_type="dataset", private=private, create_pr=create_pr)

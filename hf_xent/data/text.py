@@ -5,13 +5,14 @@ source -> Dataset with a text column -> tokens of every row + EOS, end to end ->
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpus import Source, sliced
-from .files import BUILDERS, first_line, readable, suffix_of, table, written_as
+from .files import BUILDERS, first_line, place_of, readable, suffix_of, table, written_as
 
 TEXT = ("string", "large_string", "string_view")
 """Names that `datasets` has for the type of text."""
@@ -47,13 +48,15 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
     """What `load_text` reads, before its rows are looked at; arguments and errors as there."""
     from . import DATASETS  # late: the registry's module imports this one
 
-    source, path = str(source), Path(source).expanduser()
+    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
+        raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
+    source, path = str(source), place_of(source)
     key, _, config = source.partition(":")
     if key in DATASETS:
         asked = Source(config=config)
         found = _only(DATASETS[key].published(asked, split), source)
         dataset = lambda: DATASETS[key].unified(found, asked, split or "train")  # noqa: E731
-    elif path.exists():
+    elif os.path.exists(path):
         found = _local(path, split, column)
         dataset = lambda: found  # noqa: E731
     elif suffix_of(path) in BUILDERS:
@@ -80,6 +83,8 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
 
     Raises: ValueError for a missing column, a tokenizer without EOS, block_size < 2, or fewer than 2 tokens in all.
     """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"dataset is a {type(dataset).__name__}: pass a Dataset, whose rows are all there")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}: a block needs 2 tokens, one to read and one to predict")
     if tokenizer.eos_token_id is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,8 +29,9 @@ from rich.progress import track
 from torch import Tensor
 
 from .. import data, embedded
-from ..data.files import BUILDERS, first_line, suffix_of
+from ..data.files import BUILDERS, first_line, place_of, suffix_of
 from ..data.text import Opened, opened
+from ..losses.ranges import is_integer
 
 T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
@@ -51,13 +53,13 @@ class Corpus:
 
     def __post_init__(self) -> None:
         for name, least in (("documents", 1), ("max_tokens", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} is {value}: choose a whole number of at least {least}")
+            if (value := getattr(self, name)) is not None and not (is_integer(value) and value >= least):
+                raise ValueError(f"{name} is {value!r}: choose a whole number of at least {least}")
 
     def open(self) -> Opened:
         """Rows, which are looked at when they are counted, and what tells their content: for a Hub id its revision."""
-        path = Path(self.source).expanduser()
-        if self.source.partition(":")[0] in data.DATASETS or path.exists() or suffix_of(path) in BUILDERS:
+        path = place_of(self.source)
+        if self.source.partition(":")[0] in data.DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
             return opened(self.source, self.split, self.column)
         return Opened(self.revision or "main", self._streamed)
 

@@ -12,10 +12,12 @@ this project's choice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..losses.ranges import is_integer
 from . import metrics
 from .scores import get
 
@@ -33,7 +35,9 @@ def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int 
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    truth = np.asarray(labels, dtype=np.float64)  # None is NaN
+    if not is_integer(folds) or folds < 2:
+        raise ValueError(f"folds is {folds!r}: choose a whole number of at least 2")
+    truth = _numbers(labels, texts=texts)
     judged = np.isfinite(truth) & np.array([isinstance(text, str) and bool(text.strip()) for text in texts], dtype=bool)
     least = int(np.bincount(truth[judged].astype(int), minlength=2).min())
     if least < 2:
@@ -53,9 +57,10 @@ def evaluate(
     """`metrics.report` of every score, turned into its direction, with the 95 % interval of its AUROC.
 
     With `texts`, the last row is the blind baseline. Texts with a NaN are left out, be it the score or the label (None
-    counts as NaN), and an empty one in the baseline too; `texts` in a row counts the others.
+    counts as NaN), and an empty one in the baseline too; `texts` in a row counts the others. Raises: ValueError for
+    labels that are no numbers, or for scores or texts of another number.
     """
-    truth = np.asarray(labels, dtype=np.float64)
+    truth = _numbers(labels, **found, **({} if texts is None else {"texts": texts}))
     oriented = {name: get(name).oriented(values) for name, values in found.items()}
     if texts is not None:
         oriented[BLIND] = blind(texts, truth)
@@ -66,3 +71,16 @@ def evaluate(
         row = metrics.report(truth[kept], values[kept])
         rows[name] = row | {"auroc_low": interval.low, "auroc_high": interval.high, "texts": int(kept.sum())}
     return rows
+
+
+def _numbers(labels: ArrayLike, **others: Any) -> np.ndarray:
+    """Labels in float64, None as NaN. Raises: ValueError for words, and where others are not as many."""
+    try:
+        truth = np.asarray(labels, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"labels are no numbers ({error}): pass 1 for the positive class, 0 for the other") from error
+    if wrong := [name for name, values in others.items() if len(values) != len(truth)]:
+        raise ValueError(
+            f"{wrong[0]} has {len(others[wrong[0]])} entries, labels {len(truth)}: pass one of each a text"
+        )
+    return truth

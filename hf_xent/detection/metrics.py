@@ -26,6 +26,8 @@ from numpy.typing import ArrayLike
 from sklearn import config_context
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
+from ..losses.ranges import is_integer, is_number
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -118,8 +120,8 @@ def bootstrap(
 
     It covers which texts were drawn, not which model was trained: for that, repeat the training over seeds.
     """
-    if resamples < 1 or not 0 < level < 1:
-        raise ValueError(f"resamples is {resamples}, level is {level}: choose resamples >= 1 and 0 < level < 1")
+    if not is_integer(resamples) or resamples < 1 or not is_number(level, "(0, 1)"):
+        raise ValueError(f"resamples is {resamples!r}, level is {level!r}: choose resamples >= 1 and 0 < level < 1")
     truth, values = _checked(labels, scores)
     positives, negatives = values[truth], values[~truth]
     again, rng = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)]), np.random.default_rng(seed)

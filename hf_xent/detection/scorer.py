@@ -30,6 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
+from ..losses.ranges import is_integer
 from ..mode import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..patching import head_of, patched
@@ -64,7 +65,7 @@ class TextScorer:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            if not is_integer(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
         if isinstance(self.scores, str) or not self.scores:
             raise ValueError(f"scores is {self.scores!r}: pass a tuple of names, at least one")
@@ -264,7 +265,7 @@ def _strings(texts: Sequence[Any]) -> list[str]:
     """Texts with those that are missing (None, NaN) as empty ones. Raises: ValueError for anything else."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the string {texts[:20]!r}...: pass a list of texts")
-    found = ["" if text is None or text != text else text for text in texts]
+    found = ["" if text is None or (isinstance(text, float) and text != text) else text for text in texts]
     if wrong := [(i, text) for i, text in enumerate(found) if not isinstance(text, str)]:
         place, text = wrong[0]
         raise ValueError(f"texts has {text!r} at {place}, which is {type(text).__name__}, not text: pass strings")

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 HERE = "."
 """The place of what has not been published."""
 AUTO = {
@@ -87,7 +89,11 @@ def _loads(library: str, kind: str, task: str | None, options: str = "") -> Usag
 
 
 def set_place(folder: str | Path, place: str) -> None:
-    """Let the code on a folder's card load from a repository, instead of where it loaded from."""
+    """Let the code on a folder's card load from a repository, instead of where it loaded from.
+
+    Raises: ValueError for what is no name of a repository.
+    """
+    validate_repo_id(place)
     path = Path(folder) / "README.md"
 
     def moved(block: re.Match[str]) -> str:

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mode import measuring
-from ..patching import head_of, patched
+from ..mode import check_room, measuring
+from ..patching import head_of, inner_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
 from .tokens import Tokens
@@ -75,13 +75,14 @@ class Analysis:
 def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3) -> Analysis:
     """Measure a causal LM, its norms in whatever form, on token ids [N, T] without padding; leaves it as it was.
 
-    Raises: ValueError for sequences of fewer than 3 tokens, a model whose final norm is neither a LayerNorm nor an
-    RMSNorm, or one that overflows in every sequence.
+    Raises: ValueError for sequences of fewer than 3 tokens or more than the model has positions for, a model whose
+    final norm is neither a LayerNorm nor an RMSNorm, or one that overflows in every sequence.
     """
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 3:
         raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with N >= 1 and T >= 3")
     if batch_size < 1 or neurons < 0:
         raise ValueError(f"batch_size is {batch_size} and neurons {neurons}: choose at least 1 and 0")
+    check_room(model, blocks.shape[1], "length")
     with _measuring(model):
         anatomy = Anatomy.of(model)
         given = blocks.to(next(model.parameters()).device)
@@ -122,10 +123,34 @@ def _measuring(model: Any) -> Iterator[None]:
     with measuring(model):
         model.set_attn_implementation("eager")
         try:
-            with patched(model, always=True):
+            with _merged(model), patched(model, always=True):
                 yield
         finally:
             model.set_attn_implementation(attention)
+
+
+@contextmanager
+def _merged(model: nn.Module) -> Iterator[None]:
+    """In here the adapters of linear layers are in their weights, which are what they were afterwards, bit for bit."""
+    embedded: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
+    modules: Iterator[Any] = model.modules()
+    layers = [
+        m
+        for m in modules
+        if type(getattr(m, "base_layer", None)) in (nn.Linear, Conv1D)
+        and not (m.merged or m.disable_adapters)
+        and m.base_layer.weight is not getattr(embedded, "weight", None)  # a tied head's, which both would take
+    ]
+    before = [{name: p.detach().clone() for name, p in m.base_layer.named_parameters()} for m in layers]
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer, kept in zip(layers, before, strict=True):
+            layer.unmerge()
+            for name, p in layer.base_layer.named_parameters():
+                p.data.copy_(kept[name])  # subtracting an adapter leaves rounding
 
 
 @dataclass(frozen=True)
@@ -145,8 +170,11 @@ class Anatomy:
         attentions: list[tuple[nn.Module, nn.Module]] = []
         last: list[tuple[nn.Module, Tensor, Tensor]] = []
 
+        adapted = [m for m in model.modules() if getattr(m, "base_layer", None) is head]
+        parts = {head, *(part for m in adapted for part in m.modules())}
+
         def watch(module: nn.Module, args: Any, output: Any) -> None:
-            if module is head:
+            if module in parts:
                 return
             if isinstance(module, (nn.Linear, Conv1D)):
                 linears.append(module)
@@ -209,7 +237,7 @@ class Passes:
         handles = [m.register_forward_pre_hook(lambda m, args: self.inputs.update({m: args[0]})) for m in modules]
         for attention, _ in self.anatomy.attentions:
             handles.append(attention.register_forward_hook(lambda m, _, out: self.weights.update({m: out[1]})))
-        stem = model.base_model
+        stem: Any = inner_of(model).base_model  # not what PEFT calls so
         handles.append(stem.register_forward_pre_hook(_ask_for_layers, with_kwargs=True))
         handles.append(stem.register_forward_hook(lambda _, __, out: self.layers.extend(out.hidden_states[1:-1])))
         self.layers.clear()

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import embedded
+from ..losses.ranges import is_number
 from ..mode import measuring
 from .modeling_ln_free import PREFIX, LNFree
 from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
@@ -73,8 +74,8 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM  # lazy: seconds
 
     source = embedded.resolve(model)
-    free: Any = _class_saved(source)
     with embedded.explained(model):
+        free: Any = _class_saved(source)
         loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
     state = {} if free else _state(source)
     if state:
@@ -126,9 +127,12 @@ def _state(source: str) -> dict[str, Tensor]:
 def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None) -> Any:
     """A stock model with the norms of a removable (all removed) or true one drowned by `eps`; computes the same.
 
-    Raises: ValueError if norms are left, if the architecture's configuration has no eps (OPT), or if weights would
-    overflow float16.
+    Raises: ValueError if norms are left, if the architecture's configuration has no eps (OPT), if this one does not
+    drown the variance, or if weights would overflow float16.
     """
+    if not is_number(eps, "(0, 1e38)"):  # beyond, float32 overflows
+        raise ValueError(f"eps is {eps!r}: choose a positive number below 1e38, such as 1e12")
+    eps = float(eps)  # what configurations ask for
     true = form_of(model) == "true"
     if not true:
         _check_removed(model)
@@ -144,6 +148,8 @@ def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None
     for name in names:
         state[f"{name}.weight"] = state[f"{name}.weight"] * eps**0.5
     plain.load_state_dict(state)
+    if form_of(plain) != "eps trick":
+        raise ValueError(f"eps is {eps:g}, under which the model still normalizes: choose a larger one, such as 1e12")
     _check_half(model, plain, names, dtype or _dtype(model), eps)
     return plain.to(dtype or _dtype(model))
 

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..losses.ranges import is_number
 from ..mode import evaluating
 from .structure import Norm, trace
 
@@ -308,8 +309,8 @@ def remove(model: nn.Module, site: str, share: float = 1.0) -> None:
 
     Raises: ValueError for an unknown site, another share, or a norm that has seen no batch yet.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}: choose one from 0, the norm itself, to 1, none")
+    if not is_number(share, "[0, 1]"):
+        raise ValueError(f"share is {share!r}: choose one from 0, the norm itself, to 1, none")
     _norm_of(model, site).switch(site, float(share))
 
 

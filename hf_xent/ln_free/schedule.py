@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from ..losses.ranges import is_integer
 from .norms import KINDS, sites
 
 PAPER = {
@@ -39,11 +40,17 @@ START, END, GAPS = 20 / 300, 104 / 300, (2, 2, 3)
 class Schedule:
     """Removals as (step, site), in order; each happens at the beginning of its step, step 0 being the first.
 
-    taper: steps that each of them takes from then on; 0 is all of it at the first.
+    taper: steps that each of them takes from then on; 0 is all of it at the first. Raises: ValueError for steps or a
+    taper that are no whole numbers, or below 0.
     """
 
     events: tuple[tuple[int, str], ...]
     taper: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("taper", self.taper), *(("step", step) for step, _ in self.events)):
+            if not is_integer(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 0")
 
     @classmethod
     def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:
