@@ -1,6 +1,5 @@
 """XentTrainer: what transformers' Trainer computes, under accumulation, resume and evaluation, without logits."""
 
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -346,21 +345,3 @@ def test_label_smoothing_is_honored_or_refused(name, tmp_path, rows):
         return
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
         kind(tiny(), args=args, train_dataset=rows)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
-@pytest.mark.parametrize("value", [math.nan, math.inf, True, "x"])
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        ("SPOConfig", ("degrees", "max_removed", "gamma_w", "gamma_l")),
-        ("OSPConfig", ("num_generations", "max_new_tokens", "round_epochs", "strength_eps", "temperature")),
-        ("NoiseFiTConfig", ("noise_std", "temperature")),
-        ("DXOConfig", ("warm_start",)),
-        ("F2CConfig", ("cce_weight", "agreement_weight", "alignment_max", "weight_temperature", "top_k")),
-    ],
-)
-def test_what_is_no_number_is_no_option(config, names, value, tmp_path):
-    for name in names:
-        with pytest.raises(ValueError, match=f"{name} (is )?.?{value}"):
-            getattr(hf_xent.trainers, config)(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{name: value})

@@ -42,7 +42,6 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from .. import auc
 from ..detection import metrics
 from ..hub import Carded, Tokenless
-from ..losses.ranges import is_number
 from .base import NO_MODEL_INIT, OWN_LOSS, Method, refuse_arguments, refuse_options
 
 ROW = "row_index"
@@ -76,8 +75,8 @@ class DXOConfig(Tokenless, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.warm_start, "[0, inf)"):
-            raise ValueError(f"warm_start is {self.warm_start!r}: choose a number of updates, or a share of all, >= 0")
+        if self.warm_start < 0:
+            raise ValueError(f"warm_start is {self.warm_start}: choose a number of updates, or a share of all, >= 0")
         if self.dxo_learning_rate is not None and not self.warm_start:
             raise ValueError(
                 f"dxo_learning_rate is {self.dxo_learning_rate} but warm_start is 0: set learning_rate, or a warm start"

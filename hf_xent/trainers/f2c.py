@@ -40,7 +40,6 @@ from transformers import Trainer, TrainingArguments
 from ..consistency import consistency
 from ..data.formats import PromptFormats
 from ..hub import Carded, Tokenless
-from ..losses.ranges import check_number, is_integer, is_number
 from ..mode import evaluating
 from ..ops import Head
 from ..patching import lazily, patch
@@ -92,21 +91,11 @@ class F2CConfig(Tokenless, TrainingArguments):
         super().__post_init__()
         if self.method not in ("f2c", "cce", "swarm"):
             raise ValueError(f"method is {self.method!r}: choose 'f2c', 'cce' or 'swarm'")
-        ranges = {"alignment_min": "[0, inf)", "alignment_max": "[0, inf)", "weight_temperature": "(0, inf)"}
-        known = all(is_number(getattr(self, name), interval) for name, interval in ranges.items())
-        if not known or self.alignment_min > self.alignment_max:
+        if not 0 <= self.alignment_min <= self.alignment_max or self.weight_temperature <= 0:
             raise ValueError(
                 f"alignment_min is {self.alignment_min}, alignment_max {self.alignment_max}, weight_temperature"
                 f" {self.weight_temperature}: choose 0 <= alignment_min <= alignment_max and weight_temperature > 0"
             )
-        for name, interval in {
-            "cce_weight": "[0, inf)",
-            "agreement_weight": "[0, inf)",
-            "threshold": "[-inf, inf]",
-        }.items():
-            check_number(self, name, interval)
-        if not is_integer(self.top_k) or self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k!r}: choose a whole number of at least 1")
         unread = [name for name, methods in READ_BY.items() if self.method not in methods]
         refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
 

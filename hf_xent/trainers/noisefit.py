@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 from ..lazy import next_token_labels
 from ..losses import CrossEntropy, Loss
-from ..losses.ranges import is_number
 from ..mode import evaluating
 from ..ops import Payload, vocab_stats
 from ..ops.rows import token_ids
@@ -79,8 +78,7 @@ class NoiseFiTConfig(XentConfig):
         for name, choices in {"method": ("noisefit", "rdrop"), "version": ("v1", "v2"), "sigma_power": (1, 2)}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {choices[0]!r} or {choices[1]!r}")
-        ranges = {"noise_std": "[0, inf)", "ce_weight": "[0, 1]", "temperature": "(0, inf)"}
-        if not all(is_number(getattr(self, name), interval) for name, interval in ranges.items()):
+        if self.noise_std < 0 or not 0 <= self.ce_weight <= 1 or self.temperature <= 0:
             raise ValueError(
                 f"noise_std is {self.noise_std}, ce_weight {self.ce_weight}, temperature {self.temperature}: choose"
                 " noise_std >= 0, ce_weight in [0, 1] and temperature > 0"

@@ -48,7 +48,6 @@ from trl.trainer.utils import use_adapter
 from .. import generation
 from ..embedded import publish
 from ..judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
-from ..losses.ranges import is_integer, is_number
 from ..mode import evaluating
 from .base import refuse_options
 from .spce import SPCEConfig, SPCETrainer
@@ -87,9 +86,9 @@ class OSPConfig(SPCEConfig):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
         least = {"num_generations": 2, "max_new_tokens": 1, "generation_batch_size": 1, "round_epochs": 1}
         for name, bound in least.items():
-            if not is_integer(value := getattr(self, name)) or value < bound:
-                raise ValueError(f"{name} is {value!r}: choose a whole number of at least {bound}")
-        if not (is_number(self.strength_eps, "(0, 0.5)") and is_number(self.temperature, "(0, inf)")):
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} is {getattr(self, name)}: choose at least {bound}")
+        if not 0 < self.strength_eps < 0.5 or self.temperature <= 0:
             raise ValueError(
                 f"strength_eps is {self.strength_eps}, temperature {self.temperature}: choose 0 < strength_eps < 0.5"
                 " and temperature > 0"

@@ -44,7 +44,6 @@ from trl import DPOConfig, DPOTrainer
 
 from ..data.variants import Variants
 from ..hub import Tokenless
-from ..losses.ranges import is_integer, is_number
 from ..patching import lazily
 from .base import Method, lazy, refuse_compilation, refuse_options
 from .streamed import Streamed
@@ -83,11 +82,11 @@ class SPOOptions:
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {known[0]!r} or {known[1]!r}")
-        if not is_integer(self.degrees) or self.degrees < 2 or not is_number(self.max_removed, "(0, 1]"):
+        if self.degrees < 2 or not 0 < self.max_removed <= 1:
             raise ValueError(
                 f"degrees is {self.degrees}, max_removed {self.max_removed}: choose degrees >= 2, 0 < max_removed <= 1"
             )
-        if not (is_number(self.gamma_w, "[0, inf)") and is_number(self.gamma_l, "[0, inf)")):
+        if min(self.gamma_w, self.gamma_l) < 0:
             raise ValueError(f"gamma_w is {self.gamma_w}, gamma_l {self.gamma_l}: choose numbers >= 0")
 
     @property
