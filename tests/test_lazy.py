@@ -159,6 +159,26 @@ def test_written_values_are_seen_by_views(operands):
     assert seam.materialized == 1, "the view shares its base's dense tensor"
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
+        lambda x: x.tanh().double().sum(),
+        lambda x: x.clone().mul_(2)[:, -1].exp().sum(),
+        lambda x: F.cross_entropy(x.view(-1, V), torch.arange(10)),
+    ],
+    ids=["entropy", "casts", "writes", "loss"],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch._dynamo looks at it
+def test_compiled_functions_of_lazy_logits(use, operands):
+    hidden, weight, bias, _ = operands
+    compiled = torch.compile(use, backend="eager")
+    ours, expected = compiled(LazyLogits.of(hidden, Head(weight, bias))), use(F.linear(hidden, weight, bias))
+    torch.testing.assert_close(ours, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(x, operands[:3]) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_materializes_once(operands):
     x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
     first, second = x.dense(), (x + 0.0)

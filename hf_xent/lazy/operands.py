@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import Head
 from ..ops.higher import composed
 
-_SAMPLED = 64  # about as many rows and columns of a weight are compared; all of a small one
+_SAMPLED = 4096  # at least as many numbers of an operand are compared, or all; up to twice as many a dimension
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,8 @@ Operands = tuple[Operand, ...]
 
 def operands_of(hidden: Tensor, raw: Head) -> Operands:
     """The operands of a call, as they are now."""
-    hidden_states = Operand("hidden states", hidden, version(hidden), None)
-    weights = {"weight": raw.weight, "bias": raw.bias, "adapter": raw.adapter}
-    return (hidden_states, *(Operand.of(name, t) for name, t in weights.items() if t is not None))
+    named = {"hidden states": hidden, "weight": raw.weight, "bias": raw.bias, "adapter": raw.adapter}
+    return tuple(Operand.of(name, t) for name, t in named.items() if t is not None)
 
 
 def check(operands: Operands) -> None:
@@ -70,5 +69,6 @@ def _sample(t: Tensor) -> Tensor | None:
     if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling() or composed(t):
         return None
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        grid = t.detach()[tuple(slice(None, None, max(1, n // _SAMPLED)) for n in t.shape)]
+        side = round(_SAMPLED ** (1 / max(1, t.ndim)))
+        grid = t.detach()[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
         return grid.clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -168,6 +168,12 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # what is kept and counted here is no part of a graph
+            return torch.compiler.disable(cls._answer)(func, args, kwargs)
+        return cls._answer(func, args, kwargs)
+
+    @classmethod
+    def _answer(cls, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = dict(kwargs or {})
         if not args and isinstance(kwargs.get("input"), LazyLogits):
             args = (kwargs.pop("input"),)
