@@ -19,6 +19,7 @@ from .losses import Loss
 
 _LABELS = ("labels", "shift_labels")
 COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
+COMPOSED = "torch.func or forward-mode differentiation is at work, which lazy logits cannot follow"
 _UNASKED = "the model was called without labels, so its loss is computed outside: pass always=True"
 OUTSIDE = (
     "the head was called outside of a call of the model that could be noticed: something keeps the model's forward from"

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
-from .calls import CALL, COMPILED, OUTSIDE, Call, ModelLoss
+from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, ModelLoss
 from .comparison import Comparison, run_both_ways
 from .fused_head import FusedHead
 from .heads import checked_head, fleeting, inner_of, is_split, linears_of, local_head
 from .lazy import LazyLogits, Seam
 from .losses import CrossEntropy, Loss
+from .ops.higher import composed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -292,7 +293,7 @@ class _LazyForward:
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         linear = self.linear
-        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head()
+        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
         if raw is None:
             before: Any = self.before
             return nn.Linear.forward(linear, input) if before is None else before(input)
@@ -303,14 +304,14 @@ class _LazyForward:
             input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
         return LazyLogits.of(input, raw, self.patch.seam)
 
-    def _head(self) -> Any:
+    def _head(self, input: Tensor) -> Any:
         """The operands of lazy logits, or None if they are not wanted or cannot be."""
         call = self.patch.under_way()
         if not (self.patch.always if call is None else call.awake):
             if call is None and torch.is_grad_enabled():
                 self.patch.seam.bypass(OUTSIDE)
             return None
-        reason = fleeting(self.linear)
+        reason = COMPOSED if composed(input, self.linear.weight) else fleeting(self.linear)
         raw = None if reason else local_head(self.linear)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"

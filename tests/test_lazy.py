@@ -76,6 +76,11 @@ DENSE = {
     "scaled log-probabilities": lambda x, y: x.log_softmax(-1) * 2.0,
     "two tanhs": lambda x, y: x.tanh().tanh().sum(-1),
     "normalized twice": lambda x, y: x.log_softmax(-1).log_softmax(-1),
+    "times zero": lambda x, y: ((x.tanh() * 0) + 1).logsumexp(-1),
+    "softcap of zero": lambda x, y: (x.tanh() * 0).log_softmax(-1),
+    "overflow": lambda x, y: (x * 1e38 * 10).argmax(-1),
+    "integers": lambda x, y: x.tanh().to(torch.int64).argmax(-1),
+    "eight bits": lambda x, y: x.to(torch.float8_e4m3fn).float().logsumexp(-1),
 }
 
 
@@ -119,6 +124,28 @@ def test_arguments_that_torch_refuses_are_refused(options, operands):
             F.cross_entropy(logits.view(-1, V), labels.view(-1), **options)
 
 
+@pytest.mark.parametrize("label", [V, -1, -100, -(2**31)])
+def test_a_column_that_does_not_exist_is_torchs_error(label, operands):
+    hidden, weight, bias, labels = operands
+    for logits in (LazyLogits.of(hidden, Head(weight, bias)), F.linear(hidden, weight, bias)):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            logits.log_softmax(-1).gather(-1, torch.full_like(labels, label)[..., None])
+
+
+def test_weights_that_are_no_tensor_are_torchs_error(operands):
+    hidden, weight, bias, labels = operands
+    with pytest.raises(TypeError, match="must be Tensor, not list"):
+        F.cross_entropy(LazyLogits.of(hidden, Head(weight, bias)).view(-1, V), labels.view(-1), weight=[1.0] * V)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), 0.0, 1e-320, 1e39])
+@pytest.mark.parametrize("change", [lambda x, f: x * f, lambda x, f: x / f, lambda x, f: x.tanh() * f])
+def test_factors_that_are_not_finite(factor, change, operands):
+    hidden, weight, bias, _ = operands
+    lazy, dense = LazyLogits.of(hidden, Head(weight, bias)), F.linear(hidden, weight, bias)
+    torch.testing.assert_close(change(lazy, factor) + 0.0, change(dense, factor), equal_nan=True)
+
+
 def test_written_values_are_seen_by_views(operands):
     def write(x, labels):
         view = x.view(-1, V)
@@ -130,6 +157,26 @@ def test_written_values_are_seen_by_views(operands):
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grads, expected_grads)
     assert seam.materialized == 1, "the view shares its base's dense tensor"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
+        lambda x: x.tanh().double().sum(),
+        lambda x: x.clone().mul_(2)[:, -1].exp().sum(),
+        lambda x: F.cross_entropy(x.view(-1, V), torch.arange(10)),
+    ],
+    ids=["entropy", "casts", "writes", "loss"],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch._dynamo looks at it
+def test_compiled_functions_of_lazy_logits(use, operands):
+    hidden, weight, bias, _ = operands
+    compiled = torch.compile(use, backend="eager")
+    ours, expected = compiled(LazyLogits.of(hidden, Head(weight, bias))), use(F.linear(hidden, weight, bias))
+    torch.testing.assert_close(ours, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(x, operands[:3]) for x in (ours, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_materializes_once(operands):

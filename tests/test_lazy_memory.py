@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import tiny
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hf_xent
 from hf_xent.lazy import LazyLogits
@@ -45,6 +46,7 @@ STEPS = {
     "index True": lambda t: t[True],
     "index True and columns": lambda t: t[True, :1],
     "index None": lambda t: t[None],
+    "index tensor and columns": lambda t: t[torch.tensor([0]), ..., :2],
     "mask": lambda t: t[torch.ones(t.shape[:1], dtype=torch.bool)],
     "index out of range": lambda t: t[99],
     "index of no kind": lambda t: t["a"],
@@ -178,7 +180,7 @@ def test_a_few_rows_are_read_without_the_others():
         lambda x: x.sum(),
         lambda x: x.argmax(-1),
         lambda x: x[:, -1].softmax(-1),
-        lambda x: x.float() * 2,
+        lambda x: (x.float() * 2).sum(),
         lambda x: F.cross_entropy(x.view(-1, V), labels_of(x)),
         lambda x: x.stats(labels_of(x).view(2, 4)),
     ],
@@ -190,6 +192,30 @@ def test_operands_that_changed_since_are_an_error_that_says_what_to_do(name, rea
     {"hidden": hidden, "weight": weight}[name].add_(1.0)
     with pytest.raises(RuntimeError, match=r"modified in place.*optimizer\.step.*before that.*dense\(\)"):
         read(x)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: torch.optim.AdamW([w], fused=True).step(),
+        lambda w: w.data.add_(1.0),
+        lambda w: w.detach().numpy().fill(1.0),
+        lambda w: setattr(w, "data", w.data * 2),
+        lambda w: setattr(w, "data", w.data.double()),
+    ],
+    ids=["fused optimizer", "data", "NumPy", "other data", "other dtype"],
+)
+def test_operands_that_changed_unseen_are_an_error_too(write):
+    """None of these raises a tensor's version."""
+    hidden, weight = operands(requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    x, version = LazyLogits.of(hidden, Head(weight)), weight._version
+    view = x[0].float()
+    write(weight)
+    assert weight._version == version
+    for read in (lambda: x.sum(), lambda: view.argmax(-1), lambda: F.cross_entropy(x.view(-1, V), labels_of(x))):
+        with pytest.raises(RuntimeError, match=r"weight was modified in place.*optimizer\.step"):
+            read()
 
 
 def test_values_read_before_the_operands_change_stay():
@@ -248,6 +274,116 @@ def test_logits_written_to_below_python_are_refused_where_their_gradient_would_b
         out.sum().backward()
 
 
+def test_a_graph_made_below_python_is_kept():
+    """torch.Tensor takes its values below autograd; what comes after has gradients as ever."""
+    hidden, weight = operands(requires_grad=True)
+    x = LazyLogits.of(hidden, Head(weight))
+    torch.testing.assert_close(torch.Tensor(x).detach(), (hidden @ weight.T).detach())
+    for ours, expected in ((x, hidden @ weight.T), (x[0], (hidden @ weight.T)[0])):
+        found = torch.autograd.grad(ours.softmax(-1).pow(2).sum(), (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(found, torch.autograd.grad(expected.softmax(-1).pow(2).sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x * 2,
+        lambda x: x[0],
+        lambda x: x.float().view(-1, V)[1:].softmax(-1),
+        lambda x: (x / 3).logsumexp(-1),
+        lambda x: F.cross_entropy(x.view(-1, V), labels_of(x)),
+        lambda x: x.log_softmax(-1).gather(-1, ones_of(x)),
+    ],
+    ids=["factor", "row", "rows", "logsumexp", "loss", "gather"],
+)
+def test_logits_made_without_a_graph_stay_without_one(context, use):
+    hidden, weight = operands(requires_grad=True)
+    with context():
+        x, expected = LazyLogits.of(hidden, Head(weight)), hidden @ weight.T
+    ours = use(x)
+    assert not ours.requires_grad
+    torch.testing.assert_close(ours + 0.0, use(expected))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [lambda t: t.softmax(-1).pow(2).sum(), lambda t: F.cross_entropy(t.view(-1, V), labels_of(t))],
+    ids=["dense", "lean"],
+)
+def test_checkpoints(loss, reentrant):
+    hidden, weight = operands(requires_grad=True)
+    logits = LazyLogits.of(hidden, Head(weight))
+    found = torch.autograd.grad(checkpoint(loss, logits, use_reentrant=False), (hidden, weight))
+    if reentrant:
+        checkpoint(loss, LazyLogits.of(hidden, Head(weight)), use_reentrant=True).backward()
+        found = hidden.grad, weight.grad
+    torch.testing.assert_close(found, torch.autograd.grad(loss(hidden @ weight.T), (hidden, weight)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda x: torch.vmap(lambda a: (x * a).sum())(torch.arange(3.0)),
+        lambda x: torch.vmap(lambda row: row.log_softmax(-1))(x),
+        lambda x: torch.func.grad(lambda t: t[0].exp().sum())(x),
+        lambda x: torch.func.jvp(lambda t: t[0].softmax(-1), (x,), (torch.ones(2, 4, V),))[1],
+        lambda x: torch.func.jacrev(lambda t: t.logsumexp(-1))(x),
+    ],
+    ids=["vmap over a factor", "vmap", "grad", "jvp", "jacrev"],
+)
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x.tanh(), lambda x: x[:]], ids=["logits", "tanh", "view"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use
+def test_torch_func_of_lazy_logits(transform, of):
+    hidden, weight = operands()
+    ours = transform(of(LazyLogits.of(hidden, Head(weight))))
+    torch.testing.assert_close(ours, transform(of(hidden @ weight.T)))
+
+
+def test_random_numbers_are_drawn_once():
+    hidden, weight = operands()
+    found = []
+    for x in (LazyLogits.of(hidden, Head(weight)), hidden @ weight.T):
+        torch.manual_seed(5)
+        F.dropout(x[0], 0.5, inplace=True)
+        found += [x + 0.0, torch.rand(3)]
+    torch.testing.assert_close(found[:2], found[2:])
+
+
+def test_strides_are_of_the_memory_of_the_whole():
+    hidden, weight = operands()
+    uses = (
+        lambda t: t.as_strided((2, 2), (1, 2), 30),
+        lambda t: t.as_strided_scatter(torch.zeros(()), (), (), storage_offset=0),
+    )
+    for use in uses:
+        torch.testing.assert_close(use(LazyLogits.of(hidden, Head(weight))[1]), use((hidden @ weight.T)[1]))
+
+
+def test_in_place_operations_return_their_tensor_and_change_its_shape():
+    hidden, weight = operands()
+    x, expected = LazyLogits.of(hidden, Head(weight)), hidden @ weight.T
+    assert x.add_(1.0) is x and x.unsqueeze_(0) is x
+    expected.add_(1.0).unsqueeze_(0)
+    assert x.shape == (1, 2, 4, V) and x.ndim == 4 and x.stride() == expected.stride()
+    torch.testing.assert_close(x + 0.0, expected)
+
+
+def test_a_parameter_of_logits_is_one():
+    hidden, weight = operands(requires_grad=True)
+    x, expected = LazyLogits.of(hidden, Head(weight)), (hidden @ weight.T).detach()
+    parameters = torch.nn.Parameter(x.detach().clone()), torch.nn.Parameter(expected.clone())
+    for parameter in parameters:
+        assert isinstance(parameter, torch.nn.Parameter) and parameter.is_leaf
+        optimizer = torch.optim.AdamW([parameter], lr=0.1)
+        parameter.pow(2).sum().backward()
+        optimizer.step()
+    ours, theirs = parameters
+    torch.testing.assert_close(ours + 0.0, theirs + 0.0)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("how", ["requires_grad_", "retain_grad"])
 def test_gradients_of_the_logits_themselves(how):
     hidden, weight = operands(requires_grad=how == "retain_grad")
@@ -264,8 +400,24 @@ def test_a_gradient_that_will_not_come_is_refused():
     hidden, weight = operands(requires_grad=True)
     x = LazyLogits.of(hidden, Head(weight))
     F.cross_entropy(x.view(-1, V), labels_of(x))
-    with pytest.raises(RuntimeError, match=r"retain_grad.*without making these logits"):
-        x.retain_grad()
+    for ask in (x.retain_grad, lambda: x.register_hook(print), lambda: torch.autograd.grad(x.sum(), x)):
+        with pytest.raises(RuntimeError, match=r"without making these logits.*dense\(\)"):
+            ask()
+
+
+def test_gradients_by_a_view_that_was_read():
+    hidden, weight = operands(requires_grad=True)
+    found = []
+    for x in (LazyLogits.of(hidden, Head(weight)), hidden @ weight.T):
+        last = x[:, -1]
+        x.argmax(-1)  # no gradient passes by
+        found.append(torch.autograd.grad(last.softmax(-1).pow(2).sum(), last)[0])
+    torch.testing.assert_close(*found)
+    last = LazyLogits.of(hidden, Head(weight))[:, -1]
+    loss = last.softmax(-1).pow(2).sum()
+    for ask in (last.retain_grad, lambda: torch.autograd.grad(loss, last.parent[0], allow_unused=True)):
+        with pytest.raises(RuntimeError, match="without making these logits"):
+            ask()
 
 
 def test_hooks_on_logits_see_their_gradient():
@@ -284,6 +436,8 @@ def test_inference_mode():
         expected = hidden @ weight.T
         torch.testing.assert_close(x[:, -1].softmax(-1), expected[:, -1].softmax(-1))
         assert not x.is_dense
+        scaled = x * 2, expected * 2
+        torch.testing.assert_close(torch.lerp(x[0], scaled[0][0], 0.5), torch.lerp(expected[0], scaled[1][0], 0.5))
         x[:, -1].mul_(2.0)
         expected[:, -1].mul_(2.0)
         torch.testing.assert_close(x.sum(-1), expected.sum(-1))

@@ -615,3 +615,67 @@ def test_a_softcap_refuses_the_tail_when_the_loss_is_taken():
     model = hf_xent.patch(tiny("gemma2 softcap"), tail=1e-3)
     with pytest.raises(ValueError, match=r"the head has softcap 1\.5: pass tail=0"):
         model(input_ids=ids, labels=labels)
+
+
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, by forward mode
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda loss, p: torch.func.grad(loss)(p)["lm_head.weight"],
+        pytest.param(lambda loss, p: torch.func.jvp(loss, (p,), (p,)), marks=FORWARD_MODE),
+        lambda loss, p: torch.vmap(loss)({k: torch.stack([v, v * 2]) for k, v in p.items()}),
+    ],
+    ids=["grad", "jvp", "vmap"],
+)
+def test_torch_func_of_a_patched_model_is_that_of_the_stock_model(transform):
+    ids = torch.randint(0, V, (2, 6))
+    found = []
+    for lazy in (False, True):
+        model = tiny().eval()
+        model.set_attn_implementation("eager")
+        model = patch(model) if lazy else model
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(p, model=model):
+            return torch.func.functional_call(model, p, (), {"input_ids": ids, "labels": ids}).loss
+
+        found.append(transform(loss, parameters))
+    torch.testing.assert_close(*found)
+    assert seam_of(model).bypassed and "torch.func" in seam_of(model).reason
+
+
+def test_full_backward_hooks_of_the_head():
+    ids, found = torch.randint(0, V, (2, 6)), []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        model = patch(tiny().eval()) if lazy else tiny().eval()
+        model.lm_head.register_full_backward_hook(lambda module, inner, outer: (inner[0] * 2,))
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found)
+
+
+def test_logits_of_a_teacher_without_gradient_have_none():
+    ids, found = torch.randint(0, V, (2, 6)), []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        model = patch(tiny().eval(), always=True) if lazy else tiny().eval()
+        with torch.no_grad():
+            teacher = model(input_ids=ids.flip(1)).logits
+        student = model(input_ids=ids).logits
+        F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean").backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_read_after_a_fused_optimizers_step_are_an_error():
+    """The Trainer's default optimizer; it writes without raising a tensor's version."""
+    ids, model = torch.randint(0, V, (2, 6)), patch(tiny())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    out = model(input_ids=ids, labels=ids)
+    out.loss.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"weight was modified in place.*optimizer\.step"):
+        out.logits.argmax(-1)

@@ -57,8 +57,8 @@ def test_import_is_light():
 
 
 def test_private_api_of_torch_we_rely_on():
-    """If this fails, torch renamed what tells a backward whether its graph is kept (ops/autograd.py), or that other
-    ways to differentiate are at work (ops/higher.py).
+    """If this fails, torch renamed what tells a backward whether its graph is kept (ops/autograd.py), that other ways
+    to differentiate are at work (ops/higher.py), or that saved tensors are hooked (lazy/graph.py).
     """
     import torch
 
@@ -66,5 +66,6 @@ def test_private_api_of_torch_we_rely_on():
     assert torch._C._are_functorch_transforms_active() is False
     assert torch._C._functorch.is_legacy_batchedtensor(torch.zeros(())) is False
     assert torch._C._functorch.is_batchedtensor(torch.zeros(())) is False
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert callable(torch._C._nn._parse_to)
     assert callable(torch.Tensor._make_wrapper_subclass)

@@ -36,7 +36,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     )
     if not indices or size_average is not None or reduce is not None or not 0 <= label_smoothing < 1:
         return NotImplemented
-    if weight is not None and (label_smoothing or weight.shape != x.shape[-1:]):
+    if weight is not None and (label_smoothing or not _is_one_a_token(weight, x)):
         return NotImplemented
     target = token_ids(target.to(x.hidden.device))
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
@@ -53,6 +53,11 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     )
     x.seam.record(stats)
     return loss.to(x.device, x.dtype)
+
+
+def _is_one_a_token(weight: Any, x: LazyLogits) -> bool:
+    """Whether weights are a number a token of the vocabulary."""
+    return isinstance(weight, Tensor) and weight.shape == x.shape[-1:]
 
 
 def _nll_loss(x: LazyLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +79,8 @@ def _log_softmax(
 
 def _gather(x: LazyLogits, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """One column a row: the label's logit, or its log-probability."""
-    if sparse_grad or not _is_last(x, dim) or index.shape != (*x.shape[:-1], 1) or index.dtype != torch.int64:
+    is_column = isinstance(index, Tensor) and index.shape == (*x.shape[:-1], 1) and index.dtype == torch.int64
+    if sparse_grad or not is_column or not _is_last(x, dim) or not _are_tokens(index, x.shape[-1]):
         return NotImplemented
     stats = _scalar_stats(x, index.squeeze(-1), ("lse", "target"))
     value = stats.logp if x.recipe.log_probs else stats.target
@@ -93,6 +99,10 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
         return NotImplemented
     top = _scalar_stats(detach(x), None, ("top",)).top
     return top.unsqueeze(-1) if keepdim else top
+
+
+def _are_tokens(index: Tensor, size: int) -> bool:
+    return index.is_meta or not index.numel() or bool((index.min() >= 0) & (index.max() < size))
 
 
 def _is_last(x: LazyLogits, dim: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..ops import Head
 
@@ -18,6 +20,11 @@ class Recipe:
     inner: float = 1.0
     outer: float | None = None  # None: no tanh
     log_probs: bool = False  # log_softmax on top
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether its factors can be multiplied and divided by: none is zero, infinite, or near it."""
+        return all(1e-30 < abs(factor) < 1e30 for factor in (self.inner, self.outer) if factor is not None)
 
     def head(self, raw: Head) -> Head:
         """The head, on the operands of one without scale, whose activated logits the value is (before log_softmax)."""
@@ -89,3 +96,11 @@ class Values(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
         """The gradient as it is."""
         return upstream
+
+
+def without_hooks() -> AbstractContextManager[Any]:
+    """A context whose graph keeps its tensors as they are: a checkpoint's, which computes again what it saved, must not
+    count what is made once and outlives it.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return nullcontext() if hooks is None else saved_tensors_hooks(Tensor.detach, lambda saved: saved)

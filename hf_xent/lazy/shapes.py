@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.higher import composed
+from ..ops.rows import FLOATS
 from .answers import register
 from .tensor import LazyLogits, is_view, make, shadow
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor that differs in some operands: a copy, unless a `parent` says what it is a view of."""
-    x.check()  # the operands are taken over as they are now
     now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "seam": x.seam}
     same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
     layout = torch.empty_like(shadow(x)) if same_shape else None  # as torch lays out what is made of x
-    return make(**{**now, "reads": x.reads, "layout": layout, **changes})
+    return make(**{**now, "reads": x.reads, "operands": x.operands, "layout": layout, **changes})
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -40,6 +41,8 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     if memory_format is not None:
         return NotImplemented
     device, dtype = device or x.device, dtype or x.dtype
+    if dtype not in FLOATS:
+        return NotImplemented
     same = (device, dtype) == (x.device, x.dtype)
     return x if same and not copy else derive(x, device=device, dtype=dtype)
 
@@ -69,7 +72,7 @@ def _plus(x: LazyLogits, other: Any) -> Any:
     """Another product of the same tokens and vocabulary (a LoRA branch's), or a bias of the vocabulary (BART's)."""
     if isinstance(other, LazyLogits) and not other.is_dense:
         return _sum(x, other)
-    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs or x.recipe.inner == 0:
+    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs:
         return NotImplemented
     same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
     is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
@@ -86,7 +89,7 @@ def _sum(x: LazyLogits, y: LazyLogits) -> Any:
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
     heads = (big.raw, small.raw)
     bent = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
-    if bent or big.recipe.inner == 0 or any(head.shard is not None for head in heads):
+    if bent or any(head.shard is not None for head in heads):
         return NotImplemented
     ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
     hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)
@@ -96,14 +99,15 @@ def _sum(x: LazyLogits, y: LazyLogits) -> Any:
     bias = sum(biases[1:], biases[0]) if biases else None
     raw = replace(big.raw, bias=bias, adapter=adapter)
     dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(shadow(x))
-    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout)
+    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=x.operands + y.operands)
 
 
 def _times(x: LazyLogits, other: Any) -> Any:
     number = _number(other)
     if number is None or x.recipe.log_probs or not x.is_floating_point():
         return NotImplemented
-    return derive(x, recipe=x.recipe.times(number))
+    recipe = x.recipe.times(number)
+    return derive(x, recipe=recipe) if recipe.is_regular else NotImplemented
 
 
 def _divided(x: LazyLogits, other: Any) -> Any:
@@ -116,7 +120,7 @@ def _number(x: Any) -> float | None:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
-        return None if x.is_complex() else float(x)
+        return None if x.is_complex() or composed(x) else float(x)
     return None
 
 
@@ -215,9 +219,11 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
         if used > x.ndim or not isinstance(index[-1], slice):
             return NotImplemented
         index, vocabulary = (*index[:-1], slice(None)), index[-1]
+    copied = any(isinstance(i, Tensor) for i in index)
+    layout = shadow(x)[(*index[:-1], vocabulary)] if copied and vocabulary != slice(None) else None
     if not all(i is ... or (isinstance(i, slice) and i == slice(None)) for i in index):
         x = _indexed(x, index)
-    return _vocabulary(x, vocabulary)
+    return _vocabulary(x, vocabulary, layout)
 
 
 def _plain(i: Any, device: torch.device) -> Any:
@@ -242,11 +248,14 @@ def _indexed(x: LazyLogits, index: tuple[Any, ...]) -> LazyLogits:
     return _rows(x, lambda h: h[index], lambda d: d[index])
 
 
-def _vocabulary(x: LazyLogits, part: slice) -> Any:
+def _vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
+    """A slice of the vocabulary: a view, unless a `layout` says how the copy lies that the whole index makes."""
     if part == slice(None) or range(*part.indices(x.shape[-1])) == range(x.shape[-1]):
         return x
     if x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
+    if layout is not None:
+        return derive(x, raw=x.raw[part], layout=layout)
     return derive(x, raw=x.raw[part], parent=(x, lambda d: d[..., part]))
 
 

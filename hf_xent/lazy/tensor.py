@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops import Head, Stats, vocab_stats
+from ..ops.higher import composed
 from .answers import ANSWERS
-from .graph import Connected, Recipe, Values
+from .graph import Connected, Recipe, Values, without_hooks
+from .operands import Operands, check, operands_of, version
 from .seam import Seam, next_token_labels
 
 METADATA: set[Any] = set()
@@ -30,9 +32,9 @@ class LazyLogits(torch.Tensor):
     parent: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     made: Tensor | None  # the dense tensor, once something needed it
     copied: Tensor | None  # the values of a view that was only read, without those of the tensor it is a view of
-    versions: tuple[int | None, ...]  # of the operands, when the head was called
+    operands: Operands  # what the head was called with, as it was
     memory: list[Tensor]  # `made`, where the wrapper's place in the graph can see whether it was written to
-    reads: set[str]  # 'loss' once one was computed without these logits; shared by all that is made of a head's output
+    reads: set[int]  # ids of those that gave something differentiable of their own; all of a head's output share it
 
     @staticmethod
     def of(hidden: Tensor, raw: Head, seam: Seam | None = None) -> LazyLogits:
@@ -45,19 +47,14 @@ class LazyLogits(torch.Tensor):
 
         Raises: RuntimeError if one of its tensors, or `hidden`, was changed in place since it was called.
         """
-        self.check()
-        self.reads.add("loss")
+        check(self.operands)
+        self._read_apart(id(self.reads))
         return self.recipe.head(self.raw)
 
-    def check(self) -> None:
-        """Raises: RuntimeError if an operand was changed in place since the head was called."""
-        for name, before, now in zip(_OPERANDS, self.versions, _versions(self.hidden, self.raw), strict=True):
-            if before != now:
-                raise RuntimeError(
-                    f"these logits are computed when they are read, and the head's {name} was modified in place since"
-                    " (by optimizer.step(), say): read what you need of them before that, as in"
-                    " `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
-                )
+    def _read_apart(self, whose: int) -> None:
+        """Remember that something differentiable was made of the operands without the dense logits."""
+        if self.differentiable and torch.is_grad_enabled():
+            self.reads.add(whose)
 
     @property
     def is_dense(self) -> bool:
@@ -67,7 +64,12 @@ class LazyLogits(torch.Tensor):
         """
         if self.made is None and _requires_grad(self) and not self.differentiable:
             self.made = Values.apply(self)
-        return self.made is not None or (self.parent is not None and self.parent[0].is_dense)
+        return self.has_values
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the dense values were made, or those of what this is a view of."""
+        return self.made is not None or (self.parent is not None and self.parent[0].has_values)
 
     def dense(self) -> Tensor:
         """The ordinary tensor, made once and kept, with autograd. A view's shares the memory of what it is a view of.
@@ -90,6 +92,7 @@ class LazyLogits(torch.Tensor):
         """The dense values, to be read only: those of a few rows are computed without the rest."""
         if self.is_dense or not self._is_part():
             return self.dense()
+        self._read_apart(id(self))
         if self.copied is None:
             with torch.inference_mode(False):  # where tensors count how often they are written to
                 self.copied = self._value()
@@ -103,9 +106,10 @@ class LazyLogits(torch.Tensor):
         return self.numel() < base.numel() or self.differentiable != base.differentiable
 
     def _value(self) -> Tensor:
-        self.check()
+        check(self.operands)
         self.seam.materialized += 1
-        with torch.set_grad_enabled(self.differentiable), torch.autocast(self.hidden.device.type, enabled=False):
+        kind = self.hidden.device.type
+        with torch.set_grad_enabled(self.differentiable), torch.autocast(kind, enabled=False), without_hooks():
             return self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
 
     def stats(
@@ -131,24 +135,32 @@ class LazyLogits(torch.Tensor):
 
         Raises: RuntimeError if a loss was computed without them before, so that no gradient passes through them.
         """
-        if self.reads and not self.is_dense:
-            raise RuntimeError(
-                "logits.retain_grad(): the loss was computed without making these logits, so they get no gradient:"
-                " compute it from out.logits.dense(), or from a model that is not patched (hf_xent.unpatch)"
-            )
+        self._check_gradient("logits.retain_grad()", self.reads)
         self.dense().retain_grad()
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """Call `hook` with the gradient of these logits, as torch does, which makes them dense.
 
         Not for FSDP, which hooks every output of a module to gather its weights: the head's are kept until the backward
-        anyway. Nor once a loss was computed without these logits, when there is no such gradient.
+        anyway.
+
+        Raises: RuntimeError as `retain_grad`.
         """
         of_fsdp = str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.")
-        if not self.is_dense and (self.reads or of_fsdp):
+        if not self.is_dense and of_fsdp:
             with torch._C.DisableTorchFunctionSubclass():
                 return super().register_hook(hook)
+        self._check_gradient("logits.register_hook()", self.reads)
         return self.dense().register_hook(hook)
+
+    @staticmethod
+    def _check_gradient(asked: str, reads: set[int]) -> None:
+        """Raises: RuntimeError if there are reads through which a gradient passes these logits by."""
+        if reads:
+            raise RuntimeError(
+                f"{asked}: a loss was computed without making these logits, so they do not get its gradient: compute it"
+                " from out.logits.dense(), or from a model that is not patched (hf_xent.unpatch)"
+            )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
@@ -156,6 +168,12 @@ class LazyLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # what is kept and counted here is no part of a graph
+            return torch.compiler.disable(cls._answer)(func, args, kwargs)
+        return cls._answer(func, args, kwargs)
+
+    @classmethod
+    def _answer(cls, func: Any, args: Any, kwargs: Any) -> Any:
         kwargs = dict(kwargs or {})
         if not args and isinstance(kwargs.get("input"), LazyLogits):
             args = (kwargs.pop("input"),)
@@ -163,16 +181,22 @@ class LazyLogits(torch.Tensor):
             answer = ANSWERS[func](*args, **kwargs)
             if answer is not NotImplemented:
                 return answer
-        elif func in METADATA and not (func in _OF_VALUES and args[0].is_dense):
+        elif func in METADATA and (func in _OF_WRAPPER or not args[0].has_values):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _DIFFERENTIATING:
+            for x in tree_leaves((args[1:], kwargs.get("inputs"))):
+                if isinstance(x, LazyLogits):
+                    cls._check_gradient("the gradient by logits", x.reads - {id(x)})
         if kwargs.get("out") is not None:  # what is written there has no graph, so it takes values alone
             return func(*_each(lambda x: x.dense().detach(), args), **_densify(kwargs))
         if not _writes(func):
             found = _read(func, args, kwargs)
             if found is not NotImplemented:
                 return found
-        return func(*_densify(args), **_densify(kwargs))
+        answer = func(*_densify(args), **_densify(kwargs))
+        written = _writes(func) and isinstance(args[0] if args else None, LazyLogits) and answer is args[0].made
+        return args[0] if written else answer  # as an in-place operation returns its tensor
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function that stands in for none
@@ -182,7 +206,8 @@ class LazyLogits(torch.Tensor):
         aliased = any(argument.alias_info is not None for argument in func._schema.arguments)
 
         def value(x: LazyLogits) -> Tensor:
-            return (x.dense() if aliased else x._values()).detach()
+            with torch.overrides.enable_reentrant_dispatch():  # what is kept has a graph
+                return (x.dense() if aliased else x._values()).detach()
 
         return func(*_each(value, args), **_each(value, kwargs or {}))
 
@@ -191,7 +216,8 @@ def _writes(func: Any) -> bool:
     """Whether a torch function may write to its arguments, or hands out their memory: told by its name."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or func in _HANDS_OUT or name == "__set__"
+    may_be = "inplace" in getattr(getattr(func, "__code__", None), "co_varnames", ())
+    return in_place or may_be or name.startswith("as_strided") or func in _HANDS_OUT or name == "__set__"
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
@@ -201,14 +227,14 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
     has to run again on the memory of what they are views of.
     """
     lazies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyLogits)]
-    if all(x.is_dense or not x._is_part() for x in lazies):
+    if composed() or all(x.is_dense or not x._is_part() for x in lazies):
         return NotImplemented
     values = [x._values() for x in lazies]
-    versions, memory = [v._version for v in values], {v.untyped_storage()._cdata for v in values}
+    versions, memory = [version(v) for v in values], {v.untyped_storage()._cdata for v in values}
     found = func(*_each(LazyLogits._values, args), **_each(LazyLogits._values, kwargs))
     if not all(_is_apart(leaf, memory) for leaf in tree_leaves(found)):
         return NotImplemented
-    if versions != [v._version for v in values]:
+    if versions != [version(v) for v in values]:
         for x in lazies:
             x.copied = None  # it holds what should be written elsewhere
         return NotImplemented
@@ -233,8 +259,9 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
     parent: Any = None,
     layout: Tensor | None = None,
     reads: set[str] | None = None,
+    operands: Operands | None = None,
 ) -> LazyLogits:
-    """A lazy tensor of these operands, with its place in the graph; `parent` and `reads` as the attributes.
+    """A lazy tensor of these operands, with its place in the graph; `parent`, `reads`, `operands` as the attributes.
 
     `device` is where its values are to be; the operands may lie elsewhere (a model split over devices). `layout` is a
     tensor that has its strides, by default a view's or those of a contiguous tensor.
@@ -245,10 +272,13 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
         layout = torch.empty((*hidden.shape[:-1], raw.vocabulary), device="meta")
     place = {"dtype": dtype, "device": device}
     lazy = Connected.apply(LazyLogits, raw, recipe, layout, place, hidden, raw.weight, raw.bias, raw.adapter)
-    lazy.hidden, lazy.raw, lazy.recipe, lazy.seam = hidden, raw, recipe, seam
     lazy.parent, lazy.made, lazy.copied = None, None, None
     lazy.differentiable, lazy.parent = _requires_grad(lazy), parent
-    lazy.versions, lazy.reads = _versions(hidden, raw), set() if reads is None else reads
+    lazy.operands = operands_of(hidden, raw) if operands is None else operands
+    if not lazy.differentiable:  # nor is what will be made of it, where gradients are wanted
+        hidden, raw = hidden.detach(), raw.detach()
+    lazy.hidden, lazy.raw, lazy.recipe, lazy.seam = hidden, raw, recipe, seam
+    lazy.reads = set() if reads is None else reads
     return lazy
 
 
@@ -268,15 +298,6 @@ def _requires_grad(lazy: LazyLogits) -> bool:
         return lazy.requires_grad
 
 
-def _versions(hidden: Tensor, raw: Head) -> tuple[int | None, ...]:
-    """How often each operand was written to; None where there is none, or where torch does not count."""
-    return tuple(_version(t) for t in (hidden, raw.weight, raw.bias, raw.adapter))
-
-
-def _version(t: Tensor | None) -> int | None:
-    return None if t is None or t.is_inference() else t._version
-
-
 def _each(fn: Callable[[LazyLogits], Tensor], tree: Any) -> Any:
     return tree_map(lambda x: fn(x) if isinstance(x, LazyLogits) else x, tree)
 
@@ -285,12 +306,10 @@ def _densify(tree: Any) -> Any:
     return _each(LazyLogits.dense, tree)
 
 
-_OPERANDS = ("hidden states", "weight", "bias", "adapter")
 _PROPERTIES = (
     "shape dtype device requires_grad grad_fn is_leaf layout ndim is_cuda is_cpu is_sparse is_quantized is_meta"
     " is_nested _version _backward_hooks"
 )
-_GRAPH = "requires_grad grad_fn is_leaf grad _version"  # once there are dense values, theirs
 _METHODS = (
     "size dim ndimension numel nelement is_floating_point is_complex __len__ get_device"
     " stride is_contiguous element_size"
@@ -300,5 +319,6 @@ METADATA |= torch.overrides.get_default_nowrap_functions()
 METADATA |= {getattr(torch.Tensor, name).__get__ for name in _PROPERTIES.split()} | {_HOOKS.__set__}
 METADATA |= {getattr(torch.Tensor, name) for name in _METHODS.split()}
 METADATA |= {torch.numel, torch.is_floating_point, torch.is_complex}
-_OF_VALUES = {getattr(torch.Tensor, name).__get__ for name in _GRAPH.split()}
+_OF_WRAPPER = {_HOOKS.__get__, _HOOKS.__set__}  # the others are asked of the dense values, once there are some
+_DIFFERENTIATING = {torch.autograd.grad, torch.autograd.backward}  # (what, with respect to what)
 _HANDS_OUT = {torch.Tensor.data_ptr, torch.Tensor.storage_offset, torch.Tensor.__setitem__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]

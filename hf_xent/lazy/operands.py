@@ -1,0 +1,74 @@
+"""Whether the head's operands still are what they were when the head was called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import Head
+from ..ops.higher import composed
+
+_SAMPLED = 4096  # at least as many numbers of an operand are compared, or all; up to twice as many a dimension
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor a head was called with, and what tells whether it was changed since."""
+
+    name: str
+    tensor: Tensor
+    version: int | None  # how often it was written to; None where torch does not count
+    sample: (
+        Tensor | None
+    )  # bytes of some of its numbers: a fused optimizer, `.data` and NumPy write without being counted
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> Operand:
+        """The tensor as it is now."""
+        return Operand(name, tensor, version(tensor), _sample(tensor))
+
+    def changed(self) -> bool:
+        """Whether it was written to, or given other memory."""
+        if self.version != version(self.tensor):
+            return True
+        now = None if self.sample is None else _sample(self.tensor)
+        if self.sample is None or now is None:
+            return False
+        return now.device != self.sample.device or not torch.equal(now, self.sample)
+
+
+Operands = tuple[Operand, ...]
+
+
+def operands_of(hidden: Tensor, raw: Head) -> Operands:
+    """The operands of a call, as they are now."""
+    named = {"hidden states": hidden, "weight": raw.weight, "bias": raw.bias, "adapter": raw.adapter}
+    return tuple(Operand.of(name, t) for name, t in named.items() if t is not None)
+
+
+def check(operands: Operands) -> None:
+    """Raises: RuntimeError if an operand was changed in place since the head was called."""
+    for operand in operands:
+        if operand.changed():
+            raise RuntimeError(
+                f"these logits are computed when they are read, and the head's {operand.name} was modified in place"
+                " since (by optimizer.step(), say): read what you need of them before that, as in"
+                " `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
+            )
+
+
+def version(t: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if t.is_inference() else t._version
+
+
+def _sample(t: Tensor) -> Tensor | None:
+    """Bytes of the numbers on a grid; None where there are none to be read: not on this device, or not as a value."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling() or composed(t):
+        return None
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        side = round(_SAMPLED ** (1 / max(1, t.ndim)))
+        grid = t.detach()[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
+        return grid.clone(memory_format=torch.contiguous_format).view(torch.uint8)
