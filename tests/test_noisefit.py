@@ -336,7 +336,7 @@ def test_refusals(tmp_path, rows):
     for options, match in (
         ({"method": "other"}, r"method is 'other': choose 'noisefit' or 'rdrop'"),
         ({"sigma_power": 3}, r"sigma_power is 3"),
-        ({"ce_weight": 1.5}, r"ce_weight 1.5"),
+        ({"ce_weight": 1.5}, r"ce_weight is 1.5"),
         ({"loss": "focal"}, r"built on plain cross-entropy"),
     ):
         with pytest.raises(ValueError, match=match):
