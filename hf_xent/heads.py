@@ -17,7 +17,12 @@ _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call
 
 
 def inner_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers.
+
+    Raises: ValueError for what is no module, such as the name of a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: load it first, such as by AutoModelForCausalLM.from_pretrained")
     inner: Any = model
     while True:
         wrapped = next((inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None), None)

@@ -342,10 +342,13 @@ def _noticed(kind: Any) -> Any:
     @functools.wraps(kind.forward)  # signatures are looked at
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = _state_of(self)
-        if patch is None or (torch.compiler.is_compiling() and patch.before is None):
+        compiling = torch.compiler.is_compiling()
+        if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
+            return patch.fused.forward(*args, **kwargs)
+        if patch is None or (compiling and patch.before is None):
             return kind.forward(self, *args, **kwargs)
         stock = patch.before or MethodType(kind.forward, self)
-        if torch.compiler.is_compiling():
+        if compiling:
             return stock(*args, **kwargs)
         call = CALL.get()
         if call is not None and call.model is self and not call.entered:

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import tiny_tokenizer
+from models import tiny, tiny_tokenizer
 from ranks import run_ranks
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -222,6 +222,10 @@ def test_one_logit_or_two(tmp_path):
 def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="load it with num_labels=1"):
         trainer_of(tmp_path, model=encoder(labels=3))
+    with pytest.raises(ValueError, match="warm_start is 99, and training has 2 updates: its loss would never be used"):
+        fit(tmp_path, max_steps=2, warm_start=99)
+    with pytest.raises(ValueError, match=r"model is a Llama.*, and DXO trains classifiers.*ForSequenceClassification"):
+        fit(tmp_path, model=tiny())
     with pytest.raises(ValueError, match="warm_start is 0"):
         DXOConfig(output_dir=str(tmp_path), dxo_learning_rate=1e-5)
     with pytest.raises(ValueError, match="loss is 'nonesuch'"):

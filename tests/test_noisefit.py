@@ -336,7 +336,7 @@ def test_refusals(tmp_path, rows):
     for options, match in (
         ({"method": "other"}, r"method is 'other': choose 'noisefit' or 'rdrop'"),
         ({"sigma_power": 3}, r"sigma_power is 3"),
-        ({"ce_weight": 1.5}, r"ce_weight 1.5"),
+        ({"ce_weight": 1.5}, r"ce_weight is 1.5"),
         ({"loss": "focal"}, r"built on plain cross-entropy"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -418,3 +418,16 @@ def test_a_loss_of_the_users_and_missing_labels_are_refused(tmp_path, rows):
     trainer.data_collator = lambda examples: {"input_ids": torch.tensor([[5, 6, 7]])}
     with pytest.raises(ValueError, match="a batch has input_ids but no labels"):
         trainer.train()
+
+
+def test_virtual_tokens_are_left_out(tmp_path, rows):
+    """Prompt tuning puts them before the batch's: they predict nothing, and are no padding."""
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(tiny(std=0.05), prompts)
+    found = fit(tmp_path, rows, model, noise_std=0.0, max_steps=1).state.log_history
+    [entry] = [entry for entry in found if "loss" in entry]
+    assert entry["loss"] == pytest.approx(torch.tensor(entry["perplexity"]).log().item() / 2, rel=1e-5)
+    assert fit(tmp_path, rows, model, noise_std=1.0).noise_layers is not None
+    h, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    torch.testing.assert_close(noise_scale(h, 1.0, mask), noise_scale(h, 1.0, F.pad(mask, (2, 0), value=1)))

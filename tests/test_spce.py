@@ -316,3 +316,35 @@ def test_every_evaluation_has_its_own_names(saved, tmp_path):
     assert tested.metrics["test_rewards/brier"] == pytest.approx(0.25, rel=1e-4), "p is 1 without the column"
     with pytest.raises(ValueError, match=r"args is a DPOConfig: SPCETrainer takes a hf_xent\.SPCEConfig"):
         trainer_of(SPCETrainer, trl.DPOConfig, tmp_path, saved)
+
+
+def test_a_compiled_policy_trains_as_it_does_without(saved, tmp_path):
+    """TRL's fused head, which makes no logits either, takes its place."""
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled, plain = (fit(*SPCE, tmp_path, saved, **more) for more in (options, {}))
+    torch.testing.assert_close(logged(compiled, "loss"), logged(plain, "loss"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.remove_columns("chosen"), "the data has no column chosen, but prompt, rejected"),
+        (lambda rows: rows.map(lambda row: {"prompt": "the cat " * 50}), "no row is left: .*max_length"),
+        (
+            lambda rows: rows.remove_columns("chosen").add_column("chosen", [1] * 8),
+            "has a int in column chosen: .*text",
+        ),
+        (lambda rows: rows.remove_columns("chosen").add_column("chosen", [None, *CHOSEN[1:]]), "has None in .*chosen"),
+        (lambda rows: rows.select([]), "train_dataset has no rows"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_by_name(saved, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(*SPCE, tmp_path, saved, change(table()), max_length=20)
+
+
+def test_what_trl_would_load_by_name_is_asked_for(saved, tmp_path):
+    with pytest.raises(ValueError, match=r"model has no name, by which .* pass processing_class and ref_model"):
+        trainer_of(*SPCE, tmp_path, saved, model=tiny())
+    with pytest.raises(ValueError, match="use_liger_kernel is True"):
+        trainer_of(*SPCE, tmp_path, saved, use_liger_kernel=True)

@@ -350,8 +350,8 @@ def test_refusals():
         ({"degree_head": "coral"}, r"degree_head is 'coral'"),
         ({"pooling": "max"}, r"pooling is 'max'"),
         ({"degrees": 1}, r"degrees is 1"),
-        ({"max_removed": 0.0}, r"max_removed 0.0"),
-        ({"gamma_l": -1.0}, r"gamma_l -1.0"),
+        ({"max_removed": 0.0}, r"max_removed is 0.0"),
+        ({"gamma_l": -1.0}, r"gamma_l is -1.0"),
     ):
         with pytest.raises(ValueError, match=match):
             SPOConfig("out", use_cpu=True, **options)

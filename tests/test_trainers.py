@@ -1,20 +1,33 @@
 """XentTrainer: what transformers' Trainer computes, under accumulation, resume and evaluation, without logits."""
 
+import copy
+import inspect
+import pickle
 import warnings
 from dataclasses import dataclass
 
 import datasets
 import pytest
 import torch
+import transformers
 import trl
 from models import V, gradients, tiny
+from packaging import version
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import hf_xent
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import seam_of
-from hf_xent.trainers import EMOConfig, LNRemovalConfig, XentConfig, XentTrainer
+from hf_xent.trainers import (
+    EMOConfig,
+    EMOTrainer,
+    LNRemovalConfig,
+    LNRemovalTrainer,
+    NoiseFiTTrainer,
+    XentConfig,
+    XentTrainer,
+)
 
 STEPS = 4
 
@@ -257,7 +270,7 @@ def test_a_loss_that_is_computed_elsewhere_is_said(tmp_path, rows):
     model = tiny(std=0.05)
     model.lm_head.weight.ds_id = 0  # ZeRO-3's mark of weights that cannot be read after their layer's call
     trainer = XentTrainer(model, arguments(tmp_path), train_dataset=rows, data_collator=collate)
-    with pytest.warns(UserWarning, match="sharded or offloaded") as seen:
+    with pytest.warns(UserWarning, match="takes the head's weight away after its call") as seen:
         trainer.train()
     assert sum("perplexity" in str(warning.message) for warning in seen) == 1
     assert losses_of(trainer) == pytest.approx(losses_of(fit(tmp_path, rows, kind=Trainer)), rel=1e-5)
@@ -345,3 +358,150 @@ def test_label_smoothing_is_honored_or_refused(name, tmp_path, rows):
         return
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
         kind(tiny(), args=args, train_dataset=rows)
+
+
+def configured(name, folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's, of an old name
+        config = getattr(hf_xent, f"{name}Config")
+        return config(output_dir=str(folder), use_cpu=True, **{"bf16": False, **options})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_options_hold_what_they_declare(name, tmp_path):
+    """Numbers are neither text nor flags nor nan, whole ones are whole, flags are flags, text is text."""
+    kinds = [
+        kind for kind in getattr(hf_xent, f"{name}Config").__mro__ if kind.__module__.startswith("hf_xent.trainers")
+    ]
+    declared = {key: x.split(" | ") for kind in kinds for key, x in inspect.get_annotations(kind).items()}
+    wrong = {"float": ("0.1", True, float("nan")), "int": ("3", True, 2.5), "bool": (1, "yes"), "str": (5, ["a"])}
+    asked = 0
+    for key, (kind, *none) in declared.items():
+        for value in (*wrong.get(kind, ()), *(() if none or kind not in wrong else (None,))):
+            with pytest.raises(ValueError, match=rf"^{key} is "):
+                configured(name, tmp_path, **{key: value})
+            asked += 1
+    assert asked > 2 or name == "SPCE"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Xent", {"memory_budget": 0}), ("Xent", {"tail": 1.0}), ("EMO", {"ratio_clamp": 0.0}),
+        ("NoiseFiT", {"noise_std": float("inf")}), ("NoiseFiT", {"consistency_weight": -0.1}),
+        ("NoiseFiT", {"temperature": float("inf")}), ("NoiseFiT", {"num_noise_layers": 0}),
+        ("NoiseFiT", {"rdrop_weight": -1.0, "method": "rdrop"}), ("F2C", {"cce_weight": -0.1}),
+        ("F2C", {"agreement_weight": float("inf")}), ("F2C", {"top_k": 1}), ("F2C", {"alignment_max": float("inf")}),
+        ("DXO", {"sampling_rate": 1.0}), ("DXO", {"warm_start": float("inf")}), ("DXO", {"warm_start": 1.5}),
+        ("DXO", {"dxo_learning_rate": 0.0, "warm_start": 1}), ("DXO", {"max_fpr": 0.0}), ("DXO", {"min_tpr": 1.0}),
+        ("LNRemoval", {"removal_end": 1.0}), ("LNRemoval", {"removal_start": -0.1}),
+        ("LNRemoval", {"sigma_momentum": 1.1}), ("SPCE", {"label_smoothing": "0.1"}), ("SPCE", {"beta": -0.1}),
+        ("SPO", {"degrees": 1}), ("SPO", {"max_removed": 1.1}), ("SPO", {"gamma_w": float("nan")}),
+        ("OSP", {"temperature": 0.0}), ("OSP", {"strength_eps": 0.5}), ("OSP", {"max_new_tokens": 0}),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(name, options, tmp_path):
+    key, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=rf"^{key} is {value!r}: choose "):
+        configured(name, tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_configurations_come_back_from_their_text(name, tmp_path):
+    config = configured(name, tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    parser, given = HfArgumentParser(type(config)), ["--output_dir", str(tmp_path), "--bf16", "False", "--use_cpu", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's
+        [again] = parser.parse_json_file(str(tmp_path / "config.json"), allow_extra_keys=True)
+        [parsed] = parser.parse_args_into_dataclasses(given)
+    for other in (again, parsed, pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        kinds = [kind for kind in type(config).__mro__ if kind.__module__.startswith("hf_xent.trainers")]
+        own = {key for kind in kinds for key in inspect.get_annotations(kind)} & {*vars(config)}
+        assert [getattr(other, key) for key in own] == [getattr(config, key) for key in own]
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    assert repr(configured("Xent", tmp_path, memory_budget=1e6).memory_budget) == "1000000"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda rows: datasets.DatasetDict(train=rows), "train_dataset is a DatasetDict: .* one split"),
+        (lambda rows: rows.to_pandas(), "train_dataset is a DataFrame: .*Dataset.from_pandas"),
+        (lambda rows: rows.to_dict(), "train_dataset is a dict: .*from_dict"),
+        (lambda rows: "rows.jsonl", "train_dataset is a str"),
+        (lambda rows: rows.select([]), "train_dataset has no rows"),
+        (lambda rows: [], "train_dataset has no rows"),
+        (
+            lambda rows: [*rows, {"input_ids": None, "labels": [5]}],
+            "train_dataset has None in column input_ids, row 32",
+        ),
+        (
+            lambda rows: datasets.Dataset.from_list([{"input_ids": [5]}, {"input_ids": None}]),
+            "train_dataset has None in column input_ids, row 1",
+        ),
+        (lambda rows: [{"input_ids": "the cat", "labels": [5]}], "has a str in column input_ids: give token ids"),
+        (lambda rows: [{"input_ids": [5], "labels": 1}], "has a int in column labels: give token ids"),
+    ],
+)
+def test_what_is_no_data_set_is_refused_by_name(tmp_path, rows, data, message):
+    with pytest.raises(ValueError, match=message):
+        XentTrainer(tiny(), arguments(tmp_path), train_dataset=data(rows))
+    with pytest.raises(ValueError, match=message.replace("train_dataset", "b")):
+        XentTrainer(tiny(), arguments(tmp_path), eval_dataset={"a": rows, "b": data(rows)})
+
+
+def test_a_collator_of_the_users_may_take_any_value(tmp_path, rows):
+    read = lambda found: collate([{"input_ids": [5, 6], "labels": [5, 6]} for _ in found])  # noqa: E731
+    words = [{"input_ids": "the cat", "labels": None}] * 4
+    options = {"per_device_train_batch_size": 2, "remove_unused_columns": False}
+    trainer = XentTrainer(tiny(), arguments(tmp_path, **options), train_dataset=words, data_collator=read)
+    trainer.train()
+    assert len(losses_of(trainer)) == STEPS
+
+
+def test_evaluation_sets_that_are_none_are_refused_by_name(tmp_path, rows):
+    sets = {"a": rows, "b": rows}
+    trainer = XentTrainer(tiny(), arguments(tmp_path), eval_dataset=sets, data_collator=collate)
+    assert "eval_perplexity" in trainer.evaluate("a")
+    with pytest.raises(ValueError, match=r"eval_dataset is 'c': .*\(a, b\)"):
+        trainer.evaluate("c")
+    with pytest.raises(ValueError, match="test_dataset is a str"):
+        trainer.predict("rows.jsonl")
+
+
+@pytest.mark.parametrize("kind", [XentTrainer, EMOTrainer, LNRemovalTrainer])
+def test_batches_without_labels_are_no_part_of_an_evaluation(tmp_path, rows, kind):
+    """Zeros would halve its loss, and make that of no labels the best there is."""
+    masked = rows.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    parts = {"rows": rows, "masked": masked, "both": datasets.concatenate_datasets([masked, rows])}
+    args = arguments(tmp_path, kind.config_class, per_device_eval_batch_size=8)
+    trainer = kind(tiny(), args, eval_dataset=parts, data_collator=collate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of no labels
+        found = trainer.evaluate()
+    assert torch.tensor(found["eval_masked_loss"]).isnan()
+    assert trainer.args.logging_nan_inf_filter
+    assert found["eval_both_perplexity"] == pytest.approx(found["eval_rows_perplexity"])
+    if version.parse(transformers.__version__) >= version.parse("5.20"):  # leaves what is not finite out of the mean
+        assert found["eval_both_loss"] == pytest.approx(found["eval_rows_loss"])
+
+
+@pytest.mark.parametrize("kind", [XentTrainer, EMOTrainer, NoiseFiTTrainer, LNRemovalTrainer])
+def test_training_without_labels_is_refused(tmp_path, rows, kind):
+    layers = {"num_noise_layers": 1} if kind is NoiseFiTTrainer else {}
+    args = arguments(tmp_path, kind.config_class, **layers)
+    trainer = kind(tiny(), args, train_dataset=[{"input_ids": [5, 6]}] * 8)
+    with pytest.raises(ValueError, match="a batch has input_ids but no labels"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_no_language_model_is_refused_by_name(name, tmp_path, rows):
+    kind, text = getattr(hf_xent, f"{name}Trainer"), name in ("SPO", "SPCE", "OSP")
+    for model in (None, torch.nn.Linear(2, 2), *(() if text else ("some/model",))):
+        said = "model is a Linear" if isinstance(model, torch.nn.Module) else f"model is {model!r}: load it first"
+        with pytest.raises(ValueError, match=said):
+            kind(model, args=configured(name, tmp_path), train_dataset=rows)

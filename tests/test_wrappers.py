@@ -514,3 +514,13 @@ def test_logits_stay_lazy_until_touched():
     assert isinstance(out.logits, LazyLogits) and out.logits.raw.adapter is not None
     expected = unpatch(model)(input_ids=ids).logits
     torch.testing.assert_close(out.logits + 0, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default:PatchCallback", "ignore::FutureWarning")  # of transformers, in what PEFT asks it
+def test_an_adapter_that_needs_the_logits_is_said(tmp_path):
+    """DoRA scales every row of the head by its norm."""
+    with pytest.warns(UserWarning, match="PatchCallback had no effect: what follows the head .an adapter on it"):
+        trained(lora("lm_head", use_dora=True), tmp_path, PatchCallback())
+    (ids, labels), model = batch(), patch(lora("lm_head", use_dora=True), loss="emo")
+    with pytest.raises(RuntimeError, match=r"^EMO\(cost=<97 embeddings>, variant='emo1'.*adapter on the head"):
+        model(input_ids=ids, labels=labels)

@@ -29,6 +29,14 @@ class Seam:
     training: bool = True  # the model's mode in its last forward
     sums: dict[bool, dict[str, Tensor]] = field(default_factory=dict)  # by mode, over tokens since the last `take`
 
+    @property
+    def why_dense(self) -> str:
+        """Why no loss was computed without logits; empty if one was, or the model was not asked for any."""
+        if self.streamed:
+            return ""
+        used = "what follows the head (an adapter on it, or an unusual operation) needs the logits' values"
+        return self.reason or (used if self.materialized else "")
+
     def record(self, stats: Stats) -> None:
         """Count a streamed consumer, and add its tokens to the sums if anything is observed."""
         with _ADDING:

@@ -20,7 +20,7 @@ def build(registry: Mapping[str, type], loss: str, options: dict[str, Any]) -> A
 
     Options given as text are read as Python literals, else as words. Raises: ValueError, as `hf_xent.losses.get`.
     """
-    name, _, text = loss.partition(":")
+    name, _, text = str(loss).partition(":")
     if name not in registry:
         raise ValueError(f"loss is {name!r}: choose one of {', '.join(registry)}, or pass a loss as an object")
     written = parse(text)

@@ -50,6 +50,11 @@ class EMO(Loss):
         elif isinstance(self.cost, Tensor) or self.cost not in ("frozen", "current"):
             raise ValueError(f"cost is {self.cost!r}: choose 'frozen', 'current' or a [V, H] tensor of embeddings")
 
+    def __repr__(self) -> str:
+        cost = repr(self.cost) if isinstance(self.cost, str) else f"<{len(self.cost)} embeddings>"
+        others = ((name, getattr(self, name)) for name in ("variant", "gt_detach", "ratio_clamp"))
+        return f"EMO(cost={cost}, {', '.join(f'{name}={value!r}' for name, value in others)})"
+
     @property
     def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
         """Statistics it differentiates."""

@@ -1,4 +1,4 @@
-"""What the options of a dataclass may be: numbers of an interval, or True and False; anything else is a ValueError."""
+"""What the options of a dataclass may be: numbers of an interval, flags, text; anything else is a ValueError."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ def check_flag(owner: Any, name: str) -> None:
     value = getattr(owner, name)
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}: choose True or False")
+
+
+def check_integer(owner: Any, name: str, interval: str) -> None:
+    """Refuse an option that is no whole number of an interval, and make one that is written as a float an int.
+
+    Raises: ValueError that names the option, its value and what to choose.
+    """
+    value = getattr(owner, name)
+    if not (is_number(value, interval) and value % 1 == 0):
+        raise ValueError(f"{name} is {value!r}: choose a whole number in {interval}")
+    setattr(owner, name, int(value))
+
+
+def check_text(owner: Any, name: str) -> None:
+    """Refuse an option that is no text. Raises: ValueError."""
+    value = getattr(owner, name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}: write it as text")
 
 
 def is_number(value: Any, interval: str) -> bool:

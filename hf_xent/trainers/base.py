@@ -9,14 +9,18 @@ means     of what training and evaluation steps note, and nobody else: a forward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits
+from ..lazy import LazyLogits, next_token_labels
+from ..losses.ranges import check_flag, check_integer, check_number, check_text
+from ..ops.rows import token_ids
+from .rows import IDS, check_rows
 
 Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 Config = TypeVar("Config")
@@ -24,16 +28,51 @@ NO_MODEL_INIT = "the model is patched once, as it is given: pass model"
 OWN_LOSS = "the trainer computes its own loss: use XentTrainer, or the method's own options"
 
 
+class Options(Mixin):
+    """Goes before the configuration of transformers or TRL in a class's bases: our own fields hold what they declare.
+
+    A flag is True or False, a text a text, a number finite or in the interval that `ranges` has for it, and None is
+    taken where it is declared. Raises: ValueError for anything else.
+    """
+
+    ranges: ClassVar[dict[str, str]] = {}
+    """Field -> interval, in a class that declares fields; its parents' are added."""
+
+    def __post_init__(self) -> None:
+        kinds = [kind for kind in reversed(type(self).__mro__) if kind.__module__.startswith(f"{__package__}.")]
+        declared: dict[str, Any] = {name: x for kind in kinds for name, x in inspect.get_annotations(kind).items()}
+        ranges: dict[str, str] = {name: x for kind in kinds for name, x in vars(kind).get("ranges", {}).items()}
+        for name, annotation in declared.items():
+            kind, *none = annotation.split(" | ")
+            if none and getattr(self, name) is None:
+                continue
+            if kind in ("float", "int"):
+                (check_number if kind == "float" else check_integer)(self, name, ranges.get(name, "(-inf, inf)"))
+            elif kind in ("bool", "str"):
+                (check_flag if kind == "bool" else check_text)(self, name)
+        if hasattr(super(), "__post_init__"):  # alone it has none
+            super().__post_init__()
+
+
 class Method(Mixin):
     """Goes before a transformers or TRL trainer in a class's bases; see the module's docstring."""
 
     config_class: type
+    columns: Mapping[str, str] = dict.fromkeys(("input_ids", "attention_mask", "labels"), IDS)
+    """Columns that have a value in every row, where they are there, and what the values are."""
     means: tuple[str, ...] = ()
     """Names of what `_note` is told, in a class that notes something; its parents' are added."""
     _in_training: bool | None = None  # in which kind of step we are, if in one
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # name -> [total, count], by kind of step
+        if kwargs.get("data_collator") is not None:  # which may know what to do with any value
+            self.columns = {}
+        held_out = kwargs.get("eval_dataset")
+        sets = held_out if isinstance(held_out, dict) else {"eval_dataset": held_out}
+        for name, dataset in {"train_dataset": kwargs.get("train_dataset"), **sets}.items():
+            if dataset is not None:
+                check_rows(name, dataset, self.columns)
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -61,6 +100,23 @@ class Method(Mixin):
         """As the trainer below; what is noted counts as evaluation."""
         with self._step(training=False):
             return super().prediction_step(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As the trainer below. Raises: ValueError for what is no data set, and a name that none has."""
+        known = [*self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
+        if isinstance(eval_dataset, str) and eval_dataset not in known:
+            raise ValueError(
+                f"eval_dataset is {eval_dataset!r}: pass a data set, or the name of one that the trainer has"
+                f" ({', '.join(map(str, known)) or 'none'})"
+            )
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            check_rows("eval_dataset", eval_dataset, self.columns)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As the trainer below. Raises: ValueError for what is no data set."""
+        check_rows("test_dataset", test_dataset, self.columns)
+        return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(
         self,
@@ -152,11 +208,23 @@ def refuse_compilation(model: nn.Module | None, args: Any, what: str) -> None:
         )
 
 
-def lazy(logits: Any, what: str) -> LazyLogits:
-    """Logits that are not computed yet: `what` reads hidden states off them. Raises: ValueError for others."""
+def targets(inputs: Mapping[str, Any]) -> Tensor:
+    """What every position of a batch has to predict, -100 for nothing. Raises: ValueError if it has no labels."""
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    if labels is None and shifted is None:
+        raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
+    return next_token_labels(labels) if shifted is None else token_ids(shifted)  # type: ignore[arg-type]
+
+
+def lazy(logits: Any, length: int, what: str) -> LazyLogits:
+    """Logits of sequences of a length that are not computed yet: `what` reads hidden states off them.
+
+    Those of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for others.
+    """
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         raise ValueError(
             f"the logits are a {type(logits).__name__} with values, but {what} reads hidden states off lazy ones: train"
-            " without torch_compile, without an offloaded or sharded head, and see hf-xent check"
+            " without torch_compile, without an offloaded or sharded head or an adapter on it, and see hf-xent check"
         )
-    return logits
+    cut: Any = logits[:, -length:] if logits.shape[1] > length else logits
+    return cut

@@ -36,6 +36,6 @@ class PatchCallback(TrainerCallback):
     ) -> None:
         """Leave the model as it was."""
         seam = seam_of(kwargs["model"])
-        if seam.reason and not seam.streamed:
-            warnings.warn(f"PatchCallback had no effect: {seam.reason}", stacklevel=2)
+        if seam.why_dense:
+            warnings.warn(f"PatchCallback had no effect: {seam.why_dense}", stacklevel=2)
         self._training.close()

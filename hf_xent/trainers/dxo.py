@@ -23,12 +23,13 @@ Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`), 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,9 +42,12 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 
 from .. import auc
 from ..detection import metrics
+from ..heads import inner_of
 from ..hub import Carded, Tokenless
-from .base import NO_MODEL_INIT, OWN_LOSS, Method, refuse_arguments, refuse_options
+from .base import NO_MODEL_INIT, OWN_LOSS, Method, Options, refuse_arguments, refuse_options
+from .rows import IDS
 
+NO_CLASSIFIER = "model is a {}, and DXO trains classifiers of texts: use AutoModelForSequenceClassification"
 ROW = "row_index"
 LABELS = ("labels", "label")
 """What a column of labels may be called: transformers' collators know these."""
@@ -51,8 +55,16 @@ STATE = "dxo_state.safetensors"
 
 
 @dataclass
-class DXOConfig(Tokenless, TrainingArguments):
+class DXOConfig(Options, Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the options of DXO."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        "sampling_rate": "(0, 1)",
+        "warm_start": "[0, inf)",
+        "dxo_learning_rate": "(0, inf)",
+        "max_fpr": "(0, 1]",
+        "min_tpr": "[0, 1)",
+    }
 
     loss: str = field(
         default="tpauc_kl",
@@ -75,8 +87,8 @@ class DXOConfig(Tokenless, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.warm_start < 0:
-            raise ValueError(f"warm_start is {self.warm_start}: choose a number of updates, or a share of all, >= 0")
+        if self.warm_start > 1 and self.warm_start % 1:
+            raise ValueError(f"warm_start is {self.warm_start}: choose a share below 1, or a whole number of updates")
         if self.dxo_learning_rate is not None and not self.warm_start:
             raise ValueError(
                 f"dxo_learning_rate is {self.dxo_learning_rate} but warm_start is 0: set learning_rate, or a warm start"
@@ -97,6 +109,7 @@ class DXOTrainer(Method, Carded, Trainer):
 
     config_class = DXOConfig
     args: DXOConfig
+    columns: Mapping[str, str] = dict.fromkeys(("input_ids", "attention_mask"), IDS)
 
     def __init__(
         self,
@@ -119,6 +132,9 @@ class DXOTrainer(Method, Carded, Trainer):
         )
         if args.sampling_rate is not None:
             refuse_options(args, {"train_sampling_strategy": "sampling_rate makes the batches: set that to None"})
+        inner = inner_of(model)
+        if "labels" not in inspect.signature(inner.forward).parameters or not hasattr(inner, "config"):
+            raise ValueError(NO_CLASSIFIER.format(type(inner).__name__))
         if model.config.num_labels not in (1, 2):
             raise ValueError(f"the model has {model.config.num_labels} labels: load it with num_labels=1 (or 2)")
         if model.config.num_labels == 1:
@@ -154,6 +170,8 @@ class DXOTrainer(Method, Carded, Trainer):
             )
         labels = labels.reshape(-1)
         outputs = model(**inputs)
+        if outputs["logits"].ndim != 2:
+            raise ValueError(NO_CLASSIFIER.format(type(inner_of(model)).__name__))
         logits = scores_of(outputs["logits"])
         if not model.training or self.state.global_step < self.warm_steps(self.state.max_steps):
             loss = self.warm(logits, labels)
@@ -171,6 +189,11 @@ class DXOTrainer(Method, Carded, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start."""
         made = self.lr_scheduler is None
+        if 0 < num_training_steps <= self.warm_steps(num_training_steps):
+            raise ValueError(
+                f"warm_start is {self.args.warm_start}, and training has {num_training_steps} updates: its loss would"
+                " never be used, choose less or loss='bce'"
+            )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if made and self.args.dxo_learning_rate is not None:
             if not isinstance(scheduler, LambdaLR):

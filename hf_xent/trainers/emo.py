@@ -15,6 +15,7 @@ Data: as for `XentTrainer`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .. import embedded
 from ..losses import EMO, Loss
@@ -28,6 +29,8 @@ OPTIONS = ("variant", "cost", "gt_detach", "ratio_clamp")
 @dataclass
 class EMOConfig(XentConfig):
     """`XentConfig` and the options of EMO."""
+
+    ranges: ClassVar[dict[str, str]] = {"ratio_clamp": "(0, inf]"}
 
     loss: str = field(
         default="emo",

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from .base import (
     NO_MODEL_INIT,
     OWN_LOSS,
     Method,
+    Options,
     lazy,
     refuse_arguments,
     refuse_compilation,
@@ -66,8 +67,15 @@ COLUMNS = ("prompts", "answers", "gold")
 
 
 @dataclass
-class F2CConfig(Tokenless, TrainingArguments):
+class F2CConfig(Options, Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the options of F2C; the defaults are the authors' for RTE, in all but K."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("cce_weight", "agreement_weight", "alignment_min", "alignment_max"), "[0, inf)"),
+        "weight_temperature": "(0, inf)",
+        "threshold": "[-inf, inf]",
+        "top_k": "[2, inf)",
+    }
 
     method: str = field(default="f2c", metadata={"help": "'f2c', or a baseline: 'cce' or 'swarm'."})
     cce_weight: float = field(default=0.4, metadata={"help": "lambda, of the consensus cross-entropy."})
@@ -91,10 +99,10 @@ class F2CConfig(Tokenless, TrainingArguments):
         super().__post_init__()
         if self.method not in ("f2c", "cce", "swarm"):
             raise ValueError(f"method is {self.method!r}: choose 'f2c', 'cce' or 'swarm'")
-        if not 0 <= self.alignment_min <= self.alignment_max or self.weight_temperature <= 0:
+        if self.alignment_min > self.alignment_max:
             raise ValueError(
-                f"alignment_min is {self.alignment_min}, alignment_max {self.alignment_max}, weight_temperature"
-                f" {self.weight_temperature}: choose 0 <= alignment_min <= alignment_max and weight_temperature > 0"
+                f"alignment_min is {self.alignment_min} and alignment_max {self.alignment_max}: choose alignment_min <="
+                " alignment_max"
             )
         unread = [name for name, methods in READ_BY.items() if self.method not in methods]
         refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
@@ -169,10 +177,11 @@ class Items:
         Raises: ValueError for rows that are no items, and answers without tokens.
         """
         for row in rows:
-            if not {"prompts", "answers"} <= row.keys():
+            there = [name for name, value in row.items() if value is not None]
+            if not {"prompts", "answers"} <= {*there}:
                 raise ValueError(
-                    f"a row has {', '.join(row)}: F2C needs prompts and answers, as hf_xent.data.PromptFormats.build"
-                    " makes them"
+                    f"a row has {', '.join(there) or 'None alone'}: F2C needs prompts and answers, as"
+                    " hf_xent.data.PromptFormats.build makes them"
                 )
             if not all(answer for answers in row["answers"] for answer in answers):
                 raise ValueError(f"answers is {row['answers']}: every answer needs a token")
@@ -261,7 +270,7 @@ class F2CTrainer(Method, Carded, Trainer):
         with evaluating(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
-            logits = lazy(logits, "F2C")
+            logits = lazy(logits, flat["input_ids"].shape[1], "F2C")
             stats = logits.stats(flat["answers"], shift=True, outputs=("lse", "target"))
         return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
 
@@ -322,7 +331,7 @@ class F2CTrainer(Method, Carded, Trainer):
         shape = chosen["answers"].shape[:2]
         ids, mask, answers = (x.flatten(0, 1) for x in chosen.values())
         with lazily(model):
-            logits = lazy(model(input_ids=ids, attention_mask=mask).logits, "F2C")
+            logits = lazy(model(input_ids=ids, attention_mask=mask).logits, ids.shape[1], "F2C")
         here = answers[:, 1:] != -100  # the positions that predict an answer's token
         length = int(here.sum(-1).max())
         first = here.int().argmax(-1)

@@ -28,7 +28,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,20 @@ from ..lazy import next_token_labels
 from ..ln_free.norms import FINAL, fake_norms, remove, sites, wrap
 from ..ln_free.schedule import END, START, Schedule
 from ..ops.rows import token_ids
+from ..patching import head_of
 from .xent import XentConfig, XentTrainer
 
 
 @dataclass
 class LNRemovalConfig(XentConfig):
     """`XentConfig` and the options of norm removal."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("removal_start", "removal_end", "removal_taper"), "[0, 1)"),
+        **dict.fromkeys(("sigma_weight", "spread_weight"), "[0, inf)"),
+        "spread_limit": "(0, inf]",
+        "sigma_momentum": "[0, 1]",
+    }
 
     schedule: str = field(
         default="scaled",
@@ -101,11 +109,6 @@ def check_options(args: LNRemovalConfig, given: Schedule | None = None) -> None:
         if name not in takes and value != default[f"removal_{name}"]:
             kind = "a schedule of its own was given" if given is not None else f"the schedule is {args.schedule!r}"
             raise ValueError(f"removal_{name} is {value}, but {kind}, which does not take it: drop it")
-    for name in ("sigma_weight", "spread_weight"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise ValueError(f"{name} is {getattr(args, name)}: choose 0 or more")
-    if not args.spread_limit > 0:
-        raise ValueError(f"spread_limit is {args.spread_limit}: choose more than 0, or every forward pass is left out")
     if args.spread_limit < math.inf and not args.spread_weight:
         raise ValueError(
             f"spread_limit is {args.spread_limit} and spread_weight 0: set both, it is a limit of that term"
@@ -204,6 +207,7 @@ class LNRemovalTrainer(XentTrainer):
     ):
         args = self.configured(args)
         check_options(args, schedule)
+        head_of(model)  # refuses what is no language model
         wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         if args.sigma_weight and all(norm.sites != FINAL for norm in fake_norms(model).values()):
             raise ValueError(

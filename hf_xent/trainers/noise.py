@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 BETA = 0.1  # how fast the noise of a feature falls with its distance from the token's median
 LARGEST_FACTOR = 5.0
@@ -114,7 +115,10 @@ def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float,
 
 
 def _kept(h: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask.bool()
+    """What is no padding; virtual tokens, which prompt tuning puts before a sequence, are none."""
+    if mask is None:
+        return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    return pad(mask.bool(), (h.shape[1] - mask.shape[1], 0), value=True)
 
 
 def _first(output: Any) -> Tensor:

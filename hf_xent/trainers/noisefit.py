@@ -31,18 +31,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..lazy import next_token_labels
 from ..losses import CrossEntropy, Loss
 from ..mode import evaluating
 from ..ops import Payload, vocab_stats
-from ..ops.rows import token_ids
 from ..patching import lazily, seam_of
-from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_options
+from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_options, targets
 from .noise import layers_of, noisy, strengths
 from .xent import XentConfig, XentTrainer
 
@@ -53,6 +51,13 @@ NOISEFIT_OPTIONS = ("noise_std", "sigma_power", "ce_weight", "consistency_weight
 @dataclass
 class NoiseFiTConfig(XentConfig):
     """`XentConfig` and the options of NoiseFiT; the defaults are those of the authors' first script."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("noise_std", "consistency_weight", "rdrop_weight"), "[0, inf)"),
+        "num_noise_layers": "[1, inf)",
+        "ce_weight": "[0, 1]",
+        "temperature": "(0, inf)",
+    }
 
     method: str = field(default="noisefit", metadata={"help": "'noisefit', or its baseline 'rdrop'."})
     noise_std: float = field(default=0.1, metadata={"help": "sigma; 0 is a control with clean passes only."})
@@ -78,11 +83,6 @@ class NoiseFiTConfig(XentConfig):
         for name, choices in {"method": ("noisefit", "rdrop"), "version": ("v1", "v2"), "sigma_power": (1, 2)}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {choices[0]!r} or {choices[1]!r}")
-        if self.noise_std < 0 or not 0 <= self.ce_weight <= 1 or self.temperature <= 0:
-            raise ValueError(
-                f"noise_std is {self.noise_std}, ce_weight {self.ce_weight}, temperature {self.temperature}: choose"
-                " noise_std >= 0, ce_weight in [0, 1] and temperature > 0"
-            )
         unread = NOISEFIT_OPTIONS if self.method == "rdrop" else ("rdrop_weight",)
         refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
 
@@ -150,8 +150,9 @@ class NoiseFiTTrainer(XentTrainer):
         rest, labels = _without_labels(inputs)
         with lazily(model):
             output = model(**repeated(rest, copies))
-        logits = lazy(output.logits, "NoiseFiT")
-        passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies, int(packed(inputs)))]
+        in_row = packed(inputs)
+        logits = lazy(output.logits, labels.shape[1] * (copies if in_row else 1), "NoiseFiT")
+        passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies, int(in_row))]
         loss = self._hybrid(passes, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as Trainer does: DDP averages what counts all ranks' tokens
@@ -253,11 +254,7 @@ def repeated(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
 
 def _without_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """The rest of a batch, and what every position has to predict. Raises: ValueError if it has no labels."""
-    rest = dict(inputs)
-    labels, shifted = rest.pop("labels", None), rest.pop("shift_labels", None)
-    if labels is None and shifted is None:
-        raise ValueError(f"a batch has {', '.join(rest)} but no labels: use a language-modeling data collator")
-    return rest, next_token_labels(labels) if shifted is None else token_ids(shifted)
+    return {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}, targets(inputs)
 
 
 def disagreement(

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +59,13 @@ Generate = Callable[..., list[list[int]]]
 @dataclass
 class OSPConfig(SPCEConfig):
     """`SPCEConfig` and the rounds: there are `num_train_epochs / round_epochs` of them."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        "num_generations": "[2, inf)",
+        **dict.fromkeys(("max_new_tokens", "generation_batch_size", "round_epochs"), "[1, inf)"),
+        "temperature": "(0, inf)",
+        "strength_eps": "(0, 0.5)",
+    }
 
     num_generations: int = field(default=4, metadata={"help": "K, answers sampled for a prompt."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
@@ -84,15 +91,6 @@ class OSPConfig(SPCEConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        least = {"num_generations": 2, "max_new_tokens": 1, "generation_batch_size": 1, "round_epochs": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}: choose at least {bound}")
-        if not 0 < self.strength_eps < 0.5 or self.temperature <= 0:
-            raise ValueError(
-                f"strength_eps is {self.strength_eps}, temperature {self.temperature}: choose 0 < strength_eps < 0.5"
-                " and temperature > 0"
-            )
         made_later = "pairs are made on the way: set it to"
         refuse_options(
             self,

@@ -41,8 +41,9 @@ from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
 from ..hub import Tokenless
-from .base import Method, refuse_options
-from .streamed import Streamed
+from ..losses.ranges import check_number
+from .base import Method, Options, refuse_options
+from .streamed import ANSWERS, NO_EFFECT, Streamed
 
 COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
 """Column of the dataset -> its largest value; the smallest is 0."""
@@ -52,7 +53,7 @@ SOFT = ("sigmoid", "sigmoid_norm")
 
 
 @dataclass
-class SPCEConfig(Tokenless, DPOConfig):
+class SPCEConfig(Options, Tokenless, DPOConfig):
     """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss."""
 
     method: str = field(
@@ -67,8 +68,8 @@ class SPCEConfig(Tokenless, DPOConfig):
         super().__post_init__()
         if self.method not in ("spce", "pso"):
             raise ValueError(f"method is {self.method!r}: choose 'spce' or 'pso'")
-        if not 0 <= self.label_smoothing <= 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}: choose 0 (none) to 0.5 (no preference)")
+        check_number(self, "label_smoothing", "[0, 0.5]", "choose 0 (none) to 0.5 (no preference)")
+        check_number(self, "beta", "[0, inf)")
         known = {*SOFT, "sft"}
         if not set(SOFT) & set(self.loss_type) or not set(self.loss_type) <= known:
             raise ValueError(
@@ -91,6 +92,8 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
     """
 
     config_class: type = SPCEConfig
+    columns = ANSWERS
+    needed = ("chosen", "rejected")
     args: SPCEConfig
     data_collator: Any
     precompute_ref_logps: bool
@@ -106,7 +109,7 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
 
     def __init__(self, model: Any, ref_model: Any = None, args: SPCEConfig | None = None, **kwargs: Any):
         args = self.configured(args)
-        refuse_options(args, {"label_smoothing_factor": "preference losses have label_smoothing: set that one"})
+        refuse_options(args, NO_EFFECT)
         super().__init__(model, ref_model, args, **kwargs)
         self.data_collator = WithColumns(self.data_collator)
 

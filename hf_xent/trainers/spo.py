@@ -30,10 +30,9 @@ Data: as the alignment trainer's, with its text columns: prompt, and chosen and 
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,8 +44,8 @@ from trl import DPOConfig, DPOTrainer
 from ..data.variants import Variants
 from ..hub import Tokenless
 from ..patching import lazily
-from .base import Method, lazy, refuse_compilation, refuse_options
-from .streamed import Streamed
+from .base import Method, Options, lazy, refuse_compilation, refuse_options
+from .streamed import ANSWERS, NO_EFFECT, Streamed
 
 KEY = "spo"  # of the degree task's tensors in a batch
 NAME = "degree_head"
@@ -55,8 +54,15 @@ TEXTS = ("prompt", "chosen", "rejected", "completion", "tools", "chat_template_k
 
 
 @dataclass
-class SPOOptions:
+class SPOOptions(Options):
     """The options of SPO; goes before the configuration of the alignment trainer in a class's bases."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        "degrees": "[2, inf)",
+        "max_removed": "(0, 1]",
+        "gamma_w": "[0, inf)",
+        "gamma_l": "[0, inf)",
+    }
 
     degrees: int = field(default=3, metadata={"help": "N, the variants of an answer, the answer itself included."})
     max_removed: float = field(
@@ -75,19 +81,12 @@ class SPOOptions:
     push_degree_head: bool = field(default=False, metadata={"help": "Push the head beside the model too."})
 
     def __post_init__(self) -> None:
-        with suppress(AttributeError):  # alone it has none
-            super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
         for name, known in (
             ("key_content", ("rake", "random")), ("pooling", ("last", "mean")), ("degree_head", ("classes", "ordinal"))
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {known[0]!r} or {known[1]!r}")
-        if self.degrees < 2 or not 0 < self.max_removed <= 1:
-            raise ValueError(
-                f"degrees is {self.degrees}, max_removed {self.max_removed}: choose degrees >= 2, 0 < max_removed <= 1"
-            )
-        if min(self.gamma_w, self.gamma_l) < 0:
-            raise ValueError(f"gamma_w is {self.gamma_w}, gamma_l {self.gamma_l}: choose numbers >= 0")
 
     @property
     def shares(self) -> list[float]:
@@ -110,6 +109,7 @@ class SPO(Method, Streamed):
     """
 
     config_class: type = SPOOptions
+    columns = ANSWERS
     means = ("degree_loss", "degree_accuracy")
 
     data_collator: Any
@@ -122,7 +122,7 @@ class SPO(Method, Streamed):
                 f"args is None: {type(self).__name__} takes a configuration made of hf_xent.SPOOptions and TRL's"
             )
         self.configured(given)
-        refuse_options(given, {"label_smoothing_factor": "preference losses have label_smoothing: set that one"})
+        refuse_options(given, NO_EFFECT)
         model = args[0] if args else kwargs.get("model")
         refuse_compilation(model, given, "SPO reads the hidden states before them")
         super().__init__(*args, **kwargs)
@@ -161,7 +161,7 @@ class SPO(Method, Streamed):
     ) -> Tensor:  # fmt: skip
         with lazily(model):  # lazy logits carry the head's hidden states [R, T, D], and are never computed
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        hidden = lazy(logits, "SPO").hidden
+        hidden = lazy(logits, input_ids.shape[1], "SPO").hidden
         losses, guesses = self.degree_head(hidden, answer, degree, side)
         self._note("degree_loss", losses.sum(), len(losses))
         self._note("degree_accuracy", (guesses == degree).sum(), len(losses))
@@ -194,6 +194,7 @@ class SPO(Method, Streamed):
 class SPOTrainer(SPO, DPOTrainer):
     """DPO, with any of its losses, and SPO's degree loss; see the module's docstring and `trl.DPOTrainer`."""
 
+    needed = ("chosen", "rejected")
     config_class = SPOConfig
     args: SPOConfig
     _name = "SPO"

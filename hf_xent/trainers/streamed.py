@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..hub import Carded
-from ..patching import ensure_patched, seam_of
+from torch import nn
 
+from ..hub import Carded
+from ..patching import ensure_patched, head_of, seam_of
+from .rows import TEXT
+
+ANSWERS: Mapping[str, str] = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), TEXT)
+"""The columns of a trainer of preferences."""
+NO_EFFECT = {
+    "label_smoothing_factor": "preference losses have label_smoothing: set that one",
+    "use_liger_kernel": "Liger's loss would take the place of the one asked for: set it to False",
+}
+"""Fields that no trainer of preferences honors, and what to do."""
 Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 
 
@@ -17,9 +28,38 @@ class Streamed(Carded, Mixin):
     of the policy's.
     """
 
+    needed: tuple[str, ...] = ()
+    """Columns that a data set has to have."""
+
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, str):  # a path, which TRL loads
+            head_of(model)  # type: ignore[arg-type]  # refuses what is no language model
+        try:
+            super().__init__(*args, **kwargs)
+        except OSError as error:
+            if isinstance(model, nn.Module) and not model.config._name_or_path:  # type: ignore[union-attr]
+                raise ValueError(
+                    "model has no name, by which its tokenizer or reference would be loaded: pass processing_class and"
+                    " ref_model, or save the model and load it from there"
+                ) from error
+            raise
         self._patch_models()
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As TRL. Raises: ValueError for a data set without the columns needed, or without a row that fits."""
+        if not hasattr(dataset, "map"):
+            raise ValueError(
+                f"a data set is a {type(dataset).__name__}: pass a datasets.Dataset, as by Dataset.from_list"
+            )
+        names = getattr(dataset, "column_names", None) or [*self.needed]  # a stream may not know its own
+        missing = [name for name in self.needed if name not in names]
+        if missing:
+            raise ValueError(f"the data has no column {' and no '.join(missing)}, but {', '.join(names)}: rename them")
+        found = super()._prepare_dataset(dataset, *args, **kwargs)
+        if hasattr(found, "__len__") and not len(found):
+            raise ValueError("no row is left: every prompt is as long as max_length, raise it")
+        return found
 
     def _patch_models(self) -> None:
         ensure_patched(self.model)

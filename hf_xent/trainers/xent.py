@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -21,12 +21,14 @@ from .. import losses
 from ..hub import Carded, Tokenless
 from ..losses import CrossEntropy, Loss
 from ..patching import lazily, patch, seam_of
-from .base import NO_MODEL_INIT, Method, refuse_arguments, refuse_compilation
+from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, targets
 
 
 @dataclass
-class XentConfig(Tokenless, TrainingArguments):
+class XentConfig(Options, Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the loss."""
+
+    ranges: ClassVar[dict[str, str]] = {"memory_budget": "[1, inf)", "tail": "[0, 1)"}
 
     loss: str = field(
         default="cross_entropy",
@@ -116,11 +118,19 @@ class XentTrainer(
                 refuse_compilation(model, args, f"{name} would have no effect")
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`; a `compute_loss_func` gets lazy logits."""
+        """As `Trainer`; a `compute_loss_func` gets lazy logits. Raises: ValueError for a batch without labels."""
         if self.compute_loss_func is None:
+            targets(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
         with lazily(model):  # it is called without the labels
             return super().compute_loss(model, dict(inputs), *args, **kwargs)  # which are taken out of the inputs
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; the loss of no labels is NaN, as it is of a model: transformers leaves it out of the mean."""
+        loss, *outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and self.compute_loss_func is None:
+            loss = torch.where((targets(inputs) != -100).any().to(loss.device), loss, torch.nan)
+        return (loss, *outputs)
 
     @contextmanager
     def _step(self, *, training: bool) -> Iterator[None]:
@@ -144,8 +154,7 @@ class XentTrainer(
             return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **found}
         if not counted and training and self.compute_loss_func is None:
             self._warn(
-                "the model computed its loss without telling hf_xent (a compiled model, or a head that is sharded or"
-                " offloaded, has all its logits): no perplexity is logged"
+                f"no loss was computed without logits, and no perplexity is logged: {seam_of(self.model).why_dense}"
             )
         elif counted and (self._passes > 1 or not training):  # a single batch may well be masked
             self._warn(
