@@ -218,6 +218,21 @@ def test_operands_that_changed_unseen_are_an_error_too(write):
             read()
 
 
+def test_a_training_step_does_not_wait_for_numbers_that_are_not_at_hand(monkeypatch):
+    """As on a GPU: the loss compares nothing; what is read after the step, or has no graph, is found out as well."""
+    monkeypatch.setattr("hf_xent.lazy.operands._AT_HAND", ())
+    compared = []
+    monkeypatch.setattr(torch, "equal", lambda *pair, equal=torch.equal: compared.append(pair) or equal(*pair))
+    hidden, weight = operands(requires_grad=True)
+    x, still = LazyLogits.of(hidden, Head(weight)), LazyLogits.of(hidden.detach(), Head(weight.detach()))
+    F.cross_entropy(x.view(-1, V), labels_of(x)).backward()
+    assert not compared
+    torch.optim.AdamW([weight], fused=True).step()
+    for late in (x, still):
+        with pytest.raises(RuntimeError, match="weight was modified in place"):
+            late.argmax(-1)
+
+
 def test_values_read_before_the_operands_change_stay():
     hidden, weight = operands()
     x, expected = LazyLogits.of(hidden, Head(weight)), hidden @ weight.T

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..ops import Head
 from ..ops.higher import composed
 
+_AT_HAND = ("cpu",)  # devices whose numbers are read without waiting for all that was asked of them
 _SAMPLED = 4096  # at least as many numbers of an operand are compared, or all; up to twice as many a dimension
 
 
@@ -20,23 +21,21 @@ class Operand:
     name: str
     tensor: Tensor
     version: int | None  # how often it was written to; None where torch does not count
-    sample: (
-        Tensor | None
-    )  # bytes of some of its numbers: a fused optimizer, `.data` and NumPy write without being counted
+    sample: Tensor | None  # bytes of some numbers: a fused optimizer, `.data` and NumPy write without being counted
 
     @staticmethod
     def of(name: str, tensor: Tensor) -> Operand:
         """The tensor as it is now."""
         return Operand(name, tensor, version(tensor), _sample(tensor))
 
-    def changed(self) -> bool:
-        """Whether it was written to, or given other memory."""
+    def changed(self, unread: bool) -> bool:
+        """Whether it was written to, or given other memory; see `check`."""
         if self.version != version(self.tensor):
             return True
-        now = None if self.sample is None else _sample(self.tensor)
-        if self.sample is None or now is None:
+        if self.sample is None or (unread and self.sample.device.type not in _AT_HAND):
             return False
-        return now.device != self.sample.device or not torch.equal(now, self.sample)
+        now = _sample(self.tensor)
+        return now is not None and (now.device != self.sample.device or not torch.equal(now, self.sample))
 
 
 Operands = tuple[Operand, ...]
@@ -48,10 +47,14 @@ def operands_of(hidden: Tensor, raw: Head) -> Operands:
     return tuple(Operand.of(name, t) for name, t in named.items() if t is not None)
 
 
-def check(operands: Operands) -> None:
-    """Raises: RuntimeError if an operand was changed in place since the head was called."""
+def check(operands: Operands, unread: bool) -> None:
+    """Raises: RuntimeError if an operand was changed in place since the head was called.
+
+    `unread`: nothing was made of them yet that a backward pass could have gone through to an optimizer. Then what torch
+    does not count is not looked for on a GPU, where a training step would have to wait for it.
+    """
     for operand in operands:
-        if operand.changed():
+        if operand.changed(unread):
             raise RuntimeError(
                 f"these logits are computed when they are read, and the head's {operand.name} was modified in place"
                 " since (by optimizer.step(), say): read what you need of them before that, as in"

@@ -47,9 +47,12 @@ class LazyLogits(torch.Tensor):
 
         Raises: RuntimeError if one of its tensors, or `hidden`, was changed in place since it was called.
         """
-        check(self.operands)
+        self._check()
         self._read_apart(id(self.reads))
         return self.recipe.head(self.raw)
+
+    def _check(self) -> None:
+        check(self.operands, unread=self.differentiable and not self.reads)
 
     def _read_apart(self, whose: int) -> None:
         """Remember that something differentiable was made of the operands without the dense logits."""
@@ -106,7 +109,7 @@ class LazyLogits(torch.Tensor):
         return self.numel() < base.numel() or self.differentiable != base.differentiable
 
     def _value(self) -> Tensor:
-        check(self.operands)
+        self._check()
         self.seam.materialized += 1
         kind = self.hidden.device.type
         with torch.set_grad_enabled(self.differentiable), torch.autocast(kind, enabled=False), without_hooks():
