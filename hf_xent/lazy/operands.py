@@ -73,5 +73,5 @@ def _sample(t: Tensor) -> Tensor | None:
         return None
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         side = round(_SAMPLED ** (1 / max(1, t.ndim)))
-        grid = t.detach()[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
+        grid = t[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
         return grid.clone(memory_format=torch.contiguous_format).view(torch.uint8)
