@@ -168,6 +168,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.detach.default:  # the same tensor, not a new one
+            return out
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             # meta tensors have no values, bytes are the interpreter copying its arguments
             if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8 and not tensor.is_meta:
