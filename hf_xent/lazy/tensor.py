@@ -261,7 +261,7 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
     *,
     parent: Any = None,
     layout: Tensor | None = None,
-    reads: set[str] | None = None,
+    reads: set[int] | None = None,
     operands: Operands | None = None,
 ) -> LazyLogits:
     """A lazy tensor of these operands, with its place in the graph; `parent`, `reads`, `operands` as the attributes.

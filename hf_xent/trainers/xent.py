@@ -70,6 +70,7 @@ class XentTrainer(
     means: tuple[str, ...] = ("nll", "mean_token_accuracy", "entropy")
     _warned = False
     _passes = 0  # forward passes of training since one that is known to have had a label
+    _labelled: torch.Tensor | None = None  # the number of labels in the last step, if its loss was streamed
 
     def __init__(
         self,
@@ -128,18 +129,20 @@ class XentTrainer(
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; the loss of no labels is NaN, as it is of a model: transformers leaves it out of the mean."""
         loss, *outputs = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and self.compute_loss_func is None:
-            loss = torch.where((targets(inputs) != -100).any().to(loss.device), loss, torch.nan)
+        if loss is not None and self._labelled is not None and self.compute_loss_func is None:
+            loss = torch.where(self._labelled.to(loss.device) > 0, loss, torch.nan)
         return (loss, *outputs)
 
     @contextmanager
     def _step(self, *, training: bool) -> Iterator[None]:
         seam = seam_of(self.model)
         seam.sums.clear()  # what forward passes outside of steps have left
+        self._labelled = None
         with super()._step(training=training):
             yield
             for sums in seam.sums.values():
                 self._passes += training
+                self._labelled = sums["tokens"]
                 for name, key in zip(XentTrainer.means, ("nll", "correct", "entropy"), strict=True):
                     self._note(name, sums[key], sums["tokens"])
         seam.sums.clear()
