@@ -59,6 +59,9 @@ LEAN = {
         -1, y.clamp(min=0)[..., None]
     ),
     "a bias of the vocabulary": lambda x, y: F.cross_entropy((x * 2 + torch.linspace(0, 1, V)).view(-1, V), moved(y)),
+    "a bias in front": lambda x, y: F.cross_entropy((torch.linspace(0, 1, V) + x).view(-1, V), moved(y)),
+    "a bias less": lambda x, y: F.cross_entropy((x - torch.linspace(0, 1, V)).view(-1, V), moved(y)),
+    "a scale in front": lambda x, y: F.cross_entropy((torch.tensor(0.3) * x).view(-1, V), moved(y)),
     "cast there and back": lambda x, y: F.cross_entropy(x.double().to(torch.float32).view(10, V), y.view(-1)),
 }
 DENSE = {

@@ -82,6 +82,11 @@ def _plus(x: LazyLogits, other: Any) -> Any:
     return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
 
 
+def _minus(x: LazyLogits, other: Any) -> Any:
+    no_bias = not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point()
+    return NotImplemented if no_bias else _plus(x, -other)
+
+
 def _sum(x: LazyLogits, y: LazyLogits) -> Any:
     """Two products of the same tokens and vocabulary, a head's and its LoRA branch's: one product of both inputs."""
     if x.shape != y.shape:
@@ -265,6 +270,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.clone, torch.clone), _clone),
     **dict.fromkeys((_T.detach, torch.detach), detach),
     **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _plus),
+    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _minus),
     **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
     **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
     **dict.fromkeys((_T.tanh, torch.tanh), _tanh),

@@ -16,6 +16,8 @@ from .graph import Connected, Recipe, Values, without_hooks
 from .operands import Operands, check, operands_of, version
 from .seam import Seam, next_token_labels
 
+COMMUTATIVE = {torch.add, torch.mul, torch.multiply, *(getattr(torch.Tensor, name) for name in ("add", "mul"))}
+"""Functions of two tensors that give the same in either order: a lazy tensor's answer is looked up by the first."""
 METADATA: set[Any] = set()
 """Functions that look at the wrapper alone."""
 _SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
@@ -180,6 +182,8 @@ class LazyLogits(torch.Tensor):
         kwargs = dict(kwargs or {})
         if not args and isinstance(kwargs.get("input"), LazyLogits):
             args = (kwargs.pop("input"),)
+        if func in COMMUTATIVE and len(args) == 2 and isinstance(args[1], LazyLogits) and not kwargs:
+            args = args if isinstance(args[0], LazyLogits) else args[::-1]
         if func in ANSWERS and isinstance(args[0] if args else None, LazyLogits) and not args[0].is_dense:
             answer = ANSWERS[func](*args, **kwargs)
             if answer is not NotImplemented:
