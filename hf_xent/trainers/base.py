@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..heads import inner_of
 from ..lazy import LazyLogits, next_token_labels
 from ..losses.ranges import check_flag, check_integer, check_number, check_text
 from ..ops.rows import token_ids
@@ -205,6 +206,16 @@ def refuse_compilation(model: nn.Module | None, args: Any, what: str) -> None:
         raise ValueError(
             f"torch_compile is {args.torch_compile}{'' if args.torch_compile else ' but the model is compiled'}:"
             f" compiled models compute their logits the ordinary way, and {what}: train without torch_compile"
+        )
+
+
+def refuse_encoder_decoder(model: Any) -> None:
+    """Raises: ValueError for a model whose labels are another sequence than its inputs; and for what is none."""
+    inner: Any = inner_of(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model is a {type(inner).__name__}, an encoder and a decoder, but this trainer reads inputs and labels as"
+            " one sequence: use XentTrainer"
         )
 
 

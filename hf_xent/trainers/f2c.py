@@ -51,6 +51,7 @@ from .base import (
     lazy,
     refuse_arguments,
     refuse_compilation,
+    refuse_encoder_decoder,
     refuse_options,
 )
 
@@ -230,6 +231,7 @@ class F2CTrainer(Method, Carded, Trainer):
                 "use_liger_kernel": "Liger takes the place of the forward that is patched: set it to False",
             },
         )
+        refuse_encoder_decoder(model)
         refuse_compilation(model, args, "F2C reads the hidden states before them")
         patch(model)
         if kwargs.get("data_collator") is None:

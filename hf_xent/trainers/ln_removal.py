@@ -40,6 +40,7 @@ from ..ln_free.norms import FINAL, fake_norms, remove, sites, wrap
 from ..ln_free.schedule import END, START, Schedule
 from ..ops.rows import token_ids
 from ..patching import head_of
+from .base import refuse_encoder_decoder
 from .xent import XentConfig, XentTrainer
 
 
@@ -207,6 +208,7 @@ class LNRemovalTrainer(XentTrainer):
     ):
         args = self.configured(args)
         check_options(args, schedule)
+        refuse_encoder_decoder(model)
         head_of(model)  # refuses what is no language model
         wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         if args.sigma_weight and all(norm.sites != FINAL for norm in fake_norms(model).values()):

@@ -40,7 +40,7 @@ from ..losses import CrossEntropy, Loss
 from ..mode import evaluating
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of
-from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_options, targets
+from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_encoder_decoder, refuse_options, targets
 from .noise import layers_of, noisy, strengths
 from .xent import XentConfig, XentTrainer
 
@@ -112,6 +112,7 @@ class NoiseFiTTrainer(XentTrainer):
         args = self.configured(args)
         refuse_arguments(kwargs, {"compute_loss_func": OWN_LOSS})
         refuse_options(args, {"tail": "the divergences have exact gradients only: leave it 0"})
+        refuse_encoder_decoder(model)
         refuse_compilation(model, args, "NoiseFiT compares passes by the hidden states before them")
         super().__init__(model, args, **kwargs)
         self.noise_layers: list[int] | None = None if self.args.method == "noisefit" else []

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..hub import Carded
 from ..patching import ensure_patched, head_of, seam_of
+from .base import refuse_encoder_decoder
 from .rows import TEXT
 
 ANSWERS: Mapping[str, str] = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), TEXT)
@@ -34,6 +35,7 @@ class Streamed(Carded, Mixin):
     def __init__(self, *args: Any, **kwargs: Any):
         model = args[0] if args else kwargs.get("model")
         if not isinstance(model, str):  # a path, which TRL loads
+            refuse_encoder_decoder(model)
             head_of(model)  # type: ignore[arg-type]  # refuses what is no language model
         try:
             super().__init__(*args, **kwargs)
