@@ -209,12 +209,26 @@ def test_suffixes_in_upper_case_marks_and_compression(tmp_path: Path) -> None:
         assert load_text(tmp_path / name)["text"][:] == ["x", "y"], name
 
 
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["x", "y"], "n": [1, 2]})
+    rows.save_to_disk(tmp_path / "rows")
+    assert load_text(tmp_path / "rows")["text"][:] == ["x", "y"]
+    with pytest.raises(ValueError, match="holds int64, not text, in its column 'n'"):
+        load_text(tmp_path / "rows", column="n")
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"has several splits.*name the folder of one \(test, train\)"):
+        load_text(tmp_path / "splits")
+    assert load_text(tmp_path / "splits" / "test")["text"][:] == ["x", "y"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", "caf\xe9!".encode("latin-1"), "a.txt: it is not UTF-8 .*: save it in that encoding"),
         ("a.csv", "text\ncaf\xe9!\n".encode("latin-1"), "a.csv: it is not UTF-8"),
         ("a.jsonl", '{"text": "caf\xe9!"}'.encode("latin-1"), "it is not UTF-8"),
+        ("a.txt", "words".encode("utf-16-le"), "a.txt: it begins with NUL, as UTF-16 without a byte order mark"),
+        ("a.csv", "text\nwords".encode("utf-16-le"), "a.csv: it begins with NUL, as UTF-16 without a byte order mark"),
         ("a.txt.gz", b"not packed", "a.txt.gz: Not a gzipped file"),
         ("a.txt", b"", "there is nothing in it"),
         ("a.jsonl", b"", "there is nothing in it"),

@@ -3,6 +3,7 @@
     .txt               a row a file, without its byte order mark
     .csv, .tsv         rows of text: 007 and NA are the words they are, an empty cell is an empty text
     .json, .jsonl, .ndjson, .parquet   rows with the types that they have there
+    a folder of `Dataset.save_to_disk` likewise
 
 All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, a path is never a pattern, and a
 link stands for what it leads to.
@@ -28,6 +29,8 @@ BUILDERS = {
     ".parquet": "parquet",
 }  # fmt: skip
 """File suffix -> kind."""
+SAVED = "saved"
+"""The kind of a folder that `Dataset.save_to_disk` wrote."""
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """Suffix after that one -> what opens the file."""
 MARKS = {
@@ -66,6 +69,11 @@ def readable(path: Path) -> tuple[str, list[Path]]:
     """
     if path.is_file():
         return kind_of(path, [path])
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(part.name for part in path.iterdir() if part.is_dir()))
+        raise ValueError(f"{path} has several splits, as save_to_disk wrote them: name the folder of one ({splits})")
+    if all((path / name).is_file() for name in ("state.json", "dataset_info.json")):
+        return SAVED, [path]
     files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _shown(file, path))
     if broken := [file for file in files if file.is_symlink() and not file.exists()]:
         raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there: mend or remove it")
@@ -90,6 +98,9 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     from datasets import Dataset, Features, IterableDataset, Value, load_dataset  # lazy: half a second
 
     files = list(files)
+    if kind == SAVED:
+        [saved] = (Dataset.load_from_disk(str(folder)) for folder in files)
+        return saved.to_iterable_dataset() if streaming else saved
     if not any(file.stat().st_size for file in files) or (kind == "parquet" and not _rows(files)):
         raise ValueError("there is nothing in it")
     if kind in ("json", "parquet"):
@@ -164,6 +175,8 @@ def _opened(file: Path, **options: Any) -> Any:
     with opener(file, "rb") as start:
         head = start.read(4)
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in head:
+        raise ValueError("it begins with NUL, as UTF-16 without a byte order mark or no text does: save it as UTF-8")
     return opener(file, "rt", encoding=encoding, **options)
 
 
