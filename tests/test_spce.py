@@ -348,3 +348,9 @@ def test_what_trl_would_load_by_name_is_asked_for(saved, tmp_path):
         trainer_of(*SPCE, tmp_path, saved, model=tiny())
     with pytest.raises(ValueError, match="use_liger_kernel is True"):
         trainer_of(*SPCE, tmp_path, saved, use_liger_kernel=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="processing_class has no eos_token"):
+        SPCETrainer(
+            tiny(), processing_class=tokenizer, train_dataset=table(), args=SPCEConfig(str(tmp_path), bf16=False)
+        )

@@ -37,6 +37,8 @@ class Streamed(Carded, Mixin):
         if not isinstance(model, str):  # a path, which TRL loads
             refuse_encoder_decoder(model)
             head_of(model)  # type: ignore[arg-type]  # refuses what is no language model
+        if getattr(kwargs.get("processing_class"), "eos_token", "") is None:
+            raise ValueError("processing_class has no eos_token, and answers end with one: set tokenizer.eos_token")
         try:
             super().__init__(*args, **kwargs)
         except OSError as error:
