@@ -353,9 +353,10 @@ def test_compiled_dense_and_real_activations() -> None:
     found = bench.run(config)
     status = {row.contestant: row.status for row in found}
     assert len(found) == 3 and status["dense"] == status["hf_xent"] == "ok"
-    # whether what torch compiles is right differs between CPUs (with AVX2 alone it can be far off): the gate says so
+    # whether torch compiles it, and rightly, differs between CPUs (with AVX2 alone it can be far off): the row says so
     compiled = named(found, "dense compiled")
-    assert compiled.status in ("ok", "wrong") and (compiled.time_ms is not None) == (compiled.status == "ok")
+    assert compiled.status in ("ok", "wrong") or compiled.note.startswith("BackendCompilerFailed")
+    assert (compiled.time_ms is not None) == (compiled.status == "ok")
     assert (found[0].N, found[0].V, found[0].D, found[0].source) == (64, 49152, 576, "smollm2 on pydoc")
     assert named(found, "hf_xent").peak_ratio < named(found, "dense").peak_ratio
 
