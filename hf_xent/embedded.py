@@ -103,8 +103,7 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
     """A causal LM and its tokenizer by name, path or Hub id; `dtype` as transformers takes it ('auto': as saved)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
 
-    source = resolve(model)
-    with explained(model):
+    with explained(model) as source:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -117,16 +116,17 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
 
 
 @contextmanager
-def explained(model: str) -> Iterator[None]:
-    """In here what is said of a model that is nowhere, or of broken weights, becomes one line: a ValueError."""
+def explained(model: str) -> Iterator[str]:
+    """What `resolve` gives; in here what is said of a model that is nowhere, or of broken weights, is a ValueError."""
     from safetensors import SafetensorError
 
-    place = Path(resolve(model))
+    source = resolve(model)
+    place = Path(source)
     if not model.strip() or place.is_file():
         what = "a file" if model.strip() else "nothing"
         raise ValueError(f"model is {model!r}, which is {what}: give the folder of a checkpoint, or a Hub id")
     try:
-        yield
+        yield source
     except SafetensorError as error:
         raise ValueError(f"model is {model!r}, whose weights are no whole file ({error}): get them again") from error
     except OSError as error:

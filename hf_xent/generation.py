@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from .losses.ranges import is_integer, is_number
+from .losses.ranges import check_count, is_integer, is_number
 from .mirostat import RUNNING, reduced
 from .mode import positions
 from .ops import Head, vocab_stats
@@ -51,8 +51,7 @@ def responses(
     """
     if not is_number(temperature, "[0, inf)"):
         raise ValueError(f"temperature is {temperature!r}: choose a positive number, or 0 for greedy decoding")
-    if not is_integer(tokens) or tokens < 1:
-        raise ValueError(f"tokens is {tokens!r}: choose a whole number of at least 1")
+    check_count("tokens", tokens, 1)
     if not is_integer(seed) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}: choose a whole number of 64 bits")
     if not len(prompts) or not all(map(len, prompts)):

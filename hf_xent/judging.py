@@ -25,6 +25,7 @@ from transformers.utils.logging import tqdm
 
 from .data import Format
 from .lazy import LazyLogits
+from .losses.ranges import check_count
 from .mode import evaluating, positions
 from .patching import patched
 
@@ -143,8 +144,7 @@ class ModelJudge:
 
     def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """s(first, second) [n]."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: choose a whole number of at least 1")
+        check_count("batch_size", self.batch_size, 1)
         if not rows:
             return torch.empty(0)
         asked = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]

@@ -37,8 +37,8 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
     A .txt file is one row; .jsonl, .json, .csv, .tsv and .parquet files are rows with columns; a folder is searched for
     files of one of these kinds, in the order of their paths. All but Parquet may be compressed (.gz, .bz2, .xz). Cells
     of .csv and .tsv files are the text they are. A folder of `Dataset.save_to_disk` is read too. A Hub id may name its
-    configuration: 'wikitext:wikitext-2-v1'.
-    `split` as `datasets` takes it ('train', 'train[:1%]'); by default 'train', or the only one there is.
+    configuration: 'wikitext:wikitext-2-v1'. `split` as `datasets` takes it ('train', 'train[:1%]'); by default 'train',
+    or the only one there is.
 
     Raises: ValueError for a source that is none of these, without rows, without `column`, or with no text in it.
     """

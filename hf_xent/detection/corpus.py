@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import data, embedded
 from ..data.files import BUILDERS, first_line, place_of, suffix_of
 from ..data.text import Opened, opened
-from ..losses.ranges import is_integer
+from ..losses.ranges import check_count
 
 T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
@@ -53,8 +53,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         for name, least in (("documents", 1), ("max_tokens", 1)):
-            if (value := getattr(self, name)) is not None and not (is_integer(value) and value >= least):
-                raise ValueError(f"{name} is {value!r}: choose a whole number of at least {least}")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value, least)
 
     def open(self) -> Opened:
         """Rows, which are looked at when they are counted, and what tells their content: for a Hub id its revision."""

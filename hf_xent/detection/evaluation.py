@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..losses.ranges import is_integer
+from ..losses.ranges import check_count
 from . import metrics
 from .scores import get
 
@@ -35,8 +35,7 @@ def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int 
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    if not is_integer(folds) or folds < 2:
-        raise ValueError(f"folds is {folds!r}: choose a whole number of at least 2")
+    check_count("folds", folds, 2)
     truth = _numbers(labels, texts=texts)
     judged = np.isfinite(truth) & np.array([isinstance(text, str) and bool(text.strip()) for text in texts], dtype=bool)
     least = int(np.bincount(truth[judged].astype(int), minlength=2).min())

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..losses.ranges import is_integer
+from ..losses.ranges import check_count
 from ..mode import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..patching import head_of, patched
@@ -65,8 +65,7 @@ class TextScorer:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens"):
-            if not is_integer(value := getattr(self, name)) or value < 1:
-                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 1")
+            check_count(name, getattr(self, name), 1)
         if isinstance(self.scores, str) or not self.scores:
             raise ValueError(f"scores is {self.scores!r}: pass a tuple of names, at least one")
         self.parsed = {name: registry.get(name) for name in self.scores}

@@ -73,8 +73,7 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM  # lazy: seconds
 
-    source = embedded.resolve(model)
-    with embedded.explained(model):
+    with embedded.explained(model) as source:
         free: Any = _class_saved(source)
         loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
     state = {} if free else _state(source)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..losses.ranges import is_integer
+from ..losses.ranges import check_count
 from .norms import KINDS, sites
 
 PAPER = {
@@ -49,8 +49,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name, value in (("taper", self.taper), *(("step", step) for step, _ in self.events)):
-            if not is_integer(value) or value < 0:
-                raise ValueError(f"{name} is {value!r}: choose a whole number of at least 0")
+            check_count(name, value, 0)
 
     @classmethod
     def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:

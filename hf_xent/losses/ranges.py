@@ -37,6 +37,12 @@ def check_integer(owner: Any, name: str, interval: str) -> None:
     setattr(owner, name, int(value))
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse an argument that is no whole number, or below the least. Raises: ValueError, as `check_integer`."""
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} is {value!r}: choose a whole number of at least {least}")
+
+
 def check_text(owner: Any, name: str) -> None:
     """Refuse an option that is no text. Raises: ValueError."""
     value = getattr(owner, name)

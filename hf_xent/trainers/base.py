@@ -219,11 +219,16 @@ def refuse_encoder_decoder(model: Any) -> None:
         )
 
 
+def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a batch that has no labels."""
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
+
+
 def targets(inputs: Mapping[str, Any]) -> Tensor:
     """What every position of a batch has to predict, -100 for nothing. Raises: ValueError if it has no labels."""
+    refuse_unlabeled(inputs)
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
-    if labels is None and shifted is None:
-        raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
     return next_token_labels(labels) if shifted is None else token_ids(shifted)  # type: ignore[arg-type]
 
 

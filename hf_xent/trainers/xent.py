@@ -21,7 +21,7 @@ from .. import losses
 from ..hub import Carded, Tokenless
 from ..losses import CrossEntropy, Loss
 from ..patching import lazily, patch, seam_of
-from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, targets
+from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, refuse_unlabeled
 
 
 @dataclass
@@ -121,7 +121,7 @@ class XentTrainer(
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; a `compute_loss_func` gets lazy logits. Raises: ValueError for a batch without labels."""
         if self.compute_loss_func is None:
-            targets(inputs)
+            refuse_unlabeled(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
         with lazily(model):  # it is called without the labels
             return super().compute_loss(model, dict(inputs), *args, **kwargs)  # which are taken out of the inputs
