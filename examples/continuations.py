@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from hf_xent import data, embedded, generation
+from hf_xent import data
+from hf_xent.generation import sampling as generation
+from hf_xent.models import packaged as embedded
 
 PROMPT, NEW, BATCH, PER_MACHINE = 24, 48, 50, 4
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_xent import generation, judging
+from hf_xent.generation import judging
+from hf_xent.generation import sampling as generation
 
 THINGS = (
     "rain bread winter honey salt music coffee gold snow wood fire ice glass paper silk sugar iron sleep wind "

@@ -5,7 +5,7 @@
 Text: CPython's own documentation (no download). Perplexity, mean entropy and accuracy are of held-out blocks;
 distinct-2 and rep-4 of unbiased samples that continue their first half. Sharper models repeat more and score otherwise
 alike, so cross-entropy is sampled twice: as it is, and at the temperature that gives it EMO's entropy. MAUVE, the
-authors' metric, says nothing of 16 samples; `hf_xent.generation.mauve` is there for a thousand.
+authors' metric, says nothing of 16 samples; `hf_xent.generation.sampling.mauve` is there for a thousand.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 import typer
 
 import hf_xent
-from hf_xent import data, embedded, generation
-from hf_xent.study import Study
+from hf_xent import data
+from hf_xent.experiments.study import Study
+from hf_xent.generation import sampling as generation
+from hf_xent.models import packaged as embedded
 
 ARMS = {
     "cross-entropy": "cross_entropy",

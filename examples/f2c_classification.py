@@ -16,9 +16,10 @@ from typing import Any
 import peft
 import typer
 
-from hf_xent import F2CConfig, F2CTrainer, data, embedded
+from hf_xent import F2CConfig, F2CTrainer, data
 from hf_xent.data import Format, PromptFormats
-from hf_xent.study import Study
+from hf_xent.experiments.study import Study
+from hf_xent.models import packaged as embedded
 
 CONTINENTS, PEOPLE = ("Africa", "America", "Asia"), ("African", "American", "Asian")
 FORMATS = PromptFormats(

@@ -19,7 +19,7 @@ from pretrain_gpt2 import CONTEXT, ROWS, pretrain
 from transformers import GPT2LMHeadModel
 
 from hf_xent import ln_free
-from hf_xent.study import Study
+from hf_xent.experiments.study import Study
 
 METRICS = ("loss", "median loss", "entropy", "ECE", "NMAE (%)", "sink rate", "worst 5 steps")
 

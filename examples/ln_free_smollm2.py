@@ -17,7 +17,8 @@ import typer
 from rich import print as show
 
 import hf_xent
-from hf_xent import data, embedded, ln_free
+from hf_xent import data, ln_free
+from hf_xent.models import packaged as embedded
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96
 REMOVAL = {

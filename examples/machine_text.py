@@ -23,9 +23,9 @@ from continuations import Continuations
 from text_classifiers import ARMS, BASELINE, CONTROLS, LAYERS, labeled, scores
 from transformers import AutoTokenizer
 
-from hf_xent import embedded
-from hf_xent.detection import metrics
-from hf_xent.study import Study
+from hf_xent.experiments.study import Study
+from hf_xent.metrics import ranking as metrics
+from hf_xent.models import packaged as embedded
 
 COOL = 0.7
 SETS = ("", " other genre", f" T={COOL}")

@@ -19,11 +19,12 @@ from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 import hf_xent
-from hf_xent import data, detection, embedded
-from hf_xent.detection.callback import MembershipCallback
-from hf_xent.detection.corpus import count, smoothed
+from hf_xent import data, detection
+from hf_xent.callbacks.membership import MembershipCallback
+from hf_xent.detection.counts import count, smoothed
+from hf_xent.experiments.study import Study
+from hf_xent.models import packaged as embedded
 from hf_xent.patching import head_of
-from hf_xent.study import Study
 
 DOSES = (0, 1, 2, 4)  # epochs
 SWEEP = detection.sweep("dc_pdd", a=(0.01, 0.1, 1.0))

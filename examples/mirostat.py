@@ -13,8 +13,11 @@ from typing import Any
 import torch
 import typer
 
-from hf_xent import embedded, generation, mirostat, patch
-from hf_xent.study import Study
+from hf_xent import patch
+from hf_xent.experiments.study import Study
+from hf_xent.generation import mirostat
+from hf_xent.generation import sampling as generation
+from hf_xent.models import packaged as embedded
 
 TARGETS = (2.5, 3.0, 3.5, 4.0)
 ARMS: dict[str, dict[str, Any]] = {

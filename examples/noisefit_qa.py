@@ -18,8 +18,9 @@ import typer
 from short_answers import answers, questions
 from transformers import DataCollatorForSeq2Seq
 
-from hf_xent import NoiseFiTTrainer, XentTrainer, embedded
-from hf_xent.study import Study
+from hf_xent import NoiseFiTTrainer, XentTrainer
+from hf_xent.experiments.study import Study
+from hf_xent.models import packaged as embedded
 from hf_xent.trainers.noisefit import lora_config
 
 ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {

@@ -18,7 +18,8 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, mean_squared_error
 from torch.nn import functional as F
 
-from hf_xent import data, generation
+from hf_xent import data
+from hf_xent.generation import sampling as generation
 
 
 def sentences(split: str) -> list[tuple[str, list[str]]]:

@@ -22,8 +22,8 @@ from datasets import Dataset
 from eight_words import NEW, THINGS, K, chance, described, evaluate, program, questions
 
 import hf_xent
-from hf_xent import embedded
-from hf_xent.study import Study
+from hf_xent.experiments.study import Study
+from hf_xent.models import packaged as embedded
 
 JUDGES = {"self-judge": None, "program judge": program, "random judge": chance}
 BASE, HARD = "base model", "DPO on the self-judge's pairs"

@@ -6,7 +6,8 @@ MODEL is 'smollm2' (embedded, offline; the default), a Hub id or a path; LOSS as
 import sys
 
 import hf_xent
-from hf_xent import data, embedded
+from hf_xent import data
+from hf_xent.models import packaged as embedded
 
 
 def main(model_name: str = "smollm2", loss: str = "cross_entropy", steps: int = 3) -> list[float]:

@@ -16,7 +16,8 @@ import torch
 import typer
 
 import hf_xent
-from hf_xent import data, detection, embedded
+from hf_xent import data, detection
+from hf_xent.models import packaged as embedded
 from hf_xent.patching import head_of
 
 SCORES = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")

@@ -13,7 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_xent import data, generation
+from hf_xent import data
+from hf_xent.generation import sampling as generation
 
 SAMPLES, NEW, TEMPERATURE = 3, 6, 0.5  # of each question; tokens of an answer at most
 

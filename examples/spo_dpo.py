@@ -18,8 +18,9 @@ import torch
 import typer
 from noisy_preferences import answered, judged, pairs
 
-from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer, embedded
-from hf_xent.study import Study
+from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer
+from hf_xent.experiments.study import Study
+from hf_xent.models import packaged as embedded
 
 BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 24, 8, 16
 ARMS: dict[str, dict[str, Any]] = {

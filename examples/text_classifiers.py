@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification
 
 import hf_xent
-from hf_xent import embedded
+from hf_xent.models import packaged as embedded
 
 LAYERS = 3
 BASELINE = "BCE"

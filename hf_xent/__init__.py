@@ -9,26 +9,72 @@ trainer = hf_xent.XentTrainer(model, hf_xent.XentConfig(output_dir="out"), train
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import losses, trainers
-from .lazy import LazyLogits, Seam
-from .losses import linear_cross_entropy
-from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
-from .patching import Comparison, compare, patch, seam_of, unpatch
+from .system import renamed
 
-if TYPE_CHECKING:
-    from . import detection
-    from .trainers import *  # noqa: F403  for type checkers; at run time they are loaded on first use
+if TYPE_CHECKING:  # at run time a name is loaded when it is first asked for: torch takes a second, trainers take more
+    from . import detection, losses
+    from .lazy import LazyLogits, Seam
+    from .losses import linear_cross_entropy
+    from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
+    from .patching import Comparison, compare, patch, seam_of, unpatch
+    from .trainers import (
+        SPO,
+        DXOConfig,
+        DXOTrainer,
+        EMOConfig,
+        EMOTrainer,
+        F2CConfig,
+        F2CTrainer,
+        LNRemovalCallback,
+        LNRemovalConfig,
+        LNRemovalTrainer,
+        NoiseFiTConfig,
+        NoiseFiTTrainer,
+        OSPConfig,
+        OSPTrainer,
+        PatchCallback,
+        SPCEConfig,
+        SPCETrainer,
+        SPOConfig,
+        SPOOptions,
+        SPOTrainer,
+        XentConfig,
+        XentTrainer,
+    )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
+    "SPO",
     "Comparison",
+    "DXOConfig",
+    "DXOTrainer",
+    "EMOConfig",
+    "EMOTrainer",
+    "F2CConfig",
+    "F2CTrainer",
     "Head",
+    "LNRemovalCallback",
+    "LNRemovalConfig",
+    "LNRemovalTrainer",
     "LazyLogits",
+    "NoiseFiTConfig",
+    "NoiseFiTTrainer",
+    "OSPConfig",
+    "OSPTrainer",
+    "PatchCallback",
+    "SPCEConfig",
+    "SPCETrainer",
+    "SPOConfig",
+    "SPOOptions",
+    "SPOTrainer",
     "Seam",
     "Stats",
+    "XentConfig",
+    "XentTrainer",
     "compare",
     "detection",
     "linear_cross_entropy",
@@ -39,13 +85,24 @@ __all__ = [
     "unpatch",
     "vocab_loss",
     "vocab_stats",
-    *trainers.__all__,
 ]
+
+_ROOMS = {folder.name for folder in Path(__file__).parent.iterdir() if (folder / "__init__.py").exists()}
+_HOMES = {
+    "LazyLogits": "lazy",
+    "Seam": "lazy",
+    "linear_cross_entropy": "losses",
+    **dict.fromkeys(("Head", "Stats", "map_logits", "vocab_loss", "vocab_stats"), "ops"),
+    **dict.fromkeys(("Comparison", "compare", "patch", "seam_of", "unpatch"), "patching"),
+}
+"""Public name -> the package that has it; all others are trainers."""
+
+renamed.install(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "detection":  # as a module of its own it needs an import; scikit-learn takes a second
-        return import_module(".detection", __name__)
-    if name in trainers.__all__:  # imported on first use: transformers' Trainer takes seconds
-        return getattr(trainers, name)
-    raise AttributeError(f"module 'hf_xent' has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
+    if name in __all__:
+        return getattr(import_module(f".{_HOMES.get(name, 'trainers')}", __name__), name)
+    return renamed.attribute(__name__, name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, so before hf_xent.ops.streaming is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, before hf_xent.ops.gpu is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 IMPLS = ("reference", "chunked", "triton")

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hf_xent import auc
-from hf_xent.auc.losses import SURROGATES
-from hf_xent.auc.objective import Objective
+from hf_xent import ranking as auc
+from hf_xent.ranking.losses import SURROGATES
+from hf_xent.ranking.objective import Objective
 
 H, Y = [0.9, 0.6, 0.2, 0.7], [1, 1, 0, 0]
 STATEFUL = [name for name in auc.LOSSES if name != "bce"]

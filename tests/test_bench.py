@@ -366,7 +366,7 @@ def test_one_dpo_step_of_each_side(tmp_path):
     """Both sides find the same loss and gradient, or `run` raises; the table holds them against TRL."""
     from models import tiny, tiny_tokenizer
 
-    from hf_xent.bench import dpo
+    from benchmarks import dpo
 
     tiny(std=0.05, max_position_embeddings=128).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

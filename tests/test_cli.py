@@ -12,9 +12,10 @@ from models import tiny, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
-from hf_xent import cli, comparison
-from hf_xent.cli.arms import PATCHED, STOCK, Run, fit
-from hf_xent.cli.quiet import quiet_loading
+from hf_xent import cli
+from hf_xent.experiments.arms import PATCHED, STOCK, Run, fit
+from hf_xent.models.quiet import quiet_loading
+from hf_xent.patching import comparison
 
 runner = CliRunner()
 PHASES = ("loading the libraries", "loading the model", "reading the text", "evaluating", "training")
@@ -253,7 +254,7 @@ def test_an_unexpected_error_is_one_line_too(error, monkeypatch, capsys):
     def broken(*args, **options):
         raise error
 
-    monkeypatch.setattr("hf_xent.embedded.load", broken)
+    monkeypatch.setattr("hf_xent.models.packaged.load", broken)
     monkeypatch.setattr("sys.argv", ["hf-xent", "check", "some/model"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -272,8 +273,9 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
 
     from hf_xent import bench
     from hf_xent.bench import plots
-    from hf_xent.cli import arms, plot
     from hf_xent.cli.detect import _draw as draw_roc
+    from hf_xent.experiments import arms
+    from hf_xent.experiments import curves as plot
     from hf_xent.ln_free import report
 
     before = matplotlib.get_backend()

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from hf_xent import embedded
 from hf_xent.data import load, load_text, pack, wiki
 from hf_xent.data.corpus import Source
+from hf_xent.models import packaged as embedded
 
 datasets = pytest.importorskip("datasets")
 

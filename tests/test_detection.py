@@ -21,12 +21,13 @@ import hf_xent
 from hf_xent import detection
 from hf_xent.cli.detect import Task, _scored, _truth
 from hf_xent.data.brown import Brown
-from hf_xent.detection import metrics, modules
 from hf_xent.detection import scores as registry
-from hf_xent.detection.corpus import Corpus, count, fingerprint, frequencies, smoothed
+from hf_xent.detection.counts import Corpus, count, fingerprint, frequencies, smoothed
 from hf_xent.detection.scorer import TextScorer
 from hf_xent.lazy import next_token_labels
-from hf_xent.mode import positions
+from hf_xent.metrics import modules
+from hf_xent.metrics import ranking as metrics
+from hf_xent.models.contexts import positions
 from hf_xent.ops import Stats
 from hf_xent.patching import lazily, patch, seam_of, unpatch
 
@@ -476,7 +477,7 @@ def test_counts_are_of_tokens():
 
 
 def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
-    from hf_xent.detection import corpus as module
+    from hf_xent.detection import counts as module
 
     counted = []
     monkeypatch.setattr(module, "count", lambda *a: counted.append(1) or count(*a))
@@ -539,7 +540,7 @@ def test_a_corpus_that_holds_no_text_is_refused(tmp_path, monkeypatch):
 
 def test_callback_evaluates_before_and_between(tmp_path):
     """Once the members alone are trained on, they are told from the others; before, the model is its own reference."""
-    from hf_xent.detection.callback import MembershipCallback
+    from hf_xent.callbacks.membership import MembershipCallback
 
     model, tokenizer, labels = tiny(), tiny_tokenizer(), [1, 0] * 9
     scorer = TextScorer(model, tokenizer, ("loss", "zlib"), progress=False)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
-from hf_xent import auc
-from hf_xent.detection import metrics
+from hf_xent import ranking as auc
+from hf_xent.metrics import ranking as metrics
 from hf_xent.trainers import DXOConfig, DXOTrainer
 from hf_xent.trainers.dxo import STATE, scores_of
 

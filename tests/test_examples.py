@@ -128,7 +128,7 @@ def test_short_answers_counts_answers_and_pairs(monkeypatch):
     """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
     example = runpy.run_path(str(EXAMPLES / "short_answers.py"))
     made = [[1], [1], [2], [3], [2], [3]]
-    monkeypatch.setattr("hf_xent.generation.sample", lambda *args, **kwargs: made)
+    monkeypatch.setattr("hf_xent.generation.sampling.sample", lambda *args, **kwargs: made)
     words = type("Words", (), {"decode": lambda self, tokens: " " + "-abc"[tokens[0]]})()
     found = example["answers"](None, words, {"prompt": [[0], [0]], "answer": ["a", "d"]}, 0)
     assert found == {"accuracy": pytest.approx(2 / 6), "consistency": pytest.approx(1 / 3)}
@@ -167,7 +167,7 @@ def test_eight_words_judges_by_the_truth():
 
 def test_eight_words_measures_answers_and_judgment(monkeypatch, model):
     """One right answer among four samples of each of two things: three pairs each, of which a judge likes four."""
-    from hf_xent import embedded
+    from hf_xent.models import packaged as embedded
 
     lm, tokenizer = embedded.load(model)
     example = runpy.run_path(str(EXAMPLES / "eight_words.py"))
@@ -177,8 +177,8 @@ def test_eight_words_measures_answers_and_judgment(monkeypatch, model):
     def judge(rows, first, second):
         return [likes.get(b, 1 - likes.get(a, 1)) for a, b in zip(first, second, strict=True)]
 
-    monkeypatch.setattr("hf_xent.generation.responses", lambda model, ids, **options: texts[: len(ids)])
-    monkeypatch.setattr("hf_xent.judging.ModelJudge", lambda *parts: judge)
+    monkeypatch.setattr("hf_xent.generation.sampling.responses", lambda model, ids, **options: texts[: len(ids)])
+    monkeypatch.setattr("hf_xent.generation.judging.ModelJudge", lambda *parts: judge)
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda self, rows, **options: rows)
     found = example["evaluate"](lm, tokenizer, example["questions"](["rain", "wind"]), 0)
     brier = (0.1**2 + 0.2**2 + 0.3**2 + 0.4**2 + 2 * 0.6**2) / 6
@@ -281,7 +281,7 @@ def test_continuations_reads_prose_where_there_is_some(tmp_path, monkeypatch):
 
 def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
-    from hf_xent import embedded
+    from hf_xent.models import packaged as embedded
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import continuations

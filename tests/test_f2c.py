@@ -12,8 +12,8 @@ import torch
 from models import assert_same_gradients, tiny, tiny_tokenizer
 from torch.nn import functional as F
 
-from hf_xent.consistency import consistency
 from hf_xent.data import Format, PromptFormats
+from hf_xent.metrics.consistency import consistency
 from hf_xent.patching import seam_of
 from hf_xent.trainers import F2CConfig, F2CTrainer
 from hf_xent.trainers import f2c as method

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head, chunked, vocab_stats
 
-fused = pytest.importorskip("hf_xent.ops.fused", reason="needs triton")
+fused = pytest.importorskip("hf_xent.ops.gpu.fused", reason="needs triton")
 
 
 @pytest.fixture(autouse=True)

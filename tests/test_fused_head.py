@@ -20,8 +20,8 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 import hf_xent
-from hf_xent.fused_head import STATISTICS, FusedHead
 from hf_xent.patching import patch, seam_of, unpatch
+from hf_xent.patching.trl import STATISTICS, FusedHead
 
 if Version(trl.__version__) < Version("1.16"):
     pytest.skip("TRL's fused head came with 1.15 and runs on CPUs from 1.16 on", allow_module_level=True)

@@ -8,7 +8,16 @@ import torch
 from models import V, batch, tiny
 from transformers import WatermarkingConfig
 
-from hf_xent.generation import distinct, features, mauve, repetition, responses, sample, temperature_at, temperature_of
+from hf_xent.generation.sampling import (
+    distinct,
+    features,
+    mauve,
+    repetition,
+    responses,
+    sample,
+    temperature_at,
+    temperature_of,
+)
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
 

@@ -27,7 +27,8 @@ from packaging.version import Version
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from hf_xent import cli, hub, ln_free, mirostat
+from hf_xent import cli, hub, ln_free
+from hf_xent.generation import mirostat
 from hf_xent.trainers import METHODS, LNRemovalConfig, LNRemovalTrainer, XentConfig, XentTrainer
 
 HEAD = """---

@@ -14,9 +14,10 @@ from models import tiny, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_xent import embedded
-from hf_xent.bench import BenchConfig, calibrated, inputs, objectives, tails
-from hf_xent.bench.__main__ import app
+from benchmarks import objectives, tails
+from benchmarks.__main__ import app
+from hf_xent.bench import BenchConfig, calibrated, inputs
+from hf_xent.models import packaged as embedded
 
 SMALL = BenchConfig(model="calibrated:smollm2", tokens=256, vocab=8192, width=256, device="cpu", threads=1)
 DEEPEST = 11  # thresholds compared: 2^-8 to 2^-18
@@ -177,7 +178,7 @@ def test_the_command_names_the_license_and_fails_in_one_line(tmp_path: Path) -> 
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0 and f"the license of {path} applies to it" in result.stdout
     assert inputs.exported(again, 3)[0]["labels"].equal(inputs.exported(path, 3)[0]["labels"])
-    command = [sys.executable, "-m", "hf_xent.bench", *arguments[:4], "4", *arguments[5:]]
+    command = [sys.executable, "-m", "benchmarks", *arguments[:4], "4", *arguments[5:]]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and failed.stderr == f"error: {path} has 3 positions: ask for fewer tokens\n"
 
@@ -221,4 +222,4 @@ def test_costs_of_objectives(tmp_path):
         model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), tokens=32, repeats=1, device="cpu"
     )
     text = objectives.page(config)
-    assert text.count("| EMO |") == 2 and "V=90, D=32" in text and "python -m hf_xent.bench objectives" in text
+    assert text.count("| EMO |") == 2 and "V=90, D=32" in text and "python -m benchmarks objectives" in text

@@ -8,9 +8,9 @@ import torch
 from models import SETTINGS, V, tiny, tiny_tokenizer
 from oracle import Largest
 
-from hf_xent import judging
 from hf_xent.data import Format
-from hf_xent.judging import ModelJudge, Pair, both_orders, quality, ranked_pairs, strength
+from hf_xent.generation import judging
+from hf_xent.generation.judging import ModelJudge, Pair, both_orders, quality, ranked_pairs, strength
 from hf_xent.patching import patch, seam_of
 
 FORMAT = Format("{prompt} over {first} or {second} is", ("a", "b"))

@@ -14,7 +14,7 @@ import hf_xent
 from hf_xent import ln_free
 from hf_xent.cli import app
 from hf_xent.ln_free.analysis import analyze, confidence_neurons
-from hf_xent.ln_free.tokens import BINS, binned, calibration_error
+from hf_xent.metrics.calibration import BINS, binned, calibration_error
 
 
 def blocks(rows=5, length=9):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from hf_xent.detection import metrics
+from hf_xent.metrics import ranking as metrics
 
 POSITIVES = [0.9, 0.8, 0.7, 0.5, 0.3]
 NEGATIVES = [0.85, 0.75, 0.6, 0.55, 0.4, 0.35, 0.2, 0.15, 0.1, 0.05]

@@ -9,7 +9,7 @@ import torch
 from models import V, batch, tiny
 from transformers import AutoModelForCausalLM, WatermarkingConfig
 
-from hf_xent.mirostat import Mirostat, by_surprise, by_zipf, export, generate, zipf_k
+from hf_xent.generation.mirostat import Mirostat, by_surprise, by_zipf, export, generate, zipf_k
 
 ENDLESS = {"max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 0}  # no token ends a sequence
 

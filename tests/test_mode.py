@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from hf_xent.mode import evaluating, measuring
+from hf_xent.models.contexts import evaluating, measuring
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -669,7 +669,7 @@ def test_merge_is_associative_with_identity():
 
 def test_splits_fold_in_order():
     """The streaming backend's tree over 8 splits, some empty: the row's state, and the first of tied maxima."""
-    streaming = pytest.importorskip("hf_xent.ops.streaming", reason="Triton is not installed")
+    streaming = pytest.importorskip("hf_xent.ops.gpu.streaming", reason="Triton is not installed")
     whole, pieces, _ = parts()
     splits = [*pieces, pieces[2], pieces[2], pieces[2]]
     stacked = {f.name: torch.stack([getattr(state, f.name) for state in splits]) for f in fields(State)}

@@ -8,8 +8,8 @@ from models import tiny, tiny_tokenizer
 from ranks import run_ranks
 
 from hf_xent.data import Format
-from hf_xent.generation import responses
-from hf_xent.judging import ModelJudge, both_orders, strength
+from hf_xent.generation.judging import ModelJudge, both_orders, strength
+from hf_xent.generation.sampling import responses
 from hf_xent.patching import seam_of
 from hf_xent.trainers import OSPConfig, OSPTrainer, SPCEConfig, SPCETrainer
 

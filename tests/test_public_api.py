@@ -7,7 +7,8 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import auc, detection, losses, ops, trainers
+from hf_xent import detection, losses, ops, trainers
+from hf_xent import ranking as auc
 
 TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig
     LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_xent.data.variants import Variants
 from hf_xent.patching import seam_of
 from hf_xent.trainers import SPO, SPCEConfig, SPCETrainer, SPOConfig, SPOOptions, SPOTrainer
+from hf_xent.trainers.variants import Variants
 
 if Version(trl.__version__) < Version("1.16"):
     pytest.skip("log-probabilities without logits need TRL's fused head, on CPUs from 1.16 on", allow_module_level=True)

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 from scipy.stats import ttest_rel
 
-from hf_xent.study import Study
+from hf_xent.experiments.study import Study
 
 VALUES = {"plain": [3.0, 3.5, 2.75, 3.25], "ours": [2.5, 3.25, 2.0, 3.5]}
 

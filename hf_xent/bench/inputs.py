@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import DATASETS, load_text, pack
-from ..embedded import DEFAULT, cache_folder, load
+from ..models.packaged import DEFAULT, cache_folder, load
 from .calibrated import DEFAULT_LAW, generate
 
 if TYPE_CHECKING:
@@ -176,11 +176,11 @@ def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole file ({error}): make it with `python -m hf_xent.bench export`") from error
+        raise ValueError(f"{path} is no whole file ({error}): make it with `python -m benchmarks export`") from error
     with opened as file:
         source = (file.metadata() or {}).get("source")
         if source is None or set(file.keys()) != {"hidden", "weight", "scale", "labels"}:
-            raise ValueError(f"{path} holds no exported activations: make it with `python -m hf_xent.bench export`")
+            raise ValueError(f"{path} holds no exported activations: make it with `python -m benchmarks export`")
         hidden, weight, scale, labels = (file.get_tensor(name) for name in ("hidden", "weight", "scale", "labels"))
     if len(labels) < tokens:
         raise ValueError(f"{path} has {len(labels)} positions: ask for fewer tokens")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..figures import panels, save
+from ..system.figures import panels, save
 from .contestants import CONTESTANTS
 from .rows import OK, Row
 

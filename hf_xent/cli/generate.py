@@ -39,8 +39,9 @@ def generate(
         raise ValueError(f"temperature is {temperature}: choose a positive number")
     import torch
 
-    from .. import embedded, mirostat
-    from ..mode import positions
+    from ..generation import mirostat
+    from ..models import packaged as embedded
+    from ..models.contexts import positions
     from ..patching import patch
 
     prepare(model)

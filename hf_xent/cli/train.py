@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from typer import Option
 
+from ..experiments.arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
+from ..models.quiet import quiet_loading
 from .app import Json, check_dtype, err, out, prepare, print_json, takes
-from .arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
-from .quiet import quiet_loading
 
 
 @takes(Run)
@@ -80,7 +80,7 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
 
 def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
     """Files in the output folder, and what is printed about them."""
-    from .plot import draw
+    from ..experiments.curves import draw
 
     output = Path(run.output)
     results = write(output, run, outcomes)

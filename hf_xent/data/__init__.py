@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..system import renamed
 from . import bookmia, brown, cities, dactyl, mimir, patentmia, pydoc, wiki, wikimia
 from .corpus import LABELS, Corpus, Source
 from .files import place_of
 from .formats import Format, PromptFormats
-from .parquet import export, to_hub
 from .text import load_text, pack
 
 DATASETS: dict[str, Corpus] = {
@@ -49,4 +49,8 @@ def load(
     return DATASETS[key].load(Source(place, config, streaming, revision), split)
 
 
-__all__ = ["DATASETS", "LABELS", "Corpus", "Format", "PromptFormats", "export", "load", "load_text", "pack", "to_hub"]
+__all__ = ["DATASETS", "LABELS", "Corpus", "Format", "PromptFormats", "load", "load_text", "pack"]
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -4,7 +4,7 @@ found = detection.TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd"))(t
 detection.evaluate(found, labels, texts)          # AUROC with interval, TPR at an FPR, beside a blind baseline
 """
 
-from .corpus import Corpus, frequencies
+from .counts import Corpus, frequencies
 from .evaluation import BLIND, blind, evaluate
 from .scorer import TextScorer, score
 from .scores import SCORES, Score, get, sweep

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..losses.ranges import check_count
-from . import metrics
+from ..metrics import ranking as metrics
+from ..options.ranges import check_count
 from .scores import get
 
 BLIND = "blind"

@@ -30,12 +30,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..losses.ranges import check_count
-from ..mode import evaluating, positions
+from ..models.contexts import evaluating, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
+from ..options.ranges import check_count
 from ..patching import head_of, patched
 from . import scores as registry
-from .corpus import Corpus, fingerprint, frequencies, tracked
+from .counts import Corpus, fingerprint, frequencies, tracked
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
 SECOND = ("reference", "observed", "crossed")  # what a score can need that takes a second model

@@ -11,22 +11,22 @@ ln_free.load("true"), ln_free.verify(true, model)        # both have a card, for
 ln_free.Report({"original": ln_free.analyze(original, blocks), "LN-free": ln_free.analyze(model, blocks)}).save(folder)
 """
 
+from typing import Any
+
+from ..system import renamed
 from .analysis import Analysis, analyze
 from .card import save
 from .convert import form_of, load, parity, to_eps_trick, to_true
 from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, Site, calibrate, is_ln_free, remove, restore, sites, wrap
-from .recipes import RECIPES, Recipe
 from .report import Report, draw_curves
 from .schedule import Schedule
 from .verification import Verification, verify
 
 __all__ = [
-    "RECIPES",
     "Analysis",
     "FakeLayerNorm",
     "FakeNorm",
     "FakeRMSNorm",
-    "Recipe",
     "Report",
     "Schedule",
     "Site",
@@ -47,3 +47,7 @@ __all__ = [
     "verify",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -12,7 +12,7 @@
     exploded     share of sequences in which the model overflows, as gated MLPs without norms may; they are left out
                  of all the rest
 
-Losses, entropy and calibration are those of `hf_xent.ln_free.tokens`, without logits. LogitVar is w' C w, C the
+Losses, entropy and calibration are those of `hf_xent.metrics.calibration`, without logits. LogitVar is w' C w, C the
 covariance of the vocabulary's unit vectors, D x D. Output projections of attention and of the last MLP are found by
 running the model once; logits are those before a soft cap. Free choices, ours: queries weigh the same, the neurons are
 ablated together, a head's part is without the projection's bias.
@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..mode import check_room, measuring
+from ..metrics.calibration import Tokens
+from ..models.contexts import check_room, measuring
 from ..patching import head_of, inner_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
-from .tokens import Tokens
 
 SINK = 0.3
 

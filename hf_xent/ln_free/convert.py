@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import embedded
-from ..losses.ranges import is_number
-from ..mode import measuring
+from ..models import packaged as embedded
+from ..models.contexts import measuring
+from ..options.ranges import is_number
 from .modeling_ln_free import PREFIX, LNFree
 from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
 from .structure import eps_of, random_tokens, trace
@@ -66,7 +66,7 @@ def form_of(model: Any) -> str:
 
 
 def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal LM in any of these forms, and its tokenizer; arguments as `hf_xent.embedded.load`, no remote code runs.
+    """A causal LM in any of these forms, and its tokenizer; arguments as `models.packaged.load`, no remote code runs.
 
     A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got. The tokenizer is None if there
     is none beside the weights.

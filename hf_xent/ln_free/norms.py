@@ -32,8 +32,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..losses.ranges import is_number
-from ..mode import evaluating
+from ..models.contexts import evaluating
+from ..options.ranges import is_number
 from .structure import Norm, trace
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..figures import panels, save
+from ..system.figures import panels, save
 from .analysis import Analysis
 
 ROWS: dict[str, Callable[[Analysis], str]] = {

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..losses.ranges import check_count
+from ..options.ranges import check_count
 from .norms import KINDS, sites
 
 PAPER = {

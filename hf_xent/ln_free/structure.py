@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mode import measuring
+from ..models.contexts import measuring
 
 EPS = 1e-5  # of norms that do not tell theirs
 

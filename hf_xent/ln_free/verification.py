@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mode import measuring
+from ..models.contexts import measuring
 from .convert import form_of, parity
 from .norms import is_ln_free
 from .structure import random_tokens

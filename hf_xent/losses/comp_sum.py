@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Stats
+from ..options.ranges import check_number
 from .base import Loss
-from .ranges import check_number
 
 TANGENT_FROM = 60.0  # e^60 leaves float32 twelve digits of room to be summed over tokens
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..ops import Head, Stats
 from ..ops.rows import token_ids
+from ..options.ranges import check_number
 from .base import Loss
-from .ranges import check_number
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, vocab_stats
+from ..options.ranges import check_number
 from .base import Loss
-from .ranges import check_number
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ranges import check_flag, check_number, is_integer, is_number
+from ..options.ranges import check_flag, check_number, is_integer, is_number
 from .sequence import SequenceLoss
 
 

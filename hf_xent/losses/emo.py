@@ -20,8 +20,8 @@ from torch.nn.functional import normalize, one_hot
 
 from ..ops import Head, Payload, Stats
 from ..ops.algebra import wide
+from ..options.ranges import check_flag, is_number
 from .base import Loss
-from .ranges import check_flag, is_number
 
 
 @dataclass(frozen=True, eq=False)

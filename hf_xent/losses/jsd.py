@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, map_logits
+from ..options.ranges import check_number
 from .distillation import Distillation
-from .ranges import check_number
 
 
 @dataclass(frozen=True)

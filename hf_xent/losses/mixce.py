@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ops import Stats
+from ..options.ranges import check_number
 from .base import Loss
-from .ranges import check_number
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..ops import Head, Payload, Stats, vocab_stats
 from ..ops.algebra import wide
+from ..options.ranges import check_number
 from .base import Loss
-from .ranges import check_number
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Head, State, Stats, merge
 from .functional import Payload, dense_stats, map_logits, vocab_loss, vocab_stats
-from .parallel import Shard
+from .shard import Shard
 
 __all__ = [
     "DIFFERENTIABLE",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .parallel import Shard, enter, gather, total
+from .shard import Shard, enter, gather, total
 
 DIFFERENTIABLE = ("lse", "target", "mean", "entropy", "variance", "payload")
 FORWARD_ONLY = ("top", "rank", "log_sum_sq")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import higher, reference, tail
 from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
-from .parallel import add_up, meet
+from .shard import add_up, meet
 
 
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:

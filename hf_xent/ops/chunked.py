@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .algebra import TENSORS, Coefficients, Head, Problem, State, Survey, coefficients, finish, row_factor, wide
-from .parallel import meet
+from .shard import meet
 
 TILE_BYTES = 4 << 20  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
 PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
@@ -132,7 +132,7 @@ def _kernels(z: Tensor) -> ModuleType | None:
 @cache
 def _triton() -> ModuleType | None:
     try:
-        from . import fused  # imported here: triton is optional, and slow to import
+        from .gpu import fused  # imported here: triton is optional, and slow to import
     except ImportError:
         return None
     return fused

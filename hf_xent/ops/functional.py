@@ -251,7 +251,7 @@ def _backend(impl: str | None) -> ModuleType:
     if name not in IMPLS:
         raise ValueError(f"impl is {name!r}: choose one of {', '.join(IMPLS)} (argument impl, or HF_XENT_IMPL)")
     if name == "triton":
-        from . import streaming  # imported here: triton is optional
+        from .gpu import streaming  # imported here: triton is optional
 
         return streaming
     return {"reference": reference, "chunked": chunked}[name]

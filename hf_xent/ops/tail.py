@@ -16,7 +16,7 @@ Bound: |dz - dz'| <= tolerance |dz| (Frobenius) before the tail is put back. On 
 error came out 2 to 8 times the tolerance and the weight gradient's 1.4 to 1.5 times (benchmarks/results/tail.md); with
 the same columns left out instead, both err 2 to 7 times as much. At 1e-3 both are below the rounding of bfloat16.
 Columns, not tiles: of Gemma's columns 7 % hold any probability above 2^-14, but 61 % of its tiles of 128 x 128 logits
-do (bench/tail_curves.json), so that skipping tiles saves little.
+do (benchmarks/tail_curves.json), so that skipping tiles saves little.
 Source: this project; leaving small entries out is from Wijmans et al. 2024, Cut Your Losses, arXiv:2411.09009, 4.3.
 """
 

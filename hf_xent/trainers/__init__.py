@@ -4,31 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .callback import PatchCallback as PatchCallback
-    from .dxo import DXOConfig as DXOConfig
-    from .dxo import DXOTrainer as DXOTrainer
-    from .emo import EMOConfig as EMOConfig
-    from .emo import EMOTrainer as EMOTrainer
-    from .f2c import F2CConfig as F2CConfig
-    from .f2c import F2CTrainer as F2CTrainer
-    from .ln_removal import LNRemovalCallback as LNRemovalCallback
-    from .ln_removal import LNRemovalConfig as LNRemovalConfig
-    from .ln_removal import LNRemovalTrainer as LNRemovalTrainer
-    from .noisefit import NoiseFiTConfig as NoiseFiTConfig
-    from .noisefit import NoiseFiTTrainer as NoiseFiTTrainer
-    from .osp import OSPConfig as OSPConfig
-    from .osp import OSPTrainer as OSPTrainer
-    from .spce import SPCEConfig as SPCEConfig
-    from .spce import SPCETrainer as SPCETrainer
-    from .spo import SPO as SPO
-    from .spo import SPOConfig as SPOConfig
-    from .spo import SPOOptions as SPOOptions
-    from .spo import SPOTrainer as SPOTrainer
-    from .xent import XentConfig as XentConfig
-    from .xent import XentTrainer as XentTrainer
+    from ..callbacks.patching import PatchCallback
+    from .dxo import DXOConfig, DXOTrainer
+    from .emo import EMOConfig, EMOTrainer
+    from .f2c import F2CConfig, F2CTrainer
+    from .ln_removal import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer
+    from .noisefit import NoiseFiTConfig, NoiseFiTTrainer
+    from .osp import OSPConfig, OSPTrainer
+    from .spce import SPCEConfig, SPCETrainer
+    from .spo import SPO, SPOConfig, SPOOptions, SPOTrainer
+    from .xent import XentConfig, XentTrainer
 
 METHODS = {
-    "callback": ("PatchCallback",),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
@@ -41,11 +28,16 @@ METHODS = {
 }
 """File -> the names it offers; `hf_xent` offers them all."""
 
-_FILES = {name: file for file, names in METHODS.items() for name in names}
-__all__ = list(_FILES)
+_FILES = {name: f".{file}" for file, names in METHODS.items() for name in names}
+_FILES["PatchCallback"] = "..callbacks.patching"
+__all__ = [  # checked against METHODS by the tests; type checkers read this list alone
+    "SPO", "DXOConfig", "DXOTrainer", "EMOConfig", "EMOTrainer", "F2CConfig", "F2CTrainer", "LNRemovalCallback",
+    "LNRemovalConfig", "LNRemovalTrainer", "NoiseFiTConfig", "NoiseFiTTrainer", "OSPConfig", "OSPTrainer",
+    "PatchCallback", "SPCEConfig", "SPCETrainer", "SPOConfig", "SPOOptions", "SPOTrainer", "XentConfig", "XentTrainer",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_FILES[name]}", __name__), name)
+    return getattr(import_module(_FILES[name], __name__), name)

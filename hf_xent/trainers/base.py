@@ -17,10 +17,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..heads import inner_of
 from ..lazy import LazyLogits, next_token_labels
-from ..losses.ranges import check_flag, check_integer, check_number, check_text
 from ..ops.rows import token_ids
+from ..options.ranges import check_flag, check_integer, check_number, check_text
+from ..patching.heads import inner_of
 from .rows import IDS, check_rows
 
 Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know

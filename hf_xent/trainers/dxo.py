@@ -1,7 +1,7 @@
 """Deep X-risk optimization (DXO): a classifier trained for what matters at few false alarms, not for accuracy.
 
-The loss is one of `hf_xent.auc`, over pairs of a positive (label 1) and a negative: by default tpAUC-KL, of the two-way
-partial AUC. What differs from training under cross-entropy:
+The loss is one of `hf_xent.ranking`, over pairs of a positive (label 1) and a negative: by default tpAUC-KL, of the
+two-way partial AUC. What differs from training under cross-entropy:
 
     batches    `sampling_rate` of every batch are positives (DualSampler); None shuffles, as BCE alone is trained
     state      moving averages, one a training row: saved in checkpoints, resumed, never moved by evaluation
@@ -40,10 +40,10 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
-from .. import auc
-from ..detection import metrics
-from ..heads import inner_of
+from .. import ranking as auc
 from ..hub import Carded, Tokenless
+from ..metrics import ranking as metrics
+from ..patching.heads import inner_of
 from .base import NO_MODEL_INIT, OWN_LOSS, Method, Options, refuse_arguments, refuse_options
 from .rows import IDS
 
@@ -98,7 +98,7 @@ class DXOConfig(Options, Tokenless, TrainingArguments):
 class DXOTrainer(Method, Carded, Trainer):
     """Trains any `AutoModelForSequenceClassification` of one or two labels; see the module's docstring.
 
-    `loss` (a name or a `hf_xent.auc.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two
+    `loss` (a name or a `hf_xent.ranking.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two
     logits their difference. A model of one label is set to `problem_type="multi_label_classification"`, so that its
     pipeline applies a sigmoid (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`,
     `pauc`, `tpauc`, `tpr_1` and `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.

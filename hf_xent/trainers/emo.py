@@ -17,8 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .. import embedded
 from ..losses import EMO, Loss
+from ..models import packaged as embedded
 from ..patching import head_of
 from .base import Config, refuse_options
 from .xent import XentConfig, XentTrainer

@@ -37,10 +37,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..consistency import consistency
 from ..data.formats import PromptFormats
 from ..hub import Carded, Tokenless
-from ..mode import evaluating
+from ..metrics.consistency import consistency
+from ..models.contexts import evaluating
 from ..ops import Head
 from ..patching import lazily, patch
 from .base import (
@@ -209,7 +209,7 @@ class F2CTrainer(Method, Carded, Trainer):
 
     Logged: `consensus` (the share of items that had one), `loss_cce`, `loss_agreement`, `loss_alignment` (means over
     items that had one, before their weights). Evaluation gives the same loss without dropout, and, where rows have
-    `gold`, the fields of `hf_xent.consistency.Consistency`.
+    `gold`, the fields of `hf_xent.metrics.consistency.Consistency`.
 
     Raises: ValueError for options that do not fit, a configuration of another trainer, or a model that cannot be
     patched.

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import CrossEntropy, Loss
-from ..mode import evaluating
+from ..models.contexts import evaluating
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of
 from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_encoder_decoder, refuse_options, targets

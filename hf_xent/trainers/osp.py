@@ -7,16 +7,18 @@ A round is an epoch of `SPCETrainer`'s own loop, so there is one run with one op
     pair     ranks of p_i; p_ij = sigma(logit p_i - logit p_j)                            pairs, strength_eps
     train    SPCE on (chosen, rejected, p_ij), `round_epochs` epochs                      SPCEConfig
 
-See `hf_xent.judging` for judges and strengths, `SPCETrainer` for the loss. The reference of the loss is the policy as
-it was before the first round. The tokens trained on are the tokens sampled: an answer that was cut at `max_new_tokens`
-has no end token. Equal answers have p = 1/2 and margin 0, so no gradient; every round has the same number of pairs.
+See `hf_xent.generation.judging` for judges and strengths, `SPCETrainer` for the loss. The reference of the loss is the
+policy as it was before the first round. The tokens trained on are the tokens sampled: an answer that was cut at
+`max_new_tokens` has no end token. Equal answers have p = 1/2 and margin 0, so no gradient; every round has the same
+number of pairs.
 
 A round's pairs are kept in `output_dir/_pairs/` (which `push_to_hub` leaves out: they quote the prompts) and are read
 again by a run that resumes within the round; `trainer.pairs(r)` gives them, as a data set with the columns of TRL's
 DPO, `preference_prob`, the judge's `chosen_score` and `rejected_score`, token ids, and the prompt's other columns.
 
 Sampling goes through `generate`; for an engine such as vLLM pass `generate=`, a function like
-`hf_xent.generation.responses` (none is built in: its weights have to follow the policy's, which we could not try here).
+`hf_xent.generation.sampling.responses` (none is built in: its weights have to follow the
+policy's, which we could not try here).
 With several processes the main one samples and judges while the others wait; they read the pairs from a shared folder.
 A run that is stopped while it samples makes that round's pairs again. There is no online mode: TRL's GRPO, which could
 sample for it, shuffles samples one by one and splits them into micro-batches, so the two of a pair part; every sample
@@ -45,10 +47,10 @@ from transformers import TrainerCallback
 from transformers.utils.logging import tqdm
 from trl.trainer.utils import use_adapter
 
-from .. import generation
-from ..embedded import publish
-from ..judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
-from ..mode import evaluating
+from ..generation import sampling as generation
+from ..generation.judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
+from ..models.contexts import evaluating
+from ..models.packaged import publish
 from .base import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 
@@ -120,10 +122,10 @@ class Round(torch.utils.data.Dataset):
 class OSPTrainer(SPCETrainer):
     """Improves a policy by its own judgment, in rounds; see the module's docstring.
 
-    `judge` (any `hf_xent.judging.Judge`) goes before `args.judge`; a `ModelJudge` without a model is the policy with
-    other options. Logged once a round: `judge/steady`, the share of comparisons of different answers in which both
-    orders prefer the same one; `judge/strength`, the mean of preference_prob; `answers/tokens`, their mean length, and
-    `answers/ended`, the share with an end token.
+    `judge` (any `hf_xent.generation.judging.Judge`) goes before `args.judge`; a `ModelJudge` without a model is the
+    policy with other options. Logged once a round: `judge/steady`, the share of comparisons of different answers in
+    which both orders prefer the same one; `judge/strength`, the mean of preference_prob; `answers/tokens`, their mean
+    length, and `answers/ended`, the share with an end token.
 
     Raises: ValueError for options that do not fit, prompts that leave no room for an answer, or sharded parameters.
     """

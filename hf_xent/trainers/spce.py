@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from trl import DPOConfig, DPOTrainer
 
 from ..hub import Tokenless
-from ..losses.ranges import check_number
+from ..options.ranges import check_number
 from .base import Method, Options, refuse_options
 from .streamed import ANSWERS, NO_EFFECT, Streamed
 

@@ -41,11 +41,11 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from ..data.variants import Variants
 from ..hub import Tokenless
 from ..patching import lazily
 from .base import Method, Options, lazy, refuse_compilation, refuse_options
 from .streamed import ANSWERS, NO_EFFECT, Streamed
+from .variants import Variants
 
 KEY = "spo"  # of the degree task's tensors in a batch
 NAME = "degree_head"

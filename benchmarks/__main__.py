@@ -1,0 +1,90 @@
+"""`python -m benchmarks`: its inputs, and pages on what the benchmark leaves out; that is `hf-xent bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from benchmarks import compression, dpo, tails
+from hf_xent.bench import inputs
+from hf_xent.bench.measure import BenchConfig
+from hf_xent.models.packaged import PACKAGED
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+Data = Annotated[str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")]
+
+
+@app.command()
+def export(
+    output: Annotated[Path, Option(help="The .safetensors file to write.")],
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 2048,
+) -> None:
+    """Write a model's head (int8) and activations (float16) for `hf-xent bench --model FILE` on another machine."""
+    inputs.export(BenchConfig(model=model, data=data, tokens=tokens, device="cpu"), output)
+    print(f"written: {output} ({output.stat().st_size / 1e6:.0f} MB); the license of {model} applies to it")
+
+
+@app.command()
+def curves(
+    output: Annotated[Path, Option(help="The JSON file to write.")] = tails.FILE,
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=max(tails.CHUNKS))] = 2044,
+) -> None:
+    """Measure the tail curves of the packaged models that `calibrated` inputs are held to."""
+    configs = {name: BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED}
+    entries = {name: tails.measure(name, data, inputs.activations(config)) for name, config in configs.items()}
+    output.write_text(tails.text(entries) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command()
+def tail(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/tail.md"),
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 1024,
+) -> None:
+    """Measure the gradient error of the sparse tail on the packaged models, beside dropping and bfloat16 rounding."""
+    configs = [BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED]
+    output.write_text(compression.page(configs), encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command(name="objectives")
+def costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/objectives.md"),
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    data: Data = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 512,
+    repeats: Annotated[int, Option(help="Rounds.", min=1)] = 5,
+) -> None:
+    """Measure what EMO, NoiseFiT and other objectives cost beside cross-entropy, in time and memory."""
+    from benchmarks import objectives  # lazy: trainers load transformers' Trainer, and what that loads
+
+    config = BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu")
+    output.write_text(objectives.page(config), encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command(name="dpo")
+def dpo_step(
+    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    pairs: Annotated[int, Option(help="Pairs in the batch.", min=1)] = 8,
+    tokens: Annotated[int, Option(help="Tokens of prompt and answer.", min=2)] = 256,
+    prompt: Annotated[int, Option(help="Of these, tokens of the prompt.", min=1)] = 64,
+    rounds: Annotated[int, Option(help="Timed steps of each side.", min=1)] = 5,
+) -> None:
+    """Memory and time of one DPO step, TRL's own against the patched trainer's; each in a process of its own."""
+    print(dpo.table(dpo.run(model, pairs, tokens, prompt, rounds)))
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

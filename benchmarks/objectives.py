@@ -1,0 +1,158 @@
+"""What training objectives cost beside cross-entropy: time and memory of a loss and its gradients, on real activations.
+
+Two tables: the head alone (loss, gradients of hidden states and of the head's weight), and whole training steps of the
+model. Objectives take turns in one process, so that a loaded machine slows all alike; times are medians of ratios to
+cross-entropy's within a round. Memory is what a turn needs beyond what was there: for the head without its gradients,
+for steps with everything the objective keeps (EMO's frozen cost).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from hf_xent.bench.inputs import activations
+from hf_xent.bench.measure import BenchConfig
+from hf_xent.bench.memory import PeakMemory
+from hf_xent.bench.rows import PACKAGES, environment
+from hf_xent.data import load_text, pack
+from hf_xent.losses import EMO, CrossEntropy, Loss, TaiLr
+from hf_xent.models.packaged import load
+from hf_xent.ops import Head
+from hf_xent.patching import patch, unpatch
+from hf_xent.trainers.noisefit import disagreement
+
+Turn = Callable[[], tuple[float, int]]  # -> seconds, bytes
+BASE = "cross-entropy"
+OBJECTIVES: dict[str, Loss] = {
+    BASE: CrossEntropy(),
+    "EMO": EMO(),
+    "TaiLr": TaiLr(),
+}
+NOISEFIT, FROZEN = "NoiseFiT, three passes", "{}, head frozen"
+PAGE = """\
+# What objectives cost
+
+Made by `python -m benchmarks objectives`; {facts}.
+
+{source}, {tokens} tokens, float32, {threads} thread(s); objectives in turn, {repeats} rounds after one that warms up.
+Times are medians of the ratio to cross-entropy within a round, memory is the least of any. NoiseFiT's head sees three
+times the tokens, for a clean and two noisy passes, whose logits alone would be {logits:.0f} MiB; what it needs is
+mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none.
+
+## The head: loss and gradients
+
+| objective | time, of cross-entropy's | MiB beyond the gradients |
+|---|---:|---:|
+{head}
+## A training step of the model
+
+| objective | time, of cross-entropy's | MiB beyond the weights | of cross-entropy's |
+|---|---:|---:|---:|
+{steps}"""
+
+
+@dataclass
+class Cost:
+    """What the turns of one objective took."""
+
+    ratios: list[float] = field(default_factory=list)  # of times, to cross-entropy's in the same round
+    sizes: list[int] = field(default_factory=list)  # bytes
+
+    @property
+    def time(self) -> float:
+        """The median ratio."""
+        return statistics.median(self.ratios)
+
+    @property
+    def memory(self) -> int:
+        """The least size: what the allocator happens to keep only adds."""
+        return min(self.sizes)
+
+
+def page(config: BenchConfig) -> str:
+    """A Markdown page for one model on one text."""
+    tensors = activations(config)
+    hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
+    head = race(head_turns(hidden, weight, labels), config.repeats)
+    steps = race(step_turns(config), config.repeats)
+    where = environment("cpu", torch.get_num_threads())
+    facts = ", ".join(f"{name} {where[name]}" for name in PACKAGES if where[name])
+    whole = steps[BASE].memory or float("nan")  # of a model so small that its step shows in no measurement
+    return PAGE.format(
+        facts=f"{where['device']}, {facts}, commit {where['commit']}, {where['date'][:10]}",
+        source=f"{config.model} on {config.data}: V={len(weight)}, D={weight.shape[1]}",
+        tokens=len(labels),
+        threads=where["threads"],
+        repeats=config.repeats,
+        logits=3 * len(labels) * len(weight) * 4 / 2**20,
+        weight=weight.nbytes / 2**20,
+        head="".join(f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} |\n" for name, cost in head.items()),
+        steps="".join(
+            f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} | {cost.memory / whole:.2f} |\n"
+            for name, cost in steps.items()
+        ),
+    )
+
+
+def race(turns: dict[str, Turn], rounds: int) -> dict[str, Cost]:
+    """Costs of all in `rounds` rounds, after one that does not count."""
+    costs = {name: Cost() for name in turns}
+    for number in range(rounds + 1):
+        found = {name: turn() for name, turn in turns.items()}
+        for name, (seconds, size) in found.items() if number else ():
+            costs[name].ratios.append(seconds / found[BASE][0])
+            costs[name].sizes.append(size)
+    return costs
+
+
+def head_turns(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Turn]:
+    """A turn for each objective: its loss on hidden [N, D], weight [V, D], labels [N], and both gradients."""
+
+    def turn(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, trains: bool = True) -> tuple[float, int]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
+        with PeakMemory() as memory:
+            started = perf_counter()
+            loss(h, Head(w)).backward()
+            seconds = perf_counter() - started
+        return seconds, max(0, memory.extra - sum(x.grad.nbytes for x in (h, w) if x.grad is not None))
+
+    def noisefit(h: Tensor, head: Head) -> Tensor:  # with the authors' weights
+        passes = [(part, head) for part in h.chunk(3)]
+        soft, consistency = disagreement(passes, labels)
+        return 0.5 * CrossEntropy()(*passes[0], labels) + (0.5 * soft + 0.1 * consistency).mean()
+
+    def turns(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Turn]:
+        return {name: lambda: turn(loss, hidden), FROZEN.format(name): lambda: turn(loss, hidden, trains=False)}
+
+    found: dict[str, Turn] = {}
+    for name, loss in OBJECTIVES.items():
+        bound = loss.bind(weight)
+        found |= turns(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
+    noise = 0.01 * hidden.std() * torch.randn(2, *hidden.shape, generator=torch.Generator().manual_seed(0))
+    return found | turns(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
+
+
+def step_turns(config: BenchConfig) -> dict[str, Turn]:
+    """A turn for each objective: forward and backward of the patched model on as many tokens of text."""
+    model, tokenizer = load(config.model, dtype="float32")
+    model.train()
+    blocks = pack(load_text(config.data), tokenizer, min(config.tokens, 256))
+    ids = torch.tensor(blocks[: max(1, config.tokens // 256)]["input_ids"])
+
+    def turn(loss: Loss) -> tuple[float, int]:
+        with PeakMemory() as memory:
+            patch(model, loss)  # here, since what it freezes counts
+            started = perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            seconds = perf_counter() - started
+        unpatch(model)
+        model.zero_grad(set_to_none=True)
+        return seconds, memory.extra
+
+    return {name: lambda loss=loss: turn(loss) for name, loss in OBJECTIVES.items()}  # type: ignore[misc]  # bound now

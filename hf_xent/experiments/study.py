@@ -1,0 +1,125 @@
+"""A comparison over seeds: arms against a baseline, resumable run by run; a table with spread and a card.
+
+    study = Study("EMO", ("perplexity", "entropy"), baseline="cross-entropy", output=Path("out/emo"), seeds=3)
+    for arm, seed in study.runs(ARMS):                    # what results.json does not have yet, behind a progress bar
+        study.record(arm, seed, perplexity=23.5, entropy=3.02)
+    study.report("What was run, and what it shows.")
+
+Every arm sees the same seeds, so differences to the baseline are taken seed by seed. Their 95 % interval is Student's,
+
+    mean_s(x_s - b_s) +- t_{0.975, n-1} sd_s(x_s - b_s) / sqrt(n)        over the n seeds both have
+
+which three seeds make wide: it covers what the seed draws (data, order, noise), nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import t as student
+
+from ..hub import render
+
+
+@dataclass
+class Study:
+    """Results of arms by seed; see the module's docstring.
+
+    `settings` is what all runs share: results on disk that were made under other settings are refused, not mixed.
+    Raises: ValueError for those, and for a `results.json` that cannot be read.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    baseline: str
+    output: Path
+    seeds: int = 3
+    settings: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.output)
+        if not self.file.exists():
+            return
+        try:
+            found = json.loads(self.file.read_text())
+            settings, results = found["settings"], found["results"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.file} holds no results of a study ({error!r}): move it away") from error
+        if settings != json.loads(json.dumps(self.settings)):
+            raise ValueError(
+                f"{self.file} has results under {settings}, asked for are {self.settings}: choose another output folder"
+            )
+        self.results = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in results.items()}
+
+    @property
+    def file(self) -> Path:
+        """Where results are kept, rewritten after every run."""
+        return self.output / "results.json"
+
+    def runs(self, arms: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """(arm, seed) of every run that is still to do, seed by seed."""
+        todo = [(arm, seed) for seed in range(self.seeds) for arm in arms if seed not in self.results.get(arm, {})]
+        yield from track(todo, description=self.name, console=Console(stderr=True))
+
+    def record(self, arm: str, seed: int, **metrics: float) -> None:
+        """Keep the numbers of one run, on disk too."""
+        self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
+        self.output.mkdir(parents=True, exist_ok=True)
+        draft = self.file.with_suffix(".tmp")
+        draft.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1))
+        draft.replace(self.file)  # whole or not at all
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """One number a seed; empty if the arm does not have the metric."""
+        return {seed: row[metric] for seed, row in self.results.get(arm, {}).items() if metric in row}
+
+    def difference(self, arm: str, metric: str) -> tuple[float, float] | None:
+        """Mean difference to the baseline over common seeds, and half the width of its interval (nan for one seed)."""
+        mine, theirs = self.values(arm, metric), self.values(self.baseline, metric)
+        gaps = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+        if arm == self.baseline or not gaps:
+            return None
+        n = len(gaps)
+        half = float(student.ppf(0.975, n - 1)) * stdev(gaps) / n**0.5 if n > 1 else float("nan")
+        return mean(gaps), half
+
+    def cell(self, arm: str, metric: str) -> str:
+        """Mean and, in brackets, standard deviation over seeds; then the difference and its interval."""
+        values = list(self.values(arm, metric).values())
+        if not values:
+            return ""
+        text = f"{mean(values):.4g}" + (f" ({stdev(values):.2g})" if len(values) > 1 else "")
+        found = self.difference(arm, metric)
+        return text if found is None else f"{text}; {found[0]:+.2g} ± {found[1]:.2g}"
+
+    def markdown(self) -> str:
+        """The table for cards and pages."""
+        lines = ["| | " + " | ".join(self.metrics) + " |", "|---" * (len(self.metrics) + 1) + "|"]
+        lines += [f"| {arm} | " + " | ".join(self.cell(arm, m) for m in self.metrics) + " |" for arm in self.results]
+        legend = f"Mean (standard deviation) over seeds; difference to {self.baseline} ± half of its 95 % interval."
+        return "\n".join([*lines, "", legend])
+
+    def report(self, text: str, **front_matter: Any) -> dict[str, dict[int, dict[str, float]]]:
+        """Print the table, write it with `text` into a card (README.md) beside the results; returns the results.
+
+        `front_matter`: the fields of the card's head (`license`, `base_model`, `datasets` ...), as the Hub names them.
+        """
+        console, table = Console(), Table("", *self.metrics, title=f"{self.name}: difference to {self.baseline}")
+        for arm in self.results:
+            table.add_row(arm, *(self.cell(arm, metric) for metric in self.metrics))
+        console.print(table)
+        tags = ["hf_xent", *front_matter.pop("tags", [])]
+        head = ModelCardData(library_name="transformers", tags=tags, **front_matter)
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "README.md").write_text(render("study", head, study=self, text=text), encoding="utf-8")
+        return self.results

@@ -1,0 +1,202 @@
+"""Which of two responses is better, and how strongly: judges, both orders, ranks against a baseline, pairs.
+
+    s(a, b) = P(A) / (P(A) + P(B)) = sigma(z_A - z_B)     the verdict tokens after a prompt that shows a as A, b as B
+    p(a, b) = [s(a, b) + 1 - s(b, a)] / 2                 both orders, so that a liking for a place cancels
+    p_i     = p(y_i, baseline)                            ranked pairing: one comparison a response, not one a pair
+    p_ij    = sigma(logit p_i - logit p_j)                Bradley-Terry, with p in [eps, 1 - eps]
+
+A judge is any function `(rows, first, second) -> [n] probabilities that first is better, shown first`: a model
+(`ModelJudge`), a program, a service. `rows` are those of the data set, so a program finds what it checks against.
+
+Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103, for ranked pairing and for strengths
+of preference; no code is published. The verdict tokens, the two orders, Bradley-Terry and the clipping are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import tqdm
+
+from ..data import Format
+from ..lazy import LazyLogits
+from ..models.contexts import evaluating, positions
+from ..options.ranges import check_count
+from ..patching import patched
+
+Row = Mapping[str, Any]
+
+VERDICT = Format(
+    "Which response answers the request better?\n\nRequest: {prompt}\n\nResponse A: {first}\n\nResponse B: {second}\n\n"
+    "Reply with the letter of the better response alone, A or B.",
+    ("A", "B"),
+)
+"""The default question: any field of a row may stand in it beside `prompt`, `first` and `second`."""
+
+SCHEMES: dict[str, Callable[[int], list[tuple[int, int]]]] = {
+    "best_worst": lambda n: [(0, n - 1)],
+    "adjacent": lambda n: [(i, i + 1) for i in range(n - 1)],
+    "all": lambda n: list(combinations(range(n), 2)),
+}
+"""Name -> the pairs of ranks (better, worse) that are made of n ranked responses."""
+
+
+class Judge(Protocol):
+    """Any function like this one."""
+
+    def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Sequence[float] | Tensor:
+        """The probability [n] that `first[i]` answers `rows[i]["prompt"]` better than `second[i]`, in this order."""
+        ...
+
+
+class Verdicts(NamedTuple):
+    """What a judge says of n pairs of responses."""
+
+    p: Tensor  # [n] probability that the first is better, float64
+    steady: Tensor  # [n] whether both orders prefer the same response
+
+
+class Quality(NamedTuple):
+    """What a judge's probabilities are worth; nan where there were no pairs."""
+
+    accuracy: float  # share of pairs whose better response is preferred; a tie counts a half
+    brier: float  # mean of (1 - p)^2; 0.25 knows nothing
+
+
+class Pair(NamedTuple):
+    """Two responses by their indices, and the probability that the chosen one is better (at least 1/2)."""
+
+    chosen: int
+    rejected: int
+    strength: float
+
+
+def both_orders(judge: Judge, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+    """p(first, second), which is 1 - p(second, first) for every judge. Raises: ValueError for what is no probability.
+
+    A judge that has no liking for a place, such as a program, is asked twice and gives the same answer.
+    """
+    ab, ba = (_probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
+    return Verdicts((ab + 1 - ba) / 2, (ab - 0.5) * (ba - 0.5) <= 0)
+
+
+def _probabilities(found: Sequence[float] | Tensor, n: int) -> Tensor:
+    p = torch.as_tensor(found, dtype=torch.float64, device="cpu")
+    if p.shape != (n,) or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(
+            f"the judge answered {n} comparisons with {p}: return {n} probabilities that the first response is better"
+        )
+    return p
+
+
+def quality(judge: Judge, rows: Sequence[Row], better: Sequence[str], worse: Sequence[str]) -> Quality:
+    """How a judge does, asked in both orders, on pairs of which one knows which response is better."""
+    p = both_orders(judge, rows, better, worse).p
+    right = ((p > 0.5).double() + (p >= 0.5)) / 2
+    return Quality(float(right.mean()), float((1 - p).square().mean()))
+
+
+def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
+    """p_ij from two probabilities against the same baseline, clipped into [eps, 1 - eps] first.
+
+    Raises: ValueError for what is no probability, or eps outside of (0, 1/2).
+    """
+    if not 0 < eps < 0.5:
+        raise ValueError(f"eps is {eps}: choose a number above 0 and below 1/2")
+    if not (0 <= p_i <= 1 and 0 <= p_j <= 1):
+        raise ValueError(f"p is {p_i} and {p_j}: pass probabilities")
+    clipped = torch.tensor([p_i, p_j], dtype=torch.float64).clamp(eps, 1 - eps).logit()
+    return float((clipped[0] - clipped[1]).sigmoid())
+
+
+def ranked_pairs(p: Sequence[float], scheme: str = "best_worst", eps: float = 0.01) -> list[Pair]:
+    """Pairs of n responses by their probabilities against a baseline; of equal ones, the earlier ranks higher.
+
+    Raises: ValueError for an unknown scheme, and as `strength`.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}: choose one of {', '.join(SCHEMES)}")
+    order = sorted(range(len(p)), key=lambda i: -p[i])
+    return [Pair(order[i], order[j], strength(p[order[i]], p[order[j]], eps)) for i, j in SCHEMES[scheme](len(p))]
+
+
+@dataclass
+class ModelJudge:
+    """A language model as a judge: the odds of two verdict tokens, read off two rows of its head at one position.
+
+    Batches are padded on the right and one position a row meets the head, so a verdict does not depend on what is
+    judged with it. The model is patched if it is not yet (`hf_xent.patch`), and judges in evaluation mode. Without a
+    model or tokenizer, those of the trainer are meant that it is given to.
+
+    Raises: ValueError for verdicts that are not one token each, and different ones; for a prompt with more tokens than
+    the model has positions; for a batch_size below 1.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    format: Format = VERDICT
+    batch_size: int = 8
+
+    def __call__(self, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """s(first, second) [n]."""
+        check_count("batch_size", self.batch_size, 1)
+        if not rows:
+            return torch.empty(0)
+        asked = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
+        verdicts = self._verdicts([answers for _, answers in asked])
+        prompts = [prompt for prompt, _ in asked]
+        longest, room = max(map(len, prompts)), positions(self.model)
+        if room is not None and longest > room:
+            raise ValueError(
+                f"a prompt with two responses has {longest} tokens, the model {room} positions: shorten it"
+            )
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like lengths
+        found = torch.empty(len(prompts))
+        starts = range(0, len(order), self.batch_size)
+        for start in tqdm(starts, "Judging", leave=False, disable=None):  # shown on terminals alone
+            part = order[start : start + self.batch_size]
+            found[part] = self._odds([prompts[i] for i in part], verdicts).float().cpu()
+        return found
+
+    def _encode(self, row: Row, first: str, second: str) -> tuple[list[int], list[list[int]]]:
+        item = {**row, "prompt": text_of(row["prompt"]), "first": first, "second": second}
+        return self.format.encode(item, self.tokenizer)
+
+    def _verdicts(self, answers: list[list[list[int]]]) -> list[int]:
+        """The two tokens that are the same everywhere."""
+        found = {tuple(token for verdict in pair for token in verdict) for pair in answers}
+        [tokens, *others] = found
+        if others or len(tokens) != 2 or len(set(tokens)) != 2 or len(answers[0]) != 2:
+            raise ValueError(
+                f"the verdicts {self.format.answers} have the tokens {sorted(found)}: choose two that are always one"
+                " token each, and different ones"
+            )
+        return list(tokens)
+
+    def _odds(self, prompts: list[list[int]], verdicts: list[int]) -> Tensor:
+        """sigma(z_A - z_B) [n] after prompts of any lengths."""
+        model, width = self.model, max(map(len, prompts))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
+        with torch.no_grad(), evaluating(model), patched(model, always=True):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+            if isinstance(last, LazyLogits):
+                z = last.head[torch.tensor(verdicts, device=last.hidden.device)].logits(last.hidden)
+            else:  # a head that cannot be read after its call: one position's whole logits
+                z = last[:, verdicts]
+        return (z[:, 0] - z[:, 1]).sigmoid()
+
+
+def text_of(prompt: str | Sequence[Row]) -> str:
+    """A prompt as text: itself, the content of a single message, or messages with their roles, one a line."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,100 @@
+"""A registered dataset as a folder of Parquet files with a card, and that folder on the Hub.
+
+FOLDER/data/{split}-{i}-of-{n}.parquet      rows of the family's schema
+FOLDER/README.md                            written last: a folder that has it is whole
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
+
+from .. import hub
+from ..data.corpus import LABELS, Corpus
+
+SHARD = 500 * 2**20
+"""Bytes of rows a file holds, about."""
+
+
+def export(name: str, folder: str | Path, path: str | Path | None = None, **options: Any) -> Path:
+    """Write a registered dataset, opened as `load(name, path, **options)`, and its card into `folder`.
+
+    Raises: as `load`; ValueError for a folder that has something in it.
+    """
+    from ..data import DATASETS, load  # late: the registry's module imports this one
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder is {str(folder)!r}, which is not empty: choose another")
+    parts = load(name, path, **options)
+    split = options.get("split")
+    parts = {split.partition("[")[0]: parts} if split else parts
+    key, _, config = name.partition(":")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        _write(rows, folder / "data", part)
+    (folder / "README.md").write_text(_card(DATASETS[key], config, parts), encoding="utf-8")
+    return folder
+
+
+def to_hub(
+    name: str,
+    repo_id: str,
+    path: str | Path | None = None,
+    *,
+    private: bool = True,
+    create_pr: bool = False,
+    **options: Any,
+) -> str:
+    """Export a registered dataset and push the folder; returns its address. Options are those of `load`.
+
+    A copy of other people's texts is private unless asked otherwise: read the caveat on its card first.
+    """
+    validate_repo_id(repo_id)  # before the rows are written
+    with tempfile.TemporaryDirectory() as folder:
+        export(name, folder, path, **options)
+        return hub.push(folder, repo_id, repo_type="dataset", private=private, create_pr=create_pr)
+
+
+def _write(rows: Any, folder: Path, split: str) -> None:
+    count = max(1, -(-rows.data.nbytes // SHARD))
+    for i in range(count):
+        rows.shard(count, i, contiguous=True).to_parquet(folder / f"{split}-{i:05}-of-{count:05}.parquet")
+
+
+def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
+    from huggingface_hub import DatasetCardData
+
+    total = sum(len(rows) for rows in parts.values())
+    head = DatasetCardData(
+        license=corpus.license,
+        language=corpus.language,
+        pretty_name=" ".join(filter(None, [corpus.title, Path(config).name])),
+        task_categories=list(corpus.tasks),
+        size_categories=_size(total),
+        tags=["hf_xent", corpus.family],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}-*"} for split in parts],
+            }
+        ],
+    )
+    rows = [{"split": split, "rows": len(part), "labels": _labels(corpus, part)} for split, part in parts.items()]
+    return hub.render("dataset", head, corpus=corpus, features=corpus.features(), splits=rows)
+
+
+def _labels(corpus: Corpus, rows: Any) -> str:
+    """How many rows of each label, in words."""
+    names = LABELS.get(corpus.family, ())
+    found = rows["label"][:] if names else []
+    return ", ".join(f"{found.count(i)} {name}" for i, name in enumerate(names))
+
+
+def _size(rows: int) -> str:
+    """The Hub's name for a number of rows."""
+    steps = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+    return next((name for limit, name in steps if rows < limit), "1M<n<10M")

@@ -1,0 +1,1 @@
+"""Floor 0: what users write as options: their ranges and types, checked in one place."""

@@ -1,0 +1,19 @@
+"""Floor 2: `patch(model)`: a model's own forward runs unchanged, and its loss is computed without logits."""
+
+from .comparison import Comparison
+from .heads import inner_of
+from .patches import compare, ensure_patched, head_of, lazily, patch, patched, seam_of, unpatch, unpatched
+
+__all__ = [
+    "Comparison",
+    "compare",
+    "ensure_patched",
+    "head_of",
+    "inner_of",
+    "lazily",
+    "patch",
+    "patched",
+    "seam_of",
+    "unpatch",
+    "unpatched",
+]

@@ -1,0 +1,164 @@
+"""One call of a patched model: what wakes the head, what is noted on the way, how the answer leaves.
+
+Threads and replicas of a model have calls of their own, so the one under way is found by context, not on the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lazy import LazyLogits, Seam, next_token_labels
+from ..losses import Loss
+from .trl import FusedCall
+
+_LABELS = ("labels", "shift_labels")
+COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
+COMPOSED = "torch.func or forward-mode differentiation is at work, which lazy logits cannot follow"
+_UNASKED = "the model was called without labels, so its loss is computed outside: pass always=True"
+OUTSIDE = (
+    "the head was called outside of a call of the model that could be noticed: something keeps the model's forward from"
+    " before the patch, or calls the head itself"
+)
+_REPLACED = (
+    "the head's own forward was not called: an adapter on the head multiplies by itself, or torch.compile traced the"
+    " model (torch_compile=True)"
+)
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a patched model under way: each thread has its own, and each replica."""
+
+    model: nn.Module
+    patch: Any
+    outer: Call | None  # the call within which it happens
+    awake: bool = False  # whether the head is to give lazy logits
+    scored: bool = True  # whether the objective has been asked, if it has to be
+    entered: bool = False  # whether the model's forward has begun
+    lazy: bool = False  # whether the head gave lazy logits
+    reason: str = ""  # why it did not
+    fused: FusedCall | None = None  # TRL's
+
+    @classmethod
+    def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Wake the head if labels are given, or the patch says always; returns the arguments for the model itself."""
+        patch: Any = model.__dict__["_hf_xent"]
+        call = cls(model, patch, CALL.get())
+        CALL.set(call)
+        patch.install(model)
+        patch.seam.training = model.training
+        patch.take_over(model)
+        given = _labels_given(model, args, kwargs)
+        call.awake = given or patch.always > 0
+        objective = _objective_of(model)
+        call.scored = objective is None or not given
+        if not kwargs.get("fused_lm_head"):
+            return kwargs
+        if objective is not None:
+            raise RuntimeError(
+                f"the model is patched with {objective.loss!r}, but TRL's trainer takes its loss from"
+                " log-probabilities (fused_lm_head=True), so it would have no effect: patch without a loss, or use"
+                " hf_xent.XentTrainer"
+            )
+        call.fused = FusedCall.of(model, patch.fused, kwargs)
+        return kwargs if call.fused is None else call.fused.kwargs
+
+    @classmethod
+    def end(cls, model: nn.Module, output: Any) -> Any:
+        """The answer to the caller, from the model's own; None if it failed. A bypassed loss is an error."""
+        call = CALL.get()
+        if call is None or call.model is not model:
+            return output
+        CALL.set(call.outer)
+        if output is None:
+            return None
+        seam = call.patch.seam
+        if not call.lazy and (call.awake or (model.training and torch.is_grad_enabled())):
+            seam.bypass(call.reason or (_REPLACED if call.awake else _UNASKED))
+        if call.fused is not None:
+            return call.fused.answer(output)
+        objective = _objective_of(model)
+        if objective is not None and not call.scored:
+            raise RuntimeError(
+                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
+                " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
+                " to out.logits"
+            )
+        return output
+
+
+CALL: ContextVar[Call | None] = ContextVar("CALL", default=None)  # the innermost one of this thread
+
+
+def _objective_of(model: nn.Module) -> ModelLoss | None:
+    """The one in a model's place for it: a replica has a replica, and a user may have set another since."""
+    found = model._modules.get("_loss_function")
+    return found if isinstance(found, ModelLoss) else None
+
+
+def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if any(kwargs.get(name) is not None for name in _LABELS):
+        return True
+    names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
+    return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
+
+
+class ModelLoss(nn.Module):
+    """A `Loss` in place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
+
+    def __init__(self, loss: Loss, seam: Seam):
+        super().__init__()
+        self.loss, self.seam = loss, seam
+        self._shown = repr(loss)  # torch.compile cannot trace a dataclass's
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The loss of next-token labels, as `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
+        if not isinstance(logits, LazyLogits) or logits.is_dense:
+            raise RuntimeError(f"{self._shown} needs the head's hidden states, but {self._why_dense()}")
+        call = CALL.get()
+        if call is not None:
+            call.scored = True
+        targets = shift_labels
+        if targets is None:
+            assert labels is not None  # a model asks for a loss with labels of one kind or the other
+            targets = next_token_labels(labels, ignore_index)
+        loss, stats = self.loss.compute(
+            logits.hidden,
+            logits.head,
+            targets.to(logits.hidden.device).reshape(logits.shape[:-1]),
+            num_items=num_items_in_batch,
+            ignore_index=ignore_index,
+            observe=self.seam.observe,
+            tail=self.seam.tail,
+            **self.seam.options,
+        )
+        self.seam.record(stats)
+        return loss
+
+    @staticmethod
+    def _why_dense() -> str:
+        if torch.compiler.is_compiling():
+            return f"{COMPILED}: leave torch_compile off, or train with cross-entropy"
+        call = CALL.get()
+        if call is not None and call.lazy:
+            return (
+                "the logits were materialized on their way (an adapter on the head, or an unusual operation after it):"
+                " see hf-xent check"
+            )
+        reason = (call and call.reason) or _REPLACED
+        return f"{reason}: change that, or train with cross-entropy"

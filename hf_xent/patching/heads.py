@@ -1,0 +1,111 @@
+"""Where a model keeps its head: the model inside its wrappers, the linear layers that make logits, their operands here.
+
+All that is known of models is their output embeddings. Each probe of an attribute names the family that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops import Head, Shard
+
+_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call the model in them
+
+
+def inner_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers.
+
+    Raises: ValueError for what is no module, such as the name of a model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: load it first, such as by AutoModelForCausalLM.from_pretrained")
+    inner: Any = model
+    while True:
+        wrapped = next((inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None), None)
+        if wrapped is not None:
+            inner = wrapped
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        else:
+            return inner
+
+
+def linears_of(inner: nn.Module) -> list[nn.Linear]:
+    """The head, and the second halves of LoRA branches on it, whose products have the vocabulary's size too.
+
+    Raises: ValueError if there is no head, or it is not a plain linear layer.
+    """
+    name = type(inner).__name__
+    get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
+    head = layer = get() if get else None
+    if head is None:
+        raise ValueError(
+            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
+        )
+    while not _is_linear(head) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
+        saved = getattr(head, "modules_to_save", {})
+        active = [a for a in head.active_adapters if a in saved]
+        head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
+    if not _is_linear(head):
+        raise ValueError(
+            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
+        )
+    branches = getattr(layer, "lora_B", {}).values()
+    return [head, *filter(_is_linear, branches)]
+
+
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer is a product and a bias, and nothing more."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+def checked_head(inner: nn.Module, ours: Callable[[Any], bool]) -> nn.Linear:
+    """The head, whose forward is its own, or one that `ours` knows. Raises: ValueError as `patching.head_of`."""
+    name, head = type(inner).__name__, linears_of(inner)[0]
+    if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
+        raise ValueError(
+            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
+            " streamed, leave the head out of the quantization"
+        )
+    forward = head.__dict__.get("forward")
+    if not (forward is None or ours(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
+        raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
+    return head
+
+
+def is_split(weight: Tensor) -> bool:
+    """Whether a weight is a DTensor."""
+    return hasattr(weight, "placements")
+
+
+def local_head(linear: nn.Linear) -> Head | None:
+    """A head over this rank's operands; None if it is not split by vocabulary along one dimension of the mesh."""
+    weight: Any = linear.weight
+    bias: Any = linear.bias
+    if not is_split(weight):
+        return Head(weight, bias)
+    split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
+        return None
+    shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
+    shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
+    return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
+
+
+def fleeting(linear: nn.Linear) -> str:
+    """Why a head's weight does not outlive its call, so that it cannot be read later; empty if it does.
+
+    Makes FSDP2 keep it until the backward.
+    """
+    keep: Any = getattr(linear, "set_reshard_after_forward", None)
+    if keep is not None:  # sharded by FSDP2 on its own; the backward, which comes next, would gather it again
+        keep(False, recurse=False)
+    if hasattr(linear.weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 takes the head's weight away after its call"
+    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
+        return "the head is offloaded, and its weight is taken away after its call"
+    return ""

@@ -1,0 +1,139 @@
+"""TRL's fused head, kept by a patched model: `model(..., labels=labels, fused_lm_head=True)`.
+
+From version 1.15 on, TRL's trainers put a forward of their own on the model (`trl.trainer.utils.add_fused_lm_head`)
+that, called so, runs the backbone, reads what follows it out of the configuration, and returns per-token
+log-probabilities. A patched model answers such a call itself: its own forward runs without labels, and the lazy logits
+give the statistics. So whatever stands after the head is in them (a LoRA branch, an unusual scale), whether the trainer
+or the patch came first; and copies of the model run their own weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..lazy import LazyLogits
+from ..ops import Stats, dense_stats
+
+STATISTICS = {
+    "log_probs": (),  # always there
+    "entropy": ("entropy",),
+    "log_sum_sq_probs": ("log_sum_sq",),
+    "mean_logits": ("mean",),
+    "is_top1": ("top",),
+}
+_GIVEN = ("fused_lm_head", "labels", "shift_labels", "num_items_in_batch")
+
+
+@dataclass(frozen=True)
+class FusedHead:
+    """What a trainer asked of `add_fused_lm_head`, read from the forward it left on the model."""
+
+    temperature: float = 1.0
+    outputs: tuple[str, ...] = tuple(STATISTICS)
+    cast_lm_head_to_fp32: bool = False
+    forward: Any = None
+
+    @classmethod
+    def installed(cls, model: nn.Module) -> FusedHead | None:
+        """TRL's fused head on a model, also under the wrappers of accelerate; None if there is none."""
+        forward = model.__dict__.get("forward")
+        function = getattr(forward, "__func__", forward)
+        while function is not None and not _is_trls(function):
+            function = getattr(function, "__wrapped__", None)
+        if function is None:
+            return None
+        found = inspect.getclosurevars(function).nonlocals
+        names = ("temperature", "outputs", "cast_lm_head_to_fp32")
+        return cls(**{name: found[name] for name in names}, forward=forward)
+
+    @staticmethod
+    def remove(model: nn.Module) -> None:
+        """Take TRL's forward off a model that no longer needs it, unless something else has wrapped it."""
+        function: Any = getattr(model.__dict__.get("forward"), "__func__", None)
+        if not _is_trls(function):
+            return
+        before = inspect.getclosurevars(function).nonlocals["original_forward"]
+        del model.__dict__["forward"]
+        if getattr(before, "__self__", None) is model and before != MethodType(type(model).forward, model):
+            model.__dict__["forward"] = before  # it was on the instance, too
+
+    def restore(self, model: nn.Module, below: Any) -> None:
+        """Put back what `remove` took, over what was below it, unless something else stands there now."""
+        if self.forward is not None and model.__dict__.get("forward") in (None, below):
+            model.__dict__["forward"] = self.forward
+
+
+def _is_trls(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_qualname.startswith("add_fused_lm_head.")
+
+
+@dataclass(frozen=True)
+class FusedCall:
+    """One call under way: what the caller gave, and the arguments the model's own forward gets."""
+
+    head: FusedHead
+    labels: Tensor  # aligned with the logits, or the model's own if `shift`
+    shift: bool
+    num_items: Any
+    aux_weight: float | None  # of the auxiliary loss, if the model is asked for it
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, head: FusedHead | None, kwargs: dict[str, Any]) -> FusedCall | None:
+        """The call a patched model answers; None for what TRL has to do itself (a float32 head in a 16-bit model)."""
+        head = head or FusedHead()
+        if head.cast_lm_head_to_fp32:
+            return None
+        shift = kwargs.get("shift_labels") is None
+        labels = kwargs["labels" if shift else "shift_labels"]
+        passed = {name: value for name, value in kwargs.items() if name not in _GIVEN}
+        if "use_cache" in inspect.signature(type(model).forward).parameters:
+            passed["use_cache"] = False
+        config = model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            passed.setdefault("output_router_logits", True)
+        weight = getattr(config, "router_aux_loss_coef", 0.0) if passed.get("output_router_logits") else None
+        return cls(head, labels, shift, kwargs.get("num_items_in_batch"), weight, passed)
+
+    def answer(self, output: Any) -> Any:
+        """TRL's output from the model's own."""
+        try:
+            from trl.trainer.utils import FusedCausalLMOutput
+        except ImportError as error:
+            raise ImportError("fused_lm_head is True, an output of TRL's: install TRL 1.16 or newer") from error
+
+        logits, labels = output.logits, self.labels.to(output.logits.device)
+        if self.shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        if self.head.temperature != 1:
+            logits = logits / self.head.temperature
+        asked = {name for output in self.head.outputs for name in STATISTICS[output]}
+        stats = _stats(logits, labels, ("lse", "target", *sorted(asked)))
+        logp = stats.logp
+        count = stats.mask.sum().clamp(min=1) if self.num_items is None else self.num_items
+        loss, aux = -logp.sum() / count, None
+        if self.aux_weight is not None:
+            aux = output.aux_loss
+            loss = loss + self.aux_weight * aux
+        given = {
+            "entropy": lambda: stats.entropy,
+            "log_sum_sq_probs": lambda: stats.log_sum_sq.detach(),
+            "mean_logits": lambda: stats.mean.detach(),
+            "is_top1": lambda: stats.is_top1,
+        }
+        found = {name: value() for name, value in given.items() if name in self.head.outputs}
+        return FusedCausalLMOutput(loss=loss, log_probs=logp, label_mask=stats.mask, aux_loss=aux, **found)
+
+
+def _stats(logits: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Stats:
+    if isinstance(logits, LazyLogits) and not logits.is_dense:
+        stats = logits.stats(labels, outputs=outputs)
+        logits.seam.record(stats.detach())
+        return stats
+    return dense_stats(logits, labels, outputs=outputs)

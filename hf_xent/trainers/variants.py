@@ -1,0 +1,100 @@
+"""Answers with growing shares of their key phrases removed, as a batch: what SPO's degree loss is taken on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data import rake
+
+
+@dataclass
+class Variants:
+    """A data collator and, beside its tensors, the variants of the rows' answers under `spo`."""
+
+    inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    tokenizer: Any
+    options: Any  # with those of SPOOptions
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch; without variants where no answer has a weight."""
+        batch = self.inner(rows)
+        made = [variant for row in rows for variant in self._variants(row)]
+        if not made:
+            return batch
+        length = max(len(ids) for ids, *_ in made)
+        shape = (len(made), length)
+        ids, mask, answer = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+        for i, (tokens, start, *_) in enumerate(made):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = 1
+            answer[i, start : len(tokens)] = 1
+        degree, side, weight = (torch.tensor(column) for column in list(zip(*made, strict=True))[2:])
+        task = {"input_ids": ids, "attention_mask": mask, "answer": answer.bool(), "degree": degree, "side": side}
+        return {**batch, "spo": {**task, "weight": weight / (len(rows) * self.options.degrees)}}
+
+    def _variants(self, row: dict[str, Any]) -> Iterator[tuple[list[int], int, int, int, float]]:
+        """(tokens, where the answer begins, degree, side, gamma) of every variant of a row's weighted answers."""
+        if "completion" in row:
+            answers = [(row["completion"], 0 if row.get("label", True) else 1)]
+        else:
+            answers = [(row["chosen"], 0), (row["rejected"], 1)]
+        for answer, side in answers:
+            gamma = (self.options.gamma_w, self.options.gamma_l)[side]
+            if gamma and _has_text(answer):
+                for degree, (tokens, start) in enumerate(self._tokens(row, answer)):
+                    yield tokens, start, degree, side, float(gamma)
+
+    def _tokens(self, row: dict[str, Any], answer: Any) -> Iterator[tuple[list[int], int]]:
+        limit, prompt, template = getattr(self.options, "max_length", None), row["prompt"], _template(row)
+        empty: Any = [] if isinstance(prompt, list) else ""
+        before = self._ids(prompt, empty, add_generation_prompt=True, **template)
+        for variant in self._cut(answer):
+            tokens = self._ids(prompt, variant, **template)[:limit]
+            yield tokens, min(_common(before, tokens), len(tokens) - 1)
+
+    def _ids(self, prompt: Any, answer: Any, **template: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + answer)["input_ids"]
+        text = self.tokenizer.apply_chat_template(prompt + answer, tokenize=False, **template)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _cut(self, answer: Any) -> list[Any]:
+        """The answer with growing shares of its key phrases removed; of a conversation, all text of all messages."""
+        if isinstance(answer, str):
+            end = self.tokenizer.eos_token or ""  # TRL has added it: no key content
+            body = answer.removesuffix(end)
+            shuffled = self.options.key_content == "random"
+            texts = rake.without(body, self.options.shares, shuffled=shuffled)
+            return [text + answer[len(body) :] for text in texts]
+        if not isinstance(answer, list):  # None where a message calls tools
+            return [answer] * self.options.degrees
+        cut = []
+        for item in answer:  # messages, or parts of the content of one
+            key = "content" if "content" in item else "text"
+            cut.append([{**item, key: text} if key in item else item for text in self._cut(item.get(key))])
+        return [list(items) for items in zip(*cut, strict=True)]
+
+
+def _has_text(answer: Any) -> bool:
+    """Whether there is anything to cut in an answer, its messages, or their parts."""
+    if isinstance(answer, list):
+        return any(_has_text(item.get("content", item.get("text"))) for item in answer)
+    return isinstance(answer, str) and bool(answer.strip())
+
+
+def _template(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row tells its chat template, as TRL reads it."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the common prefix."""
+    both = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
