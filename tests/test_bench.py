@@ -364,7 +364,7 @@ def test_compiled_dense_and_real_activations() -> None:
 @pytest.mark.slow  # three processes load TRL
 def test_one_dpo_step_of_each_side(tmp_path):
     """Both sides find the same loss and gradient, or `run` raises; the table holds them against TRL."""
-    from models import tiny, tiny_tokenizer
+    from support.models import tiny, tiny_tokenizer
 
     from benchmarks import dpo
 

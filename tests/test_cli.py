@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import tiny, tiny_tokenizer
+from support.models import tiny, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 

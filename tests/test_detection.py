@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from models import CONFIGS, V, tiny, tiny_tokenizer
+from support.models import CONFIGS, V, tiny, tiny_tokenizer
 from test_cli import invoke
 
 import hf_xent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny, tiny_tokenizer
+from support.models import tiny, tiny_tokenizer
 from test_losses import build, dense, gradients, problem
 
 from hf_xent import losses

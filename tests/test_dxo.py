@@ -7,10 +7,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from models import tiny, tiny_tokenizer
-from ranks import run_ranks
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
+from support.models import tiny, tiny_tokenizer
+from support.ranks import run_ranks
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from hf_xent import ranking as auc

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from models import V, assert_same_gradients, tiny, tiny_tokenizer
+from support.models import V, assert_same_gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, fit, losses_of, rows  # noqa: F401  rows is a fixture
 from torch.nn import functional as F
 

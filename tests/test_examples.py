@@ -11,11 +11,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from models import tiny, tiny_tokenizer
+from support.models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Ranks whose threads outlive the interpreter may abort in its teardown, after all their work is done ("terminate called
-# without an active exception", torch's): launched scripts skip it, as tests/launched.py does.
+# without an active exception", torch's): launched scripts skip it, as tests/support/launched.py does.
 LAUNCHED = """import os, runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models import assert_same_gradients, tiny, tiny_tokenizer
+from support.models import assert_same_gradients, tiny, tiny_tokenizer
 from torch.nn import functional as F
 
 from hf_xent.data import Format, PromptFormats

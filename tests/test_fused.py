@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_close_at_scale
+from support.oracle import assert_close_at_scale
 from torch.nn import functional as F
 
 from hf_xent.losses import CrossEntropy, Focal

@@ -15,8 +15,8 @@ import peft
 import pytest
 import torch
 import trl
-from models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 from packaging.version import Version
+from support.models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_xent

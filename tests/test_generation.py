@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import V, batch, tiny
+from support.models import V, batch, tiny
 from transformers import WatermarkingConfig
 
 from hf_xent.generation.sampling import (

@@ -21,9 +21,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from hub_server import serving
-from models import V, tiny, tiny_tokenizer
 from packaging.version import Version
+from support.hub_server import serving
+from support.models import V, tiny, tiny_tokenizer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 

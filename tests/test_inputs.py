@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny, tiny_tokenizer
 from safetensors.torch import load_file, save_file
+from support.models import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
 from benchmarks import objectives, tails

@@ -5,8 +5,8 @@ import math
 import peft
 import pytest
 import torch
-from models import SETTINGS, V, tiny, tiny_tokenizer
-from oracle import Largest
+from support.models import SETTINGS, V, tiny, tiny_tokenizer
+from support.oracle import Largest
 
 from hf_xent.data import Format
 from hf_xent.generation import judging

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_gradients, batch, gradients, tiny
-from ranks import run_ranks
+from support.models import assert_same_gradients, batch, gradients, tiny
+from support.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -43,7 +43,12 @@ def launched(tmp_path_factory):
         folder = tmp_path_factory.mktemp("launched")
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
         command += ["--num_cpu_threads_per_process", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
-        command += [*flags.split(), str(TESTS / "launched.py"), str(folder / "out.json"), json.dumps(LAUNCHES[flags])]
+        command += [
+            *flags.split(),
+            str(TESTS / "support" / "launched.py"),
+            str(folder / "out.json"),
+            json.dumps(LAUNCHES[flags]),
+        ]
         path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": path}
         found = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)

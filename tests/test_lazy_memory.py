@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from models import tiny
+from support.models import tiny
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 

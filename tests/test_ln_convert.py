@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIGS, batch, tiny, tiny_tokenizer
+from support.models import CONFIGS, batch, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 

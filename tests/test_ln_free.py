@@ -7,7 +7,7 @@ import datasets
 import peft
 import pytest
 import torch
-from models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
+from support.models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, losses_of
 from torch import nn
 from torch.nn import functional as F

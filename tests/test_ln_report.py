@@ -6,7 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from models import V, tiny, tiny_tokenizer
+from support.models import V, tiny, tiny_tokenizer
 from torch import nn
 from typer.testing import CliRunner
 

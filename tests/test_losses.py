@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from oracle import assert_no_worse
 from scipy.optimize import linprog
+from support.oracle import assert_no_worse
 from torch.nn import functional as F
 
 from hf_xent import losses

@@ -6,7 +6,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from models import V, batch, tiny
+from support.models import V, batch, tiny
 from transformers import AutoModelForCausalLM, WatermarkingConfig
 
 from hf_xent.generation.mirostat import Mirostat, by_surprise, by_zipf, export, generate, zipf_k

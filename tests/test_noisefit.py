@@ -6,7 +6,7 @@ import datasets
 import peft
 import pytest
 import torch
-from models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
+from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 

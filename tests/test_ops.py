@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
+from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
 

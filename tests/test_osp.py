@@ -4,8 +4,8 @@ import datasets
 import peft
 import pytest
 import torch
-from models import tiny, tiny_tokenizer
-from ranks import run_ranks
+from support.models import tiny, tiny_tokenizer
+from support.ranks import run_ranks
 
 from hf_xent.data import Format
 from hf_xent.generation.judging import ModelJudge, both_orders, strength

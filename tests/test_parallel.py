@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import V, assert_same_gradients, batch, gradients, tiny
-from oracle import Polynomial, assert_close_at_scale
-from ranks import run_ranks
+from support.models import V, assert_same_gradients, batch, gradients, tiny
+from support.oracle import Polynomial, assert_close_at_scale
+from support.ranks import run_ranks
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 

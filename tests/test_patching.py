@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
+from support.models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel

@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 import trl
-from models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
-from oracle import Largest
 from packaging.version import Version
-from preferences import CHOSEN, LORA, PROMPTS, REJECTED, fit, logged, table, trainer_of
+from support.models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
+from support.oracle import Largest
+from support.preferences import CHOSEN, LORA, PROMPTS, REJECTED, fit, logged, table, trainer_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 

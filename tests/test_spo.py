@@ -10,11 +10,11 @@ import peft
 import pytest
 import torch
 import trl
-from models import assert_same_gradients, gradients, tiny, tiny_tokenizer
 from packaging.version import Version
-from preferences import CHOSEN, LORA, PROMPTS, fit, logged, table, trainer_of
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.models import assert_same_gradients, gradients, tiny, tiny_tokenizer
+from support.preferences import CHOSEN, LORA, PROMPTS, fit, logged, table, trainer_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import Largest, assert_close_at_scale, gradients
+from support.oracle import Largest, assert_close_at_scale, gradients
 from torch import Tensor
 from torch.nn import functional as F
 

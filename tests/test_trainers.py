@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 import trl
-from models import V, gradients, tiny
 from packaging import version
+from support.models import V, gradients, tiny
 from torch.nn import functional as F
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 

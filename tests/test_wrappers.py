@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from accelerate import dispatch_model
-from models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
-from oracle import Largest
+from support.models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
+from support.oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 

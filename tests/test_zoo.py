@@ -5,7 +5,7 @@ committed table, every status is the table's.
 """
 
 import pytest
-from zoo import CASES, LACKS_PACKAGE, committed, judge
+from support.zoo import CASES, LACKS_PACKAGE, committed, judge
 
 LISTED = committed()
 # what models warn of in their tiny configurations is not about the patch
@@ -25,5 +25,5 @@ def test_loss_and_every_gradient_equal_stock(mapping, model_type):
 
 def test_the_table_lists_every_class():
     if LISTED is None:
-        pytest.skip("the table was made with another transformers: python tests/zoo.py makes it anew")
+        pytest.skip("the table was made with another transformers: python -m tests.support.zoo makes it anew")
     assert list(LISTED) == CASES

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses import CrossEntropy
+from ..losses.cross_entropy import CrossEntropy
 from ..ops import Head, map_logits, vocab_stats
 
 Method = Callable[..., Tensor]

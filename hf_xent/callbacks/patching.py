@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..losses import Loss
+from ..losses.base import Loss
 from ..patching import patched, seam_of
 
 

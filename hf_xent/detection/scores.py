@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..losses.catalog import parse
 from ..ops import Stats
+from ..registry import parse
 
 FLOOR = 1e-9  # of variances, nats^2
 RANGES = {

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..losses import Loss
+from ..losses.base import Loss
 from .cards import known, render
 from .usage import HERE, usage_of
 

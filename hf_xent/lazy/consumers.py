@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses import CrossEntropy
+from ..losses.cross_entropy import CrossEntropy
 from ..ops import Stats, vocab_stats
 from ..ops.rows import token_ids
 from .answers import register

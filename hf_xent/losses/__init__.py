@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from . import catalog
-from .base import Loss
-from .comp_sum import CompSum
-from .cross_entropy import CrossEntropy, linear_cross_entropy
-from .eisl import EISL
-from .emo import EMO
-from .focal import Focal
-from .forward_kl import ForwardKL
-from .jsd import JSD
-from .mixce import MixCE
-from .reverse_kl import ReverseKL
-from .tailr import TaiLr
+from ..registry import Registry
 
-LOSSES: dict[str, type[Loss]] = {
-    "cross_entropy": CrossEntropy,
-    "focal": Focal,
-    "comp_sum": CompSum,
-    "tailr": TaiLr,
-    "mixce": MixCE,
-    "emo": EMO,
-    "eisl": EISL,
-    "forward_kl": ForwardKL,
-    "reverse_kl": ReverseKL,
-    "jsd": JSD,
-}
+if TYPE_CHECKING:  # loaded when they are first asked for, as the losses are: `hf-xent losses` needs no torch
+    from .base import Loss
+    from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+
+LOSSES: Registry[type[Loss]] = Registry(
+    "loss",
+    {
+        "cross_entropy": "cross_entropy:CrossEntropy",
+        "focal": "focal:Focal",
+        "comp_sum": "comp_sum:CompSum",
+        "tailr": "tailr:TaiLr",
+        "mixce": "mixce:MixCE",
+        "emo": "emo:EMO",
+        "eisl": "eisl:EISL",
+        "forward_kl": "forward_kl:ForwardKL",
+        "reverse_kl": "reverse_kl:ReverseKL",
+        "jsd": "jsd:JSD",
+    },
+    package=__name__,
+)
+"""Name -> loss."""
+
+_OWN = {"Loss": "base", "linear_cross_entropy": "cross_entropy"}
 
 
 def get(loss: str | Loss | None, **options: Any) -> Loss:
@@ -39,32 +40,26 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
 
     Raises: ValueError for an unknown name, or an option that the loss does not have or does not accept.
     """
+    from .base import Loss
+
     if isinstance(loss, Loss):
         if options:
             raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on it, not beside it")
         return loss
-    return catalog.build(LOSSES, loss or "cross_entropy", options)
+    return LOSSES.build(loss or "cross_entropy", **options)
 
 
 def table() -> list[dict[str, Any]]:
-    """One row a registered loss, for help texts and the README; its keys are those of `catalog.row`."""
-    return [catalog.row(name, loss) for name, loss in LOSSES.items()]
+    """One row a registered loss, for help texts and the README: what `Registry.row` reads, with its `class`."""
+    return [{**row, "class": row["object"]} for row in LOSSES.table()]
 
 
-__all__ = [
-    "EISL",
-    "EMO",
-    "JSD",
-    "LOSSES",
-    "CompSum",
-    "CrossEntropy",
-    "Focal",
-    "ForwardKL",
-    "Loss",
-    "MixCE",
-    "ReverseKL",
-    "TaiLr",
-    "get",
-    "linear_cross_entropy",
-    "table",
-]
+__all__ = ["LOSSES", *LOSSES.exported, *_OWN, "get", "table"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LOSSES.exported:
+        return LOSSES[LOSSES.exported[name]]
+    if name in _OWN:
+        return getattr(import_module(f".{_OWN[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, Seam, next_token_labels
-from ..losses import Loss
+from ..losses.base import Loss
 from .trl import FusedCall
 
 _LABELS = ("labels", "shift_labels")

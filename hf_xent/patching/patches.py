@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..lazy import LazyLogits, Seam
-from ..losses import CrossEntropy, Loss
+from ..losses.base import Loss
+from ..losses.cross_entropy import CrossEntropy
 from ..ops.higher import composed
 from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, ModelLoss
 from .comparison import Comparison, run_both_ways

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..losses import catalog
-from .losses import AP, AUCM, BCE, LOSSES, PAUCDRO, TPAUCKL, PAUCCVaR, RankingLoss
+from ..registry import Registry
+from .losses import RankingLoss
 from .objective import Objective
 from .sampler import DualSampler
+
+LOSSES: Registry[type[RankingLoss]] = Registry(
+    "loss",
+    {
+        "bce": "losses:BCE",
+        "aucm": "losses:AUCM",
+        "pauc_cvar": "losses:PAUCCVaR",
+        "pauc_dro": "losses:PAUCDRO",
+        "tpauc_kl": "losses:TPAUCKL",
+        "ap": "losses:AP",
+    },
+    package=__name__,
+)
+"""Name -> loss."""
 
 
 def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
@@ -15,19 +29,13 @@ def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
 
     Raises: ValueError for an unknown name, or an option that the loss does not have or does not accept.
     """
-    return loss if isinstance(loss, RankingLoss) else catalog.build(LOSSES, loss, options)
+    return loss if isinstance(loss, RankingLoss) else LOSSES.build(loss, **options)
 
 
-__all__ = [
-    "AP",
-    "AUCM",
-    "BCE",
-    "LOSSES",
-    "PAUCDRO",
-    "TPAUCKL",
-    "DualSampler",
-    "Objective",
-    "PAUCCVaR",
-    "RankingLoss",
-    "get",
-]
+__all__ = ["LOSSES", *LOSSES.exported, "DualSampler", "Objective", "RankingLoss", "get"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LOSSES.exported:
+        return LOSSES[LOSSES.exported[name]]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

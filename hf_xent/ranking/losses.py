@@ -251,17 +251,6 @@ class AP(Pairwise):
         return (weights * losses).mean(), {"u": u, "v": v}
 
 
-LOSSES: dict[str, type[RankingLoss]] = {
-    "bce": BCE,
-    "aucm": AUCM,
-    "pauc_cvar": PAUCCVaR,
-    "pauc_dro": PAUCDRO,
-    "tpauc_kl": TPAUCKL,
-    "ap": AP,
-}
-"""Name -> loss."""
-
-
 def logmeanexp(values: Tensor) -> Tensor:
     """log mean exp over the last dimension."""
     return values.logsumexp(-1) - math.log(values.shape[-1])

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..losses import EMO, Loss
+from ..losses.base import Loss
+from ..losses.emo import EMO
 from ..models import packaged as embedded
 from ..patching import head_of
 from .base import Config, refuse_options

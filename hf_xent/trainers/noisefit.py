@@ -36,7 +36,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..losses import CrossEntropy, Loss
+from ..losses.base import Loss
+from ..losses.cross_entropy import CrossEntropy
 from ..models.contexts import evaluating
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, seam_of

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .. import losses
 from ..hub import Carded, Tokenless
-from ..losses import CrossEntropy, Loss
+from ..losses.base import Loss
+from ..losses.cross_entropy import CrossEntropy
 from ..patching import lazily, patch, seam_of
 from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, refuse_unlabeled
 

@@ -5,11 +5,11 @@ import os
 import sys
 
 import torch
-from models import batch, tiny
 from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
 import hf_xent
+from support.models import batch, tiny
 
 
 class Rows(torch.utils.data.Dataset):

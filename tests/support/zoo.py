@@ -1,7 +1,7 @@
 """Every causal LM and image-text model of the installed transformers, tiny and random, stock against patched.
 
 No class is listed: transformers' own mappings name them, and `tiny_configs` makes a small configuration of any.
-`python tests/zoo.py` writes the table of all verdicts.
+`python -m tests.support.zoo` writes the table of all verdicts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 import transformers
-from models import V, assert_same_gradients
-from tiny_configs import tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, set_seed
 from transformers.models.auto import modeling_auto
 
 from hf_xent.patching import patch, seam_of, unpatch
+from support.models import V, assert_same_gradients
+from support.tiny_configs import tiny_config
 
-TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "models.md"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "models.md"
 MAPPINGS: dict[str, tuple[Any, Any]] = {
     "Causal LM": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "Image-text": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
@@ -252,7 +252,7 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         " every parameter's gradient agree, or `tests/test_zoo.py` fails. *streamed*: no logits were made;"
         " *materialized*: they were, once; *refused*: `patch` raised that error.",
         "",
-        f"transformers {transformers.__version__}; made by `python tests/zoo.py`.",
+        f"transformers {transformers.__version__}; made by `python -m tests.support.zoo`.",
         "",
         "| mapping | model types | " + " | ".join(STATUSES) + " |",
         "|---" * (2 + len(STATUSES)) + "|",

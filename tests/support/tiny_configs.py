@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from models import V
 from transformers import CONFIG_MAPPING, PreTrainedConfig, SiglipVisionConfig
+
+from support.models import V
 
 # Set wherever a configuration has them: first the settings on which losses go wrong.
 FORCED: dict[str, Any] = {

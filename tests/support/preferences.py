@@ -4,8 +4,9 @@ import warnings
 
 import datasets
 import torch
-from models import tiny_tokenizer
 from transformers import AutoModelForCausalLM
+
+from support.models import tiny_tokenizer
 
 PROMPTS = ["the cat", "a dog", "one bird", "the fish"] * 2
 CHOSEN = [" sat on a mat, a red mat", " ran away", " sang a song", " swam in the sea"] * 2

@@ -1,0 +1,1 @@
+"""What the tests share: tiny models and their settings, oracles, real processes and a local Hub."""
