@@ -364,9 +364,8 @@ def test_compiled_dense_and_real_activations() -> None:
 @pytest.mark.slow  # three processes load TRL
 def test_one_dpo_step_of_each_side(tmp_path):
     """Both sides find the same loss and gradient, or `run` raises; the table holds them against TRL."""
-    from support.models import tiny, tiny_tokenizer
-
     from benchmarks import dpo
+    from support.models import tiny, tiny_tokenizer
 
     tiny(std=0.05, max_position_embeddings=128).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

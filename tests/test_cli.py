@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.models import tiny, tiny_tokenizer
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
@@ -16,6 +15,7 @@ from hf_xent import cli
 from hf_xent.experiments.arms import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
+from support.models import tiny, tiny_tokenizer
 
 runner = CliRunner()
 PHASES = ("loading the libraries", "loading the model", "reading the text", "evaluating", "training")

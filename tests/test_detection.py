@@ -14,8 +14,6 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from support.models import CONFIGS, V, tiny, tiny_tokenizer
-from test_cli import invoke
 
 import hf_xent
 from hf_xent import detection
@@ -30,6 +28,8 @@ from hf_xent.metrics import ranking as metrics
 from hf_xent.models.contexts import positions
 from hf_xent.ops import Stats
 from hf_xent.patching import lazily, patch, seam_of, unpatch
+from support.models import CONFIGS, V, tiny, tiny_tokenizer
+from test_cli import invoke
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 rng = np.random.default_rng(0)

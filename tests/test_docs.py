@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import tiny, tiny_tokenizer
-from test_losses import build, dense, gradients, problem
 
 from hf_xent import losses
+from support.models import tiny, tiny_tokenizer
+from test_losses import build, dense, gradients, problem
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
-from support.models import tiny, tiny_tokenizer
-from support.ranks import run_ranks
 from transformers import BertConfig, BertForSequenceClassification, pipeline
 
 from hf_xent import ranking as auc
 from hf_xent.metrics import ranking as metrics
 from hf_xent.trainers import DXOConfig, DXOTrainer
 from hf_xent.trainers.dxo import STATE, scores_of
+from support.models import tiny, tiny_tokenizer
+from support.ranks import run_ranks
 
 ROWS = 60
 

@@ -3,13 +3,13 @@
 import peft
 import pytest
 import torch
-from support.models import V, assert_same_gradients, tiny, tiny_tokenizer
-from test_trainers import arguments, collate, fit, losses_of, rows  # noqa: F401  rows is a fixture
 from torch.nn import functional as F
 
 from hf_xent.losses import EMO, MixCE
 from hf_xent.patching import seam_of
 from hf_xent.trainers import EMOConfig, EMOTrainer, XentTrainer
+from support.models import V, assert_same_gradients, tiny, tiny_tokenizer
+from test_trainers import arguments, collate, fit, losses_of, rows  # noqa: F401  rows is a fixture
 
 
 def trainer_of(folder, rows, model=None, loss=None, **options):  # noqa: F811

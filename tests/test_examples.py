@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+
 from support.models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -9,7 +9,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.models import assert_same_gradients, tiny, tiny_tokenizer
 from torch.nn import functional as F
 
 from hf_xent.data import Format, PromptFormats
@@ -17,6 +16,7 @@ from hf_xent.metrics.consistency import consistency
 from hf_xent.patching import seam_of
 from hf_xent.trainers import F2CConfig, F2CTrainer
 from hf_xent.trainers import f2c as method
+from support.models import assert_same_gradients, tiny, tiny_tokenizer
 
 # the method sheet's worked example: 5 formats, 2 answers of one token, next-token distributions over 3 tokens
 SCORES = torch.tensor([[-0.2, -1.9], [-0.3, -1.3], [-0.5, -0.9], [-1.0, -0.6], [-0.4, -1.6]])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.oracle import assert_close_at_scale
 from torch.nn import functional as F
 
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head, chunked, vocab_stats
+from support.oracle import assert_close_at_scale
 
 fused = pytest.importorskip("hf_xent.ops.gpu.fused", reason="needs triton")
 

@@ -16,12 +16,12 @@ import pytest
 import torch
 import trl
 from packaging.version import Version
-from support.models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_xent
 from hf_xent.patching import patch, seam_of, unpatch
 from hf_xent.patching.trl import STATISTICS, FusedHead
+from support.models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 
 if Version(trl.__version__) < Version("1.16"):
     pytest.skip("TRL's fused head came with 1.15 and runs on CPUs from 1.16 on", allow_module_level=True)

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.models import V, batch, tiny
 from transformers import WatermarkingConfig
 
 from hf_xent.generation.sampling import (
@@ -20,6 +19,7 @@ from hf_xent.generation.sampling import (
 )
 from hf_xent.ops import Head
 from hf_xent.patching import patch, seam_of
+from support.models import V, batch, tiny
 
 
 def test_distinct_and_repetition_by_hand():

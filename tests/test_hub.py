@@ -22,14 +22,14 @@ import torch
 import transformers
 import yaml
 from packaging.version import Version
-from support.hub_server import serving
-from support.models import V, tiny, tiny_tokenizer
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from hf_xent import cli, hub, ln_free
 from hf_xent.generation import mirostat
 from hf_xent.trainers import METHODS, LNRemovalConfig, LNRemovalTrainer, XentConfig, XentTrainer
+from support.hub_server import serving
+from support.models import V, tiny, tiny_tokenizer
 
 HEAD = """---
 license: mit

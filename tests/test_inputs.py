@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import tiny, tiny_tokenizer
 from typer.testing import CliRunner
 
 from benchmarks import objectives, tails
 from benchmarks.__main__ import app
 from hf_xent.bench import BenchConfig, calibrated, inputs
 from hf_xent.models import packaged as embedded
+from support.models import tiny, tiny_tokenizer
 
 SMALL = BenchConfig(model="calibrated:smollm2", tokens=256, vocab=8192, width=256, device="cpu", threads=1)
 DEEPEST = 11  # thresholds compared: 2^-8 to 2^-18

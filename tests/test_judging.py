@@ -5,13 +5,13 @@ import math
 import peft
 import pytest
 import torch
-from support.models import SETTINGS, V, tiny, tiny_tokenizer
-from support.oracle import Largest
 
 from hf_xent.data import Format
 from hf_xent.generation import judging
 from hf_xent.generation.judging import ModelJudge, Pair, both_orders, quality, ranked_pairs, strength
 from hf_xent.patching import patch, seam_of
+from support.models import SETTINGS, V, tiny, tiny_tokenizer
+from support.oracle import Largest
 
 FORMAT = Format("{prompt} over {first} or {second} is", ("a", "b"))
 ROWS = [{"prompt": text} for text in ("the fox", "the lazy dog jumps", "brown")]

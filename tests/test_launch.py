@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import assert_same_gradients, batch, gradients, tiny
-from support.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import hf_xent
+from support.models import assert_same_gradients, batch, gradients, tiny
+from support.ranks import run_ranks
 
 TESTS = Path(__file__).parent
 # accelerate's own CPU launcher wants MPI; its GPU launcher is torchrun, and `use_cpu` keeps the ranks on the CPU

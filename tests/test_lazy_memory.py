@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from support.models import tiny
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hf_xent
 from hf_xent.lazy import LazyLogits
 from hf_xent.ops import Head
+from support.models import tiny
 
 V = 5
 

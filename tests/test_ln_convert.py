@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import CONFIGS, batch, tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from hf_xent import cli, ln_free
+from support.models import CONFIGS, batch, tiny, tiny_tokenizer
 
 NAMES = ("gpt2", "llama", "llama tied", "neox", "opt", "cohere scale")
 WITH_EPS = [name for name in NAMES if name != "opt"]

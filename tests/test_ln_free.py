@@ -7,8 +7,6 @@ import datasets
 import peft
 import pytest
 import torch
-from support.models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
-from test_trainers import arguments, collate, losses_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -19,6 +17,8 @@ from hf_xent.ln_free.norms import fake_norms
 from hf_xent.patching import seam_of
 from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
 from hf_xent.trainers.ln_removal import sigma_term, spread_term
+from support.models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
+from test_trainers import arguments, collate, losses_of
 
 FAMILIES = ("gpt2", "llama", "neox", "opt")
 

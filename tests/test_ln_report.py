@@ -6,7 +6,6 @@ import numpy as np
 import peft
 import pytest
 import torch
-from support.models import V, tiny, tiny_tokenizer
 from torch import nn
 from typer.testing import CliRunner
 
@@ -15,6 +14,7 @@ from hf_xent import ln_free
 from hf_xent.cli import app
 from hf_xent.ln_free.analysis import analyze, confidence_neurons
 from hf_xent.metrics.calibration import BINS, binned, calibration_error
+from support.models import V, tiny, tiny_tokenizer
 
 
 def blocks(rows=5, length=9):

@@ -9,7 +9,6 @@ import numpy
 import pytest
 import torch
 from scipy.optimize import linprog
-from support.oracle import assert_no_worse
 from torch.nn import functional as F
 
 from hf_xent import losses
@@ -30,6 +29,7 @@ from hf_xent.losses import (
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
 from hf_xent.ops import STATISTICS, Head, Stats
+from support.oracle import assert_no_worse
 
 V, D = 37, 6
 SETTINGS = {  # at least two of every registered loss

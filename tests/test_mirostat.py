@@ -6,10 +6,10 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from support.models import V, batch, tiny
 from transformers import AutoModelForCausalLM, WatermarkingConfig
 
 from hf_xent.generation.mirostat import Mirostat, by_surprise, by_zipf, export, generate, zipf_k
+from support.models import V, batch, tiny
 
 ENDLESS = {"max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 0}  # no token ends a sequence
 

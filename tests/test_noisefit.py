@@ -6,7 +6,6 @@ import datasets
 import peft
 import pytest
 import torch
-from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 
@@ -15,6 +14,7 @@ from hf_xent.patching import seam_of
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
 from hf_xent.trainers.noise import layers_of, noise_scale, strengths
 from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
+from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 
 
 @pytest.fixture(scope="module")

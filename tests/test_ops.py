@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +31,7 @@ from hf_xent.ops import (
 )
 from hf_xent.ops.algebra import finish
 from hf_xent.ops.functional import IMPLS, _backend, default_budget
+from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 
 MODES = ("recompute", "eager")
 DTYPES = (torch.float64, torch.float32)

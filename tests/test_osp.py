@@ -4,14 +4,14 @@ import datasets
 import peft
 import pytest
 import torch
-from support.models import tiny, tiny_tokenizer
-from support.ranks import run_ranks
 
 from hf_xent.data import Format
 from hf_xent.generation.judging import ModelJudge, both_orders, strength
 from hf_xent.generation.sampling import responses
 from hf_xent.patching import seam_of
 from hf_xent.trainers import OSPConfig, OSPTrainer, SPCEConfig, SPCETrainer
+from support.models import tiny, tiny_tokenizer
+from support.ranks import run_ranks
 
 # TRL's configuration sets the old name of the option
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from support.models import V, assert_same_gradients, batch, gradients, tiny
-from support.oracle import Polynomial, assert_close_at_scale
-from support.ranks import run_ranks
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +9,9 @@ import hf_xent
 from hf_xent.losses import EISL, CrossEntropy, Focal
 from hf_xent.ops import Head, Shard, map_logits, vocab_loss, vocab_stats
 from hf_xent.patching import seam_of
+from support.models import V, assert_same_gradients, batch, gradients, tiny
+from support.oracle import Polynomial, assert_close_at_scale
+from support.ranks import run_ranks
 
 STATISTICS = ("lse", "target", "mean", "entropy", "variance", "payload", "top", "log_sum_sq")
 SETTINGS = {  # options of the head, payload, dtype, budget in bytes

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -21,6 +20,7 @@ from hf_xent.lazy import LazyLogits, next_token_labels
 from hf_xent.lazy.tensor import ANSWERS, Recipe
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import compare, lazily, patch, patched, seam_of, unpatch
+from support.models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
 
 
 def run(model, **inputs):

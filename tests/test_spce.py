@@ -8,15 +8,15 @@ import pytest
 import torch
 import trl
 from packaging.version import Version
-from support.models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
-from support.oracle import Largest
-from support.preferences import CHOSEN, LORA, PROMPTS, REJECTED, fit, logged, table, trainer_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_xent.patching import patch, seam_of
 from hf_xent.trainers import SPCEConfig, SPCETrainer
 from hf_xent.trainers.spce import COLUMNS, REFERENCE, scores_of
+from support.models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
+from support.oracle import Largest
+from support.preferences import CHOSEN, LORA, PROMPTS, REJECTED, fit, logged, table, trainer_of
 
 if Version(trl.__version__) < Version("1.16"):
     pytest.skip("log-probabilities without logits need TRL's fused head, on CPUs from 1.16 on", allow_module_level=True)

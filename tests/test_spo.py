@@ -13,14 +13,14 @@ import trl
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.models import assert_same_gradients, gradients, tiny, tiny_tokenizer
-from support.preferences import CHOSEN, LORA, PROMPTS, fit, logged, table, trainer_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_xent.patching import seam_of
 from hf_xent.trainers import SPO, SPCEConfig, SPCETrainer, SPOConfig, SPOOptions, SPOTrainer
 from hf_xent.trainers.variants import Variants
+from support.models import assert_same_gradients, gradients, tiny, tiny_tokenizer
+from support.preferences import CHOSEN, LORA, PROMPTS, fit, logged, table, trainer_of
 
 if Version(trl.__version__) < Version("1.16"):
     pytest.skip("log-probabilities without logits need TRL's fused head, on CPUs from 1.16 on", allow_module_level=True)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from support.oracle import Largest, assert_close_at_scale, gradients
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head
 from hf_xent.ops.algebra import pieces
 from hf_xent.ops.tail import GROUPS
+from support.oracle import Largest, assert_close_at_scale, gradients
 
 IMPLS = ("chunked", "triton")
 

@@ -12,7 +12,6 @@ import torch
 import transformers
 import trl
 from packaging import version
-from support.models import V, gradients, tiny
 from torch.nn import functional as F
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
@@ -28,6 +27,7 @@ from hf_xent.trainers import (
     XentConfig,
     XentTrainer,
 )
+from support.models import V, gradients, tiny
 
 STEPS = 4
 

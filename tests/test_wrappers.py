@@ -11,14 +11,14 @@ import peft
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
-from support.oracle import Largest
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from hf_xent import PatchCallback
 from hf_xent.lazy import LazyLogits
 from hf_xent.patching import compare, patch, patched, seam_of, unpatch
+from support.models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
+from support.oracle import Largest
 
 # PEFT advises on merging and saving in these configurations
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

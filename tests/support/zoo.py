@@ -1,7 +1,7 @@
 """Every causal LM and image-text model of the installed transformers, tiny and random, stock against patched.
 
 No class is listed: transformers' own mappings name them, and `tiny_configs` makes a small configuration of any.
-`python -m tests.support.zoo` writes the table of all verdicts.
+`cd tests && python -m support.zoo` writes the table of all verdicts.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         " every parameter's gradient agree, or `tests/test_zoo.py` fails. *streamed*: no logits were made;"
         " *materialized*: they were, once; *refused*: `patch` raised that error.",
         "",
-        f"transformers {transformers.__version__}; made by `python -m tests.support.zoo`.",
+        f"transformers {transformers.__version__}; made by `cd tests && python -m support.zoo`.",
         "",
         "| mapping | model types | " + " | ".join(STATUSES) + " |",
         "|---" * (2 + len(STATUSES)) + "|",
