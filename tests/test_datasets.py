@@ -10,8 +10,9 @@ from datasets import ClassLabel, Features, Value
 from typer.testing import CliRunner
 
 from hf_xent import cli
-from hf_xent.data import DATASETS, export, load, load_text
+from hf_xent.data import DATASETS, load, load_text
 from hf_xent.hub import validate
+from hf_xent.hub.datasets import export
 
 MEMBERSHIP = Features(
     text=Value("string"),

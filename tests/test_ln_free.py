@@ -16,6 +16,7 @@ from hf_xent.ln_free import Schedule
 from hf_xent.ln_free.norms import fake_norms
 from hf_xent.patching import seam_of
 from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
+from hf_xent.trainers.ln_recipes import RECIPES
 from hf_xent.trainers.ln_removal import sigma_term, spread_term
 from support.models import V, batch, checkpointing, gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, losses_of
@@ -717,7 +718,7 @@ def test_evaluation_is_the_loss_alone_and_leaves_sigma(tmp_path, rows):
 @pytest.mark.parametrize("name", PAPER)
 def test_recipes(tmp_path, name):
     """Tokens of a step as in the paper's table; every number reaches the trainer's arguments."""
-    recipe = ln_free.RECIPES[name]
+    recipe = RECIPES[name]
     tokens = {"gpt2": 524_288, "gpt2-medium": 518_144, "gpt2-large": 516_096, "gpt2-xl": 516_096}
     assert recipe.batch_size * recipe.accumulation * 1024 == tokens[name]
     config = recipe.config(str(tmp_path), use_cpu=True, report_to=[])

@@ -36,7 +36,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the rows in the schema of their family, and a card with what it says about their use."""
-    from ..data import export as write
+    from ..hub.datasets import export as write
 
     write(name, folder, path, split=split, revision=revision)
     _report({"folder": str(folder)}, as_json)
@@ -54,7 +54,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Export, and push what was written: private unless asked otherwise."""
-    from ..data import to_hub
+    from ..hub.datasets import to_hub
 
     with err.status(f"pushing {name} to {repo_id}"):
         address = to_hub(name, repo_id, path, private=not public, create_pr=create_pr, split=split, revision=revision)

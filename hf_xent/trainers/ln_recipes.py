@@ -1,6 +1,6 @@
 """The authors' settings for the four sizes of GPT-2, by name, for a machine with a GPU; not run by this project.
 
-    recipe = hf_xent.ln_free.RECIPES["gpt2-large"]
+    recipe = hf_xent.trainers.ln_recipes.RECIPES["gpt2-large"]
     model, tokenizer = recipe.load()                                      # from the Hub, bfloat16, without dropout
     trainer = hf_xent.LNRemovalTrainer(model, recipe.config("out"), train_dataset=blocks)
     trainer.train()                                                       # out/checkpoint-600 is what they released
