@@ -19,7 +19,7 @@ import typer
 import hf_xent
 from hf_xent import data
 from hf_xent.experiments.study import Study
-from hf_xent.generation import sampling as generation
+from hf_xent.generation import sampling
 from hf_xent.models import packaged as embedded
 
 ARMS = {
@@ -57,8 +57,8 @@ def scores(trainer: hf_xent.EMOTrainer) -> dict[str, float]:
 
 def diversity(model: Any, blocks: torch.Tensor, seed: int, temperature: float = 1.0) -> dict[str, float]:
     """distinct-2 and rep-4 of continuations of the blocks' first halves."""
-    made = generation.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
-    return {"distinct-2": generation.distinct(made, 2), "rep-4": generation.repetition(made, 4)}
+    made = sampling.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
+    return {"distinct-2": sampling.distinct(made, 2), "rep-4": sampling.repetition(made, 4)}
 
 
 def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path = Path("out/emo")) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path =
             found, temperature = scores(trainer), 1.0
         else:  # the temperature changes what is sampled, not what is predicted
             found = {"entropy": study.values("EMO", "entropy")[seed]}
-            temperature = generation.temperature_at(trainer.model.eval(), blocks, found["entropy"])
+            temperature = sampling.temperature_at(trainer.model.eval(), blocks, found["entropy"])
         study.record(arm, seed, **found, **diversity(trainer.model.eval(), blocks, seed, temperature))
     return study.report("Made by `examples/emo_lm.py` of hf_xent.", base_model=model)
 
