@@ -24,7 +24,7 @@ def main(model_name: str = "smollm2", loss: str = "cross_entropy", steps: int = 
     )
     trainer = hf_xent.XentTrainer(model, config, train_dataset=blocks)
     trainer.train()
-    print(hf_xent.seam_of(model))  # how often the loss was streamed, and how often logits were made after all
+    print(hf_xent.patching.patch_state(model))  # how often the loss was streamed, and how often logits were made
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

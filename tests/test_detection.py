@@ -27,7 +27,7 @@ from hf_xent.metrics import modules
 from hf_xent.metrics import ranking as metrics
 from hf_xent.models.contexts import positions
 from hf_xent.ops import Stats
-from hf_xent.patching import lazily, patch, seam_of, unpatch
+from hf_xent.patching import lazily, patch, patch_state, unpatch
 from support.models import CONFIGS, V, tiny, tiny_tokenizer
 from test_cli import invoke
 
@@ -194,11 +194,11 @@ def test_every_kind_of_model(name):
     stock = scored(model=model, scores=scores)
     assert model.training
     with pytest.raises(ValueError, match="not patched"):
-        seam_of(model)
+        patch_state(model)
     patch(model)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     again = scored(model=model, scores=scores)
-    assert len(calls) == 2 and seam_of(model).materialized == 0  # 18 texts in batches of 16
+    assert len(calls) == 2 and patch_state(model).materialized == 0  # 18 texts in batches of 16
     unpatch(model)
     for score in scores:
         assert_alike(stock[score], again[score], stock["loss"], score)

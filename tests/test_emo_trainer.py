@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_xent.losses import EMO, MixCE
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import EMOConfig, EMOTrainer, XentTrainer
 from support.models import V, assert_same_gradients, tiny, tiny_tokenizer
 from test_trainers import arguments, collate, fit, losses_of, rows  # noqa: F401  rows is a fixture
@@ -71,7 +71,7 @@ def test_three_steps_equal_a_dense_reference(tmp_path, rows, case):  # noqa: F81
         for each in (optimizer, ours):
             each.step()
             each.zero_grad()
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
 
 
 def test_the_logged_loss_of_emo1_is_the_nll(tmp_path, rows):  # noqa: F811
@@ -146,4 +146,4 @@ def test_accumulation_resume_adapters_and_bfloat16(tmp_path, rows):  # noqa: F81
         trainer = trainer_of(tmp_path / "other", rows, model=model, max_steps=2)
         trainer.train()
         assert all(0 < loss < 20 for loss in losses_of(trainer))
-        assert seam_of(trainer.model).materialized == 0
+        assert patch_state(trainer.model).materialized == 0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hf_xent.data import Format, PromptFormats
 from hf_xent.metrics.consistency import consistency
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import F2CConfig, F2CTrainer
 from hf_xent.trainers import f2c as method
 from support.models import assert_same_gradients, tiny, tiny_tokenizer
@@ -239,7 +239,7 @@ def test_three_steps_equal_a_dense_reference(tmp_path, rows, options):
         for optimizer in (ours, theirs):
             optimizer.step()
             optimizer.zero_grad()
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
     if not options:  # teachers and students were among them
         found = trainer._means(True)
         assert all(found[f"loss_{name}"] > 0 for name in ("cce", "agreement", "alignment"))
@@ -314,7 +314,7 @@ def test_resume_adapters_and_bfloat16(tmp_path, rows):
         trainer = trainer_of(tmp_path / "other", rows, model=model)
         trainer.train()
         assert all(0 <= e["loss"] < 10 for e in trainer.state.log_history if "loss" in e)
-        assert seam_of(trainer.model).materialized == 0
+        assert patch_state(trainer.model).materialized == 0
 
 
 def test_evaluation_reports_consistency_beside_the_constant_predictor(tmp_path, rows):

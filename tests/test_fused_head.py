@@ -19,7 +19,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 import hf_xent
-from hf_xent.patching import patch, seam_of, unpatch
+from hf_xent.patching import patch, patch_state, unpatch
 from hf_xent.patching.trl import STATISTICS, FusedHead
 from support.models import V, add_adapter, assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_those_of_dense_logits(name, temperature):
     (out.log_probs * upstream + 0.3 * out.entropy * upstream.flip(0)).sum().backward()
     assert_same_gradients(gradients(model), stock, rtol=1e-4)
     assert not any(getattr(out, n).requires_grad for n in ("log_sum_sq_probs", "mean_logits", "is_top1", "label_mask"))
-    assert (seam_of(model).streamed, seam_of(model).materialized) == (1, 0)
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
 
 
 def test_only_what_was_asked_for_is_there():
@@ -176,7 +176,7 @@ def test_adapters_on_the_head_count(first):
     out.log_probs.sum().backward()
     assert_same_gradients(gradients(model), stock, rtol=1e-4)
     assert any("lm_head.lora_A" in name for name in stock)
-    assert (seam_of(model).streamed, seam_of(model).materialized) == (1, 0)
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
 
 
 def test_prompt_learning():
@@ -196,7 +196,7 @@ def test_dense_logits_are_scored_too():
     expected = dense(model, ids, labels)
     out = patch(model)(input_ids=ids, labels=labels, fused_lm_head=True)
     assert_equal(out, {k: v.detach() for k, v in expected.items()})
-    assert seam_of(model).materialized > 0
+    assert patch_state(model).materialized > 0
 
 
 def test_another_loss_under_trl_is_an_error():
@@ -212,7 +212,7 @@ def test_a_float32_head_is_left_to_trl():
     expected = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     patch(model)
     out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert torch.equal(out.log_probs, expected) and seam_of(model).streamed == 0
+    assert torch.equal(out.log_probs, expected) and patch_state(model).streamed == 0
 
 
 def test_what_is_read_from_trls_forward():
@@ -304,8 +304,8 @@ def test_trainers_log_what_they_log_without_the_patch(kind, by_callback, saved, 
         for name, value in theirs.items():
             assert mine[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
     if not by_callback:
-        seam = seam_of(trainer.model)
-        assert seam.streamed >= 3 and seam.materialized == 0
+        state = patch_state(trainer.model)
+        assert state.streamed >= 3 and state.materialized == 0
 
 
 def test_adalora_trains_as_without_the_callback(saved, tmp_path):
@@ -332,7 +332,7 @@ def test_what_stood_under_trls_forward_comes_back():
     own = model.forward = MethodType(mine, model)
     add_fused_lm_head(model)
     patch(model)(input_ids=ids, labels=labels)
-    assert calls and FusedHead.installed(model) is None and seam_of(model).streamed == 1
+    assert calls and FusedHead.installed(model) is None and patch_state(model).streamed == 1
     unpatch(model)
     assert FusedHead.installed(model) is not None
     FusedHead.remove(model)

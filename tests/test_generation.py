@@ -18,7 +18,7 @@ from hf_xent.generation.sampling import (
     temperature_of,
 )
 from hf_xent.ops import Head
-from hf_xent.patching import patch, seam_of
+from hf_xent.patching import patch, patch_state
 from support.models import V, batch, tiny
 
 
@@ -39,7 +39,7 @@ def test_samples_follow_the_model_and_leave_the_generator_alone():
     first = torch.tensor([row[0] if row else 2 for row in found]).bincount(minlength=V) / 512  # 2 ends a sequence
     assert (first - p).abs().max() < 5 * (p.max() * (1 - p.max()) / 512) ** 0.5
     patch(model)
-    assert found == sample(model, prompts, tokens=1, seed=3) and seam_of(model).streamed == 0
+    assert found == sample(model, prompts, tokens=1, seed=3) and patch_state(model).streamed == 0
     cold = sample(model, prompts[:8], tokens=1, temperature=0.01)
     assert all(row == [int(p.argmax())] for row in cold)
 
@@ -158,6 +158,6 @@ def test_temperature_at_which_a_model_has_an_entropy():
     entropy = -(logp.exp() * logp).sum(-1).mean().item()
     assert temperature_at(model, ids, entropy) == pytest.approx(0.7, rel=1e-4)
     assert "_hf_xent" not in model.__dict__
-    seam = seam_of(patch(model, "focal"))
+    state = patch_state(patch(model, "focal"))
     assert temperature_at(model, ids, entropy) == pytest.approx(0.7, rel=1e-4)
-    assert seam_of(model) is seam and seam.materialized == 0
+    assert patch_state(model) is state and state.materialized == 0

@@ -9,7 +9,7 @@ import torch
 from hf_xent.data import Format
 from hf_xent.generation import judging
 from hf_xent.generation.judging import ModelJudge, Pair, both_orders, quality, ranked_pairs, strength
-from hf_xent.patching import patch, seam_of
+from hf_xent.patching import patch, patch_state
 from support.models import SETTINGS, V, tiny, tiny_tokenizer
 from support.oracle import Largest
 
@@ -123,10 +123,10 @@ def test_adapters_and_modes(tokenizer):
 
 def test_no_logits_and_the_patch_stays(tokenizer):
     model = patch(tiny(vocab_size=4099))
-    seam = seam_of(model)
+    state = patch_state(model)
     with Largest() as largest:
         ModelJudge(model, tokenizer, FORMAT)(ROWS, FIRST, SECOND)
-    assert seam_of(model) is seam and seam.streamed == seam.materialized == 0 and largest.numel < 3 * 4099
+    assert patch_state(model) is state and state.streamed == state.materialized == 0 and largest.numel < 3 * 4099
 
 
 def test_templates_see_rows_and_chats(tokenizer):

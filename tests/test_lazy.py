@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_xent.lazy import LazyLogits, Seam, next_token_labels
+from hf_xent.lazy import LazyLogits, PatchState, next_token_labels
 from hf_xent.ops import Head
 
 V = 30
@@ -89,21 +89,21 @@ DENSE = {
 
 def consume(fn, operands, lazily):
     hidden, weight, bias, labels = operands
-    seam = Seam()
-    logits = LazyLogits.of(hidden, Head(weight, bias), seam) if lazily else F.linear(hidden, weight, bias)
+    state = PatchState()
+    logits = LazyLogits.of(hidden, Head(weight, bias), state) if lazily else F.linear(hidden, weight, bias)
     out = fn(logits, labels)
     value = out.dense() if isinstance(out, LazyLogits) else out
     grads = None
     if value.requires_grad:
         torch.manual_seed(3)
         grads = torch.autograd.grad(value, operands[:3], torch.randn_like(value), allow_unused=True)
-    return value, grads, seam
+    return value, grads, state
 
 
 @pytest.mark.parametrize("name", [*LEAN, *DENSE])
 def test_consumers_agree_with_the_dense_tensor(name, operands):
     fn = {**LEAN, **DENSE}[name]
-    value, grads, seam = consume(fn, operands, lazily=True)
+    value, grads, state = consume(fn, operands, lazily=True)
     expected, expected_grads, _ = consume(fn, operands, lazily=False)
     assert value.dtype == expected.dtype
     torch.testing.assert_close(value.float(), expected.float())  # as exactly as the operands are
@@ -111,8 +111,8 @@ def test_consumers_agree_with_the_dense_tensor(name, operands):
     if grads is not None:
         for ours, theirs in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert (seam.materialized == 0) == (name in LEAN)
-    assert (seam.streamed > 0) == (name in LEAN)
+    assert (state.materialized == 0) == (name in LEAN)
+    assert (state.streamed > 0) == (name in LEAN)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_written_values_are_seen_by_views(operands):
         x[:, :, :3] = 0.0
         return F.cross_entropy(view, moved(labels))
 
-    value, grads, seam = consume(write, operands, lazily=True)
+    value, grads, state = consume(write, operands, lazily=True)
     expected, expected_grads, _ = consume(write, operands, lazily=False)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(grads, expected_grads)
-    assert seam.materialized == 1, "the view shares its base's dense tensor"
+    assert state.materialized == 1, "the view shares its base's dense tensor"
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_compiled_functions_of_lazy_logits(use, operands):
 
 
 def test_materializes_once(operands):
-    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), PatchState())
     first, second = x.dense(), (x + 0.0)
-    assert x.seam.materialized == 1 and x.is_dense
+    assert x.state.materialized == 1 and x.is_dense
     torch.testing.assert_close(first, second)
 
 
@@ -221,7 +221,7 @@ def test_every_label_ignored_is_a_connected_zero(operands):
 
 
 def test_metadata_costs_nothing(operands):
-    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), PatchState())
     assert (
         isinstance(x, torch.Tensor) and x.shape == (2, 5, V) and x.size(-1) == V and x.numel() == 10 * V and len(x) == 2
     )
@@ -229,11 +229,11 @@ def test_metadata_costs_nothing(operands):
         x.requires_grad and not x.is_leaf and x.grad_fn is not None and x.device.type == "cpu" and x.is_floating_point()
     )
     assert "not computed" in repr(x)
-    assert x.seam.materialized == 0
+    assert x.state.materialized == 0
 
 
 def test_detached_and_without_grad(operands):
-    x = LazyLogits.of(operands[0], Head(*operands[1:3]), Seam())
+    x = LazyLogits.of(operands[0], Head(*operands[1:3]), PatchState())
     assert not x.detach().requires_grad
     with torch.no_grad():
         loss = F.cross_entropy(LazyLogits.of(operands[0], Head(*operands[1:3])).view(-1, V), moved(operands[3]))
@@ -280,24 +280,24 @@ def test_low_precision_is_no_worse_than_torch(dtype, operands):
 def test_logits_moved_to_another_device_stay_lazy(operands):
     """As accelerate moves a split model's outputs: the answers are there, nothing was made on the way."""
     *tensors, labels = operands
-    x = LazyLogits.of(tensors[0], Head(*tensors[1:]), seam := Seam())
+    x = LazyLogits.of(tensors[0], Head(*tensors[1:]), state := PatchState())
     there = x.to("meta")[:, :-1]
     assert there.device.type == "meta" and there.shape == (2, 4, V) and x.device.type == "cpu"
     assert F.cross_entropy(there.flatten(0, 1), labels[:, 1:].flatten()).device.type == "meta"
     assert there.argmax(-1).device.type == there.stats(labels[:, 1:]).lse.device.type == "meta"
-    assert seam.materialized == 0 and there.dense().device.type == "meta"
+    assert state.materialized == 0 and there.dense().device.type == "meta"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_values_and_gradients_of_moved_logits(operands):
     *tensors, labels = operands
-    there = LazyLogits.of(tensors[0], Head(*tensors[1:]), seam := Seam()).to("cuda")
+    there = LazyLogits.of(tensors[0], Head(*tensors[1:]), state := PatchState()).to("cuda")
     loss = F.cross_entropy(there.view(-1, V), moved(labels).cuda())
     expected = F.cross_entropy(F.linear(*tensors).view(-1, V), moved(labels))
     torch.testing.assert_close(loss.cpu(), expected)
     found, truth = torch.autograd.grad(loss, tensors), torch.autograd.grad(expected, tensors)
     for mine, theirs in zip(found, truth, strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert loss.is_cuda and seam.materialized == 0
+    assert loss.is_cuda and state.materialized == 0
     torch.testing.assert_close(there.dense().cpu(), F.linear(*tensors))

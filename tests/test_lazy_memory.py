@@ -168,9 +168,9 @@ def test_a_few_rows_are_read_without_the_others():
     x = LazyLogits.of(hidden, Head(weight))
     last = x[:, -1]
     torch.testing.assert_close(last.softmax(-1), (hidden[:, -1] @ weight.T).softmax(-1))
-    assert not x.is_dense and x.seam.materialized == 1
+    assert not x.is_dense and x.state.materialized == 1
     last.topk(2)
-    assert x.seam.materialized == 1, "they are kept"
+    assert x.state.materialized == 1, "they are kept"
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight"])

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from hf_xent import ln_free
 from hf_xent.ln_free import Schedule
 from hf_xent.ln_free.norms import fake_norms
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer, XentTrainer
 from hf_xent.trainers.ln_recipes import RECIPES
 from hf_xent.trainers.ln_removal import sigma_term, spread_term
@@ -400,7 +400,7 @@ def test_training_removes_all_norms_on_schedule(tmp_path, rows, name):
     assert left == [7 - len(due.due(step)) for step in range(12)] and left[-1] == 0
     assert all(entry["loss_sigma"] > 0 for entry in trainer.state.log_history if "loss" in entry)
     assert all(0 < loss < 10 for loss in losses_of(trainer))
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
     model = trainer.model.eval()
     assert ln_free.is_ln_free(model)
     error, _ = ln_free.parity(model, ln_free.to_true(model))

@@ -230,7 +230,7 @@ def test_analysis_leaves_the_model_as_it_was():
     analyze(model, blocks())  # attention hooks that transformers itself leaves on a model are there from now on
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     analyze(model, blocks())
-    assert model.training and model.config._attn_implementation == "sdpa" and hf_xent.patching.seam_of(model)
+    assert model.training and model.config._attn_implementation == "sdpa" and hf_xent.patching.patch_state(model)
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     with pytest.raises(ValueError, match=r"blocks is \[4\]"):
         analyze(model, blocks()[0, :4])
@@ -240,9 +240,11 @@ def test_analysis_of_an_adapted_model_keeps_the_users_patch():
     config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
     model = peft.get_peft_model(tiny("gpt2"), config)
     found = analyze(model, blocks())
-    seam = hf_xent.seam_of(hf_xent.patch(model, "focal"))
+    state = hf_xent.patching.patch_state(hf_xent.patch(model, "focal"))
     assert analyze(model, blocks()) == found
-    assert hf_xent.seam_of(model) is seam and seam.streamed == 0 and model.loss_function.loss.gamma == 2.0
+    assert (
+        hf_xent.patching.patch_state(model) is state and state.streamed == 0 and model.loss_function.loss.gamma == 2.0
+    )
 
 
 @pytest.mark.parametrize("targets", [["o_proj"], ["down_proj"], ["q_proj", "lm_head"], "all-linear"])

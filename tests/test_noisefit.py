@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 
 from hf_xent.ops import Head
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
 from hf_xent.trainers.noise import layers_of, noise_scale, strengths
 from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
@@ -181,7 +181,7 @@ def test_three_steps_equal_a_dense_reference(tmp_path, rows, options):
         for each in (optimizer, trainer.optimizer):
             each.step()
             each.zero_grad()
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
 
 
 def test_without_noise_only_weighted_cross_entropy_is_left(tmp_path, rows):
@@ -315,7 +315,7 @@ def test_adapters_low_precision_and_tuples_of_outputs(tmp_path, rows, kind):
         model = tiny(std=0.05, dtype=torch.bfloat16) if kind == "bfloat16" else tiny("gpt2", std=0.05)
     trainer = fit(tmp_path, rows, model=model, noise_std=1.0, num_noise_layers=1)
     assert all(0 < loss < 10 for loss in losses_of(trainer)) and len(losses_of(trainer)) == 3
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
 
 
 def test_layers_are_chosen_by_their_signal_to_noise_ratio(tmp_path, rows):

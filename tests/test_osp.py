@@ -8,7 +8,7 @@ import torch
 from hf_xent.data import Format
 from hf_xent.generation.judging import ModelJudge, both_orders, strength
 from hf_xent.generation.sampling import responses
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import OSPConfig, OSPTrainer, SPCEConfig, SPCETrainer
 from support.models import tiny, tiny_tokenizer
 from support.ranks import run_ranks
@@ -117,7 +117,7 @@ def test_whose_judgment_it_is(tmp_path, adapter):
         made = trainer.pairs(1)
         expected = both_orders(judge, list(made), made["chosen"], made["baseline"]).p
         gaps[whose] = (torch.tensor(made["chosen_score"], dtype=torch.float64) - expected).abs().max()
-        assert seam_of(trainer.model).materialized == 0
+        assert patch_state(trainer.model).materialized == 0
     assert gaps["reference"] < 1e-6 < 1e-3 < gaps["policy"]
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 import hf_xent
 from hf_xent.losses import EISL, CrossEntropy, Focal
 from hf_xent.ops import Head, Shard, map_logits, vocab_loss, vocab_stats
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from support.models import V, assert_same_gradients, batch, gradients, tiny
 from support.oracle import Polynomial, assert_close_at_scale
 from support.ranks import run_ranks
@@ -181,8 +181,8 @@ def tensor_parallel(rank, cases):
         hf_xent.patch(model, loss)
         out = model(input_ids=ids, labels=labels)
         out.loss.backward()
-        seam = seam_of(model)
-        counts = (seam.streamed, seam.materialized)
+        state = patch_state(model)
+        counts = (state.streamed, state.materialized)
         found_grads = gradients(model)
         if loss is None:  # the same objective, sharded the same way
             assert_same_gradients(whole(found_grads), whole(stock_grads))

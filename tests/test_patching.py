@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 import hf_xent
-from hf_xent.lazy import LazyLogits, next_token_labels
+from hf_xent.lazy import LazyLogits, PatchState, next_token_labels
 from hf_xent.lazy.tensor import ANSWERS, Recipe
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.patching import compare, lazily, patch, patched, seam_of, unpatch
+from hf_xent.patching import compare, lazily, patch, patch_state, patched, unpatch
 from support.models import CONFIGS, SETTINGS, V, assert_same_gradients, batch, checkpointing, gradients, tiny
 
 
@@ -34,18 +34,18 @@ def both_ways(model, **inputs):
     stock, stock_grads = run(model, **inputs)
     patch(model)
     ours, our_grads = run(model, **inputs)
-    seam = seam_of(model)
+    state = patch_state(model)
     unpatch(model)
     torch.testing.assert_close(ours.loss, stock.loss)
     assert_same_gradients(our_grads, stock_grads)
-    return ours, stock, seam
+    return ours, stock, state
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_every_gradient_equal_stock(name):
     ids, labels = batch()
-    ours, stock, seam = both_ways(tiny(name), input_ids=ids, labels=labels)
-    assert isinstance(ours.logits, LazyLogits) and (seam.streamed, seam.materialized) == (1, 0)
+    ours, stock, state = both_ways(tiny(name), input_ids=ids, labels=labels)
+    assert isinstance(ours.logits, LazyLogits) and (state.streamed, state.materialized) == (1, 0)
     torch.testing.assert_close(ours.logits.dense(), stock.logits, rtol=1e-4, atol=1e-5)
     if name in SETTINGS:
         field, value = SETTINGS[name]
@@ -71,7 +71,7 @@ def test_logits_to_keep_and_tuples():
     patch(model)
     torch.testing.assert_close(model(input_ids=ids, labels=labels, return_dict=False)[0], expected)
     torch.testing.assert_close(model(ids, None, None, None, None, labels).loss, expected)
-    assert seam_of(model).streamed == 2, "labels given by position wake the head too"
+    assert patch_state(model).streamed == 2, "labels given by position make the head lazy too"
 
 
 def test_moe_auxiliary_loss_is_added():
@@ -103,7 +103,7 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         stock = model(input_ids=ids, labels=labels)
         loss = patch(model)(input_ids=ids, labels=labels).loss
-    assert seam_of(model).streamed == 1
+    assert patch_state(model).streamed == 1
     assert abs(loss - exact.loss) <= 2 * abs(stock.loss - exact.loss) + 1e-5
     stock.loss.backward()
     stock_grads = gradients(model)
@@ -133,7 +133,7 @@ def test_generation_and_calls_without_labels_are_stock():
     assert type(model(input_ids=ids).logits) is torch.Tensor
     torch.testing.assert_close(model(input_ids=ids).logits, stock, rtol=0, atol=0)
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0), greedy)
-    assert seam_of(model).streamed == 0
+    assert patch_state(model).streamed == 0
 
 
 def test_always_streams_a_loss_computed_outside():
@@ -141,7 +141,7 @@ def test_always_streams_a_loss_computed_outside():
     expected = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     logits = patch(model, always=True)(input_ids=ids).logits
     torch.testing.assert_close(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), expected)
-    assert seam_of(model).materialized == 0
+    assert patch_state(model).materialized == 0
 
 
 def test_unpatch_leaves_no_trace():
@@ -193,7 +193,7 @@ def test_pickled_and_saved(tmp_path):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     torch.testing.assert_close(loaded(input_ids=ids, labels=labels).loss, loss)
-    assert seam_of(loaded).streamed == 2
+    assert patch_state(loaded).streamed == 2
     model.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(stock(input_ids=ids, labels=labels).loss, loss)
@@ -212,7 +212,7 @@ def test_other_losses_go_through_the_models_own_setter():
         )
         out = model(input_ids=ids, labels=labels, num_items_in_batch=40)
         torch.testing.assert_close(out.loss.double(), expected.sum() / 40, rtol=1e-5, atol=1e-6)
-    assert seam_of(model).materialized == 0
+    assert patch_state(model).materialized == 0
     patch(model, loss="cross_entropy")
     torch.testing.assert_close(
         model(input_ids=ids, labels=labels).loss.double(), F.cross_entropy(logits, targets), rtol=1e-5, atol=1e-6
@@ -243,7 +243,7 @@ def test_a_bypassed_loss_is_an_error():
     torch.manual_seed(0)
     model, (ids, labels) = OwnLoss(CONFIGS["llama"]()), batch()
     patch(model)
-    assert model(ids, labels=labels)[0] > 0 and seam_of(model).streamed == 1, (
+    assert model(ids, labels=labels)[0] > 0 and patch_state(model).streamed == 1, (
         "cross-entropy streams wherever it is written"
     )
     patch(model, loss=Focal())
@@ -257,7 +257,7 @@ def test_compiled_models_run_dense_and_say_so():
     expected = model(input_ids=ids, labels=labels).loss
     compiled = torch.compile(patch(model), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=ids, labels=labels).loss, expected)
-    assert seam_of(compiled).streamed == 0 and "torch.compile" in seam_of(compiled).reason
+    assert patch_state(compiled).streamed == 0 and "torch.compile" in patch_state(compiled).reason
 
 
 def test_another_loss_of_a_traced_model_is_an_error_that_names_the_option():
@@ -277,7 +277,7 @@ def test_the_forward_past_the_hooks_streams_too():
         torch.testing.assert_close(out.loss, expected.loss)
         out.loss.backward()
         assert_same_gradients(gradients(model), stock)
-        assert (seam_of(model).streamed, seam_of(model).bypassed) == (1, 0)
+        assert (patch_state(model).streamed, patch_state(model).bypassed) == (1, 0)
     assert inspect.signature(model.forward) == signature
     torch.testing.assert_close(model.forward(input_ids=ids).logits, dense, rtol=0, atol=0)
     clone = copy.deepcopy(model)
@@ -292,7 +292,7 @@ def test_a_head_called_on_its_own_is_counted():
     model, (ids, _) = patch(tiny()), batch()
     hidden = model.model(input_ids=ids).last_hidden_state
     assert type(model.lm_head(hidden)) is torch.Tensor
-    assert seam_of(model).bypassed == 1 and "outside of a call" in seam_of(model).reason
+    assert patch_state(model).bypassed == 1 and "outside of a call" in patch_state(model).reason
     with lazily(model):
         assert type(model.lm_head(hidden)) is LazyLogits
 
@@ -301,13 +301,13 @@ def test_training_without_labels_is_counted_as_bypassed():
     model, (ids, labels) = patch(tiny()).train(), batch()
     model(input_ids=ids, labels=labels)
     model(input_ids=ids)
-    seam = seam_of(model)
-    assert (seam.streamed, seam.bypassed) == (1, 1) and "always=True" in seam.reason
+    state = patch_state(model)
+    assert (state.streamed, state.bypassed) == (1, 1) and "always=True" in state.reason
     with torch.no_grad():
         model(input_ids=ids)
     with lazily(model):
         model(input_ids=ids)
-    assert seam.bypassed == 1
+    assert state.bypassed == 1
 
 
 def test_an_interrupted_call_leaves_nothing_behind():
@@ -376,9 +376,9 @@ def test_replicas_in_threads_have_their_own_calls(loss, past_hooks):
     torch.testing.assert_close(total, out.loss)
     total.backward()
     assert_same_gradients(gradients(model), expected)
-    seam = seam_of(model)
-    assert (seam.streamed, seam.materialized, seam.bypassed) == (3, 0, 0)
-    assert seam.sums[False]["tokens"] == 2 * (labels[:, 1:] != -100).sum()
+    state = patch_state(model)
+    assert (state.streamed, state.materialized, state.bypassed) == (3, 0, 0)
+    assert state.sums[False]["tokens"] == 2 * (labels[:, 1:] != -100).sum()
     assert model.lm_head.__dict__["forward"].linear is model.lm_head
     unpatch(model)
     assert "forward" not in model.lm_head.__dict__ and "forward" not in model.__dict__
@@ -404,7 +404,7 @@ def test_data_parallel():
     torch.testing.assert_close(loss, expected.loss)
     loss.backward()
     assert_same_gradients(gradients(model), stock)
-    assert seam_of(model).streamed == 3
+    assert patch_state(model).streamed == 3
 
 
 def test_patched_for_the_occasion_restores_what_was_there():
@@ -414,17 +414,17 @@ def test_patched_for_the_occasion_restores_what_was_there():
         assert same is model and isinstance(model(input_ids=ids).logits, LazyLogits)
     assert (model.__dict__.keys(), model.lm_head.__dict__.keys()) == tuple(place.keys() for place in places)
     patch(model, Focal(gamma=3.0), observe=("entropy",), memory_budget=12345)
-    loss, objective, seam = model(input_ids=ids, labels=labels).loss, model.loss_function, seam_of(model)
-    before = replace(seam, sums=dict(seam.sums))
+    loss, objective, state = model(input_ids=ids, labels=labels).loss, model.loss_function, patch_state(model)
+    before = replace(state, sums=dict(state.sums))
     with pytest.raises(ZeroDivisionError), patched(model):
-        assert seam_of(model) is not seam and seam_of(model).options["memory_budget"] == 12345
+        assert patch_state(model) is not state and patch_state(model).options["memory_budget"] == 12345
         assert model(input_ids=ids, labels=labels).loss != loss, "its own cross-entropy"
         raise ZeroDivisionError
     with pytest.raises(ValueError, match="nonesuch"), patched(model, "nonesuch"):
         pass
     assert compare(model).equal
-    assert seam_of(model) is seam and seam == before and model.loss_function is objective
-    assert model(input_ids=ids, labels=labels).loss == loss and seam.streamed == before.streamed + 1
+    assert patch_state(model) is state and state == before and model.loss_function is objective
+    assert model(input_ids=ids, labels=labels).loss == loss and state.streamed == before.streamed + 1
     assert unpatch(model).__dict__.keys() == places[0].keys()
 
 
@@ -459,14 +459,14 @@ def test_refusals_name_the_model_and_the_remedy():
     with pytest.raises(ValueError, match="compares with a teacher"):
         patch(tiny(), loss="forward_kl")
     with pytest.raises(ValueError, match=r"not patched: call hf_xent.patch"):
-        seam_of(tiny())
+        patch_state(tiny())
 
 
 def test_a_refused_patch_leaves_the_earlier_one():
     model = patch(tiny(), loss=Focal())
     with pytest.raises(ValueError, match="nonesuch"):
         patch(model, loss="nonesuch")
-    assert isinstance(model.loss_function.loss, Focal) and seam_of(model).streamed == 0
+    assert isinstance(model.loss_function.loss, Focal) and patch_state(model).streamed == 0
 
 
 def test_nan_weights_give_a_nan_loss():
@@ -491,7 +491,7 @@ def test_compare_reports_and_leaves_the_model_alone():
 
 
 def test_verify_refuses_a_model_that_differs(monkeypatch):
-    """Doctored at the seam itself: the streamed loss is off by one per mille."""
+    """Doctored where the loss is streamed: the streamed loss is off by one per mille."""
     real = CrossEntropy.of
     monkeypatch.setattr(CrossEntropy, "of", lambda self, stats: real(self, stats) * 1.001)
     model = tiny()
@@ -509,7 +509,7 @@ def scaled_after_the_head(patch, model):
 
 def without_bias(patch, model):
     real = LazyLogits.of
-    patch.setattr(LazyLogits, "of", staticmethod(lambda h, raw, seam: real(h, replace(raw, bias=None), seam)))
+    patch.setattr(LazyLogits, "of", staticmethod(lambda h, raw, state: real(h, replace(raw, bias=None), state)))
 
 
 def another_softcap(patch, model):
@@ -591,7 +591,7 @@ def test_tail_reaches_the_gradient_and_leaves_loss_and_proof_alone():
     size = torch.cat([x.flatten() for x in stock]).norm()
     off = torch.cat([(x - y).flatten() for x, y in zip(found, stock, strict=True)]).norm()
     assert 1e-4 * size < off < 0.3 * size
-    assert hf_xent.compare(model).equal and seam_of(model).tail == 0.3
+    assert hf_xent.compare(model).equal and patch_state(model).tail == 0.3
     assert model(input_ids=ids, labels=labels).loss == loss
 
 
@@ -643,7 +643,7 @@ def test_torch_func_of_a_patched_model_is_that_of_the_stock_model(transform):
 
         found.append(transform(loss, parameters))
     torch.testing.assert_close(*found)
-    assert seam_of(model).bypassed and "torch.func" in seam_of(model).reason
+    assert patch_state(model).bypassed and "torch.func" in patch_state(model).reason
 
 
 def test_full_backward_hooks_of_the_head():
@@ -679,3 +679,20 @@ def test_logits_read_after_a_fused_optimizers_step_are_an_error():
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"weight was modified in place.*optimizer\.step"):
         out.logits.argmax(-1)
+
+
+def test_earlier_names_of_the_state_still_work():
+    """`Seam`, `seam_of` and `LazyLogits.seam`: the same objects, and a warning that names the new one."""
+    model, (ids, labels) = patch(tiny(), observe=("entropy",), tail=0.25, memory_budget=12345), batch()
+    state, logits = patch_state(model), model(input_ids=ids, labels=labels).logits
+    assert hf_xent.Seam is hf_xent.lazy.Seam is PatchState and isinstance(state, hf_xent.Seam)
+    for earlier in (hf_xent.seam_of, hf_xent.patching.seam_of):
+        with pytest.warns(DeprecationWarning, match=r"hf_xent\.patching\.patch_state"):
+            assert earlier(model) is state
+    with pytest.warns(DeprecationWarning, match=r"LazyLogits\.state"):
+        assert logits.seam is state is logits.state
+    assert (state.observe, state.tail, state.training) == (("entropy",), 0.25, False)
+    assert state.options == {"impl": None, "memory_budget": 12345}
+    assert (state.streamed, state.materialized, state.bypassed, state.reason, state.why_dense) == (1, 0, 0, "", "")
+    count = (labels[:, 1:] != -100).sum()
+    assert state.sums[False]["tokens"] == count == state.take(training=False)["tokens"] and not state.sums

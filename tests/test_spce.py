@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_xent.patching import patch, seam_of
+from hf_xent.patching import patch, patch_state
 from hf_xent.trainers import SPCEConfig, SPCETrainer
 from hf_xent.trainers.spce import COLUMNS, REFERENCE, scores_of
 from support.models import V, assert_same_gradients, gradients, tiny, tiny_tokenizer
@@ -61,7 +61,7 @@ def test_p_of_one_is_dpo_step_for_step(setting, saved, tmp_path):
         ours = fit(*SPCE, tmp_path / "spce", saved, rows, **options)
         for mine, theirs in zip(logged(ours, *names), logged(stock, *names), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-        assert seam_of(ours.model).materialized == 0 < seam_of(ours.model).streamed
+        assert patch_state(ours.model).materialized == 0 < patch_state(ours.model).streamed
     assert logged(stock)[-1][0] != pytest.approx(logged(stock)[0][0], rel=2e-3), "nothing learned, nothing compared"
 
 
@@ -229,7 +229,7 @@ def test_no_logits_and_no_kernel_of_trl(setting, tmp_path, monkeypatch):
         trainer.compute_loss(trainer.model, inputs).backward()
     assert 0 < largest.numel < logits / 5
     for model in filter(None, (trainer.model, trainer.ref_model)):
-        assert seam_of(model).streamed >= 1 and seam_of(model).materialized == 0
+        assert patch_state(model).streamed >= 1 and patch_state(model).materialized == 0
 
 
 def test_copies_of_the_model_run_their_own_weights(saved, tmp_path):

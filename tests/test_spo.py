@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import SPO, SPCEConfig, SPCETrainer, SPOConfig, SPOOptions, SPOTrainer
 from hf_xent.trainers.variants import Variants
 from support.models import assert_same_gradients, gradients, tiny, tiny_tokenizer
@@ -219,7 +219,7 @@ def test_the_degree_loss_and_its_gradients_are_those_of_the_formula(kind, poolin
     dense = gradients(model)
     added = {name: g + dense.get(name, 0) for name, g in stock.items() if "degree_head" not in name}
     assert_same_gradients(mine, added, rtol=1e-4)
-    assert seam_of(trainer.model).materialized == 0
+    assert patch_state(trainer.model).materialized == 0
 
 
 KINDS = {

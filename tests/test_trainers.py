@@ -17,7 +17,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 import hf_xent
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.patching import seam_of
+from hf_xent.patching import patch_state
 from hf_xent.trainers import (
     EMOConfig,
     EMOTrainer,
@@ -83,7 +83,7 @@ def test_equals_the_stock_trainer_step_by_step(tmp_path, rows):
     torch.testing.assert_close(losses_of(ours), losses_of(stock), rtol=1e-5, atol=0)
     for (name, mine), theirs in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    assert seam_of(ours.model).materialized == 0
+    assert patch_state(ours.model).materialized == 0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_logs_what_the_softmax_knew(tmp_path, rows):
     assert metrics["eval_mean_token_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
     nll = -logp.gather(-1, labels[:, None]).mean()
     assert metrics["eval_perplexity"] == pytest.approx(nll.exp().item(), rel=1e-5)
-    assert seam_of(model).materialized == 0
+    assert patch_state(model).materialized == 0
 
 
 def test_training_and_evaluation_sums_do_not_mix(tmp_path, rows):
@@ -144,7 +144,7 @@ def test_compute_metrics_still_sees_logits(tmp_path, rows):
 
     trainer = fit(tmp_path, rows, max_steps=1, compute_metrics=metrics)
     assert trainer.evaluate()["eval_vocabulary"] == V and seen["shape"][0] == len(rows)
-    assert seam_of(trainer.model).materialized > 0
+    assert patch_state(trainer.model).materialized > 0
     top = fit(
         tmp_path,
         rows,
@@ -153,14 +153,14 @@ def test_compute_metrics_still_sees_logits(tmp_path, rows):
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     assert top.evaluate()["eval_columns"] == 2
-    assert seam_of(top.model).materialized == 0, "an arg max is streamed"
+    assert patch_state(top.model).materialized == 0, "an arg max is streamed"
 
 
 def test_label_smoothing_factor_is_streamed(tmp_path, rows):
     ours = fit(tmp_path, rows, label_smoothing_factor=0.1)
     stock = fit(tmp_path, rows, kind=Trainer, label_smoothing_factor=0.1)
     torch.testing.assert_close(losses_of(ours), losses_of(stock), rtol=1e-4, atol=0)
-    assert ours.objective == CrossEntropy(label_smoothing=0.1) and seam_of(ours.model).materialized == 0
+    assert ours.objective == CrossEntropy(label_smoothing=0.1) and patch_state(ours.model).materialized == 0
 
 
 def test_loss_by_name_options_and_object(tmp_path, rows):
@@ -201,7 +201,7 @@ def test_bfloat16_and_saved_model(tmp_path, rows):
 
 def test_tail_reaches_the_model(tmp_path, rows):
     trainer = fit(tmp_path / "tail", rows, tail=0.2)
-    assert seam_of(trainer.model).tail == 0.2
+    assert patch_state(trainer.model).tail == 0.2
     assert losses_of(trainer) == pytest.approx(losses_of(fit(tmp_path / "exact", rows)), rel=0.05)
 
 
@@ -286,7 +286,7 @@ def test_a_loss_of_the_users_gets_lazy_logits(tmp_path, rows):
     ours = fit(tmp_path, rows, compute_loss_func=smoothed)
     stock = fit(tmp_path, rows, kind=Trainer, compute_loss_func=smoothed)
     torch.testing.assert_close(losses_of(ours), losses_of(stock), rtol=1e-5, atol=0)
-    assert seam_of(ours.model).materialized == 0
+    assert patch_state(ours.model).materialized == 0
     expected = dense_perplexity(ours.model, rows)
     assert ours.evaluate()["eval_perplexity"] == pytest.approx(expected, rel=1e-5), "of the labels, without smoothing"
 
@@ -335,7 +335,7 @@ def test_the_configuration_of_another_trainer_is_refused(name, tmp_path, rows):
         ):
             kind(model, args=config, train_dataset=rows)
     with pytest.raises(ValueError, match="is not patched"):
-        seam_of(model)
+        patch_state(model)
 
 
 @dataclass

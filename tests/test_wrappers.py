@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from hf_xent import PatchCallback
 from hf_xent.lazy import LazyLogits
-from hf_xent.patching import compare, patch, patched, seam_of, unpatch
+from hf_xent.patching import compare, patch, patch_state, patched, unpatch
 from support.models import V, add_adapter, assert_same_gradients, batch, checkpointing, gradients, tiny
 from support.oracle import Largest
 
@@ -129,16 +129,16 @@ def both_ways(model, **inputs):
     ours, our_grads = run(patch(model), **inputs)
     torch.testing.assert_close(ours.loss, stock.loss)
     assert_same_gradients(our_grads, stock_grads)
-    return ours, seam_of(model)
+    return ours, patch_state(model)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_loss_and_gradients_equal_stock(name):
     build, materialized = WRAPPERS[name]
     ids, labels = batch()
-    _, seam = both_ways(build(), input_ids=ids, labels=labels)
+    _, state = both_ways(build(), input_ids=ids, labels=labels)
     if materialized is not None:
-        assert (seam.streamed, seam.materialized) == (int(not materialized), materialized)
+        assert (state.streamed, state.materialized) == (int(not materialized), materialized)
 
 
 BYPASSED = {  # adapters that multiply by the head's weight themselves
@@ -152,8 +152,8 @@ BYPASSED = {  # adapters that multiply by the head's weight themselves
 @pytest.mark.parametrize("name", BYPASSED)
 def test_a_bypassed_head_is_said_to_be(name):
     model, (ids, labels) = BYPASSED[name](), batch()
-    _, seam = both_ways(model, input_ids=ids, labels=labels)
-    assert (seam.streamed, seam.bypassed) == (0, 1) and "adapter on the head multiplies by itself" in seam.reason
+    _, state = both_ways(model, input_ids=ids, labels=labels)
+    assert (state.streamed, state.bypassed) == (0, 1) and "adapter on the head multiplies by itself" in state.reason
     found = compare(model)
     assert found.equal and not found.lean and "nothing was streamed" in found.way
     patch(model, loss="focal")
@@ -169,7 +169,7 @@ def test_wrappers_that_call_past_the_hooks_are_left_as_they_were(build):
     patch(model, loss="focal")
     ids, labels = batch()
     model(input_ids=ids, labels=labels)
-    assert (seam_of(model).streamed, seam_of(model).bypassed) == (1, 0)
+    assert (patch_state(model).streamed, patch_state(model).bypassed) == (1, 0)
     unpatch(model)
     assert (wrapper.__dict__.keys(), inner.__dict__.keys()) == tuple(places.keys() for places in before)
     assert wrapper.forward == before[0].get("forward", wrapper.forward)
@@ -177,11 +177,11 @@ def test_wrappers_that_call_past_the_hooks_are_left_as_they_were(build):
 
 def test_the_users_patch_survives_an_occasion_within_wrappers():
     model = patch(lora("q_proj"), loss="focal")
-    seam, objective = seam_of(model), model.loss_function
+    state, objective = patch_state(model), model.loss_function
     with patched(model, always=True):
         assert type(model(input_ids=batch()[0]).logits) is LazyLogits
     compare(model)
-    assert seam_of(model) is seam and model.loss_function is objective and seam.streamed == 0
+    assert patch_state(model) is state and model.loss_function is objective and state.streamed == 0
 
 
 @pytest.mark.parametrize("patched_first", [False, True])
@@ -198,7 +198,7 @@ def test_adapters_may_come_before_or_after_the_patch(patched_first):
     out, found = run(model, input_ids=ids, labels=labels)
     torch.testing.assert_close(out.loss, expected.loss)
     assert_same_gradients(found, grads)
-    assert (seam_of(model).streamed, seam_of(model).materialized) == (1, 0)
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
 
 
 def test_adapters_switched_off_merged_and_unloaded():
@@ -214,8 +214,8 @@ def test_adapters_switched_off_merged_and_unloaded():
     model.unmerge_adapter()
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids, labels=labels).loss, tuned)
-    seam = seam_of(merged)
-    assert (seam.streamed, seam.materialized) == (4, 0)
+    state = patch_state(merged)
+    assert (state.streamed, state.materialized) == (4, 0)
     unpatch(merged)
     assert "forward" not in merged.lm_head.__dict__
 
@@ -227,7 +227,7 @@ def test_lora_on_the_head_in_bfloat16_is_no_worse_than_stock():
     model = lora("q_proj", "lm_head").to(torch.bfloat16)
     stock, stock_grads = run(model, input_ids=ids, labels=labels)
     ours, our_grads = run(patch(model), input_ids=ids, labels=labels)
-    assert seam_of(model).materialized == 0
+    assert patch_state(model).materialized == 0
     assert abs(ours.loss - truth.loss) <= 2 * abs(stock.loss - truth.loss) + 1e-3
     for name, g in truth_grads.items():
         assert (our_grads[name].float() - g).norm() <= 2 * (stock_grads[name].float() - g).norm() + 1e-5
@@ -249,7 +249,7 @@ def test_autocast(name):
 
     stock, stock_grads = mixed(model)
     ours, our_grads = mixed(patch(model))
-    assert seam_of(model).materialized == 0
+    assert patch_state(model).materialized == 0
     assert abs(ours - truth.loss) <= 2 * abs(stock - truth.loss) + 1e-3
     for name, g in truth_grads.items():
         assert our_grads[name].dtype == g.dtype
@@ -265,8 +265,8 @@ def test_a_quantized_base_streams_and_a_quantized_head_is_refused(tmp_path):
     load = lambda config: AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")  # noqa: E731
     model = peft.get_peft_model(load(four_bits), peft.LoraConfig(target_modules=["q_proj", "lm_head"], **LORA))
     assert "4bit" in type(model.base_model.model.model.layers[0].mlp.up_proj).__name__
-    _, seam = both_ways(model.eval(), input_ids=ids, labels=labels)
-    assert (seam.streamed, seam.materialized) == (1, 0)
+    _, state = both_ways(model.eval(), input_ids=ids, labels=labels)
+    assert (state.streamed, state.materialized) == (1, 0)
     four_bits.llm_int8_skip_modules = ["q_proj"]  # the head is then no longer spared
     with pytest.raises(ValueError, match="head is a Linear4bit: only plain"):
         patch(load(four_bits))
@@ -309,7 +309,7 @@ def test_views_and_hooks_of_wrappers_stream():
     ours = F.cross_entropy(viewed[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(ours, loss)
     ours.backward()
-    assert seam_of(model).materialized == 0 and not calls
+    assert patch_state(model).materialized == 0 and not calls
 
 
 def test_device_map_after_the_patch():
@@ -319,7 +319,7 @@ def test_device_map_after_the_patch():
     out, found = run(model, input_ids=ids, labels=labels)
     torch.testing.assert_close(out.loss, expected.loss)
     assert_same_gradients(found, grads)
-    assert seam_of(model).streamed == 1
+    assert patch_state(model).streamed == 1
     unpatch(model)
     assert type(model(input_ids=ids, labels=labels).logits) is torch.Tensor
     assert type(patch(model)(input_ids=ids, labels=labels).logits) is LazyLogits
@@ -334,7 +334,7 @@ def test_a_head_offloaded_to_disk_is_computed_at_once(tmp_path):
     patch(model)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
-    assert seam_of(model).streamed == 0
+    assert patch_state(model).streamed == 0
 
 
 def test_copies_and_pickles_of_adapters_use_their_own_weights():
@@ -346,10 +346,10 @@ def test_copies_and_pickles_of_adapters_use_their_own_weights():
             parameter.zero_()
     torch.testing.assert_close(clone(input_ids=ids, labels=labels).loss, torch.tensor(V).log())
     torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, loss)
-    assert (seam_of(clone).streamed, seam_of(model).streamed) == (2, 2)
+    assert (patch_state(clone).streamed, patch_state(model).streamed) == (2, 2)
     loaded = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(loaded(input_ids=ids, labels=labels).loss, loss)
-    assert seam_of(loaded).materialized == 0
+    assert patch_state(loaded).materialized == 0
 
 
 def test_saved_checkpoints_are_the_stock_ones(tmp_path):
@@ -397,7 +397,7 @@ def test_generation(name, options):
 
     expected = generate()
     patch(model)
-    assert torch.equal(generate(), expected) and seam_of(model).streamed == 0
+    assert torch.equal(generate(), expected) and patch_state(model).streamed == 0
 
 
 def test_packed_sequences():
@@ -409,8 +409,8 @@ def test_packed_sequences():
         "position_ids": torch.arange(ids.shape[1]).repeat(2)[None],
         "use_cache": False,  # with a cache transformers does not look for packed rows
     }
-    ours, seam = both_ways(tiny(), **packed)
-    assert seam.materialized == 0
+    ours, state = both_ways(tiny(), **packed)
+    assert state.materialized == 0
     apart = [
         tiny()(input_ids=row[None], labels=y[None]).loss * (y[1:] != -100).sum()
         for row, y in zip(ids, labels, strict=True)
@@ -460,11 +460,11 @@ def test_trainer_with_metrics(preprocess, smoothing, tmp_path):
     ours = evaluate(model)
     assert ours[0] == pytest.approx(stock[0], rel=1e-5)
     assert ours[1:] == pytest.approx(stock[1:], rel=1e-5)
-    seam = seam_of(model)
+    state = patch_state(model)
     if smoothing:  # Trainer's label smoother takes whole rows of log-probabilities
-        assert seam.materialized == 0, "the smoother calls the model without labels"
+        assert state.materialized == 0, "the smoother calls the model without labels"
     else:  # argmax streams; without it the logits of three evaluation batches are gathered
-        assert seam.materialized == (0 if preprocess else 3)
+        assert state.materialized == (0 if preprocess else 3)
 
 
 def trained(model, tmp_path, callback, **options):
@@ -481,10 +481,10 @@ def trained(model, tmp_path, callback, **options):
 
 def test_the_callback_puts_the_users_patch_back(tmp_path):
     model = patch(tiny(), loss="focal")
-    seam, objective = seam_of(model), model.loss_function
+    state, objective = patch_state(model), model.loss_function
     found = trained(model, tmp_path, PatchCallback())
     assert found == pytest.approx(trained(tiny(), tmp_path, PatchCallback()), rel=1e-5), "cross-entropy, as asked for"
-    assert seam_of(model) is seam and model.loss_function is objective and seam.streamed == 0
+    assert patch_state(model) is state and model.loss_function is objective and state.streamed == 0
 
 
 @pytest.mark.filterwarnings("default:PatchCallback")
@@ -504,8 +504,8 @@ def test_the_callback_says_that_it_had_no_effect(tmp_path):
 def test_the_loaded_model_of_a_saved_directory(tmp_path):
     patch(tiny("gemma2 softcap")).save_pretrained(tmp_path)
     ids, labels = batch()
-    _, seam = both_ways(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), input_ids=ids, labels=labels)
-    assert seam.materialized == 0 and isinstance(seam.streamed, int)
+    _, state = both_ways(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), input_ids=ids, labels=labels)
+    assert state.materialized == 0 and isinstance(state.streamed, int)
 
 
 def test_logits_stay_lazy_until_touched():

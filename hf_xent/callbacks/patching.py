@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..losses.base import Loss
-from ..patching import patched, seam_of
+from ..patching import patch_state, patched
 
 
 class PatchCallback(TrainerCallback):
@@ -35,7 +35,7 @@ class PatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was."""
-        seam = seam_of(kwargs["model"])
-        if seam.why_dense:
-            warnings.warn(f"PatchCallback had no effect: {seam.why_dense}", stacklevel=2)
+        reason = patch_state(kwargs["model"]).why_dense
+        if reason:
+            warnings.warn(f"PatchCallback had no effect: {reason}", stacklevel=2)
         self._training.close()

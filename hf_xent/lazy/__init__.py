@@ -18,7 +18,7 @@ value through `__torch_dispatch__` and their gradients still reach hidden and th
 """
 
 from . import consumers, shapes  # noqa: F401  they register their answers
-from .seam import Seam, next_token_labels
+from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
 
-__all__ = ["LazyLogits", "Seam", "next_token_labels"]
+__all__ = ["LazyLogits", "PatchState", "Seam", "TokenSums", "next_token_labels"]

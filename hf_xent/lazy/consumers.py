@@ -47,11 +47,11 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         reduction=reduction,
         token_weight=token_weight,
         ignore_index=ignore_index,
-        observe=x.seam.observe,
-        tail=x.seam.tail,
-        **x.seam.options,
+        observe=x.state.observe,
+        tail=x.state.tail,
+        **x.state.options,
     )
-    x.seam.record(stats)
+    x.state.record(stats)
     return loss.to(x.device, x.dtype)
 
 
@@ -113,8 +113,8 @@ def _is_last(x: LazyLogits, dim: Any) -> bool:
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:
     if labels is None:
         labels = torch.zeros(x.shape[:-1], dtype=torch.int64)
-    x.seam.streamed += 1
-    labels, options = labels.to(x.hidden.device), x.seam.options
+    x.state.streamed += 1
+    labels, options = labels.to(x.hidden.device), x.state.options
     return vocab_stats(x.hidden, x.head, labels, outputs=outputs, ignore_index=-(2**31), **options).to(x.device)
 
 

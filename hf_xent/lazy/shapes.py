@@ -21,7 +21,7 @@ from .tensor import LazyLogits, is_view, make, shadow
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor that differs in some operands: a copy, unless a `parent` says what it is a view of."""
-    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "seam": x.seam}
+    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "state": x.state}
     same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
     layout = torch.empty_like(shadow(x)) if same_shape else None  # as torch lays out what is made of x
     return make(**{**now, "reads": x.reads, "operands": x.operands, "layout": layout, **changes})

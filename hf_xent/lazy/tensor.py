@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..ops.higher import composed
 from .answers import ANSWERS
 from .graph import Connected, Recipe, Values, without_hooks
 from .operands import Operands, check, operands_of, version
-from .seam import Seam, next_token_labels
+from .state import PatchState, next_token_labels
 
 COMMUTATIVE = {torch.add, torch.mul, torch.multiply, *(getattr(torch.Tensor, name) for name in ("add", "mul"))}
 """Functions of two tensors that give the same in either order: a lazy tensor's answer is looked up by the first."""
@@ -29,7 +30,7 @@ class LazyLogits(torch.Tensor):
     hidden: Tensor  # [..., D]
     raw: Head  # without scale and softcap
     recipe: Recipe
-    seam: Seam
+    state: PatchState
     differentiable: bool  # whether its values have a graph
     parent: tuple[LazyLogits, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     made: Tensor | None  # the dense tensor, once something needed it
@@ -39,9 +40,9 @@ class LazyLogits(torch.Tensor):
     reads: set[int]  # ids of those that gave something differentiable of their own; all of a head's output share it
 
     @staticmethod
-    def of(hidden: Tensor, raw: Head, seam: Seam | None = None) -> LazyLogits:
+    def of(hidden: Tensor, raw: Head, state: PatchState | None = None) -> LazyLogits:
         """The lazy twin of `F.linear(hidden, raw.weight, raw.bias)`; the head has no scale and no softcap."""
-        return make(hidden, raw, Recipe(), hidden.dtype, hidden.device, seam or Seam())
+        return make(hidden, raw, Recipe(), hidden.dtype, hidden.device, state or PatchState())
 
     @property
     def head(self) -> Head:
@@ -52,6 +53,12 @@ class LazyLogits(torch.Tensor):
         self._check()
         self._read_apart(id(self.reads))
         return self.recipe.head(self.raw)
+
+    @property
+    def seam(self) -> PatchState:
+        """The earlier name of `state`."""
+        warnings.warn("LazyLogits.seam is now LazyLogits.state: use the new name", DeprecationWarning, stacklevel=2)
+        return self.state
 
     def _check(self) -> None:
         check(self.operands, unread=self.differentiable and not self.reads)
@@ -112,7 +119,7 @@ class LazyLogits(torch.Tensor):
 
     def _value(self) -> Tensor:
         self._check()
-        self.seam.materialized += 1
+        self.state.materialized += 1
         kind = self.hidden.device.type
         with torch.set_grad_enabled(self.differentiable), torch.autocast(kind, enabled=False), without_hooks():
             return self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
@@ -133,7 +140,7 @@ class LazyLogits(torch.Tensor):
             labels = next_token_labels(labels)
         asked: dict[str, Any] = {} if outputs is None else {"outputs": outputs}
         labels = labels.to(self.hidden.device)
-        return vocab_stats(self.hidden, self.head, labels, **asked, **self.seam.options).to(self.device)
+        return vocab_stats(self.hidden, self.head, labels, **asked, **self.state.options).to(self.device)
 
     def retain_grad(self) -> None:
         """Keep the gradient of these logits in `.grad`, as torch does; it makes them dense.
@@ -261,7 +268,7 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
     recipe: Recipe,
     dtype: torch.dtype,
     device: torch.device,
-    seam: Seam,
+    state: PatchState,
     *,
     parent: Any = None,
     layout: Tensor | None = None,
@@ -284,7 +291,7 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
     lazy.operands = operands_of(hidden, raw) if operands is None else operands
     if not lazy.differentiable:  # nor is what will be made of it, where gradients are wanted
         hidden, raw = hidden.detach(), raw.detach()
-    lazy.hidden, lazy.raw, lazy.recipe, lazy.seam = hidden, raw, recipe, seam
+    lazy.hidden, lazy.raw, lazy.recipe, lazy.state = hidden, raw, recipe, state
     lazy.reads = set() if reads is None else reads
     return lazy
 

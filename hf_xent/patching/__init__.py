@@ -2,7 +2,7 @@
 
 from .comparison import Comparison
 from .heads import inner_of
-from .patches import compare, ensure_patched, head_of, lazily, patch, patched, seam_of, unpatch, unpatched
+from .patches import compare, ensure_patched, head_of, lazily, patch, patch_state, patched, seam_of, unpatch, unpatched
 
 __all__ = [
     "Comparison",
@@ -12,6 +12,7 @@ __all__ = [
     "inner_of",
     "lazily",
     "patch",
+    "patch_state",
     "patched",
     "seam_of",
     "unpatch",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, Seam, next_token_labels
+from ..lazy import LazyLogits, PatchState, next_token_labels
 from ..losses.base import Loss
 from .trl import FusedCall
 
@@ -52,7 +52,7 @@ class Call:
         call = cls(model, patch, CALL.get())
         CALL.set(call)
         patch.install(model)
-        patch.seam.training = model.training
+        patch.state.training = model.training
         patch.take_over(model)
         given = _labels_given(model, args, kwargs)
         call.awake = given or patch.always > 0
@@ -78,9 +78,9 @@ class Call:
         CALL.set(call.outer)
         if output is None:
             return None
-        seam = call.patch.seam
+        state = call.patch.state
         if not call.lazy and (call.awake or (model.training and torch.is_grad_enabled())):
-            seam.bypass(call.reason or (_REPLACED if call.awake else _UNASKED))
+            state.bypass(call.reason or (_REPLACED if call.awake else _UNASKED))
         if call.fused is not None:
             return call.fused.answer(output)
         objective = _objective_of(model)
@@ -112,9 +112,9 @@ def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 class ModelLoss(nn.Module):
     """A `Loss` in place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
 
-    def __init__(self, loss: Loss, seam: Seam):
+    def __init__(self, loss: Loss, state: PatchState):
         super().__init__()
-        self.loss, self.seam = loss, seam
+        self.loss, self.state = loss, state
         self._shown = repr(loss)  # torch.compile cannot trace a dataclass's
 
     def forward(
@@ -143,11 +143,11 @@ class ModelLoss(nn.Module):
             targets.to(logits.hidden.device).reshape(logits.shape[:-1]),
             num_items=num_items_in_batch,
             ignore_index=ignore_index,
-            observe=self.seam.observe,
-            tail=self.seam.tail,
-            **self.seam.options,
+            observe=self.state.observe,
+            tail=self.state.tail,
+            **self.state.options,
         )
-        self.seam.record(stats)
+        self.state.record(stats)
         return loss
 
     @staticmethod

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..lazy import LazyLogits, Seam
+from ..lazy import LazyLogits, PatchState
 from ..models.contexts import evaluating
 from .heads import fleeting, inner_of, is_split, linears_of
 
@@ -96,7 +96,7 @@ class Comparison:
 
 
 def run_both_ways(
-    model: nn.Module, stock: Callable[[], Context[Any]], patched: Callable[[], Context[Seam]], tokens: int
+    model: nn.Module, stock: Callable[[], Context[Any]], patched: Callable[[], Context[PatchState]], tokens: int
 ) -> Comparison:
     """Compare a model in one context with itself in another; leaves it as it was."""
     inner: Any = inner_of(model)
@@ -109,7 +109,7 @@ def run_both_ways(
             expected = run()
         noise = None if truth is None else max(_Errors.of(expected, truth).largest, torch.finfo(dtype).eps)
         del truth
-        with patched() as seam:
+        with patched() as state:
             ours = run()
     errors = _Errors.of(ours, expected)
     recipe = ours.logits.head if isinstance(ours.logits, LazyLogits) else None
@@ -133,10 +133,10 @@ def run_both_ways(
         exact_loss_error=None if exact is None else exact.loss,
         exact_gradient_error=None if exact is None else exact.gradients.get(exact.worst, 0.0),
         exact_tolerance=exact_tolerance,
-        streamed=seam.streamed,
-        materialized=seam.materialized,
-        bypassed=seam.bypassed,
-        reason=seam.reason,
+        streamed=state.streamed,
+        materialized=state.materialized,
+        bypassed=state.bypassed,
+        reason=state.reason,
     )
 
 
@@ -167,7 +167,7 @@ class _Runs:
         return _Answer(out.loss.detach(), gradients, out.logits)
 
     def exactly(
-        self, inner: Any, stock: Callable[[], Context[Any]], patched: Callable[[], Context[Seam]]
+        self, inner: Any, stock: Callable[[], Context[Any]], patched: Callable[[], Context[PatchState]]
     ) -> tuple[_Answer | None, _Errors | None, float]:
         """The stock model's exact run, how far the patched one's is from it, and how far it may be."""
         layer = inner.get_output_embeddings()

@@ -9,6 +9,7 @@ official setter), a module that reads hidden states and head off the lazy logits
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
-from ..lazy import LazyLogits, Seam
+from ..lazy import LazyLogits, PatchState
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..ops.higher import composed
@@ -42,17 +43,30 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     tail: float = 0.0,
     verify: bool = False,
 ) -> Model:
-    """Make a causal LM compute its loss without logits, or another loss; returns the same model, changed in place.
+    """Make a causal LM compute its loss without logits, or another loss; it is changed in place.
 
-    Called with labels, the model returns its loss and lazy `logits` that become real when touched; with `always`, also
-    when called without labels (for losses computed outside the model). `loss` is a registry name or a
-    `hf_xent.losses.Loss`; None keeps the model's own cross-entropy. `observe` names statistics to sum up beside the
-    loss (see `Seam.take`). `tail` compresses the gradient of unlikely tokens (see `hf_xent.vocab_loss`). `verify` runs
-    a few tokens both ways, without the tail, and refuses the model if they differ. Patching again replaces the earlier
-    patch. Where the head cannot be streamed (a compiled model, an offloaded head), the model computes its loss as it
-    did before, and `seam_of(model)` counts these calls and says why.
+    Called with labels, the model returns its loss, and lazy `logits` that become real when they are touched. Patching
+    again replaces the earlier patch. Where the head cannot be streamed (a compiled model, an offloaded head), the model
+    computes its loss as it did before, and `hf_xent.patching.patch_state(model)` counts these calls and says why.
 
-    Raises: ValueError for a model without a linear head, or for an unknown loss; RuntimeError if verification fails.
+    Args:
+        model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.
+        loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`; None keeps the
+            model's own cross-entropy.
+        observe: Names of statistics to sum up beside the loss (see `PatchState.take`).
+        always: Whether logits are lazy without labels too, for losses that are computed outside the model.
+        impl: 'reference', 'chunked' or 'triton' (see `hf_xent.vocab_stats`).
+        memory_budget: Bytes of logits alive at a time (see `hf_xent.vocab_stats`).
+        tail: Relative error allowed to the gradient of the logits, which compresses that of unlikely tokens (see
+            `hf_xent.vocab_loss`); 0 is exact.
+        verify: Whether to run a few tokens both ways, without the tail, and to refuse the model if they differ.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no linear head, or the loss is unknown or needs a teacher.
+        RuntimeError: The verification failed; the model is as it was.
     """
     objective = losses.get(loss)
     if objective.needs_teacher:
@@ -64,11 +78,11 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
     unpatch(model)  # now that nothing can be refused any more
-    seam = Seam(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
-    state = _Patch(seam, always=int(always))
+    state = PatchState(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
+    installation = Installation(state, always=int(always))
     if objective != CrossEntropy():
-        state.objective = ModelLoss(objective, seam)
-    state.put_on(model)
+        installation.objective = ModelLoss(objective, state)
+    installation.put_on(model)
     if verify:
         report = compare(model)
         if not report.equal:
@@ -84,19 +98,19 @@ def ensure_patched(model: Model, **options: Any) -> Model:
 
     Raises: as `patch`.
     """
-    state = _state_of(inner_of(model))
-    if state is None:
+    installation = installation_of(inner_of(model))
+    if installation is None:
         return patch(model, **options)
-    state.take_over(inner_of(model))
+    installation.take_over(inner_of(model))
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undo `patch`; does nothing to a model that was not patched."""
     inner = inner_of(model)
-    state = _state_of(inner)
-    if state is not None:
-        state.take_off(inner)
+    installation = installation_of(inner)
+    if installation is not None:
+        installation.take_off(inner)
     return model
 
 
@@ -104,14 +118,14 @@ def unpatch(model: Model) -> Model:
 def unpatched(model: Model) -> Iterator[Model]:
     """In here a model is as it was before any patch; afterwards it has the same patch as before again, or none."""
     inner = inner_of(model)
-    state = _state_of(inner)
+    installation = installation_of(inner)
     unpatch(model)
     try:
         yield model
     finally:
         unpatch(model)  # whatever was patched meanwhile
-        if state is not None:
-            state.put_on(model)
+        if installation is not None:
+            installation.put_on(model)
 
 
 @contextmanager
@@ -121,9 +135,9 @@ def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Ite
     A patch of the user's is set aside meanwhile, with its loss, counts and sums, and put back as it was; `impl` and
     `memory_budget` are the user's if not given. Raises: as `patch`.
     """
-    state = _state_of(inner_of(model))
+    installation = installation_of(inner_of(model))
     with unpatched(model):
-        yield patch(model, loss, **({} if state is None else state.seam.options) | options)
+        yield patch(model, loss, **({} if installation is None else installation.state.options) | options)
 
 
 @contextmanager
@@ -132,13 +146,13 @@ def lazily(model: nn.Module) -> Iterator[None]:
 
     Raises: ValueError if the model is not patched.
     """
-    seam_of(model)
-    state: Any = _state_of(inner_of(model))
-    state.always += 1  # a count, for these contexts may overlap in any order
+    patch_state(model)
+    installation: Any = installation_of(inner_of(model))
+    installation.always += 1  # a count, for these contexts may overlap in any order
     try:
         yield
     finally:
-        state.always -= 1
+        installation.always -= 1
 
 
 def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
@@ -149,19 +163,25 @@ def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
     """
 
     @contextmanager
-    def streamed() -> Iterator[Seam]:
+    def streamed() -> Iterator[PatchState]:
         with patched(model):
-            yield seam_of(model)
+            yield patch_state(model)
 
     return run_both_ways(model, lambda: unpatched(model), streamed, tokens)
 
 
-def seam_of(model: nn.Module) -> Seam:
+def patch_state(model: nn.Module) -> PatchState:
     """The counts and sums of a patched model. Raises: ValueError if it is not patched."""
-    state = _state_of(inner_of(model))
-    if state is None:
+    installation = installation_of(inner_of(model))
+    if installation is None:
         raise ValueError(f"{type(model).__name__} is not patched: call hf_xent.patch(model) first")
-    return state.seam
+    return installation.state
+
+
+def seam_of(model: nn.Module) -> PatchState:
+    """The earlier name of `hf_xent.patching.patch_state`."""
+    warnings.warn("seam_of is now hf_xent.patching.patch_state: use the new name", DeprecationWarning, stacklevel=2)
+    return patch_state(model)
 
 
 def head_of(model: nn.Module) -> nn.Linear:
@@ -173,10 +193,10 @@ def head_of(model: nn.Module) -> nn.Linear:
 
 
 @dataclass
-class _Patch:
-    """What a patched model keeps on itself. A replica of it has its own, with the same seam."""
+class Installation:
+    """What a patched model keeps on itself. A replica of it has its own, with the same state."""
 
-    seam: Seam
+    state: PatchState
     always: int  # how many ask for lazy logits without labels
     objective: ModelLoss | None = None
     loss_function: Any = None  # what the user had set before, or None
@@ -274,7 +294,7 @@ class _Patch:
 class _LazyForward:
     """A head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
 
-    def __init__(self, linear: nn.Linear, patch: _Patch):
+    def __init__(self, linear: nn.Linear, patch: Installation):
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
@@ -303,14 +323,14 @@ class _LazyForward:
             dtype = torch.get_autocast_dtype(kind)
             bias = None if raw.bias is None else raw.bias.to(dtype)
             input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-        return LazyLogits.of(input, raw, self.patch.seam)
+        return LazyLogits.of(input, raw, self.patch.state)
 
     def _head(self, input: Tensor) -> Any:
         """The operands of lazy logits, or None if they are not wanted or cannot be."""
         call = self.patch.under_way()
         if not (self.patch.always if call is None else call.awake):
             if call is None and torch.is_grad_enabled():
-                self.patch.seam.bypass(OUTSIDE)
+                self.patch.state.bypass(OUTSIDE)
             return None
         reason = COMPOSED if composed(input, self.linear.weight) else fleeting(self.linear)
         raw = None if reason else local_head(self.linear)
@@ -323,11 +343,11 @@ class _LazyForward:
 
 def _asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the model is called."""
-    patch = _state_of(model)
+    patch = installation_of(model)
     if patch is None:
         return None
     if torch.compiler.is_compiling():
-        patch.seam.reason = COMPILED
+        patch.state.reason = COMPILED
         return None
     return args, Call.begin(model, args, kwargs)
 
@@ -342,7 +362,7 @@ def _noticed(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)  # signatures are looked at
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patch = _state_of(self)
+        patch = installation_of(self)
         compiling = torch.compiler.is_compiling()
         if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
             return patch.fused.forward(*args, **kwargs)
@@ -382,7 +402,7 @@ def _is_ours(forward: Any) -> bool:
 def _replicate_for_data_parallel(self: Any) -> Any:
     """As `nn.Module`'s: replicas run in threads of their own, on heads of their own, so each has a patch of its own."""
     replica = type(self)._replicate_for_data_parallel(self)
-    patch: _Patch = self.__dict__["_hf_xent"]
+    patch: Installation = self.__dict__["_hf_xent"]
     before = patch.before
     if getattr(before, "__self__", None) is self:
         before = MethodType(before.__func__, replica)
@@ -392,5 +412,6 @@ def _replicate_for_data_parallel(self: Any) -> Any:
     return replica
 
 
-def _state_of(inner: nn.Module) -> _Patch | None:
+def installation_of(inner: nn.Module) -> Installation | None:
+    """What `patch` has put on a model without wrappers, or None."""
     return inner.__dict__.get("_hf_xent")

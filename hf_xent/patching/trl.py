@@ -134,6 +134,6 @@ class FusedCall:
 def _stats(logits: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Stats:
     if isinstance(logits, LazyLogits) and not logits.is_dense:
         stats = logits.stats(labels, outputs=outputs)
-        logits.seam.record(stats.detach())
+        logits.state.record(stats.detach())
         return stats
     return dense_stats(logits, labels, outputs=outputs)

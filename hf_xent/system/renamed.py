@@ -30,6 +30,7 @@ MODULES = {
     "fused_head": "patching.trl",
     "heads": "patching.heads",
     "judging": "generation.judging",
+    "lazy.seam": "lazy.state",
     "ln_free.recipes": "trainers.ln_recipes",
     "ln_free.tokens": "metrics.calibration",
     "losses.ranges": "options.ranges",

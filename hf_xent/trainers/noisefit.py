@@ -40,7 +40,7 @@ from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..models.contexts import evaluating
 from ..ops import Payload, vocab_stats
-from ..patching import lazily, seam_of
+from ..patching import lazily, patch_state
 from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_encoder_decoder, refuse_options, targets
 from .noise import layers_of, noisy, strengths
 from .xent import XentConfig, XentTrainer
@@ -161,7 +161,7 @@ class NoiseFiTTrainer(XentTrainer):
         return (loss, output) if return_outputs else loss
 
     def _hybrid(self, passes: list[Payload], labels: Tensor, num_items: Tensor | None) -> Tensor:
-        args, seam = self.args, seam_of(self.model)
+        args, seam = self.args, patch_state(self.model)
         tokens = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
         tokens = tokens.clamp(min=1)  # a step without labels is a zero
 

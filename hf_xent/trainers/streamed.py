@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..hub import Carded
-from ..patching import ensure_patched, head_of, seam_of
+from ..patching import ensure_patched, head_of, patch_state
 from .base import refuse_encoder_decoder
 from .rows import TEXT
 
@@ -69,7 +69,7 @@ class Streamed(Carded, Mixin):
         ensure_patched(self.model)
         reference = getattr(self, "ref_model", None)  # ORPO has none
         if reference is not None:
-            ensure_patched(reference, **seam_of(self.model).options)
+            ensure_patched(reference, **patch_state(self.model).options)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         self._patch_models()  # TRL computes them before its __init__ returns

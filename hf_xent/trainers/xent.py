@@ -21,7 +21,7 @@ from .. import losses
 from ..hub import Carded, Tokenless
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
-from ..patching import lazily, patch, seam_of
+from ..patching import lazily, patch, patch_state
 from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, refuse_unlabeled
 
 
@@ -136,17 +136,17 @@ class XentTrainer(
 
     @contextmanager
     def _step(self, *, training: bool) -> Iterator[None]:
-        seam = seam_of(self.model)
-        seam.sums.clear()  # what forward passes outside of steps have left
+        state = patch_state(self.model)
+        state.sums.clear()  # what forward passes outside of steps have left
         self._labelled = None
         with super()._step(training=training):
             yield
-            for sums in seam.sums.values():
+            for sums in state.sums.values():
                 self._passes += training
                 self._labelled = sums["tokens"]
                 for name, key in zip(XentTrainer.means, ("nll", "correct", "entropy"), strict=True):
                     self._note(name, sums[key], sums["tokens"])
-        seam.sums.clear()
+        state.sums.clear()
 
     def _means(self, training: bool) -> dict[str, float]:
         """Means over tokens, perplexity first; a warning if there are none."""
@@ -158,7 +158,7 @@ class XentTrainer(
             return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **found}
         if not counted and training and self.compute_loss_func is None:
             self._warn(
-                f"no loss was computed without logits, and no perplexity is logged: {seam_of(self.model).why_dense}"
+                f"no loss was computed without logits, and no perplexity is logged: {patch_state(self.model).why_dense}"
             )
         elif counted and (self._passes > 1 or not training):  # a single batch may well be masked
             self._warn(

@@ -58,8 +58,8 @@ def history(patched, folder, options):
     logs = [(e["loss"], e["grad_norm"]) for e in trainer.state.log_history if "loss" in e]
     found = {"logs": logs, "eval": trainer.evaluate()["eval_loss"], "class": type(trainer.model_wrapped).__name__}
     if patched:
-        seam = hf_xent.seam_of(model)
-        found |= {"streamed": seam.streamed, "materialized": seam.materialized}
+        state = hf_xent.patching.patch_state(model)
+        found |= {"streamed": state.streamed, "materialized": state.materialized}
     return found
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, set_seed
 from transformers.models.auto import modeling_auto
 
-from hf_xent.patching import patch, seam_of, unpatch
+from hf_xent.patching import patch, patch_state, unpatch
 from support.models import V, assert_same_gradients
 from support.tiny_configs import tiny_config
 
@@ -231,11 +231,11 @@ def judge(mapping: str, model_type: str) -> Verdict:
     ours = run(model, inputs)
     torch.testing.assert_close(ours.loss, stock.loss, rtol=2e-6, atol=0)  # most cast their logits to float32
     assert_same_gradients(ours.gradients, stock.gradients, rtol=1e-5)
-    seam = seam_of(model)
-    assert seam.streamed + seam.materialized > 0, "the head was never asked"
+    state = patch_state(model)
+    assert state.streamed + state.materialized > 0, "the head was never asked"
     if not stock.own:
         note = ", ".join(filter(None, [note, "computes no loss: always=True, and the loss outside"]))
-    return Verdict(model_type, cls, "materialized" if seam.materialized else "streamed", note)
+    return Verdict(model_type, cls, "materialized" if state.materialized else "streamed", note)
 
 
 def _one_line(error: Exception) -> str:

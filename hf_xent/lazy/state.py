@@ -1,0 +1,91 @@
+"""What all lazy logits of one patched model share, and the shift that turns a model's labels into targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import Stats
+from ..ops.rows import token_ids
+
+_ADDING = Lock()  # replicas of a model add to one state from threads of their own
+
+
+class TokenSums(dict[bool, dict[str, Tensor]]):
+    """Sums of observed statistics over tokens, by the model's mode (True is training), since they were last taken."""
+
+    def add(self, stats: Stats, training: bool) -> None:
+        """Add all valid tokens of a forward pass in that mode."""
+        new = {"tokens": stats.mask.sum(), "nll": stats.nll.sum()}
+        if "entropy" in stats.values:
+            new["entropy"] = stats.entropy.sum()
+        if "top" in stats.values:
+            new["correct"] = stats.is_top1.sum()
+        before = self.get(training, {})
+        for name in new.keys() & before.keys():
+            new[name] = before[name] + new[name].to(before[name].device)  # replicas lie on several devices
+        self[training] = new
+
+    def take(self, training: bool) -> dict[str, Tensor]:
+        """The sums of that mode, which start again at zero: tokens, nll, entropy, correct."""
+        return self.pop(training, {})
+
+
+@dataclass
+class PatchState:
+    """The options that a patched model's lazy logits follow, and the counts and token sums that they leave."""
+
+    observe: tuple[str, ...] = ()
+    """Statistics to sum up beside the loss."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keywords of `hf_xent.vocab_stats`: impl, memory_budget."""
+    tail: float = 0.0
+    """Relative error allowed to the loss's gradient by logits."""
+    streamed: int = 0
+    """How many consumers were answered without logits."""
+    materialized: int = 0
+    """How many dense tensors were made."""
+    bypassed: int = 0
+    """How many calls for a loss, or in training, there were in which the head made its logits at once."""
+    reason: str = ""
+    """Why it did so, the last time; also where torch.compile traced the call, which cannot be counted."""
+    training: bool = True
+    """The model's mode in its last forward."""
+    sums: TokenSums = field(default_factory=TokenSums)
+    """Sums over tokens, by mode, if anything is observed."""
+
+    @property
+    def why_dense(self) -> str:
+        """Why no loss was computed without logits; empty if one was, or the model was not asked for any."""
+        if self.streamed:
+            return ""
+        used = "what follows the head (an adapter on it, or an unusual operation) needs the logits' values"
+        return self.reason or (used if self.materialized else "")
+
+    def record(self, stats: Stats) -> None:
+        """Count a streamed consumer, and add its tokens to the sums if anything is observed."""
+        with _ADDING:
+            self.streamed += 1
+            if self.observe:
+                self.sums.add(stats, self.training)
+
+    def bypass(self, reason: str) -> None:
+        """Count a call that made its logits at once."""
+        with _ADDING:
+            self.bypassed, self.reason = self.bypassed + 1, reason
+
+    def take(self, *, training: bool = True) -> dict[str, Tensor]:
+        """The sums over tokens seen in that mode since the last call: tokens, nll, entropy, correct."""
+        return self.sums.take(training)
+
+
+Seam = PatchState  # its earlier name
+
+
+def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels [B, T] moved one to the left: what position t has to predict; the last position is ignored."""
+    return F.pad(token_ids(labels), (0, 1), value=ignore_index)[..., 1:].contiguous()
