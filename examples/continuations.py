@@ -22,7 +22,7 @@ from rich.progress import track
 
 from hf_xent import data
 from hf_xent.generation import sampling
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 PROMPT, NEW, BATCH, PER_MACHINE = 24, 48, 50, 4
 
@@ -64,7 +64,7 @@ class Continuations:
 
     def __init__(self, folder: Path, domains: Iterable[str]):
         self.folder = folder
-        self.model, self.tokenizer = embedded.load("smollm2")
+        self.model, self.tokenizer = loading.load("smollm2")
         self.pool = {domain: paragraphs(domain, self.tokenizer) for domain in domains}
 
     def __call__(self, domain: str, first: int, count: int, temperature: float = 1.0) -> tuple[list[str], list[str]]:

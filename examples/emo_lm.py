@@ -20,7 +20,7 @@ import hf_xent
 from hf_xent import data
 from hf_xent.experiments.study import Study
 from hf_xent.generation import sampling
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 ARMS = {
     "cross-entropy": "cross_entropy",
@@ -35,7 +35,7 @@ BLOCK, HELD_OUT, PROMPTS, NEW = 64, 32, 16, 32
 
 def train(loss: str, model_name: str, steps: int, seed: int, output: Path) -> hf_xent.EMOTrainer:
     """A trained model in its trainer, with blocks held out."""
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     blocks = data.pack(data.load_text("pydoc", split="train[:20%]"), tokenizer, block_size=BLOCK)
     parts = blocks.train_test_split(test_size=HELD_OUT, seed=seed)
     config = hf_xent.EMOConfig(

@@ -18,7 +18,7 @@ from rich import print as show
 
 import hf_xent
 from hf_xent import data, ln_free
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96
 REMOVAL = {
@@ -71,7 +71,7 @@ def main(
     files = {arm: output / f"{arm}.json" for arm in ARMS}
     for arm, file in files.items():
         if not file.exists():
-            loaded, tokenizer = embedded.load(model)
+            loaded, tokenizer = loading.load(model)
             file.write_text(json.dumps(run(arm, loaded, tokenizer, blocks(text, tokenizer), steps, output)))
         show(arm, {name: x for name, x in json.loads(file.read_text()).items() if name != "nmae"})
     return {arm: json.loads(file.read_text()) for arm, file in files.items()}

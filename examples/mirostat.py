@@ -16,7 +16,7 @@ import typer
 from hf_xent import patch
 from hf_xent.experiments.study import Study
 from hf_xent.generation import mirostat, sampling
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 TARGETS = (2.5, 3.0, 3.5, 4.0)
 ARMS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def main(
     """Every arm under every seed; returns the metrics."""
     settings = {"model": model, "tokens": tokens, "rows": rows}
     study = Study("Mirostat", METRICS, "plain sampling", output, seeds, settings)
-    lm, tokenizer = embedded.load(model)
+    lm, tokenizer = loading.load(model)
     patch(lm.eval())
     prompts = tokenizer([PROMPT] * rows, return_tensors="pt").input_ids
     start = prompts.shape[1]

@@ -159,10 +159,9 @@ def plain(error: BaseException) -> str:
 
 def prepare(model: str) -> None:
     """A packaged model is unpacked once; say so, since it takes a while."""
-    from ..models import packaged as embedded
+    from ..models.packaged import PACKAGED, checkpoint, unpacked
 
-    packaged = embedded.PACKAGED.get(model)
-    if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
+    if model in PACKAGED and not unpacked(model).is_dir():
         from ..models.quiet import quiet_loading
 
         what = f"unpacking {model} (once, about half a minute)"
@@ -171,7 +170,7 @@ def prepare(model: str) -> None:
         # in a process of its own: transformers' bar can be turned off only before tqdm is imported
         alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         with quiet_loading(), err.status(what), alone as pool:
-            pool.submit(embedded.resolve, model).result()
+            pool.submit(checkpoint, model).result()
 
 
 DTYPES = ("float32", "bfloat16", "float16")

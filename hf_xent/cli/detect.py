@@ -96,7 +96,7 @@ def detect(
     _check_used("but no score compares with it", not needs.isdisjoint(SECOND), reference=reference)
     from ..data import load_text
     from ..detection import Corpus, TextScorer, evaluate
-    from ..models.packaged import load
+    from ..models.loading import load
 
     rows = load_text(source, split, column)
     _check_output(output, source, rows.column_names, names)

@@ -31,8 +31,9 @@ from torch import Tensor
 from .. import data
 from ..data.files import BUILDERS, first_line, place_of, suffix_of
 from ..data.text import Opened, opened
-from ..models import packaged as embedded
+from ..models.cache import cache_folder
 from ..options.ranges import check_count
+from ..system.files import write_atomically
 
 T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
@@ -97,7 +98,7 @@ def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: i
     content, rows = corpus.open()
     about = {**asdict(corpus), "content": content, "tokenizer": fingerprint(tokenizer), "vocabulary": vocabulary}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    folder = embedded.cache_folder() / "frequencies" / key
+    folder = cache_folder() / "frequencies" / key
 
     def write(draft: Path) -> None:
         shown = {"total": corpus.documents, "console": Console(stderr=True), "disable": not progress}
@@ -106,7 +107,7 @@ def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: i
         (draft / "about.json").write_text(json.dumps(about, indent=1))
 
     if not folder.is_dir():
-        embedded.publish(folder, write)
+        write_atomically(folder, write)
     return smoothed(np.load(folder / "counts.npy"))
 
 

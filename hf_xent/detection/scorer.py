@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..models.contexts import evaluating, positions
+from ..models.contexts import eval_mode, positions
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched
@@ -276,6 +276,6 @@ def lazy(*models: nn.Module) -> Iterator[None]:
     """Lazy logits, evaluation mode and no gradients for patched models and others, which are left as they were."""
     with torch.no_grad(), ExitStack() as stack:
         for model in models:
-            stack.enter_context(evaluating(model))
+            stack.enter_context(eval_mode(model))
             stack.enter_context(patched(model, always=True))
         yield

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..metrics.calibration import Tokens
-from ..models.contexts import check_room, measuring
+from ..models.contexts import check_room, eval_mode_without_autocast
 from ..patching import head_of, inner_of, patched
 from .norms import FakeNorm
 from .structure import centered, eps_of, random_tokens
@@ -120,7 +120,7 @@ def _change(before: float, after: float) -> float:
 def _measuring(model: Any) -> Iterator[None]:
     """In evaluation mode, attention weights computed, logits lazy, without a trainer's autocast; then as before."""
     attention = model.config._attn_implementation
-    with measuring(model):
+    with eval_mode_without_autocast(model):
         model.set_attn_implementation("eager")
         try:
             with _merged(model), patched(model, always=True):

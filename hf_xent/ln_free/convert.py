@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models import packaged as embedded
-from ..models.contexts import measuring
+from ..models import loading
+from ..models.contexts import eval_mode_without_autocast
 from ..options.ranges import is_number
 from .modeling_ln_free import PREFIX, LNFree
 from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
@@ -66,14 +66,14 @@ def form_of(model: Any) -> str:
 
 
 def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal LM in any of these forms, and its tokenizer; arguments as `models.packaged.load`, no remote code runs.
+    """A causal LM in any of these forms, and its tokenizer; arguments as `models.loading.load`, no remote code runs.
 
     A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got. The tokenizer is None if there
     is none beside the weights.
     """
     from transformers import AutoModelForCausalLM  # lazy: seconds
 
-    with embedded.explained(model) as source:
+    with loading.explained(model) as source:
         free: Any = _class_saved(source)
         loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
     state = {} if free else _state(source)
@@ -205,7 +205,7 @@ def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float
     found = []
     for model in (a, b):
         tokens = random_tokens(model, 2, 16) if ids is None else ids.to(next(model.parameters()).device)
-        with measuring(model):
+        with eval_mode_without_autocast(model):
             found.append(model(input_ids=tokens).logits.float().cpu())
     fine = found[0].flatten(1).isfinite().all(1)
     if not fine.any():

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from ..options.ranges import is_number
 from .structure import Norm, trace
 
@@ -336,7 +336,7 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
     momenta, watch = [norm.momentum for norm in norms], norms[0].watch
     watch.always = True
     try:
-        with evaluating(model):
+        with eval_mode(model):
             for batch in batches:
                 mask = batch.get("attention_mask")
                 if mask is not None and not mask.any():

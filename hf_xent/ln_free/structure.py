@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.contexts import measuring
+from ..models.contexts import eval_mode_without_autocast
 
 EPS = 1e-5  # of norms that do not tell theirs
 
@@ -57,7 +57,7 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(walk) for leaf in leaves]
     try:
-        with measuring(model), torch.enable_grad():
+        with eval_mode_without_autocast(model), torch.enable_grad():
             output = model(input_ids=random_tokens(model, 1, tokens), use_cache=True)
             walk.attribute(output.past_key_values)
     finally:

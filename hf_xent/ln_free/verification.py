@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.contexts import measuring
+from ..models.contexts import eval_mode_without_autocast
 from .convert import form_of, parity
 from .norms import is_ln_free
 from .structure import random_tokens
@@ -52,7 +52,7 @@ def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}: choose 1 or more")
-    with measuring(model):
+    with eval_mode_without_autocast(model):
         return _verified(model, other, tokens)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..system import renamed
+
 
 def positions(model: Any) -> int | None:
     """How many tokens a model that looks its positions up has room for; None for one that computes them (rotary)."""
@@ -27,7 +29,7 @@ def check_room(model: Any, tokens: int, name: str) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """In here a model is in evaluation mode, without dropout; gradients are as they were, see `torch.no_grad`."""
     modes = [(module, module.training) for module in model.modules()]  # parts may be in another mode than the whole
     model.eval()
@@ -39,15 +41,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def measuring(model: Any) -> Iterator[None]:
-    """As `evaluating`, and without the autocast that accelerate puts around a model's forward for a trainer's bf16."""
-    places = model.__dict__
-    forward, own = places.get("forward"), places.get("_original_forward")  # where accelerate keeps what it wrapped
-    if own is not None:
-        model.forward = own
+def eval_mode_without_autocast(model: Any) -> Iterator[None]:
+    """As `eval_mode`, and without the autocast that accelerate puts around a model's forward for a trainer's bf16."""
+    attributes = model.__dict__
+    forward = attributes.get("forward")
+    original = attributes.get("_original_forward")  # where accelerate keeps what it wrapped
+    if original is not None:
+        model.forward = original
     try:
-        with evaluating(model):
+        with eval_mode(model):
             yield
     finally:
-        if own is not None:
+        if original is not None:
             model.forward = forward
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..lazy import LazyLogits, PatchState
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from .heads import fleeting, inner_of, is_split, linears_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
@@ -102,7 +102,7 @@ def run_both_ways(
     inner: Any = inner_of(model)
     head = linears_of(inner)[0]
     dtype = head.weight.dtype
-    with evaluating(inner):
+    with eval_mode(inner):
         run = _Runs(model, _tokens(head.weight, tokens))
         truth, exact, exact_tolerance = run.exactly(inner, stock, patched)
         with stock():

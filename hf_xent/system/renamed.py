@@ -56,6 +56,10 @@ NAMES: dict[str, str] = {
     },
     "generation.temperature_at": "generation.sampling.temperature_at",
     "generation.ends": "generation.sampling.ends",
+    **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
+    "models.packaged.publish": "system.files.write_atomically",
+    "models.contexts.evaluating": "models.contexts.eval_mode",
+    "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
 }
 """Old name in a module that is still there -> where it is now."""
 
@@ -76,28 +80,37 @@ def attribute(module: str, name: str) -> Any:
 def install(package: str) -> None:
     """Imports of old modules of a package find the new ones."""
     if not any(isinstance(finder, _Renamed) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.append(_Renamed(package))
+        # first, since the files below a renamed folder would be found again under its old name, with other classes
+        sys.meta_path.insert(0, _Renamed(package))
+
+
+def _new_module(old: str) -> str | None:
+    """The new name of an old module, or of one below an old package; None for any other."""
+    parent, _, name = old.rpartition(".")
+    if old in MODULES or not parent:
+        return MODULES.get(old)
+    return f"{new}.{name}" if (new := _new_module(parent)) else None
 
 
 class _Renamed(MetaPathFinder, Loader):
-    """Finds what no other finder does; the module it gives is the new one itself, under both names."""
+    """Finds old modules; the module it gives is the new one itself, under both names."""
 
     def __init__(self, package: str):
         self.package = package
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
-        return ModuleSpec(name, self) if package == self.package and old in MODULES else None
+        return ModuleSpec(name, self) if package == self.package and _new_module(old) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{self.package}.{MODULES[spec.name.partition('.')[2]]}"
+        new = f"{self.package}.{_new_module(spec.name.partition('.')[2])}"
         _warn(spec.name, new)
         module = import_module(new)
-        self.kept = module.__spec__, module.__loader__  # the import system writes the old ones over them
+        spec.loader_state = module.__spec__, module.__loader__  # the import system writes the old ones over them
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__, module.__loader__ = self.kept
+        module.__spec__, module.__loader__ = module.__spec__.loader_state  # type: ignore[union-attr]  # set above
 
 
 def _warn(old: str, new: str) -> None:

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from ..losses.base import Loss
 from ..losses.emo import EMO
-from ..models import packaged as embedded
+from ..models import loading
 from ..patching import head_of
 from .base import Config, refuse_options
 from .xent import XentConfig, XentTrainer
@@ -85,5 +85,5 @@ class EMOTrainer(XentTrainer):
         refuse_options(args, {"label_smoothing_factor": "it smooths cross-entropy only, and the loss is EMO"})
         options = {name: getattr(args, name) for name in own}
         if options.get("cost", "frozen") not in ("frozen", "current"):
-            options["cost"] = head_of(embedded.load(options["cost"])[0]).weight.detach()
+            options["cost"] = head_of(loading.load(options["cost"])[0]).weight.detach()
         return EMO(**options)

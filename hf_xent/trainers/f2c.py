@@ -40,7 +40,7 @@ from transformers import Trainer, TrainingArguments
 from ..data.formats import PromptFormats
 from ..hub import Carded, Tokenless
 from ..metrics.consistency import consistency
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from ..ops import Head
 from ..patching import lazily, patch
 from .base import (
@@ -269,7 +269,7 @@ class F2CTrainer(Method, Carded, Trainer):
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
         flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
-        with evaluating(model):
+        with eval_mode(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
             logits = lazy(logits, flat["input_ids"].shape[1], "F2C")
