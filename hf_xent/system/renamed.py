@@ -48,6 +48,8 @@ MODULES = {
 NAMES: dict[str, str] = {
     "data.export": "hub.datasets.export",
     "data.to_hub": "hub.datasets.to_hub",
+    "detection.Corpus": "detection.counts.CountedText",
+    "detection.counts.Corpus": "detection.counts.CountedText",
     "ln_free.RECIPES": "trainers.ln_recipes.RECIPES",
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
     **{
