@@ -65,7 +65,7 @@ def graph():
 
 
 def circles(edges):
-    """Sets of nodes that reach one another, each a sorted list: what is left when ends and beginnings are taken away."""
+    """Sets of nodes that reach one another, each a sorted list."""
     reach = {node: set(targets) for node, targets in edges.items()}
     for middle in reach:
         for node in reach:

@@ -211,7 +211,7 @@ def step(patched):
 
 stock, _ = step(patched=False)
 streamed, model = step(patched=True)
-assert hf_xent.seam_of(model).materialized == 0
+assert hf_xent.patching.patch_state(model).materialized == 0
 assert stock[1] < stock[0]
 torch.testing.assert_close(torch.tensor(streamed), torch.tensor(stock), rtol=1e-6, atol=1e-6)
 print("trained")
