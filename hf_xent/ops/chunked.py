@@ -18,8 +18,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .algebra import TENSORS, Coefficients, Head, Problem, State, Survey, coefficients, finish, row_factor, wide
-from .shard import meet
+from .algebra import Coefficients, State, coefficients, finish, row_factor
+from .head import Head
+from .problem import TENSORS, Problem
+from .ranks import merge_ranks
+from .statistics import wide
+from .tail import Survey
 
 TILE_BYTES = 4 << 20  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
 PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
@@ -48,7 +52,7 @@ def backward(
     """
     everything, panels = slice(0, len(problem.labels)), problem.columns()
     buffers, out = _Buffers(problem, [everything], panels), _Gradients(problem, [everything], panels)
-    coef, places = coefficients(values, grads, problem.head.vocabulary), problem.places
+    coef, places = coefficients(values, grads, problem.head.vocabulary), problem.label_columns
     for cols in panels:
         z, pay = buffers.load(everything, cols)
         _dlogits_(problem, (z, pay), places - cols.start, values["lse"], coef, share)
@@ -67,21 +71,21 @@ def eager(
     """
     chunks, everything = problem.rows(), slice(0, problem.head.size)
     if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > ROUNDINGS:
-        values = meet(problem, forward(problem))
+        values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, objective(slice(0, len(problem.labels)), values))
     buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [everything]), []
     plain = problem.head.softcap is None and set(uses) <= {"lse", "target"}
     for rows in chunks:
         z, pay = buffers.load(rows)
         own = _fold_chunk(problem, rows, (z, pay), keep=True, softmax=plain)
-        values = meet(problem, own, rows)
+        values = merge_ranks(problem, own, rows)
         coef = coefficients(values, objective(rows, values), problem.head.vocabulary)
         if plain:
             if values is not own:  # the softmax in z is over this rank's columns
                 coef = replace(coef, a=coef.a * (own["lse"] - values["lse"]).exp())
-            _spike_(z, problem.places[rows], coef)
+            _spike_(z, problem.label_columns[rows], coef)
         else:
-            _dlogits_(problem, (z, pay), problem.places[rows], values["lse"], coef)
+            _dlogits_(problem, (z, pay), problem.label_columns[rows], values["lse"], coef)
         out.push(rows, everything, z, pay, coef)
         parts.append(values)
     return _cat(parts, problem), out.finish()
@@ -217,8 +221,8 @@ def _fold_chunk(
 ) -> dict[str, Tensor]:
     """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be spent."""
     z, pay = loaded
-    labels = problem.places[rows]
-    if problem.head.shard is not None:  # `meet` drops the targets of labels that other ranks have
+    labels = problem.label_columns[rows]
+    if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
         labels = labels.clamp(0, problem.head.size - 1)
     kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
     if kernels and problem.outputs <= kernels.GIVEN:

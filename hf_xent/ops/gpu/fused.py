@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..algebra import Head, wide
+from ..head import Head
+from ..statistics import wide
 
 GIVEN = frozenset({"lse", "target", "entropy", "top"})
 
