@@ -31,7 +31,7 @@ def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
     return dict(zip(_order(problem), found, strict=True))
 
 
-class Objective(Protocol):
+class EagerSum(Protocol):
     """What mode eager differentiates: a sum over tokens, visited chunk by chunk."""
 
     uses: tuple[str, ...]  # statistics it can have gradients for
@@ -51,7 +51,7 @@ class Objective(Protocol):
 
 
 def eager(
-    backend: ModuleType, problem: Problem, objective: Objective, origins: tuple[Tensor | None, ...]
+    backend: ModuleType, problem: Problem, objective: EagerSum, origins: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum and detached statistics; the sum's gradients are ready when this returns.
 
@@ -106,7 +106,7 @@ class _Eager(torch.autograd.Function):
         ctx: Any,
         backend: ModuleType,
         problem: Problem,
-        objective: Objective,
+        objective: EagerSum,
         origins: tuple[Tensor | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:

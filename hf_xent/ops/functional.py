@@ -142,7 +142,7 @@ def vocab_loss(
 
 
 class _WeightedSum:
-    """The objective `sum(weight * loss.of(stats))`, an `autograd.Objective`."""
+    """The objective `sum(weight * loss.of(stats))`, an `autograd.EagerSum`."""
 
     def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         self.loss, self.uses, self.labels = loss, loss.uses, problem.labels

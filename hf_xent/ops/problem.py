@@ -1,7 +1,13 @@
-"""What a backend is handed, and the chunks of rows and columns in which it visits the logits."""
+"""What a backend is handed: `Problem`, and the chunks of rows or columns in which it visits the logits.
+
+A backend is a module with `forward(problem)`, which computes statistics, and `backward(problem, values, grads)`, which
+computes gradients. Some have `eager(problem, upstream, uses)`, both in one visit of the logits, and
+`survey(problem, upstream, groups)`, for the sparse tail.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +17,8 @@ from .head import Head, Payload
 
 ALIGNMENT = 16  # rows or columns: the multiples that matmul kernels work in
 TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
+Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
+"""(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once a chunk, in order."""
 
 
 @dataclass(frozen=True, eq=False)
