@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, vocab_loss
-from ..ops.algebra import wide
 from ..ops.functional import check_tail
 from ..ops.rows import token_ids
+from ..ops.statistics import wide
 
 
 class Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import Head, Payload, Stats, vocab_stats
-from ..ops.algebra import wide
+from ..ops.statistics import wide
 from ..options.ranges import check_number
 from .base import Loss
 

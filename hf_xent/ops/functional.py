@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import chunked, reference
-from .algebra import STATISTICS, TENSORS, Head, Problem, Stats, wide
 from .autograd import eager, recompute
+from .head import Head, Payload
 from .higher import composed
+from .problem import TENSORS, Problem
 from .rows import Rows, autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
+from .statistics import STATISTICS, Stats, wide
 
 IMPLS = ("reference", "chunked", "triton")
-Payload = tuple[Tensor, Head]
 
 
 class TokenLoss(Protocol):
@@ -141,7 +142,7 @@ def vocab_loss(
 
 
 class _WeightedSum:
-    """The objective `sum(weight * loss.of(stats))`, an `autograd.Objective`."""
+    """The objective `sum(weight * loss.of(stats))`, an `autograd.EagerSum`."""
 
     def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         self.loss, self.uses, self.labels = loss, loss.uses, problem.labels

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..ops.algebra import wide
+from ..ops.statistics import wide
 from .losses import RankingLoss
 
 

@@ -56,6 +56,12 @@ NAMES: dict[str, str] = {
         f"generation.{name}": f"generation.sampling.{name}"
         for name in ("distinct", "repetition", "responses", "sample", "features", "mauve", "temperature_of")
     },
+    **{f"ops.algebra.{name}": f"ops.problem.{name}" for name in ("ALIGNMENT", "TENSORS", "Problem", "pieces")},
+    **{
+        f"ops.algebra.{name}": f"ops.statistics.{name}"
+        for name in ("DIFFERENTIABLE", "FORWARD_ONLY", "STATISTICS", "Stats", "wide")
+    },
+    "ops.algebra.Survey": "ops.tail.Survey",
     "generation.temperature_at": "generation.sampling.temperature_at",
     "generation.ends": "generation.sampling.ends",
     **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
