@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..ops import Head, Stats, vocab_stats
+from ..ops import Head, Stats
+from ..ops.dispatch import stream_stats
 from ..ops.higher import composed
 from .answers import ANSWERS
 from .graph import Connected, Recipe, Values, without_hooks
@@ -129,7 +130,7 @@ class LazyLogits(torch.Tensor):
         labels: Tensor,
         *,
         shift: bool = False,
-        outputs: tuple[str, ...] | None = None,
+        outputs: tuple[str, ...] = ("lse", "target", "entropy", "top"),
     ) -> Stats:
         """Every token's statistics, differentiable, in the shape of labels; see `hf_xent.vocab_stats`.
 
@@ -138,9 +139,8 @@ class LazyLogits(torch.Tensor):
         """
         if shift:
             labels = next_token_labels(labels)
-        asked: dict[str, Any] = {} if outputs is None else {"outputs": outputs}
         labels = labels.to(self.hidden.device)
-        return vocab_stats(self.hidden, self.head, labels, **asked, **self.state.options).to(self.device)
+        return stream_stats(self.hidden, self.head, labels, outputs, self.state.request).to(self.device)
 
     def retain_grad(self) -> None:
         """Keep the gradient of these logits in `.grad`, as torch does; it makes them dense.

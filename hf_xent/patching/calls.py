@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..lazy import LazyLogits, PatchState, next_token_labels
 from ..losses.base import Loss
+from ..losses.reduction import Reduction
 from .trl import FusedCall
 
 _LABELS = ("labels", "shift_labels")
@@ -137,16 +138,10 @@ class ModelLoss(nn.Module):
         if targets is None:
             assert labels is not None  # a model asks for a loss with labels of one kind or the other
             targets = next_token_labels(labels, ignore_index)
-        loss, stats = self.loss.compute(
-            logits.hidden,
-            logits.head,
-            targets.to(logits.hidden.device).reshape(logits.shape[:-1]),
-            num_items=num_items_in_batch,
-            ignore_index=ignore_index,
-            observe=self.state.observe,
-            tail=self.state.tail,
-            **self.state.options,
-        )
+        targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
+        request = replace(self.state.request, ignore_index=ignore_index)
+        reduction = Reduction(num_items=num_items_in_batch)
+        loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
         self.state.record(stats)
         return loss
 

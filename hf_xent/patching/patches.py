@@ -24,6 +24,7 @@ from ..lazy import LazyLogits, PatchState
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..ops.higher import composed
+from ..ops.request import Request
 from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, ModelLoss
 from .comparison import Comparison, run_both_ways
 from .heads import checked_head, fleeting, inner_of, is_split, linears_of, local_head
@@ -78,7 +79,7 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
     unpatch(model)  # now that nothing can be refused any more
-    state = PatchState(observe=tuple(observe), options={"impl": impl, "memory_budget": memory_budget}, tail=tail)
+    state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))
     if objective != CrossEntropy():
         installation.objective = ModelLoss(objective, state)
