@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy
@@ -29,7 +30,7 @@ from hf_xent.losses import (
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
 from hf_xent.ops import STATISTICS, Head, Stats
-from support.oracle import assert_no_worse
+from support.oracle import assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6
 SETTINGS = {  # at least two of every registered loss
@@ -671,7 +672,7 @@ def test_eisl_sizes():
 
 
 def test_eisl_reads_declared_statistics_alone(monkeypatch):
-    p, computed = problem(), sequence.vocab_stats
+    p, computed = problem(), sequence.stream_stats
 
     def poisoned(*args, **kwargs):
         stats = computed(*args, **kwargs)
@@ -681,8 +682,117 @@ def test_eisl_reads_declared_statistics_alone(monkeypatch):
     for loss in (EISL(), EISL(ce_factor=0.5)):
         expected = loss(p.hidden, p.head, p.labels)
         with monkeypatch.context() as patched:
-            patched.setattr(sequence, "vocab_stats", poisoned)
+            patched.setattr(sequence, "stream_stats", poisoned)
             torch.testing.assert_close(loss(p.hidden, p.head, p.labels), expected)
+
+
+# --- logits that exist already ---------------------------------------------------------------------------------------
+
+ON_LOGITS = [(name, options) for name, options in CASES if not LOSSES[name].needs_teacher]
+without_teacher = pytest.mark.parametrize(
+    ("name", "options"), ON_LOGITS, ids=[f"{n}-{','.join(f'{k}={v}' for k, v in o.items())}" for n, o in ON_LOGITS]
+)
+
+
+def classes(name, options, dtype=torch.float64, labels=None):
+    """A registered loss, class logits [2, 7, V], and labels ignored at the ends; EMO gets embeddings of the classes."""
+    loss, labels = losses.get(name, **options), problem().labels if labels is None else labels
+    if isinstance(loss, EMO):
+        loss = replace(loss, cost=torch.randn(V, 5, dtype=torch.float64).to(dtype))
+    return loss, (2 * torch.randn(*labels.shape, V, dtype=torch.float64)).to(dtype).requires_grad_(), labels
+
+
+def literal(loss, logits, labels):
+    """The paper's formula for the classes with a label."""
+    return loss.reference(logits[labels != -100], labels[labels != -100])
+
+
+@without_teacher
+def test_on_logits_equals_reference(name, options):
+    """Value and gradient, and the gradient of a gradient penalty."""
+    loss, logits, labels = classes(name, options)
+    pair = [loss.on_logits(logits, labels), literal(loss, logits, labels).mean()]
+    grads = [torch.autograd.grad(total, logits, create_graph=True)[0] for total in pair]
+    for found, expected in (pair, grads, [torch.autograd.grad(g.square().sum(), logits)[0] for g in grads]):
+        torch.testing.assert_close(found, expected)
+
+
+@without_teacher
+def test_on_logits_equals_the_loss_through_an_identity_head(name, options):
+    """In float32, each class's loss and the gradient of a weighted mean."""
+    loss, logits, labels = classes(name, options, torch.float32)
+    weight, eye = torch.rand(labels.shape), Head(torch.eye(V))
+    pair = [
+        [
+            call(reduction="none"),
+            call(token_weight=weight),
+            torch.autograd.grad(call(token_weight=weight), logits)[0],
+        ]
+        for call in (partial(loss.on_logits, logits, labels), partial(loss, logits, eye, labels))
+    ]
+    for found, expected in zip(*pair, strict=True):
+        assert_close_at_scale(found, expected, 3e-7)
+
+
+@without_teacher
+def test_on_logits_reduces_as_the_loss_does(name, options):
+    loss, logits, labels = classes(name, options)
+    each, expected = loss.on_logits(logits, labels, reduction="none"), literal(loss, logits, labels)
+    weight, mask = torch.rand(labels.shape), labels != -100
+    assert each.shape == labels.shape and not each[~mask].any()
+    torch.testing.assert_close(each[mask], expected)
+    for how, divisor in (({"reduction": "sum"}, 1), ({}, mask.sum()), ({"num_items": torch.tensor(11)}, 11)):
+        torch.testing.assert_close(loss.on_logits(logits, labels, **how), expected.sum() / divisor)
+    weighted = (expected * weight[mask]).sum()
+    torch.testing.assert_close(loss.on_logits(logits, labels, token_weight=weight), weighted / weight[mask].sum())
+    torch.testing.assert_close(loss.on_logits(logits, labels, token_weight=weight, reduction="sum"), weighted)
+    other = labels.where(mask, 255).to(torch.uint8)
+    torch.testing.assert_close(loss.on_logits(logits, other, ignore_index=255), expected.mean())
+    torch.testing.assert_close(loss.on_logits(logits[0], labels[0]), expected.mean())  # the second row has no label
+
+
+@without_teacher
+def test_on_logits_of_nothing_is_a_connected_zero(name, options):
+    loss, logits, labels = classes(name, options, torch.float32, torch.full((2, 3), -100))
+    for how in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"num_items": 0}):
+        found = loss.on_logits(logits, labels, **how)
+        assert not found.any()
+        assert torch.equal(torch.autograd.grad(found.sum(), logits)[0], torch.zeros_like(logits))
+
+
+@without_teacher
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_on_logits_in_low_precision_is_no_worse_than_torch(name, options, dtype):
+    loss, logits, labels = classes(name, options, dtype)
+    exact = logits.detach().double().requires_grad_()
+    truth, plain = literal(loss, exact, labels).mean(), literal(loss, logits, labels).mean()
+    found = loss.on_logits(logits, labels)
+    assert found.dtype == torch.float32
+    assert_no_worse(found, plain, truth)
+    of = [torch.autograd.grad(total, z)[0] for total, z in ((found, logits), (plain, logits), (truth, exact))]
+    assert of[0].dtype == dtype
+    assert_no_worse(*of)
+
+
+def test_on_logits_refuses_what_logits_do_not_say():
+    z, labels = torch.randn(4, V), torch.arange(4)
+    for loss in (ForwardKL(), ReverseKL(), JSD()):
+        with pytest.raises(ValueError, match=f"{type(loss).__name__} compares with a teacher"):
+            loss.on_logits(z, labels)
+    for cost in ("frozen", "current"):
+        with pytest.raises(ValueError, match=f"cost is '{cost}', but logits come without a head"):
+            EMO(cost=cost).on_logits(z, labels)
+    with pytest.raises(ValueError, match=f"cost has 5 rows but there are {V} classes"):
+        EMO(cost=torch.randn(5, 2)).on_logits(z, labels)
+    loss = Focal()
+    with pytest.raises(ValueError, match="reduction is 'median': choose 'mean', 'sum' or 'none'"):
+        loss.on_logits(z, labels, reduction="median")
+    with pytest.raises(ValueError, match=r"token_weight has shape \(3,\) but labels \(4,\)"):
+        loss.on_logits(z, labels, token_weight=torch.ones(3))
+    with pytest.raises(ValueError, match="pass one label per row of logits"):
+        loss.on_logits(z.T, labels)
+    with pytest.raises(ValueError, match=rf"labels range over \[0, {V}\]"):
+        loss.on_logits(z, torch.tensor([0, 1, 2, V]))
 
 
 # --- options and errors ----------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
-from hf_xent.ops.functional import IMPLS, _backend, default_budget
+from hf_xent.ops.request import IMPLS, Request, default_budget
 from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 
 MODES = ("recompute", "eager")
@@ -162,7 +162,7 @@ def test_frozen_tensors(impl, device, mode, trained):
 def test_backends_compute_what_is_needed(impl, device, monkeypatch):
     """A backend's backward is told what trains, and returns that and nothing else."""
     case = make(5, 9, 4, D2=3, device=device).frozen("weight", "payload_hidden")
-    backend = _backend(impl)
+    backend = Request(impl=impl).backend()
     found, backward = [], backend.backward
     monkeypatch.setattr(backend, "backward", lambda *problem: found.append(backward(*problem)) or found[-1])
     gradients(ours(case, impl, Polynomial(DIFFERENTIABLE), "recompute")[1], case.leaves)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses.cross_entropy import CrossEntropy
-from ..ops import Stats, vocab_stats
+from ..losses.reduction import Reduction
+from ..ops import Stats
+from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
 from .shapes import derive, detach, place
@@ -40,17 +42,9 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     target = token_ids(target.to(x.hidden.device))
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
-    loss, stats = CrossEntropy(label_smoothing=label_smoothing).compute(
-        x.hidden,
-        x.head,
-        target,
-        reduction=reduction,
-        token_weight=token_weight,
-        ignore_index=ignore_index,
-        observe=x.state.observe,
-        tail=x.state.tail,
-        **x.state.options,
-    )
+    request = replace(x.state.request, ignore_index=ignore_index)
+    reduce = Reduction(reduction, token_weight=token_weight)
+    loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)
     x.state.record(stats)
     return loss.to(x.device, x.dtype)
 
@@ -114,8 +108,8 @@ def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]
     if labels is None:
         labels = torch.zeros(x.shape[:-1], dtype=torch.int64)
     x.state.streamed += 1
-    labels, options = labels.to(x.hidden.device), x.state.options
-    return vocab_stats(x.hidden, x.head, labels, outputs=outputs, ignore_index=-(2**31), **options).to(x.device)
+    request = replace(x.state.request, ignore_index=-(2**31))
+    return stream_stats(x.hidden, x.head, labels.to(x.hidden.device), outputs, request).to(x.device)
 
 
 _T = torch.Tensor

@@ -90,7 +90,7 @@ class Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lazy: Any) -> Tensor:
         """What the operands give; the graph goes on with the wrapper's."""
-        return lazy._value().detach()
+        return lazy.compute_values().detach()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:

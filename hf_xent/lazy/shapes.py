@@ -16,7 +16,8 @@ from torch import Tensor
 from ..ops.higher import composed
 from ..ops.rows import FLOATS
 from .answers import register
-from .tensor import LazyLogits, is_view, make, shadow
+from .tensor import LazyLogits, make
+from .values import is_view, shadow
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import Stats
+from ..ops.request import Request
 from ..ops.rows import token_ids
 
 _ADDING = Lock()  # replicas of a model add to one state from threads of their own
@@ -39,12 +40,8 @@ class TokenSums(dict[bool, dict[str, Tensor]]):
 class PatchState:
     """The options that a patched model's lazy logits follow, and the counts and token sums that they leave."""
 
-    observe: tuple[str, ...] = ()
-    """Statistics to sum up beside the loss."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Keywords of `hf_xent.vocab_stats`: impl, memory_budget."""
-    tail: float = 0.0
-    """Relative error allowed to the loss's gradient by logits."""
+    request: Request = field(default_factory=Request)
+    """How losses are computed, and what is summed up beside them."""
     streamed: int = 0
     """How many consumers were answered without logits."""
     materialized: int = 0
@@ -57,6 +54,21 @@ class PatchState:
     """The model's mode in its last forward."""
     sums: TokenSums = field(default_factory=TokenSums)
     """Sums over tokens, by mode, if anything is observed."""
+
+    @property
+    def observe(self) -> tuple[str, ...]:
+        """Names of statistics that are summed up beside the loss."""
+        return self.request.observe
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the vocabulary is streamed, as keywords of public functions: impl, memory_budget."""
+        return {"impl": self.request.impl, "memory_budget": self.request.memory_budget}
+
+    @property
+    def tail(self) -> float:
+        """Relative error allowed to the loss's gradient by logits."""
+        return self.request.tail
 
     @property
     def why_dense(self) -> str:

@@ -2,21 +2,23 @@
 
 A loss of the statistics alone writes `of` and `uses`. One that compares with a second head (a teacher, unit
 embeddings) also writes `second`. One that is not a function of statistics at all overrides `per_token`. Everything else
-(reduction, token weights, backends, memory) is here.
+(reduction, token weights, backends, memory, logits that exist already) is here.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import Head, Payload, Stats, vocab_loss
-from ..ops.functional import check_tail
+from ..ops import Head, Payload, Stats, dense_stats
+from ..ops.dispatch import check_tail, stream_loss
+from ..ops.request import Request
 from ..ops.rows import token_ids
 from ..ops.statistics import wide
+from .reduction import Reduction
 
 
 class Loss:
@@ -26,28 +28,56 @@ class Loss:
     needs_teacher = False  # whether `teacher=(hidden, head)` must be given
 
     def of(self, stats: Stats) -> Tensor:
-        """Per-token loss [N] in nats from the statistics in `uses`."""
+        """The loss of every token from its statistics.
+
+        Args:
+            stats: Those in `uses`, [N] each.
+
+        Returns:
+            Losses [N], nats.
+        """
         raise NotImplementedError
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The paper's formula on dense logits [N, V] and labels [N], per token [N]; independent of `of`, for tests.
+        """The paper's formula on dense logits, written without looking at `of`, for tests.
 
-        `second` is what a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense
-        logits [N, V]. Callers pass all they have and a loss takes what it needs. N tokens are one sequence where that
-        matters.
+        Args:
+            logits: [N, V].
+            labels: Token ids [N]. N tokens are one sequence where that matters.
+            **second: What a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense
+                logits [N, V]. Callers pass all they have and a loss takes what it needs.
+
+        Returns:
+            Losses [N], nats.
         """
         raise NotImplementedError
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload | None:
-        """The second head whose logits' expectation `stats.payload` is: ([..., D2], head of the same V), or None."""
+        """The second head whose logits' expectation `stats.payload` is.
+
+        Args:
+            head: The head whose softmax the expectation is of.
+            labels: Token ids [...].
+            teacher: (hidden [..., D2], head) if the call has one.
+
+        Returns:
+            Its hidden states [..., D2] and the head of the same V, or None.
+        """
         return None
 
     def bind(self, weight: Tensor) -> Loss:
-        """The loss with all it takes from the pretrained head's weight [V, D] in its fields; `self` by default."""
+        """The loss with all it takes from the pretrained head in its fields.
+
+        Args:
+            weight: The head's, [V, D].
+
+        Returns:
+            A copy, or by default the loss itself.
+        """
         return self
 
     def __call__(self, hidden: Tensor, head: Head, labels: Tensor, **options: Any) -> Tensor:
-        """The reduced loss alone; parameters as in `compute`."""
+        """The reduced loss alone; parameters and errors as in `compute`."""
         return self.compute(hidden, head, labels, **options)[0]
 
     def compute(
@@ -66,27 +96,52 @@ class Loss:
         memory_budget: int | None = None,
         tail: float = 0.0,
     ) -> tuple[Tensor, Stats]:
-        """The loss over all tokens with a label, and their detached statistics (`observe` adds some).
+        """The loss over all tokens with a label, and their statistics, without logits.
 
-        reduction: 'mean' divides the weighted sum by the sum of weights (0 if there is no token), 'sum', or 'none' for
-        [...] with 0 at ignored positions. `num_items` divides the sum instead: the number of tokens of the whole
-        accumulated batch, as transformers' Trainer counts it.
+        Args:
+            hidden: The hidden states that the head is applied to, [..., D].
+            head: The head.
+            labels: Token ids [...], aligned with `hidden`.
+            reduction: 'mean' divides the weighted sum by the sum of weights (0 if there is no token), 'sum', or 'none'
+                for [...] with 0 at ignored positions.
+            num_items: Divides the sum instead: the number of tokens of the whole accumulated batch, as transformers'
+                Trainer counts it.
+            token_weight: Weights [...], constant.
+            teacher: (hidden [..., D2], head) of the model to compare with, for losses that need one.
+            observe: Names of further statistics to return.
+            ignore_index: The label of positions that have none.
+            impl: 'reference', 'chunked' or 'triton', as in `hf_xent.vocab_stats`.
+            memory_budget: Bytes of logits alive at a time, as in `hf_xent.vocab_stats`.
+            tail: Relative error allowed to the gradient of the logits, as in `hf_xent.vocab_loss`; 0 is exact.
 
-        Raises: ValueError for an unknown reduction, a missing teacher, or what `hf_xent.vocab_stats` refuses.
+        Returns:
+            The loss, nats, and the tokens' detached statistics in the shape of labels, with each one's `loss`.
+
+        Raises:
+            ValueError: The reduction is unknown, the teacher is missing, the loss has no sparse gradient for `tail`, or
+                `hf_xent.vocab_stats` refuses the operands.
         """
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is {reduction!r}: choose 'mean', 'sum' or 'none'")
+        reduce = Reduction(reduction, num_items, token_weight)
+        request = Request(observe, ignore_index, impl, memory_budget, tail)
+        return self.reduced(hidden, head, labels, request, reduce, teacher)
+
+    def reduced(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        request: Request,
+        reduction: Reduction,
+        teacher: Payload | None = None,
+    ) -> tuple[Tensor, Stats]:
+        """`compute` as a request asks for it; the reduction alone says whether losses stay unreduced."""
         labels = token_ids(labels)
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} compares with a teacher: pass teacher=(hidden, head)")
-        weight = labels.new_ones(labels.shape, dtype=wide(hidden.dtype)) if token_weight is None else token_weight
-        if reduction != "none":
-            weight = weight / self._denominator(weight, labels != ignore_index, reduction, num_items)
-        self.check_tail(tail, head)
-        options: dict[str, Any] = {"ignore_index": ignore_index, "impl": impl, "memory_budget": memory_budget}
-        if tail:
-            options["tail"] = tail
-        loss, stats = self.per_token(hidden, head, labels, weight, teacher, observe, reduction == "none", options)
+        weight = reduction.weights(labels, labels != request.ignore_index, wide(hidden.dtype))
+        self.check_tail(request.tail, head)
+        request = replace(request, unreduced=reduction.unreduced)
+        loss, stats = self.per_token(hidden, head, labels, weight, teacher, request)
         return loss.to(stats.lse.dtype), stats
 
     def per_token(
@@ -96,26 +151,70 @@ class Loss:
         labels: Tensor,
         weight: Tensor,
         teacher: Payload | None,
-        observe: tuple[str, ...],
-        unreduced: bool,
-        options: dict[str, Any],
+        request: Request,
     ) -> tuple[Tensor, Stats]:
         """The weighted sum (or, unreduced, the weighted losses in the shape of labels) and detached statistics."""
-        second = self.second(head, labels, teacher)
-        return vocab_loss(
-            self,
-            hidden,
-            head,
-            labels,
-            token_weight=weight,
-            observe=observe,
-            payload=second,
-            unreduced=unreduced,
-            **options,
-        )
+        return stream_loss(self, hidden, head, labels, request, weight, self.second(head, labels, teacher))
+
+    def on_logits(
+        self,
+        logits: Tensor,  # [..., C]
+        labels: Tensor,  # [...]
+        *,
+        reduction: str = "mean",
+        num_items: Tensor | float | None = None,
+        token_weight: Tensor | None = None,  # [...], constant
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """The loss of logits that exist already, for classifiers and segmenters, by plain torch operations.
+
+        Args:
+            logits: [..., C], classes last: move them there from [B, C, H, W].
+            labels: Class ids [...].
+            reduction: 'mean', 'sum' or 'none', as in `compute`.
+            num_items: Divides the sum in place of the sum of weights.
+            token_weight: Weights [...], constant.
+            ignore_index: The label of positions that have none.
+
+        Returns:
+            The loss, nats, in float32 or float64; differentiable any number of times.
+
+        Raises:
+            ValueError: The reduction is unknown, shapes do not fit, labels are no classes, or the loss compares with
+                more than logits and labels say.
+        """
+        if self.needs_teacher:
+            raise ValueError(
+                f"{type(self).__name__} compares with a teacher, which on_logits does not take: call the loss on hidden"
+                " states, with teacher=(hidden, head)"
+            )
+        reduce, labels = Reduction(reduction, num_items, token_weight), token_ids(labels)
+        if token_weight is not None and token_weight.ndim and token_weight.shape != labels.shape:
+            raise ValueError(
+                f"token_weight has shape {tuple(token_weight.shape)} but labels {tuple(labels.shape)}: pass one weight"
+                " per label"
+            )
+        outputs = {"lse", "target", *self.uses} - {"payload"}
+        stats = dense_stats(logits, labels, outputs=tuple(sorted(outputs)), ignore_index=ignore_index)
+        weight = reduce.weights(labels, stats.mask, stats.lse.dtype)
+        loss = self.of_logits(logits, stats) * weight.expand(labels.shape)[stats.mask]
+        loss = stats.lse.new_zeros(labels.shape).masked_scatter(stats.mask, loss) if reduce.unreduced else loss.sum()
+        return loss.to(stats.lse.dtype)
+
+    def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
+        """Losses of the N valid tokens, in reading order, from logits [..., V] and their statistics [...]."""
+        return self.of(valid(stats))
 
     def check_tail(self, tail: float, head: Head | None = None) -> None:
-        """Refuse a sparse gradient for a loss that has none, with a ValueError that names the remedy."""
+        """Refuse a sparse gradient for a loss that has none.
+
+        Args:
+            tail: Relative error allowed to the gradient of the logits; 0 is exact.
+            head: The head, if it is known.
+
+        Raises:
+            ValueError: The loss, or the head, has no sparse gradient; the message names the remedy.
+        """
         check_tail(tail, self, head)
         if tail and type(self).per_token is not Loss.per_token:
             raise ValueError(
@@ -123,25 +222,26 @@ class Loss:
                 " only such losses have a sparse gradient: pass tail=0"
             )
 
-    @staticmethod
-    def _weighted(loss: Tensor, weight: Tensor, stats: Stats, unreduced: bool) -> tuple[Tensor, Stats]:
-        """What `per_token` returns, from losses [...] that are 0 at ignored positions; for those who override it."""
-        stats = stats.detach()
-        stats.values["loss"] = loss.detach()
-        weighted = loss * torch.where(stats.mask, weight, 0)
-        return weighted if unreduced else weighted.sum(), stats
-
-    @staticmethod
-    def _denominator(weight: Tensor, mask: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor | float:
-        if num_items is not None:
-            return num_items.to(weight.device) if isinstance(num_items, Tensor) else num_items
-        if reduction == "sum":
-            return 1.0
-        total = torch.where(mask, weight, 0).sum()
-        return torch.where(total == 0, 1.0, total)
-
     def describe(self) -> dict[str, Any]:
-        """The loss as JSON: its registry key under 'loss' and its fields; tensors appear as their shape."""
+        """The loss as JSON.
+
+        Returns:
+            Its registry key under 'loss' and its fields; tensors appear as their shape.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]  # subclasses are dataclasses
         shown = {k: f"tensor{list(v.shape)}" if isinstance(v, Tensor) else v for k, v in values.items()}
         return {"loss": type(self).__module__.rsplit(".", 1)[-1], **shown}
+
+
+def weighted(loss: Tensor, weight: Tensor, stats: Stats, request: Request) -> tuple[Tensor, Stats]:
+    """What `Loss.per_token` returns, from losses [...] that are 0 at ignored positions; for those who override it."""
+    stats = stats.detach()
+    stats.values["loss"] = loss.detach()
+    losses = loss * torch.where(stats.mask, weight, 0)
+    return losses if request.unreduced else losses.sum(), stats
+
+
+def valid(stats: Stats) -> Stats:
+    """The statistics of the tokens with a label, [N] each."""
+    values = {name: value[stats.mask] for name, value in stats.values.items()}
+    return Stats(values, stats.labels[stats.mask], stats.mask[stats.mask])

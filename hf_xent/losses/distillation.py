@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import Head, Payload, Stats, vocab_stats
+from ..ops import Head, Payload, Stats
+from ..ops.dispatch import stream_stats
+from ..ops.request import Request
 from ..options.ranges import check_number
-from .base import Loss
+from .base import Loss, weighted
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Distillation(Loss):
     """Base of the divergences between a student p = softmax(z / T) and a teacher, times T^2.
 
     Labels only say which positions count. A subclass splits its loss into `of`, a function of the student's statistics,
-    and `rest`; the teacher, any hidden size, gets no gradient.
+    and `remaining_terms`; the teacher, any hidden size, gets no gradient.
     """
 
     temperature: float = field(default=1.0, kw_only=True)
@@ -29,7 +30,7 @@ class Distillation(Loss):
     def __post_init__(self) -> None:
         check_number(self, "temperature", "(0, inf)", "choose a positive number")
 
-    def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
+    def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """What the loss is beyond `of`, in the shape of labels and 0 at ignored positions; heads are tempered."""
         raise NotImplementedError
 
@@ -40,35 +41,33 @@ class Distillation(Loss):
         labels: Tensor,
         weight: Tensor,
         teacher: Payload | None,
-        observe: tuple[str, ...],
-        unreduced: bool,
-        options: dict[str, Any],
+        request: Request,
     ) -> tuple[Tensor, Stats]:
-        """`of` from one visit of the student, plus `rest`; statistics are the student's at temperature 1."""
-        own, teacher = head.tempered(self.temperature), self.frozen(teacher, head)
+        """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
+        tempered, teacher = head.tempered(self.temperature), self.frozen_teacher(teacher, head)
         weight = weight * self.temperature**2
-        total, stats = super().per_token(hidden, own, labels, weight, teacher, observe, unreduced, options)
-        rest = self.rest(hidden, own, labels, teacher, options)
-        loss = (stats.loss + rest.detach()) * self.temperature**2
+        total, stats = super().per_token(hidden, tempered, labels, weight, teacher, request)
+        terms = self.remaining_terms(hidden, tempered, labels, teacher, request)
+        loss = (stats.loss + terms.detach()) * self.temperature**2
         if self.temperature != 1:
-            stats = self.seen(hidden, head, labels, observe, options)
-        rest, _ = self._weighted(rest, weight, stats, unreduced)
+            stats = self.student_stats(hidden, head, labels, request)
+        terms, _ = weighted(terms, weight, stats, request)
         stats.values["loss"] = loss
-        return total + rest, stats
+        return total + terms, stats
 
-    def frozen(self, teacher: Payload | None, head: Head) -> Payload:
+    def frozen_teacher(self, teacher: Payload | None, head: Head) -> Payload:
         """The teacher, checked, tempered and without gradient."""
         assert teacher is not None  # `compute` refused
-        hidden, other = teacher
-        if other.vocabulary != head.vocabulary:
+        hidden, teacher_head = teacher
+        if teacher_head.vocabulary != head.vocabulary:
             raise ValueError(
-                f"the teacher's head has {other.vocabulary} tokens but the student's {head.vocabulary}: share one"
-                " vocabulary"
+                f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}: share"
+                " one vocabulary"
             )
-        return hidden.detach(), other.detach().tempered(self.temperature)
+        return hidden.detach(), teacher_head.detach().tempered(self.temperature)
 
     @staticmethod
     @torch.no_grad()
-    def seen(hidden: Tensor, head: Head, labels: Tensor, observe: tuple[str, ...], options: dict[str, Any]) -> Stats:
+    def student_stats(hidden: Tensor, head: Head, labels: Tensor, request: Request) -> Stats:
         """Detached statistics of the student as it is."""
-        return vocab_stats(hidden, head, labels, outputs=("lse", "target", *observe), **options)
+        return stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, one_hot
 from ..ops import Head, Payload, Stats
 from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
-from .base import Loss
+from .base import Loss, valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,20 @@ class EMO(Loss):
         if self.cost.device != head.weight.device:  # the model moved after binding: follow once, not at every step
             object.__setattr__(self, "cost", self.cost.to(head.weight.device))
         return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
+
+    def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
+        """From the cosines of all classes with each label; the cost has to be a tensor, or bound to one."""
+        if isinstance(self.cost, str):
+            raise ValueError(
+                f"cost is {self.cost!r}, but logits come without a head's embeddings: pass a [C, H] tensor of the"
+                " classes' embeddings"
+            )
+        if len(self.cost) != logits.shape[-1]:
+            raise ValueError(f"cost has {len(self.cost)} rows but there are {logits.shape[-1]} classes: embed them")
+        rows, dtype = valid(stats), stats.lse.dtype
+        units = self.cost.to(logits.device, dtype)
+        rows.values["payload"] = (logits[stats.mask].to(dtype).softmax(-1) * (units[rows.labels] @ units.T)).sum(-1)
+        return self.of(rows)
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]."""

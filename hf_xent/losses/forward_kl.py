@@ -13,11 +13,12 @@ Relations: ReverseKL seeks one mode of the teacher; JSD is between the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from ..ops import Head, Payload, Stats, vocab_stats
+from ..ops import Head, Payload, Stats
+from ..ops.dispatch import stream_stats
+from ..ops.request import Request
 from .distillation import Distillation
 
 
@@ -31,9 +32,9 @@ class ForwardKL(Distillation):
         """The student's part of the loss [N]."""
         return stats.lse
 
-    def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
+    def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """Minus the teacher's entropy and its expectation of the student's logits."""
-        stats = vocab_stats(*teacher, labels, outputs=("entropy", "payload"), payload=(hidden, head), **options)
+        stats = stream_stats(*teacher, labels, ("entropy", "payload"), request, (hidden, head))
         return -stats.entropy - stats.payload
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:

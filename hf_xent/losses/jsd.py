@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, map_logits
+from ..ops.request import Request
 from ..options.ranges import check_number
+from .base import weighted
 from .distillation import Distillation
 
 
@@ -46,27 +47,27 @@ class JSD(Distillation):
         labels: Tensor,
         weight: Tensor,
         teacher: Payload | None,
-        observe: tuple[str, ...],
-        unreduced: bool,
-        options: dict[str, Any],
+        request: Request,
     ) -> tuple[Tensor, Stats]:
         """Full rows of the valid tokens; statistics of the student as it is, from a forward of their own."""
-        stats = self.seen(hidden, head, labels, observe, options)
-        other, teacher_head = self.frozen(teacher, head)
-        if other.shape[:-1] != labels.shape:
+        stats = self.student_stats(hidden, head, labels, request)
+        teacher_hidden, teacher_head = self.frozen_teacher(teacher, head)
+        if teacher_hidden.shape[:-1] != labels.shape:
             raise ValueError(
-                f"teacher's hidden has shape {tuple(other.shape)}: its rows must be labels', {tuple(labels.shape)}"
+                f"teacher's hidden has shape {tuple(teacher_hidden.shape)}: its rows must be labels',"
+                f" {tuple(labels.shape)}"
             )
         valid = stats.mask.reshape(-1).nonzero().squeeze(-1)
-        rows = [x.reshape(-1, x.shape[-1]).index_select(0, valid) for x in (hidden, other)]
+        rows = [x.reshape(-1, x.shape[-1]).index_select(0, valid) for x in (hidden, teacher_hidden)]
 
-        def fn(logits: Tensor, other: Tensor) -> Tensor:
-            return self.divergence(logits, teacher_head.logits(other))
+        def divergence(logits: Tensor, teacher_rows: Tensor) -> Tensor:
+            return self.divergence(logits, teacher_head.logits(teacher_rows))
 
-        own = head.tempered(self.temperature)
-        found = map_logits(fn, rows[0], own, rows[1], memory_budget=options["memory_budget"])
-        loss = found.new_zeros(labels.numel()).index_copy(0, valid, found * self.temperature**2).reshape(labels.shape)
-        return self._weighted(loss, weight, stats, unreduced)
+        tempered = head.tempered(self.temperature)
+        losses = map_logits(divergence, rows[0], tempered, rows[1], memory_budget=request.memory_budget)
+        losses = losses * self.temperature**2
+        loss = losses.new_zeros(labels.numel()).index_copy(0, valid, losses).reshape(labels.shape)
+        return weighted(loss, weight, stats, request)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """beta KL(p || m) + (1 - beta) KL(q || m) of logits [N, V]; a banned token (-inf) adds nothing."""

@@ -14,12 +14,13 @@ Relations: ForwardKL covers all modes of the teacher; JSD is between the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import Head, Payload, Stats, vocab_stats
+from ..ops import Head, Payload, Stats
+from ..ops.dispatch import stream_stats
+from ..ops.request import Request
 from .distillation import Distillation
 
 
@@ -37,10 +38,10 @@ class ReverseKL(Distillation):
         """The student's part of the loss [N]."""
         return -stats.entropy - stats.payload
 
-    def rest(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, options: dict[str, Any]) -> Tensor:
+    def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """The teacher's normalizer, a constant."""
         with torch.no_grad():
-            return vocab_stats(*teacher, labels, outputs=("lse",), **options).lse
+            return stream_stats(*teacher, labels, ("lse",), request).lse
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops import Head, Payload, Stats, vocab_stats
+from ..ops import Head, Payload, Stats
+from ..ops.dispatch import stream_stats
+from ..ops.request import Request
 from ..ops.statistics import wide
 from ..options.ranges import check_number
-from .base import Loss
+from .base import Loss, valid, weighted
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,27 @@ class SequenceLoss(Loss):
         labels: Tensor,
         weight: Tensor,
         teacher: Payload | None,
-        observe: tuple[str, ...],
-        unreduced: bool,
-        options: dict[str, Any],
+        request: Request,
     ) -> tuple[Tensor, Stats]:
         """One visit of the vocabulary for the statistics, one [T, T] product per run."""
-        stats = vocab_stats(hidden, head, labels, outputs=(*self.uses, *observe), **options)
-        valid = stats.mask.reshape(-1).nonzero().squeeze(-1)
-        ids, exact = labels.reshape(-1)[valid], wide(hidden.dtype)
-        lse = stats.lse.reshape(-1)[valid]
+        stats = stream_stats(hidden, head, labels, (*self.uses, *request.observe), request)
+        positions = stats.mask.reshape(-1).nonzero().squeeze(-1)
+        ids, exact = labels.reshape(-1)[positions], wide(hidden.dtype)
+        lse = stats.lse.reshape(-1)[positions]
         # one gather for all runs: the gradient of each would be a dense [V, D]
-        wanted, states = head[ids].to(exact), hidden.reshape(-1, hidden.shape[-1])[valid].to(exact)
-        found = [lse[:0]]
+        columns, states = head[ids].to(exact), hidden.reshape(-1, hidden.shape[-1])[positions].to(exact)
+        losses = [lse[:0]]
         for run in _runs(stats.mask):
-            found.append(self.of_run(wanted[run].logits(states[run]) - lse[run, None]))
-        loss = self.of(stats).reshape(-1).index_add(0, valid, torch.cat(found)).reshape(labels.shape)
-        return self._weighted(loss, weight, stats, unreduced)
+            losses.append(self.of_run(columns[run].logits(states[run]) - lse[run, None]))
+        loss = self.of(stats).reshape(-1).index_add(0, positions, torch.cat(losses)).reshape(labels.shape)
+        return weighted(loss, weight, stats, request)
+
+    def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
+        """The same from logits that exist, [..., T, V]."""
+        rows = valid(stats)
+        logp = logits[stats.mask].to(rows.lse.dtype) - rows.lse[:, None]
+        losses = [self.of_run(logp[run][:, rows.labels[run]]) for run in _runs(stats.mask)]
+        return self.of(rows) + torch.cat([rows.lse[:0], *losses])
 
 
 def _runs(mask: Tensor) -> list[slice]:

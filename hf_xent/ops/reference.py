@@ -15,20 +15,24 @@ def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict
     """Every statistic [N] of logits z [N, V] and their labels [N]; of the payload's logits [N, V] too, if given."""
     logp = z.log_softmax(-1)
     p = logp.exp()
-    target = z.gather(-1, labels[:, None])  # [N, 1]
+    simple = without_softmax(z, labels)
     finite = logp.clamp(min=-1e4)  # 0 * -inf is 0 here: a banned token adds no entropy
     entropy = -(p * finite).sum(-1)
     return {
-        "lse": z.logsumexp(-1),
-        "target": target.squeeze(-1),
-        "mean": z.mean(-1),
+        **simple,
         "entropy": entropy,
         "variance": (p * (finite + entropy[:, None]) ** 2).sum(-1),
         "payload": (p * (torch.zeros_like(z) if payload is None else payload)).sum(-1),
         "top": z.argmax(-1),
-        "rank": (z > target).sum(-1),
+        "rank": (z > simple["target"][:, None]).sum(-1),
         "log_sum_sq": (2 * logp).logsumexp(-1),
     }
+
+
+def without_softmax(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The statistics [N] that keep no probabilities [N, V]."""
+    target = z.gather(-1, labels[:, None]).squeeze(-1)
+    return {"lse": z.logsumexp(-1), "target": target, "mean": z.mean(-1)}
 
 
 def forward(problem: Problem) -> dict[str, Tensor]:

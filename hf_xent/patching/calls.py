@@ -1,4 +1,4 @@
-"""One call of a patched model: what wakes the head, what is noted on the way, how the answer leaves.
+"""One call of a patched model: what makes its head lazy, what is noted on the way, how the answer leaves.
 
 Threads and replicas of a model have calls of their own, so the one under way is found by context, not on the model.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, PatchState, next_token_labels
 from ..losses.base import Loss
-from .trl import FusedCall
+from ..losses.reduction import Reduction
+from .trl import FusedCall, FusedHead
 
 _LABELS = ("labels", "shift_labels")
 COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
@@ -31,14 +32,34 @@ _REPLACED = (
 )
 
 
+class Patch(Protocol):
+    """What calls and hooks see of the patch on a model (`installation.Installation`)."""
+
+    state: PatchState
+    always: int
+    before: Any
+    fused: FusedHead | None
+
+    def make_heads_lazy(self, inner: nn.Module) -> None:
+        """Lazy forwards on the head as it is now."""
+
+    def take_over_fused_head(self, inner: nn.Module) -> None:
+        """TRL's forward comes off, if it has put one on the model."""
+
+
+def patch_on(model: nn.Module) -> Patch | None:
+    """The patch on a model without wrappers, or None."""
+    return model.__dict__.get("_hf_xent")
+
+
 @dataclass(eq=False)
 class Call:
     """One call of a patched model under way: each thread has its own, and each replica."""
 
     model: nn.Module
-    patch: Any
+    patch: Patch
     outer: Call | None  # the call within which it happens
-    awake: bool = False  # whether the head is to give lazy logits
+    lazy_now: bool = False  # whether the head is to give lazy logits
     scored: bool = True  # whether the objective has been asked, if it has to be
     entered: bool = False  # whether the model's forward has begun
     lazy: bool = False  # whether the head gave lazy logits
@@ -47,17 +68,20 @@ class Call:
 
     @classmethod
     def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Wake the head if labels are given, or the patch says always; returns the arguments for the model itself."""
-        patch: Any = model.__dict__["_hf_xent"]
+        """Make the head lazy for this call if it has labels, or the patch says always.
+
+        Returns the arguments for the model itself.
+        """
+        patch: Patch = model.__dict__["_hf_xent"]
         call = cls(model, patch, CALL.get())
         CALL.set(call)
-        patch.install(model)
+        patch.make_heads_lazy(model)
         patch.state.training = model.training
-        patch.take_over(model)
-        given = _labels_given(model, args, kwargs)
-        call.awake = given or patch.always > 0
+        patch.take_over_fused_head(model)
+        labeled = _has_labels(model, args, kwargs)
+        call.lazy_now = labeled or patch.always > 0
         objective = _objective_of(model)
-        call.scored = objective is None or not given
+        call.scored = objective is None or not labeled
         if not kwargs.get("fused_lm_head"):
             return kwargs
         if objective is not None:
@@ -79,8 +103,8 @@ class Call:
         if output is None:
             return None
         state = call.patch.state
-        if not call.lazy and (call.awake or (model.training and torch.is_grad_enabled())):
-            state.bypass(call.reason or (_REPLACED if call.awake else _UNASKED))
+        if not call.lazy and (call.lazy_now or (model.training and torch.is_grad_enabled())):
+            state.bypass(call.reason or (_REPLACED if call.lazy_now else _UNASKED))
         if call.fused is not None:
             return call.fused.answer(output)
         objective = _objective_of(model)
@@ -92,17 +116,25 @@ class Call:
             )
         return output
 
+    @staticmethod
+    def under_way(patch: Patch) -> Call | None:
+        """The call of a patched model in which this thread is, or None."""
+        call = CALL.get()
+        while call is not None and call.patch is not patch:
+            call = call.outer
+        return call
+
 
 CALL: ContextVar[Call | None] = ContextVar("CALL", default=None)  # the innermost one of this thread
 
 
 def _objective_of(model: nn.Module) -> ModelLoss | None:
     """The one in a model's place for it: a replica has a replica, and a user may have set another since."""
-    found = model._modules.get("_loss_function")
-    return found if isinstance(found, ModelLoss) else None
+    module = model._modules.get("_loss_function")
+    return module if isinstance(module, ModelLoss) else None
 
 
-def _labels_given(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _has_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if any(kwargs.get(name) is not None for name in _LABELS):
         return True
     names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
@@ -137,16 +169,10 @@ class ModelLoss(nn.Module):
         if targets is None:
             assert labels is not None  # a model asks for a loss with labels of one kind or the other
             targets = next_token_labels(labels, ignore_index)
-        loss, stats = self.loss.compute(
-            logits.hidden,
-            logits.head,
-            targets.to(logits.hidden.device).reshape(logits.shape[:-1]),
-            num_items=num_items_in_batch,
-            ignore_index=ignore_index,
-            observe=self.state.observe,
-            tail=self.state.tail,
-            **self.state.options,
-        )
+        targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
+        request = replace(self.state.request, ignore_index=ignore_index)
+        reduction = Reduction(num_items=num_items_in_batch)
+        loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
         self.state.record(stats)
         return loss
 

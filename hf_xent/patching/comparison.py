@@ -18,32 +18,55 @@ but for rounding (key biases).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager as Context
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..lazy import LazyLogits, PatchState
 from ..models.contexts import eval_mode
-from .heads import fleeting, inner_of, is_split, linears_of
+from .float64 import in_float64, is_plain
+from .heads import inner_of, linears_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
 FACTOR = 8.0
 ASSUMED = {2: 1e-1, 4: 1e-3, 8: 1e-6}  # tolerances by the bytes of a number
 _FLOOR = 1e-3  # of the whole gradient's norm
 _TINY = 1e-30
-_NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model run both ways on the same tokens: what its head is, and how far loss and gradients differ."""
+    """A model run both ways on the same tokens: what its head is, and how far loss and gradients differ.
+
+    Attributes:
+        model: The class of the model.
+        head: The name of its head among its modules.
+        vocabulary: V, the rows of the head's weight.
+        hidden: D, its columns.
+        bias: Whether the head has a bias.
+        tied: Whether its weight is that of the input embeddings.
+        scale: What the logits are multiplied with after the head; NaN if they were not lazy.
+        softcap: Their softcap, or None.
+        dtype: The dtype of the head's weight.
+        loss: The stock model's loss, nats.
+        loss_error: How far the patched model's is from it, relatively.
+        gradient_error: The largest distance of a parameter's gradients, relative to the gradient's norm.
+        worst: The name of that parameter.
+        noise: How far the stock model is from its own exact run, the larger of the same two; None where float64 cannot
+            be had.
+        tolerance: What `loss_error` and `gradient_error` may be.
+        exact_loss_error: As `loss_error`, with all that follows the hidden states in float64, or None.
+        exact_gradient_error: As `gradient_error`, in the same runs, or None.
+        exact_tolerance: What these two may be.
+        streamed: How many consumers of logits were answered without them.
+        materialized: How often logits were made after all.
+        bypassed: How often the head made its logits at once.
+        reason: Why it did so.
+    """
 
     model: str
     head: str
@@ -55,25 +78,25 @@ class Comparison:
     softcap: float | None
     dtype: str
     loss: float
-    loss_error: float  # relative
-    gradient_error: float  # largest over parameters, relative to the parameter's gradient norm
-    worst: str  # the parameter that has it
-    noise: float | None  # the stock model's own, the larger of the same two; None where float64 cannot be had
-    tolerance: float  # FACTOR times that
-    exact_loss_error: float | None  # with all that follows the hidden states in float64
-    exact_gradient_error: float | None  # largest over parameters
+    loss_error: float
+    gradient_error: float
+    worst: str
+    noise: float | None
+    tolerance: float
+    exact_loss_error: float | None
+    exact_gradient_error: float | None
     exact_tolerance: float
     streamed: int
     materialized: int
     bypassed: int
-    reason: str  # why the head made its logits at once, if it did
+    reason: str
 
     @property
     def equal(self) -> bool:
         """Whether loss and every gradient agree: exactly, and in the model's dtype as far as its noise allows."""
-        own = (error <= self.tolerance for error in (self.loss_error, self.gradient_error))
+        in_its_dtype = (error <= self.tolerance for error in (self.loss_error, self.gradient_error))
         exact = (self.exact_loss_error, self.exact_gradient_error)
-        return all(own) and all(error is None or error <= self.exact_tolerance for error in exact)
+        return all(in_its_dtype) and all(error is None or error <= self.exact_tolerance for error in exact)
 
     @property
     def lean(self) -> bool:
@@ -87,8 +110,8 @@ class Comparison:
             return "without materializing logits"
         if self.materialized:
             return f"but logits were materialized {self.materialized} times"
-        done = "logits were made as well" if self.streamed else "nothing was streamed"
-        return f"but {done}: {self.reason or 'the head was never called'}"
+        result = "logits were made as well" if self.streamed else "nothing was streamed"
+        return f"but {result}: {self.reason or 'the head was never called'}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and the verdicts, for JSON."""
@@ -96,7 +119,7 @@ class Comparison:
 
 
 def run_both_ways(
-    model: nn.Module, stock: Callable[[], Context[Any]], patched: Callable[[], Context[PatchState]], tokens: int
+    model: nn.Module, stock: Callable[[], Context[nn.Module]], patched: Callable[[], Context[PatchState]], tokens: int
 ) -> Comparison:
     """Compare a model in one context with itself in another; leaves it as it was."""
     inner: Any = inner_of(model)
@@ -110,9 +133,9 @@ def run_both_ways(
         noise = None if truth is None else max(_Errors.of(expected, truth).largest, torch.finfo(dtype).eps)
         del truth
         with patched() as state:
-            ours = run()
-    errors = _Errors.of(ours, expected)
-    recipe = ours.logits.head if isinstance(ours.logits, LazyLogits) else None
+            answer = run()
+    errors = _Errors.of(answer, expected)
+    head_seen = answer.logits.head if isinstance(answer.logits, LazyLogits) else None
     embeddings = inner.get_input_embeddings()
     return Comparison(
         model=type(inner).__name__,
@@ -121,8 +144,8 @@ def run_both_ways(
         hidden=head.weight.shape[1],
         bias=head.bias is not None,
         tied=embeddings is not None and getattr(embeddings, "weight", None) is head.weight,
-        scale=float("nan") if recipe is None else recipe.scale,
-        softcap=None if recipe is None else recipe.softcap,
+        scale=float("nan") if head_seen is None else head_seen.scale,
+        softcap=None if head_seen is None else head_seen.softcap,
         dtype=str(dtype).removeprefix("torch."),
         loss=float(expected.loss),
         loss_error=errors.loss,
@@ -162,27 +185,27 @@ class _Runs:
             torch.manual_seed(0)
             out = self.model(input_ids=self.ids, labels=self.ids)
             wanted = list(self.parameters.values())
-            found = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()
-        gradients = {name: g for name, g in zip(self.parameters, found, strict=True) if g is not None}
+            grads = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()
+        gradients = {name: g for name, g in zip(self.parameters, grads, strict=True) if g is not None}
         return _Answer(out.loss.detach(), gradients, out.logits)
 
     def exactly(
-        self, inner: Any, stock: Callable[[], Context[Any]], patched: Callable[[], Context[PatchState]]
+        self, inner: Any, stock: Callable[[], Context[nn.Module]], patched: Callable[[], Context[PatchState]]
     ) -> tuple[_Answer | None, _Errors | None, float]:
         """The stock model's exact run, how far the patched one's is from it, and how far it may be."""
         layer = inner.get_output_embeddings()
-        if not all(_is_plain(module) for module in layer.modules()):
+        if not all(is_plain(module) for module in layer.modules()):
             return None, None, EXACT
         try:
-            with stock(), _in_float64(layer):
+            with stock(), in_float64(layer):
                 truth = self()
         except Exception:  # an adapter on the head, or what follows it, insists on the model's dtype
             return None, None, EXACT
-        with patched(), _in_float64(layer):
+        with patched(), in_float64(layer):
             errors = _Errors.of(self(), truth)
         if errors.largest <= EXACT:
             return truth, errors, EXACT
-        with stock(), _in_float64(layer):  # a GPU may add in any order: how far the model is from itself
+        with stock(), in_float64(layer):  # a GPU may add in any order: how far the model is from itself
             again = _Errors.of(self(), truth)
         return truth, errors, max(EXACT, FACTOR * again.largest)
 
@@ -195,19 +218,20 @@ class _Errors:
     gradients: dict[str, float]
 
     @classmethod
-    def of(cls, ours: _Answer, expected: _Answer) -> _Errors:
+    def of(cls, answer: _Answer, expected: _Answer) -> _Errors:
         """Of the first from the second; a gradient that one of them lacks is infinitely far."""
         norms = {name: float(g.double().norm()) for name, g in expected.gradients.items()}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
-        apart = {
-            name: float((ours.gradients[name].double() - g.double()).norm()) if name in ours.gradients else math.inf
+        gradients = answer.gradients
+        distances = {
+            name: float((gradients[name].double() - g.double()).norm()) if name in gradients else math.inf
             for name, g in expected.gradients.items()
         }
-        apart |= dict.fromkeys(ours.gradients.keys() - expected.gradients.keys(), math.inf)
-        loss, right = float(ours.loss), float(expected.loss)
+        distances |= dict.fromkeys(gradients.keys() - expected.gradients.keys(), math.inf)
+        loss, right = float(answer.loss), float(expected.loss)
         return cls(
             abs(loss - right) / max(abs(right), _TINY),
-            {name: x / max(norms.get(name, 0.0), _FLOOR * total, _TINY) for name, x in apart.items()},
+            {name: x / max(norms.get(name, 0.0), _FLOOR * total, _TINY) for name, x in distances.items()},
         )
 
     @property
@@ -228,58 +252,3 @@ def _ordered(error: float) -> float:
 def _tokens(weight: Tensor, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a layer's numbers can be had in float64 for a while: they lie here, whole, where there is float64."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    elsewhere = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in own)
-    return not elsewhere and not (hasattr(module, "weight") and fleeting(module))
-
-
-@contextmanager
-def _in_float64(layer: nn.Module) -> Iterator[None]:
-    """In here a layer computes in float64, and what follows it stays in it; gradients reach its own parameters."""
-    places: list[Any] = [held for m in layer.modules() for held in (m._parameters, m._buffers)]
-    before = [held.copy() for held in places]
-    mode = _Widened()
-    handle = layer.register_forward_pre_hook(mode.widen)
-    try:
-        for held in places:  # with numbers that are not leaves, so that the graph goes on to the parameters
-            floats = {name: x.double() for name, x in held.items() if x is not None and x.is_floating_point()}
-            held.update(floats)
-        with mode:
-            yield
-    finally:
-        handle.remove()
-        for held, own in zip(places, before, strict=True):
-            held.update(own)
-
-
-class _Widened(TorchFunctionMode):
-    """Once a head was called, casts of float64 tensors to other floats leave them as they are: models cast logits."""
-
-    begun = False
-
-    def widen(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """A head's arguments."""
-        self.begun = True
-        return (args[0].double(), *args[1:])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.begun and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func in _NARROWING:
-                return args[0]
-            args = (args[0], *map(_widest, args[1:])) if func in _CASTS else args
-            kwargs = {name: _widest(value) for name, value in kwargs.items()} if "dtype" in kwargs else kwargs
-        return func(*args, **kwargs)
-
-
-def _widest(argument: Any) -> Any:
-    """An argument of a cast that names a float, with float64 in its place."""
-    if isinstance(argument, torch.dtype) and argument.is_floating_point:
-        return torch.float64
-    if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.double()
-    return argument

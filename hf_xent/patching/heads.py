@@ -63,8 +63,8 @@ def _is_linear(layer: Any) -> bool:
     return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
-def checked_head(inner: nn.Module, ours: Callable[[Any], bool]) -> nn.Linear:
-    """The head, whose forward is its own, or one that `ours` knows. Raises: ValueError as `patching.head_of`."""
+def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
+    """The head, whose forward is its own, or a lazy one. Raises: ValueError as `patching.head_of`."""
     name, head = type(inner).__name__, linears_of(inner)[0]
     if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
         raise ValueError(
@@ -72,7 +72,7 @@ def checked_head(inner: nn.Module, ours: Callable[[Any], bool]) -> nn.Linear:
             " streamed, leave the head out of the quantization"
         )
     forward = head.__dict__.get("forward")
-    if not (forward is None or ours(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
+    if not (forward is None or is_lazy(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
         raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
     return head
 

@@ -26,7 +26,7 @@ STATISTICS = {
     "mean_logits": ("mean",),
     "is_top1": ("top",),
 }
-_GIVEN = ("fused_lm_head", "labels", "shift_labels", "num_items_in_batch")
+_ARGUMENTS = ("fused_lm_head", "labels", "shift_labels", "num_items_in_batch")
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class FusedHead:
             function = getattr(function, "__wrapped__", None)
         if function is None:
             return None
-        found = inspect.getclosurevars(function).nonlocals
+        settings = inspect.getclosurevars(function).nonlocals
         names = ("temperature", "outputs", "cast_lm_head_to_fp32")
-        return cls(**{name: found[name] for name in names}, forward=forward)
+        return cls(**{name: settings[name] for name in names}, forward=forward)
 
     @staticmethod
     def remove(model: nn.Module) -> None:
@@ -92,7 +92,7 @@ class FusedCall:
             return None
         shift = kwargs.get("shift_labels") is None
         labels = kwargs["labels" if shift else "shift_labels"]
-        passed = {name: value for name, value in kwargs.items() if name not in _GIVEN}
+        passed = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
         if "use_cache" in inspect.signature(type(model).forward).parameters:
             passed["use_cache"] = False
         config = model.config.get_text_config()
@@ -113,22 +113,22 @@ class FusedCall:
             logits, labels = logits[:, :-1], labels[:, 1:]
         if self.head.temperature != 1:
             logits = logits / self.head.temperature
-        asked = {name for output in self.head.outputs for name in STATISTICS[output]}
-        stats = _stats(logits, labels, ("lse", "target", *sorted(asked)))
+        statistics = {name for output in self.head.outputs for name in STATISTICS[output]}
+        stats = _stats(logits, labels, ("lse", "target", *sorted(statistics)))
         logp = stats.logp
         count = stats.mask.sum().clamp(min=1) if self.num_items is None else self.num_items
         loss, aux = -logp.sum() / count, None
         if self.aux_weight is not None:
             aux = output.aux_loss
             loss = loss + self.aux_weight * aux
-        given = {
+        formulas = {
             "entropy": lambda: stats.entropy,
             "log_sum_sq_probs": lambda: stats.log_sum_sq.detach(),
             "mean_logits": lambda: stats.mean.detach(),
             "is_top1": lambda: stats.is_top1,
         }
-        found = {name: value() for name, value in given.items() if name in self.head.outputs}
-        return FusedCausalLMOutput(loss=loss, log_probs=logp, label_mask=stats.mask, aux_loss=aux, **found)
+        outputs = {name: formula() for name, formula in formulas.items() if name in self.head.outputs}
+        return FusedCausalLMOutput(loss=loss, log_probs=logp, label_mask=stats.mask, aux_loss=aux, **outputs)
 
 
 def _stats(logits: Tensor, labels: Tensor, outputs: tuple[str, ...]) -> Stats:

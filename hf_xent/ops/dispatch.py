@@ -1,0 +1,207 @@
+"""From a request to a backend: operands are checked, the problem is stated, and the vocabulary streamed.
+
+`stream_stats` and `stream_loss` are what the public `vocab_stats` and `vocab_loss` do once their keywords are a
+`Request`; what lies between them and a user (losses, lazy logits, patches) hands one on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from numbers import Real
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import chunked, reference
+from .autograd import eager, recompute
+from .head import Head, Payload
+from .higher import composed
+from .problem import TENSORS, Problem
+from .request import Request
+from .rows import Rows, autocast, autocast_head, check_head
+from .statistics import STATISTICS, Stats, wide
+
+
+class TokenLoss(Protocol):
+    """What `vocab_loss` asks of a loss: statistics it differentiates, and the per-token loss from them."""
+
+    uses: tuple[str, ...]
+
+    def of(self, stats: Stats) -> Tensor:
+        """Per-token loss [N], nats."""
+        ...
+
+
+def stream_stats(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    outputs: tuple[str, ...],
+    request: Request,
+    payload: Payload | None = None,
+) -> Stats:
+    """`vocab_stats` as a request asks for it; `outputs` alone says which statistics."""
+    rows = Rows(hidden, head, labels, request.ignore_index)
+    backend = request.backend()
+    problem = _problem(rows, outputs, payload, request, backend)
+    values = recompute(backend, problem)
+    return rows.scatter(values)
+
+
+def stream_loss(
+    loss: TokenLoss,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    request: Request,
+    token_weight: Tensor | float = 1.0,
+    payload: Payload | None = None,
+) -> tuple[Tensor, Stats]:
+    """`vocab_loss` as a request asks for it."""
+    check_tail(request.tail, loss, head)
+    rows = Rows(hidden, head, labels, request.ignore_index)
+    backend = request.backend()
+    problem = replace(
+        _problem(rows, (*loss.uses, *request.observe), payload, request, backend),
+        tail=request.tail,
+    )
+    weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
+    if problem.needs and not request.unreduced and not composed(*problem.tensors):
+        objective = _WeightedSum(loss, problem, weight)
+        total, values = eager(backend, problem, objective, _origins(problem, head, payload))
+        values["loss"] = objective.per_token()
+    else:
+        values = recompute(backend, problem)
+        values["loss"] = loss.of(Stats(values, problem.labels, torch.ones_like(problem.labels, dtype=torch.bool)))
+        weighted = values["loss"] * weight
+        total = rows.scatter({"loss": weighted}).loss if request.unreduced else weighted.sum()
+    return total, rows.scatter({name: value.detach() for name, value in values.items()})
+
+
+class _WeightedSum:
+    """The objective `sum(weight * loss.of(stats))`, an `autograd.EagerSum`."""
+
+    def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
+        self.loss, self.uses, self.labels = loss, loss.uses, problem.labels
+        self.weight = weight if isinstance(weight, Tensor) and weight.ndim else [weight]
+        self.unit = _unit(weight, problem.hidden.dtype)
+        self.parts: list[Tensor] = []
+        self.sums = [torch.zeros((), dtype=wide(problem.hidden.dtype), device=problem.hidden.device)]
+
+    def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: values[name].detach().requires_grad_() for name in self.uses}
+        with torch.enable_grad():
+            losses, weight = self._of(rows, {**values, **leaves})
+            total = (losses * weight / self.unit).sum()
+        self.parts.append(losses.detach())
+        self.sums.append(total.detach() * self.unit)
+        if not total.requires_grad:  # a constant loss
+            return {"lse": torch.zeros_like(values["lse"])}
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+
+    def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
+        kept = {name: value if name in self.uses else value.detach() for name, value in values.items()}
+        losses, weight = self._of(rows, kept)
+        return (losses * weight).sum()
+
+    def _of(self, rows: slice, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        """The losses of these rows and their weights."""
+        labels = self.labels[rows]
+        weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
+        return self.loss.of(Stats(values, labels, torch.ones_like(labels, dtype=torch.bool))), weight
+
+    def total(self) -> Tensor:
+        return torch.stack(self.sums).sum()
+
+    def per_token(self) -> Tensor:
+        return torch.cat(self.parts) if self.parts else self.sums[0].new_empty(0)
+
+
+def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+    """The largest token weight: what float16 gradients of mode eager are held in until a GradScaler's factor comes.
+
+    Weights of 1 / (number of tokens) would push them below float16's range before they could be scaled up.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    if not isinstance(weight, Tensor):
+        return abs(weight) or 1.0
+    largest = weight.detach().abs().amax() if weight.numel() else weight.new_ones(())
+    return torch.where(largest == 0, 1.0, largest)
+
+
+def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
+    """Refuse a sparse tail where it does not hold, with a ValueError that names the remedy."""
+    error = float(tail) if not isinstance(tail, bool) and isinstance(tail, Real) else math.nan
+    if not 0 <= error < 1:
+        raise ValueError(f"tail is {tail!r}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
+    if tail and not set(loss.uses) <= {"lse", "target"}:
+        other = sorted(set(loss.uses) - {"lse", "target"})[0]
+        raise ValueError(
+            f"tail is {tail} but the loss {type(loss).__name__} differentiates {other!r}, and only losses of log p have"
+            " a sparse gradient: pass tail=0"
+        )
+    if tail and head is not None and head.softcap is not None:
+        raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
+    if tail and head is not None and head.shard is not None:
+        raise ValueError(f"tail is {tail} but the head is split over {head.shard.group.size()} ranks: pass tail=0")
+
+
+def _problem(
+    rows: Rows, outputs: tuple[str, ...], payload: Payload | None, request: Request, backend: ModuleType
+) -> Problem:
+    """The rows as backends take them, with all that is to be computed."""
+    unknown = sorted(set(outputs) - set(STATISTICS))
+    if unknown:
+        raise ValueError(f"outputs has {unknown[0]!r}: choose among {', '.join(STATISTICS)}")
+    if ("payload" in outputs) != (payload is not None):
+        raise ValueError(
+            "outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither"
+        )
+    head = rows.head if backend is chunked else rows.head.joined()  # the others multiply one matrix
+    if head.shard is not None and (backend is reference or "rank" in outputs):
+        what = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
+        raise ValueError(f"{what} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
+    computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
+    if payload is not None:
+        payload = _payload(rows, payload)
+    problem = Problem(
+        hidden=rows.hidden.contiguous(),
+        head=head,
+        labels=rows.flat,
+        outputs=frozenset(computed),
+        payload=payload,
+        memory_budget=request.budget(head),
+    )
+    wanted = torch.is_grad_enabled()
+    needs = {
+        name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad
+    }
+    return replace(problem, needs=frozenset(needs))
+
+
+def _payload(rows: Rows, payload: Payload) -> Payload:
+    """The payload's valid rows and its head, checked against the first head."""
+    hidden, head = payload
+    check_head(hidden, head)
+    if hidden.device != rows.hidden.device:
+        raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
+    if (head.shard is None) != (rows.head.shard is None):
+        raise ValueError("one of payload's head and the head is split over ranks: split both, or none")
+    if head.size != rows.head.size:
+        raise ValueError(
+            f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
+        )
+    return autocast(rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
+
+
+def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
+    """What each of the problem's tensors was cast from by autocast: of the heads, the caller's own."""
+    before: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
+    before += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    pairs = zip(before, problem.tensors, strict=True)
+    return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)

@@ -1,0 +1,132 @@
+"""What runs in place of a patched model's forward and its head's: a call is noticed, and the head gives lazy logits."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lazy import LazyLogits
+from ..ops import Head
+from ..ops.higher import composed
+from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, Patch, patch_on
+from .heads import fleeting, local_head
+
+
+class LazyForward:
+    """A head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
+
+    def __init__(self, linear: nn.Linear, patch: Patch):
+        self.linear, self.patch = linear, patch
+        # accelerate's hooks have taken the forward's place and call this one
+        slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+        before: Any = linear.__dict__.get(slot)  # tensor parallelism's, or none; a replica's still has the original's
+        self.before: Any = before.before if isinstance(before, LazyForward) else before
+        linear.__dict__[slot] = self
+
+    def remove(self) -> None:
+        """Put back what was there, unless something else has been put in its place since."""
+        attributes = self.linear.__dict__
+        if attributes.get("_old_forward") is self:  # accelerate came first, or afterwards
+            attributes["_old_forward"] = self.before or MethodType(nn.Linear.forward, self.linear)
+        elif attributes.get("forward") is self:
+            del attributes["forward"]
+            if self.before is not None:
+                attributes["forward"] = self.before
+
+    def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
+        """Lazy logits if the call under way wants them, else what the head gave before."""
+        linear = self.linear
+        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
+        if raw is None:
+            before: Any = self.before
+            return nn.Linear.forward(linear, input) if before is None else before(input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(kind)
+            bias = None if raw.bias is None else raw.bias.to(dtype)
+            input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
+        return LazyLogits.of(input, raw, self.patch.state)
+
+    def _head(self, input: Tensor) -> Head | None:
+        """The operands of lazy logits, or None if they are not wanted or cannot be."""
+        call = Call.under_way(self.patch)
+        if not (self.patch.always if call is None else call.lazy_now):
+            if call is None and torch.is_grad_enabled():
+                self.patch.state.bypass(OUTSIDE)
+            return None
+        reason = COMPOSED if composed(input, self.linear.weight) else fleeting(self.linear)
+        raw = None if reason else local_head(self.linear)
+        if raw is None:
+            reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
+        if call is not None:
+            call.lazy, call.reason = call.lazy or raw is not None, reason
+        return raw
+
+
+def is_lazy(forward: Any) -> bool:
+    """Whether a head's forward is a patch's."""
+    return isinstance(forward, LazyForward)
+
+
+def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hook before a patched model is called."""
+    patch = patch_on(model)
+    if patch is None:
+        return None
+    if torch.compiler.is_compiling():
+        patch.state.reason = COMPILED
+        return None
+    return args, Call.begin(model, args, kwargs)
+
+
+def after_forward(model: nn.Module, args: Any, output: Any) -> Any:
+    """The hook after a patched model was called, also if it failed."""
+    return None if torch.compiler.is_compiling() else Call.end(model, output)
+
+
+def noticing_forward(kind: Any) -> Any:
+    """A forward for instances of a class of models that runs its own, and notices if it was called past the hooks."""
+
+    @functools.wraps(kind.forward)  # signatures are looked at
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patch = patch_on(self)
+        compiling = torch.compiler.is_compiling()
+        if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
+            return patch.fused.forward(*args, **kwargs)
+        if patch is None or (compiling and patch.before is None):
+            return kind.forward(self, *args, **kwargs)
+        stock = patch.before or MethodType(kind.forward, self)
+        if compiling:
+            return stock(*args, **kwargs)
+        call = CALL.get()
+        if call is not None and call.model is self and not call.entered:
+            call.entered = True
+            try:
+                return stock(*args, **kwargs)
+            except Exception:  # the hook sees to it
+                raise
+            except BaseException:  # an interrupt runs no hooks
+                Call.end(self, None)
+                raise
+        output = None
+        try:
+            kwargs = Call.begin(self, args, kwargs)
+            output = stock(*args, **kwargs)
+        finally:
+            output = Call.end(self, output)
+        return output
+
+    return forward
+
+
+_CODE = noticing_forward(nn.Module).__code__
+
+
+def is_noticing(forward: Any) -> bool:
+    """Whether a model's forward is a patch's."""
+    return getattr(getattr(forward, "__func__", None), "__code__", None) is _CODE

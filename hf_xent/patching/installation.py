@@ -1,0 +1,126 @@
+"""What `patch` puts on a model, and how it comes off again: hooks, forwards, the objective, what was there before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..lazy import PatchState
+from .calls import ModelLoss
+from .heads import checked_head, inner_of, linears_of
+from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward
+from .trl import FusedHead
+
+
+@dataclass
+class Installation:
+    """What a patched model keeps on itself. A replica of it has its own, with the same state."""
+
+    state: PatchState
+    always: int  # how many ask for lazy logits without labels
+    objective: ModelLoss | None = None
+    loss_function: Any = None  # what the user had set before, or None
+    before: Any = None  # the forward that was on the model's instance, or None
+    keepers: tuple[nn.Module, ...] = ()  # wrappers that kept the model's forward as their own
+    hooks: tuple[Any, ...] = ()
+    lazy_forwards: list[LazyForward] = field(default_factory=list)
+    fused: FusedHead | None = None  # TRL's, once a trainer installed it
+
+    def put_on(self, model: nn.Module) -> None:
+        """Onto a model without a patch."""
+        inner = inner_of(model)
+        self.make_heads_lazy(inner)
+        self.take_over_fused_head(inner)
+        before: Any = inner.__dict__.get("forward")
+        self.before = None if is_noticing(before) else before
+        kept = MethodType(type(inner).forward, inner)
+        self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == kept)
+        self.set_forward(inner)
+        first = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
+        self.hooks = (first, inner.register_forward_hook(after_forward, always_call=True))
+        inner.__dict__["_hf_xent"] = self
+        if self.objective is not None:
+            self.loss_function = inner.__dict__.get("_loss_function")
+            kind: Any = type(inner)  # transformers' own, so it has the property
+            kind.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
+
+    def take_off(self, inner: Any) -> None:
+        """Leaves the model as it was before `put_on`."""
+        attributes = inner.__dict__
+        for name in ("_hf_xent", "_replicate_for_data_parallel"):
+            del attributes[name]
+        for handle in self.hooks:
+            handle.remove()
+        self.restore_heads()
+        for slot in ("forward", "_old_forward"):  # accelerate came afterwards if it is the second
+            if is_noticing(attributes.get(slot)):
+                del attributes[slot]
+                if self.before is not None or slot == "_old_forward":
+                    attributes[slot] = self.before or MethodType(type(inner).forward, inner)
+        for keeper in self.keepers:
+            keeper.__dict__["forward"] = MethodType(type(inner).forward, inner)
+        if self.fused is not None:
+            self.fused.restore(inner, self.before)
+        if self.objective is not None and inner._modules.get("_loss_function") is self.objective:
+            del inner._loss_function
+            if self.loss_function is not None:
+                inner.loss_function = self.loss_function
+
+    def set_forward(self, inner: nn.Module) -> None:
+        """The instance's forward, for those who call it past the hooks.
+
+        They are PEFT's AdaLoRA, X-LoRA and adaption prompts (these keep it as they find it), and older PEFT.
+        """
+        forward = MethodType(noticing_forward(type(inner)), inner)
+        for module in (inner, *self.keepers):
+            module.__dict__["forward"] = forward
+        inner.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, inner)
+
+    def make_heads_lazy(self, inner: nn.Module) -> None:
+        """Lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
+        linears = linears_of(inner)
+        if [forward.linear for forward in self.lazy_forwards] == linears:
+            return
+        checked_head(inner, is_lazy)  # refuses what cannot be streamed
+        self.restore_heads()
+        self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
+
+    def restore_heads(self) -> None:
+        """The heads' own forwards again."""
+        for forward in self.lazy_forwards:
+            forward.remove()
+        self.lazy_forwards = []
+
+    def take_over_fused_head(self, inner: nn.Module) -> None:
+        """TRL's forward, if it has put one on the model, comes off: in a copy of the model it would run the original.
+
+        It stays for what TRL has to do itself.
+        """
+        self.fused = FusedHead.installed(inner) or self.fused
+        if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
+            FusedHead.remove(inner)
+        bound = getattr(inner.__dict__.get("forward"), "__func__", None)
+        if "_hf_xent" in inner.__dict__ and bound in (None, type(inner).forward):  # an unpickled model has the latter
+            self.set_forward(inner)
+
+
+def _replicate_for_data_parallel(self: Any) -> Any:
+    """As `nn.Module`'s: replicas run in threads of their own, on heads of their own, so each has a patch of its own."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    installation: Installation = self.__dict__["_hf_xent"]
+    before = installation.before
+    if getattr(before, "__self__", None) is self:
+        before = MethodType(before.__func__, replica)
+    # the replica has no head yet, and gets its lazy forwards once it has one
+    replicated = replace(installation, before=before, keepers=(), lazy_forwards=[])
+    replica.__dict__["_hf_xent"] = replicated
+    replicated.set_forward(replica)
+    return replica
+
+
+def installation_of(inner: nn.Module) -> Installation | None:
+    """What `patch` has put on a model without wrappers, or None."""
+    return inner.__dict__.get("_hf_xent")
