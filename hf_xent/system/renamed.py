@@ -13,6 +13,7 @@ from typing import Any
 
 MODULES = {
     "auc": "ranking",
+    "auc.losses": "ranking",
     "calls": "patching.calls",
     "cli.arms": "experiments.arms",
     "cli.plot": "experiments.curves",
@@ -56,6 +57,7 @@ NAMES: dict[str, str] = {
     "generation.temperature_at": "generation.sampling.temperature_at",
     "generation.ends": "generation.sampling.ends",
     **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
+    **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
     "models.packaged.publish": "system.files.write_atomically",
     "models.contexts.evaluating": "models.contexts.eval_mode",
     "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
