@@ -59,6 +59,15 @@ NAMES: dict[str, str] = {
     **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
     **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
     "models.packaged.publish": "system.files.write_atomically",
+    **{
+        f"ln_free.norms.{name}": f"ln_free.removal.{name}"
+        for name in ("FINAL", "KINDS", "Site", "calibrate", "remove", "restore", "sites")
+    },
+    "ln_free.norms.is_ln_free": "ln_free.forms.is_ln_free",
+    "ln_free.norms.wrap": "ln_free.wrapping.wrap",
+    "ln_free.convert.load": "ln_free.loading.load",
+    "models.contexts.check_room": "models.anatomy.check_room",
+    "models.contexts.positions": "models.anatomy.positions",
     "models.contexts.evaluating": "models.contexts.eval_mode",
     "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
 }

@@ -36,8 +36,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..hub import write_card
 from ..lazy import next_token_labels
-from ..ln_free.norms import FINAL, fake_norms, remove, sites, wrap
+from ..ln_free.norms import fake_norms
+from ..ln_free.removal import FINAL, remove, sites
 from ..ln_free.schedule import END, START, Schedule
+from ..ln_free.wrapping import wrap
 from ..ops.rows import token_ids
 from ..patching import head_of
 from .base import refuse_encoder_decoder
@@ -222,7 +224,7 @@ class LNRemovalTrainer(XentTrainer):
         self._terms: dict[str, list[Tensor]] = {name: [] for name, weight in self._weights.items() if weight}
         self._exploded = 0
         for norm in fake_norms(model).values():
-            norm.measured = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
+            norm.record_sigma = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
 
     def compute_loss(
         self,
@@ -259,8 +261,8 @@ class LNRemovalTrainer(XentTrainer):
         mask = mask if mask is not None and mask.ndim == 2 else None
         spreads = {}
         for norm in fake_norms(self.model).values():
-            if norm.measure is not None:
-                spreads[norm.sites], norm.measure = norm.measure.reshape(ids.shape), None
+            if norm.recorded_sigma is not None:
+                spreads[norm.sites], norm.recorded_sigma = norm.recorded_sigma.reshape(ids.shape), None
         if "sigma" in self._terms:
             end = self.model.config.get_text_config().eos_token_id
             yield "sigma", sigma_term(spreads[FINAL], ids, mask, end)
