@@ -12,7 +12,7 @@
     exploded     share of sequences in which the model overflows, as gated MLPs without norms may; they are left out
                  of all the rest
 
-Losses, entropy and calibration are those of `hf_xent.metrics.calibration`, without logits. Output projections of
+Losses, entropy and calibration are computed without logits (`hf_xent.ln_free.tokens`). Output projections of
 attention and of the last MLP are found by running the model once; logits are those before a soft cap. Free choices,
 ours: queries weigh the same, the neurons are ablated together, a head's part is without the projection's bias.
 
@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..metrics.calibration import Tokens
 from ..models.anatomy import check_room
 from ..models.contexts import eval_mode_without_autocast
 from ..patching import head_of, patched
 from .neurons import confidence_neurons, held_at_means
 from .passes import Parts, Passes
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """A model made removable: `wrap` puts removable norms in the places of its own.
 
-They stand the same names and with the same parameters, so attention, KV cache, padding, checkpointing and the
-weights' names stay as they were. A norm that attention reads is removed in two steps, for queries and keys (and whatever else reads it) and for values: in between, the values' inputs are rescaled by
-the ratio of the two divisors. Both share one sigma, live until the second step, as in the authors' code: a stock norm
-holds no two. `momentum` 0.9 is the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
+They stand under the same names and with the same parameters, so attention, KV cache, padding, checkpointing and the
+weights' names stay as they were. A norm that attention reads is removed in two steps, for queries and keys (and
+whatever else reads it) and for values: in between, the values' inputs are rescaled by the ratio of the two divisors.
+Both share one sigma, live until the second step, as in the authors' code: a stock norm holds no two. `momentum` 0.9 is
+the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
 
 Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; finding norms by
 structure is ours.

@@ -32,7 +32,6 @@ MODULES = {
     "heads": "patching.heads",
     "judging": "generation.judging",
     "ln_free.recipes": "trainers.ln_recipes",
-    "ln_free.tokens": "metrics.calibration",
     "losses.ranges": "options.ranges",
     "mirostat": "generation.mirostat",
     "mode": "models.contexts",
@@ -52,10 +51,9 @@ NAMES: dict[str, str] = {
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
     **{
         f"generation.{name}": f"generation.sampling.{name}"
-        for name in ("distinct", "repetition", "responses", "sample", "features", "mauve", "temperature_of")
+        for name in ("ends", "responses", "sample", "temperature_at", "temperature_of")
     },
-    "generation.temperature_at": "generation.sampling.temperature_at",
-    "generation.ends": "generation.sampling.ends",
+    **{f"generation.{name}": f"metrics.diversity.{name}" for name in ("distinct", "features", "mauve", "repetition")},
     **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
     **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
     "models.packaged.publish": "system.files.write_atomically",
