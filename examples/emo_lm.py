@@ -5,10 +5,8 @@
 Text: CPython's own documentation (no download). Perplexity, mean entropy and accuracy are of held-out blocks;
 distinct-2 and rep-4 of unbiased samples that continue their first half. Sharper models repeat more and score otherwise
 alike, so cross-entropy is sampled twice: as it is, and at the temperature that gives it EMO's entropy. MAUVE, the
-authors' metric, says nothing of 16 samples; `hf_xent.generation.sampling.mauve` is there for a thousand.
+authors' metric, says nothing of 16 samples; `hf_xent.metrics.diversity.mauve` is there for a thousand.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import hf_xent
 from hf_xent import data
 from hf_xent.experiments.study import Study
 from hf_xent.generation import sampling
+from hf_xent.metrics.diversity import distinct, repetition
 from hf_xent.models import loading
 
 ARMS = {
@@ -58,7 +57,7 @@ def scores(trainer: hf_xent.EMOTrainer) -> dict[str, float]:
 def diversity(model: Any, blocks: torch.Tensor, seed: int, temperature: float = 1.0) -> dict[str, float]:
     """distinct-2 and rep-4 of continuations of the blocks' first halves."""
     made = sampling.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
-    return {"distinct-2": sampling.distinct(made, 2), "rep-4": sampling.repetition(made, 4)}
+    return {"distinct-2": distinct(made, 2), "rep-4": repetition(made, 4)}
 
 
 def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path = Path("out/emo")) -> dict[str, Any]:

@@ -6,8 +6,6 @@ The first token's residual is some 170 times as long as the others', and one gat
 block begins with the same token, divisors are made alike by `spread_weight`, and all norms fade together. One seed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

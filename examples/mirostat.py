@@ -15,7 +15,8 @@ import typer
 
 from hf_xent import patch
 from hf_xent.experiments.study import Study
-from hf_xent.generation import mirostat, sampling
+from hf_xent.generation import mirostat
+from hf_xent.metrics import diversity
 from hf_xent.models import loading
 
 TARGETS = (2.5, 3.0, 3.5, 4.0)
@@ -50,7 +51,7 @@ def main(
             found = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
         surprise = observed(lm, found, start)
         metrics = {"surprise": surprise.mean().item(), "spread": surprise.std().item()}
-        study.record(arm, seed, **metrics, **{"rep-6": sampling.repetition(found[:, start:].tolist(), 6)})
+        study.record(arm, seed, **metrics, **{"rep-6": diversity.repetition(found[:, start:].tolist(), 6)})
     return study.report(
         f"Bits a token of {rows} samples of {tokens} tokens a seed (mean over samples), their standard deviation over"
         " samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",

@@ -8,8 +8,6 @@ documentation (no download), cut after 3 to 12 words: with u the number of words
 so a trainer's margins and a model's answers are measured against the truth; spo_dpo.py compares arms by them.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

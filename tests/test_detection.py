@@ -30,7 +30,7 @@ from hf_xent.detection.scores import base as score_files
 from hf_xent.lazy import next_token_labels
 from hf_xent.metrics import modules
 from hf_xent.metrics import ranking as metrics
-from hf_xent.models.contexts import positions
+from hf_xent.models.anatomy import positions
 from hf_xent.ops import Stats
 from hf_xent.patching import lazily, patch, patch_state, unpatch
 from support.models import CONFIGS, V, tiny, tiny_tokenizer

@@ -99,6 +99,7 @@ def test_a_worker_that_does_not_end_is_killed():
     assert not worker.process.is_alive() and worker.process.exitcode == -9
 
 
+@pytest.mark.filterwarnings("ignore:.*use the new name:DeprecationWarning")  # of an old module's old package
 @pytest.mark.parametrize("old", renamed.MODULES)
 def test_old_modules_are_the_new_ones(old, monkeypatch):
     """Under both names, with a warning the first time."""
@@ -128,6 +129,15 @@ def test_what_is_below_a_renamed_package_is_there_once(monkeypatch):
     with pytest.warns(DeprecationWarning, match=r"hf_xent.auc.sampler is now hf_xent.ranking.sampler"):
         sampler = importlib.import_module("hf_xent.auc.sampler")
     assert sampler.DualSampler is hf_xent.ranking.DualSampler
+
+
+@pytest.mark.filterwarnings("ignore:.*use the new name:DeprecationWarning")
+def test_the_old_module_of_ranking_losses_has_them_all():
+    """`hf_xent.auc.losses` became a file a loss."""
+    losses = importlib.import_module("hf_xent.auc.losses")
+    for name in ("RankingLoss", *hf_xent.ranking.LOSSES.exported, "SURROGATES"):
+        assert getattr(losses, name) is getattr(hf_xent.ranking, name)
+    assert issubclass(losses.TPAUCKL, losses.PAUCDRO) and losses.AP is hf_xent.ranking.LOSSES["ap"]
 
 
 def test_the_old_module_of_packaged_models_has_all_it_had(monkeypatch):

@@ -24,7 +24,7 @@ def check(
     """
     check_dtype(dtype, "auto")
     from ..models import loading
-    from ..models.contexts import check_room
+    from ..models.anatomy import check_room
     from ..patching import compare
 
     prepare(model)

@@ -29,7 +29,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..models.contexts import eval_mode, positions
+from ..models.anatomy import positions
+from ..models.contexts import eval_mode
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched

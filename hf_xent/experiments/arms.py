@@ -124,7 +124,7 @@ def _trainer(run: Run, arm: str, say: Callable[[str], None]) -> Any:
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from ..models import loading
-    from ..models.contexts import check_room
+    from ..models.anatomy import check_room
     from ..trainers import XentConfig, XentTrainer
 
     say("loading the model")

@@ -25,7 +25,8 @@ from transformers.utils.logging import tqdm
 
 from ..data import Format
 from ..lazy import LazyLogits
-from ..models.contexts import eval_mode, positions
+from ..models.anatomy import positions
+from ..models.contexts import eval_mode
 from ..options.ranges import check_count
 from ..patching import patched
 

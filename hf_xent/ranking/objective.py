@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.statistics import wide
-from .losses import RankingLoss
+from .base import RankingLoss
 
 
 class Objective(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 MODULES = {
     "auc": "ranking",
+    "auc.losses": "ranking",
     "calls": "patching.calls",
     "cli.arms": "experiments.arms",
     "cli.plot": "experiments.curves",
@@ -32,7 +33,6 @@ MODULES = {
     "judging": "generation.judging",
     "lazy.seam": "lazy.state",
     "ln_free.recipes": "trainers.ln_recipes",
-    "ln_free.tokens": "metrics.calibration",
     "losses.ranges": "options.ranges",
     "mirostat": "generation.mirostat",
     "mode": "models.contexts",
@@ -54,7 +54,7 @@ NAMES: dict[str, str] = {
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
     **{
         f"generation.{name}": f"generation.sampling.{name}"
-        for name in ("distinct", "repetition", "responses", "sample", "features", "mauve", "temperature_of")
+        for name in ("ends", "responses", "sample", "temperature_at", "temperature_of")
     },
     **{f"ops.algebra.{name}": f"ops.problem.{name}" for name in ("ALIGNMENT", "TENSORS", "Problem", "pieces")},
     **{
@@ -62,10 +62,19 @@ NAMES: dict[str, str] = {
         for name in ("DIFFERENTIABLE", "FORWARD_ONLY", "STATISTICS", "Stats", "wide")
     },
     "ops.algebra.Survey": "ops.tail.Survey",
-    "generation.temperature_at": "generation.sampling.temperature_at",
-    "generation.ends": "generation.sampling.ends",
+    **{f"generation.{name}": f"metrics.diversity.{name}" for name in ("distinct", "features", "mauve", "repetition")},
     **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
+    **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
     "models.packaged.publish": "system.files.write_atomically",
+    **{
+        f"ln_free.norms.{name}": f"ln_free.removal.{name}"
+        for name in ("FINAL", "KINDS", "Site", "calibrate", "remove", "restore", "sites")
+    },
+    "ln_free.norms.is_ln_free": "ln_free.forms.is_ln_free",
+    "ln_free.norms.wrap": "ln_free.wrapping.wrap",
+    "ln_free.convert.load": "ln_free.loading.load",
+    "models.contexts.check_room": "models.anatomy.check_room",
+    "models.contexts.positions": "models.anatomy.positions",
     "models.contexts.evaluating": "models.contexts.eval_mode",
     "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
 }

@@ -34,8 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from ..hub import write_card
-from ..ln_free.norms import FINAL, fake_norms, sites, wrap
+from ..ln_free.norms import fake_norms
+from ..ln_free.removal import FINAL, sites
 from ..ln_free.schedule import Schedule
+from ..ln_free.wrapping import wrap
 from ..patching import head_of
 from .batches import targets
 from .ln_schedule import LNRemovalCallback, RemovalOptions
@@ -145,7 +147,7 @@ class LNRemovalTrainer(XentTrainer):
         weights = {"sigma": args.sigma_weight, "spread": args.spread_weight}
         self._weights = {name: weight for name, weight in weights.items() if weight}
         for norm in fake_norms(model).values():
-            norm.measured = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
+            norm.record_sigma = bool(args.spread_weight or (args.sigma_weight and norm.sites == FINAL))
 
     def compute_loss(
         self,
@@ -184,8 +186,8 @@ class LNRemovalTrainer(XentTrainer):
         mask = mask if mask is not None and mask.ndim == 2 else None
         spreads = {}
         for norm in fake_norms(self.model).values():
-            if norm.measure is not None:
-                spreads[norm.sites], norm.measure = norm.measure.reshape(ids.shape), None
+            if norm.recorded_sigma is not None:
+                spreads[norm.sites], norm.recorded_sigma = norm.recorded_sigma.reshape(ids.shape), None
         if "sigma" in self._weights:
             end = self.model.config.get_text_config().eos_token_id
             yield "sigma", sigma_term(spreads[FINAL], ids, mask, end)
