@@ -75,8 +75,13 @@ def commands() -> str:
 
 
 def api(name: str) -> str:
-    """A module's docstring and its public names."""
-    return f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    """A module's docstring and its public names; those of trainers are in their registry alone."""
+    page = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    if name == "hf_xent.trainers":
+        from hf_xent.trainers import METHODS
+
+        page += "".join(f"\n::: {name}.{file}.{public}\n" for file, names in METHODS.items() for public in names)
+    return page
 
 
 def expanded(nav: list[Any], files: Files) -> list[Any]:

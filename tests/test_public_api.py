@@ -22,8 +22,8 @@ PUBLIC = {
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
-    trainers: TRAINERS,
 }
+MODULES = (*PUBLIC, trainers)
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
@@ -33,7 +33,15 @@ def test_names_are_frozen_and_exist(module):
         assert getattr(module, name) is not None
 
 
-@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
+def test_names_of_trainers_are_those_of_their_registry():
+    named = [name for names in trainers.METHODS.values() for name in names]
+    assert sorted(trainers.__all__) == sorted([*named, "PatchCallback"])
+    assert set(TRAINERS.split()) <= set(trainers.__all__), "frozen; new ones are in hf_xent.trainers alone"
+    for name in trainers.__all__:
+        assert getattr(trainers, name).__name__ == name
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_every_public_name_is_documented(module):
     for name in module.__all__:
         thing = getattr(module, name)
