@@ -54,8 +54,8 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
     key, _, config = source.partition(":")
     if key in DATASETS:
         corpus, copy = DATASETS[key], Source(config=config)
-        raw = _only(corpus.published(copy, split), source)
-        dataset = lambda: corpus.unified(raw, copy, split or "train")  # noqa: E731  one of three, a line each
+        raw = _only(corpus.read(copy, split), source)
+        dataset = lambda: corpus.unify(raw, copy, split or "train")  # noqa: E731  one of three, a line each
     elif os.path.exists(path):
         raw = _local(path, split, column)
         dataset = lambda: raw  # noqa: E731  as above
