@@ -561,8 +561,8 @@ def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
 
 def test_counts_in_the_cache_are_found_before_rows_are_looked_at(tmp_path, monkeypatch):
     (tmp_path / "ca01").write_text("The/at fox/nn jumps/vbz ./.")
-    looked, real = [], Brown.unified
-    monkeypatch.setattr(Brown, "unified", lambda *args: looked.append(1) or real(*args))
+    looked, real = [], Brown.unify
+    monkeypatch.setattr(Brown, "unify", lambda *args: looked.append(1) or real(*args))
     first, again = (frequencies(tiny_tokenizer(), f"brown:{tmp_path}", vocabulary=V, progress=False) for _ in range(2))
     assert torch.equal(first, again) and looked == [1]
     assert torch.equal(first, smoothed(count(["The fox jumps ."], tiny_tokenizer(), V)))
