@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 from hf_xent import cli
-from hf_xent.experiments.arms import PATCHED, STOCK, Run, fit
+from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
 from support.models import tiny, tiny_tokenizer
@@ -273,23 +273,22 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
 
     from hf_xent import bench
     from hf_xent.bench import plots
-    from hf_xent.cli.detect import _draw as draw_roc
-    from hf_xent.experiments import arms
-    from hf_xent.experiments import curves as plot
+    from hf_xent.experiments import curves
+    from hf_xent.experiments.finetuning import Outcome
     from hf_xent.ln_free import report
 
     before = matplotlib.get_backend()
     matplotlib.use("svg")
     mine = pyplot.figure()
     try:
-        outcome = arms.Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
+        outcome = Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
         shape = {"V": 5, "D": 2, "dtype": "float32", "source": "random", "device": "here"}
         rows = [bench.Row("dense", "ok", N=n, time_ms=1.0, peak_mib=1.0, **shape) for n in (2, 4)]
         drawn = [
-            plot.draw([outcome], tmp_path / "curves.png", "title"),
+            curves.draw_training([outcome], tmp_path / "curves.png", "title"),
             *plots.draw(rows, tmp_path / "bench"),
             report.draw_curves({"one": [(1, 2.0), (2, 1.0)]}, [(1, "ln_1.0")], tmp_path / "deep" / "ln.png"),
-            draw_roc(
+            curves.draw_roc(
                 {"loss": np.array([1.0, 2.0])}, np.array([1.0, 0.0]), {"loss": {"auroc": 1.0}}, tmp_path / "roc.png"
             ),
         ]
