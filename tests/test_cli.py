@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_xent import cli
@@ -210,12 +213,54 @@ def test_report_puts_its_table_in_the_readme(tmp_path):
         invoke("report", results, "--readme", tmp_path / "nowhere.md")
 
 
-@pytest.mark.parametrize(
-    "command", ["", "train", "check", "losses", "generate", "detect", "publish", "bench", "report", "data", "ln-free"]
-)
-def test_help_explains_every_option(command):
-    result = invoke(*command.split(), "--help")
-    assert result.exit_code == 0 and "Usage" in result.stdout
+def every_command(command=None, path=()):
+    """Paths of all commands and groups: (), ('train',), ('ln-free', 'convert') ..."""
+    command = command or get_command(cli.app)
+    yield path
+    for name, part in getattr(command, "commands", {}).items():
+        yield from every_command(part, (*path, name))
+
+
+def test_help_explains_every_option_and_has_an_example():
+    paths = list(every_command())
+    assert {("train",), ("ln-free", "report"), ("data", "push")} < set(paths)
+    for path in paths:
+        result = invoke(*path, "--help")
+        assert result.exit_code == 0 and "Usage" in result.stdout
+        command = get_command(cli.app)
+        for name in path:
+            command = command.commands[name]
+        if hasattr(command, "commands"):
+            continue
+        assert f"Example: hf-xent {' '.join(path)}" in " ".join(command.help.split()), path
+        assert all(parameter.help for parameter in command.params if parameter.name != "help"), path
+
+
+def test_help_names_what_the_registries_hold():
+    from hf_xent.losses import LOSSES
+
+    shown = " ".join(invoke("train", "--help").stdout.replace("│", " ").split())
+    assert all(name in shown for name in LOSSES)
+
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "sklearn", "scipy", "matplotlib", "huggingface_hub", "trl")
+LISTING = """
+import sys
+from typer.testing import CliRunner
+from hf_xent import cli
+for arguments in {calls!r}:
+    result = CliRunner().invoke(cli.app, arguments)
+    loaded = [name for name in {heavy!r} if name in sys.modules]
+    assert result.exit_code == 0 and result.output and not loaded, (arguments, loaded, result.output)
+"""
+
+
+def test_help_and_listings_load_no_heavy_library():
+    """All in one process: a command that loads one is the first to be named."""
+    calls = [*([*path, "--help"] for path in every_command()), ["losses"], ["losses", "--json"]]
+    script = LISTING.format(calls=calls, heavy=HEAVY)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(

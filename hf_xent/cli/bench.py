@@ -48,7 +48,9 @@ def bench(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time loss and gradients against dense torch and others; only who passes the correctness gate gets a time.
+    """Time loss and gradients against dense torch and other libraries.
+
+    Gradients are checked first; a contestant whose gradients are wrong gets no time.
 
     Example: hf-xent bench --model random --vocab 32000,128000 --width 512 --dtype bfloat16
     """
@@ -129,7 +131,9 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make every page and plot of benchmark results again from their CSV files, and the table of the README.
+    """Write the pages, plots and README table of benchmark results.
+
+    All are made again from the CSV files that `hf-xent bench` wrote.
 
     Example: hf-xent report benchmarks/results --readme README.md
     """

@@ -19,7 +19,9 @@ def check(
     tokens: Annotated[int, Option(help="How many random tokens to compare on.", min=4)] = 24,
     as_json: Json = False,
 ) -> None:
-    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ.
+    """Compare the loss and gradients of a model, stock and patched.
+
+    Both see the same tokens; what is printed is the model's head, and how far loss and gradients differ.
 
     'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' is what that allows; the
     'exact' errors are those of both models with their heads in float64, where there is no noise.
@@ -50,7 +52,7 @@ def losses(
     markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the registered losses with their formula, statistics, source and options.
+    """List the losses with their formula, source and options.
 
     Example: hf-xent losses --json
     """

@@ -11,7 +11,7 @@ from typer import Argument, Option
 from .options import CreatePR, Json, Revision
 from .output import emit, err
 
-data = typer.Typer(name="data", help="Write a registered dataset as Parquet with a card, or push it to the Hub.")
+data = typer.Typer(name="data", help="Write a registered dataset as Parquet files, or push it to the Hub.")
 
 Name = Annotated[
     str,
@@ -35,7 +35,9 @@ def export(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Write the rows in the schema of their family, and a card that says how they may be used.
+    """Write a dataset as Parquet files with a card.
+
+    The rows have the schema of their family, and the card says how they may be used.
 
     Example: hf-xent data export wikimia out/wikimia --split WikiMIA_length64
     """
@@ -58,7 +60,9 @@ def push(
     create_pr: CreatePR = False,
     as_json: Json = False,
 ) -> None:
-    """Write a registered dataset and push it to the Hub, into a private repository unless --public is given.
+    """Write a dataset with its card, and push both to the Hub.
+
+    The repository is private unless --public is given.
 
     Example: hf-xent data push pydoc --repo-id me/pydoc
     """

@@ -30,7 +30,9 @@ def generate(
     seed: Annotated[int, Option(help="Seed of the samples.", **SEEDS)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; print each continuation and its surprise under the whole model, in bits per token.
+    """Continue a prompt, by plain sampling or at a target surprise.
+
+    Each continuation is printed with its surprise under the whole model, in bits per token.
 
     Without --target nothing is cut off or penalized, whatever the model's generation configuration says.
 

@@ -31,7 +31,9 @@ def convert(
     dtype: DType = "float32",
     as_json: Json = False,
 ) -> None:
-    """Write an LN-free model in another form, with a card for `hf-xent publish`; print how far its logits differ.
+    """Write an LN-free model in another form.
+
+    A card for `hf-xent publish` is written beside it, and how far its logits differ is printed.
 
     Example: hf-xent ln-free convert out/ln_free out/true --to true
     """
@@ -70,7 +72,9 @@ def verify(
     dtype: AutoDType = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check that nothing normalizes, and that KV cache and padding change nothing; exit with code 1 if one fails.
+    """Check that nothing in a model normalizes its hidden states.
+
+    KV cache and padding have to change nothing, too. The exit code is 1 if a check fails.
 
     Example: hf-xent ln-free verify out/true --against out/ln_free
     """
@@ -100,7 +104,9 @@ def report(
     output: Annotated[Path, Option(help="Folder for report.md, report.json and report.png.")] = Path("report"),
     as_json: Json = False,
 ) -> None:
-    """Report losses, attribution error, attention sinks, confidence and calibration, beside original and control.
+    """Analyze a model beside its original and a control.
+
+    The report has losses, attribution error, attention sinks, confidence and calibration.
 
     Example: hf-xent ln-free report out/true --original openai-community/gpt2 --split 'train[-5%:]'
     """

@@ -27,7 +27,9 @@ def publish(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a model or dataset on the Hub: check its card offline, send its files and card, see that all arrived.
+    """Publish a model or dataset with its card on the Hub.
+
+    The card is checked offline, then the files are sent, then the card, and at last all is seen to have arrived.
 
     Log in with `hf auth login` or set HF_TOKEN. After an interruption, run the command again: it resumes.
 

@@ -29,7 +29,9 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss.
+    """Fine-tune a causal LM on text without logits.
+
+    With --compare, two processes take their steps in turn, one of them with the stock loss.
 
     Example: hf-xent train focal:gamma=2 --dataset my_texts/ --steps 100 --output out/focal
     """
