@@ -35,7 +35,7 @@ relative to torch in the widest affordable dtype.
 """
 
 
-def publish(path: Path) -> list[Path]:
+def write_page(path: Path) -> list[Path]:
     """The page and the plots of a device's CSV file, beside it; returns their paths."""
     rows = _ordered(from_csv(path))
     plots = draw(rows, path.with_suffix(""))
@@ -57,7 +57,7 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, found))}" for title, found in groups.items())
 
 
-def rewrite(readme: Path, folder: Path) -> None:
+def update_readme(readme: Path, folder: Path) -> None:
     """Put the table of the results in `folder` between the two markers of a README.
 
     Raises: ValueError without such a file, markers in it, or results of a real model.
