@@ -226,6 +226,9 @@ def test_update_readme_replaces_what_is_between_the_markers(tmp_path: Path) -> N
         text = readme.read_text()
         assert text.startswith("above\n<!-- bench -->\nMean") and text.endswith(".\n<!-- /bench -->\nbelow\n")
         assert "[GPU](results/gpu.md)" in text and "old" not in text and text.count("| dense |") == 1
+    readme.write_text(text.replace("](results/", "](https://example.org/blob/main/results/"))
+    bench.rewrite(readme, folder)
+    assert "[GPU](https://example.org/blob/main/results/gpu.md)" in readme.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)

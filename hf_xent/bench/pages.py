@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -60,15 +61,18 @@ def markdown(rows: Iterable[Row]) -> str:
 def update_readme(readme: Path, folder: Path) -> None:
     """Put the table of the results in `folder` between the two markers of a README.
 
+    Its links are relative; where those of the old table were absolute, which PyPI needs, they stay below that address.
+
     Raises: ValueError without such a file, markers in it, or results of a real model.
     """
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")
     head, opened, rest = readme.read_text(encoding="utf-8").partition(OPEN)
-    _, closed, tail = rest.partition(CLOSE)
+    old, closed, tail = rest.partition(CLOSE)
     if not (opened and closed):
         raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where it shall be")
-    pages = Path(os.path.relpath(folder, readme.parent)).as_posix()
+    absolute = re.search(r"\]\((https?://\S+)/[^/)]+\.md\)", old)
+    pages = absolute[1] if absolute else Path(os.path.relpath(folder, readme.parent)).as_posix()
     rows = [row for path in sorted(folder.glob("*.csv")) for row in from_csv(path)]
     readme.write_text(f"{head}{OPEN}\n{summary(rows, pages)}{CLOSE}{tail}", encoding="utf-8")
 
