@@ -149,8 +149,8 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Made(Corpus):
-    """A dataset made on the spot, of something every installation has; 'train' is all there is."""
+class InstalledCorpus(Corpus):
+    """A dataset made of what is installed; its only split is 'train'."""
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()

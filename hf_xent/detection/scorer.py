@@ -117,11 +117,10 @@ class TextScorer:
         whole = _strings(texts)
         rows = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         length = self.length
-        cut = [
-            text if len(ids) <= length else self.tokenizer.decode(ids[:length])
+        return [
+            (text if len(ids) <= length else self.tokenizer.decode(ids[:length]), [*self.prefix, *ids[:length]])
             for text, ids in zip(whole, rows, strict=True)
         ]
-        return [(text, [*self.prefix, *ids[:length]]) for text, ids in zip(cut, rows, strict=True)]
 
     @property
     def length(self) -> int:
