@@ -1,4 +1,4 @@
-"""What a registered dataset is: where it was published, what its rows become, what a copy of it has to say.
+"""What a registered dataset is: where it was published, what its rows become, what the card of a copy has to tell.
 
     Hub repository | local folder, zip, JSONL, Parquet  ->  rows as published  ->  rows of the family's schema
 
