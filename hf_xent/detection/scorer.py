@@ -164,11 +164,7 @@ class Batch:
         length = max(2, *(len(ids) for _, ids in rows))  # two tokens at least: one is read, one predicted
         self.ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows])
         self.mask = torch.arange(length) < torch.tensor([[len(ids)] for _, ids in rows])
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """What each position has to predict, [B, T]."""
-        return next_token_labels(torch.where(self.mask, self.ids, -100))
+        self.labels = next_token_labels(torch.where(self.mask, self.ids, -100))  # what each position predicts, [B, T]
 
     @cached_property
     def logits(self) -> Tensor:
@@ -260,14 +256,12 @@ class Batch:
 def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> np.ndarray:
     """One score of every text, for the one-off.
 
-        hf_xent.detection.score("dc_pdd", model, tokenizer, texts, frequencies="allenai/c4:en")
-
     Args:
         name: A name in `SCORES`, with options if any.
         model: A causal language model of transformers, patched or not.
         tokenizer: The model's.
         texts: Strings; None and NaN count as empty.
-        **options: As `TextScorer` has them.
+        **options: As `TextScorer` has them, such as frequencies="allenai/c4:en".
 
     Returns:
         Float64 [N]; NaN for a text without a scored token.
