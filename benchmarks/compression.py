@@ -13,7 +13,7 @@ from hf_xent.bench.measure import BenchConfig
 from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.losses import CrossEntropy
 from hf_xent.ops import Head, chunked
-from hf_xent.ops.algebra import Problem
+from hf_xent.ops.problem import Problem
 from hf_xent.ops.tail import select
 
 TAILS = (1e-2, 3e-3, 1e-3, 5e-4, 3e-4, 1e-4)

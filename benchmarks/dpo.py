@@ -20,7 +20,7 @@ import torch
 
 from hf_xent import data
 from hf_xent.bench.memory import PeakMemory
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 SIDES = ("TRL", "hf_xent")
 RTOL = 1e-3  # float32 sums of thousands of log-probabilities, in another order
@@ -101,8 +101,8 @@ def _trainer(side: str, name: str, folder: str) -> Any:
 
     from hf_xent.trainers import SPCEConfig, SPCETrainer
 
-    model, tokenizer = embedded.load(name)
-    reference, _ = embedded.load(name)
+    model, tokenizer = loading.load(name)
+    reference, _ = loading.load(name)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.01)
@@ -115,7 +115,7 @@ def _trainer(side: str, name: str, folder: str) -> Any:
 
 
 def _batch(model: str, pairs: int, tokens: int, prompt: int) -> dict[str, torch.Tensor]:
-    _, tokenizer = embedded.load(model)
+    _, tokenizer = loading.load(model)
     blocks = data.pack(data.load_text("pydoc", split="train[:30%]"), tokenizer, block_size=tokens)
     ids = torch.tensor(blocks["input_ids"][: 2 * pairs])
     ids[pairs:, :prompt] = ids[:pairs, :prompt]

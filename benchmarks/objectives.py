@@ -22,7 +22,7 @@ from hf_xent.bench.memory import PeakMemory
 from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.data import load_text, pack
 from hf_xent.losses import EMO, CrossEntropy, Loss, TaiLr
-from hf_xent.models.packaged import load
+from hf_xent.models.loading import load
 from hf_xent.ops import Head
 from hf_xent.patching import patched
 from hf_xent.trainers.noisefit import disagreement

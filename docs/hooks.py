@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 API = (
     "hf_xent", "hf_xent.ops", "hf_xent.losses", "hf_xent.trainers", "hf_xent.data", "hf_xent.detection",
     "hf_xent.ln_free", "hf_xent.generation.judging", "hf_xent.generation.sampling", "hf_xent.generation.mirostat",
-    "hf_xent.metrics.consistency", "hf_xent.hub", "hf_xent.experiments.study",
+    "hf_xent.metrics.consistency", "hf_xent.metrics.diversity", "hf_xent.hub", "hf_xent.experiments.study",
 )  # fmt: skip
 
 

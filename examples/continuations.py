@@ -21,8 +21,8 @@ import torch
 from rich.progress import track
 
 from hf_xent import data
-from hf_xent.generation import sampling as generation
-from hf_xent.models import packaged as embedded
+from hf_xent.generation import sampling
+from hf_xent.models import loading
 
 PROMPT, NEW, BATCH, PER_MACHINE = 24, 48, 50, 4
 
@@ -53,7 +53,7 @@ def generated(model: Any, prompts: list[tuple[int, ...]], temperature: float, fi
     file.touch()
     for start in track(range(len(file.read_text().splitlines()), len(prompts), BATCH), description=file.stem):
         ids = torch.tensor(prompts[start : start + BATCH])[:, :PROMPT]
-        rows = generation.sample(model, ids, tokens=NEW, seed=start, temperature=temperature)
+        rows = sampling.sample(model, ids, tokens=NEW, seed=start, temperature=temperature)
         with file.open("a") as out:
             out.write("".join(json.dumps(row) + "\n" for row in rows))
     return [row for row in map(json.loads, file.read_text().splitlines()[: len(prompts)]) if len(row) == NEW]
@@ -64,7 +64,7 @@ class Continuations:
 
     def __init__(self, folder: Path, domains: Iterable[str]):
         self.folder = folder
-        self.model, self.tokenizer = embedded.load("smollm2")
+        self.model, self.tokenizer = loading.load("smollm2")
         self.pool = {domain: paragraphs(domain, self.tokenizer) for domain in domains}
 
     def __call__(self, domain: str, first: int, count: int, temperature: float = 1.0) -> tuple[list[str], list[str]]:

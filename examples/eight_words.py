@@ -12,8 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_xent.generation import judging
-from hf_xent.generation import sampling as generation
+from hf_xent.generation import judging, sampling
 
 THINGS = (
     "rain bread winter honey salt music coffee gold snow wood fire ice glass paper silk sugar iron sleep wind "
@@ -60,7 +59,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Dataset, seed: int) -> dict[str, 
     """Right answers among samples and their words; the model's judgment of a right and a wrong one, if there are."""
     repeated = [row for row in rows for _ in range(K)]
     ids = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"] for row in repeated]
-    made = generation.responses(model.eval(), ids, tokens=NEW, seed=seed)
+    made = sampling.responses(model.eval(), ids, tokens=NEW, seed=seed)
     texts = tokenizer.batch_decode(made, skip_special_tokens=True)
     truth = [right(row["thing"], text) for row, text in zip(repeated, texts, strict=True)]
     found = {"right": mean(truth), "words": mean(len(text.split()) for text in texts)}

@@ -5,10 +5,8 @@
 Text: CPython's own documentation (no download). Perplexity, mean entropy and accuracy are of held-out blocks;
 distinct-2 and rep-4 of unbiased samples that continue their first half. Sharper models repeat more and score otherwise
 alike, so cross-entropy is sampled twice: as it is, and at the temperature that gives it EMO's entropy. MAUVE, the
-authors' metric, says nothing of 16 samples; `hf_xent.generation.sampling.mauve` is there for a thousand.
+authors' metric, says nothing of 16 samples; `hf_xent.metrics.diversity.mauve` is there for a thousand.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ import typer
 import hf_xent
 from hf_xent import data
 from hf_xent.experiments.study import Study
-from hf_xent.generation import sampling as generation
-from hf_xent.models import packaged as embedded
+from hf_xent.generation import sampling
+from hf_xent.metrics.diversity import distinct, repetition
+from hf_xent.models import loading
 
 ARMS = {
     "cross-entropy": "cross_entropy",
@@ -35,7 +34,7 @@ BLOCK, HELD_OUT, PROMPTS, NEW = 64, 32, 16, 32
 
 def train(loss: str, model_name: str, steps: int, seed: int, output: Path) -> hf_xent.EMOTrainer:
     """A trained model in its trainer, with blocks held out."""
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     blocks = data.pack(data.load_text("pydoc", split="train[:20%]"), tokenizer, block_size=BLOCK)
     parts = blocks.train_test_split(test_size=HELD_OUT, seed=seed)
     config = hf_xent.EMOConfig(
@@ -57,8 +56,8 @@ def scores(trainer: hf_xent.EMOTrainer) -> dict[str, float]:
 
 def diversity(model: Any, blocks: torch.Tensor, seed: int, temperature: float = 1.0) -> dict[str, float]:
     """distinct-2 and rep-4 of continuations of the blocks' first halves."""
-    made = generation.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
-    return {"distinct-2": generation.distinct(made, 2), "rep-4": generation.repetition(made, 4)}
+    made = sampling.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
+    return {"distinct-2": distinct(made, 2), "rep-4": repetition(made, 4)}
 
 
 def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path = Path("out/emo")) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path =
             found, temperature = scores(trainer), 1.0
         else:  # the temperature changes what is sampled, not what is predicted
             found = {"entropy": study.values("EMO", "entropy")[seed]}
-            temperature = generation.temperature_at(trainer.model.eval(), blocks, found["entropy"])
+            temperature = sampling.temperature_at(trainer.model.eval(), blocks, found["entropy"])
         study.record(arm, seed, **found, **diversity(trainer.model.eval(), blocks, seed, temperature))
     return study.report("Made by `examples/emo_lm.py` of hf_xent.", base_model=model)
 

@@ -19,7 +19,7 @@ import typer
 from hf_xent import F2CConfig, F2CTrainer, data
 from hf_xent.data import Format, PromptFormats
 from hf_xent.experiments.study import Study
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 CONTINENTS, PEOPLE = ("Africa", "America", "Asia"), ("African", "American", "Asian")
 FORMATS = PromptFormats(
@@ -38,7 +38,7 @@ HELD_OUT = 40
 
 def run(arm: str, seed: int, model_name: str, steps: int, output: Path) -> dict[str, float]:
     """The consistency of an arm under a seed, which draws the held-out cities too."""
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     cities = data.load("cities", split="train").filter(lambda row: row["continent"] in CONTINENTS)
     parts = FORMATS.build(cities, tokenizer, chat=False).train_test_split(test_size=HELD_OUT, seed=seed)
     config = F2CConfig(

@@ -6,8 +6,6 @@ The first token's residual is some 170 times as long as the others', and one gat
 block begins with the same token, divisors are made alike by `spread_weight`, and all norms fade together. One seed.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from rich import print as show
 
 import hf_xent
 from hf_xent import data, ln_free
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 BLOCK, ROWS, HELD_OUT = 64, 8, 96
 REMOVAL = {
@@ -71,7 +69,7 @@ def main(
     files = {arm: output / f"{arm}.json" for arm in ARMS}
     for arm, file in files.items():
         if not file.exists():
-            loaded, tokenizer = embedded.load(model)
+            loaded, tokenizer = loading.load(model)
             file.write_text(json.dumps(run(arm, loaded, tokenizer, blocks(text, tokenizer), steps, output)))
         show(arm, {name: x for name, x in json.loads(file.read_text()).items() if name != "nmae"})
     return {arm: json.loads(file.read_text()) for arm, file in files.items()}

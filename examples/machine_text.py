@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from hf_xent.experiments.study import Study
 from hf_xent.metrics import ranking as metrics
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 COOL = 0.7
 SETS = ("", " other genre", f" T={COOL}")
@@ -50,7 +50,7 @@ def main(
     made, people = texts(domain, 0, machines)
     cool, _ = texts(domain, machines, machines // 3, COOL)
     away = texts(other, 0, machines // 3)
-    reader = AutoTokenizer.from_pretrained(embedded.resolve(encoder))
+    reader = AutoTokenizer.from_pretrained(loading.resolve(encoder))
     reader.pad_token = reader.pad_token or reader.eos_token
     sizes = {"layers": LAYERS, "machine texts": len(made), "human texts": len(people), "steps": steps}
     settings = {"domain": domain, "other genre": other, "encoder": Path(encoder).parts[-2:], **sizes}

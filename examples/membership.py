@@ -23,7 +23,7 @@ from hf_xent import data, detection
 from hf_xent.callbacks.membership import MembershipCallback
 from hf_xent.detection.counts import count, smoothed
 from hf_xent.experiments.study import Study
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 from hf_xent.patching import head_of
 
 DOSES = (0, 1, 2, 4)  # epochs
@@ -62,7 +62,7 @@ def main(
     for _, seed in study.runs([detection.BLIND]):  # it is recorded last
         drawn = pieces(source, words, seed)
         texts, rest = drawn[: 2 * members], drawn[2 * members :]
-        loaded, tokenizer = embedded.load(model)
+        loaded, tokenizer = loading.load(model)
         q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
         scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
         labels = [1] * members + [0] * members

@@ -16,8 +16,8 @@ import typer
 from hf_xent import patch
 from hf_xent.experiments.study import Study
 from hf_xent.generation import mirostat
-from hf_xent.generation import sampling as generation
-from hf_xent.models import packaged as embedded
+from hf_xent.metrics import diversity
+from hf_xent.models import loading
 
 TARGETS = (2.5, 3.0, 3.5, 4.0)
 ARMS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def main(
     """Every arm under every seed; returns the metrics."""
     settings = {"model": model, "tokens": tokens, "rows": rows}
     study = Study("Mirostat", METRICS, "plain sampling", output, seeds, settings)
-    lm, tokenizer = embedded.load(model)
+    lm, tokenizer = loading.load(model)
     patch(lm.eval())
     prompts = tokenizer([PROMPT] * rows, return_tensors="pt").input_ids
     start = prompts.shape[1]
@@ -51,7 +51,7 @@ def main(
             found = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
         surprise = observed(lm, found, start)
         metrics = {"surprise": surprise.mean().item(), "spread": surprise.std().item()}
-        study.record(arm, seed, **metrics, **{"rep-6": generation.repetition(found[:, start:].tolist(), 6)})
+        study.record(arm, seed, **metrics, **{"rep-6": diversity.repetition(found[:, start:].tolist(), 6)})
     return study.report(
         f"Bits a token of {rows} samples of {tokens} tokens a seed (mean over samples), their standard deviation over"
         " samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",

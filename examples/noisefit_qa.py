@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_xent import NoiseFiTTrainer, XentTrainer
 from hf_xent.experiments.study import Study
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 from hf_xent.trainers.noisefit import lora_config
 
 ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
@@ -36,7 +36,7 @@ HELD_OUT = 40
 
 def run(arm: str, seed: int, model_name: str, source: str, steps: int, output: Path) -> dict[str, float]:
     """The metrics of an arm under a seed, which draws the held-out questions too."""
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     parts = questions(source, tokenizer).train_test_split(test_size=HELD_OUT, seed=seed)
     kind, options = ARMS[arm]
     config = kind.config_class(

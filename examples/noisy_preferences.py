@@ -8,8 +8,6 @@ documentation (no download), cut after 3 to 12 words: with u the number of words
 so a trainer's margins and a model's answers are measured against the truth; spo_dpo.py compares arms by them.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 
@@ -19,7 +17,7 @@ from sklearn.metrics import accuracy_score, mean_squared_error
 from torch.nn import functional as F
 
 from hf_xent import data
-from hf_xent.generation import sampling as generation
+from hf_xent.generation import sampling
 
 
 def sentences(split: str) -> list[tuple[str, list[str]]]:
@@ -74,7 +72,7 @@ def judged(trainer: Any) -> dict[str, float]:
 def answered(model: Any, tokenizer: Any, rows: Dataset, tokens: int) -> dict[str, float]:
     """Words of greedy answers to the rows' prompts, and the share that keeps its limit."""
     prompts = tokenizer(rows["prompt"][:])["input_ids"]
-    made = generation.responses(model, prompts, tokens=tokens, temperature=0.0)
+    made = sampling.responses(model, prompts, tokens=tokens, temperature=0.0)
     texts = tokenizer.batch_decode(made, skip_special_tokens=True)
     words = [len(text.strip().split("\n")[0].split()) for text in texts]
     kept = [n <= limit for n, limit in zip(words, rows["limit"], strict=True)]

@@ -23,7 +23,7 @@ from eight_words import NEW, THINGS, K, chance, described, evaluate, program, qu
 
 import hf_xent
 from hf_xent.experiments.study import Study
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 JUDGES = {"self-judge": None, "program judge": program, "random judge": chance}
 BASE, HARD = "base model", "DPO on the self-judge's pairs"
@@ -68,7 +68,7 @@ def main(
     study = Study("Self-judged rounds", METRICS, BASE, output, seeds, settings)
     for arm, seed in study.runs([BASE, *JUDGES, HARD]):
         things = random.Random(seed).sample(THINGS.split(), 2 * prompts)
-        policy, tokenizer = embedded.load(model)
+        policy, tokenizer = loading.load(model)
         rows, held_out = questions(things[:prompts]), questions(things[prompts:])
         found = {} if arm == BASE else train(arm, policy, tokenizer, rows, seed, rounds, output)
         study.record(arm, seed, **found, **evaluate(policy, tokenizer, held_out, seed))

@@ -7,12 +7,12 @@ import sys
 
 import hf_xent
 from hf_xent import data
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 
 def main(model_name: str = "smollm2", loss: str = "cross_entropy", steps: int = 3) -> list[float]:
     """Trains on CPython's own documentation and returns the logged losses."""
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     blocks = data.pack(data.load_text("pydoc", split="train[:10%]"), tokenizer, block_size=64)
     config = hf_xent.XentConfig(
         output_dir="out/example",

@@ -17,7 +17,7 @@ import typer
 
 import hf_xent
 from hf_xent import data, detection
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 from hf_xent.patching import head_of
 
 SCORES = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
@@ -31,7 +31,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 def main(model: str = "smollm2", texts: int = 16, tokens: int = 128, repetitions: int = 9) -> list[float]:
     """The ratio of every repetition."""
-    loaded, tokenizer = embedded.load(model)
+    loaded, tokenizer = loading.load(model)
     hf_xent.patch(loaded.eval())
     ids = tokenizer(" ".join(data.load_text("pydoc")["text"][:40]), verbose=False)["input_ids"]
     drawn = [tokenizer.decode(ids[i * tokens : (i + 2) * tokens]) for i in range(texts)]  # longer: it is cut below

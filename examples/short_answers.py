@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_xent import data
-from hf_xent.generation import sampling as generation
+from hf_xent.generation import sampling
 
 SAMPLES, NEW, TEMPERATURE = 3, 6, 0.5  # of each question; tokens of an answer at most
 
@@ -34,7 +34,7 @@ def encode(row: dict[str, str], tokenizer: Any) -> dict[str, list[int]]:
 def answers(model: Any, tokenizer: Any, rows: Any, seed: int) -> dict[str, float]:
     """How often samples are right, and how often they agree."""
     prompts = [prompt for prompt in rows["prompt"] for _ in range(SAMPLES)]
-    made = generation.sample(model, prompts, tokens=NEW, seed=seed, temperature=TEMPERATURE)
+    made = sampling.sample(model, prompts, tokens=NEW, seed=seed, temperature=TEMPERATURE)
     texts = [tokenizer.decode(tokens).strip() for tokens in made]
     asked = [texts[i : i + SAMPLES] for i in range(0, len(texts), SAMPLES)]
     right = mean(text == answer for found, answer in zip(asked, rows["answer"], strict=True) for text in found)

@@ -20,7 +20,7 @@ from noisy_preferences import answered, judged, pairs
 
 from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer
 from hf_xent.experiments.study import Study
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 BETA, BATCH, HELD_OUT, PROMPTS, NEW = 0.3, 4, 24, 8, 16
 ARMS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def trainer_of(arm: str, model_name: str, steps: int, seed: int, output: Path) -
         options["label_smoothing"] = sum(min(p, 1 - p) for p in train["preference_prob"]) / len(train)
     if arm not in ("SPCE", "PSO"):
         train = train.remove_columns("preference_prob")
-    model, tokenizer = embedded.load(model_name)
+    model, tokenizer = loading.load(model_name)
     last = list(range(model.config.num_hidden_layers * 2 // 3, model.config.num_hidden_layers))
     lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"], layers_to_transform=last)
     kind, config = (SPOTrainer, SPOConfig) if arm == "SPO" else (SPCETrainer, SPCEConfig)

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification
 
 import hf_xent
-from hf_xent.models import packaged as embedded
+from hf_xent.models import loading
 
 LAYERS = 3
 BASELINE = "BCE"
@@ -40,7 +40,7 @@ def trained(arm: str, train: Dataset, encoder: str, tokenizer: Any, **options: A
     """An arm's classifier: half of the updates under BCE, then its loss at half the learning rate."""
     shape = {"num_labels": 1, "num_hidden_layers": LAYERS, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(options["seed"])  # the new head's weights
-    model = AutoModelForSequenceClassification.from_pretrained(embedded.resolve(encoder), **shape)
+    model = AutoModelForSequenceClassification.from_pretrained(loading.resolve(encoder), **shape)
     config = hf_xent.DXOConfig(
         per_device_train_batch_size=16, per_device_eval_batch_size=50, warm_start=0.5, dxo_learning_rate=1e-4,
         learning_rate=2e-4, lr_scheduler_type="constant", logging_steps=10, save_strategy="no", report_to="none",

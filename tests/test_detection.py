@@ -1,8 +1,11 @@
 """Detection scores: worked examples, dense formulas, padding and batches, the frequency cache, the CLI, evaluate."""
 
 import datetime
+import inspect
 import json
 import math
+import subprocess
+import sys
 import threading
 import zlib as compression
 from pathlib import Path
@@ -20,12 +23,14 @@ from hf_xent import detection
 from hf_xent.cli.detect import Task, _scored, _truth
 from hf_xent.data.brown import Brown
 from hf_xent.detection import scores as registry
-from hf_xent.detection.counts import Corpus, count, fingerprint, frequencies, smoothed
+from hf_xent.detection.counts import CountedText, count, frequencies, smoothed
+from hf_xent.detection.fingerprints import fingerprint_tokenizer
 from hf_xent.detection.scorer import TextScorer
+from hf_xent.detection.scores import base as score_files
 from hf_xent.lazy import next_token_labels
 from hf_xent.metrics import modules
 from hf_xent.metrics import ranking as metrics
-from hf_xent.models.contexts import positions
+from hf_xent.models.anatomy import positions
 from hf_xent.ops import Stats
 from hf_xent.patching import lazily, patch, patch_state, unpatch
 from support.models import CONFIGS, V, tiny, tiny_tokenizer
@@ -263,6 +268,49 @@ def test_directions_and_sources_are_declared():
     assert list(detection.get("min_k:k=0.3").oriented([1, 2])) == [1, 2]
 
 
+def test_the_registry_reads_what_every_file_says():
+    rows = {row["name"]: row for row in detection.SCORES.table()}
+    for name, row in rows.items():
+        score = detection.get(name)
+        assert row["options"] == score.defaults and row["formula"] and "arXiv:" in row["source"], name
+        assert getattr(registry, name) is score.of and row["summary"] == score.__doc__.split("\n")[0]
+        assert {"stats", *score.needs, *score.defaults} == set(inspect.signature(score.of).parameters)
+        assert score.ranges.keys() == score.defaults.keys(), name  # every option is checked before a forward
+    files = {entry.partition(":")[0] for entry in detection.SCORES.entries.values()}
+    assert not files & rows.keys(), "a module would hide the function of its name"
+    assert (rows["min_k"]["options"], rows["dc_pdd"]["options"], rows["loss"]["options"]) == (
+        {"k": 0.2},
+        {"a": 0.01},
+        {},
+    )
+
+
+def test_a_score_is_added_by_one_line(monkeypatch):
+    @score_files.score(higher_is="positive", k=score_files.Range("(0, 1]", "a share"))
+    def highest(stats, k=0.5):
+        """Mean of the highest share k of log-probabilities."""
+        return stats.logp.sort(-1, descending=True).values[:, : int(k * stats.logp.shape[-1])].mean(-1)
+
+    monkeypatch.setitem(detection.SCORES.entries, "highest", highest)
+    assert detection.get("highest:k=0.75")(stats_of(logp=[-1.0, -2.0, -3.0, -4.0])).item() == -2
+    assert detection.SCORES.row("highest")["object"] == "highest" and "highest" in detection.SCORES.names()
+    for text, message in (
+        ("highest:k=2", "^k is 2: choose a share"),
+        ("highest:a=1", "does not take a: its options are k"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            detection.get(text)
+
+
+def test_names_of_scores_need_no_torch():
+    code = (
+        "import sys, hf_xent.detection as d; names = d.SCORES.names(), d.SCORES.table(), d.sweep('min_k', k=(0.1,));"
+        "print('torch' in sys.modules, d.Score.__name__, 'torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "Score", "True"]
+
+
 def test_directions_hold_on_a_model_that_knows_its_texts():
     """Train on half of the texts: every score of one model speaks for them."""
     tokenizer, model = tiny_tokenizer(), tiny(std=0.05).train()
@@ -434,8 +482,8 @@ def test_what_is_evaluated_is_checked():
         (lambda: detection.evaluate({"loss": values}, labels, ["a"]), "texts has 1 entries, labels 4"),
         (lambda: detection.evaluate({"loss": values}, labels, resamples=1.5), "resamples is 1.5"),
         (lambda: detection.blind(["a", "b"] * 2, labels, folds=1), "folds is 1: choose"),
-        (lambda: Corpus(documents=1.5), "documents is 1.5"),
-        (lambda: Corpus(max_tokens=float("nan")), "max_tokens is nan"),
+        (lambda: CountedText(documents=1.5), "documents is 1.5"),
+        (lambda: CountedText(max_tokens=float("nan")), "max_tokens is nan"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -486,7 +534,7 @@ def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
     tokenizer = tiny_tokenizer()
 
     def ask(tokenizer=tokenizer, vocabulary=V, **changes):
-        return frequencies(tokenizer, Corpus(str(file), **changes), vocabulary=vocabulary, progress=False)
+        return frequencies(tokenizer, CountedText(str(file), **changes), vocabulary=vocabulary, progress=False)
 
     first = ask()
     tokenizer("the dog", truncation=True, max_length=1, padding="max_length")  # changes the tokenizer's state
@@ -525,7 +573,7 @@ def test_a_corpus_that_holds_no_text_is_refused(tmp_path, monkeypatch):
 
     rows = iter([{"body": 5}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    ask = lambda **options: frequencies(tiny_tokenizer(), Corpus(**options), vocabulary=V, progress=False)  # noqa: E731
+    ask = lambda **options: frequencies(tiny_tokenizer(), CountedText(**options), vocabulary=V, progress=False)  # noqa: E731
     with pytest.raises(ValueError, match="some/corpus has no column 'text': choose one of body"):
         ask(source="some/corpus")
     rows = iter([{"body": 5}])
@@ -563,7 +611,17 @@ def test_callback_evaluates_before_and_between(tmp_path):
 
 def test_a_registered_corpus_may_have_a_configuration(tmp_path):
     (tmp_path / "ca01").write_text("The/at fox/nn jumps/vbz ./.")
-    assert Corpus(f"brown:{tmp_path}").open().rows()["text"][:] == ["The fox jumps ."]
+    assert CountedText(f"brown:{tmp_path}").open().rows()["text"][:] == ["The fox jumps ."]
+
+
+def test_the_old_name_of_counted_text_still_works():
+    from hf_xent.detection import counts
+
+    for module, path in ((detection, "detection"), (counts, "detection.counts")):
+        with pytest.warns(
+            DeprecationWarning, match=rf"hf_xent.{path}.Corpus is now hf_xent.detection.counts.CountedText"
+        ):
+            assert module.Corpus is CountedText
 
 
 def test_a_hub_corpus_is_streamed(monkeypatch):
@@ -577,15 +635,19 @@ def test_a_hub_corpus_is_streamed(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     q = frequencies(
-        tiny_tokenizer(), Corpus("allenai/c4:en", revision="abc", documents=2), vocabulary=V, progress=False
+        tiny_tokenizer(), CountedText("allenai/c4:en", revision="abc", documents=2), vocabulary=V, progress=False
     )
     assert asked == {"args": ("allenai/c4", "en"), "split": "train", "revision": "abc", "streaming": True}
     assert torch.equal(q, smoothed(count(TEXTS[:2], tiny_tokenizer(), V)))
 
 
 def test_fingerprints_tell_tokenizers_apart():
-    assert fingerprint(tiny_tokenizer()) == fingerprint(tiny_tokenizer()) != fingerprint(tiny_tokenizer("dog " * 9))
-    assert fingerprint(Letters()) == fingerprint(Letters())
+    assert (
+        fingerprint_tokenizer(tiny_tokenizer())
+        == fingerprint_tokenizer(tiny_tokenizer())
+        != fingerprint_tokenizer(tiny_tokenizer("dog " * 9))
+    )
+    assert fingerprint_tokenizer(Letters()) == fingerprint_tokenizer(Letters())
 
 
 # evaluate

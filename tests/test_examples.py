@@ -168,9 +168,9 @@ def test_eight_words_judges_by_the_truth():
 
 def test_eight_words_measures_answers_and_judgment(monkeypatch, model):
     """One right answer among four samples of each of two things: three pairs each, of which a judge likes four."""
-    from hf_xent.models import packaged as embedded
+    from hf_xent.models import loading
 
-    lm, tokenizer = embedded.load(model)
+    lm, tokenizer = loading.load(model)
     example = runpy.run_path(str(EXAMPLES / "eight_words.py"))
     texts = ["It is rain.", "no", "not this", "wet", "wind", "It is wind.", "air", "not this"]
     likes = {"no": 0.9, "wet": 0.8, "wind": 0.7, "air": 0.6, "not this": 0.4}  # how a right one does against it
@@ -282,15 +282,15 @@ def test_continuations_reads_prose_where_there_is_some(tmp_path, monkeypatch):
 
 def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     """Tiny generator and encoder, one seed: arms and controls are measured on every set; texts are generated once."""
-    from hf_xent.models import packaged as embedded
+    from hf_xent.models import loading
 
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import continuations
     import text_classifiers
 
-    words, draw, load = TEXT.replace(",", "").replace(".", "").split(), random.Random(0), embedded.load
+    words, draw, load = TEXT.replace(",", "").replace(".", "").split(), random.Random(0), loading.load
     pages = ["\n\n".join(" ".join(draw.choices(words, k=14)) for _ in range(10)) for _ in range(4)]
-    monkeypatch.setattr(embedded, "load", lambda name: load(model))
+    monkeypatch.setattr(loading, "load", lambda name: load(model))
     for name, value in {"PROMPT": 4, "NEW": 8, "pages": lambda domain: pages}.items():
         monkeypatch.setattr(continuations, name, value)
     monkeypatch.setattr(text_classifiers, "LAYERS", 2)

@@ -15,7 +15,7 @@ from hf_xent.data import Format, PromptFormats
 from hf_xent.metrics.consistency import consistency
 from hf_xent.patching import patch_state
 from hf_xent.trainers import F2CConfig, F2CTrainer
-from hf_xent.trainers import f2c as method
+from hf_xent.trainers import consensus as method
 from support.models import assert_same_gradients, tiny, tiny_tokenizer
 
 # the method sheet's worked example: 5 formats, 2 answers of one token, next-token distributions over 3 tokens

@@ -1,4 +1,6 @@
-"""The floors of the package: imports point down or stay, and the lower floors load without the libraries above them."""
+"""The house: imports point down or stay level and close no circle, files and functions stay short, and the lower
+floors load without the libraries above them.
+"""
 
 import ast
 import subprocess
@@ -51,8 +53,28 @@ def imported(source, module, is_package):
 
 def upward(source, module, is_package=False):
     """Imports of a module that point to a higher floor."""
-    own = FLOOR_OF[part_of(module)]
-    return sorted({name for name in imported(source, module, is_package) if FLOOR_OF[part_of(name)] > own})
+    floor = FLOOR_OF[part_of(module)]
+    return sorted({name for name in imported(source, module, is_package) if FLOOR_OF[part_of(name)] > floor})
+
+
+def graph():
+    """Module -> the modules of hf_xent it imports, wherever in the file it does, type checkers' imports included."""
+    sources = {module: path.read_text(encoding="utf-8") for module, path in MODULES.items()}
+    edges = {m: set(imported(sources[m], m, MODULES[m].name == "__init__.py")) - {m} for m in MODULES}
+    return {module: {name for name in names if name in MODULES} for module, names in edges.items()}
+
+
+def circles(edges):
+    """Sets of nodes that reach one another, each a sorted list."""
+    reach = {node: set(targets) for node, targets in edges.items()}
+    for middle in reach:
+        for node in reach:
+            if middle in reach[node]:
+                reach[node] |= reach[middle]
+    found = {
+        tuple(sorted(other for other in reach[node] if node in reach[other])) for node in reach if node in reach[node]
+    }
+    return sorted(map(list, found))
 
 
 def test_every_module_has_a_floor():
@@ -66,6 +88,62 @@ def test_imports_point_down(module):
     path = MODULES[module]
     found = upward(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
     assert not found, f"{module} is on floor {FLOOR_OF[part_of(module)]} but imports {', '.join(found)} from above"
+
+
+def test_files_close_no_circle():
+    """The package's own __init__ shows what all rooms offer when it is asked, and `system.renamed` imports by name."""
+    edges = graph()
+    edges["hf_xent"] = set()
+    assert circles(edges) == []
+
+
+def test_rooms_close_no_circle():
+    """Also across rooms of one floor."""
+    edges = {part_of(module): set() for module in MODULES}
+    for module, names in graph().items():
+        edges[part_of(module)] |= {part_of(name) for name in names} - {part_of(module)}
+    edges["hf_xent"] = set()
+    assert circles(edges) == []
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"a"}, "c": {"a"}}, [["a", "b"]]),
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d"}}, [["a", "b", "c"], ["d", "e"]]),
+    ],
+)
+def test_circles_are_seen(edges, found):
+    assert circles(edges) == found
+
+
+def test_the_top_has_rooms_and_the_registry_alone():
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py", "registry.py"]
+
+
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS = {
+    "hf_xent.ops.gpu.kernels._stats_fwd": "a Triton kernel: one pass, whose parts share two dozen tiles in registers",
+}
+"""What may be longer than the rest, each with its reason."""
+
+
+def functions(tree, prefix):
+    """(dotted name, lines) of every function, methods and inner functions too."""
+    for node in ast.iter_child_nodes(tree):
+        name = f"{prefix}.{node.name}" if hasattr(node, "name") else prefix
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, node.end_lineno - node.lineno + 1
+        yield from functions(node, name)
+
+
+def test_files_and_functions_are_short():
+    sources = {module: path.read_text(encoding="utf-8") for module, path in MODULES.items()}
+    files = {module for module, source in sources.items() if source.count("\n") > 300}
+    assert files == set(LONG_FILES), "cut it along its ideas, or name it with a reason"
+    lengths = [pair for module, source in sources.items() for pair in functions(ast.parse(source), module)]
+    assert {name for name, lines in lengths if lines > 60} == set(LONG_FUNCTIONS)
 
 
 @pytest.mark.parametrize(

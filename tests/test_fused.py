@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.ops import Head, chunked, vocab_stats
+from hf_xent.ops import Head, tiles, vocab_stats
 from support.oracle import assert_close_at_scale
 
 fused = pytest.importorskip("hf_xent.ops.gpu.fused", reason="needs triton")
@@ -18,7 +18,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """`chunked` takes the kernels on the CPU too, where they are interpreted."""
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("with a GPU the Triton kernels are compiled: they do not run on the CPU")
-    monkeypatch.setattr(chunked, "_kernels", lambda z: fused)
+    monkeypatch.setattr(tiles, "_kernels", lambda z: fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -92,7 +92,7 @@ def test_the_whole_loss_is_the_same(
         return [value.detach(), stats.entropy, stats.top, *torch.autograd.grad(value, leaves)]
 
     got = run()
-    monkeypatch.setattr(chunked, "_kernels", lambda z: None)
+    monkeypatch.setattr(tiles, "_kernels", lambda z: None)
     for one, other in zip(got, run(), strict=True):
         assert_close_at_scale(one, other, 1e-9)
 

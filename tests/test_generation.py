@@ -7,16 +7,8 @@ import pytest
 import torch
 from transformers import WatermarkingConfig
 
-from hf_xent.generation.sampling import (
-    distinct,
-    features,
-    mauve,
-    repetition,
-    responses,
-    sample,
-    temperature_at,
-    temperature_of,
-)
+from hf_xent.generation.sampling import responses, sample, temperature_at, temperature_of
+from hf_xent.metrics.diversity import distinct, features, mauve, repetition
 from hf_xent.ops import Head
 from hf_xent.patching import patch, patch_state
 from support.models import V, batch, tiny
@@ -76,7 +68,7 @@ def test_samples_do_not_go_by_the_model_s_generation_configuration(own):
         ({"seed": None}, "seed is None"),
         ({"prompts": []}, "prompts has 0 rows"),
         ({"prompts": [[5], []]}, "need a token at least"),
-        ({"tokens": 62}, "prompts of 3 tokens and 62 more exceed 64 positions"),
+        ({"tokens": 62}, r"prompts \(3\) and tokens \(62\) is 65, but the model has 64 positions: choose at most 64"),
     ],
 )
 def test_samples_that_cannot_be_had_are_refused(options, message):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import objectives, tails
 from benchmarks.__main__ import app
 from hf_xent.bench import BenchConfig, calibrated, inputs
-from hf_xent.models import packaged as embedded
+from hf_xent.models import packaged
 from support.models import tiny, tiny_tokenizer
 
 SMALL = BenchConfig(model="calibrated:smollm2", tokens=256, vocab=8192, width=256, device="cpu", threads=1)
@@ -63,7 +63,7 @@ def test_tail_curve_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_has_curves_and_their_provenance() -> None:
     entries = tails.curves()
     assert tails.FILE.read_text() == tails.text(entries) + "\n"
-    assert entries.keys() == calibrated.LAWS.keys() == embedded.PACKAGED.keys()
+    assert entries.keys() == calibrated.LAWS.keys() == packaged.PACKAGED.keys()
     for name, entry in entries.items():
         assert entry["model"].startswith(name) and entry["data"] and entry["date"] and entry["versions"]["torch"]
         assert entry["V"] == calibrated.LAWS[name].vocab and tuple(entry["log2_eps"]) == tuple(tails.LOG2_EPS)
@@ -187,7 +187,7 @@ def test_the_command_names_the_license_and_fails_in_one_line(tmp_path: Path) -> 
 def test_the_file_holds_for_the_real_smollm2(tmp_path: Path) -> None:
     """Measured again; and through the export, whose int8 head and float16 states must leave the curve alone."""
     try:
-        embedded.checkpoint("smollm2")
+        packaged.checkpoint("smollm2")
     except ImportError as error:
         pytest.skip(str(error))
     entry = tails.curves()["smollm2"]

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import re
 
 import datasets
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -104,7 +106,7 @@ def test_wrapping_changes_nothing(name):
     for key, g in theirs.items():
         torch.testing.assert_close(ours[key], g, rtol=1e-5, atol=1e-7)
     extra = model.state_dict().keys() - stock.state_dict().keys()
-    assert {key.rpartition(".")[2] for key in extra} == {"sigma", "gone"}
+    assert {key.rpartition(".")[2] for key in extra} == {"sigma", "removed_share"}
     assert [site.name for site in ln_free.sites(model)] == ["mlp.0", "mlp.1", "qk.0", "qk.1", "v.0", "v.1", "final"]
     assert not any(site.removed for site in ln_free.sites(model)) and not ln_free.is_ln_free(model)
     assert ln_free.wrap(model) is model
@@ -418,7 +420,7 @@ def test_resumed_in_the_middle_of_the_schedule(tmp_path, rows, step, taper):
     resumed = fit(tmp_path, rows, resume=str(tmp_path / f"checkpoint-{step}"), **options)
     assert losses_of(resumed) == losses_of(straight)
     assert ln_free.sites(resumed.model) == ln_free.sites(straight.model)
-    midway = ln_free.convert.load(str(tmp_path / f"checkpoint-{step}"))[0]
+    midway = ln_free.load(str(tmp_path / f"checkpoint-{step}"))[0]
     shares = [site.share for site in ln_free.sites(midway)]
     assert shares == pytest.approx(
         [
@@ -427,6 +429,31 @@ def test_resumed_in_the_middle_of_the_schedule(tmp_path, rows, step, taper):
         ]
     )
     assert 0 < sum(shares) < 7
+
+
+def with_former_keys(state):
+    """As checkpoints had it before the buffer was called `removed_share`."""
+    return {re.sub("removed_share$", "gone", key): x for key, x in state.items()}
+
+
+def test_checkpoints_with_former_keys_load(tmp_path, rows):
+    """As a state dict, by `ln_free.load`, and where training goes on."""
+    options = {"save_strategy": "steps", "save_steps": 6, "removal_start": 0.1, "removal_end": 0.6}
+    straight = fit(tmp_path, rows, **options)
+    folder, step = tmp_path / "checkpoint-6", Schedule.scaled(straight.model, 12, start=0.1, end=0.6).due(5)
+    state = load_file(folder / "model.safetensors")
+    former = with_former_keys(state)
+    assert sum(key.endswith(".gone") for key in former) == 5 and former.keys() != state.keys()
+    save_file(former, folder / "model.safetensors", {"format": "pt"})
+    for model in (ln_free.load(str(folder))[0], ln_free.wrap(tiny("gpt2"))):
+        model.load_state_dict(former | {"lm_head.weight": former["transformer.wte.weight"]})
+        assert {site.name: site.share for site in ln_free.sites(model) if site.share} == step
+        sigmas = {f"{site.norm}.sigma": site.sigma for site in ln_free.sites(model)}
+        assert sigmas == pytest.approx({key: float(x) for key, x in state.items() if key.endswith(".sigma")})
+    midway = ln_free.load(str(folder))[0]
+    assert {site.name: site.share for site in ln_free.sites(midway) if site.share} == step
+    resumed = fit(tmp_path, rows, resume=str(folder), **options)
+    assert losses_of(resumed) == losses_of(straight) and ln_free.is_ln_free(resumed.model)
 
 
 def dense_term(model, inputs, weight):
@@ -479,7 +506,7 @@ def test_the_spread_term_is_the_variance_of_the_logarithms_of_every_divisor(tmp_
         found.append(gradients(model))
     captured, variances = [], []
     for norm in fake_norms(model).values():
-        norm.measured = False
+        norm.record_sigma = False
         norm.register_forward_pre_hook(lambda norm, args: captured.append((norm, args[0])))
     model.zero_grad()
     z = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits

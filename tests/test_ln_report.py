@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import hf_xent
 from hf_xent import ln_free
 from hf_xent.cli import app
-from hf_xent.ln_free.analysis import analyze, confidence_neurons
+from hf_xent.ln_free.analysis import analyze
+from hf_xent.ln_free.neurons import confidence_neurons
 from hf_xent.metrics.calibration import BINS, binned, calibration_error
 from support.models import V, tiny, tiny_tokenizer
 

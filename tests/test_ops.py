@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from functools import reduce
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from hf_xent.ops import (
     Head,
     State,
     Stats,
+    algebra,
     dense_stats,
     map_logits,
     merge,
@@ -1051,8 +1053,9 @@ class Hopper:  # a driver that compiles for a GPU that is not there, and launche
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 triton.runtime.driver.set_active(Hopper())
-from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head, streaming
-from hf_xent.ops.algebra import TENSORS, Problem
+from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head
+from hf_xent.ops.gpu import fused, streaming
+from hf_xent.ops.problem import TENSORS, Problem
 
 streaming._check = streaming._blocks
 torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
@@ -1062,7 +1065,6 @@ problem = Problem(hidden, head, labels, frozenset(STATISTICS), (hidden, head), n
 values = streaming.forward(problem)
 streaming.backward(problem, {k: torch.ones(300) for k in values}, {k: torch.ones(300) for k in DIFFERENTIABLE})
 
-from hf_xent.ops import fused
 one = torch.ones(300)
 plain, asked = Head(head.weight, head.bias), frozenset({"lse", "target"})
 problem = Problem(hidden, plain, labels, asked, needs=frozenset(TENSORS[:3]))
@@ -1074,6 +1076,17 @@ for dtype in (torch.bfloat16, torch.float32, torch.float64):
     fused.softmax_(z, labels, head, lse=one, share=one)
     fused.column_sums(z, one, torch.ones(1000), torch.ones(1000))
 """
+
+
+def test_names_that_lived_in_algebra_are_found_where_they_are_now():
+    """All that `hf_xent.ops.algebra` once defined; a DeprecationWarning names the new home of what has left."""
+    assert algebra.Head is Head and {"State", "merge", "finish", "Coefficients", "coefficients"} <= set(vars(algebra))
+    for name, module in (("Stats", "statistics"), ("wide", "statistics"), ("TENSORS", "problem"), ("Survey", "tail")):
+        with pytest.warns(DeprecationWarning, match=rf"ops\.algebra\.{name} is now hf_xent\.ops\.{module}\.{name}"):
+            found = getattr(algebra, name)
+        assert found is getattr(import_module(f"hf_xent.ops.{module}"), name)
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = algebra.nonesuch
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ PUBLIC = {
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr get
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
-    detection: """BLIND Corpus SCORES Score TextScorer blind evaluate frequencies get score sweep""",
+    detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
     trainers: TRAINERS,
 }
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_xent import cli
-from hf_xent.models import packaged as embedded
+from hf_xent.models import packaged
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):
-        exec(compile(block.replace(HUB_ID, str(embedded.checkpoint())), "README.md", "exec"), namespace)
+        exec(compile(block.replace(HUB_ID, str(packaged.checkpoint())), "README.md", "exec"), namespace)
     assert namespace["loss"].isfinite() and namespace["trainer"].state.global_step == 2
 
 

@@ -13,7 +13,7 @@ import hf_xent
 from hf_xent import losses
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head
-from hf_xent.ops.algebra import pieces
+from hf_xent.ops.problem import pieces
 from hf_xent.ops.tail import GROUPS
 from support.oracle import Largest, assert_close_at_scale, gradients
 

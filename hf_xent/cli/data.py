@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from ..data.registered import usages
 from .app import Json, err, out, print_json
 
 data = typer.Typer(name="data", help="Write a registered dataset as Parquet with a card, or push it to the Hub.")
@@ -15,7 +16,7 @@ data = typer.Typer(name="data", help="Write a registered dataset as Parquet with
 Name = Annotated[
     str,
     Argument(
-        help="bookmia, brown:FOLDER, cities, dactyl, mimir:CONFIG, patentmia, pydoc, wiki or wikimia.",
+        help=f"One of {usages()}.",
         show_default=False,
     ),
 ]

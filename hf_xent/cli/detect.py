@@ -13,6 +13,7 @@ import numpy as np
 from rich.table import Table
 from typer import Argument, Option
 
+from ..detection.scores import SECOND_MODEL
 from ..system.figures import panels, save
 from .app import Json, check_dtype, err, out, prepare, print_json
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from ..detection import TextScorer
 CHUNK = 4  # batches between two writes of what is done
 DEFAULT_CORPUS = "pydoc"
-SECOND = ("reference", "observed", "crossed")  # what a score needs of the second model
 JSON = {"double_precision": 15, "date_format": "iso"}  # pandas rounds to ten places, and makes numbers of dates
 WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("to_csv", {}),
@@ -93,10 +93,10 @@ def detect(
     needs = _needs(names)
     _check_used("without --label", label is not None, positive=positive, resamples=resamples)
     _check_used("but no score counts tokens", "frequencies" in needs, corpus=corpus, documents=documents)
-    _check_used("but no score compares with it", not needs.isdisjoint(SECOND), reference=reference)
+    _check_used("but no score compares with it", not needs.isdisjoint(SECOND_MODEL), reference=reference)
     from ..data import load_text
-    from ..detection import Corpus, TextScorer, evaluate
-    from ..models.packaged import load
+    from ..detection import CountedText, TextScorer, evaluate
+    from ..models.loading import load
 
     rows = load_text(source, split, column)
     _check_output(output, source, rows.column_names, names)
@@ -104,7 +104,7 @@ def detect(
     prepare(model)
     loaded, tokenizer = load(model, dtype)
     second = load(reference, dtype)[0] if reference else None
-    counted = Corpus(DEFAULT_CORPUS if corpus is None else corpus, documents=documents)
+    counted = CountedText(DEFAULT_CORPUS if corpus is None else corpus, documents=documents)
     scorer = TextScorer(
         loaded, tokenizer, names, reference=second, frequencies=counted, batch_size=batch_size, max_tokens=max_tokens,
         progress=False,

@@ -40,13 +40,13 @@ def generate(
     import torch
 
     from ..generation import mirostat
-    from ..models import packaged as embedded
+    from ..models import loading
     from ..models.contexts import positions
     from ..patching import patch
 
     prepare(model)
     with err.status("generating"):
-        lm, tokenizer = embedded.load(model)
+        lm, tokenizer = loading.load(model)
         patch(lm.eval())
         torch.manual_seed(seed)
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)

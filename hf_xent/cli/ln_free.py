@@ -33,8 +33,7 @@ def convert(
     """Write an LN-free model in another form, with a card for `hf-xent publish`; print how far its logits differ."""
     import torch
 
-    from ..ln_free import convert as forms
-    from ..ln_free.card import save
+    from .. import ln_free
 
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
@@ -45,15 +44,15 @@ def convert(
         raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
     kind = getattr(torch, dtype)
     with err.status(f"converting {model}"):
-        loaded, tokenizer = forms.load(model, torch.float32)
-        true = forms.form_of(loaded) == "true"
+        loaded, tokenizer = ln_free.load(model, torch.float32)
+        true = ln_free.form_of(loaded) == "true"
         if to == "true":
-            made = (loaded if true else forms.to_true(loaded)).to(kind)
+            made = (loaded if true else ln_free.to_true(loaded)).to(kind)
         else:
-            source = loaded if true or forms.form_of(loaded) == "removable" else forms.to_true(loaded)
-            made = forms.to_eps_trick(source, 1e12 if eps is None else eps, kind)
-        error, size = forms.parity(loaded, made)
-        save(made, tokenizer, output)
+            source = loaded if true or ln_free.form_of(loaded) == "removable" else ln_free.to_true(loaded)
+            made = ln_free.to_eps_trick(source, 1e12 if eps is None else eps, kind)
+        error, size = ln_free.parity(loaded, made)
+        ln_free.save(made, tokenizer, output)
     summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
     if as_json:
         print_json(summary)
@@ -70,7 +69,7 @@ def verify(
 ) -> None:
     """Check that nothing normalizes, and that KV cache and padding change nothing; exit code 1 if not."""
     check_dtype(dtype, "auto")
-    from ..ln_free.convert import load
+    from ..ln_free.loading import load
     from ..ln_free.verification import verify as run
 
     with err.status(f"verifying {model}"):
@@ -101,7 +100,7 @@ def report(
 
     from .. import data
     from ..ln_free import Report, analyze
-    from ..ln_free.convert import load
+    from ..ln_free.loading import load
 
     found = {}
     tokenizer = load(model)[1]

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class PromptFormats:
     @staticmethod
     def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
         """Right-padded [B, K, C, L]: `input_ids`, `attention_mask`, `answers` (-100 off the answer); and `gold` [B]."""
+        import torch  # lazy: a second, which datasets can do without
+
         sequences = [
             [
                 [(prompt, answer) for answer in answers]

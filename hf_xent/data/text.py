@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .corpus import Source, sliced
 from .files import BUILDERS, first_line, place_of, readable, suffix_of, table, written_as
+from .registered import DATASETS
 
 TEXT = ("string", "large_string", "string_view")
 """Names that `datasets` has for the type of text."""
@@ -47,24 +48,22 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
 
 def opened(source: str | Path, split: str | None = None, column: str = "text") -> Opened:
     """What `load_text` reads, before its rows are looked at; arguments and errors as there."""
-    from . import DATASETS  # late: the registry's module imports this one
-
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
     source, path = str(source), place_of(source)
     key, _, config = source.partition(":")
     if key in DATASETS:
-        asked = Source(config=config)
-        found = _only(DATASETS[key].published(asked, split), source)
-        dataset = lambda: DATASETS[key].unified(found, asked, split or "train")  # noqa: E731
+        corpus, copy = DATASETS[key], Source(config=config)
+        raw = _only(corpus.published(copy, split), source)
+        dataset = lambda: corpus.unified(raw, copy, split or "train")  # noqa: E731  one of three, a line each
     elif os.path.exists(path):
-        found = _local(path, split, column)
-        dataset = lambda: found  # noqa: E731
+        raw = _local(path, split, column)
+        dataset = lambda: raw  # noqa: E731  as above
     elif suffix_of(path) in BUILDERS:
         raise ValueError(f"no file {source}: give the path of an existing file or folder")
     else:
-        found = _hub(source, split, known=", ".join(DATASETS))
-        dataset = lambda: found  # noqa: E731
+        raw = _hub(source, split)
+        dataset = lambda: raw  # noqa: E731  as above
 
     def rows() -> Dataset:
         checked = _checked(dataset(), column, source)
@@ -72,7 +71,7 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
             raise ValueError(f"{source} has nothing but empty texts in its column {column!r}: choose another")
         return checked
 
-    return Opened(found._fingerprint, rows)  # datasets has no public name for it
+    return Opened(raw._fingerprint, rows)  # datasets has no public name for it
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text") -> Dataset:
@@ -144,24 +143,24 @@ def _local(path: Path, split: str | None, column: str) -> Dataset:
     return rows
 
 
-def _hub(source: str, split: str | None, known: str) -> Dataset:
+def _hub(source: str, split: str | None) -> Dataset:
     from datasets import load_dataset
 
     name, _, config = source.partition(":")
     try:
-        found = load_dataset(name, config or None, split=split)
+        splits = load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:  # every error of the Hub and of `datasets` is one of these
         raise ValueError(
-            f"{source!r} is no registered dataset ({known}) and no local path, and as a Hub dataset"
+            f"{source!r} is no registered dataset ({DATASETS.names()}) and no local path, and as a Hub dataset"
             f" it does not load: {first_line(error)}"
         ) from error
-    return _only(found, source)
+    return _only(splits, source)
 
 
-def _only(found: Any, source: str) -> Dataset:
-    """The split meant where none was named."""
-    if not isinstance(found, dict):
-        return found
-    if "train" not in found and len(found) > 1:
-        raise ValueError(f"{source} has no split 'train': choose one of {', '.join(found)}")
-    return found["train"] if "train" in found else next(iter(found.values()))
+def _only(splits: Any, source: str) -> Dataset:
+    """The split that is meant where none was named: 'train', or the only one. A dataset is returned as it is."""
+    if not isinstance(splits, dict):
+        return splits
+    if "train" not in splits and len(splits) > 1:
+        raise ValueError(f"{source} has no split 'train': choose one of {', '.join(splits)}")
+    return splits["train"] if "train" in splits else next(iter(splits.values()))

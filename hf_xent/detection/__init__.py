@@ -1,18 +1,25 @@
 """Floor 3: scores of texts from the statistics of their tokens (was it trained on, is it generated?), and metrics.
 
-found = detection.TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd"))(texts)
-detection.evaluate(found, labels, texts)          # AUROC with interval, TPR at an FPR, beside a blind baseline
+values = detection.TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd"))(texts)
+detection.evaluate(values, labels, texts)         # AUROC with interval, TPR at an FPR, beside a blind baseline
 """
 
-from .counts import Corpus, frequencies
-from .evaluation import BLIND, blind, evaluate
-from .scorer import TextScorer, score
-from .scores import SCORES, Score, get, sweep
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..system import renamed
+from .scores import SCORES, get, sweep
+
+if TYPE_CHECKING:  # loaded when they are first asked for: the names of the scores need no torch
+    from .counts import CountedText, frequencies
+    from .evaluation import BLIND, blind, evaluate
+    from .scorer import TextScorer, score
+    from .scores import Score
 
 __all__ = [
     "BLIND",
     "SCORES",
-    "Corpus",
+    "CountedText",
     "Score",
     "TextScorer",
     "blind",
@@ -22,3 +29,19 @@ __all__ = [
     "score",
     "sweep",
 ]
+
+_HOMES = {
+    "Score": "scores",
+    **dict.fromkeys(("CountedText", "frequencies"), "counts"),
+    **dict.fromkeys(("BLIND", "blind", "evaluate"), "evaluation"),
+    **dict.fromkeys(("TextScorer", "score"), "scorer"),
+}
+"""Public name -> the file that has it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _HOMES.values():
+        return import_module(f".{name}", __name__)
+    return renamed.attribute(__name__, name)

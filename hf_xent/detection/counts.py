@@ -28,29 +28,41 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from .. import data
+from ..data import DATASETS
 from ..data.files import BUILDERS, first_line, place_of, suffix_of
 from ..data.text import Opened, opened
-from ..models import packaged as embedded
+from ..models.cache import cache_folder
 from ..options.ranges import check_count
+from ..system import renamed
+from ..system.files import write_atomically
+from .fingerprints import fingerprint_tokenizer
 
 T = TypeVar("T")
 BATCH = 256  # documents tokenized at a time
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Where tokens are counted: a name of `hf_xent.data`, a local file or folder, or a Hub id, which is streamed.
+class CountedText:
+    """The texts on which tokens are counted.
 
-    `revision` is a Hub id's commit; without one, counts of whatever its main branch was are kept.
+    Args:
+        source: A name in `hf_xent.data.DATASETS`, a local file or folder, or a Hub id, which is streamed.
+        split: As `datasets` takes it; None for 'train'.
+        column: The column that holds the text.
+        revision: Of a Hub id, a commit; without one, counts of whatever its main branch was are kept.
+        documents: How many rows are counted, from the first; None for all.
+        max_tokens: Tokens of a row that are counted.
+
+    Raises:
+        ValueError: For `documents` or `max_tokens` below 1, or no whole number.
     """
 
     source: str = "pydoc"
     split: str | None = None
     column: str = "text"
     revision: str | None = None
-    documents: int | None = None  # the first so many; None for all
-    max_tokens: int = 1024  # of a document
+    documents: int | None = None
+    max_tokens: int = 1024
 
     def __post_init__(self) -> None:
         for name, least in (("documents", 1), ("max_tokens", 1)):
@@ -58,9 +70,9 @@ class Corpus:
                 check_count(name, value, least)
 
     def open(self) -> Opened:
-        """Rows, which are looked at when they are counted, and what tells their content: for a Hub id its revision."""
+        """The rows, which are read when they are counted, and what identifies them: of a Hub id the revision."""
         path = place_of(self.source)
-        if self.source.partition(":")[0] in data.DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
+        if self.source.partition(":")[0] in DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
             return opened(self.source, self.split, self.column)
         return Opened(self.revision or "main", self._streamed)
 
@@ -87,26 +99,40 @@ class Corpus:
             yield text or ""
 
 
-def frequencies(tokenizer: Any, corpus: Corpus | str = "pydoc", *, vocabulary: int, progress: bool = True) -> Tensor:
-    """Smoothed frequencies q [V] of tokens in a corpus, float64, summing to 1; counted once, then read from the cache.
+def frequencies(
+    tokenizer: Any, corpus: CountedText | str = "pydoc", *, vocabulary: int, progress: bool = True
+) -> Tensor:
+    """Smoothed frequencies of tokens in a corpus, counted once and then read from the cache.
 
-    `vocabulary` is the model's number of logits, which can exceed the tokenizer's. Raises: ValueError for a corpus
-    that does not open, or a tokenizer with ids outside of the vocabulary.
+        q(v) = (count(v) + 1) / (N' + V)
+
+    Args:
+        tokenizer: The model's.
+        corpus: The texts to count, or their `source`.
+        vocabulary: The model's number of logits, which can exceed the tokenizer's.
+        progress: Whether a bar is shown.
+
+    Returns:
+        q, float64 [V], which sums to 1.
+
+    Raises:
+        ValueError: For a corpus that does not open, or a tokenizer with ids outside of the vocabulary.
     """
-    corpus = Corpus(corpus) if isinstance(corpus, str) else corpus
+    corpus = CountedText(corpus) if isinstance(corpus, str) else corpus
     content, rows = corpus.open()
-    about = {**asdict(corpus), "content": content, "tokenizer": fingerprint(tokenizer), "vocabulary": vocabulary}
+    identity = {"content": content, "tokenizer": fingerprint_tokenizer(tokenizer), "vocabulary": vocabulary}
+    about = {**asdict(corpus), **identity}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    folder = embedded.cache_folder() / "frequencies" / key
+    folder = cache_folder() / "frequencies" / key
 
     def write(draft: Path) -> None:
-        shown = {"total": corpus.documents, "console": Console(stderr=True), "disable": not progress}
-        with tracked(corpus.texts(rows()), f"counting tokens of {corpus.source}", **shown) as documents:
+        bar = {"total": corpus.documents, "console": Console(stderr=True), "disable": not progress}
+        with tracked(corpus.texts(rows()), f"counting tokens of {corpus.source}", **bar) as documents:
             np.save(draft / "counts.npy", count(documents, tokenizer, vocabulary, corpus.max_tokens))
         (draft / "about.json").write_text(json.dumps(about, indent=1))
 
     if not folder.is_dir():
-        embedded.publish(folder, write)
+        write_atomically(folder, write)
     return smoothed(np.load(folder / "counts.npy"))
 
 
@@ -114,10 +140,12 @@ def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int
     """Occurrences of every token id [V] in texts, each cut at `max_tokens`; a batch of texts is held at a time."""
     total = np.zeros(vocabulary, dtype=np.int64)
     for ids in _tokenized(texts, tokenizer, max_tokens):
-        found = np.bincount(ids, minlength=vocabulary)
-        if len(found) > vocabulary:
-            raise ValueError(f"vocabulary is {vocabulary} but the tokenizer gave id {len(found) - 1}: pass the model's")
-        total += found
+        counts = np.bincount(ids, minlength=vocabulary)
+        if len(counts) > vocabulary:
+            raise ValueError(
+                f"vocabulary is {vocabulary} but the tokenizer gave id {len(counts) - 1}: pass the model's"
+            )
+        total += counts
     return total
 
 
@@ -129,21 +157,11 @@ def smoothed(counts: np.ndarray) -> Tensor:
 @contextmanager
 def tracked(values: Iterable[T], description: str, **options: Any) -> Iterator[Iterable[T]]:
     """`rich.progress.track`, whose threads end with the block, whatever happens in it."""
-    shown = track(values, description, **options)
+    bar = track(values, description, **options)
     try:
-        yield shown
+        yield bar
     finally:
-        shown.close()  # type: ignore[attr-defined]  # it is a generator, declared as an iterable
-
-
-def fingerprint(tokenizer: Any) -> str:
-    """Equal for tokenizers that give equal ids; settings of the last call (truncation, padding) do not matter."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= {"truncation": None, "padding": None}
-    else:
-        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        bar.close()  # type: ignore[attr-defined]  # it is a generator, declared as an iterable
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> Iterator[np.ndarray]:
@@ -151,3 +169,7 @@ def _tokenized(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> Iterato
     while batch := list(islice(stream, BATCH)):
         rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
         yield np.concatenate([np.asarray(row[:max_tokens], dtype=np.int64) for row in rows])
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

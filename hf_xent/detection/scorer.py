@@ -1,7 +1,7 @@
 """From texts to scores: one forward a batch for all of them, no logits, no matter how texts are padded.
 
     scorer = TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd:a=0.1"))
-    found = scorer(texts)                                  # {"loss": [N], "min_k_pp": [N], "dc_pdd:a=0.1": [N]}
+    values = scorer(texts)                                 # {"loss": [N], "min_k_pp": [N], "dc_pdd:a=0.1": [N]}
     score("dc_pdd", model, tokenizer, texts)               # one array, for the one-off
 
 Texts are tokenized without special tokens and read after the tokenizer's BOS (its EOS if it has none), so that all
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,37 +29,46 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, next_token_labels
-from ..models.contexts import evaluating, positions
+from ..models.anatomy import positions
+from ..models.contexts import eval_mode
 from ..ops import Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched
-from . import scores as registry
-from .counts import Corpus, fingerprint, frequencies, tracked
+from .counts import CountedText, frequencies, tracked
+from .fingerprints import fingerprint_model, fingerprint_tokenizer
+from .scores import SECOND_MODEL, get
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
-SECOND = ("reference", "observed", "crossed")  # what a score can need that takes a second model
 
 
 @dataclass
 class TextScorer:
-    """Callable: texts -> {score: float64 array, one number a text}; see the module's docstring.
+    """Callable: texts -> {score: one number a text}; see the module's docstring.
 
-    `scores` are registry names with options; `detection.get(name)` tells each one's direction. `frequencies` is
-    DC-PDD's q [V], or the corpus to count it on: the default is always there but small, name a large one in the texts'
-    language. A text without a scored token (an empty one) has NaN.
+    Args:
+        model: A causal language model of transformers, patched or not; it is left as it was.
+        tokenizer: The model's.
+        scores: Names in `SCORES` with options; `detection.get(name)` tells each one's direction.
+        reference: A second model of the same vocabulary, for scores that compare with one.
+        frequencies: DC-PDD's q [V], or the texts to count it on: the default is always there but small, name a large
+            corpus in the texts' language.
+        batch_size: Texts a forward.
+        max_tokens: Tokens of a text that are scored; the rest is cut off, see `length`.
+        start: Whether texts are read after a start token.
+        progress: Whether a bar is shown.
 
-    Raises: ValueError for unknown scores or options, for one that needs the second model where none is given, and for
-    texts that are no strings (None and NaN count as empty).
+    Raises:
+        ValueError: For unknown scores or options, or a score that needs the second model where none is given.
     """
 
     model: Any
     tokenizer: Any
     scores: Sequence[str] = DEFAULT
     reference: Any = None
-    frequencies: Tensor | Corpus | str = "pydoc"
+    frequencies: Tensor | CountedText | str = "pydoc"
     batch_size: int = 16
-    max_tokens: int = 512  # of a text; the rest is cut off, see `length`
-    start: bool = True  # read texts after a start token
+    max_tokens: int = 512
+    start: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -68,30 +76,40 @@ class TextScorer:
             check_count(name, getattr(self, name), 1)
         if isinstance(self.scores, str) or not self.scores:
             raise ValueError(f"scores is {self.scores!r}: pass a tuple of names, at least one")
-        self.parsed = {name: registry.get(name) for name in self.scores}
+        self.parsed = {name: get(name) for name in self.scores}
         needs = {need: name for name, score in self.parsed.items() for need in score.needs}
-        if self.reference is None and (second := sorted(needs.keys() & set(SECOND))):
+        if self.reference is None and (second := sorted(needs.keys() & set(SECOND_MODEL))):
             raise ValueError(f"score {needs[second[0]]!r} compares with a second model: pass reference=...")
         self.outputs = ("lse", "target", *{name for score in self.parsed.values() for name in score.uses})
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         self.prefix = [i for i in ids if i is not None][:1] if self.start else []
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Every score of every text, in their order."""
+        """Every score of every text.
+
+        Args:
+            texts: Strings; None and NaN count as empty.
+
+        Returns:
+            Score -> float64 [N] in the order of the texts; NaN for a text without a scored token, such as an empty one.
+
+        Raises:
+            ValueError: For texts that are no strings, models of two vocabularies, or ids that a model cannot read.
+        """
         rows = self.tokenize(texts)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
-        found = {name: np.full(len(rows), np.nan) for name in self.parsed}
-        batches = range(0, len(rows), self.batch_size)
+        by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
+        values = {name: np.full(len(rows), np.nan) for name in self.parsed}
         models = [model for model in (self.model, self.reference) if model is not None]
-        shown = tracked(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
-        with lazy(*models), shown as starts:
-            for i in starts:
-                places = order[i : i + self.batch_size]
-                batch = Batch(self, [rows[place] for place in places])
+        batches = range(0, len(rows), self.batch_size)
+        bar = tracked(batches, "scoring", console=Console(stderr=True), disable=not self.progress)
+        with lazy(*models), bar as starts:
+            for start in starts:
+                indices = by_length[start : start + self.batch_size]
+                batch = Batch(self, [rows[i] for i in indices])
                 for name, score in self.parsed.items():
                     needed = {need: getattr(batch, need) for need in score.needs}
-                    found[name][places] = score(batch.stats, **needed).numpy()
-        return found
+                    values[name][indices] = score(batch.stats, **needed).numpy()
+        return values
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
         """Texts as they are scored, cut at `length`, and their ids after the start token."""
@@ -109,25 +127,25 @@ class TextScorer:
     @property
     def length(self) -> int:
         """Tokens of a text that are scored, at most: `max_tokens`, or those the models have positions for."""
-        rooms = [positions(model) for model in (self.model, self.reference) if model is not None]
-        return min([self.max_tokens, *(room - len(self.prefix) for room in rooms if room is not None)])
+        limits = [positions(model) for model in (self.model, self.reference) if model is not None]
+        return min([self.max_tokens, *(limit - len(self.prefix) for limit in limits if limit is not None)])
 
     def fingerprint(self) -> str:
         """Equal for scorers of equal models, tokenizers, frequencies and options: what they hold, not where it lies."""
-        models = [weights(model) for model in (self.model, self.reference) if model is not None]
         state: dict[str, Any] = {
-            "models": models,
-            "tokenizer": fingerprint(self.tokenizer),
+            "models": [fingerprint_model(model) for model in (self.model, self.reference) if model is not None],
+            "tokenizer": fingerprint_tokenizer(self.tokenizer),
             "scores": list(self.scores),
+            "length": self.length,
+            "prefix": self.prefix,
         }
-        state |= {"length": self.length, "prefix": self.prefix}
         if any("frequencies" in score.needs for score in self.parsed.values()):
-            state["frequencies"] = hashlib.sha256(self.q.numpy().tobytes()).hexdigest()
+            state["frequencies"] = hashlib.sha256(self.token_frequencies.numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def q(self) -> Tensor:
-        """Token frequencies [V] for DC-PDD. Raises: ValueError for a tensor that is none of the tokenizer's."""
+    def token_frequencies(self) -> Tensor:
+        """DC-PDD's q [V]. Raises: ValueError for a tensor of another size than the vocabulary, or of no frequencies."""
         vocabulary = max(len(self.tokenizer), head_of(self.model).weight.shape[0])
         if isinstance(self.frequencies, Tensor):
             if self.frequencies.ndim != 1 or len(self.frequencies) < len(self.tokenizer):
@@ -140,7 +158,7 @@ class TextScorer:
 
 
 class Batch:
-    """A few texts; what scores need of them is an attribute of that name, made when the first asks."""
+    """A few texts; what a score needs of them is the attribute of that name, computed when it is first read."""
 
     def __init__(self, scorer: TextScorer, rows: list[tuple[str, list[int]]]):
         self.scorer = scorer
@@ -156,61 +174,61 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """The model's, not multiplied."""
+        """The model's logits, lazy unless the model makes them itself."""
         return self._forward(self.scorer.model)
 
     @cached_property
-    def theirs(self) -> Tensor:
-        """The second model's."""
+    def reference_logits(self) -> Tensor:
+        """The second model's logits."""
         return self._forward(self.scorer.reference)
 
     @cached_property
     def stats(self) -> Stats:
-        """Under the model."""
+        """Statistics of the tokens under the model."""
         return self._statistics(self.logits, self.scorer.outputs)
 
     @cached_property
     def lowered(self) -> Stats:
-        """Of the lower-cased texts, under the model."""
-        again = Batch(self.scorer, self.scorer.tokenize([text.lower() for text in self.texts]))
-        return again._statistics(again.logits, ("lse", "target"))
+        """Statistics of the lower-cased texts under the model."""
+        lowered = Batch(self.scorer, self.scorer.tokenize([text.lower() for text in self.texts]))
+        return lowered._statistics(lowered.logits, ("lse", "target"))
 
     @cached_property
     def reference(self) -> Stats:
-        """Under the second model."""
-        return self._statistics(self.theirs, ("lse", "target"))
+        """Statistics of the tokens under the second model."""
+        return self._statistics(self.reference_logits, ("lse", "target"))
 
     @cached_property
-    def observed(self) -> Stats:
-        """Under the second model, with the expectation of the model's logits as payload."""
-        ours, theirs = self._pair()
-        labels = self.labels.to(theirs.hidden.device)
+    def cross_payload(self) -> Stats:
+        """Statistics under the second model with its expectation of the model's logits as payload."""
+        logits, reference = self._pair()
+        labels = self.labels.to(reference.hidden.device)
         return vocab_stats(
-            theirs.hidden, theirs.head, labels, outputs=("payload",), payload=(ours.hidden, ours.head)
+            reference.hidden, reference.head, labels, outputs=("payload",), payload=(logits.hidden, logits.head)
         ).to("cpu")
 
     @cached_property
-    def crossed(self) -> tuple[Tensor, Tensor]:
+    def cross_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the model's log-probabilities under the second model's softmax, [B, T] each."""
-        ours, theirs = self._pair()
+        logits, reference = self._pair()
 
         def moments(z: Tensor, hidden: Tensor) -> Tensor:
-            p, logp = z.softmax(-1), ours.head.logits(hidden).log_softmax(-1).clamp(min=-1e4)  # banned tokens: -inf
+            p, logp = z.softmax(-1), logits.head.logits(hidden).log_softmax(-1).clamp(min=-1e4)  # banned tokens: -inf
             expected = (p * logp).sum(-1, keepdim=True)
             return torch.cat([expected, (p * (logp - expected).square()).sum(-1, keepdim=True)], -1)
 
         scored = self.labels != -100
-        rows = scored.to(theirs.hidden.device)
-        found = map_logits(moments, theirs.hidden[rows], theirs.head, ours.hidden[rows]).cpu()
+        rows = scored.to(reference.hidden.device)
+        pairs = map_logits(moments, reference.hidden[rows], reference.head, logits.hidden[rows]).cpu()
         expected, variance = (
-            torch.zeros(scored.shape, dtype=found.dtype).masked_scatter(scored, x) for x in found.T.contiguous()
+            torch.zeros(scored.shape, dtype=pairs.dtype).masked_scatter(scored, x) for x in pairs.T.contiguous()
         )
         return expected, variance
 
     @property
     def frequencies(self) -> Tensor:
-        """Of tokens in the corpus, [V]."""
-        return self.scorer.q
+        """Frequencies of the vocabulary's tokens, [V]."""
+        return self.scorer.token_frequencies
 
     def _forward(self, model: nn.Module) -> Tensor:
         device = next(model.parameters()).device
@@ -229,53 +247,55 @@ class Batch:
         return dense_stats(logits.cpu(), self.labels, outputs=outputs)  # a model that touches its logits
 
     def _pair(self) -> tuple[LazyLogits, LazyLogits]:
-        ours, theirs = self.logits, self.theirs
-        if not (isinstance(ours, LazyLogits) and isinstance(theirs, LazyLogits)):
+        """Logits of both models. Raises: ValueError where one's are no lazy logits, or they differ in vocabulary."""
+        logits, reference = self.logits, self.reference_logits
+        if not (isinstance(logits, LazyLogits) and isinstance(reference, LazyLogits)):
             raise ValueError("one of the models makes its logits itself: scores of two models need both to be lazy")
-        if ours.head.vocabulary != theirs.head.vocabulary:
+        sizes = logits.head.vocabulary, reference.head.vocabulary
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"model has {ours.head.vocabulary} tokens but reference {theirs.head.vocabulary}: choose two models"
-                " of one vocabulary"
+                f"model has {sizes[0]} tokens but reference {sizes[1]}: choose two models of one vocabulary"
             )
-        return ours, theirs
+        return logits, reference
 
 
 def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> np.ndarray:
-    """One score of every text, [N] in float64; options as `TextScorer`, errors too.
+    """One score of every text, for the one-off.
 
-    hf_xent.detection.score("dc_pdd", model, tokenizer, texts, frequencies="allenai/c4:en")
+        hf_xent.detection.score("dc_pdd", model, tokenizer, texts, frequencies="allenai/c4:en")
+
+    Args:
+        name: A name in `SCORES`, with options if any.
+        model: A causal language model of transformers, patched or not.
+        tokenizer: The model's.
+        texts: Strings; None and NaN count as empty.
+        **options: As `TextScorer` has them.
+
+    Returns:
+        Float64 [N]; NaN for a text without a scored token.
+
+    Raises:
+        ValueError: As `TextScorer` does.
     """
     return TextScorer(model, tokenizer, (name,), **options)(texts)[name]
-
-
-def weights(model: Any) -> str:
-    """Equal for models of equal configurations, parameters and buffers: what they hold, not where it lies."""
-    config = model.config.to_dict()
-    told = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
-    found = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:  # offloaded: it lies on the disk
-            found.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return found.hexdigest()
 
 
 def _strings(texts: Sequence[Any]) -> list[str]:
     """Texts with those that are missing (None, NaN) as empty ones. Raises: ValueError for anything else."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the string {texts[:20]!r}...: pass a list of texts")
-    found = ["" if text is None or (isinstance(text, float) and text != text) else text for text in texts]
-    if wrong := [(i, text) for i, text in enumerate(found) if not isinstance(text, str)]:
-        place, text = wrong[0]
-        raise ValueError(f"texts has {text!r} at {place}, which is {type(text).__name__}, not text: pass strings")
-    return found
+    filled = ["" if text is None or (isinstance(text, float) and text != text) else text for text in texts]
+    if wrong := [(i, text) for i, text in enumerate(filled) if not isinstance(text, str)]:
+        index, text = wrong[0]
+        raise ValueError(f"texts has {text!r} at {index}, which is {type(text).__name__}, not text: pass strings")
+    return filled
 
 
 @contextmanager
 def lazy(*models: nn.Module) -> Iterator[None]:
-    """Lazy logits, evaluation mode and no gradients for patched models and others, which are left as they were."""
+    """Within: models give lazy logits in evaluation mode, without gradients; afterwards they are as they were."""
     with torch.no_grad(), ExitStack() as stack:
         for model in models:
-            stack.enter_context(evaluating(model))
+            stack.enter_context(eval_mode(model))
             stack.enter_context(patched(model, always=True))
         yield

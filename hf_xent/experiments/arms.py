@@ -123,13 +123,13 @@ def _trainer(run: Run, arm: str, say: Callable[[str], None]) -> Any:
     """The trainer of an arm, with model and text."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-    from ..models import packaged as embedded
-    from ..models.contexts import check_room
+    from ..models import loading
+    from ..models.anatomy import check_room
     from ..trainers import XentConfig, XentTrainer
 
     say("loading the model")
     set_seed(run.seed)
-    model, tokenizer = embedded.load(run.model, dtype=run.dtype)
+    model, tokenizer = loading.load(run.model, dtype=run.dtype)
     check_room(model, run.block_size, "block_size")
     if run.lora:
         model = _adapted(model, run.lora)

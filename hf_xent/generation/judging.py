@@ -25,7 +25,8 @@ from transformers.utils.logging import tqdm
 
 from ..data import Format
 from ..lazy import LazyLogits
-from ..models.contexts import evaluating, positions
+from ..models.anatomy import positions
+from ..models.contexts import eval_mode
 from ..options.ranges import check_count
 from ..patching import patched
 
@@ -183,7 +184,7 @@ class ModelJudge:
         model, width = self.model, max(map(len, prompts))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
-        with torch.no_grad(), evaluating(model), patched(model, always=True):
+        with torch.no_grad(), eval_mode(model), patched(model, always=True):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             if isinstance(last, LazyLogits):

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from .. import hub
-from ..data.corpus import LABELS, Corpus
+from ..data import DATASETS, LABELS, Corpus, load
 
 SHARD = 500 * 2**20
 """Bytes of rows a file holds, about."""
@@ -24,8 +24,6 @@ def export(name: str, folder: str | Path, path: str | Path | None = None, **opti
 
     Raises: as `load`; ValueError for a folder that has something in it.
     """
-    from ..data import DATASETS, load  # late: the registry's module imports this one
-
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder is {str(folder)!r}, which is not empty: choose another")

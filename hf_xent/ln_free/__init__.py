@@ -16,11 +16,15 @@ from typing import Any
 from ..system import renamed
 from .analysis import Analysis, analyze
 from .card import save
-from .convert import form_of, load, parity, to_eps_trick, to_true
-from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, Site, calibrate, is_ln_free, remove, restore, sites, wrap
+from .convert import to_eps_trick, to_true
+from .forms import form_of, is_ln_free
+from .loading import load
+from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm
+from .removal import Site, calibrate, remove, restore, sites
 from .report import Report, draw_curves
 from .schedule import Schedule
-from .verification import Verification, verify
+from .verification import Verification, parity, verify
+from .wrapping import wrap
 
 __all__ = [
     "Analysis",

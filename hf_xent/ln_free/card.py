@@ -13,20 +13,16 @@ from typing import Any
 
 from .. import hub
 from ..hub import Usage
-from .convert import form_of
-from .norms import sites
+from .forms import form_of
+from .removal import sites
 from .report import Report
 from .verification import verify
+from .wrapping import usage
 
-LOAD = 'from hf_xent import ln_free\n\nmodel, tokenizer = ln_free.load("PLACE")'
 STOCK = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PLACE"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PLACE"{trust})"""
-REMOVABLE = """\
-{removed}. Divisors and removals are in the checkpoint beside
-the stock weights, where hf_xent reads them; **a stock class (`AutoModel...`) leaves them out and normalizes again.**
-When no norm is left, `hf-xent ln-free convert` makes what loads without hf_xent."""
 FORMS = {
     "removable": "The weights are those of training; each norm is a fixed affine map, which `hf_xent` applies.",
     "eps trick": """\
@@ -38,14 +34,6 @@ therefore not tied to the embeddings. The class comes with the weights: it needs
 Without `trust_remote_code=True` transformers refuses to load it, rather than put fresh norms in.""",
 }
 """What the card says of each form."""
-
-
-def usage(model: Any) -> Usage:
-    """How a removable model is loaded as it is saved, whatever is left in it; `wrap` lets it tell `hf_xent.hub`."""
-    found = sites(model)
-    left = sum(not site.removed for site in found)
-    removed = f"{left} of {len(found)} norms are not removed yet" if left else "All norms were removed in fine-tuning"
-    return Usage(LOAD, "hf_xent", REMOVABLE.format(removed=removed), "text-generation")
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None = None) -> Path:

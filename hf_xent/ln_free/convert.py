@@ -25,102 +25,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import packaged as embedded
-from ..models.contexts import measuring
 from ..options.ranges import is_number
-from .modeling_ln_free import PREFIX, LNFree
-from .norms import FakeNorm, fake_norms, is_ln_free, sites, wrap
-from .structure import eps_of, random_tokens, trace
+from ..system import renamed
+from .forms import STATE, class_of, form_of
+from .norms import FakeNorm, fake_norms
+from .removal import sites
+from .structure import eps_of, trace
+from .verification import parity
 
-STATE = (".sigma", ".gone")  # how names of removable norms' buffers end
 LARGEST = 65504.0  # of float16
 MILD = 1e6  # the eps whose weights fit into it
-
-
-@lru_cache
-def class_of(stock: Any) -> type:
-    """The stock class of an architecture, without norms, and with a configuration of its own."""
-    common = {"__module__": __name__}
-    name, model_type = stock.config_class.__name__, PREFIX + stock.config_class.model_type
-    of_config = {"__doc__": "Of a model without norms.", "model_type": model_type, **common}
-    config = type(f"LNFree{name}", (stock.config_class,), of_config)
-    return type(
-        f"LNFree{stock.__name__}", (LNFree, stock), {"__doc__": "Without norms.", "config_class": config, **common}
-    )
-
-
-def form_of(model: Any) -> str:
-    """'removable' (wrapped), 'true', 'eps trick' or 'normalized'."""
-    if any(isinstance(m, FakeNorm) for m in model.modules()):
-        return "removable"
-    if hasattr(model.config, "ln_free"):
-        return "true"
-    return "eps trick" if is_ln_free(model) else "normalized"
-
-
-def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal LM in any of these forms, and its tokenizer; arguments as `models.packaged.load`, no remote code runs.
-
-    A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got. The tokenizer is None if there
-    is none beside the weights.
-    """
-    from transformers import AutoModelForCausalLM  # lazy: seconds
-
-    with embedded.explained(model) as source:
-        free: Any = _class_saved(source)
-        loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
-    state = {} if free else _state(source)
-    if state:
-        wrap(loaded).load_state_dict(state, strict=False)
-    return loaded, _tokenizer(source, loaded.config)
-
-
-def _class_saved(source: str) -> type | None:
-    """The class of a true model, by its configuration; None for any other."""
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(source)
-    except OSError:
-        return None  # loading says what is wrong
-    if "ln_free" not in settings:
-        return None
-    stock = CONFIG_MAPPING[settings["model_type"].removeprefix(PREFIX)]
-    return class_of(AutoModelForCausalLM._model_mapping[stock])
-
-
-def _tokenizer(source: str, config: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
-    return found if len(found) > len(found.all_special_tokens) else None  # transformers makes up an empty one for GPT-2
-
-
-def _state(source: str) -> dict[str, Tensor]:
-    """The buffers of removable norms in a checkpoint that was just loaded from a folder or the Hub."""
-    from huggingface_hub import try_to_load_from_cache
-    from safetensors import safe_open
-
-    files: list[Any] = [Path(source, "weights")]
-    if not Path(source).is_dir():
-        files = [try_to_load_from_cache(source, name) for name in ("model.safetensors", "model.safetensors.index.json")]
-    folders = {Path(file).parent for file in files if isinstance(file, str | Path)}
-    found = {}
-    for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(STATE)})  # noqa: SIM118  no dict
-    return found
 
 
 def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None) -> Any:
@@ -196,24 +115,6 @@ def to_true(model: Any, ids: Tensor | None = None) -> Any:
     return free
 
 
-@torch.no_grad()
-def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
-    """Largest difference between two models' logits on ids [B, T], or 32 random ones, and the first's largest logit.
-
-    Sequences in which the first overflows are left out; nan if it always does.
-    """
-    found = []
-    for model in (a, b):
-        tokens = random_tokens(model, 2, 16) if ids is None else ids.to(next(model.parameters()).device)
-        with measuring(model):
-            found.append(model(input_ids=tokens).logits.float().cpu())
-    fine = found[0].flatten(1).isfinite().all(1)
-    if not fine.any():
-        return float("nan"), float("nan")
-    ours, theirs = (logits[fine] for logits in found)
-    return float((ours - theirs).abs().max()), float(ours.abs().max())
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
@@ -241,7 +142,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for fake in fakes:
-            fake.shares = fake.gone.tolist()
+            fake.shares = fake.removed_share.tolist()
 
 
 def _affine(norm: Any, width: int) -> tuple[Tensor, Tensor]:
@@ -319,3 +220,7 @@ def _check_half(model: Any, plain: Any, names: list[str], dtype: torch.dtype, ep
         f"eps is {eps:.0e} and dtype float16: norm weights reach {largest:.1e}, float16 ends at {LARGEST:.0f} and the"
         f" model would give NaN: {advice}"
     )
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -12,54 +12,22 @@ sigma_x over the tokens that are no padding, once a forward pass in training mod
 or their median (ours), which does not move when the residual of one token explodes, as it may behind gated MLPs whose
 norms are gone: with the mean, that token undoes the divisor of all others.
 
-`wrap` puts these in the places of a model's norms, under their own names and with their own parameters, so attention,
-KV cache, padding, checkpointing and the weights' names stay as they were. A norm that attention reads is removed in two
-steps, for queries and keys (and whatever else reads it) and for values: in between, the values' inputs are rescaled by
-the ratio of the two divisors. Both share one sigma, live until the second step, as in the authors' code: a stock norm
-holds no two. `momentum` 0.9 is the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
-
 Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; the predecessor
-is Heimersheim 2024, arXiv:2409.13710. RMSNorm, shares and finding norms by structure are ours.
+is Heimersheim 2024, arXiv:2409.13710. RMSNorm, shares and the median are ours.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.contexts import evaluating
-from ..options.ranges import is_number
-from .structure import Norm, trace
+from ..system import renamed
 
-Model = TypeVar("Model", bound=nn.Module)
-KINDS = ("mlp", "qk", "v", "final")
-"""What is removed apart, in the paper's order."""
-FINAL = (KINDS[3],)
-"""The sites of the norm before the head."""
-MOMENTUM = 0.9
-"""Of sigmas, unless another is chosen."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One removable normalization, as it stands: `name` is 'mlp.3', 'qk.3', 'v.3' or 'final'."""
-
-    name: str
-    kind: str
-    layer: int | None
-    norm: str  # the module's name in the model
-    share: float  # removed, 0 to 1
-    sigma: float  # nan until a batch was seen
-
-    @property
-    def removed(self) -> bool:
-        """Whether nothing normalizes here any more."""
-        return self.share == 1
+FORMER_SHARE = "gone"
+"""What the buffer `removed_share` is called in older checkpoints."""
 
 
 class Watch:
@@ -73,8 +41,8 @@ class Watch:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's forward."""
-        given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        mask = given.get("attention_mask")
+        arguments = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+        mask = arguments.get("attention_mask")
         self.keep = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.live = model.training or self.always
 
@@ -87,23 +55,23 @@ class FakeNorm(nn.Module):
     """What the two kinds of removable norms share; `sites` are the names of what is removed in them."""
 
     sigma: Tensor
-    gone: Tensor
+    removed_share: Tensor
     weight: Any
     bias: Any
     eps: Any
 
-    def arm(self, norm: nn.Module, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
+    def take_over(self, norm: nn.Module, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
         """Take over a norm's parameters and mode."""
         self.weight, self.bias = norm._parameters.get("weight"), norm._parameters.get("bias")
         self.elementwise_affine = self.weight is not None
         self.sites, self.watch, self.momentum, self.training = sites, watch, momentum, norm.training
         device = next((p.device for p in norm.parameters()), None)
         self.register_buffer("sigma", torch.tensor(float("nan"), device=device))
-        self.register_buffer("gone", torch.zeros(len(sites), device=device))
-        self.shares = [0.0] * len(sites)  # `gone`, without asking the device
+        self.register_buffer("removed_share", torch.zeros(len(sites), device=device))
+        self.shares = [0.0] * len(sites)  # `removed_share`, without asking the device
         self.ratio: Tensor | None = None  # values' divisor against the other, from this norm to its readers
-        self.measured = False  # whether training asks for sigma_x, with its gradient
-        self.measure: Tensor | None = None  # sigma_x [...] of the last pass that counted
+        self.record_sigma = False  # whether training asks for sigma_x, with its gradient
+        self.recorded_sigma: Tensor | None = None  # sigma_x [...] of the last pass that counted
 
     def centered(self, x: Tensor) -> Tensor:
         """What is divided."""
@@ -121,17 +89,17 @@ class FakeNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of x [..., D], real or removed."""
-        if self.measured and self.training:  # within a checkpoint's second pass, too, which must repeat the first
+        if self.record_sigma and self.training:  # within a checkpoint's second pass, too, which must repeat the first
             spread = self.spread(x).squeeze(-1)
-            self.measure = spread if self.watch.live else self.measure
+            self.recorded_sigma = spread if self.watch.live else self.recorded_sigma
         if self.removed:
             return self.affine(x, self.sigma)
         if self.watch.live:
             self._follow(x)
         if not any(self.shares):
             return super().forward(x)
-        own = self.spread(x)
-        first, *values = (self.divisor(own, share) for share in self.shares)
+        sigma_x = self.spread(x)
+        first, *values = (self.divisor(sigma_x, share) for share in self.shares)
         if len(set(self.shares)) > 1:
             self.ratio = first / values[0]
         return self.affine(x, first)
@@ -141,21 +109,21 @@ class FakeNorm(nn.Module):
         """Whether all of its sites are."""
         return all(share == 1 for share in self.shares)
 
-    def divisor(self, own: Tensor, share: float) -> Tensor:
-        """sigma_x^(1 - share) sigma^share of own = sigma_x [..., 1], [..., 1] or []."""
+    def divisor(self, sigma_x: Tensor, share: float) -> Tensor:
+        """sigma_x^(1 - share) sigma^share of sigma_x [..., 1], [..., 1] or []."""
         if share == 1:
             return self.sigma
-        return own ** (1 - share) * self.sigma**share if share else own
+        return sigma_x ** (1 - share) * self.sigma**share if share else sigma_x
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         spread, keep = self.spread(x).squeeze(-1), self.watch.keep
         if keep is not None and keep.numel() == spread.numel():  # some models flatten tokens before a norm
             spread = spread.where(keep.reshape(spread.shape).bool(), torch.nan)
-        middle = spread.nanmedian() if self.watch.median else spread.nanmean()
-        moved = self.momentum * self.sigma + (1 - self.momentum) * middle
-        moved = torch.where(self.sigma.isnan(), middle, moved)
-        self.sigma.copy_(torch.where(middle.isnan(), self.sigma, moved))  # nan: nothing but padding
+        batch_sigma = spread.nanmedian() if self.watch.median else spread.nanmean()
+        updated = self.momentum * self.sigma + (1 - self.momentum) * batch_sigma
+        updated = torch.where(self.sigma.isnan(), batch_sigma, updated)
+        self.sigma.copy_(torch.where(batch_sigma.isnan(), self.sigma, updated))  # nan: nothing but padding
 
     def switch(self, site: str, share: float) -> None:
         """Remove a share of one of the norm's sites; none puts it back."""
@@ -168,17 +136,20 @@ class FakeNorm(nn.Module):
                 " was done, training has diverged"
             )
         self.shares[index] = share
-        self.gone[index] = share
+        self.removed_share[index] = share
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        sigma, gone = self.sigma, self.gone
+        sigma, share = self.sigma, self.removed_share
         super()._apply(fn, recurse)
-        self.sigma, self.gone = sigma.to(self.sigma.device), gone.to(self.gone.device)  # float32 in any model
+        self.sigma = sigma.to(self.sigma.device)  # float32 in any model
+        self.removed_share = share.to(self.removed_share.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.shares = self.gone.tolist()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}{FORMER_SHARE}" in state_dict:
+            state_dict[f"{prefix}removed_share"] = state_dict.pop(f"{prefix}{FORMER_SHARE}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.shares = self.removed_share.tolist()
 
 
 class FakeLayerNorm(FakeNorm, nn.LayerNorm):
@@ -197,159 +168,13 @@ class FakeRMSNorm(FakeNorm, nn.RMSNorm):
         return x
 
 
-class _Values:
-    """The hook on a norm's reader that makes values: gives them the norm that is theirs while the two differ."""
-
-    def __init__(self, norm: FakeNorm, values: Tensor):
-        self.norm, self.values = norm, values
-
-    def __call__(self, reader: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        ratio, self.norm.ratio = self.norm.ratio, None
-        if ratio is None:
-            return None
-        bias = 0.0 if self.norm.bias is None else self.norm.bias
-        own = (args[0] - bias) * ratio.to(args[0].dtype) + bias
-        return torch.where(self.values.to(output.device), reader.forward(own), output)
-
-
-def wrap(model: Model, *, momentum: float | None = None, median: bool | None = None) -> Model:
-    """Make the norms of a causal LM removable, in place; returns the same model. Wrapping again changes options alone.
-
-    momentum: of every norm's sigma; 0.9, or as it was. median: sigma follows the median of the tokens' divisors, not
-    their mean; the mean, or as it was.
-
-    Raises: ValueError for a momentum outside [0, 1], adapters, or a norm that no linear layer reads (as on queries and
-    keys, or after a block).
-    """
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}: choose one from 0, the last batch alone, to 1, the first one alone")
-    wrapped = [m for m in model.modules() if isinstance(m, FakeNorm)]
-    for fake in wrapped:
-        fake.momentum = fake.momentum if momentum is None else momentum
-        fake.watch.median = fake.watch.median if median is None else median
-    if wrapped:
-        return model
-    if hasattr(model, "peft_config"):
-        raise ValueError("model has adapters: removing norms trains all weights, merge the adapters first")
-    found = trace(model)
-    _refuse(model, found.others, found.norms)
-    from .card import usage  # late: cards import this module
-
-    watch, mlps = Watch(bool(median)), 0
-    for norm in found.norms:
-        names: tuple[str, ...]
-        if norm.layer is not None:
-            names = (f"qk.{norm.layer}", f"v.{norm.layer}")
-        elif any(part.isdigit() for part in norm.name.split(".")):  # in a list of layers
-            names, mlps = (f"mlp.{mlps}",), mlps + 1
-        else:
-            names = FINAL
-        _replace(model, norm, names, watch, MOMENTUM if momentum is None else momentum)
-    model.register_forward_pre_hook(watch.begin, with_kwargs=True)
-    model.register_forward_hook(watch.end, always_call=True)
-    model.hub_usage = usage  # type: ignore[assignment]  # a function of the model that hf_xent.hub asks for
-    return model
-
-
-def _refuse(model: nn.Module, others: list[str], norms: list[Norm]) -> None:
-    odd = [f"no linear layer reads {norm.name}" for norm in norms if not norm.readers]
-    odd += [f"several layers make values of {norm.name}" for norm in norms if len(norm.values) > 1]
-    odd += [f"{name} normalizes in a way of its own" for name in others]
-    odd += [] if norms else ["no LayerNorm or RMSNorm was met in it"]
-    if odd:
-        raise ValueError(
-            f"model is a {type(model).__name__}: {odd[0]}; norms can be removed where each is a LayerNorm or an RMSNorm"
-            " that linear layers read, as in GPT-2, Llama, GPT-NeoX and OPT"
-        )
-
-
-def _replace(model: nn.Module, norm: Norm, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
-    kind: Any = FakeLayerNorm if norm.center else FakeRMSNorm
-    fake = kind(norm.width, eps=norm.eps, elementwise_affine=False)
-    fake.arm(norm.module, sites, watch, momentum)
-    model.set_submodule(norm.name, fake)
-    for reader, values in norm.values.items():
-        model.get_submodule(reader).register_forward_hook(_Values(fake, values))
-
-
 def fake_norms(model: nn.Module) -> dict[str, FakeNorm]:
     """A model's removable norms by module name. Raises: ValueError if it was not wrapped."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, FakeNorm)}
-    if not found:
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, FakeNorm)}
+    if not norms:
         raise ValueError(f"{type(model).__name__} has no removable norms: call hf_xent.ln_free.wrap(model) first")
-    return found
+    return norms
 
 
-def sites(model: nn.Module) -> list[Site]:
-    """What can be removed, in the paper's order: MLPs, queries and keys, values, each from the first layer, the end.
-
-    Raises: ValueError if the model was not wrapped.
-    """
-    found = []
-    for name, norm in fake_norms(model).items():
-        for site, share in zip(norm.sites, norm.shares, strict=True):
-            kind, _, layer = site.partition(".")
-            found.append(Site(site, kind, int(layer) if layer else None, name, share, float(norm.sigma)))
-    return sorted(found, key=lambda site: (KINDS.index(site.kind), site.layer or 0))
-
-
-def is_ln_free(model: nn.Module) -> bool:
-    """Whether nothing in a causal LM normalizes: norms are removed, gone, or drowned by their eps.
-
-    Runs a few tokens: what counts is what its modules do, whatever they are called.
-    """
-    if any(not m.removed for m in model.modules() if isinstance(m, FakeNorm)):
-        return False
-    found = trace(model)
-    return not found.others and not any(norm.acts for norm in found.norms)
-
-
-def remove(model: nn.Module, site: str, share: float = 1.0) -> None:
-    """Freeze a site's divisor at its sigma, or remove a share of the norm, a in [0, 1]; does nothing twice.
-
-    Raises: ValueError for an unknown site, another share, or a norm that has seen no batch yet.
-    """
-    if not is_number(share, "[0, 1]"):
-        raise ValueError(f"share is {share!r}: choose one from 0, the norm itself, to 1, none")
-    _norm_of(model, site).switch(site, float(share))
-
-
-def restore(model: nn.Module, site: str) -> None:
-    """Normalize at a site again. Raises: ValueError for an unknown site."""
-    _norm_of(model, site).switch(site, 0.0)
-
-
-def _norm_of(model: nn.Module, site: str) -> FakeNorm:
-    norms = {name: norm for norm in fake_norms(model).values() for name in norm.sites}
-    if site not in norms:
-        raise ValueError(f"site is {site!r}, not one of {type(model).__name__}'s: {', '.join(sorted(norms))}")
-    return norms[site]
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
-    """Set every real norm's sigma to the mean over batches of model inputs, without training.
-
-    Batches of nothing but padding do not count. Raises: ValueError if no batch has a token, or as `sites`.
-    """
-    norms, count = list(fake_norms(model).values()), 0
-    momenta, watch = [norm.momentum for norm in norms], norms[0].watch
-    watch.always = True
-    try:
-        with evaluating(model):
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                if mask is not None and not mask.any():
-                    continue
-                for norm in norms:
-                    norm.momentum = count / (count + 1)
-                    if not count and not norm.removed:
-                        norm.sigma.fill_(float("nan"))
-                model(**batch)
-                count += 1
-    finally:
-        watch.always = False
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if not count:
-        raise ValueError("batches has no batch with a token: pass model inputs, such as [{'input_ids': ids}]")
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

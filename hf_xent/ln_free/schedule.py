@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..options.ranges import check_count
-from .norms import KINDS, sites
+from .removal import KINDS, sites
 
 PAPER = {
     "gpt2": (12, 20, (2, 2, 3)),

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.contexts import measuring
+from ..models.anatomy import random_tokens
+from ..models.contexts import eval_mode_without_autocast
 
 EPS = 1e-5  # of norms that do not tell theirs
 
@@ -57,21 +58,13 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(walk) for leaf in leaves]
     try:
-        with measuring(model), torch.enable_grad():
+        with eval_mode_without_autocast(model), torch.enable_grad():
             output = model(input_ids=random_tokens(model, 1, tokens), use_cache=True)
             walk.attribute(output.past_key_values)
     finally:
         for handle in handles:
             handle.remove()
     return Trace([norm for norm, _, _ in walk.found], walk.others)
-
-
-def random_tokens(model: nn.Module, rows: int, length: int) -> Tensor:
-    """Token ids [rows, length], the same every time, on the device of the embeddings."""
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(embeddings.weight.shape[0], 2**15), (rows, length), generator=generator)
-    return ids.to(embeddings.weight.device)
 
 
 def eps_of(norm: nn.Module) -> float:

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.contexts import measuring
-from .convert import form_of, parity
-from .norms import is_ln_free
-from .structure import random_tokens
+from ..models.anatomy import random_tokens
+from ..models.contexts import eval_mode_without_autocast
+from .forms import form_of, is_ln_free
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,48 @@ class Verification:
         return {**asdict(self), "passed": self.passed}
 
 
-def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
-    """Check a causal LM in any form, against another if given, on random prompts and so many generated tokens.
+@torch.no_grad()
+def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
+    """How far two models' logits differ.
 
-    Raises: ValueError for no tokens.
+    Args:
+        a: A causal LM.
+        b: Another one, with the same vocabulary.
+        ids: Token ids [B, T] to compare on; None is 32 random ones.
+
+    Returns:
+        The largest absolute difference, and the first model's largest logit. Sequences in which the first overflows
+        are left out; both are nan if it always does.
+    """
+    logits = []
+    for model in (a, b):
+        tokens = random_tokens(model, 2, 16) if ids is None else ids.to(next(model.parameters()).device)
+        with eval_mode_without_autocast(model):
+            logits.append(model(input_ids=tokens).logits.float().cpu())
+    fine = logits[0].flatten(1).isfinite().all(1)
+    if not fine.any():
+        return float("nan"), float("nan")
+    first, second = (x[fine] for x in logits)
+    return float((first - second).abs().max()), float(first.abs().max())
+
+
+def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
+    """Check a causal LM in any form on random prompts.
+
+    Args:
+        model: The model without norms.
+        other: What it has to agree with, such as the model it was converted from; None compares nothing.
+        tokens: How many are generated.
+
+    Returns:
+        The largest differences, and whether they are small enough (`passed`).
+
+    Raises:
+        ValueError: No tokens.
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}: choose 1 or more")
-    with measuring(model):
+    with eval_mode_without_autocast(model):
         return _verified(model, other, tokens)
 
 
@@ -70,8 +103,8 @@ def _verified(model: Any, other: Any, tokens: int) -> Verification:
         form=form_of(model),
         dtype=str(model.dtype).removeprefix("torch."),
         ln_free=is_ln_free(model),
-        cache=_apart(full, _generated(model, ids, torch.ones_like(ids), tokens, use_cache=False)),
-        padding=_apart(alone, _generated(model, ids, mask, tokens)[:1]),
+        cache=_distance(full, _generated(model, ids, torch.ones_like(ids), tokens, use_cache=False)),
+        padding=_distance(alone, _generated(model, ids, mask, tokens)[:1]),
         parity=difference,
         logits=largest,
     )
@@ -80,7 +113,7 @@ def _verified(model: Any, other: Any, tokens: int) -> Verification:
 def _generated(model: Any, ids: Tensor, mask: Tensor, tokens: int, use_cache: bool = True) -> Tensor:
     """Logits [B, tokens, V] of greedy generation."""
     settings = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": 0}
-    found = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=mask,
         use_cache=use_cache,
@@ -88,8 +121,8 @@ def _generated(model: Any, ids: Tensor, mask: Tensor, tokens: int, use_cache: bo
         return_dict_in_generate=True,
         **settings,
     )
-    return torch.stack(found.logits, 1).float()
+    return torch.stack(generated.logits, 1).float()
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())

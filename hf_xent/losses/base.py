@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats, dense_stats
-from ..ops.algebra import wide
 from ..ops.dispatch import check_tail, stream_loss
 from ..ops.request import Request
 from ..ops.rows import token_ids
+from ..ops.statistics import wide
 from .reduction import Reduction
 
 

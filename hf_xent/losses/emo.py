@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from ..ops import Head, Payload, Stats
-from ..ops.algebra import wide
+from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
 from .base import Loss, valid
 

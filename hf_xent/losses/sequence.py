@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import Head, Payload, Stats
-from ..ops.algebra import wide
 from ..ops.dispatch import stream_stats
 from ..ops.request import Request
+from ..ops.statistics import wide
 from ..options.ranges import check_number
 from .base import Loss, valid, weighted
 

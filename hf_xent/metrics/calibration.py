@@ -1,65 +1,42 @@
-"""Losses, entropy and calibration of a model over many tokens, streamed: a few floats a token, no logits.
+"""How far a model's confidence is from its accuracy.
 
-    loss    mean, median, 95th and 99th percentile of -log p_y, nats: a mean can hide a few tokens that blow up
     ECE     sum_b (n_b / N) |accuracy_b - confidence_b| over bins of the largest probability, its expected error
 
-Bins: 15 of equal width (ours). The confidence of a token is a second pass over the head, with the most likely token as
-the label.
+Bins: 15 of equal width (ours).
 
-Source: ECE as Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599, eq. 3.
+Source: Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599, eq. 3.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-
-from ..ops import vocab_stats
 
 BINS = 15
 
 
-class Tokens:
-    """Losses, entropy and calibration over tokens, a few floats a token."""
-
-    def __init__(self) -> None:
-        self.nll: list[Tensor] = []
-        self.entropy: list[Tensor] = []
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, right ones, confidence
-
-    def add(self, model: Any, ids: Tensor) -> None:
-        """Run the model on a batch [B, T]."""
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        stats = logits.stats(ids[:, 1:], outputs=("lse", "target", "entropy", "top"))
-        best = vocab_stats(logits.hidden, logits.head, stats.top, outputs=("lse", "target"))
-        self.nll.append(stats.nll.flatten().cpu())
-        self.entropy.append(stats.entropy.flatten().cpu())
-        self.bins += binned(best.logp.exp().flatten().cpu(), stats.is_top1.flatten().cpu())
-
-    def summary(self) -> dict[str, Any]:
-        """Fields of `Analysis`."""
-        nll, tokens = torch.cat(self.nll).double(), float(self.bins[0].sum())
-        median, p95, p99 = (float(x) for x in nll.quantile(torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64)))
-        return {
-            "loss": float(nll.mean()),
-            "median": median,
-            "p95": p95,
-            "p99": p99,
-            "entropy": float(torch.cat(self.entropy).double().mean()),
-            "accuracy": float(self.bins[1].sum()) / tokens,
-            "ece": calibration_error(self.bins),
-        }
-
-
 def binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """[3, BINS]: tokens, right ones and summed confidence by bin of confidence [N] in [0, 1]."""
+    """Predictions summed up by their confidence; sums of batches add up.
+
+    Args:
+        confidence: The probability of the predicted class [N], in [0, 1].
+        right: Whether the prediction is right [N].
+
+    Returns:
+        [3, BINS], float64: predictions, right ones and summed confidence of every bin.
+    """
     index = (confidence * BINS).long().clamp(max=BINS - 1)
     rows = torch.stack([torch.ones_like(confidence), right.to(confidence), confidence]).double()
     return rows.new_zeros(3, BINS).index_add_(1, index, rows)
 
 
 def calibration_error(bins: Tensor) -> float:
-    """ECE of `binned` sums."""
+    """The expected calibration error.
+
+    Args:
+        bins: What `binned` returns, or a sum of several [3, BINS].
+
+    Returns:
+        ECE in [0, 1].
+    """
     return float((bins[1] - bins[2]).abs().sum() / bins[0].sum())

@@ -7,17 +7,18 @@ The packages carry a model as GGUF, which transformers reads slowly (20 s and mo
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ..system import renamed
+from ..system.files import write_atomically
+from .cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Packaged:
 
 
 def _only_gguf(package: Path, scratch: Path) -> Path:
-    found = sorted(package.glob("*.gguf"))
-    if not found:
+    files = sorted(package.glob("*.gguf"))
+    if not files:
         raise ImportError(f"no .gguf file in {package}: reinstall {package.name} with pip's --force-reinstall")
-    return found[0]
+    return files[0]
 
 
 def _assembled(package: Path, scratch: Path) -> Path:
@@ -53,33 +54,12 @@ PACKAGED = {
 }
 """Name -> model in a package."""
 DEFAULT = "smollm2"
-"""The embedded model that commands fall back to."""
+"""The packaged model that commands fall back to."""
 
 
-def cache_folder() -> Path:
-    """Where derived files are kept: HF_XENT_CACHE, else `hf_xent` in XDG_CACHE_HOME, else ~/.cache/hf_xent."""
-    if own := os.environ.get("HF_XENT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hf_xent"
-
-
-def publish(folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder` as `write` fills it, made visible in one step: readers and rival writers never see half of it.
-
-    A rival that finished first wins: its folder is kept and returned.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        draft.chmod(0o755)  # mkdtemp's is private; a cache may be shared
-        write(draft)
-        os.replace(draft, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return folder
+def unpacked(name: str) -> Path:
+    """The folder of a packaged model in the cache, whether it is there yet or not."""
+    return cache_folder() / PACKAGED[name].folder
 
 
 def checkpoint(name: str = DEFAULT) -> Path:
@@ -88,52 +68,17 @@ def checkpoint(name: str = DEFAULT) -> Path:
     float32, not bfloat16: a Q4_1 weight is `minimum + 4-bit * scale` with float16 numbers, more mantissa than bfloat16
     holds, so bfloat16 would change almost every matrix entry.
 
-    Raises: ImportError with a remedy if the package or `gguf` is absent and nothing is cached.
+    Args:
+        name: A key of `PACKAGED`.
+
+    Returns:
+        The folder, which `from_pretrained` takes.
+
+    Raises:
+        ImportError: The package or `gguf` is absent and nothing is cached; the message has the command that helps.
     """
-    folder = cache_folder() / PACKAGED[name].folder
-    return folder if folder.is_dir() else publish(folder, lambda draft: _dequantize(PACKAGED[name], draft))
-
-
-def resolve(model: str) -> str:
-    """What `from_pretrained` takes: a packaged model's folder for its name, any other path or Hub id unchanged."""
-    return str(checkpoint(model)) if model in PACKAGED else model
-
-
-def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal LM and its tokenizer by name, path or Hub id; `dtype` as transformers takes it ('auto': as saved)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
-
-    with explained(model) as source:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for GPT-2
-            raise ValueError("it has no tokens")
-        return loaded, tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
-
-
-@contextmanager
-def explained(model: str) -> Iterator[str]:
-    """What `resolve` gives; in here what is said of a model that is nowhere, or of broken weights, is a ValueError."""
-    from safetensors import SafetensorError
-
-    source = resolve(model)
-    place = Path(source)
-    if not model.strip() or place.is_file():
-        what = "a file" if model.strip() else "nothing"
-        raise ValueError(f"model is {model!r}, which is {what}: give the folder of a checkpoint, or a Hub id")
-    try:
-        yield source
-    except SafetensorError as error:
-        raise ValueError(f"model is {model!r}, whose weights are no whole file ({error}): get them again") from error
-    except OSError as error:
-        if place.exists():
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error
+    folder = unpacked(name)
+    return folder if folder.is_dir() else write_atomically(folder, lambda draft: _dequantize(PACKAGED[name], draft))
 
 
 def _dequantize(model: Packaged, folder: Path) -> None:
@@ -158,3 +103,7 @@ def _dequantize(model: Packaged, folder: Path) -> None:
         plain.generation_config = quantized.generation_config
         plain.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

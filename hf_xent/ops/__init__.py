@@ -1,8 +1,10 @@
 """Floor 0: the vocabulary streamed once, every token's softmax reduced to a handful of floats. Needs torch alone."""
 
-from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Head, State, Stats, merge
-from .functional import Payload, dense_stats, map_logits, vocab_loss, vocab_stats
+from .algebra import State, merge
+from .functional import dense_stats, map_logits, vocab_loss, vocab_stats
+from .head import Head, Payload
 from .shard import Shard
+from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Stats
 
 __all__ = [
     "DIFFERENTIABLE",

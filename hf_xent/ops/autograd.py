@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import higher, reference, tail
-from .algebra import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, TENSORS, Problem
-from .shard import add_up, meet
+from .problem import TENSORS, Problem
+from .ranks import merge_ranks, reduce_from_ranks
+from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS
 
 
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
@@ -24,13 +25,13 @@ def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
             return reference.forward(problem)
         if not problem.needs:
             with torch.no_grad():
-                values = meet(problem, backend.forward(problem))
+                values = merge_ranks(problem, backend.forward(problem))
             return {name: values[name] for name in _order(problem)}
         found = _Recompute.apply(backend, problem, *problem.tensors)
     return dict(zip(_order(problem), found, strict=True))
 
 
-class Objective(Protocol):
+class EagerSum(Protocol):
     """What mode eager differentiates: a sum over tokens, visited chunk by chunk."""
 
     uses: tuple[str, ...]  # statistics it can have gradients for
@@ -50,7 +51,7 @@ class Objective(Protocol):
 
 
 def eager(
-    backend: ModuleType, problem: Problem, objective: Objective, origins: tuple[Tensor | None, ...]
+    backend: ModuleType, problem: Problem, objective: EagerSum, origins: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum and detached statistics; the sum's gradients are ready when this returns.
 
@@ -71,10 +72,10 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        values = meet(problem, backend.forward(problem))
+        values = merge_ranks(problem, backend.forward(problem))
         order = _order(problem)
         ctx.backend, ctx.count = backend, len(tensors)
-        ctx.hollow = problem.with_tensors((None,) * len(TENSORS), None)  # no tensor outlives the graph through ctx
+        ctx.problem = problem.without_tensors()
         ctx.save_for_backward(*tensors, problem.labels, *(values[name] for name in order))
         ctx.mark_non_differentiable(*(values[name] for name in order if name in FORWARD_ONLY))
         ctx.set_materialize_grads(False)  # statistics without an upstream gradient cost the backward nothing
@@ -83,7 +84,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        problem = ctx.hollow.with_tensors(saved[: ctx.count], saved[ctx.count])
+        problem = ctx.problem.with_tensors(saved[: ctx.count], saved[ctx.count])
         order = _order(problem)
         values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
@@ -93,7 +94,7 @@ class _Recompute(torch.autograd.Function):
                 return [again[name] for name in grads]
 
             return None, None, *higher.gradients(problem, chosen, tuple(grads.values()))
-        out = add_up(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
+        out = reduce_from_ranks(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
 
@@ -105,7 +106,7 @@ class _Eager(torch.autograd.Function):
         ctx: Any,
         backend: ModuleType,
         problem: Problem,
-        objective: Objective,
+        objective: EagerSum,
         origins: tuple[Tensor | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -114,10 +115,10 @@ class _Eager(torch.autograd.Function):
         else:
             visit = getattr(backend, "eager", None) or _two_visits(backend)
             values, grads = visit(problem, objective.gradients, objective.uses)
-        add_up(problem, grads)
+        reduce_from_ranks(problem, grads)
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.hollow, ctx.objective = problem.with_tensors((None,) * len(TENSORS), None), objective
+        ctx.problem, ctx.objective = problem.without_tensors(), objective
         found = [values[name] for name in _order(problem)]
         ctx.mark_non_differentiable(*found)
         return objective.total(), *found
@@ -129,7 +130,7 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled() or higher.composed(upstream):
             pairs = zip(saved[len(TENSORS) :], ctx.dtypes, strict=True)
             operands = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
-            problem = ctx.hollow.with_tensors(operands, labels)
+            problem = ctx.problem.with_tensors(operands, labels)
 
             def share(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
                 return [objective.value(rows, again)]
@@ -151,7 +152,7 @@ def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], d
     """Eager for a backend that streams: all statistics, then all gradients."""
 
     def visit(problem: Problem, gradients: Any, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        values = meet(problem, backend.forward(problem))
+        values = merge_ranks(problem, backend.forward(problem))
         return values, backend.backward(problem, values, gradients(slice(0, len(problem.labels)), values))
 
     return visit

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from . import chunked, reference
-from .algebra import STATISTICS, TENSORS, Head, Problem, Stats, wide
 from .autograd import eager, recompute
+from .head import Head, Payload
 from .higher import composed
+from .problem import TENSORS, Problem
 from .request import Request
 from .rows import Rows, autocast, autocast_head, check_head
-
-Payload = tuple[Tensor, Head]
+from .statistics import STATISTICS, Stats, wide
 
 
 class TokenLoss(Protocol):
@@ -82,7 +82,7 @@ def stream_loss(
 
 
 class _WeightedSum:
-    """The objective `sum(weight * loss.of(stats))`, an `autograd.Objective`."""
+    """The objective `sum(weight * loss.of(stats))`, an `autograd.EagerSum`."""
 
     def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         self.loss, self.uses, self.labels = loss, loss.uses, problem.labels

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .algebra import STATISTICS, Head, Stats, wide
-from .dispatch import Payload, TokenLoss, stream_loss, stream_stats
+from .dispatch import TokenLoss, stream_loss, stream_stats
+from .head import Head, Payload
 from .higher import composed
 from .request import Request
 from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
+from .statistics import STATISTICS, Stats, wide
 
 
 def vocab_stats(

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from .algebra import TENSORS, Problem, wide
+from .problem import TENSORS, Problem
+from .statistics import wide
 
 Pairs = Iterable[tuple[Tensor | None, Tensor | None]]  # outputs and what comes from above for each
 ROWS = ("hidden", "payload_hidden")  # of TENSORS: those cut into chunks, the others are whole in each
@@ -46,11 +47,11 @@ def gradients(
     """Gradients of `F = sum(upstream * outputs)` for every tensor in `problem.needs`, in the order of TENSORS, with a
     graph of any order.
     """
-    labels, hollow = problem.labels, problem.with_tensors((None,) * len(TENSORS), None)
+    labels, without_tensors = problem.labels, problem.without_tensors()
     count = len(upstream)
 
     def part(rows: slice, *given: Tensor | None) -> Pairs:
-        chunk = hollow.with_tensors(given[count:], labels[rows])
+        chunk = without_tensors.with_tensors(given[count:], labels[rows])
         return zip(outputs(rows, reference.forward(chunk)), given[:count], strict=True)
 
     cut = (*(x.ndim > 0 for x in upstream), *(name in ROWS for name in TENSORS))

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .algebra import TENSORS, Problem
+from .problem import TENSORS, Problem
 
 
 def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from . import chunked, reference
-from .algebra import Head
+from .head import Head
 
 IMPLS = ("reference", "chunked", "triton")
 

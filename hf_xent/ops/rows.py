@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .algebra import Head, Stats
+from .head import Head
+from .statistics import Stats
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -22,16 +22,28 @@ Source: this project; leaving small entries out is from Wijmans et al. 2024, Cut
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .algebra import TENSORS, Coefficients, Problem, Survey, pieces, row_factor, wide
+from .algebra import Coefficients, row_factor
+from .problem import TENSORS, Problem, pieces
+from .statistics import wide
 
 GROUPS = 16  # groups of tokens with a tail of their own: [16, V] floats, however many tokens
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one visit of all logits leaves for the sparse tail."""
+
+    values: dict[str, Tensor]  # statistics, [N] each
+    coef: Coefficients  # plain, [N] each
+    energy: Tensor  # [V] sum_t (a_t p_tj)^2, in units of the largest a^2
+    mass: Tensor  # [groups, V] sum_t |a_t| p_tj, in units of the largest |a|
 
 
 def eager(backend: ModuleType, problem: Problem, objective: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

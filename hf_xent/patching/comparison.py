@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits, PatchState
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from .float64 import in_float64, is_plain
 from .heads import inner_of, linears_of
 
@@ -125,7 +125,7 @@ def run_both_ways(
     inner: Any = inner_of(model)
     head = linears_of(inner)[0]
     dtype = head.weight.dtype
-    with evaluating(inner):
+    with eval_mode(inner):
         run = _Runs(model, _tokens(head.weight, tokens))
         truth, exact, exact_tolerance = run.exactly(inner, stock, patched)
         with stock():

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
-from .losses import RankingLoss
-from .objective import Objective
-from .sampler import DualSampler
+from ..system import renamed
+
+if TYPE_CHECKING:  # loaded when they are first asked for, as the losses are: a list of their names needs no torch
+    from .base import RankingLoss
+    from .objective import Objective as Objective
+    from .sampler import DualSampler as DualSampler
 
 LOSSES: Registry[type[RankingLoss]] = Registry(
     "loss",
     {
-        "bce": "losses:BCE",
-        "aucm": "losses:AUCM",
-        "pauc_cvar": "losses:PAUCCVaR",
-        "pauc_dro": "losses:PAUCDRO",
-        "tpauc_kl": "losses:TPAUCKL",
-        "ap": "losses:AP",
+        "bce": "bce:BCE",
+        "aucm": "aucm:AUCM",
+        "pauc_cvar": "pauc_cvar:PAUCCVaR",
+        "pauc_dro": "pauc_dro:PAUCDRO",
+        "tpauc_kl": "tpauc_kl:TPAUCKL",
+        "ap": "ap:AP",
     },
     package=__name__,
 )
 """Name -> loss."""
 
+_OWN = {"DualSampler": "sampler", "Objective": "objective", "RankingLoss": "base"}
+
 
 def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
-    """A loss by name, with options: 'tpauc_kl', 'pauc_cvar:beta=0.1'; an object is returned as it is.
+    """A ranking loss by name.
 
-    Raises: ValueError for an unknown name, or an option that the loss does not have or does not accept.
+    Args:
+        loss: A name of `LOSSES`, with options behind it if wanted: 'tpauc_kl', 'pauc_cvar:beta=0.1'; an object is
+            returned as it is.
+        options: Further options of the loss.
+
+    Returns:
+        The loss, for an `Objective`.
+
+    Raises:
+        ValueError: The name is unknown, or the loss does not have or does not accept an option.
     """
+    from .base import RankingLoss
+
     return loss if isinstance(loss, RankingLoss) else LOSSES.build(loss, **options)
 
 
-__all__ = ["LOSSES", *LOSSES.exported, "DualSampler", "Objective", "RankingLoss", "get"]
+__all__ = ["LOSSES", *LOSSES.exported, *_OWN, "get"]
 
 
 def __getattr__(name: str) -> Any:
     if name in LOSSES.exported:
         return LOSSES[LOSSES.exported[name]]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _OWN:
+        return getattr(import_module(f".{_OWN[name]}", __name__), name)
+    return renamed.attribute(__name__, name)

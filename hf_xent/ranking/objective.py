@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ..ops.algebra import wide
-from .losses import RankingLoss
+from ..ops.statistics import wide
+from .base import RankingLoss
 
 
 class Objective(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 MODULES = {
     "auc": "ranking",
+    "auc.losses": "ranking",
     "calls": "patching.calls",
     "cli.arms": "experiments.arms",
     "cli.plot": "experiments.curves",
@@ -32,7 +33,6 @@ MODULES = {
     "judging": "generation.judging",
     "lazy.seam": "lazy.state",
     "ln_free.recipes": "trainers.ln_recipes",
-    "ln_free.tokens": "metrics.calibration",
     "losses.ranges": "options.ranges",
     "mirostat": "generation.mirostat",
     "mode": "models.contexts",
@@ -48,14 +48,35 @@ MODULES = {
 NAMES: dict[str, str] = {
     "data.export": "hub.datasets.export",
     "data.to_hub": "hub.datasets.to_hub",
+    "detection.Corpus": "detection.counts.CountedText",
+    "detection.counts.Corpus": "detection.counts.CountedText",
     "ln_free.RECIPES": "trainers.ln_recipes.RECIPES",
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
     **{
         f"generation.{name}": f"generation.sampling.{name}"
-        for name in ("distinct", "repetition", "responses", "sample", "features", "mauve", "temperature_of")
+        for name in ("ends", "responses", "sample", "temperature_at", "temperature_of")
     },
-    "generation.temperature_at": "generation.sampling.temperature_at",
-    "generation.ends": "generation.sampling.ends",
+    **{f"ops.algebra.{name}": f"ops.problem.{name}" for name in ("ALIGNMENT", "TENSORS", "Problem", "pieces")},
+    **{
+        f"ops.algebra.{name}": f"ops.statistics.{name}"
+        for name in ("DIFFERENTIABLE", "FORWARD_ONLY", "STATISTICS", "Stats", "wide")
+    },
+    "ops.algebra.Survey": "ops.tail.Survey",
+    **{f"generation.{name}": f"metrics.diversity.{name}" for name in ("distinct", "features", "mauve", "repetition")},
+    **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
+    **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
+    "models.packaged.publish": "system.files.write_atomically",
+    **{
+        f"ln_free.norms.{name}": f"ln_free.removal.{name}"
+        for name in ("FINAL", "KINDS", "Site", "calibrate", "remove", "restore", "sites")
+    },
+    "ln_free.norms.is_ln_free": "ln_free.forms.is_ln_free",
+    "ln_free.norms.wrap": "ln_free.wrapping.wrap",
+    "ln_free.convert.load": "ln_free.loading.load",
+    "models.contexts.check_room": "models.anatomy.check_room",
+    "models.contexts.positions": "models.anatomy.positions",
+    "models.contexts.evaluating": "models.contexts.eval_mode",
+    "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
 }
 """Old name in a module that is still there -> where it is now."""
 
@@ -76,28 +97,37 @@ def attribute(module: str, name: str) -> Any:
 def install(package: str) -> None:
     """Imports of old modules of a package find the new ones."""
     if not any(isinstance(finder, _Renamed) and finder.package == package for finder in sys.meta_path):
-        sys.meta_path.append(_Renamed(package))
+        # first, since the files below a renamed folder would be found again under its old name, with other classes
+        sys.meta_path.insert(0, _Renamed(package))
+
+
+def _new_module(old: str) -> str | None:
+    """The new name of an old module, or of one below an old package; None for any other."""
+    parent, _, name = old.rpartition(".")
+    if old in MODULES or not parent:
+        return MODULES.get(old)
+    return f"{new}.{name}" if (new := _new_module(parent)) else None
 
 
 class _Renamed(MetaPathFinder, Loader):
-    """Finds what no other finder does; the module it gives is the new one itself, under both names."""
+    """Finds old modules; the module it gives is the new one itself, under both names."""
 
     def __init__(self, package: str):
         self.package = package
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
-        return ModuleSpec(name, self) if package == self.package and old in MODULES else None
+        return ModuleSpec(name, self) if package == self.package and _new_module(old) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{self.package}.{MODULES[spec.name.partition('.')[2]]}"
+        new = f"{self.package}.{_new_module(spec.name.partition('.')[2])}"
         _warn(spec.name, new)
         module = import_module(new)
-        self.kept = module.__spec__, module.__loader__  # the import system writes the old ones over them
+        spec.loader_state = module.__spec__, module.__loader__  # the import system writes the old ones over them
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__, module.__loader__ = self.kept
+        module.__spec__, module.__loader__ = module.__spec__.loader_state  # type: ignore[union-attr]  # set above
 
 
 def _warn(old: str, new: str) -> None:

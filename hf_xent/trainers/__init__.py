@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..system import extras
+
 if TYPE_CHECKING:
     from ..callbacks.patching import PatchCallback
     from .dxo import DXOConfig, DXOTrainer
@@ -40,4 +42,5 @@ __all__ = [  # checked against METHODS by the tests; type checkers read this lis
 def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_FILES[name], __name__), name)
+    with extras.needed("train"):
+        return getattr(import_module(_FILES[name], __name__), name)

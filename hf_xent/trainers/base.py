@@ -1,7 +1,7 @@
 """What every trainer here is: given its own configuration, without options that have no effect, and with its own means.
 
 args      a `config_class`, or a class made from it; not the configuration of another trainer, parents included
-options   those that a trainer cannot honor are refused by name when it is made
+options   those that a trainer cannot honor are declared with the reason, and refused by name when it is made
 means     of what training and evaluation steps note, and nobody else: a forward pass in a callback leaves nothing
           behind. They are logged since the last log in training, and once an evaluation under its own prefix
           (`eval`, `test`, `eval_` and the name of one of several sets), by `evaluate` and `predict` alike
@@ -10,42 +10,46 @@ means     of what training and evaluation steps note, and nobody else: a forward
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..lazy import LazyLogits, next_token_labels
-from ..ops.rows import token_ids
 from ..options.ranges import check_flag, check_integer, check_number, check_text
-from ..patching.heads import inner_of
+from .means import Sums
+from .refusals import refuse_arguments, refuse_options
 from .rows import IDS, check_rows
 
 Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 Config = TypeVar("Config")
-NO_MODEL_INIT = "the model is patched once, as it is given: pass model"
-OWN_LOSS = "the trainer computes its own loss: use XentTrainer, or the method's own options"
 
 
 class Options(Mixin):
     """Goes before the configuration of transformers or TRL in a class's bases: our own fields hold what they declare.
 
-    A flag is True or False, a text a text, a number finite or in the interval that `ranges` has for it, and None is
-    taken where it is declared. Raises: ValueError for anything else.
+    A flag is True or False, a text a text, a number finite or in its interval, and None is taken where it is declared.
+    The three tables below are about the fields that a class declares; those of its parents are added.
+
+    Raises:
+        ValueError: A field has another value, or is set where its method does not read it.
     """
 
     ranges: ClassVar[dict[str, str]] = {}
-    """Field -> interval, in a class that declares fields; its parents' are added."""
+    """Field -> interval, such as "[0, 1)"."""
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Field -> the values it may have."""
+    read_by: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Field -> the values of the field `method` under which it has an effect."""
 
     def __post_init__(self) -> None:
         kinds = [kind for kind in reversed(type(self).__mro__) if kind.__module__.startswith(f"{__package__}.")]
-        declared: dict[str, Any] = {name: x for kind in kinds for name, x in inspect.get_annotations(kind).items()}
-        ranges: dict[str, str] = {name: x for kind in kinds for name, x in vars(kind).get("ranges", {}).items()}
-        for name, annotation in declared.items():
-            kind, *none = annotation.split(" | ")
-            if none and getattr(self, name) is None:
+        ranges, choices, read_by = (_merged(kinds, table) for table in ("ranges", "choices", "read_by"))
+        for name, annotation in {
+            name: x for kind in kinds for name, x in inspect.get_annotations(kind).items()
+        }.items():
+            kind, *optional = annotation.split(" | ")
+            if optional and getattr(self, name) is None:
                 continue
             if kind in ("float", "int"):
                 (check_number if kind == "float" else check_integer)(self, name, ranges.get(name, "(-inf, inf)"))
@@ -53,20 +57,38 @@ class Options(Mixin):
                 (check_flag if kind == "bool" else check_text)(self, name)
         if hasattr(super(), "__post_init__"):  # alone it has none
             super().__post_init__()
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                *others, last = map(repr, values)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {', '.join(others)} or {last}")
+        unread = [name for name, methods in read_by.items() if self.method not in methods]
+        if unread:
+            refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
 
 
 class Method(Mixin):
-    """Goes before a transformers or TRL trainer in a class's bases; see the module's docstring."""
+    """Goes before a transformers or TRL trainer in a class's bases; see the module's docstring.
+
+    What a class declares here is added to what its parents do.
+    """
 
     config_class: type
     columns: Mapping[str, str] = dict.fromkeys(("input_ids", "attention_mask", "labels"), IDS)
     """Columns that have a value in every row, where they are there, and what the values are."""
     means: tuple[str, ...] = ()
-    """Names of what `_note` is told, in a class that notes something; its parents' are added."""
+    """Names of what `_note` is told that are logged as means."""
+    counts: tuple[str, ...] = ()
+    """Names of what `_note` is told that are logged as totals."""
+    refused_options: Mapping[str, str] = {}
+    """Field of the configuration -> why it has to stay at its default."""
+    refused_arguments: Mapping[str, str] = {}
+    """Keyword of the trainer -> why it cannot be given."""
+    averages_items = False
+    """Whether the loss is a mean over a batch's items, not a sum over the tokens of all batches of a step."""
     _in_training: bool | None = None  # in which kind of step we are, if in one
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._sums: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}  # name -> [total, count], by kind of step
+        self._sums = {True: Sums(), False: Sums()}  # by kind of step
         if kwargs.get("data_collator") is not None:  # which may know what to do with any value
             self.columns = {}
         held_out = kwargs.get("eval_dataset")
@@ -75,22 +97,33 @@ class Method(Mixin):
             if dataset is not None:
                 check_rows(name, dataset, self.columns)
         super().__init__(*args, **kwargs)
+        if self.averages_items:  # training_step is then to divide by the number of accumulated batches
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     @classmethod
-    def configured(cls, args: Config | None) -> Config:
-        """`args`, or the defaults for None. Raises: ValueError for a configuration of another class."""
-        kinds: list[type] = [vars(kind)["config_class"] for kind in cls.__mro__ if "config_class" in vars(kind)]
+    def configured(cls, args: Config | None, arguments: Mapping[str, Any] | None = None) -> Config:
+        """`args`, or the defaults for None; what the trainer cannot honor of these and of its keywords is refused.
+
+        Raises: ValueError for a configuration of another class, or an option or keyword that is declared as refused.
+        """
         if args is None:
-            made: Config = cls.config_class(output_dir="out")
-            return made
-        known = {kind for config in kinds for kind in config.__mro__}
-        of_others = [k for k in type(args).__mro__ if k.__module__.startswith(f"{__package__}.") and k not in known]
-        if of_others or not all(isinstance(args, kind) for kind in kinds):
+            args = cls.config_class(output_dir="out")
+        elif not cls._accepts(args):
             raise ValueError(
                 f"args is a {type(args).__name__}: {cls.__name__} takes a hf_xent.{cls.config_class.__name__}, with"
                 " the fields of its own method"
             )
+        refuse_arguments(arguments or {}, _merged(cls.__mro__[::-1], "refused_arguments"))
+        refuse_options(args, _merged(cls.__mro__[::-1], "refused_options"))
         return args
+
+    @classmethod
+    def _accepts(cls, args: Any) -> bool:
+        """Whether a configuration is of the trainer's classes, or made from them alone."""
+        kinds: list[type] = [vars(kind)["config_class"] for kind in cls.__mro__ if "config_class" in vars(kind)]
+        known = {kind for config in kinds for kind in config.__mro__}
+        of_others = [k for k in type(args).__mro__ if k.__module__.startswith(f"{__package__}.") and k not in known]
+        return not of_others and all(isinstance(args, kind) for kind in kinds)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the trainer below; what is noted counts as training."""
@@ -128,13 +161,13 @@ class Method(Mixin):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """As the trainer below, with the means of this evaluation under its prefix."""
-        self._sums[False] = {}
+        self._sums[False] = Sums()
         self._pop_trl_means()  # of passes over data that no log has come after, such as predict's
-        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        own = {**self._pop_trl_means(), **self._means(False)}
-        means = {f"{metric_key_prefix}_{name}": value for name, value in own.items()}
-        found.metrics.update({name: value for name, value in means.items() if name not in found.metrics})
-        return found
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = {**self._pop_trl_means(), **self._means(False)}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        output.metrics.update({name: value for name, value in named.items() if name not in output.metrics})
+        return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the means of training steps since the last log."""
@@ -144,12 +177,12 @@ class Method(Mixin):
 
     def _pop_trl_means(self) -> dict[str, float]:
         """What TRL's trainers keep of an evaluation for the next log, which would call it eval_ in any case."""
-        found: dict[str, float] = {}
-        for place in ("_metrics", "_stored_metrics"):  # the second one in its experimental trainers
-            values = getattr(self, place, {}).get("eval", {})
-            found |= {name.removeprefix("eval_"): float(sum(x)) / len(x) for name, x in values.items() if len(x)}
+        means: dict[str, float] = {}
+        for attribute in ("_metrics", "_stored_metrics"):  # the second one in its experimental trainers
+            values = getattr(self, attribute, {}).get("eval", {})
+            means |= {name.removeprefix("eval_"): float(sum(x)) / len(x) for name, x in values.items() if len(x)}
             values.clear()
-        return found
+        return means
 
     @contextmanager
     def _step(self, *, training: bool) -> Iterator[None]:
@@ -160,87 +193,21 @@ class Method(Mixin):
             self._in_training = outer
 
     def _note(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a total over `count` things to a mean, within a step; elsewhere nothing happens."""
-        if self._in_training is None:
-            return
-        sums, device = self._sums[self._in_training], self.accelerator.device
-        pair = torch.stack([torch.as_tensor(x, device=device).detach().to(_wide(device)) for x in (total, count)])
-        sums[name] = sums[name] + pair if name in sums else pair
+        """Add a total over `count` things to a mean or a count, within a step; elsewhere nothing happens."""
+        if self._in_training is not None:
+            self._sums[self._in_training].add(name, total, count, self.accelerator.device)
 
     def _means(self, training: bool) -> dict[str, float]:
-        """Means since the last call, over all processes; none of those of nothing."""
-        sums, self._sums[training] = self._sums[training], {}
-        names = list(dict.fromkeys(name for kind in type(self).__mro__ for name in vars(kind).get("means", ())))
-        if not names:
-            return {}
-        device = self.accelerator.device
-        nothing = torch.zeros(2, dtype=_wide(device), device=device)
-        table = torch.stack([sums.get(name, nothing) for name in names])
-        totals: Any = self.accelerator.reduce(table, reduction="sum")
-        return {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True) if count}
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """Of sums over an evaluation."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def refuse_options(args: Any, reasons: Mapping[str, str]) -> None:
-    """Raises: ValueError for the first field of a configuration that has a reason and is not at its default."""
-    for name, reason in reasons.items():
-        value = getattr(args, name)
-        if value != getattr(type(args), name):  # a dataclass keeps defaults as attributes of the class
-            raise ValueError(f"{name} is {value!r}, but {reason}")
-
-
-def refuse_arguments(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    """Raises: ValueError for the first keyword that has a reason and a value."""
-    for name, reason in reasons.items():
-        if given.get(name) is not None:
-            raise ValueError(f"{name} is given, but {reason}")
-
-
-def refuse_compilation(model: nn.Module | None, args: Any, what: str) -> None:
-    """Raises: ValueError if the model is, or is to be, compiled; `what` needs the head's hidden states."""
-    if args.torch_compile or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            f"torch_compile is {args.torch_compile}{'' if args.torch_compile else ' but the model is compiled'}:"
-            f" compiled models compute their logits the ordinary way, and {what}: train without torch_compile"
+        """Means and counts since the last call, over all processes; none of those of nothing."""
+        means, counts = (
+            list(dict.fromkeys(name for kind in type(self).__mro__ for name in vars(kind).get(table, ())))
+            for table in ("means", "counts")
         )
+        sums = self._sums[training].take(means + counts, self.accelerator)
+        averages = {name: sums[name][0] / sums[name][1] for name in means if sums[name][1]}
+        return averages | {name: int(sums[name][0]) for name in counts if sums[name][1]}
 
 
-def refuse_encoder_decoder(model: Any) -> None:
-    """Raises: ValueError for a model whose labels are another sequence than its inputs; and for what is none."""
-    inner: Any = inner_of(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"model is a {type(inner).__name__}, an encoder and a decoder, but this trainer reads inputs and labels as"
-            " one sequence: use XentTrainer"
-        )
-
-
-def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
-    """Raises: ValueError for a batch that has no labels."""
-    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
-        raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
-
-
-def targets(inputs: Mapping[str, Any]) -> Tensor:
-    """What every position of a batch has to predict, -100 for nothing. Raises: ValueError if it has no labels."""
-    refuse_unlabeled(inputs)
-    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
-    return next_token_labels(labels) if shifted is None else token_ids(shifted)  # type: ignore[arg-type]
-
-
-def lazy(logits: Any, length: int, what: str) -> LazyLogits:
-    """Logits of sequences of a length that are not computed yet: `what` reads hidden states off them.
-
-    Those of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for others.
-    """
-    if not isinstance(logits, LazyLogits) or logits.is_dense:
-        raise ValueError(
-            f"the logits are a {type(logits).__name__} with values, but {what} reads hidden states off lazy ones: train"
-            " without torch_compile, without an offloaded or sharded head or an adapter on it, and see hf-xent check"
-        )
-    cut: Any = logits[:, -length:] if logits.shape[1] > length else logits
-    return cut
+def _merged(kinds: Iterable[type], table: str) -> dict[str, Any]:
+    """What classes declare in a table of a name, later ones over earlier ones."""
+    return {key: value for kind in kinds for key, value in vars(kind).get(table, {}).items()}

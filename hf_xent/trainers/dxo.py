@@ -35,28 +35,30 @@ import numpy as np
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import average_precision_score
-from torch import Tensor, distributed, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from .. import ranking as auc
+from .. import ranking
 from ..hub import Carded, Tokenless
-from ..metrics import ranking as metrics
 from ..patching.heads import inner_of
-from .base import NO_MODEL_INIT, OWN_LOSS, Method, Options, refuse_arguments, refuse_options
+from .base import Method, Options
+from .dxo_labels import LABELS, ROW, SamplerEpochs, check_labels, labels_of, numbered, without_unknown
+from .dxo_scores import gathered, ranking_metrics, scores_of
+from .refusals import NO_MODEL_INIT, OWN_LOSS, refuse_options
 from .rows import IDS
 
 NO_CLASSIFIER = "model is a {}, and DXO trains classifiers of texts: use AutoModelForSequenceClassification"
-ROW = "row_index"
-LABELS = ("labels", "label")
-"""What a column of labels may be called: transformers' collators know these."""
 STATE = "dxo_state.safetensors"
 
 
 @dataclass
 class DXOConfig(Options, Tokenless, TrainingArguments):
-    """`transformers.TrainingArguments` and the options of DXO."""
+    """`transformers.TrainingArguments` and the options of DXO.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type, or `dxo_learning_rate` has no warm start.
+    """
 
     ranges: ClassVar[dict[str, str]] = {
         "sampling_rate": "(0, 1)",
@@ -98,40 +100,66 @@ class DXOConfig(Options, Tokenless, TrainingArguments):
 class DXOTrainer(Method, Carded, Trainer):
     """Trains any `AutoModelForSequenceClassification` of one or two labels; see the module's docstring.
 
-    `loss` (a name or a `hf_xent.ranking.RankingLoss`) goes before `args.loss`. The score of a text is its logit, of two
-    logits their difference. A model of one label is set to `problem_type="multi_label_classification"`, so that its
-    pipeline applies a sigmoid (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`,
-    `pauc`, `tpauc`, `tpr_1` and `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.
+        score = logit (one label) or logit_1 - logit_0 (two)          loss: BCE, then `hf_xent.ranking` of all scores
 
-    Raises: ValueError for more labels, a data set that is none or has no column of labels of both classes, a
-    configuration of another trainer, or options that do not fit.
+    A model of one label is set to `problem_type="multi_label_classification"`, so that its pipeline applies a sigmoid
+    (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`, `pauc`, `tpauc`, `tpr_1` and
+    `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.
+
+    Args:
+        model: A classifier of sequences.
+        args: The configuration; `DXOConfig(output_dir="out")` if it is left out.
+        loss: Registry name or `hf_xent.ranking.RankingLoss`, which goes before `args.loss`.
+        train_dataset: A `datasets.Dataset` with what the model takes and a column `labels` (or `label`), 0 or 1.
+        compute_metrics: More metrics, as for `transformers.Trainer`.
+        **kwargs: As for `transformers.Trainer`. Sets for evaluation have the same columns as `train_dataset`.
+
+    Raises:
+        ValueError: A model of more labels or that is no classifier, a data set that is none or has no column of labels
+            0 and 1, the configuration of another trainer, or options that do not fit.
     """
 
     config_class = DXOConfig
     args: DXOConfig
     columns: Mapping[str, str] = dict.fromkeys(("input_ids", "attention_mask"), IDS)
+    refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS}
+    refused_options: Mapping[str, str] = {
+        "label_smoothing_factor": "DXO's losses compare scores and have no labels to smooth: leave it 0",
+        "batch_eval_metrics": "a ranking's metrics are those of all rows at once: set it to False",
+    }
+    averages_items = True
 
     def __init__(
         self,
         model: Any,
         args: DXOConfig | None = None,
         *,
-        loss: str | auc.RankingLoss | None = None,
+        loss: str | ranking.RankingLoss | None = None,
         train_dataset: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
-        args = self.configured(args)
-        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS})
-        refuse_options(
-            args,
-            {
-                "label_smoothing_factor": "DXO's losses compare scores and have no labels to smooth: leave it 0",
-                "batch_eval_metrics": "a ranking's metrics are those of all rows at once: set it to False",
-            },
-        )
+        args = self.configured(args, kwargs)
         if args.sampling_rate is not None:
             refuse_options(args, {"train_sampling_strategy": "sampling_rate makes the batches: set that to None"})
+        self._prepare_model(model)
+        if train_dataset is not None:
+            train_dataset = numbered(train_dataset, "train_dataset")
+        eval_sets = kwargs.get("eval_dataset")
+        for name, dataset in eval_sets.items() if isinstance(eval_sets, dict) else [("eval_dataset", eval_sets)]:
+            if isinstance(dataset, Dataset):  # of others, batches are checked
+                check_labels(dataset, name)
+        self._more_metrics = compute_metrics
+        super().__init__(model=model, args=args, train_dataset=train_dataset, compute_metrics=self._measure, **kwargs)
+        rows = 0 if train_dataset is None else len(train_dataset)
+        self.objective = ranking.Objective(ranking.get(loss or args.loss), rows).to(args.device)
+        self.warm = ranking.Objective(ranking.BCE(), rows)
+        self._epochs = SamplerEpochs()
+        self.add_callback(self._epochs)
+
+    @staticmethod
+    def _prepare_model(model: Any) -> None:
+        """Raises: ValueError for what is no classifier of one or two labels."""
         inner = inner_of(model)
         if "labels" not in inspect.signature(inner.forward).parameters or not hasattr(inner, "config"):
             raise ValueError(NO_CLASSIFIER.format(type(inner).__name__))
@@ -139,23 +167,6 @@ class DXOTrainer(Method, Carded, Trainer):
             raise ValueError(f"the model has {model.config.num_labels} labels: load it with num_labels=1 (or 2)")
         if model.config.num_labels == 1:
             model.config.problem_type = "multi_label_classification"
-        rows, numbered = 0, None
-        if train_dataset is not None:
-            check_labels(train_dataset, "train_dataset")
-            rows, plain = len(train_dataset), train_dataset.remove_columns({ROW} & {*train_dataset.column_names})
-            numbered = plain.add_column(ROW, list(range(rows)))
-        held_out = kwargs.get("eval_dataset")
-        for name, dataset in held_out.items() if isinstance(held_out, dict) else [("eval_dataset", held_out)]:
-            if isinstance(dataset, Dataset):  # of others, batches are checked
-                check_labels(dataset, name)
-        self._more_metrics = compute_metrics
-        super().__init__(model=model, args=args, train_dataset=numbered, compute_metrics=self._measure, **kwargs)
-        self.loss_is_scaled_for_ga = False  # a mean over pairs: training_step divides by the accumulation steps
-        self.model_accepts_loss_kwargs = False
-        self.objective = auc.Objective(auc.get(loss or args.loss), rows).to(args.device)
-        self.warm = auc.Objective(auc.BCE(), rows)
-        self._epochs = _Epochs()
-        self.add_callback(self._epochs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -188,14 +199,14 @@ class DXOTrainer(Method, Carded, Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start."""
-        made = self.lr_scheduler is None
+        new = self.lr_scheduler is None
         if 0 < num_training_steps <= self.warm_steps(num_training_steps):
             raise ValueError(
                 f"warm_start is {self.args.warm_start}, and training has {num_training_steps} updates: its loss would"
                 " never be used, choose less or loss='bce'"
             )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if made and self.args.dxo_learning_rate is not None:
+        if new and self.args.dxo_learning_rate is not None:
             if not isinstance(scheduler, LambdaLR):
                 raise ValueError(
                     f"lr_scheduler_type is {self.args.lr_scheduler_type}: dxo_learning_rate needs one that is a"
@@ -212,13 +223,11 @@ class DXOTrainer(Method, Carded, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.sampling_rate is None:
             return super()._get_train_sampler(dataset)
-        column = check_labels(dataset, "train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = auc.DualSampler(
-            [*map(_scalar, dataset[column])], self._train_batch_size, self.args.sampling_rate, seed
+        self._epochs.sampler = ranking.DualSampler(
+            labels_of(dataset, "train_dataset"), self._train_batch_size, self.args.sampling_rate, seed
         )
-        self._epochs.sampler = sampler
-        return sampler
+        return self._epochs.sampler
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -233,11 +242,8 @@ class DXOTrainer(Method, Carded, Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As `Trainer`; labels that are all -1 or None stand for none. Raises: ValueError for others but 0 and 1."""
-        if isinstance(test_dataset, Dataset) and (found := {*LABELS} & {*test_dataset.column_names}):
-            unknown = [name for name in found if all(_scalar(value) in (-1, None) for value in test_dataset[name])]
-            test_dataset = test_dataset.remove_columns(unknown)
-            if found.difference(unknown):
-                check_labels(test_dataset, "test_dataset")
+        if isinstance(test_dataset, Dataset):
+            test_dataset = without_unknown(test_dataset, "test_dataset")
         return super().get_test_dataloader(test_dataset)
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -245,20 +251,12 @@ class DXOTrainer(Method, Carded, Trainer):
         if not self.args.eval_do_concat_batches:
             predictions, labels = np.concatenate(predictions), np.concatenate(labels)
         scores = scores_of(torch.as_tensor(predictions)).double().numpy()
-        labels, more = labels.reshape(-1), self._more_metrics
-        theirs = more(prediction) if more else {}
+        labels, more_metrics = labels.reshape(-1), self._more_metrics
+        more = more_metrics(prediction) if more_metrics else {}
         if len(set(labels.tolist())) < 2:
             warnings.warn("the data has one class only: no metric of its ranking", stacklevel=2)
-            return theirs
-        return {
-            "auroc": metrics.auroc(labels, scores),
-            "ap": average_precision_score(labels, scores),
-            "pauc": metrics.pauc(labels, scores, self.args.max_fpr),
-            "tpauc": metrics.tpauc(labels, scores, self.args.max_fpr, self.args.min_tpr),
-            "tpr_1": metrics.tpr_at_fpr(labels, scores, 0.01),
-            "tpr_5": metrics.tpr_at_fpr(labels, scores, 0.05),
-            **theirs,
-        }
+            return more
+        return {**ranking_metrics(labels, scores, self.args.max_fpr, self.args.min_tpr), **more}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -276,58 +274,3 @@ class DXOTrainer(Method, Carded, Trainer):
                 f"{checkpoint} does not have the state of {self.objective.loss} over {len(self.train_dataset)} rows:"
                 " resume with the same loss and training set"
             ) from error
-
-
-class _Epochs(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does not where ranks resume in the middle of one."""
-
-    sampler: auc.DualSampler | None = None
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the epoch's batches are drawn."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(int(state.epoch or 0))
-
-
-def check_labels(dataset: Any, name: str) -> str:
-    """The column of a data set's labels. Raises: ValueError for no `Dataset`, no or several columns, other values."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"{name} is a {type(dataset).__name__}: DXO numbers its rows and draws them by class, pass a"
-            " datasets.Dataset (for rows in memory Dataset.from_list)"
-        )
-    found = [column for column in LABELS if column in dataset.column_names]
-    if len(found) != 1:
-        raise ValueError(
-            f"{name} has the columns {', '.join(dataset.column_names)}: one of them has to be named labels (or label),"
-            " only one, and be 0 or 1; see Dataset.rename_column and remove_columns"
-        )
-    wrong = [value for value in dataset[found[0]] if _scalar(value) not in (0, 1)]
-    if wrong:
-        raise ValueError(
-            f"{name} has {wrong[0]!r} in column {found[0]}: give 0 (negative) or 1 (positive) in every row"
-        )
-    return found[0]
-
-
-def _scalar(value: Any) -> Any:
-    """A label out of a list or tensor of one."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # of data sets with a format
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
-def scores_of(logits: Tensor) -> Tensor:
-    """One logit a text [B], of a head with one label [B, 1] or two [B, 2]."""
-    return logits[..., -1] - logits[..., 0] if logits.shape[-1] == 2 else logits[..., 0]
-
-
-def gathered(x: Tensor, ranks: int) -> Tensor:
-    """x [B] of all ranks [ranks * B], of equal B; this rank's part has `ranks` times its gradient, as DDP averages."""
-    if ranks == 1:
-        return x
-    fixed = x.detach().contiguous()
-    parts = [torch.empty_like(fixed) for _ in range(ranks)]
-    distributed.all_gather(parts, fixed)
-    if x.requires_grad:
-        parts[distributed.get_rank()] = fixed + ranks * (x - fixed)  # the value to the last bit, as other ranks have it
-    return torch.cat(parts)

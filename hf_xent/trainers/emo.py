@@ -15,13 +15,13 @@ Data: as for `XentTrainer`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..losses.base import Loss
 from ..losses.emo import EMO
-from ..models import packaged as embedded
+from ..models import loading
 from ..patching import head_of
-from .base import Config, refuse_options
+from .refusals import refuse_options
 from .xent import XentConfig, XentTrainer
 
 OPTIONS = ("variant", "cost", "gt_detach", "ratio_clamp")
@@ -29,7 +29,11 @@ OPTIONS = ("variant", "cost", "gt_detach", "ratio_clamp")
 
 @dataclass
 class EMOConfig(XentConfig):
-    """`XentConfig` and the options of EMO."""
+    """`XentConfig` and the options of EMO.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type.
+    """
 
     ranges: ClassVar[dict[str, str]] = {"ratio_clamp": "(0, inf]"}
 
@@ -62,28 +66,36 @@ class EMOConfig(XentConfig):
 class EMOTrainer(XentTrainer):
     """Fine-tunes a causal LM under EMO; see the module's docstring and `XentTrainer`.
 
-    Raises: ValueError for options EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
-    model's.
+        loss = 1/2 (nll + sg[nll / d] d)          d = 1 - sum_i p_i cos(E_i, E_y)          for variant emo1
+
+    Args:
+        model: The pretrained causal LM, also when resuming: `cost="frozen"` copies its head.
+        args: The configuration. A plain `XentConfig` that asks for no loss is taken too: EMO with its defaults.
+        loss: Registry name or `hf_xent.losses.Loss` of a baseline, which goes before `args.loss`.
+        **kwargs: As for `transformers.Trainer`.
+
+    Raises:
+        ValueError: Options that EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
+            model's; and what `XentTrainer` refuses.
     """
 
     config_class = EMOConfig
 
     @classmethod
-    def configured(cls, args: Config | None) -> Config:
-        """As `Method`; a plain `XentConfig` is taken too, if it asks for no loss: EMO with its defaults."""
-        if type(args) is XentConfig and args.loss in (XentConfig.loss, "emo"):
-            return args
-        return super().configured(args)
+    def _accepts(cls, args: Any) -> bool:
+        """As `Method`; a plain `XentConfig` is taken too, if it asks for no loss."""
+        plain = type(args) is XentConfig and args.loss in (XentConfig.loss, "emo")
+        return plain or super()._accepts(args)
 
     @classmethod
     def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
-        asked = loss or (args.loss if isinstance(args, EMOConfig) else "emo")
-        own = OPTIONS if isinstance(args, EMOConfig) else ()
-        if asked != "emo":
-            refuse_options(args, dict.fromkeys(own, f"the loss is {asked!r}: it is an option of loss='emo' alone"))
+        name = loss or (args.loss if isinstance(args, EMOConfig) else "emo")
+        fields = OPTIONS if isinstance(args, EMOConfig) else ()
+        if name != "emo":
+            refuse_options(args, dict.fromkeys(fields, f"the loss is {name!r}: it is an option of loss='emo' alone"))
             return super()._objective(args, loss)
         refuse_options(args, {"label_smoothing_factor": "it smooths cross-entropy only, and the loss is EMO"})
-        options = {name: getattr(args, name) for name in own}
+        options = {name: getattr(args, name) for name in fields}
         if options.get("cost", "frozen") not in ("frozen", "current"):
-            options["cost"] = head_of(embedded.load(options["cost"])[0]).weight.detach()
+            options["cost"] = head_of(loading.load(options["cost"])[0]).weight.detach()
         return EMO(**options)

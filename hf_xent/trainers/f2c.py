@@ -28,7 +28,7 @@ read in evaluation only; None and -1 stand for unknown, and rows without it are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,39 +37,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from ..data.formats import PromptFormats
 from ..hub import Carded, Tokenless
 from ..metrics.consistency import consistency
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from ..ops import Head
 from ..patching import lazily, patch
-from .base import (
-    NO_MODEL_INIT,
-    OWN_LOSS,
-    Method,
-    Options,
-    lazy,
-    refuse_arguments,
-    refuse_compilation,
-    refuse_encoder_decoder,
-    refuse_options,
-)
-
-READ_BY = {
-    "cce_weight": ("f2c", "cce"),
-    **dict.fromkeys(
-        ("agreement_weight", "alignment_min", "alignment_max", "weight_temperature", "threshold", "top_k",
-         "group_answers"),
-        ("f2c",),
-    ),
-}  # fmt: skip
-"""Option -> the methods it is for."""
-COLUMNS = ("prompts", "answers", "gold")
+from .base import Method, Options
+from .batches import lazy
+from .consensus import Split, agreement, alignment, consensus, split
+from .f2c_items import COLUMNS, ItemCollator, check_gold
+from .refusals import NO_MODEL_INIT, OWN_LOSS, refuse_compilation, refuse_encoder_decoder
 
 
 @dataclass
 class F2CConfig(Options, Tokenless, TrainingArguments):
-    """`transformers.TrainingArguments` and the options of F2C; the defaults are the authors' for RTE, in all but K."""
+    """`transformers.TrainingArguments` and the options of F2C; the defaults are the authors' for RTE, in all but K.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type, or is set where `method` does not read it.
+    """
 
     ranges: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("cce_weight", "agreement_weight", "alignment_min", "alignment_max"), "[0, inf)"),
@@ -77,6 +63,15 @@ class F2CConfig(Options, Tokenless, TrainingArguments):
         "threshold": "[-inf, inf]",
         "top_k": "[2, inf)",
     }
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"method": ("f2c", "cce", "swarm")}
+    read_by: ClassVar[dict[str, tuple[str, ...]]] = {
+        "cce_weight": ("f2c", "cce"),
+        **dict.fromkeys(
+            ("agreement_weight", "alignment_min", "alignment_max", "weight_temperature", "threshold", "top_k",
+             "group_answers"),
+            ("f2c",),
+        ),
+    }  # fmt: skip
 
     method: str = field(default="f2c", metadata={"help": "'f2c', or a baseline: 'cce' or 'swarm'."})
     cce_weight: float = field(default=0.4, metadata={"help": "lambda, of the consensus cross-entropy."})
@@ -98,147 +93,54 @@ class F2CConfig(Options, Tokenless, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in ("f2c", "cce", "swarm"):
-            raise ValueError(f"method is {self.method!r}: choose 'f2c', 'cce' or 'swarm'")
         if self.alignment_min > self.alignment_max:
             raise ValueError(
                 f"alignment_min is {self.alignment_min} and alignment_max {self.alignment_max}: choose alignment_min <="
                 " alignment_max"
             )
-        unread = [name for name, methods in READ_BY.items() if self.method not in methods]
-        refuse_options(self, dict.fromkeys(unread, f"method is {self.method!r}, which does not read it"))
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a vote decides: the formats J is over, and who aligns to whom."""
-
-    agreeing: tuple[int, ...]
-    teachers: tuple[int, ...] = ()
-    students: tuple[int, ...] = ()
-
-
-def consensus(scores: Tensor) -> int | None:
-    """The answer that more than half of the formats give by their scores [K, C], or None; ties go to lower answers."""
-    votes = scores.argmax(-1).bincount(minlength=scores.shape[1])
-    label = int(votes.argmax())
-    return label if 2 * int(votes[label]) > len(scores) else None
-
-
-def split(scores: Tensor, label: int, threshold: float, top_k: int) -> Split:
-    """Teachers and students by the margins of scores [K, C] for the consensus answer."""
-    others = scores.clone()
-    others[:, label] = float("-inf")
-    margins = scores[:, label] - others.amax(-1)
-    majority = (scores.argmax(-1) == label).nonzero().squeeze(-1)
-    if len(majority) == len(scores) and float(margins.quantile(0.5)) >= threshold:
-        return Split(agreeing=tuple(range(len(scores))))
-    count = min(top_k, len(majority) - 1)
-    if count < 2:
-        return Split(agreeing=())
-    order = margins[majority].sort(descending=True, stable=True).indices[:count]
-    teachers = tuple(majority[order].tolist())
-    students = tuple(k for k in range(len(scores)) if k not in teachers)
-    return Split(agreeing=teachers, teachers=teachers, students=students)
-
-
-def mixture(logp: Tensor, valid: Tensor) -> Tensor:
-    """Log of the mean distribution [T, V] over formats of logp [K, T, V] that have a token there, valid [K, T]."""
-    rows = logp.masked_fill(~valid[..., None], float("-inf"))
-    count = valid.sum(0).clamp(min=1)[:, None]
-    empty = ~valid.any(0)[:, None]
-    return torch.where(empty, torch.zeros_like(logp[0]), rows.logsumexp(0)) - count.log()
-
-
-def agreement(logp: Tensor, valid: Tensor) -> Tensor:
-    """J over all formats given: the mean of 1/2 [KL(M || P_k) + KL(P_k || M)] over their valid tokens."""
-    mean = mixture(logp, valid)
-    both = ((mean.exp() - logp.exp()) * (mean - logp)).sum(-1) / 2
-    return torch.where(valid, both, 0.0).sum() / valid.sum().clamp(min=1)
-
-
-def alignment(teachers: tuple[Tensor, Tensor], students: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of KL(sg[M] || P_s) over tokens both sides have, and their number; each side is (logp, valid)."""
-    mean = mixture(*teachers).detach()
-    logp, valid = students
-    valid = valid & teachers[1].any(0)
-    found = (mean.exp() * (mean - logp)).sum(-1)
-    return torch.where(valid, found, 0.0).sum(), valid.sum()
-
-
-@dataclass
-class Items:
-    """The data collator: `PromptFormats.collate`, and `gold` as evaluation reads it."""
-
-    pad: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; `gold` [B] if a row has one, as a list if a value is no number.
-
-        Raises: ValueError for rows that are no items, and answers without tokens.
-        """
-        for row in rows:
-            there = [name for name, value in row.items() if value is not None]
-            if not {"prompts", "answers"} <= {*there}:
-                raise ValueError(
-                    f"a row has {', '.join(there) or 'None alone'}: F2C needs prompts and answers, as"
-                    " hf_xent.data.PromptFormats.build makes them"
-                )
-            if not all(answer for answers in row["answers"] for answer in answers):
-                raise ValueError(f"answers is {row['answers']}: every answer needs a token")
-        batch: dict[str, Any] = PromptFormats.collate([{k: row[k] for k in COLUMNS[:2]} for row in rows], self.pad)
-        if any("gold" in row for row in rows):
-            gold = [row.get("gold") for row in rows]
-            numbers = [number_of(value) for value in gold]
-            batch["gold"] = gold if None in numbers else torch.tensor(numbers)
-        return batch
-
-
-def number_of(gold: Any) -> int | None:
-    """The number of an answer, -1 for one that is not known, None for what is no number."""
-    if gold is None or gold != gold:  # pandas writes nan for None
-        return -1
-    try:
-        return int(gold) if int(gold) == float(gold) else None
-    except (TypeError, ValueError):
-        return None
 
 
 class F2CTrainer(Method, Carded, Trainer):
-    """Fine-tunes a causal LM towards consistency; see the module's docstring.
+    """Fine-tunes a causal LM towards giving one answer in all formats, without labels; see the module's docstring.
+
+        loss = (lambda CCE + beta J + w A) / C          the mean over a batch's items
 
     Logged: `consensus` (the share of items that had one), `loss_cce`, `loss_agreement`, `loss_alignment` (means over
     items that had one, before their weights). Evaluation gives the same loss without dropout, and, where rows have
     `gold`, the fields of `hf_xent.metrics.consistency.Consistency`.
 
-    Raises: ValueError for options that do not fit, a configuration of another trainer, or a model that cannot be
-    patched.
+    Args:
+        model: A causal LM. It is patched.
+        args: The configuration; `F2CConfig(output_dir="out")` if it is left out.
+        **kwargs: As for `transformers.Trainer`. Rows of the data sets have the columns `prompts` and `answers`, and
+            `gold` if the right answer is known, as `hf_xent.data.PromptFormats.build` makes them. A
+            `processing_class` gives the token that pads.
+
+    Raises:
+        ValueError: Options that do not fit, the configuration of another trainer, a model that cannot be patched, an
+            encoder and decoder, or compilation; in training, rows that are no items.
     """
 
     config_class = F2CConfig
     args: F2CConfig
     means = ("consensus", "loss_cce", "loss_agreement", "loss_alignment")
+    refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS}
+    refused_options: Mapping[str, str] = {
+        "label_smoothing_factor": "F2C has no labels to smooth: leave it 0",
+        "batch_eval_metrics": "consistency is reported of all items at once: set it to False",
+        "use_liger_kernel": "Liger takes the place of the forward that is patched: set it to False",
+    }
+    averages_items = True
     _signature_columns: Any
 
     def __init__(self, model: Any, args: F2CConfig | None = None, **kwargs: Any):
-        args = self.configured(args)
-        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS})
-        refuse_options(
-            args,
-            {
-                "label_smoothing_factor": "F2C has no labels to smooth: leave it 0",
-                "batch_eval_metrics": "consistency is reported of all items at once: set it to False",
-                "use_liger_kernel": "Liger takes the place of the forward that is patched: set it to False",
-            },
-        )
+        args = self.configured(args, kwargs)
         refuse_encoder_decoder(model)
         refuse_compilation(model, args, "F2C reads the hidden states before them")
         patch(model)
         if kwargs.get("data_collator") is None:
-            kwargs["data_collator"] = Items(getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0)
+            kwargs["data_collator"] = ItemCollator(getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0)
         super().__init__(model=model, args=args, **kwargs)
-        self.loss_is_scaled_for_ga = False  # a mean over items: training_step divides by the accumulation steps
-        self.model_accepts_loss_kwargs = False
         self._choices = 0  # C of the last batch that was evaluated
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -269,7 +171,7 @@ class F2CTrainer(Method, Carded, Trainer):
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
         flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
-        with evaluating(model):
+        with eval_mode(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
             logits = lazy(logits, flat["input_ids"].shape[1], "F2C")
@@ -289,40 +191,42 @@ class F2CTrainer(Method, Carded, Trainer):
         loss = args.cce_weight * cce
         if args.method == "f2c":
             parts = split(scores[item], label, args.threshold, args.top_k)
-            together, aligned, weight = self._consistency(parts, logp, targets, scores[item, :, label])
-            self._note("loss_agreement", together)
+            agreed, aligned, weight = self._consistency(parts, logp, targets, scores[item, :, label])
+            self._note("loss_agreement", agreed)
             self._note("loss_alignment", aligned)
-            loss = loss + args.agreement_weight * together + weight * aligned
+            loss = loss + args.agreement_weight * agreed + weight * aligned
         return loss
 
     def _consistency(self, parts: Split, logp: Tensor, targets: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, float]:
         """J, A and the weight of A."""
         args, valid, zero = self.args, targets != -100, logp.new_zeros(())
-        together, aligned, tokens = zero, zero, zero
-        judged = valid[list(parts.agreeing)].sum().clamp(min=1)
+        agreed, aligned, aligned_tokens = zero, zero, zero
+        agreeing_tokens = valid[list(parts.agreeing)].sum().clamp(min=1)
         for group in self._groups(targets):
-            pick = lambda chosen, group=group: [k for k in chosen if k in group]  # noqa: E731
-            if agreeing := pick(parts.agreeing):
-                share = valid[agreeing].sum() / judged
-                together = together + share * agreement(logp[agreeing], valid[agreeing])
-            if (teachers := pick(parts.teachers)) and (students := pick(parts.students)):
+            agreeing, teachers, students = (
+                [k for k in formats if k in group] for formats in (parts.agreeing, parts.teachers, parts.students)
+            )
+            if agreeing:
+                share = valid[agreeing].sum() / agreeing_tokens
+                agreed = agreed + share * agreement(logp[agreeing], valid[agreeing])
+            if teachers and students:
                 total, count = alignment((logp[teachers], valid[teachers]), (logp[students], valid[students]))
-                aligned, tokens = aligned + total, tokens + count
+                aligned, aligned_tokens = aligned + total, aligned_tokens + count
         if not parts.teachers:
-            return together, zero, 0.0
+            return agreed, zero, 0.0
         gap = scores[list(parts.teachers)].mean() - scores[list(parts.students)].mean()
         span = args.alignment_max - args.alignment_min
         weight = args.alignment_min + span * float(torch.sigmoid(gap / args.weight_temperature))
-        return together, aligned / tokens.clamp(min=1), weight
+        return agreed, aligned / aligned_tokens.clamp(min=1), weight
 
     def _groups(self, targets: Tensor) -> list[list[int]]:
         """Formats that are compared with each other."""
         if not self.args.group_answers:
             return [list(range(len(targets)))]
-        found: dict[tuple[int, ...], list[int]] = {}
-        for k, row in enumerate(targets.tolist()):
-            found.setdefault(tuple(row), []).append(k)
-        return list(found.values())
+        formats: dict[tuple[int, ...], list[int]] = {}  # tokens -> the formats whose answer they are
+        for k, tokens in enumerate(targets.tolist()):
+            formats.setdefault(tuple(tokens), []).append(k)
+        return list(formats.values())
 
     def _rows(
         self, model: nn.Module, inputs: dict[str, Any], picks: list[tuple[int, int]], formats: slice = slice(None)
@@ -334,13 +238,13 @@ class F2CTrainer(Method, Carded, Trainer):
         ids, mask, answers = (x.flatten(0, 1) for x in chosen.values())
         with lazily(model):
             logits = lazy(model(input_ids=ids, attention_mask=mask).logits, ids.shape[1], "F2C")
-        here = answers[:, 1:] != -100  # the positions that predict an answer's token
-        length = int(here.sum(-1).max())
-        first = here.int().argmax(-1)
-        place = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
-        inside = torch.arange(length, device=ids.device) < here.sum(-1, keepdim=True)
-        targets = torch.where(inside, answers[:, 1:].gather(1, place), -100)
-        rows: Any = logits[torch.arange(len(ids), device=ids.device)[:, None], place]  # lazy: only these meet the head
+        predicts = answers[:, 1:] != -100  # the positions that predict an answer's token
+        length = int(predicts.sum(-1).max())
+        first = predicts.int().argmax(-1)
+        position = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
+        inside = torch.arange(length, device=ids.device) < predicts.sum(-1, keepdim=True)
+        targets = torch.where(inside, answers[:, 1:].gather(1, position), -100)
+        rows: Any = logits[torch.arange(len(ids), device=ids.device)[:, None], position]  # only these meet the head
         head: Head = rows.head
         logp = head.logits(rows.hidden).log_softmax(-1)
         return logp.unflatten(0, shape), targets.unflatten(0, shape)
@@ -354,35 +258,26 @@ class F2CTrainer(Method, Carded, Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         gold, self._choices = inputs.get("gold"), inputs["answers"].shape[2]
-        wrong = self._wrong(gold)
-        if wrong:
-            raise ValueError(
-                f"gold has {wrong[0]!r}: evaluation needs the number of the right answer, 0 to {self._choices - 1}, or"
-                " -1 where it is not known; map the labels, or build the rows with label=None"
-            )
+        check_gold(gold, self._choices)
         with self._step(training=False), torch.no_grad(), self.compute_loss_context_manager():
-            loss, found = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if self.args.prediction_loss_only or (prediction_loss_only and gold is None):
             return loss, None, None
-        return loss, found["predictions"], gold
-
-    def _wrong(self, gold: Tensor | list[Any] | None) -> list[Any]:
-        values: Iterable[Any] = [] if gold is None else gold.tolist() if isinstance(gold, Tensor) else gold
-        return [value for value in values if number_of(value) not in range(-1, self._choices)]
+        return loss, outputs["predictions"], gold
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`, and the consistency of the answers where true labels are known."""
-        found = super().evaluation_loop(*args, **kwargs)
-        if found.label_ids is None or found.predictions is None:
-            return found
-        predictions, gold = joined(found.predictions), joined(found.label_ids)
+        output = super().evaluation_loop(*args, **kwargs)
+        if output.label_ids is None or output.predictions is None:
+            return output
+        predictions, gold = _concatenated(output.predictions), _concatenated(output.label_ids)
         if (known := gold >= 0).any():
             prefix = kwargs.get("metric_key_prefix", "eval")
             report = consistency(predictions[known], gold[known], self._choices).as_dict()
-            found.metrics.update({f"{prefix}_{name}": value for name, value in report.items()})
-        return found
+            output.metrics.update({f"{prefix}_{name}": value for name, value in report.items()})
+        return output
 
 
-def joined(parts: Any) -> np.ndarray:
+def _concatenated(parts: Any) -> np.ndarray:
     """What evaluation gathers as one array, which `eval_do_concat_batches=False` leaves in parts."""
     return np.concatenate(parts) if isinstance(parts, list) else np.asarray(parts)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
-from ..models.contexts import evaluating
+from ..models.contexts import eval_mode
 from ..ops import Payload, vocab_stats
 from ..patching import lazily, patch_state
 from .base import OWN_LOSS, lazy, refuse_arguments, refuse_compilation, refuse_encoder_decoder, refuse_options, targets
@@ -191,7 +191,7 @@ class NoiseFiTTrainer(XentTrainer):
         args, layers = self.args, layers_of(self.model)
         given = self._given_layers(len(layers))
         rest, _ = _without_labels(inputs)
-        with evaluating(model), lazily(model):
+        with eval_mode(model), lazily(model):
             found = strengths(layers, lambda: model(**rest), args.noise_std or 1.0, inputs.get("attention_mask"))
         ordered = sorted(range(len(layers)), key=lambda i: found[i].ratio, reverse=args.noise_layers == "largest")
         chosen = sorted(ordered[: args.num_noise_layers]) if given is None else given

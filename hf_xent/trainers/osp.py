@@ -49,8 +49,8 @@ from trl.trainer.utils import use_adapter
 
 from ..generation import sampling as generation
 from ..generation.judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
-from ..models.contexts import evaluating
-from ..models.packaged import publish
+from ..models.contexts import eval_mode
+from ..system.files import write_atomically
 from .base import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 
@@ -195,7 +195,7 @@ class OSPTrainer(SPCETrainer):
                 if self.accelerator.is_main_process:
                     made = self._make_pairs(number)
                     shutil.rmtree(self._folder(number), ignore_errors=True)  # of an earlier run
-                    publish(self._folder(number), made.save_to_disk)
+                    write_atomically(self._folder(number), made.save_to_disk)
         self.train_dataset.number, self.train_dataset.rows = number, self.pairs(number)
 
     def _make_pairs(self, number: int) -> Dataset:
@@ -222,7 +222,7 @@ class OSPTrainer(SPCETrainer):
     def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
         """Answers, in batches that are each seeded by the run's seed, the round and their place."""
         args, size, found = self.args, self.args.generation_batch_size, []
-        with torch.no_grad(), evaluating(self.model):
+        with torch.no_grad(), eval_mode(self.model):
             starts = range(0, len(prompts), size)
             for start in tqdm(starts, f"Sampling, round {number}", leave=False, disable=args.disable_tqdm or None):
                 [seed] = np.random.SeedSequence((args.seed, number, start)).generate_state(1).tolist()

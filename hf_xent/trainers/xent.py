@@ -9,7 +9,7 @@ Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,12 +22,18 @@ from ..hub import Carded, Tokenless
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..patching import lazily, patch, patch_state
-from .base import NO_MODEL_INIT, Method, Options, refuse_arguments, refuse_compilation, refuse_unlabeled
+from .base import Method, Options
+from .batches import refuse_unlabeled
+from .refusals import NO_MODEL_INIT, refuse_compilation
 
 
 @dataclass
 class XentConfig(Options, Tokenless, TrainingArguments):
-    """`transformers.TrainingArguments` and the loss."""
+    """`transformers.TrainingArguments` and the loss.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type.
+    """
 
     ranges: ClassVar[dict[str, str]] = {"memory_budget": "[1, inf)", "tail": "[0, 1)"}
 
@@ -50,25 +56,33 @@ class XentConfig(Options, Tokenless, TrainingArguments):
     )
 
 
-class XentTrainer(
-    Method, Carded, Trainer
-):  # subclasses name their configuration and override `_objective`, or one more
+class XentTrainer(Method, Carded, Trainer):
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
-    `loss` (a name or a `hf_xent.losses.Loss`) goes before `args.loss`. A loss that takes something from the pretrained
-    head (EMO's frozen cost) takes it from `model` as it is given here, so give the pretrained model also when resuming.
     The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Logged beside it:
     `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
-    last log; the same of every evaluation, under its prefix. `label_smoothing_factor` is streamed too, for
-    cross-entropy. A `compute_loss_func` gets lazy logits: what it asks of them (`F.cross_entropy`) is streamed, and
-    logged if it is a cross-entropy.
+    last log; the same of every evaluation, under its prefix.
 
-    Raises: ValueError for an unknown loss, a configuration of another trainer, options without effect, or a model that
-    cannot be patched.
+    A loss that takes something from the pretrained head (EMO's frozen cost) takes it from `model` as it is given here,
+    so give the pretrained model also when resuming. `label_smoothing_factor` is streamed too, for cross-entropy.
+    Trainers of one method derive from this one: they name their configuration and override `_objective` or
+    `compute_loss`.
+
+    Args:
+        model: A causal LM (`AutoModelForCausalLM`, or an adapter of peft's around one). It is patched.
+        args: The configuration; `XentConfig(output_dir="out")` if it is left out.
+        loss: Registry name or `hf_xent.losses.Loss`, which goes before `args.loss`.
+        **kwargs: As for `transformers.Trainer`. A `compute_loss_func` gets lazy logits: what it asks of them
+            (`F.cross_entropy`) is streamed, and logged if it is a cross-entropy.
+
+    Raises:
+        ValueError: An unknown loss, the configuration of another trainer, options without effect, a data set that is
+            none, or a model that cannot be patched; in training, a batch without labels.
     """
 
     config_class: type[XentConfig] = XentConfig
     means: tuple[str, ...] = ("nll", "mean_token_accuracy", "entropy")
+    refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT}
     _warned = False
     _passes = 0  # forward passes of training since one that is known to have had a label
     _labelled: torch.Tensor | None = None  # the number of labels in the last step, if its loss was streamed
@@ -81,9 +95,8 @@ class XentTrainer(
         loss: str | Loss | None = None,
         **kwargs: Any,
     ):
-        args = self.configured(args)
+        args = self.configured(args, kwargs)
         self.objective = self._objective(args, loss)
-        refuse_arguments(kwargs, {"model_init": NO_MODEL_INIT})
         if kwargs.get("compute_loss_func") is not None and (loss is not None or self.objective != CrossEntropy()):
             raise ValueError(
                 f"compute_loss_func is given and loss is {self.objective!r}: one of them would have no effect, pass one"
@@ -150,12 +163,12 @@ class XentTrainer(
 
     def _means(self, training: bool) -> dict[str, float]:
         """Means over tokens, perplexity first; a warning if there are none."""
-        counted = bool(self._sums[training])
-        found = super()._means(training)
-        nll = found.pop("nll", None)
+        counted = "nll" in self._sums[training]
+        means = super()._means(training)
+        nll = means.pop("nll", None)
         if nll is not None:
             self._passes = 0 if training else self._passes
-            return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **found}
+            return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **means}
         if not counted and training and self.compute_loss_func is None:
             self._warn(
                 f"no loss was computed without logits, and no perplexity is logged: {patch_state(self.model).why_dense}"
@@ -165,10 +178,10 @@ class XentTrainer(
                 f"no token has a label {'since the last log' if training else 'in this evaluation'} (every label is"
                 " -100), so there is no perplexity and nothing to learn: check what the data collator masks"
             )
-        return found
+        return means
 
     def _warn(self, text: str) -> None:
-        """Once a trainer."""
+        """Warn, once a trainer."""
         if not self._warned:
             self._warned = True
             warnings.warn(text, stacklevel=2)

@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..algebra import Head, wide
+from ..head import Head
+from ..statistics import wide
 
-GIVEN = frozenset({"lse", "target", "entropy", "top"})
+OUTPUTS = frozenset({"lse", "target", "entropy", "top"})  # what a pass over stored rows computes
 
 
 def softmax_(
     z: Tensor, labels: Tensor, head: Head, *, spend: bool = True, lse: Tensor | None = None, share: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """GIVEN statistics of rows of raw products; with `spend` their softmax takes their place.
+    """The OUTPUTS of rows of raw products; with `spend` their softmax takes their place.
 
     A given `lse` [n] is used instead of the rows' own (some columns of a larger vocabulary): then there are no
     statistics, and `share` [n], if given, gains the rows' sums.

@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import TENSORS, Coefficients, Problem, State, Survey, coefficients, finish, merge, wide
+from ..algebra import Coefficients, State, coefficients, finish, merge
+from ..problem import TENSORS, Problem
+from ..statistics import wide
+from ..tail import Survey
 
 try:
     import triton
@@ -67,8 +70,8 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     if count:
         operands = {**_operands(problem, problem.payload, blocks), "TARGET": target, "share": share}
         operands |= {f.name.upper(): getattr(states, f.name) for f in fields(State)}
-        if problem.head.shard is not None:  # `meet` drops the targets of labels that other ranks have
-            operands["Y"] = problem.places.clamp(0, size - 1)
+        if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
+            operands["Y"] = problem.label_columns.clamp(0, size - 1)
         row_blocks = triton.cdiv(count, blocks.rows)
         _launch(kernels._target_fwd, (row_blocks,), operands, blocks)
         _launch(kernels._stats_fwd, (row_blocks, splits), operands, blocks)
@@ -175,7 +178,7 @@ def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Bloc
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second, second_head = payload or (None, None)
     return {
-        "Y": problem.places.contiguous(),
+        "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
         "V": problem.head.size,
         "ACC": accumulator,

@@ -1,0 +1,20 @@
+"""Binoculars: how surprising a text is, against how surprising one model's predictions are to another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...ops import Stats
+from .base import mean, score
+from .likelihood import loss
+
+
+@score(higher_is="negative")
+def binoculars(stats: Stats, cross_payload: Stats) -> Tensor:
+    """Loss over the cross-entropy from the reference model, the observer.
+
+        loss / mean_i -sum_v p_reference(v) log p(v)
+
+    Source: Hans et al. 2024, arXiv:2401.12070.
+    """
+    return loss(stats) / mean(stats.lse - cross_payload.payload, stats.mask)

@@ -1,0 +1,64 @@
+"""Models and their tokenizers by name: a packaged model, the folder of a checkpoint, or a Hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .packaged import DEFAULT, PACKAGED, checkpoint
+
+
+def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
+    """A causal LM and its tokenizer.
+
+    Args:
+        model: A packaged model's name (`packaged.PACKAGED`), a checkpoint's folder, or a Hub id.
+        dtype: As transformers takes it; 'auto' is the dtype the weights were saved in.
+
+    Returns:
+        The model, in evaluation mode as transformers loads it, and the tokenizer beside it.
+
+    Raises:
+        ImportError: A packaged model's package is absent; the message has the command that installs it.
+        ValueError: There is no such model, its weights are broken, or no tokenizer is beside it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
+
+    with explained(model) as source:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for GPT-2
+            raise ValueError("it has no tokens")
+        return loaded, tokenizer
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
+
+
+def resolve(model: str) -> str:
+    """What `from_pretrained` takes: a packaged model's folder for its name, any other path or Hub id unchanged."""
+    return str(checkpoint(model)) if model in PACKAGED else model
+
+
+@contextmanager
+def explained(model: str) -> Iterator[str]:
+    """What `resolve` gives; in here what is said of a model that is nowhere, or of broken weights, is a ValueError."""
+    from safetensors import SafetensorError
+
+    source = resolve(model)
+    place = Path(source)
+    if not model.strip() or place.is_file():
+        what = "a file" if model.strip() else "nothing"
+        raise ValueError(f"model is {model!r}, which is {what}: give the folder of a checkpoint, or a Hub id")
+    try:
+        yield source
+    except SafetensorError as error:
+        raise ValueError(f"model is {model!r}, whose weights are no whole file ({error}): get them again") from error
+    except OSError as error:
+        if place.exists():
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error

@@ -1,0 +1,59 @@
+"""Matrix products in the forms that BLAS runs fastest, written to buffers that exist.
+
+What is faster on a CPU (narrow products in batches, the transpose) was found by timing; the results are the same.
+Shapes: n tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .head import Head
+
+PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
+FEW = 256  # rows
+
+
+def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
+    """The raw products of a chunk, before scale and softcap, written to `out` [n, V]."""
+    if head.adapter is not None:
+        width = head.weight.shape[1]
+        project(hidden[:, :width], replace(head, adapter=None), out)
+        return out.addmm_(hidden[:, width:], head.adapter.T)
+    panels = head.size // PANEL
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and panels >= 2 * GROUP and len(hidden) > 1:
+        _project_by_panels(hidden, head.weight, out)
+        return out if head.bias is None else out.add_(head.bias)
+    if head.bias is None:
+        return torch.mm(hidden, head.weight.T, out=out)
+    return torch.addmm(head.bias, hidden, head.weight.T, out=out)
+
+
+def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The same by batches of narrow products: for few rows and a wide head, a CPU's BLAS runs these faster."""
+    rows, step = len(hidden), GROUP * PANEL
+    scratch = hidden.new_empty(GROUP, rows, PANEL)
+    repeated = hidden.expand(GROUP, *hidden.shape)
+    whole = weight.shape[0] // step * step
+    for i in range(0, whole, step):
+        torch.bmm(repeated, weight[i : i + step].unflatten(0, (GROUP, PANEL)).transpose(1, 2), out=scratch)
+        out[:, i : i + step].unflatten(1, (GROUP, PANEL)).copy_(scratch.transpose(0, 1))
+    if whole < weight.shape[0]:
+        torch.mm(hidden, weight[whole:].T, out=out[:, whole:])
+
+
+def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
+    """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype."""
+    if total.dtype != x.dtype:
+        product = torch.mm(x, y)
+        total.copy_(product) if first else total.add_(product)
+    elif first and x.dtype == torch.float32 and len(x) <= FEW and x.device.type == "cpu":
+        # of few rows over a long inner dimension a CPU's BLAS computes the transpose faster, by a tenth
+        total.copy_(torch.mm(y.T, x.T).T)
+    elif first:
+        torch.mm(x, y, out=total)
+    else:
+        total.addmm_(x, y)

@@ -1,0 +1,86 @@
+"""What a backend is handed: `Problem`, and the chunks of rows or columns in which it visits the logits.
+
+A backend is a module with `forward(problem)`, which computes statistics, and `backward(problem, values, grads)`, which
+computes gradients. Some have `eager(problem, upstream, uses)`, both in one visit of the logits, and
+`survey(problem, upstream, groups)`, for the sparse tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .head import Head, Payload
+
+ALIGNMENT = 16  # rows or columns: the multiples that matmul kernels work in
+TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
+Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
+"""(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once a chunk, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a backend is handed: valid tokens only, checked, compacted, on one device and in one dtype."""
+
+    hidden: Tensor  # [N, D]
+    head: Head
+    labels: Tensor  # [N], of the whole vocabulary
+    outputs: frozenset[str]  # statistics to compute, closed under what their gradients need
+    payload: Payload | None = None  # ([N, D2], head of the same V)
+    memory_budget: int = 24 << 20  # bytes of logits alive at a time
+    tail: float = 0.0  # relative error allowed to the logits' gradient by compressing its tail; 0 is exact
+    needs: frozenset[str] = frozenset()  # which of TENSORS want a gradient
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor a gradient can flow to, in the order of TENSORS."""
+        first = (self.hidden, self.head.weight, self.head.bias, self.head.adapter)
+        if self.payload is None:
+            return (*first, None, None, None)
+        return (*first, self.payload[0], self.payload[1].weight, self.payload[1].bias)
+
+    def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
+        """The same problem over other tensors, in the order of TENSORS."""
+        hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors
+        head = replace(self.head, weight=weight, bias=bias, adapter=adapter)
+        payload = self.payload
+        if payload is not None:
+            payload = (payload_hidden, replace(payload[1], weight=payload_weight, bias=payload_bias))
+        return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
+
+    def without_tensors(self) -> Problem:
+        """All but the tensors, for `with_tensors` to complete: no tensor outlives the graph through what keeps this."""
+        return self.with_tensors((None,) * len(TENSORS), None)
+
+    @property
+    def label_columns(self) -> Tensor:
+        """Labels as columns of the head [N]; outside [0, V) where another rank has them."""
+        return self.labels if self.head.shard is None else self.labels - self.head.shard.start
+
+    def rows(self) -> list[slice]:
+        """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""
+        shard = self.head.shard
+        return pieces(len(self.labels), self._fitting(self.head.size if shard is None else shard.width))
+
+    def columns(self) -> list[slice]:
+        """Column panels whose logits (and payload) for all tokens fit the memory budget."""
+        return pieces(self.head.size, self._fitting(len(self.labels)))
+
+    def _fitting(self, length: int) -> int:
+        """How many rows or columns of `length` logits fit the memory budget."""
+        bytes_each = length * self.hidden.element_size() * (1 if self.payload is None else 2)
+        return max(1, self.memory_budget // max(1, bytes_each))
+
+
+def pieces(count: int, most: int) -> list[slice]:
+    """The range 0..count in as few slices of at most `most` as can be.
+
+    They are about equal, as a short one would run slowly, and multiples of ALIGNMENT where that fits.
+    """
+    step = -(-count // max(1, -(-count // most))) or 1
+    aligned = -(-step // ALIGNMENT) * ALIGNMENT
+    step = aligned if aligned <= most else step
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

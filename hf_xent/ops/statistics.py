@@ -1,0 +1,87 @@
+"""The statistics of a softmax by name, and `Stats`, what a call returns: one float a token and statistic.
+
+    z[t,j]  logits      p = softmax(z)      lse = log sum_j e^z      logp = z - lse
+
+Statistics, states and accumulators are float32 (float64 for float64 inputs); hidden states and weights keep their
+dtype. Shapes: N tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DIFFERENTIABLE = ("lse", "target", "mean", "entropy", "variance", "payload")
+FORWARD_ONLY = ("top", "rank", "log_sum_sq")
+STATISTICS = DIFFERENTIABLE + FORWARD_ONLY
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and accumulators for inputs of `dtype`."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Stats:
+    """What is left of every token's softmax: one float a token and statistic.
+
+    `lse` log sum exp z; `target` z_y; `mean` mean of z over the vocabulary; `entropy` (nats); `variance` of logp
+    under p (nats^2); `payload` expectation of the second head's logits under p; and, without gradient, `top` (the
+    arg max), `rank` (how many logits exceed the label's) and `log_sum_sq` (log sum p^2). Ignored positions hold 0;
+    `mask` is False there. Only what was asked for is there: any other name raises AttributeError and says how to ask.
+    """
+
+    lse: Tensor
+    target: Tensor
+    mean: Tensor
+    entropy: Tensor
+    variance: Tensor
+    payload: Tensor
+    top: Tensor
+    rank: Tensor
+    log_sum_sq: Tensor
+
+    def __init__(self, values: Mapping[str, Tensor], labels: Tensor, mask: Tensor):
+        self.values = dict(values)
+        self.labels = labels
+        self.mask = mask
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in self.__dict__.get("values", {}):
+            return self.values[name]
+        if name in STATISTICS:
+            raise AttributeError(f"{name} was not computed: ask for it with outputs=({name!r}, ...)")
+        raise AttributeError(f"Stats has no {name!r}; statistics are {', '.join(STATISTICS)}")
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-probability of the label, nats."""
+        return self.target - self.lse
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-probability of the label, nats."""
+        return self.lse - self.target
+
+    @property
+    def is_top1(self) -> Tensor:
+        """Whether the label is the arg max; False at ignored positions."""
+        return (self.top == self.labels) & self.mask
+
+    def reshape(self, *shape: int) -> Stats:
+        """The same statistics in another shape, for instance [B, T]."""
+        values = {name: value.reshape(*shape) for name, value in self.values.items()}
+        return Stats(values, self.labels.reshape(*shape), self.mask.reshape(*shape))
+
+    def to(self, device: torch.device | str) -> Stats:
+        """The same statistics on a device."""
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Stats(values, self.labels.to(device), self.mask.to(device))
+
+    def detach(self) -> Stats:
+        """The same statistics without their graph."""
+        return Stats({name: value.detach() for name, value in self.values.items()}, self.labels, self.mask)
+
+    def __repr__(self) -> str:
+        return f"Stats({', '.join(self.values)}; shape={tuple(self.labels.shape)}, tokens={int(self.mask.sum())})"

@@ -1,0 +1,215 @@
+"""One tile of stored logits in plain torch, in place, in strips that fit the cache: its statistics, then its gradient.
+
+    fold             raw products -> statistics, and p in their place where that is asked for
+    dlogits_         raw products -> their gradient dz
+    add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), of which only one entry a row differs
+    add_columns      p -> sums over tokens, for the sparse tail
+
+Names that end in _ write over their argument. On a GPU with Triton, `gpu.fused` does the same in one pass.
+Shapes: n tokens of the tile, V columns. A strip is worked on in the dtype of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .algebra import Coefficients, State, finish
+from .problem import Problem
+from .statistics import wide
+
+STRIP_BYTES = (
+    4 << 20
+)  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
+GPU_STRIP_BYTES = 64 << 20  # on accelerators a strip only bounds the scratch
+
+
+def fold(
+    problem: Problem, rows: slice, loaded: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
+) -> dict[str, Tensor]:
+    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be spent."""
+    z, pay = loaded
+    labels = problem.label_columns[rows]
+    if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
+        labels = labels.clamp(0, problem.head.size - 1)
+    kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
+    if kernels and problem.outputs <= kernels.OUTPUTS:
+        values = kernels.softmax_(z, labels, problem.head, spend=softmax)
+        return {name: values[name] for name in problem.outputs}
+    parts, scratch = [], z.dtype != wide(z.dtype)
+    for span, strip in strips(z):
+        strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[span]))
+        values, e, l = _fold_strip(problem, strip, labels[span], strip_pay, spend=softmax or scratch or not keep)
+        if softmax:
+            torch.div(e, l[:, None], out=e)
+            if e.data_ptr() != z[span].data_ptr():
+                z[span] = e
+        parts.append(values)
+    return concatenate(parts, problem)
+
+
+def _fold_strip(
+    problem: Problem, raw: Tensor, labels: Tensor, pay: Tensor | None, *, spend: bool
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Statistics of one wide strip, its e^u and their sum; with `spend`, e^u takes the place of `raw`.
+
+    torch.softmax would be a little faster, but sums a long row in order: over 262144 columns its float32 gradients err
+    by 2.5e-5, these by 2e-6.
+    """
+    outputs = problem.outputs
+    z = problem.head.activate(raw)
+    m = z.amax(-1)
+    target = z.gather(-1, labels[:, None])
+    top = z.argmax(-1) if "top" in outputs else None
+    rank = (z > target).sum(-1) if "rank" in outputs else None
+    sz = z.sum(-1) if "mean" in outputs else None
+    u = z.sub_(m[:, None]) if spend or z is not raw else z - m[:, None]
+    s1 = s2 = None
+    if outputs & {"entropy", "variance"}:
+        e = u.exp()
+        u.clamp_(min=-1e4)  # a banned token (z = -inf) adds nothing: 0 * -1e4, not 0 * -inf
+        s1 = torch.linalg.vecdot(e, u)
+        s2 = torch.linalg.vecdot(e, u.square_()) if "variance" in outputs else None
+        e = u.copy_(e) if spend and u.data_ptr() == raw.data_ptr() else e
+    else:
+        e = u.exp_()
+    l = e.sum(-1)
+    sp = None if pay is None else torch.linalg.vecdot(e, pay)
+    sq = torch.linalg.vecdot(e, e) if "log_sum_sq" in outputs else None
+    state = State(m=m, l=l, s1=s1, s2=s2, sp=sp, sq=sq, sz=sz, top=top, rank=rank)
+    values = finish(state, target.squeeze(-1), problem.head.size)
+    return {name: values[name] for name in outputs}, e, l
+
+
+def concatenate(parts: list[dict[str, Tensor]], problem: Problem) -> dict[str, Tensor]:
+    """Statistics of all rows from those of parts of them, also where there is no part."""
+    if parts:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    integers = ("top", "rank")
+    dtype = wide(problem.hidden.dtype)
+    return {k: problem.hidden.new_empty(0, dtype=torch.int64 if k in integers else dtype) for k in problem.outputs}
+
+
+def dlogits_(
+    problem: Problem,
+    loaded: tuple[Tensor, Tensor | None],
+    labels: Tensor,
+    lse: Tensor,
+    coef: Coefficients,
+    share: Tensor | None = None,
+) -> None:
+    """Raw products -> their gradient (over a, for plain coefficients), and the payload's likewise, in place.
+
+    `labels` count from the tile's first column. `share` [n], if given, gains the softmax mass of the columns.
+    """
+    z, pay = loaded
+    plain = coef.plain and problem.head.softcap is None
+    if plain and (kernels := _kernels(z)):
+        kernels.softmax_(z, labels, problem.head, lse=lse, share=share)
+        return add_label_term_(z, labels, coef)
+    if not plain:
+        for span in _spans(z):
+            _dlogits_strip_(problem, z[span], None if pay is None else pay[span], lse[span], labels[span], coef[span])
+        return
+    for span, strip in strips(z):
+        p = problem.head.activate(strip)
+        p = p.sub_(lse[span, None]).exp_()
+        if share is not None:
+            share[span] += p.sum(-1)
+        if p.data_ptr() != z[span].data_ptr():
+            z[span] = p
+    add_label_term_(z, labels, coef)
+
+
+def _dlogits_strip_(
+    problem: Problem, raw: Tensor, raw_pay: Tensor | None, lse: Tensor, labels: Tensor, coef: Coefficients
+) -> None:
+    """dz as `algebra` has it, on one strip."""
+    z = problem.head.activate(_wide(raw))
+    logp = z - lse[:, None]
+    p = logp.exp()
+    logp.clamp_(min=-1e4)
+    g = coef.a[:, None]
+    if coef.b is not None:
+        g = g + coef.b[:, None] * logp
+    if coef.c is not None:
+        g = g + coef.c[:, None] * logp.square()
+    if coef.d is not None and raw_pay is not None and problem.payload is not None:
+        head = problem.payload[1]
+        pay = head.activate(_wide(raw_pay))
+        g = g + coef.d[:, None] * pay
+        raw_pay.copy_(coef.d[:, None] * p * head.slope(pay))
+    dz = p * g
+    if coef.s is not None:
+        dz += coef.s[:, None]
+    columns, term = _label_term(labels, dz.shape[1], coef.o)
+    dz.scatter_add_(-1, columns[:, None], term[:, None])
+    raw.copy_(dz.mul_(problem.head.slope(z)))
+
+
+def add_label_term_(p: Tensor, labels: Tensor, coef: Coefficients) -> None:
+    """p -> dz / a in place: the label's entry gains o / a. Where a is 0, the row becomes dz = o 1_y itself.
+
+    That is what `algebra.row_factor` makes good: its factor is a, but 1 where a is 0.
+    """
+    no_softmax = coef.a == 0
+    if p.device.type != "cpu" or bool(no_softmax.any()):
+        p.mul_(~no_softmax[:, None])  # dz has no softmax part there
+    columns, term = _label_term(labels, p.shape[1], torch.where(no_softmax, coef.o, coef.o / coef.a))
+    rows = torch.arange(len(labels), device=p.device)
+    p[rows, columns] = (p[rows, columns].to(term.dtype) + term).to(p.dtype)
+
+
+def _label_term(labels: Tensor, size: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels as indices into `size` columns, and what to add there: nothing where a label is none of them."""
+    return labels.clamp(0, size - 1), torch.where((labels >= 0) & (labels < size), value, 0.0)
+
+
+def add_columns(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
+    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj."""
+    if kernels := _kernels(p):
+        kernels.column_sums(p, a, energy, mass)
+        return
+    for span, strip in strips(p):
+        mass.addmv_(strip.T, a[span])
+        energy.addmv_(strip.square().T, a[span] ** 2)
+
+
+def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row strips of z, each with its rows in a wide dtype: themselves, or a scratch that the next strip overwrites."""
+    scratch = None
+    for span in _spans(z):
+        strip = z[span]
+        if z.dtype != wide(z.dtype):
+            scratch = torch.empty_like(strip, dtype=wide(z.dtype)) if scratch is None else scratch
+            strip = scratch[: len(strip)].copy_(strip)
+        yield span, strip
+
+
+def _spans(z: Tensor) -> Iterator[slice]:
+    """The rows of each strip."""
+    budget = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
+    step = max(1, budget // (z.shape[1] * 4))
+    return (slice(i, i + step) for i in range(0, z.shape[0], step))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide(x.dtype))
+
+
+def _kernels(z: Tensor) -> ModuleType | None:
+    """One pass over the logits instead of several, on a GPU with Triton."""
+    return _triton() if z.is_cuda else None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    try:
+        from .gpu import fused  # imported here: triton is optional, and slow to import
+    except ImportError:
+        return None
+    return fused

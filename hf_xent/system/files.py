@@ -1,0 +1,43 @@
+"""Files and folders that appear whole: each is written as a draft beside its place and moved there in one step.
+
+Readers and rival writers never see half of one, and a process that is stopped loses nothing that was there before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(folder: Path, write: Callable[[Path], Any]) -> Path:
+    """`folder` as `write(draft)` fills it; returns it. A folder that is there already, or that a rival finished first,
+    is kept.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        draft.chmod(0o755)  # mkdtemp's is private; a cache may be shared
+        write(draft)
+        os.replace(draft, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def replace_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
+    """`file` as `write(draft)` writes it, in place of what was there; returns it. The draft has the same suffix."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    try:
+        write(draft)
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+    return file

@@ -1,0 +1,70 @@
+"""A function in a process of its own, and the pipe to it.
+
+worker = Worker("the run of hf_xent", serve, model, remedy="try fewer pairs")    # serve(pipe, model) in a new process
+worker.send("step"); answer = worker.receive()                                  # raises Ended if the process has died
+worker.close()
+
+The process is spawned, not forked: it inherits no allocator, thread pool or CUDA context. Functions and arguments are
+pickled, so the function has to be one that can be imported. Several workers are waited for by
+`multiprocessing.connection.wait([worker.pipe, ...])`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+
+class Ended(RuntimeError):
+    """A process ended, or was killed, before it had answered; `exitcode` as `multiprocessing` gives it."""
+
+    def __init__(self, message: str, exitcode: int | None):
+        super().__init__(message)
+        self.exitcode = exitcode
+
+
+class Worker:
+    """A started process with the parent's end of its pipe. It ends with the parent at the latest.
+
+    Args:
+        name: What messages call it: 'the stock run'.
+        target: Called as `target(pipe, *args)` in the process; its end of the pipe raises EOFError after `close`.
+        args: Further arguments of the target.
+        remedy: What to try if the process is killed, for the message.
+    """
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any, remedy: str = ""):
+        self.name, self.remedy = name, remedy
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of its pipe
+
+    def send(self, message: Any) -> None:
+        """Hand the process a message. Raises: Ended if it is gone."""
+        try:
+            self.pipe.send(message)
+        except OSError:
+            raise self._ended() from None
+
+    def receive(self) -> Any:
+        """The next message of the process, once there is one. Raises: Ended if it is gone without one."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+
+    def close(self, seconds: float = 10) -> None:
+        """Hang up and let the process end; after these seconds it is killed."""
+        self.pipe.close()
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+    def _ended(self) -> Ended:
+        self.process.join(5)
+        remedy = f": {self.remedy}" if self.remedy else ""
+        return Ended(f"{self.name} ended without a word (killed for memory?){remedy}", self.process.exitcode)

@@ -1,0 +1,39 @@
+"""What a training step reads: the labels of a batch, and the hidden states behind a model's lazy logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..lazy import LazyLogits, next_token_labels
+from ..ops.rows import token_ids
+
+
+def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a batch that has no labels."""
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
+
+
+def targets(inputs: Mapping[str, Any]) -> Tensor:
+    """What every position of a batch has to predict, -100 for nothing. Raises: ValueError if it has no labels."""
+    refuse_unlabeled(inputs)
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    return next_token_labels(labels) if shifted is None else token_ids(shifted)  # type: ignore[arg-type]
+
+
+def lazy(logits: Any, length: int, method: str) -> LazyLogits:
+    """Logits of sequences of a length that are not computed yet: a method reads hidden states off them.
+
+    Those of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for others.
+    """
+    if not isinstance(logits, LazyLogits) or logits.is_dense:
+        raise ValueError(
+            f"the logits are a {type(logits).__name__} with values, but {method} reads hidden states off lazy ones:"
+            " train without torch_compile, without an offloaded or sharded head or an adapter on it, and see hf-xent"
+            " check"
+        )
+    last: Any = logits[:, -length:] if logits.shape[1] > length else logits
+    return last

@@ -1,0 +1,63 @@
+"""F2C's items, asked in several formats each: as a batch, and the true labels that evaluation reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.formats import PromptFormats
+
+COLUMNS = ("prompts", "answers", "gold")
+
+
+@dataclass
+class ItemCollator:
+    """The data collator: `PromptFormats.collate`, and `gold` as evaluation reads it."""
+
+    pad: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch; `gold` [B] if a row has one, as a list if a value is no number.
+
+        Raises: ValueError for rows that are no items, and answers without tokens.
+        """
+        for row in rows:
+            columns = [name for name, value in row.items() if value is not None]
+            if not {"prompts", "answers"} <= {*columns}:
+                raise ValueError(
+                    f"a row has {', '.join(columns) or 'None alone'}: F2C needs prompts and answers, as"
+                    " hf_xent.data.PromptFormats.build makes them"
+                )
+            if not all(answer for answers in row["answers"] for answer in answers):
+                raise ValueError(f"answers is {row['answers']}: every answer needs a token")
+        batch: dict[str, Any] = PromptFormats.collate([{k: row[k] for k in COLUMNS[:2]} for row in rows], self.pad)
+        if any("gold" in row for row in rows):
+            gold = [row.get("gold") for row in rows]
+            numbers = [number_of(value) for value in gold]
+            batch["gold"] = gold if None in numbers else torch.tensor(numbers)
+        return batch
+
+
+def number_of(gold: Any) -> int | None:
+    """The number of an answer, -1 for one that is not known, None for what is no number."""
+    if gold is None or gold != gold:  # pandas writes nan for None
+        return -1
+    try:
+        return int(gold) if int(gold) == float(gold) else None
+    except (TypeError, ValueError):
+        return None
+
+
+def check_gold(gold: Tensor | list[Any] | None, choices: int) -> None:
+    """Raises: ValueError for a `gold` that is not the number of one of so many answers."""
+    values: Iterable[Any] = [] if gold is None else gold.tolist() if isinstance(gold, Tensor) else gold
+    wrong = [value for value in values if number_of(value) not in range(-1, choices)]
+    if wrong:
+        raise ValueError(
+            f"gold has {wrong[0]!r}: evaluation needs the number of the right answer, 0 to {choices - 1}, or"
+            " -1 where it is not known; map the labels, or build the rows with label=None"
+        )

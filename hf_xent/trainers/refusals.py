@@ -1,0 +1,47 @@
+"""What a trainer cannot honor is refused by name when the trainer is made, not after hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..patching.heads import inner_of
+
+NO_MODEL_INIT = "the model is patched once, as it is given: pass model"
+OWN_LOSS = "the trainer computes its own loss: use XentTrainer, or the method's own options"
+
+
+def refuse_options(args: Any, reasons: Mapping[str, str]) -> None:
+    """Raises: ValueError for the first field of a configuration that has a reason and is not at its default."""
+    for name, reason in reasons.items():
+        value = getattr(args, name)
+        if value != getattr(type(args), name):  # a dataclass keeps defaults as attributes of the class
+            raise ValueError(f"{name} is {value!r}, but {reason}")
+
+
+def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raises: ValueError for the first keyword that has a reason and a value."""
+    for name, reason in reasons.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} is given, but {reason}")
+
+
+def refuse_compilation(model: nn.Module | None, args: Any, reason: str) -> None:
+    """Raises: ValueError if the model is, or is to be, compiled; the reason says what needs its hidden states."""
+    if args.torch_compile or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"torch_compile is {args.torch_compile}{'' if args.torch_compile else ' but the model is compiled'}:"
+            f" compiled models compute their logits the ordinary way, and {reason}: train without torch_compile"
+        )
+
+
+def refuse_encoder_decoder(model: Any) -> None:
+    """Raises: ValueError for a model whose labels are another sequence than its inputs; and for what is none."""
+    inner: Any = inner_of(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model is a {type(inner).__name__}, an encoder and a decoder, but this trainer reads inputs and labels as"
+            " one sequence: use XentTrainer"
+        )
