@@ -11,7 +11,7 @@ from typer import Option
 
 from benchmarks import compression, dpo, tails
 from hf_xent.bench import inputs
-from hf_xent.bench.measure import BenchConfig
+from hf_xent.bench.config import BenchConfig
 from hf_xent.models.packaged import PACKAGED
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_xent.bench.config import BenchConfig
 from hf_xent.bench.inputs import activations
-from hf_xent.bench.measure import BenchConfig
 from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.losses import CrossEntropy
 from hf_xent.ops import Head, chunked

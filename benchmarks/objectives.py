@@ -16,8 +16,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from hf_xent.bench.config import BenchConfig
 from hf_xent.bench.inputs import activations
-from hf_xent.bench.measure import BenchConfig
 from hf_xent.bench.memory import PeakMemory
 from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.data import load_text, pack

@@ -10,6 +10,8 @@ from mkdocs.structure.files import File, Files
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
+FILES = "https://github.com/hf-xent/hf_xent/blob/main/"
+PICTURES = "https://raw.githubusercontent.com/hf-xent/hf_xent/main/"
 API = (
     "hf_xent", "hf_xent.ops", "hf_xent.losses", "hf_xent.trainers", "hf_xent.data", "hf_xent.detection",
     "hf_xent.ln_free", "hf_xent.generation.judging", "hf_xent.generation.sampling", "hf_xent.generation.mirostat",
@@ -47,11 +49,10 @@ def exists(name: str) -> bool:
 
 
 def start() -> str:
-    """The README, with its links where the site has the pages; others become text."""
+    """The README: what it links to on GitHub is on the site where the site has it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"\]\(benchmarks/results/", "](results/", text)
-    text = re.sub(r"\]\(docs/", "](", text)
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!results/|methods/|https?:|#|\w+\.md)[^)]*\)", r"\1", text)
+    text = re.sub(rf"\]\((?:{FILES}|{PICTURES})benchmarks/results/", "](results/", text)
+    return re.sub(rf"\]\({FILES}docs/", "](", text)
 
 
 def commands() -> str:
@@ -75,8 +76,13 @@ def commands() -> str:
 
 
 def api(name: str) -> str:
-    """A module's docstring and its public names."""
-    return f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    """A module's docstring and its public names; those of trainers are in their registry alone."""
+    page = f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
+    if name == "hf_xent.trainers":
+        from hf_xent.trainers import METHODS
+
+        page += "".join(f"\n::: {name}.{file}.{public}\n" for file, names in METHODS.items() for public in names)
+    return page
 
 
 def expanded(nav: list[Any], files: Files) -> list[Any]:

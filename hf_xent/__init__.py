@@ -16,34 +16,20 @@ from .system import renamed
 
 if TYPE_CHECKING:  # at run time a name is loaded when it is first asked for: torch takes a second, trainers take more
     from . import detection, losses
+    from .callbacks.patching import PatchCallback
     from .lazy import LazyLogits, Seam
     from .losses import linear_cross_entropy
     from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
     from .patching import Comparison, compare, patch, seam_of, unpatch
-    from .trainers import (
-        SPO,
-        DXOConfig,
-        DXOTrainer,
-        EMOConfig,
-        EMOTrainer,
-        F2CConfig,
-        F2CTrainer,
-        LNRemovalCallback,
-        LNRemovalConfig,
-        LNRemovalTrainer,
-        NoiseFiTConfig,
-        NoiseFiTTrainer,
-        OSPConfig,
-        OSPTrainer,
-        PatchCallback,
-        SPCEConfig,
-        SPCETrainer,
-        SPOConfig,
-        SPOOptions,
-        SPOTrainer,
-        XentConfig,
-        XentTrainer,
-    )
+    from .trainers.dxo import DXOConfig, DXOTrainer
+    from .trainers.emo import EMOConfig, EMOTrainer
+    from .trainers.f2c import F2CConfig, F2CTrainer
+    from .trainers.ln_removal import LNRemovalCallback, LNRemovalConfig, LNRemovalTrainer
+    from .trainers.noisefit import NoiseFiTConfig, NoiseFiTTrainer
+    from .trainers.osp import OSPConfig, OSPTrainer
+    from .trainers.spce import SPCEConfig, SPCETrainer
+    from .trainers.spo import SPO, SPOConfig, SPOOptions, SPOTrainer
+    from .trainers.xent import XentConfig, XentTrainer
 
 __version__ = "0.2.0.dev0"
 

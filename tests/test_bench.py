@@ -154,7 +154,7 @@ def test_csv_round_trip_and_merge(rows: list[Row], tmp_path: Path) -> None:
 def test_a_page_has_one_table_an_input_and_its_plots(rows: list[Row], tmp_path: Path) -> None:
     wider = [replace(row, V=999) for row in rows]
     [path] = bench.to_csv([*wider, *[replace(row, dtype="bfloat16") for row in rows], *rows], tmp_path)
-    page, plot = bench.publish(path)
+    page, plot = bench.write_page(path)
     assert (page, plot) == (path.with_suffix(".md"), path.with_name(f"{path.stem}-float32-vocabulary.png"))
     text = page.read_text()
     assert text.startswith(f"# {rows[0].device}\n") and f"]({path.name})" in text and f"]({plot.name})" in text
@@ -193,7 +193,7 @@ def test_plots_leave_out_what_has_no_number(tmp_path: Path) -> None:
     rows += [made(N, 100, "liger", peak_mib=0.0) for N in (1, 2)]
     rows += [made(N, 100, "trl", status="wrong", time_ms=None) for N in (1, 2, 3)]
     [path] = bench.to_csv(rows, tmp_path)
-    assert [file.name for file in bench.publish(path)] == ["gpu.md", "gpu-float32-tokens.png"]
+    assert [file.name for file in bench.write_page(path)] == ["gpu.md", "gpu-float32-tokens.png"]
 
 
 def test_the_readme_shows_the_largest_real_inputs_of_each_device() -> None:
@@ -212,26 +212,29 @@ def test_the_readme_shows_the_largest_real_inputs_of_each_device() -> None:
         summary(unfit, "")
 
 
-def test_rewrite_replaces_what_is_between_the_markers(tmp_path: Path) -> None:
+def test_update_readme_replaces_what_is_between_the_markers(tmp_path: Path) -> None:
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     bench.to_csv([made(10, 100)], folder)
     with pytest.raises(ValueError, match=r"README.md does not exist: name a file that has <!-- bench -->"):
-        bench.rewrite(readme, folder)
+        bench.update_readme(readme, folder)
     readme.write_text("above\n<!-- bench -->\nold\n")
     with pytest.raises(ValueError, match="has no table to replace: put <!-- bench --> and <!-- /bench -->"):
-        bench.rewrite(readme, folder)
+        bench.update_readme(readme, folder)
     readme.write_text("above\n<!-- bench -->\nold\n<!-- /bench -->\nbelow\n")
     for _ in range(2):
-        bench.rewrite(readme, folder)
+        bench.update_readme(readme, folder)
         text = readme.read_text()
         assert text.startswith("above\n<!-- bench -->\nMean") and text.endswith(".\n<!-- /bench -->\nbelow\n")
         assert "[GPU](results/gpu.md)" in text and "old" not in text and text.count("| dense |") == 1
+    readme.write_text(text.replace("](results/", "](https://example.org/blob/main/results/"))
+    bench.rewrite(readme, folder)
+    assert "[GPU](https://example.org/blob/main/results/gpu.md)" in readme.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
 def test_committed_pages_are_generated(path: Path, tmp_path: Path) -> None:
     """If this fails: `make report`."""
-    files = bench.publish(Path(shutil.copy(path, tmp_path)))
+    files = bench.write_page(Path(shutil.copy(path, tmp_path)))
     assert files[0].read_text() == path.with_suffix(".md").read_text()
     assert all((RESULTS / file.name).is_file() for file in files)
 

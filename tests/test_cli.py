@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from torch.nn.modules.module import register_module_forward_pre_hook
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_xent import cli
-from hf_xent.experiments.arms import PATCHED, STOCK, Run, fit
+from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
 from support.models import tiny, tiny_tokenizer
@@ -210,12 +213,54 @@ def test_report_puts_its_table_in_the_readme(tmp_path):
         invoke("report", results, "--readme", tmp_path / "nowhere.md")
 
 
-@pytest.mark.parametrize(
-    "command", ["", "train", "check", "losses", "generate", "detect", "publish", "bench", "report", "data", "ln-free"]
-)
-def test_help_explains_every_option(command):
-    result = invoke(*command.split(), "--help")
-    assert result.exit_code == 0 and "Usage" in result.stdout
+def every_command(command=None, path=()):
+    """Paths of all commands and groups: (), ('train',), ('ln-free', 'convert') ..."""
+    command = command or get_command(cli.app)
+    yield path
+    for name, part in getattr(command, "commands", {}).items():
+        yield from every_command(part, (*path, name))
+
+
+def test_help_explains_every_option_and_has_an_example():
+    paths = list(every_command())
+    assert {("train",), ("ln-free", "report"), ("data", "push")} < set(paths)
+    for path in paths:
+        result = invoke(*path, "--help")
+        assert result.exit_code == 0 and "Usage" in result.stdout
+        command = get_command(cli.app)
+        for name in path:
+            command = command.commands[name]
+        if hasattr(command, "commands"):
+            continue
+        assert f"Example: hf-xent {' '.join(path)}" in " ".join(command.help.split()), path
+        assert all(parameter.help for parameter in command.params if parameter.name != "help"), path
+
+
+def test_help_names_what_the_registries_hold():
+    from hf_xent.losses import LOSSES
+
+    shown = " ".join(invoke("train", "--help").stdout.replace("│", " ").split())
+    assert all(name in shown for name in LOSSES)
+
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "sklearn", "scipy", "matplotlib", "huggingface_hub", "trl")
+LISTING = """
+import sys
+from typer.testing import CliRunner
+from hf_xent import cli
+for arguments in {calls!r}:
+    result = CliRunner().invoke(cli.app, arguments)
+    loaded = [name for name in {heavy!r} if name in sys.modules]
+    assert result.exit_code == 0 and result.output and not loaded, (arguments, loaded, result.output)
+"""
+
+
+def test_help_and_listings_load_no_heavy_library():
+    """All in one process: a command that loads one is the first to be named."""
+    calls = [*([*path, "--help"] for path in every_command()), ["losses"], ["losses", "--json"]]
+    script = LISTING.format(calls=calls, heavy=HEAVY)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(
@@ -273,23 +318,22 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
 
     from hf_xent import bench
     from hf_xent.bench import plots
-    from hf_xent.cli.detect import _draw as draw_roc
-    from hf_xent.experiments import arms
-    from hf_xent.experiments import curves as plot
+    from hf_xent.experiments import curves
+    from hf_xent.experiments.finetuning import Outcome
     from hf_xent.ln_free import report
 
     before = matplotlib.get_backend()
     matplotlib.use("svg")
     mine = pyplot.figure()
     try:
-        outcome = arms.Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
+        outcome = Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
         shape = {"V": 5, "D": 2, "dtype": "float32", "source": "random", "device": "here"}
         rows = [bench.Row("dense", "ok", N=n, time_ms=1.0, peak_mib=1.0, **shape) for n in (2, 4)]
         drawn = [
-            plot.draw([outcome], tmp_path / "curves.png", "title"),
+            curves.draw_training([outcome], tmp_path / "curves.png", "title"),
             *plots.draw(rows, tmp_path / "bench"),
             report.draw_curves({"one": [(1, 2.0), (2, 1.0)]}, [(1, "ln_1.0")], tmp_path / "deep" / "ln.png"),
-            draw_roc(
+            curves.draw_roc(
                 {"loss": np.array([1.0, 2.0])}, np.array([1.0, 0.0]), {"loss": {"auroc": 1.0}}, tmp_path / "roc.png"
             ),
         ]

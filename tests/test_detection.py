@@ -20,13 +20,14 @@ from datasets import Dataset
 
 import hf_xent
 from hf_xent import detection
-from hf_xent.cli.detect import Task, _scored, _truth
 from hf_xent.data.brown import Brown
 from hf_xent.detection import scores as registry
 from hf_xent.detection.counts import CountedText, count, frequencies, smoothed
 from hf_xent.detection.fingerprints import fingerprint_tokenizer
 from hf_xent.detection.scorer import TextScorer
 from hf_xent.detection.scores import base as score_files
+from hf_xent.experiments.labels import binary_labels
+from hf_xent.experiments.scoring import score_in_chunks
 from hf_xent.lazy import next_token_labels
 from hf_xent.metrics import modules
 from hf_xent.metrics import ranking as metrics
@@ -561,8 +562,8 @@ def test_counts_are_cached_by_what_they_depend_on(tmp_path, monkeypatch):
 
 def test_counts_in_the_cache_are_found_before_rows_are_looked_at(tmp_path, monkeypatch):
     (tmp_path / "ca01").write_text("The/at fox/nn jumps/vbz ./.")
-    looked, real = [], Brown.unified
-    monkeypatch.setattr(Brown, "unified", lambda *args: looked.append(1) or real(*args))
+    looked, real = [], Brown.unify
+    monkeypatch.setattr(Brown, "unify", lambda *args: looked.append(1) or real(*args))
     first, again = (frequencies(tiny_tokenizer(), f"brown:{tmp_path}", vocabulary=V, progress=False) for _ in range(2))
     assert torch.equal(first, again) and looked == [1]
     assert torch.equal(first, smoothed(count(["The fox jumps ."], tiny_tokenizer(), V)))
@@ -804,7 +805,7 @@ def test_what_settings_do_not_tell_begins_anew_too(tmp_path):
                 calls.append(len(texts))
                 return scorer(texts)
 
-        np.testing.assert_allclose(_scored(Counted(), texts, "settings", draft)["loss"], expected, rtol=1e-5)
+        np.testing.assert_allclose(score_in_chunks(Counted(), texts, "settings", draft)["loss"], expected, rtol=1e-5)
         assert calls == ([4, 1] if chunks else [4, 4, 4, 1])
 
 
@@ -836,7 +837,7 @@ def test_labels_are_compared_by_what_they_say(values, positive):
     missing = values[1] in (None, " ", "nan")
     labels = [*values, *values, values[0], type(values[0])(0)] if missing else values * 3
     rows = Dataset.from_dict({"text": ["the fox", "a dog"] * 3, "label": labels})
-    found = _truth(rows, "text", "label", positive or "1", Task.generated)
+    found = binary_labels(rows, "text", "label", positive or "1")
     expected = [1, np.nan, 1, np.nan, 1, 0] if missing else [1, 0] * 3
     np.testing.assert_array_equal(found, expected)
 

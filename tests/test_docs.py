@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the tests, a tiny model on disk
-FOLDERS = ("docs", "benchmarks", "examples", "model_cards")
+FOLDERS = ("docs", "benchmarks", "examples", "model_cards", "hf_xent/hub/templates")
 WRITTEN = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
 

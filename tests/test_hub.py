@@ -247,6 +247,15 @@ def test_a_template_with_a_gap_is_an_error(tmp_path):
         hub.validate(tmp_path, "dataset")
 
 
+def test_templates_are_files_of_the_package():
+    """So that every wheel has them; and each is one that some code renders."""
+    package = Path(hub.__file__).parents[1]
+    sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
+    names = {name for source in sources for name in re.findall(r'\brender\(\s*"(\w+)"', source)}
+    assert {path.name for path in (package / "hub" / "templates").iterdir()} == {f"{name}.md" for name in names}
+    assert len(names) == 4
+
+
 # --- pushes
 
 

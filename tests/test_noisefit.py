@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 
+from hf_xent.models.anatomy import layers_of
 from hf_xent.ops import Head
 from hf_xent.patching import patch_state
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
-from hf_xent.trainers.noise import layers_of, noise_scale, strengths
+from hf_xent.trainers.noise import noise_scale, strengths
 from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
 from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
 

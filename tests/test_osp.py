@@ -239,8 +239,8 @@ def test_chats_and_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"judge": "me"}, "judge is 'me': choose one of policy, reference"),
-    ({"pairs": "some"}, "pairs is 'some': choose one of best_worst, adjacent, all"),
+    ({"judge": "me"}, "judge is 'me': choose 'policy' or 'reference'"),
+    ({"pairs": "some"}, "pairs is 'some': choose 'best_worst', 'adjacent' or 'all'"),
     ({"num_generations": 1}, r"num_generations is 1: choose a whole number in \[2, inf\)"),
     ({"strength_eps": 0.5}, "strength_eps is 0.5"),
     ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is True, but pairs are made on the way"),

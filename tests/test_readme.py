@@ -13,6 +13,8 @@ from hf_xent.models import packaged
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = "https://github.com/hf-xent/hf_xent/blob/main/"  # PyPI shows the README too, where relative links lead nowhere
+PICTURES = "https://raw.githubusercontent.com/hf-xent/hf_xent/main/"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 DEMO = re.search(r"^DEMO = (.*)$", MAKEFILE, re.MULTILINE).group(1)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # offline here: the same model out of the package
@@ -95,7 +97,16 @@ def test_table_of_results_is_generated():
 
     shown = re.search(r"<!-- bench -->\n(.*?)<!-- /bench -->", README, re.DOTALL).group(1)
     files = sorted((ROOT / "benchmarks" / "results").glob("*.csv"))
-    assert shown == summary([row for path in files for row in from_csv(path)], "benchmarks/results")
+    assert shown == summary([row for path in files for row in from_csv(path)], f"{FILES}benchmarks/results")
+
+
+def test_links_and_pictures_are_absolute_and_in_the_repository():
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", README)
+    assert len(links) > 20
+    for picture, link in links:
+        start = PICTURES if picture else FILES
+        assert link.startswith(start), link
+        assert (ROOT / link.removeprefix(start).partition("#")[0]).exists(), link
 
 
 @pytest.mark.slow

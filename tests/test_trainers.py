@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import hf_xent
+from hf_xent import trainers
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.patching import patch_state
 from hf_xent.trainers import (
@@ -316,13 +317,15 @@ def test_a_model_is_given_and_not_made_later(tmp_path, rows):
         XentTrainer(torch.compile(tiny(), backend="eager"), arguments(tmp_path), loss="focal", train_dataset=rows)
 
 
-KINDS = ("Xent", "EMO", "NoiseFiT", "LNRemoval", "F2C", "DXO", "SPO", "SPCE", "OSP")
+KINDS = sorted(
+    name.removesuffix("Trainer") for names in trainers.METHODS.values() for name in names if name.endswith("Trainer")
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_configuration_of_another_trainer_is_refused(name, tmp_path, rows):
     """transformers' own, TRL's, a parent's, a child's, and what is none; before anything is done to the model."""
-    kind, model = getattr(hf_xent, f"{name}Trainer"), tiny()
+    kind, model = getattr(trainers, f"{name}Trainer"), tiny()
     preference = name in ("SPO", "SPCE", "OSP")
     others = [TrainingArguments, trl.DPOConfig, LNRemovalConfig if name != "LNRemoval" else EMOConfig]
     others += [hf_xent.SPCEConfig] if name == "OSP" else [hf_xent.OSPConfig] if preference else []
@@ -349,7 +352,7 @@ def test_a_configuration_made_from_the_trainers_own_is_taken(tmp_path, rows):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_label_smoothing_is_honored_or_refused(name, tmp_path, rows):
-    kind, config = getattr(hf_xent, f"{name}Trainer"), getattr(hf_xent, f"{name}Config")
+    kind, config = getattr(trainers, f"{name}Trainer"), getattr(trainers, f"{name}Config")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, label_smoothing_factor=0.1)
@@ -363,7 +366,7 @@ def test_label_smoothing_is_honored_or_refused(name, tmp_path, rows):
 def configured(name, folder, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's, of an old name
-        config = getattr(hf_xent, f"{name}Config")
+        config = getattr(trainers, f"{name}Config")
         return config(output_dir=str(folder), use_cpu=True, **{"bf16": False, **options})
 
 
@@ -371,7 +374,7 @@ def configured(name, folder, **options):
 def test_options_hold_what_they_declare(name, tmp_path):
     """Numbers are neither text nor flags nor nan, whole ones are whole, flags are flags, text is text."""
     kinds = [
-        kind for kind in getattr(hf_xent, f"{name}Config").__mro__ if kind.__module__.startswith("hf_xent.trainers")
+        kind for kind in getattr(trainers, f"{name}Config").__mro__ if kind.__module__.startswith("hf_xent.trainers")
     ]
     declared = {key: x.split(" | ") for kind in kinds for key, x in inspect.get_annotations(kind).items()}
     wrong = {"float": ("0.1", True, float("nan")), "int": ("3", True, 2.5), "bool": (1, "yes"), "str": (5, ["a"])}
@@ -500,7 +503,7 @@ def test_training_without_labels_is_refused(tmp_path, rows, kind):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_no_language_model_is_refused_by_name(name, tmp_path, rows):
-    kind, text = getattr(hf_xent, f"{name}Trainer"), name in ("SPO", "SPCE", "OSP")
+    kind, text = getattr(trainers, f"{name}Trainer"), name in ("SPO", "SPCE", "OSP")
     for model in (None, torch.nn.Linear(2, 2), *(() if text else ("some/model",))):
         said = "model is a Linear" if isinstance(model, torch.nn.Module) else f"model is {model!r}: load it first"
         with pytest.raises(ValueError, match=said):
@@ -514,4 +517,4 @@ def test_encoder_decoders_are_refused_where_inputs_and_labels_are_one_sequence(n
     with pytest.raises(
         ValueError, match=r"model is a T5ForConditionalGeneration, an encoder and a decoder.*XentTrainer"
     ):
-        getattr(hf_xent, f"{name}Trainer")(model, args=configured(name, tmp_path), train_dataset=rows)
+        getattr(trainers, f"{name}Trainer")(model, args=configured(name, tmp_path), train_dataset=rows)

@@ -14,7 +14,6 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,15 +26,9 @@ from ..models.cache import cache_folder
 from ..models.loading import load
 from ..models.packaged import DEFAULT
 from .calibrated import DEFAULT_LAW, generate
-
-if TYPE_CHECKING:
-    from .measure import BenchConfig
+from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, BenchConfig
 
 BLOCK = 512  # tokens a document block: long enough for realistic contexts
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RANDOM = "random"
-CALIBRATED = "calibrated"  # alone, or with ':' and the model it is calibrated to
-EXPORTED = ".safetensors"
 # Floating-point operations of a float64 truth on a CPU: two minutes on two idle cores. A float32 truth is no judge of
 # float32 contestants: it errs as dense torch does, and only dense torch agrees with it.
 AFFORDABLE = 1e13
@@ -178,11 +171,11 @@ def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is no whole file ({error}): make it with `python -m benchmarks export`") from error
+        raise ValueError(f"{path} is no whole file ({error}): make it with `hf-xent bench --export FILE`") from error
     with opened as file:
         source = (file.metadata() or {}).get("source")
         if source is None or set(file.keys()) != {"hidden", "weight", "scale", "labels"}:
-            raise ValueError(f"{path} holds no exported activations: make it with `python -m benchmarks export`")
+            raise ValueError(f"{path} holds no exported activations: make it with `hf-xent bench --export FILE`")
         hidden, weight, scale, labels = (file.get_tensor(name) for name in ("hidden", "weight", "scale", "labels"))
     if len(labels) < tokens:
         raise ValueError(f"{path} has {len(labels)} positions: ask for fewer tokens")

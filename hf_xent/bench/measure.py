@@ -19,63 +19,16 @@ from typing import Any
 import psutil
 import torch
 
+from .config import BenchConfig
 from .contestants import BASE, CONTESTANTS, YARDSTICK, Contestant
-from .inputs import DTYPES, Facts, prepare
-from .rows import ABSENT, FAILED, OK, WRONG, Row, environment, shaped
+from .inputs import Facts, prepare
+from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
 from .worker import Errors, Failed, Remote
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 REFERENCES = (BASE, YARDSTICK)  # in every group: the others' times are held against theirs
 PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
 ATOL = 1e-5
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What to measure."""
-
-    model: str = "smollm2"
-    """Whose activations: 'smollm2' (embedded), a Hub id, a path, a file of `inputs.export`; or for a given shape
-    'calibrated' ('calibrated:smollm2'), whose softmax is as peaked and as thin as a real model's, or 'random'."""
-    data: str = "pydoc"
-    """Text the activations come from: any source of `hf_xent.data.load_text`."""
-    tokens: int = 1024
-    """Positions, N."""
-    vocab: int = 4096
-    """Vocabulary V of 'random' and 'calibrated'."""
-    width: int = 64
-    """Hidden size D of 'random' and 'calibrated'."""
-    dtype: str = "float32"
-    """'float32', 'bfloat16' or 'float16'."""
-    contestants: tuple[str, ...] = ()
-    """Names among CONTESTANTS; empty for all. 'dense' always runs: the others are held against it."""
-    repeats: int = 10
-    """Timed iterations of each."""
-    warmup: int = 2
-    """Untimed iterations before them."""
-    patience: float = 60.0
-    """Seconds after which a contestant with 3 timed iterations is not asked again."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    """'cpu' or 'cuda'."""
-    threads: int = field(default_factory=torch.get_num_threads)
-    """Threads of torch in every contestant's process."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}: choose 'cpu' or 'cuda'")
-        if unknown := [name for name in self.contestants if name not in CONTESTANTS]:
-            raise ValueError(f"no contestant {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
-        for name in ("tokens", "vocab", "width", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
-
-    @property
-    def shape(self) -> str:
-        """Which inputs, in a few words."""
-        chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
-        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"
 
 
 def run(config: BenchConfig, report: Report | None = None) -> list[Row]:

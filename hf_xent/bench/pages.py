@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ relative to torch in the widest affordable dtype.
 """
 
 
-def publish(path: Path) -> list[Path]:
+def write_page(path: Path) -> list[Path]:
     """The page and the plots of a device's CSV file, beside it; returns their paths."""
     rows = _ordered(from_csv(path))
     plots = draw(rows, path.with_suffix(""))
@@ -57,18 +58,21 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, found))}" for title, found in groups.items())
 
 
-def rewrite(readme: Path, folder: Path) -> None:
+def update_readme(readme: Path, folder: Path) -> None:
     """Put the table of the results in `folder` between the two markers of a README.
+
+    Its links are relative; where those of the old table were absolute, which PyPI needs, they stay below that address.
 
     Raises: ValueError without such a file, markers in it, or results of a real model.
     """
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")
     head, opened, rest = readme.read_text(encoding="utf-8").partition(OPEN)
-    _, closed, tail = rest.partition(CLOSE)
+    old, closed, tail = rest.partition(CLOSE)
     if not (opened and closed):
         raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where it shall be")
-    pages = Path(os.path.relpath(folder, readme.parent)).as_posix()
+    absolute = re.search(r"\]\((https?://\S+)/[^/)]+\.md\)", old)
+    pages = absolute[1] if absolute else Path(os.path.relpath(folder, readme.parent)).as_posix()
     rows = [row for path in sorted(folder.glob("*.csv")) for row in from_csv(path)]
     readme.write_text(f"{head}{OPEN}\n{summary(rows, pages)}{CLOSE}{tail}", encoding="utf-8")
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from .inputs import CALIBRATED, RANDOM
+from .config import shaped
 
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
-SHAPED = (CALIBRATED, RANDOM)  # in a model's place: inputs whose shape is chosen
 PACKAGES = ("torch", "transformers", "trl", "triton", "hf_xent")
 
 
@@ -85,11 +84,6 @@ class Row:
     def real(self) -> bool:
         """Whether the inputs are a model's."""
         return not shaped(self.source)
-
-
-def shaped(source: str) -> bool:
-    """Whether a config's model, or a row's source, is one of SHAPED, alone or with more words after it."""
-    return re.split("[: ]", source)[0] in SHAPED
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from .measure import BenchConfig
-from .rows import SHAPED, shaped
+from .config import SHAPED, BenchConfig, shaped
 
 
 def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[BenchConfig]:

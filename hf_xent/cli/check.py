@@ -6,21 +6,27 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from typer import Argument, Option
+from typer import Option
 
-from .app import Json, check_dtype, err, literal, out, prepare, print_json
+from .app import prepare
+from .options import AutoDType, Json, ModelArgument, check_dtype
+from .output import emit, err, literal
 
 
 def check(
-    model: Annotated[str, Argument(help="'smollm2', or any Hub id or path of a causal LM.")] = "smollm2",
-    dtype: Annotated[str, Option(help="Dtype to load the model in; 'auto' for its own.")] = "auto",
-    tokens: Annotated[int, Option(help="Random tokens to compare on.", min=4)] = 24,
+    model: ModelArgument = "smollm2",
+    dtype: AutoDType = "auto",
+    tokens: Annotated[int, Option(help="How many random tokens to compare on.", min=4)] = 24,
     as_json: Json = False,
 ) -> None:
-    """Run a model stock and patched on the same tokens; print its head and how far loss and gradients differ.
+    """Compare the loss and gradients of a model, stock and patched.
 
-    'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' what it allows; the
+    Both see the same tokens; what is printed is the model's head, and how far loss and gradients differ.
+
+    'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' is what that allows; the
     'exact' errors are those of both models with their heads in float64, where there is no noise.
+
+    Example: hf-xent check Qwen/Qwen3-0.6B --dtype bfloat16
     """
     check_dtype(dtype, "auto")
     from ..models import loading
@@ -31,17 +37,14 @@ def check(
     with err.status(f"comparing {model}"):
         loaded, _ = loading.load(model, dtype=dtype)
         check_room(loaded, tokens, "tokens")
-        found = compare(loaded, tokens=tokens)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        table = Table(title=f"{model}", show_header=False)
-        for name, value in found.as_dict().items():
-            table.add_row(name.replace("_", " "), literal(f"{value:.3g}" if isinstance(value, float) else str(value)))
-        out.print(table)
-        different = "[bold red]different[/]: do not patch this model, and report it"
-        out.print(f"[green]equal[/], {literal(found.way)}" if found.equal else different)
-    if not found.equal:
+        comparison = compare(loaded, tokens=tokens)
+    table = Table(title=f"{model}", show_header=False)
+    for name, value in comparison.as_dict().items():
+        table.add_row(name.replace("_", " "), literal(f"{value:.3g}" if isinstance(value, float) else str(value)))
+    different = "[bold red]different[/]: do not patch this model, and report it"
+    verdict = f"[green]equal[/], {literal(comparison.way)}" if comparison.equal else different
+    emit(comparison.as_dict(), table, verdict, as_json=as_json)
+    if not comparison.equal:
         raise typer.Exit(1)
 
 
@@ -49,25 +52,25 @@ def losses(
     markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the registered losses: formula, statistics, source, options."""
+    """List the losses with their formula, source and options.
+
+    Example: hf-xent losses --json
+    """
     if markdown and as_json:
         raise ValueError("markdown and json are given, and one thing can be printed: leave one of them out")
-    from ..losses import table as rows
+    from ..losses import table as described
 
-    found = rows()
-    if as_json:
-        print_json(found)
-        return
+    rows = described()
     if markdown:
         print("| loss | per token | statistics | source |\n|---|---|---|---|")
-        for row in found:
+        for row in rows:
             print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
         return
     table = Table(title="losses (--json has their help texts)", show_lines=True)
     table.add_column("name", no_wrap=True)
     table.add_column("per token, source", overflow="fold")
     table.add_column("options", overflow="fold")
-    for row in found:
+    for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         table.add_row(row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]", literal(options))
-    out.print(table)
+    emit(rows, table, as_json=as_json)

@@ -7,41 +7,47 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .app import Json, err, literal, out, prepare, print_json
+from .app import prepare
+from .options import SEEDS, Json, Model
+from .output import emit, err, literal
 
 
 def generate(
     prompt: Annotated[str, Argument(help="Text to continue; with a chat model, a user's message (see --chat).")],
-    model: Annotated[str, Option(help="'smollm2' (embedded, offline), or any Hub id or path of a causal LM.")] = (
-        "smollm2"
-    ),
+    model: Model = "smollm2",
     target: Annotated[
-        float | None, Option(help="Bits of surprise a token is held at (Mirostat) [default: plain sampling].")
+        float | None,
+        Option(help="Bits of surprise that Mirostat holds the tokens at [default: plain sampling]."),
     ] = None,
     rate: Annotated[float | None, Option(help="Learning rate of Mirostat's bound [default: 1].")] = None,
     version: Annotated[
         int | None, Option(help="Mirostat 1 (Zipf fit) or 2 (bound on the surprise) [default: 2].", min=1, max=2)
     ] = None,
-    temperature: Annotated[float, Option(help="Temperature, before everything else.")] = 1.0,
+    temperature: Annotated[float, Option(help="Temperature of the softmax, applied before everything else.")] = 1.0,
     samples: Annotated[int, Option(help="How many continuations.", min=1)] = 1,
-    max_new_tokens: Annotated[int, Option(help="Tokens of a continuation, at most.", min=1)] = 100,
+    max_new_tokens: Annotated[int, Option(help="How many tokens a continuation has at most.", min=1)] = 100,
     chat: Annotated[bool, Option(help="Use the chat template, if the tokenizer has one.")] = False,
-    seed: Annotated[int, Option(help="Seed of the samples.", min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[int, Option(help="Seed of the samples.", **SEEDS)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt; prints each continuation and its surprise under the whole model, bits a token.
+    """Continue a prompt, by plain sampling or at a target surprise.
+
+    Each continuation is printed with its surprise under the whole model, in bits per token.
 
     Without --target nothing is cut off or penalized, whatever the model's generation configuration says.
+
+    Example: hf-xent generate "The rain had stopped" --target 3.0 --samples 4
     """
-    if target is None and (given := {k: v for k, v in {"rate": rate, "version": version}.items() if v is not None}):
-        raise ValueError(f"{next(iter(given))} is Mirostat's, which needs a target: add --target or leave it out")
+    idle = [name for name, value in (("rate", rate), ("version", version)) if value is not None]
+    if target is None and idle:
+        raise ValueError(f"{idle[0]} is Mirostat's, which needs a target: add --target or leave it out")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: choose a positive number")
     import torch
 
     from ..generation import mirostat
     from ..models import loading
-    from ..models.contexts import positions
+    from ..models.anatomy import positions
     from ..patching import patch
 
     prepare(model)
@@ -55,20 +61,17 @@ def generate(
         if target is None:
             options: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
             with mirostat.reduced(lm.generation_config, mirostat.RUNNING):
-                found = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
+                sequences = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
         else:
-            held: dict[str, Any] = {"target": target, "rate": rate, "version": version, "temperature": temperature}
-            found = mirostat.generate(lm, **inputs, **held, max_new_tokens=max_new_tokens)
+            options = {"target": target, "rate": rate, "version": version, "temperature": temperature}
+            sequences = mirostat.generate(lm, **inputs, **options, max_new_tokens=max_new_tokens)
         start = inputs["input_ids"].shape[1]
         rows = [
-            {"text": tokenizer.decode(text[start:], skip_special_tokens=True), "surprise": surprise}
-            for text, surprise in zip(found, _surprise(lm, found, start), strict=True)
+            {"text": tokenizer.decode(ids[start:], skip_special_tokens=True), "surprise": surprise}
+            for ids, surprise in zip(sequences, _surprise(lm, sequences, start), strict=True)
         ]
-    if as_json:
-        print_json(rows)
-        return
-    for row in rows:
-        out.print(f"{literal(row['text'].strip())}\n[dim]{row['surprise']:.2f} bits a token[/]\n", soft_wrap=True)
+    shown = (f"{literal(row['text'].strip())}\n[dim]{row['surprise']:.2f} bits a token[/]\n" for row in rows)
+    emit(rows, *shown, as_json=as_json)
 
 
 def _check_length(prompt: int, new: int, room: int | None) -> None:
@@ -83,6 +86,7 @@ def _check_length(prompt: int, new: int, room: int | None) -> None:
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """The prompt as tensors of ids and mask, under the chat template if that is asked for."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not getattr(tokenizer, "chat_template", None):
@@ -91,16 +95,16 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
 
-def _surprise(lm: Any, found: Any, start: int) -> list[float]:
-    """Mean bits of each row's new tokens, its first end token included and what follows it left out."""
+def _surprise(lm: Any, sequences: Any, start: int) -> list[float]:
+    """Mean bits of each row's new tokens, from `start` on to its first end token, which counts."""
     import torch
 
     ends = lm.generation_config.eos_token_id
-    ends = torch.tensor([] if ends is None else ends, device=found.device).flatten()
-    end = torch.isin(found[:, start:], ends).long()
-    labels = found.clone()
+    ends = torch.tensor([] if ends is None else ends, device=sequences.device).flatten()
+    end = torch.isin(sequences[:, start:], ends).long()
+    labels = sequences.clone()
     labels[:, :start] = -100
     labels[:, start:][end.cumsum(-1) > end] = -100
     with torch.no_grad():
-        stats = lm(input_ids=found, labels=labels).logits.stats(labels, shift=True, outputs=("lse", "target"))
+        stats = lm(input_ids=sequences, labels=labels).logits.stats(labels, shift=True, outputs=("lse", "target"))
     return [float(x) for x in stats.nll.sum(-1) / stats.mask.sum(-1).clamp(min=1) / math.log(2)]

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.markdown import Markdown
 from rich.table import Table
 from typer import Argument, Option
 
-from .app import Json, err, out, print_json
+from .options import CreatePR, Json
+from .output import emit, err
 
 
 def publish(
     folder: Annotated[Path, Argument(help="A folder with README.md: what training or `hf-xent data export` wrote.")],
-    repo_id: Annotated[str, Option(help="Where to, as user/name; made if it does not exist.")],
-    kind: Annotated[str, Option("--type", help="model or dataset.")] = "model",
+    repo_id: Annotated[str, Option(help="Repository on the Hub, as user/name; it is created if it does not exist.")],
+    kind: Annotated[str, Option("--type", help="What the repository holds: model or dataset.")] = "model",
     license: Annotated[str | None, Option(help="License for the card, if it does not have the right one.")] = None,
-    private: Annotated[bool, Option("--private", help="Make a private repository.")] = False,
-    revision: Annotated[str | None, Option(help="Branch, made if it does not exist [default: main].")] = None,
-    create_pr: Annotated[bool, Option("--create-pr", help="Propose the change instead of making it.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Check the card, show it and the files; send nothing.")] = False,
+    private: Annotated[bool, Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[
+        str | None, Option(help="Branch to push to, created if it does not exist [default: main].")
+    ] = None,
+    create_pr: CreatePR = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Check the card, show it and the files, and send nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a model or dataset: card checked offline, files, then the card, then a look whether all has arrived.
+    """Publish a model or dataset with its card on the Hub.
 
-    Log in with `hf auth login` or set HF_TOKEN. After an interruption run the command again: it resumes.
+    The card is checked offline, then the files are sent, then the card, and at last all is seen to have arrived.
+
+    Log in with `hf auth login` or set HF_TOKEN. After an interruption, run the command again: it resumes.
+
+    Example: hf-xent publish out/train --repo-id me/my-model --license apache-2.0 --dry-run
     """
     from .. import hub
 
@@ -37,18 +45,17 @@ def publish(
     hub.set_place(folder, repo_id)
     card = hub.validate(folder, kind)
     sizes = {name: file.stat().st_size for name, file in hub.files(folder).items()}
-    found: dict[str, Any] = {"repo_id": repo_id, "type": kind, "files": sizes, "address": None}
-    if not dry_run:
-        with err.status(f"publishing {folder} as {repo_id}"):
-            found["address"] = hub.push(
-                folder, repo_id, repo_type=kind, private=private or None, revision=revision, create_pr=create_pr
-            )
-    if as_json:
-        print_json(found)
-    elif dry_run:
-        out.print(Markdown(card.text), _table(repo_id, sizes))
-    else:
-        out.print(found["address"], highlight=False, soft_wrap=True)
+    result = {"repo_id": repo_id, "type": kind, "files": sizes}
+    if dry_run:
+        from rich.markdown import Markdown
+
+        emit({**result, "address": None}, Markdown(card.text), _table(repo_id, sizes), as_json=as_json)
+        return
+    with err.status(f"publishing {folder} as {repo_id}"):
+        address = hub.push(
+            folder, repo_id, repo_type=kind, private=private or None, revision=revision, create_pr=create_pr
+        )
+    emit({**result, "address": address}, address, as_json=as_json)
 
 
 def _table(repo_id: str, sizes: dict[str, int]) -> Table:

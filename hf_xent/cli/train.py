@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from typer import Option
 
-from ..experiments.arms import PATCHED, STOCK, Outcome, Run, fit, side_by_side, write
-from ..models.quiet import quiet_loading
-from .app import Json, check_dtype, err, out, prepare, print_json, takes
+from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, fit
+from .app import prepare
+from .options import Column, DType, Json, Model, Split, Text, check_dtype, takes
+from .output import emit, err
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
-@takes(Run)
+@takes(Run, positional=("loss",), model=Model, dataset=Text, split=Split, column=Column, dtype=DType)
 def train(
     run: Run,
     compare: Annotated[
@@ -26,18 +29,36 @@ def train(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a causal LM on text without logits; with --compare, beside the stock loss."""
+    """Fine-tune a causal LM on text without logits.
+
+    With --compare, two processes take their steps in turn, one of them with the stock loss.
+
+    Example: hf-xent train focal:gamma=2 --dataset my_texts/ --steps 100 --output out/focal
+    """
     if compare and (idle := [name for name in ("save_steps", "resume") if getattr(run, name)]):
         raise ValueError(f"{idle[0]} is given with compare, which keeps no checkpoints: leave one of them out")
     if compare:
         run = replace(run, save_steps=0, resume=False, save=False)
-    _check_run(run)
+    _check(run)
     prepare(run.model)
-    _report_run(run, _outcomes(run, compare), as_json)
+    outcomes = _outcomes(run, compare)
+
+    from ..experiments.curves import draw_training
+    from ..experiments.results import summarize, write_results
+
+    output, summary = Path(run.output), summarize(run, outcomes)
+    results = write_results(output, run, outcomes)
+    plot = draw_training(outcomes, output / "curves.png", f"{run.model} on {run.dataset}, {run.loss}")
+    emit(
+        {**summary, "results": str(results), "plot": str(plot)},
+        _table(run, outcomes, summary),
+        f"{f'model in {output}, ' if run.save else ''}curves in {plot}, every number in {results}",
+        as_json=as_json,
+    )
 
 
-def _check_run(run: Run) -> None:
-    """What can be refused before anything is loaded."""
+def _check(run: Run) -> None:
+    """Refuse what can be refused before anything is loaded."""
     from .. import losses
 
     objective = losses.get(run.loss)
@@ -53,106 +74,67 @@ def _check_run(run: Run) -> None:
 
 def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     """The run under a progress bar, or two of them."""
+    from ..experiments.arms import side_by_side
+    from ..models.quiet import quiet_loading
+
+    titles = {STOCK: STOCK, PATCHED: PATCHED} if compare else {PATCHED: run.loss}
     with _progress() as progress:
-        names = {STOCK: STOCK, PATCHED: PATCHED} if compare else {PATCHED: run.loss}
-        bars = {arm: progress.add_task(name, total=run.steps, phase="starting") for arm, name in names.items()}
-
-        def report(arm: str, news: int | str) -> None:
-            shown = {"completed": news} if isinstance(news, int) else {"phase": news}
-            progress.update(bars[arm], **shown)
-            if err.is_terminal:
-                return
-            if isinstance(news, str):  # lines where no bar can be drawn
-                err.print(f"{names[arm]}: {news}", highlight=False)
-            elif news and news % max(1, run.steps // 5) == 0:
-                err.print(f"{names[arm]}: {news} of {run.steps} steps", highlight=False)
-
+        report = _reporter(progress, titles, run.steps)
         if compare:
             with quiet_loading():
                 outcomes = side_by_side(run, report)
         else:
-            tell = partial(report, PATCHED)
-            outcomes = [fit(run, PATCHED, turn=tell, say=tell)]
+            outcomes = [fit(run, PATCHED, before_step=partial(report, PATCHED), on_phase=partial(report, PATCHED))]
         for task in progress.task_ids:
             progress.update(task, completed=run.steps, phase="done")
     return outcomes
 
 
-def _report_run(run: Run, outcomes: list[Outcome], as_json: bool) -> None:
-    """Files in the output folder, and what is printed about them."""
-    from ..experiments.curves import draw
+def _reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable[[str, int | str], None]:
+    """A function of an arm and its step or phase that moves the arm's bar; where none can be drawn, it prints lines."""
+    bars = {arm: progress.add_task(title, total=steps, phase="starting") for arm, title in titles.items()}
 
-    output = Path(run.output)
-    results = write(output, run, outcomes)
-    picture = draw(outcomes, output / "curves.png", f"{run.model} on {run.dataset}, {run.loss}")
-    summary = _summary(run, outcomes)
-    if as_json:
-        print_json({**summary, "results": str(results), "plot": str(picture)})
-        return
-    out.print(_train_table(run, outcomes, summary))
-    kept = f"model in {output}, " if run.save else ""
-    out.print(f"{kept}curves in {picture}, every number in {results}", highlight=False, soft_wrap=True)
+    def report(arm: str, event: int | str) -> None:
+        change = {"completed": event} if isinstance(event, int) else {"phase": event}
+        progress.update(bars[arm], **change)
+        if err.is_terminal:
+            return
+        if isinstance(event, str):
+            err.print(f"{titles[arm]}: {event}", highlight=False)
+        elif event and event % max(1, steps // 5) == 0:
+            err.print(f"{titles[arm]}: {event} of {steps} steps", highlight=False)
+
+    return report
 
 
 def _progress() -> Progress:
+    from rich import progress as rich
+
     columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[phase]}"),
+        rich.TextColumn("{task.description:>8}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.fields[phase]}"),
     )
-    return Progress(*columns, console=err)
+    return rich.Progress(*columns, console=err)
 
 
-def _summary(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
-    rows = {}
-    for o in outcomes:
-        steady = o.seconds[1:] or o.seconds  # the first step also allocates gradients and optimizer state
-        median = statistics.median(steady)
-        rows[o.arm] = {
-            "first_loss": o.losses[0],
-            "last_loss": o.losses[-1],
-            "eval_before": o.eval_before,
-            "eval_after": o.eval_after,
-            "seconds_per_step": median,
-            "tokens_per_second": o.tokens_per_step / median,
-            "peak_memory_mib": o.peak / 2**20,
-        }
-    summary: dict[str, Any] = {
-        "model": run.model,
-        "dataset": run.dataset,
-        "loss": run.loss,
-        "steps": run.steps,
-        "runs": rows,
-    }
-    if len(outcomes) == 2:
-        stock, ours = outcomes
-        pairs = zip(stock.seconds[1:] or stock.seconds, ours.seconds[1:] or ours.seconds, strict=True)
-        summary["largest_loss_difference"] = max(
-            abs(a - b) / abs(a) for a, b in zip(stock.losses, ours.losses, strict=True)
-        )
-        summary["step_time_ratio"] = statistics.median(b / a for a, b in pairs)
-        summary["memory_saved_mib"] = (stock.peak - ours.peak) / 2**20
-        summary["memory_saved"] = 1 - ours.peak / stock.peak
-    return summary
-
-
-def _train_table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> Table:
+def _table(run: Run, outcomes: list[Outcome], summary: dict[str, Any]) -> Table:
     table = Table(
         title=f"{run.model} on {run.dataset}: {run.loss}, {run.steps} steps of {outcomes[0].tokens_per_step} tokens"
     )
     for name in ("", "loss", "eval loss", "s/step", "tokens/s", "peak MiB"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for arm, r in summary["runs"].items():
+    for arm, row in summary["runs"].items():
         table.add_row(
             arm,
-            f"{r['first_loss']:.3f} > {r['last_loss']:.3f}",
-            f"{r['eval_before']:.3f} > {r['eval_after']:.3f}",
-            f"{r['seconds_per_step']:.2f}",
-            f"{r['tokens_per_second']:.0f}",
-            f"{r['peak_memory_mib']:.0f}",
+            f"{row['first_loss']:.3f} > {row['last_loss']:.3f}",
+            f"{row['eval_before']:.3f} > {row['eval_after']:.3f}",
+            f"{row['seconds_per_step']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['peak_memory_mib']:.0f}",
         )
     if len(outcomes) == 2:
         table.caption = (

@@ -25,13 +25,13 @@ def make() -> Any:
     countries = dict(_table("iso3166.tab"))
     rows = []
     for code, _, zone, *_ in _table("zone.tab"):
-        area, *places = zone.split("/")
-        city, country = places[-1].replace("_", " "), countries[code]
-        named = city in country or country in city
-        if area in CONTINENTS and len(places) == 1 and "(" not in country and not named:
+        area, *names = zone.split("/")
+        city, country = names[-1].replace("_", " "), countries[code]
+        alike = city in country or country in city
+        if area in CONTINENTS and len(names) == 1 and "(" not in country and not alike:
             row = {"city": city, "country": country, "continent": area, "label": CONTINENTS.index(area)}
-            asked = {"question": f"In which country is the city of {city}?", "answer": country}
-            rows.append({**row, **asked, "text": f"{city} is a city in {country}, {area}."})
+            question = {"question": f"In which country is the city of {city}?", "answer": country}
+            rows.append({**row, **question, "text": f"{city} is a city in {country}, {area}."})
     return Dataset.from_list(rows)
 
 

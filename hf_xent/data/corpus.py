@@ -35,16 +35,19 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """One published dataset; a file of `hf_xent.data` each. `row` takes a published row and gives one of the family."""
+    """One published dataset, described by a file of `hf_xent.data`."""
 
     title: str
     family: str
+    """'membership', 'generated' or 'text'."""
     license: str
+    """The Hub's name for it."""
     caveat: str
     """What a card of any copy has to tell."""
     source: str
     """Who published it, and where."""
     row: Callable[[dict[str, Any]], dict[str, Any]]
+    """A row as published -> a row in the schema of the family."""
     columns: tuple[str, ...]
     """Columns as published, those that `row` reads."""
     splits: dict[str, int | None]
@@ -58,9 +61,9 @@ class Corpus:
 
     def load(self, source: Source, split: str | None) -> Any:
         """The rows of a split, or all splits by name; see `hf_xent.data.load`."""
-        return self.unified(self.published(source, split), source, split)
+        return self.unify(self.read(source, split), source, split)
 
-    def published(self, source: Source, split: str | None) -> Any:
+    def read(self, source: Source, split: str | None) -> Any:
         """The rows as published, which nothing has looked at yet."""
         self._check(source)
         source = self.placed(source)
@@ -69,12 +72,12 @@ class Corpus:
         except Exception as error:  # `datasets` and the Hub raise a dozen kinds
             raise ValueError(self._complaint(source, error)) from error
 
-    def unified(self, found: Any, source: Source, split: str | None) -> Any:
-        """What `published` gave, checked and in the schema of the family."""
+    def unify(self, rows: Any, source: Source, split: str | None) -> Any:
+        """What `read` gave, checked and in the schema of the family."""
         source = self.placed(source)
-        if isinstance(found, dict):
-            return type(found)({name: self._unified(rows, source, name) for name, rows in found.items()})
-        return self._unified(found, source, split)
+        if isinstance(rows, dict):
+            return type(rows)({name: self._unify(part, source, name) for name, part in rows.items()})
+        return self._unify(rows, source, split)
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows as published."""
@@ -92,7 +95,7 @@ class Corpus:
         return source
 
     def _check(self, source: Source) -> None:
-        """An option that says nothing to this dataset is refused."""
+        """Refuse options that have no meaning for this dataset."""
         if source.config and not self.configured:
             raise ValueError(f"{self.title} has no configurations, {source.config!r} was asked for: leave it out")
         if source.revision is not None and (source.path is not None or self.repo is None):
@@ -112,7 +115,7 @@ class Corpus:
         }
         return Features({"text": text, "label": label, **more[self.family]})
 
-    def _unified(self, rows: Any, source: Source, split: str | None) -> Any:
+    def _unify(self, rows: Any, source: Source, split: str | None) -> Any:
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know its columns from its rows alone
         if missing := [name for name in self.columns if name not in columns]:
             raise ValueError(
@@ -186,11 +189,11 @@ def chosen(parts: dict[str, Any], split: str | None) -> Any:
         return parts[split]
     sizes = {name: len(rows) for name, rows in parts.items()}
     slices = ReadInstruction.from_spec(split).to_absolute(sizes)
-    found = []
+    selected = []
     for part in slices:
-        asked = range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
-        found.append(parts[part.splitname].select(asked or []))  # of an empty range `select` says it is out of range
-    return found[0] if len(found) == 1 else concatenate_datasets(found)
+        rows = range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+        selected.append(parts[part.splitname].select(rows or []))  # an empty range would be refused as out of range
+    return selected[0] if len(selected) == 1 else concatenate_datasets(selected)
 
 
 def sliced(whole: Any, split: str | None, streaming: bool) -> Any:

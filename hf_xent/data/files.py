@@ -1,9 +1,9 @@
-"""Files that hold rows: of one kind, in a folder, in a zip, or named by split. What is in them comes as it stands.
+"""Files that hold rows: of one kind, in a folder, in a zip, or named by split. Their contents are not changed.
 
     .txt               a row a file, without its byte order mark
     .csv, .tsv         rows of text: 007 and NA are the words they are, an empty cell is an empty text
     .json, .jsonl, .ndjson, .parquet   rows with the types that they have there
-    a folder of `Dataset.save_to_disk` likewise
+    a folder of `Dataset.save_to_disk` the same
 
 All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, a path is never a pattern, and a
 link stands for what it leads to.
@@ -37,7 +37,7 @@ MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-"""Byte order mark -> encoding; that of UTF-32 begins as that of UTF-16 does."""
+"""Byte order mark -> encoding; UTF-32 is first, as its mark begins with that of UTF-16."""
 NUMBERS = {
     "int64": re.compile(r"[+-]?[0-9]+"),
     "float64": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
@@ -84,8 +84,8 @@ def kind_of(path: Path, files: list[Path]) -> tuple[str, list[Path]]:
     """The one kind of files that were found at a path, and the files. Raises: ValueError as `readable`."""
     kinds = {BUILDERS.get(suffix_of(file)) for file in files}
     if len(kinds) != 1 or None in kinds:
-        found = ", ".join(sorted({suffix_of(file) or file.name for file in files})) or "none of them"
-        raise ValueError(f"{path}: files of one kind among {', '.join(BUILDERS)} are read, found {found}")
+        suffixes = ", ".join(sorted({suffix_of(file) or file.name for file in files})) or "none of them"
+        raise ValueError(f"{path}: files of one kind among {', '.join(BUILDERS)} are read, found {suffixes}")
     [kind] = kinds
     return str(kind), files
 
@@ -143,12 +143,12 @@ def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path
     kind, files = readable(path)
     names = list(splits)
     groups = {name: [f for f in files if _stem(f) == name or f.name.startswith(f"{name}-")] for name in names}
-    groups = {name: found for name, found in groups.items() if found}
+    groups = {name: group for name, group in groups.items() if group}
     if not groups and len(names) == 1:
         groups = {names[0]: files}
     if not groups:
         raise ValueError(f"{path}: no file is named after a split; name them {', '.join(f'{n}.jsonl' for n in names)}")
-    return {name: (kind, found) for name, found in groups.items()}
+    return {name: (kind, group) for name, group in groups.items()}
 
 
 def unpacked(path: Path) -> Path:
@@ -224,7 +224,7 @@ def _columns(files: Iterable[Path]) -> list[str]:
 
     Raises: ValueError for a header that names too few, or one twice.
     """
-    found: dict[tuple[str, ...], Path] = {}
+    headers: dict[tuple[str, ...], Path] = {}
     rows = 0
     for file in files:
         with _naming(str(file)), _opened(file, newline="") as stream:
@@ -236,13 +236,13 @@ def _columns(files: Iterable[Path]) -> list[str]:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"the header names the column {twice[0]!r} twice: rename or remove one")
             rows += len(head)
-            found.setdefault(tuple(map(str, head.columns)), file)
-    if len(found) > 1:
-        told = "; ".join(f"{file.name} has {', '.join(columns)}" for columns, file in found.items())
-        raise ValueError(f"the tables have different columns: {told}")
+            headers.setdefault(tuple(map(str, head.columns)), file)
+    if len(headers) > 1:
+        listed = "; ".join(f"{file.name} has {', '.join(columns)}" for columns, file in headers.items())
+        raise ValueError(f"the tables have different columns: {listed}")
     if not rows:
         raise ValueError("it has a header and no rows")
-    [columns] = found
+    [columns] = headers
     return list(columns)
 
 
@@ -258,13 +258,13 @@ def _stem(file: Path) -> str:
 def _within(folder: Path) -> Iterator[Path]:
     """All that is in a folder and in those that are in it or linked there, each of them once."""
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for current, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it, say
+        if (real := os.path.realpath(current)) in seen:  # a link to a folder above it, say
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(place, name) for name in names)
+        yield from (Path(current, name) for name in names)
 
 
 def _shown(file: Path, folder: Path) -> bool:
@@ -280,13 +280,13 @@ def _named(folder: Path) -> dict[str, list[Path]]:
     if not configs:
         return {}
     chosen = next((c for c in configs if c.get("default") or c["config_name"] == "default"), configs[0])
-    told = chosen["data_files"]
-    entries = [told] if isinstance(told, (str, dict)) else told
-    found: dict[str, list[Path]] = {}
+    entries = chosen["data_files"]
+    entries = [entries] if isinstance(entries, (str, dict)) else entries
+    parts: dict[str, list[Path]] = {}
     for entry in entries:
         split, paths = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
         for pattern in [paths] if isinstance(paths, str) else paths:
-            found.setdefault(split, []).extend(sorted(file for file in folder.glob(pattern) if file.is_file()))
-    if empty := [split for split, files in found.items() if not files]:
+            parts.setdefault(split, []).extend(sorted(file for file in folder.glob(pattern) if file.is_file()))
+    if empty := [split for split, files in parts.items() if not files]:
         raise ValueError(f"{readme} names files of the split {empty[0]} that are not there")
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""Classification items asked in several ways: templates, verbalizers, answer choices; data sets in, data sets out.
+"""Classification items as prompts in several formats: templates and answer choices, applied to a dataset.
 
     formats = PromptFormats(
         Format("{premise} So is it true that {hypothesis}?", ("Yes", "No")),
@@ -23,13 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to ask: a template and one answer a choice, both with an item's fields in braces."""
+    """One way to ask for the class of an item; both arguments have an item's fields in braces.
+
+    Args:
+        template: The prompt: '{premise} So is it true that {hypothesis}?'.
+        answers: One answer for each choice: ('Yes', 'No').
+    """
 
     template: str
     answers: tuple[str, ...]
 
     def encode(self, item: Mapping[str, Any], tokenizer: Any, chat: bool = True) -> tuple[list[int], list[list[int]]]:
-        """Token ids of an item's prompt and of every answer; arguments and errors as `PromptFormats.build`."""
+        """Token ids of an item's prompt and answers.
+
+        Args:
+            item: Its fields by name.
+            tokenizer: The model's.
+            chat: Whether the prompt goes through the tokenizer's chat template, if it has one.
+
+        Returns:
+            The ids of the prompt, and those of each answer.
+
+        Raises:
+            ValueError: For a field the item does not have, or a prompt whose tokens are no prefix of those with its
+                answer.
+        """
         try:
             text = self.template.format_map(item)
             answers = [answer.format_map(item) for answer in self.answers]
@@ -44,7 +62,7 @@ class Format:
         space = "" if text[-1:].isspace() else " "
         special = not templated  # a chat template writes its own
         prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
-        found = []
+        encoded = []
         for answer in answers:
             whole = tokenizer(text + space + answer, add_special_tokens=special)["input_ids"]
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
@@ -52,14 +70,18 @@ class Format:
                     f"the tokens of a prompt are no prefix of those with its answer {answer!r}: end the template on a"
                     f" token boundary: {self.template!r}"
                 )
-            found.append(whole[len(prompt) :])
-        return prompt, found
+            encoded.append(whole[len(prompt) :])
+        return prompt, encoded
 
 
 class PromptFormats:
     """The K formats of a task with C answer choices; see the module's docstring.
 
-    Raises: ValueError for fewer than two formats or answers, or formats with different numbers of answers.
+    Args:
+        *formats: Two at least, all with the same number of answers, two at least.
+
+    Raises:
+        ValueError: For fewer than two formats or answers, or formats with different numbers of answers.
     """
 
     def __init__(self, *formats: Format):
@@ -72,15 +94,26 @@ class PromptFormats:
             )
 
     def build(self, dataset: Any, tokenizer: Any, *, label: str | None = "label", chat: bool = True) -> Any:
-        """A `datasets.Dataset` of `prompts` (K lists of tokens), `answers` (K times C of them) and, if given, `gold`.
+        """All items in all formats.
 
-        With `chat`, prompts go through the tokenizer's chat template, if it has one. Raises: ValueError for a field an
-        item does not have, or a prompt whose tokens are no prefix of prompt and answer.
+        Args:
+            dataset: A `datasets.Dataset` with the fields of the templates.
+            tokenizer: The model's.
+            label: The column with the number of the right answer, where there is one.
+            chat: Whether prompts go through the tokenizer's chat template, if it has one.
+
+        Returns:
+            A dataset of `prompts` (K lists of tokens), `answers` (K times C of them) and, with labels, `gold`.
+
+        Raises:
+            ValueError: For a field an item does not have, or a prompt whose tokens are no prefix of those with its
+                answer.
         """
 
         def encode(item: dict[str, Any]) -> dict[str, Any]:
             pairs = [form.encode(item, tokenizer, chat) for form in self.formats]
-            row: dict[str, Any] = {"prompts": [prompt for prompt, _ in pairs], "answers": [found for _, found in pairs]}
+            prompts, answers = ([pair[i] for pair in pairs] for i in (0, 1))
+            row: dict[str, Any] = {"prompts": prompts, "answers": answers}
             if label is not None and label in item:
                 row["gold"] = item[label]
             return row
@@ -89,7 +122,16 @@ class PromptFormats:
 
     @staticmethod
     def collate(rows: list[dict[str, Any]], pad: int = 0) -> dict[str, Tensor]:
-        """Right-padded [B, K, C, L]: `input_ids`, `attention_mask`, `answers` (-100 off the answer); and `gold` [B]."""
+        """A batch of rows that `build` made.
+
+        Args:
+            rows: B rows.
+            pad: The id that fills up shorter sequences.
+
+        Returns:
+            `input_ids`, `attention_mask` and `answers` (-100 off the answer), padded on the right, [B, K, C, L]; and
+            `gold` [B], if all rows have it.
+        """
         import torch  # lazy: a second, which datasets can do without
 
         sequences = [
@@ -102,8 +144,8 @@ class PromptFormats:
         length = max(len(p) + len(a) for row in sequences for form in row for p, a in form)
 
         def filled(write: Any, fill: int) -> Tensor:
-            made = [[[write(p, a) for p, a in form] for form in row] for row in sequences]
-            return torch.tensor([[[x + [fill] * (length - len(x)) for x in form] for form in row] for row in made])
+            ragged = [[[write(p, a) for p, a in form] for form in row] for row in sequences]
+            return torch.tensor([[[x + [fill] * (length - len(x)) for x in form] for form in row] for row in ragged])
 
         batch = {
             "input_ids": filled(lambda p, a: p + a, pad),

@@ -58,12 +58,12 @@ class Mimir(Corpus):
         file = f"hf://datasets/{self.repo}@{source.revision or 'main'}/{_folder(source)}/{name}"
         if source.path is not None:
             local = source.path / name
-            found = (f for f in source.path.rglob("*.jsonl") if (f.parent.name, f.name) == (side, local.name))
-            file = escape(str(next(found, local)))  # `datasets` takes it for a pattern
+            files = (f for f in source.path.rglob("*.jsonl") if (f.parent.name, f.name) == (side, local.name))
+            file = escape(str(next(files, local)))  # `datasets` takes it for a pattern
         options = {"encoding": "utf-8-sig", "split": "train", "streaming": source.streaming}
         rows = load_dataset("text", data_files=file, **options)
-        told = {"label": SIDES[side], "source": source.config}
-        return rows.map(lambda row: {**row, **told})
+        columns = {"label": SIDES[side], "source": source.config}
+        return rows.map(lambda row: {**row, **columns})
 
 
 def _folder(source: Source) -> str:

@@ -22,26 +22,44 @@ SPACES = re.compile(r"[ \t]+")
 
 
 def phrases(text: str, stop_words: Collection[str] | None = None) -> dict[str, float]:
-    """Key phrases of a text in lower case, best first, and their scores."""
-    found = [phrase for phrase, _ in _occurrences(text, stop_words)]
+    """Key phrases of a text in lower case, best first, and their scores.
+
+    Args:
+        text: Any text.
+        stop_words: In lower case; None for scikit-learn's English list.
+
+    Returns:
+        Phrase -> score.
+    """
+    occurrences = [phrase for phrase, _ in _occurrences(text, stop_words)]
     number: Counter[str] = Counter()
     lengths: Counter[str] = Counter()
-    for phrase in found:
+    for phrase in occurrences:
         words = phrase.split()
         number.update(words)
         lengths.update({word: words.count(word) * len(words) for word in set(words)})
-    scores = {phrase: sum(lengths[word] / number[word] for word in phrase.split()) for phrase in found}
+    scores = {phrase: sum(lengths[word] / number[word] for word in phrase.split()) for phrase in occurrences}
     return dict(sorted(scores.items(), key=lambda item: -item[1]))  # stable: ties stay in order
 
 
 def without(
     text: str, shares: Sequence[float], stop_words: Collection[str] | None = None, *, shuffled: bool = False
 ) -> list[str]:
-    """The text without growing shares of its key phrases, best first; spaces left doubled or before a stop close up.
+    """The text without growing shares of its key phrases, best first; doubled spaces and those before a stop close up.
 
-    Of K phrases, the first round(share K) go wherever they occur, so a share of 0 is the text itself. `shuffled` takes
-    them in an order that is random but always the same for a text: the control. Raises: ValueError for a share outside
-    of [0, 1].
+    Of K phrases, the first round(share K) are removed wherever they occur, so a share of 0 is the text itself.
+
+    Args:
+        text: Any text.
+        shares: Of its key phrases, each from 0 to 1.
+        stop_words: In lower case; None for scikit-learn's English list.
+        shuffled: Whether phrases are removed in a random order, which is always the same for a text: the control.
+
+    Returns:
+        One text for each share.
+
+    Raises:
+        ValueError: For a share outside of [0, 1].
     """
     if wrong := [share for share in shares if not 0 <= share <= 1]:
         raise ValueError(f"shares has {wrong[0]}: choose numbers from 0 to 1")
@@ -52,15 +70,15 @@ def without(
     return [_cut(text, spans, set(ranked[: round(share * len(ranked))])) for share in shares]
 
 
-def _cut(text: str, spans: list[tuple[str, tuple[int, int]]], gone: set[str]) -> str:
-    if not gone:
+def _cut(text: str, spans: list[tuple[str, tuple[int, int]]], removed: set[str]) -> str:
+    if not removed:
         return text
-    rest = text
+    shortened = text
     for phrase, (start, end) in reversed(spans):
-        if phrase in gone:
-            rest = rest[:start] + rest[end:]
-    rest = re.sub(r"[ \t]+([.,;:!?])", r"\1", SPACES.sub(" ", rest))
-    return rest if text[0].isspace() else rest.lstrip(" ")
+        if phrase in removed:
+            shortened = shortened[:start] + shortened[end:]
+    shortened = re.sub(r"[ \t]+([.,;:!?])", r"\1", SPACES.sub(" ", shortened))
+    return shortened if text[0].isspace() else shortened.lstrip(" ")
 
 
 def _occurrences(text: str, stop_words: Collection[str] | None) -> list[tuple[str, tuple[int, int]]]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """A source of text that was found, and not looked into yet."""
+    """A source of text that was found, and whose rows are not read yet."""
 
     content: str
-    """What tells its content from another's."""
+    """Equal where the content is."""
     rows: Callable[[], Any]
     """The dataset, checked."""
 
@@ -37,25 +37,32 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
 
     A .txt file is one row; .jsonl, .json, .csv, .tsv and .parquet files are rows with columns; a folder is searched for
     files of one of these kinds, in the order of their paths. All but Parquet may be compressed (.gz, .bz2, .xz). Cells
-    of .csv and .tsv files are the text they are. A folder of `Dataset.save_to_disk` is read too. A Hub id may name its
-    configuration: 'wikitext:wikitext-2-v1'. `split` as `datasets` takes it ('train', 'train[:1%]'); by default 'train',
-    or the only one there is.
+    of .csv and .tsv files are the text they are. A folder of `Dataset.save_to_disk` is read too.
 
-    Raises: ValueError for a source that is none of these, without rows, without `column`, or with no text in it.
+    Args:
+        source: The name, path or Hub id; a name or an id may have a configuration, 'wikitext:wikitext-2-v1'.
+        split: As `datasets` takes it, 'train' or 'train[:1%]'; None for 'train', or the only one there is.
+        column: The column that has to hold text.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        ValueError: For a source that is none of these, without rows, without `column`, or with no text in it.
     """
     return opened(source, split, column).rows()
 
 
 def opened(source: str | Path, split: str | None = None, column: str = "text") -> Opened:
-    """What `load_text` reads, before its rows are looked at; arguments and errors as there."""
+    """What `load_text` reads, before its rows are read; arguments and errors are those of `load_text`."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
     source, path = str(source), place_of(source)
     key, _, config = source.partition(":")
     if key in DATASETS:
         corpus, copy = DATASETS[key], Source(config=config)
-        raw = _only(corpus.published(copy, split), source)
-        dataset = lambda: corpus.unified(raw, copy, split or "train")  # noqa: E731  one of three, a line each
+        raw = _only(corpus.read(copy, split), source)
+        dataset = lambda: corpus.unify(raw, copy, split or "train")  # noqa: E731  one of three, a line each
     elif os.path.exists(path):
         raw = _local(path, split, column)
         dataset = lambda: raw  # noqa: E731  as above
@@ -81,7 +88,17 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     joined in order; blocks run across rows. The tokens after the last full block are dropped, unless there is no full
     block: then they are the only, shorter block. Nothing is padded.
 
-    Raises: ValueError for a missing column, a tokenizer without EOS, block_size < 2, or fewer than 2 tokens in all.
+    Args:
+        dataset: A dataset with a column of text, not a stream.
+        tokenizer: One with an EOS token.
+        block_size: Tokens of a block, at least 2.
+        column: The column that holds the text.
+
+    Returns:
+        A dataset of blocks.
+
+    Raises:
+        ValueError: For a missing column, a tokenizer without EOS, block_size < 2, or fewer than 2 tokens in all.
     """
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"dataset is a {type(dataset).__name__}: pass a Dataset, whose rows are all there")
@@ -91,27 +108,27 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
         raise ValueError("the tokenizer has no EOS token to join rows with: set tokenizer.eos_token")
     _checked(dataset, column, "dataset")
     eos = tokenizer.eos_token_id
-    rest: list[int] = []
+    carried: list[int] = []
 
     def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         rows = tokenizer([text or "" for text in batch[column]], verbose=False)["input_ids"]
         return {"input_ids": [row if row[-1:] == [eos] else [*row, eos] for row in rows]}
 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-        tokens = [*rest, *chain.from_iterable(batch["input_ids"])]
+        tokens = [*carried, *chain.from_iterable(batch["input_ids"])]
         end = len(tokens) // block_size * block_size
-        rest[:] = tokens[end:]  # carried into the next batch: no token is lost where batches meet
+        carried[:] = tokens[end:]  # into the next batch: no token is lost where batches meet
         blocks = [tokens[i : i + block_size] for i in range(0, end, block_size)]
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
     rows = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names, desc="tokenize")
-    # `cut` carries tokens from batch to batch, so a cached result would come without its rest
+    # `cut` carries tokens from batch to batch, so a cached result would come without the last ones
     blocks = rows.map(cut, batched=True, load_from_cache_file=False, desc="pack")
     if len(blocks):
         return blocks
-    if len(rest) < 2:
-        raise ValueError(f"the dataset has {len(rest)} tokens in all: at least 2 are needed")
-    return type(dataset).from_dict({"input_ids": [rest], "labels": [list(rest)]})
+    if len(carried) < 2:
+        raise ValueError(f"the dataset has {len(carried)} tokens in all: at least 2 are needed")
+    return type(dataset).from_dict({"input_ids": [carried], "labels": [list(carried)]})
 
 
 def _checked(dataset: Dataset, column: str, source: str) -> Dataset:

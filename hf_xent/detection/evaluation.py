@@ -1,4 +1,4 @@
-"""What scores are worth on texts with labels, beside what can be told without any model.
+"""What scores are worth on texts with labels, beside what a classifier of words achieves without any model.
 
 The blind baseline is a logistic regression on words and pairs of words, cross-validated: every text is judged by a
 classifier that has not seen it. It knows nothing of the model, so where it does better than chance, members and
@@ -25,10 +25,19 @@ BLIND = "blind"
 
 
 def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> np.ndarray:
-    """Scores [N] of texts by their words alone, each from the folds without it; larger speaks for label 1.
+    """Scores of texts by their words alone, each from a classifier trained on the folds without it.
 
-    A class with fewer texts than `folds` gets as many folds as it has texts. A text without words, or without a label
-    (NaN, None), has NaN. Raises: ValueError if a class has one text or none.
+    Args:
+        texts: N strings.
+        labels: 1 for the positive class, 0 for the other; NaN or None where it is not known.
+        folds: Of the cross-validation; a class with fewer texts gets as many folds as it has texts.
+        seed: Of the assignment to folds.
+
+    Returns:
+        Float64 [N], larger for label 1; NaN for a text without words or without a label.
+
+    Raises:
+        ValueError: If a class has one text or none, labels are no numbers, or texts and labels differ in number.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # lazy: only where there are labels
     from sklearn.linear_model import LogisticRegression
@@ -44,23 +53,33 @@ def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int 
     words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
     splits = StratifiedKFold(min(folds, least), shuffle=True, random_state=seed)
     classifier = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
-    known = [text for text, kept in zip(texts, judged, strict=True) if kept]
-    found = np.full(len(truth), np.nan)
-    found[judged] = cross_val_predict(classifier, known, truth[judged], cv=splits, method="decision_function")
-    return found
+    kept = [text for text, keep in zip(texts, judged, strict=True) if keep]
+    scores = np.full(len(truth), np.nan)
+    scores[judged] = cross_val_predict(classifier, kept, truth[judged], cv=splits, method="decision_function")
+    return scores
 
 
 def evaluate(
-    found: Mapping[str, ArrayLike], labels: ArrayLike, texts: Sequence[str] | None = None, *, resamples: int = 1000
+    scores: Mapping[str, ArrayLike], labels: ArrayLike, texts: Sequence[str] | None = None, *, resamples: int = 1000
 ) -> dict[str, dict[str, float]]:
-    """`metrics.report` of every score, turned into its direction, with the 95 % interval of its AUROC.
+    """How well each score separates the classes, once turned so that larger speaks for the positive class.
 
-    With `texts`, the last row is the blind baseline. Texts with a NaN are left out, be it the score or the label (None
-    counts as NaN), and an empty one in the baseline too; `texts` in a row counts the others. Raises: ValueError for
-    labels that are no numbers, or for scores or texts of another number.
+    Args:
+        scores: Score -> one number a text, as `TextScorer` returns them.
+        labels: 1 for the positive class, 0 for the other; NaN or None where it is not known.
+        texts: The texts, for the blind baseline; without them there is none.
+        resamples: Draws of the bootstrap behind an interval.
+
+    Returns:
+        Score -> `hf_xent.metrics.ranking.report` with `auroc_low` and `auroc_high`, the 95 % interval of the AUROC, and
+        `texts`, the number of texts that count: those with a score and a label, and in the baseline with words. The
+        baseline is the last row, `BLIND`.
+
+    Raises:
+        ValueError: For an unknown score, labels that are no numbers, or scores or texts of another number.
     """
-    truth = _numbers(labels, **found, **({} if texts is None else {"texts": texts}))
-    oriented = {name: get(name).oriented(values) for name, values in found.items()}
+    truth = _numbers(labels, **scores, **({} if texts is None else {"texts": texts}))
+    oriented = {name: get(name).oriented(values) for name, values in scores.items()}
     if texts is not None:
         oriented[BLIND] = blind(texts, truth)
     rows = {}

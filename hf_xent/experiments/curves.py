@@ -1,17 +1,21 @@
-"""The picture of a fine-tuning run: loss and memory against steps."""
+"""Pictures of experiments: loss and memory of fine-tuning runs against steps, and ROC curves of scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..system.figures import panels, save
-from .arms import Outcome
+from .finetuning import PATCHED, STOCK, Outcome
 
-STYLES = {"stock": {"color": "#8a8f98", "lw": 5, "alpha": 0.6}, "hf_xent": {"color": "#d1495b", "lw": 1.6}}
+STYLES = {STOCK: {"color": "#8a8f98", "lw": 5, "alpha": 0.6}, PATCHED: {"color": "#d1495b", "lw": 1.6}}
 
 
-def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
-    """Loss curves over each other (left) and peak memory of each step (right), as PNG."""
+def draw_training(outcomes: list[Outcome], path: Path, title: str) -> Path:
+    """Write a PNG of the loss curves over each other (left) and each step's peak memory (right); returns its path."""
     figure, (left, right) = panels(2, 10, 3.8)
     for outcome in outcomes:
         style = STYLES[outcome.arm]
@@ -24,4 +28,31 @@ def draw(outcomes: list[Outcome], path: Path, title: str) -> Path:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(frameon=False)
     figure.suptitle(title, fontsize=10)
+    return save(figure, path)
+
+
+def draw_roc(scores: Mapping[str, np.ndarray], labels: np.ndarray, metrics: Mapping[str, Any], path: Path) -> Path:
+    """Write a PNG of the ROC curve of each score; returns its path.
+
+    The axis of false positives is logarithmic, since detectors are judged at its left end.
+
+    Args:
+        scores: Score -> its values [N]; a text with NaN is left out.
+        labels: 1 for the positive class, 0 for the other, NaN for neither, [N].
+        metrics: Score -> numbers that have its `auroc`, for the legend.
+        path: The file to write.
+    """
+    from ..detection import get  # lazy: the figures of training need no scores
+    from ..metrics.ranking import roc
+
+    figure, [axis] = panels(1, 5.2, 4.4)
+    least = 1 / max(2, int((labels == 0).sum()))
+    for name, values in scores.items():
+        kept = np.isfinite(values) & np.isfinite(labels)
+        false, true = roc(labels[kept], get(name).oriented(values)[kept])
+        axis.step(np.maximum(false, least / 2), true, where="post", label=f"{name} ({metrics[name]['auroc']:.3f})")
+    chance = np.geomspace(least / 2, 1)
+    axis.plot(chance, chance, color="#8a8f98", linestyle=":", label="chance (0.500)")
+    axis.set(xscale="log", xlabel="false positive rate", ylabel="true positive rate", title="ROC (AUROC)")
+    axis.legend(frameon=False, fontsize=8)
     return save(figure, path)

@@ -1,4 +1,4 @@
-"""Cards: a front matter and a template of `model_cards/`, rendered; and the check that needs no connection.
+"""Cards: a front matter and a template of `templates/`, rendered; and the check that needs no connection.
 
 Templates are Jinja; a value that a template names and nobody gives is an error, not a gap in the card.
 """
@@ -10,30 +10,48 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, ModelCard
 
-HERE = Path(__file__).parents[1] / "model_cards"
-TEMPLATES = HERE if HERE.is_dir() else HERE.parents[1] / "model_cards"
-"""In the wheel inside the package, in a checkout beside it."""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, head: Any, **values: Any) -> str:
-    """The card of `model_cards/{template}.md`; `head` is a `ModelCardData` or `DatasetCardData`."""
+    """A card from a template.
+
+    Args:
+        template: The name of a file of `templates/`, without its ending: 'model', 'dataset', 'ln_free', 'study'.
+        head: The front matter, a `ModelCardData` or `DatasetCardData` of huggingface_hub.
+        **values: What the template names.
+
+    Returns:
+        The text of a README.md.
+
+    Raises:
+        jinja2.UndefinedError: For a value that the template names and is not given.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         autoescape=False,  # Markdown
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    return found.get_template(f"{template}.md").render(head=head.to_yaml(), **values)
+    return environment.get_template(f"{template}.md").render(head=head.to_yaml(), **values)
 
 
 def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | DatasetCard:
     """The card of a folder, if the Hub and its readers can use it; no connection is needed.
 
-    Raises: ValueError that lists what is wrong: no README.md, a front matter that does not parse (`model-index`
-    included), required keys that are missing or empty, text left over from a template, data files that are not there.
+    Args:
+        folder: The folder with the README.md.
+        repo_type: 'model' or 'dataset'.
+
+    Returns:
+        The card, read by huggingface_hub.
+
+    Raises:
+        ValueError: With all that is wrong: no README.md, a front matter that does not parse (`model-index` included),
+            required keys that are missing or empty, text left over from a template, data files that are not there.
     """
     path = Path(folder) / "README.md"
     if not path.is_file():
@@ -43,8 +61,8 @@ def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | Datase
         card = kind(path.read_text(encoding="utf-8"))
     except Exception as error:  # of YAML, or of a model-index that lacks something
         raise ValueError(f"{path}: the front matter does not parse: {' '.join(str(error).split())}") from error
-    if found := _faults(card, Path(folder), repo_type):
-        raise ValueError(f"{path}: {'; '.join(found)}")
+    if faults := _faults(card, Path(folder), repo_type):
+        raise ValueError(f"{path}: {'; '.join(faults)}")
     return card
 
 
@@ -54,10 +72,9 @@ def known(model: str | None) -> dict[str, Any]:
         return {}
     card = Path(model, "README.md")
     try:
-        found: dict[str, Any] = ModelCard.load(card if card.is_file() else model).data.to_dict()
+        return dict(ModelCard.load(card if card.is_file() else model).data.to_dict())
     except Exception:  # no connection, no card, a broken one: all the same here
         return {}
-    return found
 
 
 def set_license(folder: str | Path, license: str) -> None:

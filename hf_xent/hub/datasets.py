@@ -20,9 +20,19 @@ SHARD = 500 * 2**20
 
 
 def export(name: str, folder: str | Path, path: str | Path | None = None, **options: Any) -> Path:
-    """Write a registered dataset, opened as `load(name, path, **options)`, and its card into `folder`.
+    """Write a registered dataset and its card into a folder.
 
-    Raises: as `load`; ValueError for a folder that has something in it.
+    Args:
+        name: A name in `hf_xent.data.DATASETS`, with a configuration if it has any.
+        folder: A new or empty folder.
+        path: A local copy of the dataset, as `hf_xent.data.load` takes it.
+        **options: The other options of `load`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: As `load` does, and for a folder that has something in it.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -47,9 +57,23 @@ def to_hub(
     create_pr: bool = False,
     **options: Any,
 ) -> str:
-    """Export a registered dataset and push the folder; returns its address. Options are those of `load`.
+    """Export a registered dataset, and push what was written to the Hub.
 
-    A copy of other people's texts is private unless asked otherwise: read the caveat on its card first.
+    Args:
+        name: A name in `hf_xent.data.DATASETS`, with a configuration if it has any.
+        repo_id: The repository, 'user/name'.
+        path: A local copy of the dataset, as `hf_xent.data.load` takes it.
+        private: Whether a new repository is private, as a copy of other people's texts should be: read the caveat on
+            its card before you make it public.
+        create_pr: Whether the change is proposed as a pull request instead of made.
+        **options: The other options of `load`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: As `load` does, and for what is no name of a repository.
+        RuntimeError: As `hf_xent.hub.push` does.
     """
     validate_repo_id(repo_id)  # before the rows are written
     with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +112,8 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
 def _labels(corpus: Corpus, rows: Any) -> str:
     """How many rows of each label, in words."""
     names = LABELS.get(corpus.family, ())
-    found = rows["label"][:] if names else []
-    return ", ".join(f"{found.count(i)} {name}" for i, name in enumerate(names))
+    labels = rows["label"][:] if names else []
+    return ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(names))
 
 
 def _size(rows: int) -> str:

@@ -1,4 +1,4 @@
-"""The card of a trained model from what its trainer knows: one mixin for every trainer, and no code of theirs.
+"""The card of a trained model from what its trainer knows: one mixin, which asks no code of a trainer.
 
     class XentTrainer(Carded, Trainer): ...
 
@@ -23,44 +23,53 @@ from pathlib import Path
 from typing import Any
 
 from ..losses.base import Loss
+from ..system import figures
 from .cards import known, render
 from .usage import HERE, usage_of
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets")
 NOT_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 PRIVATE = re.compile(r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu")
-"""Settings of transformers that say nothing about the result, or nobody else's business."""
+"""Settings of transformers that say nothing about the result, or are nobody else's business."""
 
 
 class Carded:
     """Goes before a trainer in a class's bases: `push_to_hub` and `create_model_card` write the card of hf_xent.
 
-    Both take, by keyword, what transformers' and TRL's take: `model_name`, `dataset_name` or `dataset` (a Hub id, or
-    several), `tags`, `license`, `language`, `tasks`, `finetuned_from`. The base model and its license
-    are found out if they are not given, the dataset is not: rows do not tell where they come from.
+    Both take the keywords of transformers and TRL. The base model and its license are looked up if they are not given;
+    the dataset is not, as rows do not tell where they come from.
     """
 
     objective: Any = None
     """The loss, for trainers that have one of the registry."""
 
-    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, **given: Any) -> None:
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, **metadata: Any
+    ) -> None:
         """Write README.md, loss.png and `.eval_results/` into the output folder.
 
-        Raises: TypeError for keywords that no card takes.
+        Args:
+            model_name: The title; None for the name of the folder.
+            dataset_name: What the model was trained on; as `dataset` among the keywords, a Hub id or several.
+            **metadata: `dataset`, `tags`, `license`, `language`, `tasks`, `finetuned_from`; `dataset_tags` is a
+                dataset too, and `dataset_args`, which transformers has, is not shown.
+
+        Raises:
+            TypeError: For keywords that no card takes.
         """
         trainer: Any = self
         known = {"tags", "license", "language", "tasks", "finetuned_from", "dataset", "dataset_tags", "dataset_args"}
-        if unknown := given.keys() - known:
+        if unknown := metadata.keys() - known:
             raise TypeError(f"create_model_card takes no {', '.join(unknown)}: its keywords are {', '.join(known)}")
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)
-        given = {"dataset": dataset_name or given.get("dataset_tags"), **given}
-        write_card(trainer, folder, model_name or folder.name, given)
+        metadata = {"dataset": dataset_name or metadata.get("dataset_tags"), **metadata}
+        write_card(trainer, folder, model_name or folder.name, metadata)
 
 
 class Tokenless:
-    """Goes before a trainer's configuration in a class's bases: copies and pickles of it are without the Hub's token.
+    """Goes before a trainer's configuration in a class's bases: its copies and pickles do not hold the Hub's token.
 
     Trainers push such a pickle with the model, `training_args.bin`.
     """
@@ -70,21 +79,28 @@ class Tokenless:
         return {**self.__dict__, "hub_token": None}
 
 
-def write_card(trainer: Any, folder: Path, name: str, given: dict[str, Any] | None = None) -> None:
-    """The card of a trainer and what it refers to; `given` as `Carded` takes it."""
-    given = given or {}
+def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] | None = None) -> None:
+    """Write the card of a trainer, the plot of its loss and its `.eval_results/`.
+
+    Args:
+        trainer: A trainer of transformers.
+        folder: Where they are written; it is made if it is not there.
+        name: The title.
+        metadata: The keywords of `Carded.create_model_card`.
+    """
+    metadata = metadata or {}
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = getattr(model, "peft_config", None)  # what makes a model an adapter of peft's
-    base = given.get("finetuned_from") or _base(model.config._name_or_path)
+    base = metadata.get("finetuned_from") or _base(model.config._name_or_path)
     results = _results(trainer.state.log_history)
     # no paths of this machine, 'brown:FOLDER' neither
-    datasets = [name for name in _listed(given.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
+    datasets = [name for name in _listed(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
     use = usage_of(model)
-    tasks = [*_listed(given.get("tasks")), *filter(None, [use and use.task])]
+    tasks = [*_listed(metadata.get("tasks")), *filter(None, [use and use.task])]
     task = tasks[0] if tasks else "text-generation" if model.can_generate() else "text-classification"
     library = use.library if use else "peft" if adapter else "transformers"
-    about = {**given, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
+    about = {**metadata, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
     head = _head(trainer, name, about, results)
     text = render(
         "model",
@@ -112,15 +128,22 @@ def write_card(trainer: Any, folder: Path, name: str, given: dict[str, Any] | No
 
 
 def origin(place: str) -> dict[str, Any]:
-    """Base model, license, language and data of a model that was loaded from a place, as the card there says."""
+    """What the card of a model says of where it comes from.
+
+    Args:
+        place: The folder or repository the model was loaded from.
+
+    Returns:
+        `base_model`, `license`, `language` and `datasets`, each None where it is not known.
+    """
     about = known(place)
     base = about.get("base_model") if Path(place).exists() else place or None
-    found = about.get("license") or known(base if isinstance(base, str) else None).get("license")
-    return {**{key: about.get(key) for key in ("language", "datasets")}, "base_model": base, "license": found}
+    license = about.get("license") or known(base if isinstance(base, str) else None).get("license")
+    return {**{key: about.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
 
 
 def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
-    """`.eval_results/{dataset}.yaml` with an entry a metric; nothing without results."""
+    """Write `.eval_results/{dataset}.yaml` with an entry for each metric; nothing without results."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
 
@@ -138,11 +161,11 @@ def settings(args: Any) -> list[tuple[str, Any, str]]:
     from transformers import TrainingArguments
 
     common = {field.name for field in fields(TrainingArguments)}
-    own = [f for f in fields(args) if f.name not in common]
-    rest = [f for f in fields(TrainingArguments) if getattr(args, f.name) != _default(f)]
-    found = [(f.name, getattr(args, f.name), _help(f)) for f in own + rest if not PRIVATE.match(f.name)]
-    found = [(name, value.value if isinstance(value, Enum) else value, text) for name, value, text in found]
-    return [row for row in found if isinstance(row[1], int | float | str | list | None) and not _is_path(row[1])]
+    of_method = [f for f in fields(args) if f.name not in common]
+    changed = [f for f in fields(TrainingArguments) if getattr(args, f.name) != _default(f)]
+    rows = [(f.name, getattr(args, f.name), _help(f)) for f in of_method + changed if not PRIVATE.match(f.name)]
+    rows = [(name, value.value if isinstance(value, Enum) else value, text) for name, value, text in rows]
+    return [row for row in rows if isinstance(row[1], int | float | str | list | None) and not _is_path(row[1])]
 
 
 def hardware(device: Any) -> str:
@@ -162,7 +185,7 @@ def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, flo
     tags = ["hf_xent", _method(trainer), *_listed(about.get("tags")), *(["lora"] if about["adapter"] else [])]
     dataset = (about["datasets"] or ["held-out rows of the run"])[0]
     kind = dataset if _is_id(dataset) else "custom"
-    found = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
+    evaluation = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
     return ModelCardData(
         license=about.get("license") or known(about["base"]).get("license") or "unknown",
         language=about.get("language"),
@@ -171,16 +194,16 @@ def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, flo
         base_model=about["base"],
         datasets=[dataset for dataset in about["datasets"] if _is_id(dataset)] or None,
         tags=sorted(set(tags), key=tags.index),
-        model_name=name if found else None,
-        eval_results=found or None,
+        model_name=name if evaluation else None,
+        eval_results=evaluation or None,
     )
 
 
 def _results(history: list[dict[str, Any]]) -> dict[str, float]:
     """The last evaluation, without the prefix and the times."""
     last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
-    found = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-    return {k: float(v) for k, v in found.items() if isinstance(v, int | float) and k not in NOT_RESULTS}
+    metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and k not in NOT_RESULTS}
 
 
 def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
@@ -223,21 +246,14 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> str | None:
-    """The file's name, if there is a curve to draw."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the curves of the loss; the file's name, or None where there are too few points."""
     curves = {k: [(e["step"], e[k]) for e in history if k in e] for k in ("loss", "eval_loss")}
     if len(curves["loss"]) < 2:
         return None
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, [axis] = figures.panels(1, 6, 3.2)
     for (name, points), style in zip(curves.items(), ("-", "o--"), strict=True):
         if points:
             axis.plot(*zip(*points, strict=True), style, label=name, color="#d1495b" if name == "loss" else "#30638e")
     axis.set(xlabel="step", ylabel="loss")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return path.name
+    return figures.save(figure, path, dpi=120).name

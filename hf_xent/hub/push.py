@@ -19,7 +19,7 @@ from .usage import set_place
 
 CARD = "README.md"
 IGNORED = ("checkpoint-*", ".git", ".cache", "__pycache__", "training_args.bin")
-"""Names that are not published, nor what is below them; the last is a pickle with paths and perhaps a token."""
+"""Names that are not sent, nor what is below them; the last is a pickle with paths and perhaps a token."""
 REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: choose another repo_id or a token with write access",
@@ -32,10 +32,10 @@ REMEDIES = {
 
 
 def files(folder: str | Path) -> dict[str, Path]:
-    """What a push publishes: path in the repository -> file."""
+    """What a push sends: path in the repository -> file."""
     folder = Path(folder)
-    found = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return {path.as_posix(): file for path, file in found.items() if not any(map(_ignored, path.parts))}
+    paths = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {path.as_posix(): file for path, file in paths.items() if not any(map(_ignored, path.parts))}
 
 
 def push(
@@ -47,20 +47,31 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a folder that has a card; returns the address of the commit, or of the pull request.
+    """Send a folder that has a card to the Hub.
 
-    The code with which the card says that it is loaded names the repository from then on, in the folder, too.
+    The code on the card that loads the folder names the repository from then on, also in the folder itself.
 
-    `private` is for a repository that is made, `revision` a branch (made if need be), `create_pr` proposes the change
-    instead. Raises: ValueError for a card that does not hold up (`validate`) or options that do not go together;
-    RuntimeError, with what to do, when the Hub refuses or not all has arrived.
+    Args:
+        folder: The folder, with a README.md.
+        repo_id: The repository, 'user/name', or a name alone for one of the user's; it is made if it is not there.
+        repo_type: 'model' or 'dataset'.
+        private: Whether a repository that is made is private; None for the user's default.
+        revision: A branch, which is made if it is not there.
+        create_pr: Whether the change is proposed as a pull request instead of made.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: For a card with faults (`validate`), or options that do not go together.
+        RuntimeError: With what to do, when the Hub refuses or not all files have arrived.
     """
     if create_pr and revision is not None:
         raise ValueError(f"revision is {revision!r}, but a pull request goes to main: drop it or create_pr")
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:
-        repo["repo_id"] = _made(folder, repo, private)
+        repo["repo_id"] = _create(folder, repo, private)
         address, branch = _upload(folder, repo, revision, create_pr)
         missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
     except Exception as error:  # huggingface_hub and its HTTP client raise a dozen kinds
@@ -70,8 +81,8 @@ def push(
     return address
 
 
-def _made(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str:
-    """The repository's name, with the user's where none was given; it is there now, and the card knows it."""
+def _create(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str:
+    """Make the repository if it is not there, and name it on the card; its name with the user's."""
     from huggingface_hub import HfApi
 
     name = str(HfApi().create_repo(**repo, private=private, exist_ok=True).repo_id)
@@ -80,18 +91,18 @@ def _made(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str
 
 
 def _upload(folder: str | Path, repo: dict[str, Any], revision: str | None, create_pr: bool) -> tuple[str, str | None]:
-    """Both commits; the address of the last, or of the pull request, and the branch they are on."""
+    """Make both commits; the address of the last, or of the pull request, and the branch that has them."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     if revision not in (None, "main") and not str(revision).startswith("refs/pr/"):
         api.create_branch(**repo, branch=revision, exist_ok=True)
     common = {**repo, "folder_path": folder}
-    rest = [glob.escape(name) for name in files(folder) if name != CARD]
+    others = [glob.escape(name) for name in files(folder) if name != CARD]
     request = None
-    if rest:
+    if others:
         first = api.upload_folder(
-            **common, commit_message="Upload files", revision=revision, create_pr=create_pr, allow_patterns=rest
+            **common, commit_message="Upload files", revision=revision, create_pr=create_pr, allow_patterns=others
         )
         request, revision, create_pr = first.pr_url, first.pr_revision or revision, False
     last = api.upload_folder(
@@ -101,22 +112,22 @@ def _upload(folder: str | Path, repo: dict[str, Any], revision: str | None, crea
 
 
 def _arrived(folder: str | Path, repo: dict[str, Any], branch: str | None) -> set[str]:
-    """Paths whose content is the same there and here."""
+    """Paths whose content in the repository is that of the folder."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-    found, sent = set(), files(folder)
+    arrived, sent = set(), files(folder)
     for remote in HfApi().list_repo_tree(**repo, revision=branch, recursive=True):
-        here = sent.get(remote.path)
-        if here is None or remote.size != here.stat().st_size:
+        local = sent.get(remote.path)
+        if local is None or remote.size != local.stat().st_size:
             continue
         if remote.lfs is None:
-            same = remote.blob_id == git_hash(here.read_bytes())
+            same = remote.blob_id == git_hash(local.read_bytes())
         else:
-            with here.open("rb") as stream:
+            with local.open("rb") as stream:
                 same = remote.lfs.sha256 == sha_fileobj(stream).hex()
-        found |= {remote.path} if same else set()
-    return found
+        arrived |= {remote.path} if same else set()
+    return arrived
 
 
 def _explained(error: BaseException) -> str:

@@ -1,6 +1,6 @@
-"""How a checkpoint is loaded, as code on its card; a push writes into it where the checkpoint has gone.
+"""How a checkpoint is loaded, as code on its card; a push writes the name of the repository into that code.
 
-Until then the place is '.', the card's own folder: the name of a folder would be some repository of the Hub.
+Until then the code loads from '.', the card's own folder: the name of a folder would be some repository of the Hub.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```
 
 @dataclass(frozen=True)
 class Usage:
-    """Code with PLACE where a folder or a repository goes, what the Hub offers to load it with, a word before it."""
+    """How a checkpoint is loaded.
+
+    Args:
+        code: Python, with PLACE where the folder or the repository goes.
+        library: The library that the Hub offers to load it with.
+        note: Text before the code.
+        task: The Hub's name for what the model does; None where it has none.
+    """
 
     code: str
     library: str = "transformers"
@@ -39,19 +46,26 @@ class Usage:
     task: str | None = None
 
     def section(self, place: str = HERE) -> str:
-        """Of a card."""
+        """The section 'Use' of a card, whose code loads from `place`."""
         note = f"{self.note}\n\n" if self.note else ""
         return f"## Use\n\n{note}<!-- loads {place} -->\n```python\n{self.code.replace('PLACE', place)}\n```\n"
 
 
 def usage_of(model: Any) -> Usage | None:
-    """How a model of transformers or peft is loaded: as it says itself, or by its Auto class or its own; None: unknown.
+    """How a model of transformers or peft is loaded.
 
-    A model's attribute `hub_usage`, a function of the model, goes before: not all are what their class loads.
+    A model's attribute `hub_usage`, a function of the model that returns a `Usage`, decides if it is there: not every
+    model is what its class would load. Else the Auto class of the model is used, or the class itself.
+
+    Args:
+        model: The model, unwrapped.
+
+    Returns:
+        The code and its library, or None for a model of another library.
     """
-    if own := getattr(model, "hub_usage", None):
-        found: Usage = own(model)
-        return found
+    if describe := getattr(model, "hub_usage", None):
+        usage: Usage = describe(model)
+        return usage
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "config"):
         return None
@@ -91,15 +105,20 @@ def _loads(library: str, kind: str, task: str | None, options: str = "") -> Usag
 def set_place(folder: str | Path, place: str) -> None:
     """Let the code on a folder's card load from a repository, instead of where it loaded from.
 
-    Raises: ValueError for what is no name of a repository.
+    Args:
+        folder: The folder with the README.md, which is written anew if something in it changes.
+        place: The repository, 'user/name'.
+
+    Raises:
+        ValueError: For what is no name of a repository.
     """
     validate_repo_id(place)
     path = Path(folder) / "README.md"
 
-    def moved(block: re.Match[str]) -> str:
+    def redirect(block: re.Match[str]) -> str:
         code = block["code"].replace(f'"{block["place"]}"', f'"{place}"')
         return f"<!-- loads {place} -->\n```python\n{code}```"
 
     text = path.read_text(encoding="utf-8")
-    if (new := BLOCK.sub(moved, text)) != text:
+    if (new := BLOCK.sub(redirect, text)) != text:
         path.write_text(new, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is made of, found without naming classes: its positions, and tokens to run it on."""
+"""What a Hugging Face model is made of, whatever its class: its layers, its positions, and tokens to run it on."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ def random_tokens(model: nn.Module, rows: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(embeddings.weight.shape[0], 2**15), (rows, length), generator=generator)
     return ids.to(embeddings.weight.device)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model: the first list of modules as long as its configuration says.
+
+    Raises: ValueError if there is none.
+    """
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of {count} layers: its layers cannot be found")
+    return list(lists[0])

@@ -46,6 +46,8 @@ MODULES = {
 """Old module -> new one, both without the name of the package."""
 
 NAMES: dict[str, str] = {
+    "bench.publish": "bench.pages.write_page",
+    "bench.rewrite": "bench.pages.update_readme",
     "data.export": "hub.datasets.export",
     "data.to_hub": "hub.datasets.to_hub",
     "detection.Corpus": "detection.counts.CountedText",

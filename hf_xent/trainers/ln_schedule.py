@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..ln_free.norms import remove, sites
+from ..ln_free.removal import remove, sites
 from ..ln_free.schedule import END, START, Schedule
 from .base import Options
 

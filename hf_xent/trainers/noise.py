@@ -38,23 +38,10 @@ def noise_scale(h: Tensor, sigma: float, mask: Tensor | None = None) -> Tensor:
     variance = h.var(-1, keepdim=True)
     uneven = variance / (variance[keep].mean() + 1e-6)
     median = h.median(-1, keepdim=True).values
-    away = (h - median).abs()
-    deviation = torch.maximum(away.median(-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
+    distance = (h - median).abs()
+    deviation = torch.maximum(distance.median(-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
     factor = uneven.clamp(max=math.log(LARGEST_FACTOR)).exp()  # the exponent: exp of a large ratio would overflow
-    return sigma * h[keep].std() * deviation * torch.exp(-BETA * away / (deviation + 1e-6)) * factor
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a model: the first list of modules as long as its configuration says.
-
-    Raises: ValueError if there is none.
-    """
-    config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {count} layers: NoiseFiT does not know where to go")
-    return list(lists[0])
+    return sigma * h[keep].std() * deviation * torch.exp(-BETA * distance / (deviation + 1e-6)) * factor
 
 
 @contextmanager
@@ -92,7 +79,7 @@ class Strength:
 @torch.no_grad()
 def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float, mask: Tensor | None) -> list[Strength]:
     """Of noise under s = sigma std(h), a layer each, on the clean outputs of one forward pass."""
-    found: dict[int, Strength] = {}
+    measured: dict[int, Strength] = {}  # by layer
 
     def measure(index: int, output: Any) -> None:
         h = _first(output)
@@ -100,7 +87,7 @@ def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float,
         noise = torch.stack([(torch.randn_like(scale) * scale).abs()[keep].mean() for _ in range(PASSES)]).mean()
         clean = h.float()[keep]
         share = scale[keep].square().mean().sqrt() / (clean.std() + 1e-6)
-        found[index] = Strength(float(clean.abs().mean() / (noise + 1e-6)), float(share))
+        measured[index] = Strength(float(clean.abs().mean() / (noise + 1e-6)), float(share))
 
     handles = [
         layer.register_forward_hook(lambda _, __, output, index=index: measure(index, output))
@@ -111,11 +98,11 @@ def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float,
     finally:
         for handle in handles:
             handle.remove()
-    return [found[index] for index in range(len(layers))]
+    return [measured[index] for index in range(len(layers))]
 
 
 def _kept(h: Tensor, mask: Tensor | None) -> Tensor:
-    """What is no padding; virtual tokens, which prompt tuning puts before a sequence, are none."""
+    """True where a token is no padding; the virtual tokens that prompt tuning puts before a sequence are none."""
     if mask is None:
         return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
     return pad(mask.bool(), (h.shape[1] - mask.shape[1], 0), value=True)

@@ -43,7 +43,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import TrainerCallback
 from transformers.utils.logging import tqdm
 from trl.trainer.utils import use_adapter
 
@@ -51,7 +50,8 @@ from ..generation import sampling as generation
 from ..generation.judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
 from ..models.contexts import eval_mode
 from ..system.files import write_atomically
-from .base import refuse_options
+from .osp_data import EpochCallback, Round, check_prompts, encode_prompts, like
+from .refusals import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 
 Generate = Callable[..., list[list[int]]]
@@ -60,13 +60,22 @@ Generate = Callable[..., list[list[int]]]
 
 @dataclass
 class OSPConfig(SPCEConfig):
-    """`SPCEConfig` and the rounds: there are `num_train_epochs / round_epochs` of them."""
+    """`SPCEConfig` and the rounds: there are `num_train_epochs / round_epochs` of them.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type, or needs the pairs before they are made.
+    """
 
     ranges: ClassVar[dict[str, str]] = {
         "num_generations": "[2, inf)",
         **dict.fromkeys(("max_new_tokens", "generation_batch_size", "round_epochs"), "[1, inf)"),
         "temperature": "(0, inf)",
         "strength_eps": "(0, 0.5)",
+    }
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "judge": ("policy", "reference"),
+        "baseline": ("sample", "greedy", "given"),
+        "pairs": (*SCHEMES,),
     }
 
     num_generations: int = field(default=4, metadata={"help": "K, answers sampled for a prompt."})
@@ -89,10 +98,6 @@ class OSPConfig(SPCEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"judge": ("policy", "reference"), "baseline": ("sample", "greedy", "given"), "pairs": (*SCHEMES,)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(known)}")
         made_later = "pairs are made on the way: set it to"
         refuse_options(
             self,
@@ -104,37 +109,34 @@ class OSPConfig(SPCEConfig):
         )
 
 
-class Round(torch.utils.data.Dataset):
-    """The pairs of the round that is under way; their number is known before they are."""
-
-    def __init__(self, length: int):
-        self.length, self.number = length, -1
-        self.rows: Dataset | None = None
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        assert self.rows is not None  # made when the epoch began
-        return self.rows[index]
-
-
 class OSPTrainer(SPCETrainer):
     """Improves a policy by its own judgment, in rounds; see the module's docstring.
 
-    `judge` (any `hf_xent.generation.judging.Judge`) goes before `args.judge`; a `ModelJudge` without a model is the
-    policy with other options. Logged once a round: `judge/steady`, the share of comparisons of different answers in
-    which both orders prefer the same one; `judge/strength`, the mean of preference_prob; `answers/tokens`, their mean
-    length, and `answers/ended`, the share with an end token.
+        p_ij = sigmoid(logit p_i - logit p_j)          loss: SPCE on (chosen, rejected, p_ij)
 
-    Raises: ValueError for options that do not fit, prompts that leave no room for an answer, or sharded parameters.
+    Logged once a round: `judge/steady`, the share of comparisons of different answers in which both orders prefer the
+    same one; `judge/strength`, the mean of preference_prob; `answers/tokens`, their mean length, and `answers/ended`,
+    the share with an end token.
+
+    Args:
+        model: A causal LM, or its Hub id or path.
+        ref_model: The reference of the loss; without it, the model as it is given here (or without its adapter).
+        args: The configuration; `OSPConfig(output_dir="out")` if it is left out.
+        judge: Any `hf_xent.generation.judging.Judge`, which goes before `args.judge`; a `ModelJudge` without a model is
+            the policy with other options.
+        generate: What samples the answers, a function like `hf_xent.generation.sampling.responses`.
+        **kwargs: As for `trl.DPOTrainer`. Rows of `train_dataset` have the column `prompt`, `baseline` under
+            `baseline="given"`, and any others, which judges see; those of `eval_dataset` are as for `SPCETrainer`.
+
+    Raises:
+        ValueError: Options that do not fit, a data set without its columns, prompts that leave no room for an answer,
+            or sharded parameters.
     """
 
     config_class = OSPConfig
     args: OSPConfig
     train_dataset: Any
     _name = "OSP"
-    _tag_names = ["trl", "osp", "hf_xent"]  # noqa: RUF012  as TRL declares it
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class OSPTrainer(SPCETrainer):
         generate: Generate = generation.responses,
         **kwargs: Any,
     ):
-        args = self.configured(args)
+        args = self.configured(args, kwargs)
         super().__init__(model, ref_model, args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("OSP samples from the whole policy on one process: train without FSDP and DeepSpeed")
@@ -154,26 +156,13 @@ class OSPTrainer(SPCETrainer):
         self.generate = generate
         self.prompts = self.train_dataset
         self.train_dataset = Round(len(self.prompts) * len(SCHEMES[args.pairs](args.num_generations)))
-        self.add_callback(_EpochBegins(self))
+        self.add_callback(EpochCallback(self.begin_epoch))
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         if dataset_name != "train":
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        needed = ("prompt", *(("baseline",) if args.baseline == "given" else ()))
-        if not isinstance(dataset, Dataset) or not set(needed) <= set(dataset.column_names):
-            raise ValueError(f"train_dataset has to be a datasets.Dataset with the columns {', '.join(needed)}")
-        room = float("inf") if args.max_length is None else args.max_length - args.max_new_tokens
-
-        def encode(row: dict[str, Any]) -> dict[str, Any]:
-            ids = _encoded(row["prompt"], processing_class)
-            if len(ids) > room:
-                raise ValueError(
-                    f"a prompt has {len(ids)} tokens, with max_new_tokens {args.max_new_tokens} more than max_length"
-                    f" {args.max_length}: {row['prompt']!r}"
-                )
-            return {"prompt_ids": ids}
-
-        return dataset.map(encode, desc="Tokenizing prompts")
+        check_prompts(dataset, ("prompt", *(("baseline",) if args.baseline == "given" else ())))
+        return encode_prompts(dataset, processing_class, args.max_length, args.max_new_tokens)
 
     def pairs(self, number: int) -> Dataset:
         """The pairs of a round, from `output_dir`. Raises: ValueError if they are not there."""
@@ -186,16 +175,16 @@ class OSPTrainer(SPCETrainer):
 
     def begin_epoch(self, epoch: int, resumed: bool) -> None:
         """Makes the pairs of the round that an epoch begins; one that is `resumed` within its round reads them."""
-        number, began = divmod(epoch, self.args.round_epochs)
-        within = began > 0 or resumed
+        number, earlier_epochs = divmod(epoch, self.args.round_epochs)
+        within = earlier_epochs > 0 or resumed
         if within and self.train_dataset.number == number:
             return
         if not within:
             with self.accelerator.main_process_first():
                 if self.accelerator.is_main_process:
-                    made = self._make_pairs(number)
+                    pairs = self._make_pairs(number)
                     shutil.rmtree(self._folder(number), ignore_errors=True)  # of an earlier run
-                    write_atomically(self._folder(number), made.save_to_disk)
+                    write_atomically(self._folder(number), pairs.save_to_disk)
         self.train_dataset.number, self.train_dataset.rows = number, self.pairs(number)
 
     def _make_pairs(self, number: int) -> Dataset:
@@ -205,30 +194,32 @@ class OSPTrainer(SPCETrainer):
         answers = self._sample(prompts, number, args.temperature)
         texts = self._decode(answers)
         scores = self._scores(rows, texts, number)
-        made = []
+        pairs = []
         for start in range(0, len(rows), count):
             for chosen, rejected, p in ranked_pairs(scores[start : start + count], args.pairs, args.strength_eps):
                 pair = {"preference_prob": p, "round": number, "prompt_ids": prompts[start]}
                 for side, i in (("chosen", start + chosen), ("rejected", start + rejected)):
-                    pair |= {side: _like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
+                    pair |= {side: like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
                     pair[f"{side}_score"] = scores[i]
-                made.append({**rows[start], **pair})
-        self._report("judge/strength", np.mean([pair["preference_prob"] for pair in made]))
+                pairs.append({**rows[start], **pair})
+        self._report("judge/strength", np.mean([pair["preference_prob"] for pair in pairs]))
         self._report("answers/tokens", np.mean([len(answer) for answer in answers]))
         ends = generation.ends(self.model)
         self._report("answers/ended", np.mean([bool(ends.intersection(answer[-1:])) for answer in answers]))
-        return Dataset.from_list(made)
+        return Dataset.from_list(pairs)
 
     def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
         """Answers, in batches that are each seeded by the run's seed, the round and their place."""
-        args, size, found = self.args, self.args.generation_batch_size, []
+        args, size = self.args, self.args.generation_batch_size
+        answers: list[list[int]] = []
         with torch.no_grad(), eval_mode(self.model):
             starts = range(0, len(prompts), size)
             for start in tqdm(starts, f"Sampling, round {number}", leave=False, disable=args.disable_tqdm or None):
                 [seed] = np.random.SeedSequence((args.seed, number, start)).generate_state(1).tolist()
-                part, how = prompts[start : start + size], {"tokens": args.max_new_tokens, "temperature": temperature}
-                found += self.generate(self.model, part, seed=seed, **how)
-        return found
+                batch = prompts[start : start + size]
+                options = {"tokens": args.max_new_tokens, "seed": seed, "temperature": temperature}
+                answers += self.generate(self.model, batch, **options)
+        return answers
 
     def _decode(self, answers: list[list[int]]) -> list[str]:
         return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -239,19 +230,19 @@ class OSPTrainer(SPCETrainer):
         if baseline == "given":
             baselines = [row["baseline"] for row in rows]
         else:
-            found = texts[::count]
+            by_prompt = texts[::count]
             if baseline == "greedy":
-                found = self._decode(self._sample(self.prompts["prompt_ids"], number, 0.0))
-            baselines = [text for text in found for _ in range(count)]
-        asked = [i for i in range(len(texts)) if baseline != "sample" or i % count]
-        against = [baselines[i] for i in asked]
+                by_prompt = self._decode(self._sample(self.prompts["prompt_ids"], number, 0.0))
+            baselines = [text for text in by_prompt for _ in range(count)]
+        compared = [i for i in range(len(texts)) if baseline != "sample" or i % count]
+        answers, others = ([column[i] for i in compared] for column in (texts, baselines))
         with self._judging() as judge:
-            verdicts = both_orders(judge, [rows[i] for i in asked], [texts[i] for i in asked], against)
-        differ = torch.tensor([texts[i] != baselines[i] for i in asked])
+            verdicts = both_orders(judge, [rows[i] for i in compared], answers, others)
+        differ = torch.tensor([texts[i] != baselines[i] for i in compared])
         if differ.any():
             self._report("judge/steady", verdicts.steady[differ].double().mean())
         scores = [0.5] * len(texts)
-        for i, p in zip(asked, verdicts.p.tolist(), strict=True):
+        for i, p in zip(compared, verdicts.p.tolist(), strict=True):
             scores[i] = p
         return scores
 
@@ -262,41 +253,13 @@ class OSPTrainer(SPCETrainer):
         if not isinstance(judge, ModelJudge):
             yield judge
             return
-        own = self.model if policy or self.ref_model is None else self.ref_model
-        judge = replace(judge, tokenizer=judge.tokenizer or self._tokenizer, model=judge.model or own)
-        within: Any = nullcontext()
+        model = self.model if policy or self.ref_model is None else self.ref_model
+        judge = replace(judge, tokenizer=judge.tokenizer or self._tokenizer, model=judge.model or model)
+        adapter: Any = nullcontext()
         if judge.model is self.model and not policy:  # the reference of a PEFT policy is the policy without its adapter
-            within = use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None)
-        with within:
+            adapter = use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None)
+        with adapter:
             yield judge
 
     def _report(self, name: str, value: Any) -> None:
         self._metrics["train"][name].append(float(value))  # TRL's, in the next log
-
-
-class _EpochBegins(TrainerCallback):
-    """Tells the trainer of epochs, and whether one goes on after a checkpoint."""
-
-    def __init__(self, trainer: OSPTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        self.trainer.begin_epoch(state.global_step // steps, resumed=state.global_step % steps > 0)
-
-
-def _encoded(prompt: Any, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    wrong = [message for message in prompt if not isinstance(message["content"], str)]
-    if wrong:  # judges read text, and generation here is of text alone
-        raise ValueError(
-            f"a message of a prompt has content of type {type(wrong[0]['content']).__name__}: OSP takes text, give the"
-            " content as a string and leave tool calls out"
-        )
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _like(prompt: Any, text: str) -> Any:
-    """An answer in the form of its prompt."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -32,7 +32,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from numbers import Number
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -42,8 +42,8 @@ from trl import DPOConfig, DPOTrainer
 
 from ..hub import Tokenless
 from ..options.ranges import check_number
-from .base import Method, Options, refuse_options
-from .streamed import ANSWERS, NO_EFFECT, Streamed
+from .base import Method, Options
+from .streamed import ANSWERS, Streamed
 
 COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
 """Column of the dataset -> its largest value; the smallest is 0."""
@@ -54,7 +54,13 @@ SOFT = ("sigmoid", "sigmoid_norm")
 
 @dataclass
 class SPCEConfig(Options, Tokenless, DPOConfig):
-    """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss."""
+    """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type, or `loss_type` is none with soft labels.
+    """
+
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"method": ("spce", "pso")}
 
     method: str = field(
         default="spce",
@@ -66,8 +72,6 @@ class SPCEConfig(Options, Tokenless, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method not in ("spce", "pso"):
-            raise ValueError(f"method is {self.method!r}: choose 'spce' or 'pso'")
         check_number(self, "label_smoothing", "[0, 0.5]", "choose 0 (none) to 0.5 (no preference)")
         check_number(self, "beta", "[0, inf)")
         known = {*SOFT, "sft"}
@@ -83,12 +87,22 @@ class SPCEConfig(Options, Tokenless, DPOConfig):
 class SPCETrainer(Method, Streamed, DPOTrainer):
     """DPO with a strength and a weight for every pair; see the module's docstring and `trl.DPOTrainer`.
 
+        loss = w [ -p log sigmoid(z) - (1 - p) log sigmoid(-z) ]          z = beta Delta
+
     All of DPO stays: reference model or precomputed log-probabilities, adapters, accumulation, vision models. Model and
     reference are patched, so nothing of the size tokens x vocabulary is made. Logged beside DPO's metrics:
     `rewards/brier`, the mean of (sigmoid(beta Delta) - preference_prob)^2, 1/4 for a model that knows nothing.
 
-    Raises: ValueError for options that do not fit, a configuration of another trainer, a column with values out of
-    range, or a model that cannot be patched.
+    Args:
+        model: A causal LM, or its Hub id or path.
+        ref_model: The reference; without it, the model as it is given here (or without its adapter).
+        args: The configuration; `SPCEConfig(output_dir="out")` if it is left out.
+        **kwargs: As for `trl.DPOTrainer`. Rows of the data sets have TRL's columns `prompt`, `chosen` and `rejected`,
+            and `preference_prob` in [0, 1] and `weight` >= 0, both 1 where they are not there.
+
+    Raises:
+        ValueError: Options that do not fit, the configuration of another trainer, a data set without its columns, a
+            column with values out of range, or a model that cannot be patched.
     """
 
     config_class: type = SPCEConfig
@@ -99,17 +113,9 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
     precompute_ref_logps: bool
     _signature_columns: Any
     _name = "SPCE"
-    _tag_names = ["trl", "spce", "hf_xent"]  # noqa: RUF012  as TRL declares it
-    _paper = {  # noqa: RUF012
-        "title": "Online Self-Preferring Language Models",
-        "id": "2405.14103",
-        "citation": "@article{zhai2024online,\n    title  = {{Online Self-Preferring Language Models}},\n"
-        "    author = {Yuanzhao Zhai and others},\n    year   = 2024,\n    eprint = {arXiv:2405.14103},\n}",
-    }
 
     def __init__(self, model: Any, ref_model: Any = None, args: SPCEConfig | None = None, **kwargs: Any):
-        args = self.configured(args)
-        refuse_options(args, NO_EFFECT)
+        args = self.configured(args, kwargs)
         super().__init__(model, ref_model, args, **kwargs)
         self.data_collator = WithColumns(self.data_collator)
 
@@ -128,7 +134,7 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
         return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k not in COLUMNS})
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        own = {name: inputs[name] for name in _columns(inputs)}
+        columns = {name: inputs[name] for name in _columns(inputs)}
         inputs = {name: x for name, x in inputs.items() if name not in COLUMNS}  # the rest goes to the model
         if not self.precompute_ref_logps:
             reference = self.model if self.ref_model is None else self.ref_model
@@ -136,20 +142,20 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
         recorder = Recorder(model)
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True  # in either case they are now
         try:
-            found = super()._compute_loss(recorder, inputs, return_outputs)
+            result = super()._compute_loss(recorder, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
-        loss, *outputs = found if return_outputs else (found,)
-        loss = loss + self._correction(recorder, inputs, own)
+        loss, *outputs = result if return_outputs else (result,)
+        loss = loss + self._correction(recorder, inputs, columns)
         return (loss, *outputs) if return_outputs else loss
 
-    def _correction(self, recorder: Recorder, inputs: dict[str, Any], own: dict[str, Tensor]) -> Tensor:
+    def _correction(self, recorder: Recorder, inputs: dict[str, Any], columns: dict[str, Tensor]) -> Tensor:
         """What soft labels and weights add to TRL's loss, from the forward pass that TRL made."""
         policy = self.compute_ref_log_probs(recorder.replay, inputs)  # TRL's sums over tokens, of the policy's output
         score = scores_of(self.f_divergence_type, self.f_alpha_divergence_coef)
         scores = [score(logp - inputs[name]) for logp, name in zip(policy, REFERENCE, strict=True)]
-        stated = own.get("preference_prob", torch.ones_like(scores[0]))
-        label, weight = self._targets(stated, own.get("weight", torch.ones_like(scores[0])))
+        preference = columns.get("preference_prob", torch.ones_like(scores[0]))
+        label, weight = self._targets(preference, columns.get("weight", torch.ones_like(scores[0])))
         lengths = inputs["completion_mask"].sum(1).clamp(min=1).chunk(2)
         total = torch.zeros_like(scores[0])
         for kind, share in zip(self.loss_types, self.loss_weights, strict=True):
@@ -157,16 +163,17 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
                 units = lengths if kind == "sigmoid_norm" else (1, 1)
                 z = self.beta * (scores[0] / units[0] - scores[1] / units[1])
                 total = total + share * ((weight - 1) * F.softplus(-z) + weight * (1 - label) * z)
-        self._note_brier(z.detach(), stated)
+        self._record_brier(z.detach(), preference)
         return total.mean()
 
-    def _targets(self, stated: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _targets(self, preference: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Label and weight of every pair."""
-        p = self.label_smoothing + (1 - 2 * self.label_smoothing) * stated
+        p = self.label_smoothing + (1 - 2 * self.label_smoothing) * preference
         return (p, weight) if self.args.method == "spce" else ((p >= 0.5).to(p), weight * (2 * p - 1).abs())
 
-    def _note_brier(self, z: Tensor, stated: Tensor) -> None:
-        errors = self.accelerator.gather_for_metrics((z.sigmoid() - stated).square())
+    def _record_brier(self, z: Tensor, preference: Tensor) -> None:
+        """Among TRL's own metrics, which are means over forward passes."""
+        errors = self.accelerator.gather_for_metrics((z.sigmoid() - preference).square())
         self._metrics["train" if self.model.training else "eval"]["rewards/brier"].append(errors.mean().item())
 
 
@@ -195,17 +202,17 @@ class WithColumns:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch. Raises: ValueError for values out of range."""
-        own = {name: checked(name, [row.get(name) for row in rows]) for name in _columns(rows[0])}
-        return {**self.inner(rows), **own}
+        columns = {name: checked(name, [row.get(name) for row in rows]) for name in _columns(rows[0])}
+        return {**self.inner(rows), **columns}
 
 
 def checked(name: str, values: Iterable[Any]) -> Tensor:
     """A column of SPCE as a tensor. Raises: ValueError for what is no number, or out of its range."""
-    found = list(values)
-    wrong = [value for value in found if not (_is_number(value) and 0 <= value <= COLUMNS[name])]
+    column = list(values)
+    wrong = [value for value in column if not (_is_number(value) and 0 <= value <= COLUMNS[name])]
     if wrong:
         raise ValueError(f"column {name} has {wrong[0]!r}: give a number from 0 to {COLUMNS[name]:g} in every row")
-    return torch.tensor([float(value) for value in found], dtype=torch.float32)
+    return torch.tensor([float(value) for value in column], dtype=torch.float32)
 
 
 def _is_number(value: Any) -> bool:

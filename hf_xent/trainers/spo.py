@@ -43,8 +43,10 @@ from trl import DPOConfig, DPOTrainer
 
 from ..hub import Tokenless
 from ..patching import lazily
-from .base import Method, Options, lazy, refuse_compilation, refuse_options
-from .streamed import ANSWERS, NO_EFFECT, Streamed
+from .base import Method, Options
+from .batches import lazy
+from .refusals import refuse_compilation
+from .streamed import ANSWERS, Streamed
 from .variants import Variants
 
 KEY = "spo"  # of the degree task's tensors in a batch
@@ -55,13 +57,22 @@ TEXTS = ("prompt", "chosen", "rejected", "completion", "tools", "chat_template_k
 
 @dataclass
 class SPOOptions(Options):
-    """The options of SPO; goes before the configuration of the alignment trainer in a class's bases."""
+    """The options of SPO; goes before the configuration of the alignment trainer in a class's bases.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type.
+    """
 
     ranges: ClassVar[dict[str, str]] = {
         "degrees": "[2, inf)",
         "max_removed": "(0, 1]",
         "gamma_w": "[0, inf)",
         "gamma_l": "[0, inf)",
+    }
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "key_content": ("rake", "random"),
+        "pooling": ("last", "mean"),
+        "degree_head": ("classes", "ordinal"),
     }
 
     degrees: int = field(default=3, metadata={"help": "N, the variants of an answer, the answer itself included."})
@@ -80,14 +91,6 @@ class SPOOptions(Options):
     gamma_l: float = field(default=0.1, metadata={"help": "Weight of the degree loss of rejected answers."})
     push_degree_head: bool = field(default=False, metadata={"help": "Push the head beside the model too."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (
-            ("key_content", ("rake", "random")), ("pooling", ("last", "mean")), ("degree_head", ("classes", "ordinal"))
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose {known[0]!r} or {known[1]!r}")
-
     @property
     def shares(self) -> list[float]:
         """Share of the key phrases that every variant lacks."""
@@ -100,12 +103,21 @@ class SPOConfig(SPOOptions, Tokenless, DPOConfig):
 
 
 class SPO(Method, Streamed):
-    """The degree loss on top of a TRL trainer's own; see the module's docstring.
+    """The degree loss on top of a TRL trainer's own; goes before that trainer in a class's bases.
 
-    Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`. With both gammas 0 the
-    trainer is the one below it, to the last bit.
+        loss = alignment loss + gamma_w mean L(chosen) + gamma_l mean L(rejected)
 
-    Raises: ValueError for options that do not fit, a configuration without `SPOOptions`, or of another trainer.
+    See the module's docstring. Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`.
+    With both gammas 0 the trainer is the one below it, to the last bit.
+
+    Args:
+        *args: As for the trainer below.
+        **kwargs: As for the trainer below, with its columns of text. Its configuration, `args`, has `SPOOptions` among
+            its bases and cannot be left out.
+
+    Raises:
+        ValueError: Options that do not fit, a configuration without `SPOOptions` or of another trainer, or a model that
+            cannot be patched.
     """
 
     config_class: type = SPOOptions
@@ -116,15 +128,14 @@ class SPO(Method, Streamed):
     _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = kwargs.get("args") or next((x for x in args if isinstance(x, TrainingArguments)), None)
-        if given is None:
+        config = kwargs.get("args") or next((x for x in args if isinstance(x, TrainingArguments)), None)
+        if config is None:
             raise ValueError(
                 f"args is None: {type(self).__name__} takes a configuration made of hf_xent.SPOOptions and TRL's"
             )
-        self.configured(given)
-        refuse_options(given, NO_EFFECT)
+        self.configured(config, kwargs)
         model = args[0] if args else kwargs.get("model")
-        refuse_compilation(model, given, "SPO reads the hidden states before them")
+        refuse_compilation(model, config, "SPO reads the hidden states before them")
         super().__init__(*args, **kwargs)
         get_base: Any = getattr(self.model, "get_base_model", None)  # PEFT
         model = self.model if get_base is None else get_base()
@@ -147,11 +158,11 @@ class SPO(Method, Streamed):
     ) -> Any:
         """The alignment loss and the weighted degree loss."""
         variants = inputs.get(KEY)
-        rest = {name: x for name, x in inputs.items() if name != KEY}
-        found = super().compute_loss(model, rest, return_outputs, *args, **kwargs)
+        alignment_inputs = {name: x for name, x in inputs.items() if name != KEY}
+        result = super().compute_loss(model, alignment_inputs, return_outputs, *args, **kwargs)
         if not variants:
-            return found
-        loss, *outputs = found if return_outputs else (found,)
+            return result
+        loss, *outputs = result if return_outputs else (result,)
         loss = loss + self._degree_loss(model, **variants).to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
@@ -192,22 +203,25 @@ class SPO(Method, Streamed):
 
 
 class SPOTrainer(SPO, DPOTrainer):
-    """DPO, with any of its losses, and SPO's degree loss; see the module's docstring and `trl.DPOTrainer`."""
+    """DPO, with any of its losses, and SPO's degree loss; see the module's docstring and `trl.DPOTrainer`.
+
+    Args:
+        model: A causal LM, or its Hub id or path.
+        ref_model: The reference; without it, the model as it is given here (or without its adapter).
+        args: The configuration; `SPOConfig(output_dir="out")` if it is left out.
+        **kwargs: As for `trl.DPOTrainer`. Rows of the data sets have TRL's columns `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        ValueError: As `SPO`, and a data set without its columns.
+    """
 
     needed = ("chosen", "rejected")
     config_class = SPOConfig
     args: SPOConfig
     _name = "SPO"
-    _tag_names = ["trl", "spo", "hf_xent"]  # noqa: RUF012  as TRL declares it
-    _paper = {  # noqa: RUF012
-        "title": "Self-supervised Preference Optimization",
-        "id": "2409.17791",
-        "citation": "@inproceedings{li2024self,\n    title     = {{Self-supervised Preference Optimization}},\n"
-        "    author    = {Li and others},\n    year      = 2024,\n    booktitle = {Findings of EMNLP 2024},\n}",
-    }
 
     def __init__(self, model: Any, ref_model: Any = None, args: SPOConfig | None = None, **kwargs: Any):
-        super().__init__(model, ref_model, self.configured(args), **kwargs)
+        super().__init__(model, ref_model, self.configured(args, kwargs), **kwargs)
 
 
 class DegreeHead(nn.Module):
@@ -241,5 +255,5 @@ class DegreeHead(nn.Module):
         if self.pooling == "mean":
             mask = answer[..., None].to(hidden)
             return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-        places = torch.arange(answer.shape[1], device=answer.device)
-        return hidden[torch.arange(len(hidden), device=hidden.device), (places * answer).argmax(1)]
+        positions = torch.arange(answer.shape[1], device=answer.device)
+        return hidden[torch.arange(len(hidden), device=hidden.device), (positions * answer).argmax(1)]

@@ -9,17 +9,12 @@ from torch import nn
 
 from ..hub import Carded
 from ..patching import ensure_patched, head_of, patch_state
-from .base import refuse_encoder_decoder
+from .base import Mixin
+from .refusals import refuse_encoder_decoder
 from .rows import TEXT
 
 ANSWERS: Mapping[str, str] = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), TEXT)
 """The columns of a trainer of preferences."""
-NO_EFFECT = {
-    "label_smoothing_factor": "preference losses have label_smoothing: set that one",
-    "use_liger_kernel": "Liger's loss would take the place of the one asked for: set it to False",
-}
-"""Fields that no trainer of preferences honors, and what to do."""
-Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
 
 
 class Streamed(Carded, Mixin):
@@ -31,6 +26,16 @@ class Streamed(Carded, Mixin):
 
     needed: tuple[str, ...] = ()
     """Columns that a data set has to have."""
+    refused_options: Mapping[str, str] = {
+        "label_smoothing_factor": "preference losses have label_smoothing: set that one",
+        "use_liger_kernel": "Liger's loss would take the place of the one asked for: set it to False",
+    }
+    """See `hf_xent.trainers.base.Method`."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "_name" in vars(cls) and "_tag_names" not in vars(cls):  # TRL's name of the method, and tags of its models
+            cls._tag_names = ["trl", cls._name.lower(), "hf_xent"]
 
     def __init__(self, *args: Any, **kwargs: Any):
         model = args[0] if args else kwargs.get("model")
@@ -60,10 +65,10 @@ class Streamed(Carded, Mixin):
         missing = [name for name in self.needed if name not in names]
         if missing:
             raise ValueError(f"the data has no column {' and no '.join(missing)}, but {', '.join(names)}: rename them")
-        found = super()._prepare_dataset(dataset, *args, **kwargs)
-        if hasattr(found, "__len__") and not len(found):
+        dataset = super()._prepare_dataset(dataset, *args, **kwargs)
+        if hasattr(dataset, "__len__") and not len(dataset):
             raise ValueError("no row is left: every prompt is as long as max_length, raise it")
-        return found
+        return dataset
 
     def _patch_models(self) -> None:
         ensure_patched(self.model)

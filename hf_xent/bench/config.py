@@ -1,0 +1,69 @@
+"""What a benchmark measures: `BenchConfig`, and the names and shapes of the inputs it may choose."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from .contestants import CONTESTANTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RANDOM = "random"
+CALIBRATED = "calibrated"  # alone, or with ':' and the model it is calibrated to
+SHAPED = (CALIBRATED, RANDOM)  # in a model's place: inputs whose shape is chosen
+EXPORTED = ".safetensors"  # the suffix of files that hold a model's activations
+
+
+def shaped(source: str) -> bool:
+    """Whether a config's model, or a row's source, is one of SHAPED, alone or with more words after it."""
+    return re.split("[: ]", source)[0] in SHAPED
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "smollm2"
+    """Whose activations: 'smollm2' (embedded), a Hub id, a path, a file of `inputs.export`; or for a given shape
+    'calibrated' ('calibrated:smollm2'), whose softmax is as peaked and as thin as a real model's, or 'random'."""
+    data: str = "pydoc"
+    """Text the activations come from: any source of `hf_xent.data.load_text`."""
+    tokens: int = 1024
+    """Positions, N."""
+    vocab: int = 4096
+    """Vocabulary V of 'random' and 'calibrated'."""
+    width: int = 64
+    """Hidden size D of 'random' and 'calibrated'."""
+    dtype: str = "float32"
+    """'float32', 'bfloat16' or 'float16'."""
+    contestants: tuple[str, ...] = ()
+    """Names among CONTESTANTS; empty for all. 'dense' always runs: the others are held against it."""
+    repeats: int = 10
+    """Timed iterations of each."""
+    warmup: int = 2
+    """Untimed iterations before them."""
+    patience: float = 60.0
+    """Seconds after which a contestant with 3 timed iterations is not asked again."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    """'cpu' or 'cuda'."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """Threads of torch in every contestant's process."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}: choose 'cpu' or 'cuda'")
+        if unknown := [name for name in self.contestants if name not in CONTESTANTS]:
+            raise ValueError(f"no contestant {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
+        for name in ("tokens", "vocab", "width", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a positive number")
+
+    @property
+    def shape(self) -> str:
+        """Which inputs, in a few words."""
+        chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
+        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"

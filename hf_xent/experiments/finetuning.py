@@ -1,0 +1,238 @@
+"""One fine-tuning run as data, and its execution in this process: `fit(Run(...), PATCHED)` gives an `Outcome`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..losses import LOSSES
+from ..models.quiet import quiet_loading
+from .fields import described
+
+STOCK, PATCHED = "stock", "hf_xent"
+"""The arms: the model's own loss under transformers' `Trainer`, and the run's loss under `XentTrainer`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything one fine-tuning run depends on; each field is an option of `hf-xent train`."""
+
+    loss: str = described(f"The loss, with options if any, such as 'focal:gamma=3': {LOSSES.names()}.", "cross_entropy")
+    model: str = "smollm2"  # a packaged model, or any Hub id or path of a causal LM
+    dataset: str = "pydoc"  # any source of `hf_xent.data.load_text`
+    split: str | None = None  # of the dataset, such as 'train[:10%]'
+    column: str = "text"  # the column that holds the text
+    steps: int = described("Optimizer steps.", 30, min=1)
+    batch_size: int = described("Blocks per forward pass.", 4, min=1)
+    accumulation: int = described("Forward passes per optimizer step.", 1, min=1)
+    block_size: int = described("Tokens per block.", 192, min=2)
+    learning_rate: float = described("Peak learning rate of AdamW, decayed linearly.", 2e-5)
+    lora: int = described(
+        "Rank of LoRA adapters on all linear layers but the head, the rest frozen; 0 trains all weights.", 0, min=0
+    )
+    gradient_checkpointing: bool = described(
+        "Compute each layer's activations again in the backward pass instead of keeping them.", False
+    )
+    eval_blocks: int = described("Blocks held out for evaluation.", 4, min=1)
+    seed: int = described("Seed of batches, dropout and everything else.", 0, min=0, max=2**32 - 1)
+    dtype: str = "float32"  # the model's: float32, bfloat16 or float16
+    memory_budget: int | None = described(
+        "Bytes of logits alive at a time [default: half a byte for each number in the head].", None
+    )
+    tail: float = described(
+        "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact.", 0.0
+    )
+    output: str = described("Folder for the model, its checkpoints, results.json and curves.png.", "out/train")
+    save_steps: int = described("Write a checkpoint after every so many steps; 0 writes none.", 0, min=0)
+    resume: bool = described("Go on from the newest checkpoint in the output folder.", False)
+    save: bool = described("Save the fine-tuned model (never with --compare).", True)
+
+
+@dataclass
+class Outcome:
+    """What a run measured; one number a step where it is a list."""
+
+    arm: str
+    losses: list[float]
+    seconds: list[float]
+    memory: list[int]  # peak of resident memory during the step, bytes (one entry if it cannot be reset)
+    eval_before: float
+    eval_after: float
+    tokens_per_step: int
+    logs: list[dict[str, float]]
+
+    @property
+    def peak(self) -> int:
+        """Peak memory of the process over all training steps, bytes."""
+        return max(self.memory)
+
+
+def fit(
+    run: Run,
+    arm: str,
+    before_step: Callable[[int], None] = lambda step: None,
+    on_phase: Callable[[str], None] = lambda phase: None,
+) -> Outcome:
+    """Train one arm of a run in this process.
+
+    Args:
+        run: The run; with `run.save` the model and its card are written to `run.output`.
+        arm: STOCK for the model's own loss, PATCHED for `run.loss` without logits.
+        before_step: Called with the step's number before each optimizer step; it may wait.
+        on_phase: Called with a phase's name when it begins: 'loading the model', 'training', ...
+
+    Returns:
+        Losses, seconds and peak memory of every step, and the evaluation loss before and after.
+
+    Raises:
+        ValueError: If the model or the text cannot be used, or there is no checkpoint to resume from.
+    """
+    with quiet_loading():
+        on_phase("loading the libraries")
+        trainer, watch = _trainer(run, arm, on_phase), _watch(before_step)
+        trainer.add_callback(watch)
+        checkpoint = _checkpoint(run)
+        on_phase("evaluating")
+        eval_before = trainer.evaluate()["eval_loss"]
+        on_phase("training")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        on_phase("evaluating")
+        eval_after = trainer.evaluate()["eval_loss"]
+        if run.save:
+            on_phase("saving")
+            trainer.save_model(run.output)
+            trainer.create_model_card(dataset=run.dataset)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Outcome(
+        arm=arm,
+        losses=[entry["loss"] for entry in logs],
+        seconds=watch.seconds,
+        memory=watch.memory,
+        eval_before=eval_before,
+        eval_after=eval_after,
+        tokens_per_step=run.batch_size * run.accumulation * run.block_size,
+        logs=logs,
+    )
+
+
+def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
+    """The trainer of an arm, with model and text."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+
+    from ..models import loading
+    from ..models.anatomy import check_room
+    from ..trainers import XentConfig, XentTrainer
+
+    on_phase("loading the model")
+    set_seed(run.seed)
+    model, tokenizer = loading.load(run.model, dtype=run.dtype)
+    check_room(model, run.block_size, "block_size")
+    if run.lora:
+        model = _adapted(model, run.lora)
+    on_phase("reading the text")
+    train, held_out = _blocks(run, tokenizer)
+    options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
+    if arm == PATCHED:
+        config = XentConfig(**_arguments(run), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
+        trainer: Trainer = XentTrainer(model, config, **options)
+    else:
+        trainer = Trainer(model, TrainingArguments(**_arguments(run)), **options)
+    trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
+    return trainer
+
+
+def _adapted(model: Any, rank: int) -> Any:
+    """The model with everything frozen but LoRA adapters of this rank."""
+    from peft import LoraConfig, get_peft_model
+
+    # all linear layers but the output embedding; the strength alpha / rank = 2 of PEFT's own examples
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def _checkpoint(run: Run) -> str | None:
+    """The newest checkpoint to go on from; a finished one is refused, since Trainer would take one step too many."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if not run.resume:
+        return None
+    checkpoint = get_last_checkpoint(run.output) if Path(run.output).is_dir() else None
+    if checkpoint is None:
+        raise ValueError(f"no checkpoint in {run.output}: train with save_steps first, or without resume")
+    step = int(checkpoint.rsplit("-", 1)[1])
+    if step >= run.steps:
+        raise ValueError(
+            f"nothing to resume: {Path(checkpoint).name} in {run.output} is at step {step} of {run.steps}, ask for more"
+            " steps"
+        )
+    return checkpoint
+
+
+def _blocks(run: Run, tokenizer: Any) -> tuple[Any, Any]:
+    """Blocks of the text to train on, and those held out."""
+    from ..data import load_text, pack
+
+    blocks = pack(load_text(run.dataset, run.split, run.column), tokenizer, run.block_size, run.column)
+    if len(blocks) < 2:
+        raise ValueError(
+            f"dataset {run.dataset!r} makes {len(blocks)} block of {run.block_size} tokens: 2 are needed, choose a"
+            " smaller block_size"
+        )
+    held_out = min(run.eval_blocks, len(blocks) // 2)
+    split = blocks.train_test_split(test_size=held_out, seed=run.seed)
+    return split["train"], split["test"]
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    """The training arguments that both arms share."""
+    import torch
+    from transformers import TrainingArguments
+
+    # transformers 5.23 renamed the option; older versions know the old name alone
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {
+        checkpointing: run.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False} if run.gradient_checkpointing else None,
+        "output_dir": run.output,
+        "max_steps": run.steps,
+        "per_device_train_batch_size": run.batch_size,
+        "per_device_eval_batch_size": run.batch_size,
+        "gradient_accumulation_steps": run.accumulation,
+        "learning_rate": run.learning_rate,
+        "logging_steps": 1,
+        "save_strategy": "steps" if run.save_steps else "no",
+        "save_steps": run.save_steps or 500,
+        "seed": run.seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": False,  # the dtype of the run is the model's
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+
+
+def _watch(before_step: Callable[[int], None]) -> Any:
+    """A callback that calls `before_step`, and reads time and memory of every optimizer step."""
+    from transformers import TrainerCallback
+
+    from ..bench.memory import PeakMemory
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.memory: list[int] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            before_step(state.global_step)
+            self.meter = PeakMemory(args.device).__enter__()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+            self.meter.__exit__()
+            self.memory.append(self.meter.peak)
+
+    return Watch()

@@ -1,0 +1,77 @@
+"""What OSP trains on: prompts as token ids, and a data set whose rows are the pairs of the round that is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import Dataset as RowsByNumber
+from transformers import TrainerCallback
+
+
+class Round(RowsByNumber):
+    """The pairs of the round that is under way; their number is known before they are."""
+
+    def __init__(self, length: int):
+        self.length, self.number = length, -1
+        self.rows: Dataset | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert self.rows is not None  # made when the epoch began
+        return self.rows[index]
+
+
+class EpochCallback(TrainerCallback):
+    """Calls `begin(epoch, resumed)` before an epoch's batches: `resumed` if it goes on after a checkpoint."""
+
+    def __init__(self, begin: Callable[[int, bool], None]):
+        self.begin = begin
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+        self.begin(state.global_step // steps, state.global_step % steps > 0)
+
+
+def check_prompts(dataset: Any, columns: tuple[str, ...]) -> None:
+    """Raises: ValueError for a training set that is no `datasets.Dataset` with these columns."""
+    if not isinstance(dataset, Dataset) or not set(columns) <= set(dataset.column_names):
+        raise ValueError(f"train_dataset has to be a datasets.Dataset with the columns {', '.join(columns)}")
+
+
+def encode_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None, max_new_tokens: int) -> Dataset:
+    """A data set with the tokens of its prompts. Raises: ValueError for a prompt that leaves no room for an answer."""
+    room = float("inf") if max_length is None else max_length - max_new_tokens
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        ids = encoded(row["prompt"], tokenizer)
+        if len(ids) > room:
+            raise ValueError(
+                f"a prompt has {len(ids)} tokens, with max_new_tokens {max_new_tokens} more than max_length"
+                f" {max_length}: {row['prompt']!r}"
+            )
+        return {"prompt_ids": ids}
+
+    return dataset.map(encode, desc="Tokenizing prompts")
+
+
+def encoded(prompt: Any, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, text or messages. Raises: ValueError for content that is no text."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    wrong = [message for message in prompt if not isinstance(message["content"], str)]
+    if wrong:  # judges read text, and generation here is of text alone
+        raise ValueError(
+            f"a message of a prompt has content of type {type(wrong[0]['content']).__name__}: OSP takes text, give the"
+            " content as a string and leave tool calls out"
+        )
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def like(prompt: Any, text: str) -> Any:
+    """An answer in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
