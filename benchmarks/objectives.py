@@ -24,7 +24,7 @@ from hf_xent.data import load_text, pack
 from hf_xent.losses import EMO, CrossEntropy, Loss, TaiLr
 from hf_xent.models.loading import load
 from hf_xent.ops import Head
-from hf_xent.patching import patch, unpatch
+from hf_xent.patching import patched
 from hf_xent.trainers.noisefit import disagreement
 
 Turn = Callable[[], tuple[float, int]]  # -> seconds, bytes
@@ -146,12 +146,10 @@ def step_turns(config: BenchConfig) -> dict[str, Turn]:
     ids = torch.tensor(blocks[: max(1, config.tokens // 256)]["input_ids"])
 
     def turn(loss: Loss) -> tuple[float, int]:
-        with PeakMemory() as memory:
-            patch(model, loss)  # here, since what it freezes counts
+        with PeakMemory() as memory, patched(model, loss):  # in this order, since what a patch freezes counts
             started = perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()
             seconds = perf_counter() - started
-        unpatch(model)
         model.zero_grad(set_to_none=True)
         return seconds, memory.extra
 

@@ -1,8 +1,9 @@
 """Every registered loss against its paper's formula on dense float64 logits, and each loss's own identities."""
 
+import inspect
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ from hf_xent.losses import (
 )
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
-from hf_xent.ops import STATISTICS, Head, Stats
+from hf_xent.ops import STATISTICS, Head, Stats, vocab_loss, vocab_stats
+from hf_xent.ops.request import Request
 from support.oracle import assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6
@@ -796,6 +798,18 @@ def test_on_logits_refuses_what_logits_do_not_say():
 
 
 # --- options and errors ----------------------------------------------------------------------------------------------
+
+
+OF_LOSSES = ("observe", "tail", "unreduced")  # `vocab_stats` has `outputs`, and computes no loss
+
+
+def test_public_functions_take_what_a_request_holds():
+    """The fields of a Request are their keywords, with the same defaults."""
+    public = {f.name: f.default for f in fields(Request)}
+    for function, others in ((vocab_loss, set()), (Loss.compute, {"unreduced"}), (vocab_stats, set(OF_LOSSES))):
+        parameters = inspect.signature(function).parameters
+        keywords = {name: parameters[name].default for name in public if name not in others}
+        assert keywords == {name: default for name, default in public.items() if name not in others}
 
 
 def test_get():

@@ -15,8 +15,8 @@ _SPELLINGS = {"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keep
 class Answer:
     """A rule for a torch function: called as the function is, it gives the answer, or NotImplemented.
 
-    NotImplemented, also for arguments that the rule does not know, has the dense tensor asked instead: it gives the
-    answer, or raises the error, that torch has for them.
+    NotImplemented, also for arguments that the rule does not know, applies torch's function to the dense tensor: then
+    the answer, or the error, is torch's.
     """
 
     def __init__(self, rule: Callable[..., Any]):

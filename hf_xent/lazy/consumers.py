@@ -1,6 +1,6 @@
 """What answers without logits: consumers that need a few floats a token.
 
-Each returns the answer, or NotImplemented to have the dense tensor asked instead.
+Each returns the answer, or NotImplemented: then torch's function is applied to the dense tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     )
     if not indices or size_average is not None or reduce is not None or not 0 <= label_smoothing < 1:
         return NotImplemented
-    if weight is not None and (label_smoothing or not _is_one_a_token(weight, x)):
+    if weight is not None and (label_smoothing or not _has_weight_per_class(weight, x)):
         return NotImplemented
     target = token_ids(target.to(x.hidden.device))
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
@@ -49,8 +49,8 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     return loss.to(x.device, x.dtype)
 
 
-def _is_one_a_token(weight: Any, x: LazyLogits) -> bool:
-    """Whether weights are a number a token of the vocabulary."""
+def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:
+    """Whether weights are one number for each token of the vocabulary."""
     return isinstance(weight, Tensor) and weight.shape == x.shape[-1:]
 
 

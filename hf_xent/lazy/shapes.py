@@ -1,6 +1,6 @@
 """What keeps a lazy tensor lazy: casts, scale and softcap, views of its rows, a slice of the vocabulary.
 
-Each rule returns the answer, or NotImplemented to have the dense tensor asked instead.
+Each rule returns the answer, or NotImplemented: then torch's function is applied to the dense tensor.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _sum(x: LazyLogits, y: LazyLogits) -> Any:
         return NotImplemented
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
     heads = (big.raw, small.raw)
-    bent = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
-    if bent or any(head.shard is not None for head in heads):
+    nonlinear = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
+    if nonlinear or any(head.shard is not None for head in heads):
         return NotImplemented
     ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
     hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)

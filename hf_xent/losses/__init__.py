@@ -33,12 +33,19 @@ _OWN = {"Loss": "base", "linear_cross_entropy": "cross_entropy"}
 
 
 def get(loss: str | Loss | None, **options: Any) -> Loss:
-    """A loss by registry name (with its fields as options) or as it is; None is plain cross-entropy.
+    """A loss by registry name, with its fields as options, or as it is.
 
-    Options may follow the name, 'focal:gamma=3' or 'eisl:ngrams=(1, 2), ce_factor=0.5'; those given as text, here or by
-    keyword, are read as Python literals, else as words.
+    Args:
+        loss: A name, with options after it as in 'focal:gamma=3' or 'eisl:ngrams=(1, 2), ce_factor=0.5'; or a loss,
+            which is returned; None is plain cross-entropy.
+        **options: Fields of the loss. Those that are text, here or in the name, are read as Python literals, else as
+            words.
 
-    Raises: ValueError for an unknown name, or an option that the loss does not have or does not accept.
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: The name is unknown, or the loss does not have an option or does not accept its value.
     """
     from .base import Loss
 
@@ -50,7 +57,12 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row a registered loss, for help texts and the README: what `Registry.row` reads, with its `class`."""
+    """What the files of all registered losses say, for help texts and the README; no loss is imported.
+
+    Returns:
+        One row a loss: what `Registry.row` reads (`name`, `summary`, `formula`, `options`, `help`, `source`,
+        `statistics`, ...), with its `class`.
+    """
     return [{**row, "class": row["object"]} for row in LOSSES.table()]
 
 

@@ -67,10 +67,26 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `softcap(scale * (hidden @ weight.T + bias))` without the logits, in nats.
 
-    `class_weight` weighs tokens by their label, as `weight` of torch's F.cross_entropy. Further options are those of
-    `Loss.compute`: reduction, num_items, token_weight, ignore_index, impl, memory_budget. The functional twin of
-    torch's `F.linear_cross_entropy`. Raises: ValueError as `Loss.compute`, and for class weights with smoothing or
-    token weights, whose meaning together is not defined.
+    The functional twin of torch's `F.linear_cross_entropy`.
+
+    Args:
+        hidden: Hidden states [..., D].
+        weight: The head's weight [V, D].
+        labels: Token ids [...].
+        bias: The head's bias [V], or None.
+        scale: What the logits are multiplied with.
+        softcap: A cap c > 0: logits become c tanh(logits / c), after the scale.
+        class_weight: Weights of tokens by their label, [V], as `weight` of torch's F.cross_entropy.
+        label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
+        z_loss: Weight of lse^2.
+        **options: Those of `Loss.compute`: reduction, num_items, token_weight, ignore_index, impl, memory_budget, tail.
+
+    Returns:
+        The loss, a scalar, or [...] with reduction='none'.
+
+    Raises:
+        ValueError: As in `Loss.compute`; or class weights come with smoothing or token weights, whose meaning together
+            is not defined.
     """
     if class_weight is not None:
         if label_smoothing or options.get("token_weight") is not None:

@@ -1,6 +1,7 @@
 """One call of a patched model: what makes its head lazy, what is noted on the way, how the answer leaves.
 
-Threads and replicas of a model have calls of their own, so the one under way is found by context, not on the model.
+Threads and replicas of a model have calls of their own, so the one under way is kept in a context variable and not on
+the model.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Call:
     patch: Patch
     outer: Call | None  # the call within which it happens
     lazy_now: bool = False  # whether the head is to give lazy logits
-    scored: bool = True  # whether the objective has been asked, if it has to be
+    scored: bool = True  # whether the objective has computed the loss, if it has to
     entered: bool = False  # whether the model's forward has begun
     lazy: bool = False  # whether the head gave lazy logits
     reason: str = ""  # why it did not

@@ -19,7 +19,14 @@ _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call
 def inner_of(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers.
 
-    Raises: ValueError for what is no module, such as the name of a model.
+    Args:
+        model: The model, wrapped or not.
+
+    Returns:
+        The innermost model.
+
+    Raises:
+        ValueError: It is no module, but the name of a model for instance.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is {model!r}: load it first, such as by AutoModelForCausalLM.from_pretrained")

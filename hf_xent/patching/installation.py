@@ -30,7 +30,7 @@ class Installation:
     fused: FusedHead | None = None  # TRL's, once a trainer installed it
 
     def put_on(self, model: nn.Module) -> None:
-        """Onto a model without a patch."""
+        """Patch a model that has no patch."""
         inner = inner_of(model)
         self.make_heads_lazy(inner)
         self.take_over_fused_head(inner)
@@ -48,7 +48,7 @@ class Installation:
             kind.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
 
     def take_off(self, inner: Any) -> None:
-        """Leaves the model as it was before `put_on`."""
+        """Leave a model as it was before `put_on`."""
         attributes = inner.__dict__
         for name in ("_hf_xent", "_replicate_for_data_parallel"):
             del attributes[name]
@@ -70,9 +70,9 @@ class Installation:
                 inner.loss_function = self.loss_function
 
     def set_forward(self, inner: nn.Module) -> None:
-        """The instance's forward, for those who call it past the hooks.
+        """Give the instance a forward that notices calls, for those who call it past the hooks.
 
-        They are PEFT's AdaLoRA, X-LoRA and adaption prompts (these keep it as they find it), and older PEFT.
+        They are PEFT's AdaLoRA, X-LoRA and adaption prompts (which keep the forward as they find it), and older PEFT.
         """
         forward = MethodType(noticing_forward(type(inner)), inner)
         for module in (inner, *self.keepers):
@@ -80,7 +80,7 @@ class Installation:
         inner.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, inner)
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
-        """Lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
+        """Put lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
         linears = linears_of(inner)
         if [forward.linear for forward in self.lazy_forwards] == linears:
             return
@@ -89,15 +89,15 @@ class Installation:
         self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
 
     def restore_heads(self) -> None:
-        """The heads' own forwards again."""
+        """Put back the heads' own forwards."""
         for forward in self.lazy_forwards:
             forward.remove()
         self.lazy_forwards = []
 
     def take_over_fused_head(self, inner: nn.Module) -> None:
-        """TRL's forward, if it has put one on the model, comes off: in a copy of the model it would run the original.
+        """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original.
 
-        It stays for what TRL has to do itself.
+        It stays where TRL has to do the work itself.
         """
         self.fused = FusedHead.installed(inner) or self.fused
         if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
@@ -108,7 +108,7 @@ class Installation:
 
 
 def _replicate_for_data_parallel(self: Any) -> Any:
-    """As `nn.Module`'s: replicas run in threads of their own, on heads of their own, so each has a patch of its own."""
+    """A replica as `nn.Module` makes it, with a patch of its own: it runs in its own thread, on its own head."""
     replica = type(self)._replicate_for_data_parallel(self)
     installation: Installation = self.__dict__["_hf_xent"]
     before = installation.before
