@@ -98,13 +98,13 @@ class OSPConfig(SPCEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        made_later = "pairs are made on the way: set it to"
+        later = "pairs are made on the way: set it to"
         refuse_options(
             self,
             {
-                "precompute_ref_log_probs": f"{made_later} False",
-                "dataloader_persistent_workers": f"{made_later} False, or workers keep the first round's",
-                "train_sampling_strategy": f"{made_later} 'random'",
+                "precompute_ref_log_probs": f"{later} False",
+                "dataloader_persistent_workers": f"{later} False, or workers keep the first round's",
+                "train_sampling_strategy": f"{later} 'random'",
             },
         )
 
