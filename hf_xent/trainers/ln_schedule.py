@@ -89,9 +89,12 @@ class LNRemovalCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Settle the schedule for this number of steps. Raises: ValueError if it does not fit the model or the steps.
+        """Settle the schedule for this number of steps.
 
         A training that begins again from its first step, as `auto_find_batch_size` makes it, has its norms again.
+
+        Raises:
+            ValueError: The schedule does not fit the model or the steps, or there is none.
         """
         model = kwargs["model"]
         if self._preset is None:
