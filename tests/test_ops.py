@@ -964,20 +964,41 @@ def test_labels_of_any_integer_dtype(dtype):
     torch.testing.assert_close(found, F.cross_entropy(logits[kept], labels[kept], ignore_index=3))
 
 
-def test_heads_cut_cooled_and_detached():
-    """Rows, temperature and detachment reach bias and adapter too."""
-    weight, bias, adapter = (torch.randn(*s).requires_grad_() for s in ((9, 4), (9,), (9, 2)))
-    head, hidden = Head(weight, bias, 0.7, 3.0, adapter), torch.randn(5, 6)
-    z, ids = head.logits(hidden), torch.tensor([3, 0, 3])
-    for tokens in (ids, slice(2, 5)):
-        torch.testing.assert_close(head[tokens].logits(hidden), z[:, tokens])
-    torch.testing.assert_close(head.tempered(2.5).logits(hidden), z / 2.5)
-    torch.testing.assert_close(
-        replace(head, softcap=None).tempered(0.5).logits(hidden),
-        0.7 / 0.5 * (hidden @ torch.cat([weight, adapter], 1).T + bias),
-    )
-    assert z.requires_grad and not head.detach().logits(hidden).requires_grad
-    assert head.to(torch.float64).logits(hidden.double()).dtype == torch.float64
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("parts", ((), ("bias",), ("adapter",), ("bias", "adapter")), ids="+".join)
+def test_heads_of_some_tokens_tempered_and_detached(parts, softcap):
+    """Each is still all of the head, bias, adapter, scale and softcap: logits and gradients against a formula."""
+    shapes = {"weight": (9, 4), "bias": (9,), "adapter": (9, 2)}
+    tensors = {name: torch.randn(*shapes[name]).requires_grad_() for name in ("weight", *parts)}
+    hidden = torch.randn(5, 6 if "adapter" in parts else 4, requires_grad=True)
+    head, leaves = Head(**tensors, scale=0.7, softcap=softcap), [hidden, *tensors.values()]
+
+    def dense(temperature: float = 1.0) -> Tensor:
+        matrix = torch.cat([tensors[name] for name in ("weight", "adapter") if name in tensors], 1)
+        z = 0.7 * (hidden @ matrix.T + tensors.get("bias", torch.zeros(9)))
+        return (z if softcap is None else softcap * (z / softcap).tanh()) / temperature
+
+    def compare(logits: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(logits, expected)
+        totals = (logits.square().sum(), expected.square().sum())
+        for got, want in zip(*(torch.autograd.grad(x, leaves) for x in totals), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+    for tokens in (torch.tensor([3, 0, 3]), slice(2, 5)):
+        compare(head[tokens].logits(hidden), dense()[:, tokens])
+        compare(head.tempered(2.5)[tokens].logits(hidden), dense(2.5)[:, tokens])
+    for temperature in (0.5, 2.5):
+        compare(head.tempered(temperature).logits(hidden), dense(temperature))
+    compare(head.joined().logits(hidden), dense())
+    for frozen in (head.detach(), head.tempered(2.0).detach(), head.detach().tempered(2.0)[1:4]):
+        assert not any(getattr(frozen, name).requires_grad for name in tensors)
+        assert not frozen.logits(hidden.detach()).requires_grad
+    torch.testing.assert_close(head.detach().logits(hidden), dense())
+    doubled = head.to(torch.float64)
+    assert all(getattr(doubled, name).dtype == torch.float64 for name in tensors)
+    torch.testing.assert_close(doubled.logits(hidden.double()), dense().double(), atol=1e-5, rtol=1e-5)
+    for changed in (head[1:3], head.tempered(2.0), head.detach(), head.to(torch.float64)):
+        assert {name for name in shapes if getattr(changed, name) is not None} == set(tensors)
 
 
 def test_impl_from_the_environment(monkeypatch):

@@ -170,6 +170,45 @@ def test_dense_logits_and_refusals(tmp_path):
                 assert_close_at_scale(one, expected, 1e-4, f"{name} {tensor}")
 
 
+IDS = torch.tensor([5, 0, 96, 5, 48, 50])  # on the first rank and on the last, one of them twice
+TEMPERED = {"scale": 0.7, "softcap": 4.0}
+
+
+def changed_heads(rank):
+    """Logits of a rank's head tempered, detached and of some tokens; gradients of the first and the last."""
+    tensors, _ = operands({"bias": True, "adapter": True}, False, torch.float32)
+    shard = Shard(dist.group.WORLD, rank * -(-V // dist.get_world_size()), V)
+    part, hidden = slice(shard.start, shard.start + shard.width), tensors.pop("hidden")
+    local = {name: t.detach()[part].requires_grad_() for name, t in tensors.items()}
+    head = Head(**local, **TEMPERED, shard=shard)
+    tempered, detached, some = head.tempered(2.5), head.detach(), head.tempered(2.5)[IDS]
+    assert tempered.shard is shard and detached.shard is shard and some.shard is None
+    assert detached.vocabulary == tempered.vocabulary == V and some.vocabulary == len(IDS)
+    assert not any(getattr(detached, name).requires_grad for name in local)
+    logits = [h.logits(hidden) for h in (tempered, some)]
+    grads = [torch.autograd.grad(z.square().sum(), [hidden, *local.values()]) for z in logits]
+    return [z.detach() for z in (*logits, detached.logits(hidden))], grads
+
+
+def test_heads_tempered_detached_and_of_some_tokens(tmp_path):
+    """Against dense logits of the whole head by its formula: bias, adapter, scale, softcap and shard are all there."""
+    tensors, _ = operands({"bias": True, "adapter": True}, False, torch.float32)
+    leaves = [tensors[name] for name in ("hidden", "weight", "bias", "adapter")]
+    raw = tensors["hidden"] @ torch.cat([tensors["weight"], tensors["adapter"]], 1).T + tensors["bias"]
+    dense = 4.0 * (0.7 * raw / 4.0).tanh()
+    expected = [dense / 2.5, dense[..., IDS] / 2.5, dense]
+    expected_grads = [torch.autograd.grad(z.square().sum(), leaves, retain_graph=True) for z in expected[:2]]
+    ranks = run_ranks(2, changed_heads, tmp_path)
+    for logits, _ in ranks:
+        for found, want in zip(logits, expected, strict=True):
+            torch.testing.assert_close(found, want)
+    for i, (of_hidden, *of_head) in enumerate(expected_grads):
+        for rank in ranks:
+            assert_close_at_scale(rank[1][i][0], of_hidden, 1e-4)
+        for j, want in enumerate(of_head, 1):
+            assert_close_at_scale(torch.cat([rank[1][i][j] for rank in ranks]), want, 1e-4)
+
+
 def tensor_parallel(rank, cases):
     found = []
     for folder, _, loss in cases:

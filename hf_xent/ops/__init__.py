@@ -1,4 +1,4 @@
-"""Floor 0: the vocabulary streamed once, every token's softmax reduced to a handful of floats. Needs torch alone."""
+"""Floor 0: the vocabulary streamed once, every token's softmax reduced to a handful of numbers. Needs torch alone."""
 
 from .algebra import State, merge
 from .functional import dense_stats, map_logits, vocab_loss, vocab_stats

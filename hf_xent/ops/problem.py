@@ -23,7 +23,7 @@ Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a backend is handed: valid tokens only, checked, compacted, on one device and in one dtype."""
+    """What a backend is handed: valid tokens only, checked, on one device and in one dtype."""
 
     hidden: Tensor  # [N, D]
     head: Head
@@ -52,7 +52,7 @@ class Problem:
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
     def without_tensors(self) -> Problem:
-        """All but the tensors, for `with_tensors` to complete: no tensor outlives the graph through what keeps this."""
+        """The same problem without its tensors, for a graph to keep: `with_tensors` puts those that it saved back."""
         return self.with_tensors((None,) * len(TENSORS), None)
 
     @property

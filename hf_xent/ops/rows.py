@@ -125,7 +125,7 @@ def check_head(hidden: Tensor, head: Head) -> None:
 
 
 def _check_alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> None:
-    """Refuse devices and dtypes that differ, once autocast has had its way."""
+    """Refuse devices that differ, and dtypes that differ where autocast will not cast them."""
     for name, x in (("hidden", hidden), ("bias", bias), ("adapter", adapter)):
         if x is not None and x.device != weight.device:
             raise ValueError(f"{name} is on {x.device} but weight on {weight.device}: move one of them")

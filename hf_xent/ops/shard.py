@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """Which tokens of a vocabulary a rank's head holds: those from `start` on; the other ranks of the group the others.
+    """Which tokens of a vocabulary a rank's head holds: those from `start` on. The group's other ranks hold the others.
 
     The vocabulary is cut as DTensor cuts: `width` tokens a rank, fewer on the last ones.
 

@@ -36,7 +36,7 @@ class Stats:
         rank        how many logits exceed the label's              without gradient
         log_sum_sq  log sum_j p_j^2                                 without gradient
 
-    Ignored positions hold 0. Only what was asked for is there.
+    Ignored positions hold 0. Only the statistics that were requested are there.
 
     Args:
         values: Statistics by name, each in the shape of the labels.

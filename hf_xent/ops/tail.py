@@ -32,7 +32,7 @@ from .algebra import Coefficients, row_factor
 from .problem import TENSORS, Problem, Upstream, pieces
 from .statistics import wide
 
-GROUPS = 16  # groups of tokens with a tail of their own: [16, V] floats, however many tokens
+GROUPS = 16  # groups of tokens, each with a tail of its own: [16, V] floats, however many tokens there are
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _gradients(
 def _add_tail(
     problem: Problem, survey: Survey, groups: list[slice], kept: Tensor, mass: Tensor, sums: dict[str, Tensor]
 ) -> None:
-    """Add the tail, of rank one a group; `mass` [N] is what each token's softmax has there."""
+    """Add the tail, of rank one a group, to `sums`; `mass` [N] is what each token's softmax has there."""
     q = survey.mass  # nobody reads it afterwards: it becomes the tail's distributions, each over its largest entry
     q[:, kept] = 0
     peak, total = q.amax(-1, keepdim=True), q.sum(-1, keepdim=True)

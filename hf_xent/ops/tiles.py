@@ -1,6 +1,6 @@
 """One tile of stored logits in plain torch, in place, in strips that fit the cache: its statistics, then its gradient.
 
-    fold             raw products -> statistics, and p in their place where that is asked for
+    fold             raw products -> statistics, and p in place of the products if `softmax` is set
     dlogits_         raw products -> their gradient dz
     add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), of which only one entry a row differs
     add_columns      p -> sums over tokens, for the sparse tail
@@ -30,7 +30,7 @@ STRIP_BYTES, GPU_STRIP_BYTES = 4 << 20, 64 << 20
 def fold(
     problem: Problem, rows: slice, loaded: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
 ) -> dict[str, Tensor]:
-    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be spent."""
+    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be lost."""
     z, pay = loaded
     labels = problem.label_columns[rows]
     if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have

@@ -1,1 +1,1 @@
-"""Kernels in Triton and what launches them. Needs triton; nothing here is imported where a CPU does the work."""
+"""Kernels in Triton and what launches them. They need triton, and are imported only where they are used."""

@@ -40,7 +40,7 @@ def _product(
 
 @triton.jit
 def _activate(raw, scale, CAP: tl.constexpr, ACC: tl.constexpr):
-    """Scale and softcap. tanh by e^(-2|x|) <= 1, which cannot overflow."""
+    """Scale and softcap; tanh is computed from e^(-2|x|) <= 1, which cannot overflow."""
     # the scale comes as float64 and is rounded once here: a float64 factor would make the whole tile float64
     if CAP is None:
         z = raw * tl.full((1, 1), scale, ACC)

@@ -222,7 +222,7 @@ def _gradient_pointers(coef: Coefficients, sums: Mapping[str, Tensor]) -> dict[s
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], blocks: Blocks) -> None:
-    """Run a kernel on its share of the operands. Fused multiply-add is asked for: Triton's default varies."""
+    """Run a kernel on its share of the operands, with fused multiply-add, of which Triton's default varies."""
     arguments = {name: operands[name] for name in kernel.arg_names}
     with torch.cuda.device_of(operands["H"]):  # Triton launches on the current device
         kernel[grid](**arguments, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)
