@@ -55,6 +55,9 @@ NAMES: dict[str, str] = {
     },
     "generation.temperature_at": "generation.sampling.temperature_at",
     "generation.ends": "generation.sampling.ends",
+    "trainers.f2c.Items": "trainers.f2c_items.ItemCollator",
+    "trainers.f2c.mixture": "trainers.consensus.mixture",
+    "trainers.noise.layers_of": "models.anatomy.layers_of",
 }
 """Old name in a module that is still there -> where it is now."""
 
