@@ -49,15 +49,15 @@ NAMES: dict[str, str] = {
     "data.to_hub": "hub.datasets.to_hub",
     "ln_free.RECIPES": "trainers.ln_recipes.RECIPES",
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
+    "trainers.f2c.Items": "trainers.f2c_items.ItemCollator",
+    "trainers.f2c.mixture": "trainers.consensus.mixture",
+    "trainers.noise.layers_of": "models.anatomy.layers_of",
     **{
         f"generation.{name}": f"generation.sampling.{name}"
         for name in ("distinct", "repetition", "responses", "sample", "features", "mauve", "temperature_of")
     },
     "generation.temperature_at": "generation.sampling.temperature_at",
     "generation.ends": "generation.sampling.ends",
-    "trainers.f2c.Items": "trainers.f2c_items.ItemCollator",
-    "trainers.f2c.mixture": "trainers.consensus.mixture",
-    "trainers.noise.layers_of": "models.anatomy.layers_of",
 }
 """Old name in a module that is still there -> where it is now."""
 
