@@ -55,6 +55,9 @@ NAMES: dict[str, str] = {
     "detection.counts.Corpus": "detection.counts.CountedText",
     "ln_free.RECIPES": "trainers.ln_recipes.RECIPES",
     "ln_free.Recipe": "trainers.ln_recipes.Recipe",
+    "trainers.f2c.Items": "trainers.f2c_items.ItemCollator",
+    "trainers.f2c.mixture": "trainers.consensus.mixture",
+    "trainers.noise.layers_of": "models.anatomy.layers_of",
     **{
         f"generation.{name}": f"generation.sampling.{name}"
         for name in ("ends", "responses", "sample", "temperature_at", "temperature_of")

@@ -1,10 +1,11 @@
-"""What every trainer here is: given its own configuration, without options that have no effect, and with its own means.
+"""What all trainers here share: a configuration of their own, no options without an effect, and means in the log.
 
-args      a `config_class`, or a class made from it; not the configuration of another trainer, parents included
-options   those that a trainer cannot honor are declared with the reason, and refused by name when it is made
-means     of what training and evaluation steps note, and nobody else: a forward pass in a callback leaves nothing
-          behind. They are logged since the last log in training, and once an evaluation under its own prefix
-          (`eval`, `test`, `eval_` and the name of one of several sets), by `evaluate` and `predict` alike
+args      has to be of the trainer's `config_class`, or of a class made from it; the configuration of another trainer is
+          refused, also that of a parent
+options   that a trainer cannot honor are declared with the reason, and are refused by name when the trainer is made
+means     are of what training and evaluation steps note. A forward pass outside of them, as in a callback, leaves
+          nothing behind. In training they are logged since the last log; of an evaluation they are reported under its
+          prefix (`eval`, `test`, or `eval_` and the name of one of several sets), by `evaluate` and `predict` alike
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ Config = TypeVar("Config")
 
 
 class Options(Mixin):
-    """Goes before the configuration of transformers or TRL in a class's bases: our own fields hold what they declare.
+    """Goes before the configuration of transformers or TRL in a class's bases: checks the fields that we declare.
 
-    A flag is True or False, a text a text, a number finite or in its interval, and None is taken where it is declared.
-    The three tables below are about the fields that a class declares; those of its parents are added.
+    A flag has to be True or False, text has to be text, a number finite or in its interval; None is taken where the
+    annotation has it. The three tables are about the fields of the class; those of its parents are added.
 
     Raises:
         ValueError: A field has another value, or is set where its method does not read it.
@@ -131,17 +132,17 @@ class Method(Mixin):
         return not of_others and all(isinstance(args, kind) for kind in kinds)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the trainer below; what is noted counts as training."""
+        """As the stock trainer; what is noted counts as training."""
         with self._step(training=True):
             return super().training_step(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer below; what is noted counts as evaluation."""
+        """As the stock trainer; what is noted counts as evaluation."""
         with self._step(training=False):
             return super().prediction_step(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the trainer below.
+        """As the stock trainer.
 
         Raises:
             ValueError: What is no data set, or a name that none has.
@@ -157,7 +158,7 @@ class Method(Mixin):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As the trainer below.
+        """As the stock trainer.
 
         Raises:
             ValueError: What is no data set.
@@ -173,7 +174,7 @@ class Method(Mixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As the trainer below, with the means of this evaluation under its prefix."""
+        """As the stock trainer, with the means of this evaluation under its prefix."""
         self._sums[False] = Sums()
         self._pop_trl_means()  # of passes over data that no log has come after, such as predict's
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -189,7 +190,7 @@ class Method(Mixin):
         super().log(logs, *args, **kwargs)
 
     def _pop_trl_means(self) -> dict[str, float]:
-        """What TRL's trainers keep of an evaluation for the next log, which would call it eval_ in any case."""
+        """What TRL's trainers keep of an evaluation for the next log, where it would be called eval_ in any case."""
         means: dict[str, float] = {}
         for attribute in ("_metrics", "_stored_metrics"):  # the second one in its experimental trainers
             values = getattr(self, attribute, {}).get("eval", {})

@@ -42,6 +42,7 @@ from ..metrics.consistency import consistency
 from ..models.contexts import eval_mode
 from ..ops import Head
 from ..patching import lazily, patch
+from ..system import renamed
 from .base import Method, Options
 from .batches import lazy
 from .consensus import Split, agreement, alignment, consensus, split
@@ -279,6 +280,10 @@ class F2CTrainer(Method, Carded, Trainer):
             report = consistency(predictions[known], gold[known], self._choices).as_dict()
             output.metrics.update({f"{prefix}_{name}": value for name, value in report.items()})
         return output
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)
 
 
 def _concatenated(parts: Any) -> np.ndarray:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..system import renamed
+
 BETA = 0.1  # how fast the noise of a feature falls with its distance from the token's median
 LARGEST_FACTOR = 5.0
 PASSES = 10  # noise drawings a layer's signal-to-noise ratio is a mean over
@@ -111,3 +113,7 @@ def _kept(h: Tensor, mask: Tensor | None) -> Tensor:
 def _first(output: Any) -> Tensor:
     """The hidden states of a layer's output: it is them, or a tuple that begins with them."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

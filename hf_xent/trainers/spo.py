@@ -108,12 +108,12 @@ class SPO(Method, Streamed):
         loss = alignment loss + gamma_w mean L(chosen) + gamma_l mean L(rejected)
 
     See the module's docstring. Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`.
-    With both gammas 0 the trainer is the one below it, to the last bit.
+    With both gammas 0 it is the alignment trainer, to the last bit.
 
     Args:
-        *args: As for the trainer below.
-        **kwargs: As for the trainer below, with its columns of text. Its configuration, `args`, has `SPOOptions` among
-            its bases and cannot be left out.
+        *args: As for the alignment trainer.
+        **kwargs: As for the alignment trainer, with its columns of text. The configuration, `args`, has `SPOOptions`
+            among its bases and cannot be left out.
 
     Raises:
         ValueError: Options that do not fit, a configuration without `SPOOptions` or of another trainer, or a model that
@@ -152,7 +152,7 @@ class SPO(Method, Streamed):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEXTS]))
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As the trainer below, which knows nothing of variants."""
+        """As the alignment trainer, which knows nothing of variants."""
         return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
 
     def compute_loss(
