@@ -41,7 +41,7 @@ def generate(
 
     from ..generation import mirostat
     from ..models import loading
-    from ..models.contexts import positions
+    from ..models.anatomy import positions
     from ..patching import patch
 
     prepare(model)
