@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from benchmarks import objectives, tails
-from benchmarks.__main__ import app
+from hf_xent import cli
 from hf_xent.bench import BenchConfig, calibrated, inputs
 from hf_xent.models import packaged as embedded
 from support.models import tiny, tiny_tokenizer
@@ -174,13 +176,19 @@ def test_inputs_that_cannot_be_had(tmp_path: Path) -> None:
 def test_the_command_names_the_license_and_fails_in_one_line(tmp_path: Path) -> None:
     path, again = tmp_path / "some.safetensors", tmp_path / "again.safetensors"
     inputs.export(replace(SMALL, tokens=3, vocab=9), path)
-    arguments = ["export", "--model", str(path), "--tokens", "3", "--output", str(again)]
-    result = CliRunner().invoke(app, arguments)
+    arguments = ["bench", "--model", str(path), "--export", str(again), "--tokens"]
+    result = CliRunner().invoke(cli.app, [*arguments, "3"])
     assert result.exit_code == 0 and f"the license of {path} applies to it" in result.stdout
     assert inputs.exported(again, 3)[0]["labels"].equal(inputs.exported(path, 3)[0]["labels"])
-    command = [sys.executable, "-m", "benchmarks", *arguments[:4], "4", *arguments[5:]]
+    listed = CliRunner().invoke(cli.app, [*arguments, "3", "--json"])
+    assert json.loads(listed.stdout) == {"written": [str(again)]}
+    for tokens, message in (("4", f"{path} has 3 positions: ask for fewer tokens"), ("2,3", "2 shapes or dtypes")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            CliRunner().invoke(cli.app, [*arguments, tokens], catch_exceptions=False)
+    command = [sys.executable, "-m", "benchmarks", "objectives", "--model", str(path)]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1 and failed.stderr == f"error: {path} has 3 positions: ask for fewer tokens\n"
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith(f"error: model is '{path}', which is a file")  # libraries warn too
 
 
 @pytest.mark.slow
@@ -205,15 +213,15 @@ def test_the_file_holds_for_the_real_smollm2(tmp_path: Path) -> None:
 
 
 def test_costs_of_objectives(tmp_path):
-    """Every objective has its turn in every round, and ratios are to cross-entropy of the same round."""
+    """Every objective runs in every round, and ratios are to cross-entropy of the same round."""
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
-    turns = objectives.head_turns(hidden, weight, labels)
+    measures = objectives.head_measures(hidden, weight, labels)
     names = {*objectives.OBJECTIVES, objectives.NOISEFIT}
-    assert set(turns) == names | {objectives.FROZEN.format(name) for name in names}
-    assert all(seconds > 0 and memory >= 0 for seconds, memory in (turn() for turn in turns.values()))
+    assert set(measures) == names | {objectives.FROZEN.format(name) for name in names}
+    assert all(seconds > 0 and memory >= 0 for seconds, memory in (measure() for measure in measures.values()))
     clock = iter([(9.0, 5), (9.0, 1), (2.0, 3), (3.0, 8), (4.0, 2), (5.0, 7)])
-    found = objectives.race(dict.fromkeys((objectives.BASE, "EMO"), lambda: next(clock)), rounds=2)
+    found = objectives.run_rounds(dict.fromkeys((objectives.BASE, "EMO"), lambda: next(clock)), rounds=2)
     assert found["EMO"].ratios == [1.5, 1.25] and found["EMO"].sizes == [8, 7] and found[objectives.BASE].time == 1.0
     tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

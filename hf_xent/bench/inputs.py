@@ -76,8 +76,8 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[s
         loss.backward()
         total += loss.detach()
     assert hidden.grad is not None and weight.grad is not None
-    found = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
-    return {name: x.float().cpu().contiguous() for name, x in found.items()}
+    results = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
+    return {name: x.float().cpu().contiguous() for name, x in results.items()}
 
 
 def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
@@ -108,14 +108,14 @@ def activations(config: BenchConfig) -> dict[str, Tensor]:
     # pydoc's wording goes with Python's version
     name = f"{config.model}-{config.data}-python{platform.python_version()}"
     path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
-    kept = load_file(path) if path.is_file() else None
-    if kept is None or len(kept["labels"]) < config.tokens:
-        kept = collect(config)
+    tensors = load_file(path) if path.is_file() else None
+    if tensors is None or len(tensors["labels"]) < config.tokens:
+        tensors = collect(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        save_file(kept, draft)
+        save_file(tensors, draft)
         os.replace(draft, path)  # in one step: another run may be reading
-    return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in kept.items()}
+    return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in tensors.items()}
 
 
 @torch.no_grad()
@@ -123,14 +123,20 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
     """Hidden states that enter the model's head over text, the head's weight, and each position's next token.
 
     The head's bias, scale and softcap are left out: every contestant computes the plain loss of `hidden @ weight.T`.
+
+    Returns:
+        `hidden` [N, D] and `weight` [V, D] in float32, `labels` [N], on the CPU.
+
+    Raises:
+        ValueError: If the model has no output head, or the text fewer positions than `config.tokens`.
     """
     model, tokenizer = load(config.model, dtype="float32")
     head = model.eval().to(config.device).get_output_embeddings()
     if head is None:
         raise ValueError(f"{config.model} has no output head: name a causal language model")
     blocks = pack(load_text(config.data), tokenizer, BLOCK)
-    caught: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0][0, :-1].float().cpu()))
+    states: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: states.append(args[0][0, :-1].float().cpu()))
     labels: list[Tensor] = []
     for block in blocks:
         ids = torch.tensor(block["input_ids"])
@@ -141,15 +147,22 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
     hook.remove()
     if sum(map(len, labels)) < config.tokens:
         raise ValueError(f"{config.data} has {sum(map(len, labels))} positions with a next token: ask for fewer tokens")
-    hidden, targets = torch.cat(caught)[: config.tokens], torch.cat(labels)[: config.tokens]
+    hidden, targets = torch.cat(states)[: config.tokens], torch.cat(labels)[: config.tokens]
     return {"hidden": hidden.contiguous(), "weight": head.weight.detach().float().cpu().contiguous(), "labels": targets}
 
 
 def export(config: BenchConfig, path: Path) -> None:
-    """Real activations small enough to travel: the head as int8 with a scale a row, hidden states as float16, labels.
+    """Write real activations to a small file, which `BenchConfig(model=path)` takes where the model cannot be had.
 
-    int8 moves the tail curves of SmolLM2 and Gemma by less than 1 %. The model's license applies to the file;
-    `model=path` benchmarks on it where the model cannot be had.
+    The head is written as int8 with a scale for each row, hidden states as float16. int8 moves the tail curves of
+    SmolLM2 and Gemma by less than 1 %. The model's license applies to the file.
+
+    Args:
+        config: Names the model, the text and the number of tokens.
+        path: The file, whose name ends in .safetensors.
+
+    Raises:
+        ValueError: If the name has another ending, or hidden states are beyond the range of float16.
     """
     if path.suffix != EXPORTED:
         raise ValueError(f"output is {str(path)!r}: give a name that ends in {EXPORTED}")
@@ -159,9 +172,9 @@ def export(config: BenchConfig, path: Path) -> None:
     if not hidden.isfinite().all():
         raise ValueError(f"hidden states of {config.model} are beyond the range of float16")
     weight = (tensors["weight"] / scale[:, None]).round().to(torch.int8)
-    kept = {"hidden": hidden, "weight": weight, "scale": scale, "labels": tensors["labels"]}
+    quantized = {"hidden": hidden, "weight": weight, "scale": scale, "labels": tensors["labels"]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, path, metadata={"source": f"{source}, int8 head"})
+    save_file(quantized, path, metadata={"source": f"{source}, int8 head"})
 
 
 def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:

@@ -27,7 +27,8 @@ TASK_HELP = "Whether texts are 'members' of the model's training set, or were 'g
 def detect(run: Detection, as_json: Json = False) -> None:
     """Score texts: was a model trained on them, or did one write them?
 
-    A batch of texts takes one forward pass, whatever the number of scores. After an interruption, the same command goes on where it stopped.
+    A batch of texts takes one forward pass, whatever the number of scores. After an interruption, the same command goes
+    on where it stopped.
 
     Labels tell how well each score separates. Members and non-members that differ in more than membership (topic, date)
     are separated by the blind baseline too, which has not seen the model: then no score is evidence of membership.
