@@ -20,7 +20,7 @@ import torch
 
 from hf_xent import data
 from hf_xent.bench.memory import PeakMemory
-from hf_xent.models import packaged
+from hf_xent.models import packaged as embedded
 
 SIDES = ("TRL", "hf_xent")
 RTOL = 1e-3  # float32 sums of thousands of log-probabilities, in another order
@@ -114,8 +114,8 @@ def _trainer(side: str, name: str, folder: str) -> Any:
 
     from hf_xent.trainers import SPCEConfig, SPCETrainer
 
-    model, tokenizer = packaged.load(name)
-    reference, _ = packaged.load(name)
+    model, tokenizer = embedded.load(name)
+    reference, _ = embedded.load(name)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.01)
@@ -129,7 +129,7 @@ def _trainer(side: str, name: str, folder: str) -> Any:
 
 def _batch(shape: Shape) -> dict[str, torch.Tensor]:
     """Pairs of real text, chosen answers first; both answers of a pair have the same prompt."""
-    _, tokenizer = packaged.load(shape.model)
+    _, tokenizer = embedded.load(shape.model)
     blocks = data.pack(data.load_text("pydoc", split="train[:30%]"), tokenizer, block_size=shape.tokens)
     ids = torch.tensor(blocks["input_ids"][: 2 * shape.pairs])
     ids[shape.pairs :, : shape.prompt] = ids[: shape.pairs, : shape.prompt]

@@ -130,9 +130,9 @@ def test_the_benchmark_takes_calibrated_inputs(tmp_path: Path) -> None:
 
 def test_exported_activations_come_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "head.safetensors"
-    inputs.export(SMALL, path)
+    inputs.write_activations(SMALL, path)
     original, _ = inputs._source(SMALL)
-    found, source = inputs.exported(path, 256)
+    found, source = inputs.read_activations(path, 256)
     assert source == "calibrated to smollm2, int8 head"
     step = original["weight"].abs().amax(1, keepdim=True) / 127
     assert ((found["weight"] - original["weight"]).abs() <= 0.501 * step).all()
@@ -141,7 +141,7 @@ def test_exported_activations_come_back(tmp_path: Path) -> None:
     assert path.stat().st_size < 8192 * (256 + 4) + 256 * (2 * 256 + 8) + 1000
     curves = [tails.tail_curve(x["hidden"], x["weight"]) for x in (original, found)]
     assert octaves(*curves, "columns") < 0.05
-    assert inputs.exported(path, 7)[0]["hidden"].shape == (7, 256)
+    assert inputs.read_activations(path, 7)[0]["hidden"].shape == (7, 256)
     facts = inputs.prepare(replace(SMALL, model=str(path), tokens=7), tmp_path)
     assert (facts.N, facts.V, facts.D, facts.source) == (7, 8192, 256, source)
 
@@ -149,19 +149,19 @@ def test_exported_activations_come_back(tmp_path: Path) -> None:
 def test_an_int8_head_with_a_row_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"hidden": torch.randn(3, 4), "weight": torch.zeros(5, 4), "labels": torch.arange(3)}
     monkeypatch.setattr(inputs, "_source", lambda config: (tensors, "zeros"))
-    inputs.export(SMALL, tmp_path / "zeros.safetensors")
-    assert inputs.exported(tmp_path / "zeros.safetensors", 3)[0]["weight"].equal(tensors["weight"])
+    inputs.write_activations(SMALL, tmp_path / "zeros.safetensors")
+    assert inputs.read_activations(tmp_path / "zeros.safetensors", 3)[0]["weight"].equal(tensors["weight"])
     tensors["hidden"][0, 0] = 1e6
     with pytest.raises(ValueError, match="beyond the range of float16"):
-        inputs.export(SMALL, tmp_path / "zeros.safetensors")
+        inputs.write_activations(SMALL, tmp_path / "zeros.safetensors")
 
 
 def test_inputs_that_cannot_be_had(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"hidden": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match="holds no exported activations"):
-        inputs.exported(path, 1)
-    inputs.export(replace(SMALL, tokens=3, vocab=9), path)
+        inputs.read_activations(path, 1)
+    inputs.write_activations(replace(SMALL, tokens=3, vocab=9), path)
     for options, message in (
         ({"model": str(path), "tokens": 4}, "has 3 positions: ask for fewer tokens"),
         ({"model": "calibrated:gpt2"}, "'gpt2': choose among smollm2, gemma3-270m"),
@@ -170,16 +170,16 @@ def test_inputs_that_cannot_be_had(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             inputs.prepare(replace(SMALL, **options), tmp_path)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        inputs.export(SMALL, tmp_path / "some.bin")
+        inputs.write_activations(SMALL, tmp_path / "some.bin")
 
 
 def test_the_command_names_the_license_and_fails_in_one_line(tmp_path: Path) -> None:
     path, again = tmp_path / "some.safetensors", tmp_path / "again.safetensors"
-    inputs.export(replace(SMALL, tokens=3, vocab=9), path)
+    inputs.write_activations(replace(SMALL, tokens=3, vocab=9), path)
     arguments = ["bench", "--model", str(path), "--export", str(again), "--tokens"]
     result = CliRunner().invoke(cli.app, [*arguments, "3"])
     assert result.exit_code == 0 and f"the license of {path} applies to it" in result.stdout
-    assert inputs.exported(again, 3)[0]["labels"].equal(inputs.exported(path, 3)[0]["labels"])
+    assert inputs.read_activations(again, 3)[0]["labels"].equal(inputs.read_activations(path, 3)[0]["labels"])
     listed = CliRunner().invoke(cli.app, [*arguments, "3", "--json"])
     assert json.loads(listed.stdout) == {"written": [str(again)]}
     for tokens, message in (("4", f"{path} has 3 positions: ask for fewer tokens"), ("2,3", "2 shapes or dtypes")):
@@ -205,9 +205,9 @@ def test_the_file_holds_for_the_real_smollm2(tmp_path: Path) -> None:
     # a twentieth, not rounding: the text goes with Python's version
     assert octaves(curve, measured, "columns") < 0.07 and octaves(curve, measured, "mass") < 0.07
     assert tails.spread(**tensors)["nll"]["mean"] == pytest.approx(entry["nll"]["mean"], rel=0.05)
-    inputs.export(config, tmp_path / "head.safetensors")
+    inputs.write_activations(config, tmp_path / "head.safetensors")
     assert (tmp_path / "head.safetensors").stat().st_size < 31e6
-    found, _ = inputs.exported(tmp_path / "head.safetensors", entry["N"])
+    found, _ = inputs.read_activations(tmp_path / "head.safetensors", entry["N"])
     through = tails.tail_curve(found["hidden"], found["weight"])
     assert octaves(through, curve, "columns") < 0.03 and octaves(through, curve, "mass") < 0.03
 

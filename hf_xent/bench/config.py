@@ -30,9 +30,9 @@ class BenchConfig:
     """
 
     model: str = "smollm2"
-    """The model whose activations are used: 'smollm2' (packaged), a Hub id, a path, or a file of `inputs.export`. Or
-    inputs of a chosen shape: 'calibrated' ('calibrated:smollm2'), whose softmax is as peaked as a real model's and
-    leaves as few columns likely, or 'random'."""
+    """The model whose activations are used: 'smollm2' (packaged), a Hub id, a path, or a file that
+    `inputs.write_activations` wrote. Or inputs of a chosen shape: 'calibrated' ('calibrated:smollm2'), whose softmax is
+    as peaked as a real model's and leaves as few columns likely, or 'random'."""
     data: str = "pydoc"
     """Text the activations come from: any source of `hf_xent.data.load_text`."""
     tokens: int = 1024

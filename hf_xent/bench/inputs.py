@@ -1,7 +1,8 @@
 """What is measured on: real activations before a model's head with that head and next-token labels, or generated ones.
 
-Real ones come from a model, or from a file that `export` wrote where the model was. Generated ones are 'calibrated' to
-a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's threshold.
+Real ones come from a model, or from a file that `write_activations` wrote where the model was. Generated ones are
+'calibrated' to a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's
+threshold.
 
 The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable
 (float32 otherwise), row chunk by row chunk, saved once for all contestants.
@@ -90,7 +91,7 @@ def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
         tensors = generate(config.tokens, config.vocab, config.width, like, device=config.device)
         return dict(zip(("hidden", "weight", "labels"), tensors, strict=True)), f"{CALIBRATED} to {like}"
     if config.model.endswith(EXPORTED):
-        return exported(Path(config.model), config.tokens)
+        return read_activations(Path(config.model), config.tokens)
     return activations(config), f"{config.model} on {config.data}"
 
 
@@ -151,7 +152,7 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
     return {"hidden": hidden.contiguous(), "weight": head.weight.detach().float().cpu().contiguous(), "labels": targets}
 
 
-def export(config: BenchConfig, path: Path) -> None:
+def write_activations(config: BenchConfig, path: Path) -> None:
     """Write real activations to a small file, which `BenchConfig(model=path)` takes where the model cannot be had.
 
     The head is written as int8 with a scale for each row, hidden states as float16. int8 moves the tail curves of
@@ -177,8 +178,19 @@ def export(config: BenchConfig, path: Path) -> None:
     save_file(quantized, path, metadata={"source": f"{source}, int8 head"})
 
 
-def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
-    """The first `tokens` positions of what `export` wrote, dequantized to float32, and their source."""
+def read_activations(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
+    """Read what `write_activations` wrote.
+
+    Args:
+        path: The file.
+        tokens: How many positions are read, from the first.
+
+    Returns:
+        `hidden` [N, D] and `weight` [V, D] dequantized to float32 and `labels` [N]; and what a table calls them.
+
+    Raises:
+        ValueError: If the file is not whole, holds something else, or has fewer positions.
+    """
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:

@@ -65,8 +65,8 @@ def update_readme(readme: Path, folder: Path) -> None:
     """
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")
-    head, opened, after = readme.read_text(encoding="utf-8").partition(OPEN)
-    _, closed, tail = after.partition(CLOSE)
+    head, opened, rest = readme.read_text(encoding="utf-8").partition(OPEN)
+    _, closed, tail = rest.partition(CLOSE)
     if not (opened and closed):
         raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where it shall be")
     pages = Path(os.path.relpath(folder, readme.parent)).as_posix()
