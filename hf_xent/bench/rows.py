@@ -105,7 +105,18 @@ def device_name(device: str) -> str:
 
 
 def to_csv(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write `<device>.csv` files in `folder`; earlier rows stay unless measured again. Returns their paths."""
+    """Write rows into the CSV files of their devices; earlier rows stay unless measured again.
+
+    Args:
+        rows: Rows of any devices.
+        folder: The folder of the files, `<device>.csv`.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ValueError: If such a file is there and holds no benchmark results.
+    """
     return [_write_csv(path, merged) for path, merged in _files(rows, Path(folder)).items()]
 
 
@@ -115,7 +126,11 @@ def stem(device: str) -> str:
 
 
 def from_csv(path: Path | str) -> list[Row]:
-    """The rows of a file that `to_csv` wrote. Raises: ValueError for any other."""
+    """Read the rows of a file that `to_csv` wrote.
+
+    Raises:
+        ValueError: If the file holds no benchmark results.
+    """
     kinds = {f.name: str(f.type) for f in fields(Row)}
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = [{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds} for row in csv.DictReader(file)]
