@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: its inputs, and pages on what the benchmark leaves out; that is `hf-xent bench`."""
+"""`python -m benchmarks`, in the repository's root: measurements that `hf-xent bench` leaves out, and their pages."""
 
 from __future__ import annotations
 
@@ -12,28 +12,16 @@ from typer import Option
 from benchmarks import compression, dpo, tails
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
+from hf_xent.cli.options import Model, Text
 from hf_xent.models.packaged import PACKAGED
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-Data = Annotated[str, Option(help="Text the activations come from: 'pydoc', a file or folder, or a Hub id.")]
-
-
-@app.command()
-def export(
-    output: Annotated[Path, Option(help="The .safetensors file to write.")],
-    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
-    data: Data = "pydoc",
-    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 2048,
-) -> None:
-    """Write a model's head (int8) and activations (float16) for `hf-xent bench --model FILE` on another machine."""
-    inputs.export(BenchConfig(model=model, data=data, tokens=tokens, device="cpu"), output)
-    print(f"written: {output} ({output.stat().st_size / 1e6:.0f} MB); the license of {model} applies to it")
 
 
 @app.command()
 def curves(
     output: Annotated[Path, Option(help="The JSON file to write.")] = tails.FILE,
-    data: Data = "pydoc",
+    data: Text = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens.", min=max(tails.CHUNKS))] = 2044,
 ) -> None:
     """Measure the tail curves of the packaged models that `calibrated` inputs are held to."""
@@ -46,7 +34,7 @@ def curves(
 @app.command()
 def tail(
     output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/tail.md"),
-    data: Data = "pydoc",
+    data: Text = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 1024,
 ) -> None:
     """Measure the gradient error of the sparse tail on the packaged models, beside dropping and bfloat16 rounding."""
@@ -58,8 +46,8 @@ def tail(
 @app.command(name="objectives")
 def costs(
     output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/objectives.md"),
-    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
-    data: Data = "pydoc",
+    model: Model = "smollm2",
+    data: Text = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 512,
     repeats: Annotated[int, Option(help="Rounds.", min=1)] = 5,
 ) -> None:
@@ -73,14 +61,14 @@ def costs(
 
 @app.command(name="dpo")
 def dpo_step(
-    model: Annotated[str, Option(help="'smollm2', a Hub id or path.")] = "smollm2",
+    model: Model = "smollm2",
     pairs: Annotated[int, Option(help="Pairs in the batch.", min=1)] = 8,
     tokens: Annotated[int, Option(help="Tokens of prompt and answer.", min=2)] = 256,
-    prompt: Annotated[int, Option(help="Of these, tokens of the prompt.", min=1)] = 64,
+    prompt: Annotated[int, Option(help="How many of these tokens are the prompt's.", min=1)] = 64,
     rounds: Annotated[int, Option(help="Timed steps of each side.", min=1)] = 5,
 ) -> None:
-    """Memory and time of one DPO step, TRL's own against the patched trainer's; each in a process of its own."""
-    print(dpo.table(dpo.run(model, pairs, tokens, prompt, rounds)))
+    """Measure memory and time of one DPO step, TRL's own and the patched trainer's, each in its own process."""
+    print(dpo.table(dpo.run(dpo.Shape(model, pairs, tokens, prompt), rounds)))
 
 
 if __name__ == "__main__":

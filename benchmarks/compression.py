@@ -100,18 +100,18 @@ def _dense(hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor) -> tupl
 def _line(
     name: str,
     columns: float,
-    found: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
     exact: tuple[Tensor, Tensor],
     dropped: tuple[Tensor, Tensor] | None,
 ) -> str:
     cells = [name, f"{columns:.1%}"]
     for i, truth in enumerate(exact):
-        error = _error(found[i], truth)
+        error = _error(gradients[i], truth)
         worse = None if dropped is None else _error(dropped[i], truth)
         cells += [f"{error:.1e}", *(("", "") if worse is None else (f"{worse:.1e}", f"{worse / error:.1f}"))]
-    tokens = (found[0] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)
+    tokens = (gradients[0] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)
     return f"| {' | '.join([*cells, f'{tokens.median():.1e}', f'{tokens.max():.1e}'])} |\n"
 
 
-def _error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+def _error(gradient: Tensor, truth: Tensor) -> float:
+    return float((gradient - truth).norm() / truth.norm())

@@ -27,8 +27,18 @@ RTOL = 1e-3  # float32 sums of thousands of log-probabilities, in another order
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The model of a step and the shape of its batch."""
+
+    model: str
+    pairs: int
+    tokens: int  # of prompt and answer
+    prompt: int  # tokens of the prompt
+
+
+@dataclass(frozen=True)
 class Step:
-    """What one step took, and what it found."""
+    """Time and memory of one step, and the numbers that both sides have to agree on."""
 
     seconds: float
     mib: float
@@ -36,36 +46,38 @@ class Step:
     grad_norm: float
 
 
-def run(model: str, pairs: int, tokens: int, prompt: int, rounds: int) -> dict[str, list[Step]]:
+def run(shape: Shape, rounds: int) -> dict[str, list[Step]]:
     """The warm-up and `rounds` timed steps of both sides. Raises: RuntimeError if they do not agree."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        shape = (model, pairs, tokens, prompt)
-        context.Process(target=_serve, args=(theirs, side, *shape, torch.get_num_threads()), daemon=True).start()
-        theirs.close()  # so that the end of a process is the end of its pipe
-    found: dict[str, list[Step]] = {side: [] for side in SIDES}
-    for place in range(rounds + 1):
-        for side in SIDES if place % 2 else reversed(SIDES):
+        pipes[side], child_end = context.Pipe()
+        context.Process(target=_serve, args=(child_end, side, shape, torch.get_num_threads()), daemon=True).start()
+        child_end.close()  # so that the end of a process is the end of its pipe
+    steps: dict[str, list[Step]] = {side: [] for side in SIDES}
+    for number in range(rounds + 1):
+        for side in SIDES if number % 2 else reversed(SIDES):
             pipes[side].send(True)
-            found[side].append(_receive(side, pipes[side]))
-        ours, stock = found["hf_xent"][-1], found["TRL"][-1]
-        for name in ("loss", "grad_norm"):
-            one, other = getattr(ours, name), getattr(stock, name)
-            if abs(one - other) > RTOL * abs(other):
-                raise RuntimeError(f"the two sides do not agree: {name} is {one} for hf_xent and {other} for TRL")
+            steps[side].append(_receive(side, pipes[side]))
+        _check_agreement(steps["hf_xent"][-1], steps["TRL"][-1])
     for pipe in pipes.values():
         pipe.send(False)
-    return found
+    return steps
 
 
-def table(found: dict[str, list[Step]]) -> str:
+def _check_agreement(ours: Step, stock: Step) -> None:
+    for name in ("loss", "grad_norm"):
+        value, expected = getattr(ours, name), getattr(stock, name)
+        if abs(value - expected) > RTOL * abs(expected):
+            raise RuntimeError(f"the two sides do not agree: {name} is {value} for hf_xent and {expected} for TRL")
+
+
+def table(measured: dict[str, list[Step]]) -> str:
     """Markdown: memory of the first step, times of the others, and the ratios to TRL."""
     lines = ["| | extra memory, MiB | seconds a step | memory / TRL | time / TRL |", "|---|---|---|---|---|"]
-    base = found["TRL"]
-    for side, steps in found.items():
-        ratio = median(mine.seconds / theirs.seconds for mine, theirs in zip(steps[1:], base[1:], strict=True))
+    base = measured["TRL"]
+    for side, steps in measured.items():
+        ratio = median(step.seconds / other.seconds for step, other in zip(steps[1:], base[1:], strict=True))
         seconds = median(step.seconds for step in steps[1:])
         memory = steps[0].mib / base[0].mib
         lines.append(f"| {side} | {steps[0].mib:.0f} | {seconds:.1f} | {memory:.2f} | {ratio:.2f} |")
@@ -74,16 +86,17 @@ def table(found: dict[str, list[Step]]) -> str:
 
 def _receive(side: str, pipe: Connection) -> Step:
     try:
-        found: Step = pipe.recv()
+        step: Step = pipe.recv()
     except EOFError:
         raise RuntimeError(f"the run of {side} ended without a word (killed for memory?): try fewer pairs") from None
-    return found
+    return step
 
 
-def _serve(pipe: Connection, side: str, model: str, pairs: int, tokens: int, prompt: int, threads: int) -> None:
+def _serve(pipe: Connection, side: str, shape: Shape, threads: int) -> None:
+    """Take a step of one side whenever the parent sends True."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, batch = _trainer(side, model, folder), _batch(model, pairs, tokens, prompt)
+        trainer, batch = _trainer(side, shape.model, folder), _batch(shape)
         while pipe.recv():
             trainer.model.zero_grad(set_to_none=True)
             start = time.perf_counter()
@@ -114,12 +127,13 @@ def _trainer(side: str, name: str, folder: str) -> Any:
     return trainer
 
 
-def _batch(model: str, pairs: int, tokens: int, prompt: int) -> dict[str, torch.Tensor]:
-    _, tokenizer = loading.load(model)
-    blocks = data.pack(data.load_text("pydoc", split="train[:30%]"), tokenizer, block_size=tokens)
-    ids = torch.tensor(blocks["input_ids"][: 2 * pairs])
-    ids[pairs:, :prompt] = ids[:pairs, :prompt]
+def _batch(shape: Shape) -> dict[str, torch.Tensor]:
+    """Pairs of real text, chosen answers first; both answers of a pair have the same prompt."""
+    _, tokenizer = loading.load(shape.model)
+    blocks = data.pack(data.load_text("pydoc", split="train[:30%]"), tokenizer, block_size=shape.tokens)
+    ids = torch.tensor(blocks["input_ids"][: 2 * shape.pairs])
+    ids[shape.pairs :, : shape.prompt] = ids[: shape.pairs, : shape.prompt]
     mask = torch.ones_like(ids)
     completion = mask.clone()
-    completion[:, :prompt] = 0
+    completion[:, : shape.prompt] = 0
     return {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}

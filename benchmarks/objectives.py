@@ -1,9 +1,9 @@
 """What training objectives cost beside cross-entropy: time and memory of a loss and its gradients, on real activations.
 
 Two tables: the head alone (loss, gradients of hidden states and of the head's weight), and whole training steps of the
-model. Objectives take turns in one process, so that a loaded machine slows all alike; times are medians of ratios to
-cross-entropy's within a round. Memory is what a turn needs beyond what was there: for the head without its gradients,
-for steps with everything the objective keeps (EMO's frozen cost).
+model. In each round every objective runs once, all in one process, so that a loaded machine slows all alike; times are
+medians of ratios to cross-entropy's within a round. Memory is what a run needs beyond what was there: for the head
+without its gradients, for steps with everything the objective keeps (EMO's frozen cost).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_xent.ops import Head
 from hf_xent.patching import patched
 from hf_xent.trainers.noisefit import disagreement
 
-Turn = Callable[[], tuple[float, int]]  # -> seconds, bytes
+Measure = Callable[[], tuple[float, int]]  # runs an objective once -> seconds, bytes
 BASE = "cross-entropy"
 OBJECTIVES: dict[str, Loss] = {
     BASE: CrossEntropy(),
@@ -59,7 +59,7 @@ mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as
 
 @dataclass
 class Cost:
-    """What the turns of one objective took."""
+    """What one objective took, a number for each round."""
 
     ratios: list[float] = field(default_factory=list)  # of times, to cross-entropy's in the same round
     sizes: list[int] = field(default_factory=list)  # bytes
@@ -79,8 +79,8 @@ def page(config: BenchConfig) -> str:
     """A Markdown page for one model on one text."""
     tensors = activations(config)
     hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
-    head = race(head_turns(hidden, weight, labels), config.repeats)
-    steps = race(step_turns(config), config.repeats)
+    head = run_rounds(head_measures(hidden, weight, labels), config.repeats)
+    steps = run_rounds(step_measures(config), config.repeats)
     where = environment("cpu", torch.get_num_threads())
     facts = ", ".join(f"{name} {where[name]}" for name in PACKAGES if where[name])
     whole = steps[BASE].memory or float("nan")  # of a model so small that its step shows in no measurement
@@ -100,21 +100,21 @@ def page(config: BenchConfig) -> str:
     )
 
 
-def race(turns: dict[str, Turn], rounds: int) -> dict[str, Cost]:
+def run_rounds(measures: dict[str, Measure], rounds: int) -> dict[str, Cost]:
     """Costs of all in `rounds` rounds, after one that does not count."""
-    costs = {name: Cost() for name in turns}
+    costs = {name: Cost() for name in measures}
     for number in range(rounds + 1):
-        found = {name: turn() for name, turn in turns.items()}
-        for name, (seconds, size) in found.items() if number else ():
-            costs[name].ratios.append(seconds / found[BASE][0])
+        round_ = {name: measure() for name, measure in measures.items()}
+        for name, (seconds, size) in round_.items() if number else ():
+            costs[name].ratios.append(seconds / round_[BASE][0])
             costs[name].sizes.append(size)
     return costs
 
 
-def head_turns(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Turn]:
-    """A turn for each objective: its loss on hidden [N, D], weight [V, D], labels [N], and both gradients."""
+def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Measure]:
+    """A measure of each objective: its loss on hidden [N, D], weight [V, D], labels [N], and both gradients."""
 
-    def turn(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, trains: bool = True) -> tuple[float, int]:
+    def run(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, trains: bool = True) -> tuple[float, int]:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
         with PeakMemory() as memory:
             started = perf_counter()
@@ -127,25 +127,25 @@ def head_turns(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Turn
         soft, consistency = disagreement(passes, labels)
         return 0.5 * CrossEntropy()(*passes[0], labels) + (0.5 * soft + 0.1 * consistency).mean()
 
-    def turns(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Turn]:
-        return {name: lambda: turn(loss, hidden), FROZEN.format(name): lambda: turn(loss, hidden, trains=False)}
+    def of(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Measure]:
+        return {name: lambda: run(loss, hidden), FROZEN.format(name): lambda: run(loss, hidden, trains=False)}
 
-    found: dict[str, Turn] = {}
+    measures: dict[str, Measure] = {}
     for name, loss in OBJECTIVES.items():
         bound = loss.bind(weight)
-        found |= turns(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
+        measures |= of(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
     noise = 0.01 * hidden.std() * torch.randn(2, *hidden.shape, generator=torch.Generator().manual_seed(0))
-    return found | turns(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
+    return measures | of(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
 
 
-def step_turns(config: BenchConfig) -> dict[str, Turn]:
-    """A turn for each objective: forward and backward of the patched model on as many tokens of text."""
+def step_measures(config: BenchConfig) -> dict[str, Measure]:
+    """A measure of each objective: forward and backward of the patched model on as many tokens of text."""
     model, tokenizer = load(config.model, dtype="float32")
     model.train()
     blocks = pack(load_text(config.data), tokenizer, min(config.tokens, 256))
     ids = torch.tensor(blocks[: max(1, config.tokens // 256)]["input_ids"])
 
-    def turn(loss: Loss) -> tuple[float, int]:
+    def run(loss: Loss) -> tuple[float, int]:
         with PeakMemory() as memory, patched(model, loss):  # in this order, since what a patch freezes counts
             started = perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()
@@ -153,4 +153,4 @@ def step_turns(config: BenchConfig) -> dict[str, Turn]:
         model.zero_grad(set_to_none=True)
         return seconds, memory.extra
 
-    return {name: lambda loss=loss: turn(loss) for name, loss in OBJECTIVES.items()}  # type: ignore[misc]  # bound now
+    return {name: lambda loss=loss: run(loss) for name, loss in OBJECTIVES.items()}  # type: ignore[misc]  # bound now

@@ -45,18 +45,18 @@ def tail_curve(
 
     Chunks count by their tokens (the last may be ragged). Memory: TILE rows of logits.
     """
-    found = torch.zeros(2, len(eps), dtype=torch.float64)
+    totals = torch.zeros(2, len(eps), dtype=torch.float64)
     blocks = []
     for rows in hidden.split(chunk):
         tiles = [_tile(part, weight) for part in rows.split(TILE)]
         peak, total = torch.stack([p for p, _ in tiles]).amax(0), torch.stack([s for _, s in tiles]).sum(0)
         kept = [peak > e for e in eps]
-        found[0] += torch.tensor([k.double().mean() * len(rows) for k in kept])
-        found[1] += torch.tensor([total[~k].sum() for k in kept])
+        totals[0] += torch.tensor([k.double().mean() * len(rows) for k in kept])
+        totals[1] += torch.tensor([total[~k].sum() for k in kept])
         for p, _ in tiles:
             inner = F.pad(p, (0, -len(p) % TILE)).view(-1, TILE).amax(1)
             blocks.append([float((inner > e).double().mean()) for e in eps])
-    columns, mass = (found / len(hidden)).tolist()
+    columns, mass = (totals / len(hidden)).tolist()
     return {"columns": columns, "mass": mass, "blocks": torch.tensor(blocks).mean(0).tolist()}
 
 

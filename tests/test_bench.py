@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hf_xent import bench
 from hf_xent.bench import CONTESTANTS, BenchConfig, Contestant, PeakMemory, Row, measure, memory
-from hf_xent.bench.contestants import BASE, YARDSTICK, matmul_outputs, matmuls, take
+from hf_xent.bench.contestants import BASE, FLOOR, iterate, matmul_outputs, matmuls
 from hf_xent.bench.inputs import truth
 from hf_xent.bench.pages import largest, summary
 from hf_xent.bench.plots import longest
@@ -45,7 +45,7 @@ def near(hidden: Tensor, weight: Tensor, labels: Tensor, error: float = 1e-3) ->
 
 
 def two_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, float]]:
-    """One beyond the promise, one within it."""
+    """One beyond the tolerance, one within it."""
     return {f"error={error}": {"error": error} for error in (1e-1, 1e-3)}
 
 
@@ -56,8 +56,8 @@ def rows() -> list[Row]:
         patch.setattr(measure._Session, "group_size", lambda self: 99)  # one group, however little memory is free
         patch.setitem(CONTESTANTS, "twice", Contestant(twice))
         patch.setitem(CONTESTANTS, "broken", Contestant(broken))
-        patch.setitem(CONTESTANTS, "choice", Contestant(near, settings=two_settings, promise=1e-2))
-        patch.setitem(CONTESTANTS, "overstated", Contestant(near, promise=1e-4))
+        patch.setitem(CONTESTANTS, "choice", Contestant(near, settings=two_settings, tolerance=1e-2))
+        patch.setitem(CONTESTANTS, "overstated", Contestant(near, tolerance=1e-4))
         names = tuple(name for name in CONTESTANTS if name != "dense compiled")
         steps: list[tuple[str, int, int]] = []
         found = bench.run(replace(TINY, contestants=names), report=lambda *step: steps.append(step))
@@ -84,18 +84,18 @@ def test_every_contestant_of_this_machine_is_right(rows: list[Row]) -> None:
     assert named(rows, "dense").time_ratio == 1
 
 
-def test_the_yardstick_has_a_time_alone(rows: list[Row]) -> None:
-    row = named(rows, YARDSTICK)
+def test_the_floor_has_a_time_alone(rows: list[Row]) -> None:
+    row = named(rows, FLOOR)
     assert row.status == "ok" and row.time_ms and row.matmul_ratio == 1 and row.time_ratio and row.repeats == 2
     assert {row.loss_error, row.hidden_error, row.weight_error, row.peak_mib} == {None}
     assert {row.hidden_tolerance, row.weight_tolerance} == {None}
 
 
-def test_the_yardstick_is_the_three_products() -> None:
+def test_the_floor_is_the_three_products() -> None:
     hidden, weight = torch.randn(5, 3), torch.randn(7, 3)
     outputs = matmul_outputs(hidden, weight)
     hidden.requires_grad_(), weight.requires_grad_()
-    loss = take(matmuls, hidden, weight, torch.zeros(5, dtype=torch.long), **outputs)
+    loss = iterate(matmuls, hidden, weight, torch.zeros(5, dtype=torch.long), **outputs)
     assert loss.ndim == 0 and loss.untyped_storage().data_ptr() != outputs["logits"].untyped_storage().data_ptr()
     logits = hidden @ weight.T
     for name, expected in (("logits", logits), ("hidden_out", logits @ weight), ("weight_out", logits.T @ hidden)):
@@ -103,7 +103,7 @@ def test_the_yardstick_is_the_three_products() -> None:
     assert hidden.grad is None and weight.grad is None
 
 
-def test_a_promise_widens_the_gate_for_who_gives_it(rows: list[Row]) -> None:
+def test_a_contestant_s_own_tolerance_widens_its_gate(rows: list[Row]) -> None:
     exact, kept, broke = (named(rows, name) for name in ("twice", "choice", "overstated"))
     assert (kept.status, broke.status) == ("ok", "wrong") and kept.time_ms and broke.time_ms is None
     assert kept.hidden_error == pytest.approx(1e-3, rel=0.02) == broke.weight_error
@@ -189,7 +189,7 @@ def test_a_plot_follows_the_longest_series() -> None:
 
 def test_plots_leave_out_what_has_no_number(tmp_path: Path) -> None:
     rows = [made(N, 100, name) for N in (1, 2) for name in (BASE, "hf_xent", "unheard of")]
-    rows += [made(N, 100, YARDSTICK, peak_mib=None) for N in (1, 2)]
+    rows += [made(N, 100, FLOOR, peak_mib=None) for N in (1, 2)]
     rows += [made(N, 100, "liger", peak_mib=0.0) for N in (1, 2)]
     rows += [made(N, 100, "trl", status="wrong", time_ms=None) for N in (1, 2, 3)]
     [path] = bench.to_csv(rows, tmp_path)
@@ -278,18 +278,18 @@ def test_a_sweep_is_checked_before_it_runs(lists: tuple[str, str | None, str], m
 
 def test_contestants_run_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure._Session, "group_size", lambda self: 1)
-    config = replace(TINY, contestants=(YARDSTICK, "hf_xent", "hf_xent recompute"), dtype="bfloat16")
+    config = replace(TINY, contestants=(FLOOR, "hf_xent", "hf_xent recompute"), dtype="bfloat16")
     steps: list[tuple[str, int, int]] = []
     found = bench.run(config, report=lambda *step: steps.append(step))
     assert [(row.contestant, row.status) for row in found] == [(n, "ok") for n in ("dense", *config.contestants)]
-    assert [row.repeats for row in found] == [4, 4, 2, 2]  # dense and the yardstick run beside each group
+    assert [row.repeats for row in found] == [4, 4, 2, 2]  # dense and the floor run beside each group
     assert all(row.time_ratio and row.matmul_ratio for row in found)
     assert max(done for _, done, _ in steps[:-1]) <= steps[0][2]  # a reference's turns are not counted
 
 
 def test_dense_is_not_tried_where_its_logits_cannot_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure._Session, "free", lambda self: 1000)
-    base, bare, ours = bench.run(replace(TINY, contestants=("hf_xent", YARDSTICK)))
+    base, bare, ours = bench.run(replace(TINY, contestants=("hf_xent", FLOOR)))
     assert base.status == bare.status == "absent" and "GiB" in base.note and "GiB" in bare.note
     assert ours.status == "ok" and ours.time_ms and ours.time_ratio is None and ours.matmul_ratio is None
 
@@ -302,7 +302,7 @@ def test_contestants_in_this_process(name: str) -> None:
     expected = truth(hidden, weight, labels, "cpu")
     contestant = CONTESTANTS[name]
     for setting in contestant.settings("cpu", torch.float32, 21).values():
-        loss = take(contestant.loss, hidden, weight, labels, **setting)
+        loss = iterate(contestant.loss, hidden, weight, labels, **setting)
         torch.testing.assert_close(loss, expected["loss"])
         torch.testing.assert_close(hidden.grad, expected["hidden"], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(weight.grad, expected["weight"], rtol=1e-4, atol=1e-7)
@@ -372,7 +372,7 @@ def test_one_dpo_step_of_each_side(tmp_path):
 
     tiny(std=0.05, max_position_embeddings=128).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    found = dpo.run(str(tmp_path), pairs=2, tokens=32, prompt=8, rounds=1)
+    found = dpo.run(dpo.Shape(str(tmp_path), pairs=2, tokens=32, prompt=8), rounds=1)
     for mine, theirs in zip(found["hf_xent"], found["TRL"], strict=True):
         assert (mine.loss, mine.grad_norm) == pytest.approx((theirs.loss, theirs.grad_norm), rel=1e-4)
         assert mine.loss != pytest.approx(math.log(2), rel=1e-6) and mine.seconds > 0 < mine.mib

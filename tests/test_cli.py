@@ -2,19 +2,23 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import typer
 from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_xent import cli
+from hf_xent.cli import options, output
+from hf_xent.experiments.fields import described
 from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
@@ -232,8 +236,46 @@ def test_help_explains_every_option_and_has_an_example():
             command = command.commands[name]
         if hasattr(command, "commands"):
             continue
-        assert f"Example: hf-xent {' '.join(path)}" in " ".join(command.help.split()), path
+        _, _, example = " ".join(command.help.split()).partition("Example: hf-xent ")
+        words = shlex.split(example)
+        assert tuple(words[: len(path)]) == path
+        with command.make_context(path[-1], words[len(path) :]):  # its options exist, and take their values
+            pass
         assert all(parameter.help for parameter in command.params if parameter.name != "help"), path
+
+
+def test_fields_of_a_dataclass_become_options():
+    @dataclass(frozen=True)
+    class Settings:
+        name: str = described("Its name.", "x")
+        size: int = described("Its size.", 2, min=1)
+        flag: bool = described("Off unless asked for.", False)
+        keep: bool = described("On unless refused.", True)
+        model: str = "tiny"
+
+    seen = []
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.command()
+    @options.takes(Settings, positional=("name",), model=options.Model)
+    def command(settings: Settings, more: str = "m", as_json: options.Json = False) -> None:
+        seen.append((settings, more))
+        print("noise")
+        output.emit({"name": settings.name}, "for people", as_json=as_json)
+
+    result = runner.invoke(app, ["y", "--size", "3", "--flag", "--no-keep", "--more", "z", "--json"])
+    assert json.loads(result.stdout) == {"name": "y"} and "noise" in result.stderr
+    assert runner.invoke(app, []).stdout == "noise\nfor people\n"
+    assert seen == [(Settings("y", 3, True, False), "z"), (Settings(), "m")]
+    assert runner.invoke(app, ["--size", "0"]).exit_code == runner.invoke(app, ["--no-flag"]).exit_code == 2
+    text = " ".join(runner.invoke(app, ["--help"]).stdout.split())
+    assert "Its size." in text and options.MODEL_HELP in text
+
+
+def test_experiments_know_nothing_of_the_command_line():
+    folder = Path(cli.__file__).parents[1] / "experiments"
+    imports = [line for file in folder.glob("*.py") for line in file.read_text().splitlines() if "import " in line]
+    assert len(imports) > 20 and not [line for line in imports if "typer" in line or "cli" in line]
 
 
 def test_help_names_what_the_registries_hold():
@@ -248,6 +290,8 @@ LISTING = """
 import sys
 from typer.testing import CliRunner
 from hf_xent import cli
+from hf_xent.cli import options, output
+from hf_xent.experiments.fields import described
 for arguments in {calls!r}:
     result = CliRunner().invoke(cli.app, arguments)
     loaded = [name for name in {heavy!r} if name in sys.modules]

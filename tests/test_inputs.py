@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from benchmarks import objectives, tails
-from benchmarks.__main__ import app
+from hf_xent import cli
 from hf_xent.bench import BenchConfig, calibrated, inputs
 from hf_xent.models import packaged
 from support.models import tiny, tiny_tokenizer
@@ -128,9 +130,9 @@ def test_the_benchmark_takes_calibrated_inputs(tmp_path: Path) -> None:
 
 def test_exported_activations_come_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "head.safetensors"
-    inputs.export(SMALL, path)
+    inputs.write_activations(SMALL, path)
     original, _ = inputs._source(SMALL)
-    found, source = inputs.exported(path, 256)
+    found, source = inputs.read_activations(path, 256)
     assert source == "calibrated to smollm2, int8 head"
     step = original["weight"].abs().amax(1, keepdim=True) / 127
     assert ((found["weight"] - original["weight"]).abs() <= 0.501 * step).all()
@@ -139,7 +141,7 @@ def test_exported_activations_come_back(tmp_path: Path) -> None:
     assert path.stat().st_size < 8192 * (256 + 4) + 256 * (2 * 256 + 8) + 1000
     curves = [tails.tail_curve(x["hidden"], x["weight"]) for x in (original, found)]
     assert octaves(*curves, "columns") < 0.05
-    assert inputs.exported(path, 7)[0]["hidden"].shape == (7, 256)
+    assert inputs.read_activations(path, 7)[0]["hidden"].shape == (7, 256)
     facts = inputs.prepare(replace(SMALL, model=str(path), tokens=7), tmp_path)
     assert (facts.N, facts.V, facts.D, facts.source) == (7, 8192, 256, source)
 
@@ -147,19 +149,19 @@ def test_exported_activations_come_back(tmp_path: Path) -> None:
 def test_an_int8_head_with_a_row_of_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"hidden": torch.randn(3, 4), "weight": torch.zeros(5, 4), "labels": torch.arange(3)}
     monkeypatch.setattr(inputs, "_source", lambda config: (tensors, "zeros"))
-    inputs.export(SMALL, tmp_path / "zeros.safetensors")
-    assert inputs.exported(tmp_path / "zeros.safetensors", 3)[0]["weight"].equal(tensors["weight"])
+    inputs.write_activations(SMALL, tmp_path / "zeros.safetensors")
+    assert inputs.read_activations(tmp_path / "zeros.safetensors", 3)[0]["weight"].equal(tensors["weight"])
     tensors["hidden"][0, 0] = 1e6
     with pytest.raises(ValueError, match="beyond the range of float16"):
-        inputs.export(SMALL, tmp_path / "zeros.safetensors")
+        inputs.write_activations(SMALL, tmp_path / "zeros.safetensors")
 
 
 def test_inputs_that_cannot_be_had(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     save_file({"hidden": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match="holds no exported activations"):
-        inputs.exported(path, 1)
-    inputs.export(replace(SMALL, tokens=3, vocab=9), path)
+        inputs.read_activations(path, 1)
+    inputs.write_activations(replace(SMALL, tokens=3, vocab=9), path)
     for options, message in (
         ({"model": str(path), "tokens": 4}, "has 3 positions: ask for fewer tokens"),
         ({"model": "calibrated:gpt2"}, "'gpt2': choose among smollm2, gemma3-270m"),
@@ -168,19 +170,25 @@ def test_inputs_that_cannot_be_had(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             inputs.prepare(replace(SMALL, **options), tmp_path)
     with pytest.raises(ValueError, match=r"ends in \.safetensors"):
-        inputs.export(SMALL, tmp_path / "some.bin")
+        inputs.write_activations(SMALL, tmp_path / "some.bin")
 
 
 def test_the_command_names_the_license_and_fails_in_one_line(tmp_path: Path) -> None:
     path, again = tmp_path / "some.safetensors", tmp_path / "again.safetensors"
-    inputs.export(replace(SMALL, tokens=3, vocab=9), path)
-    arguments = ["export", "--model", str(path), "--tokens", "3", "--output", str(again)]
-    result = CliRunner().invoke(app, arguments)
+    inputs.write_activations(replace(SMALL, tokens=3, vocab=9), path)
+    arguments = ["bench", "--model", str(path), "--export", str(again), "--tokens"]
+    result = CliRunner().invoke(cli.app, [*arguments, "3"])
     assert result.exit_code == 0 and f"the license of {path} applies to it" in result.stdout
-    assert inputs.exported(again, 3)[0]["labels"].equal(inputs.exported(path, 3)[0]["labels"])
-    command = [sys.executable, "-m", "benchmarks", *arguments[:4], "4", *arguments[5:]]
+    assert inputs.read_activations(again, 3)[0]["labels"].equal(inputs.read_activations(path, 3)[0]["labels"])
+    listed = CliRunner().invoke(cli.app, [*arguments, "3", "--json"])
+    assert json.loads(listed.stdout) == {"written": [str(again)]}
+    for tokens, message in (("4", f"{path} has 3 positions: ask for fewer tokens"), ("2,3", "2 shapes or dtypes")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            CliRunner().invoke(cli.app, [*arguments, tokens], catch_exceptions=False)
+    command = [sys.executable, "-m", "benchmarks", "objectives", "--model", str(path)]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert failed.returncode == 1 and failed.stderr == f"error: {path} has 3 positions: ask for fewer tokens\n"
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith(f"error: model is '{path}', which is a file")  # libraries warn too
 
 
 @pytest.mark.slow
@@ -197,23 +205,23 @@ def test_the_file_holds_for_the_real_smollm2(tmp_path: Path) -> None:
     # a twentieth, not rounding: the text goes with Python's version
     assert octaves(curve, measured, "columns") < 0.07 and octaves(curve, measured, "mass") < 0.07
     assert tails.spread(**tensors)["nll"]["mean"] == pytest.approx(entry["nll"]["mean"], rel=0.05)
-    inputs.export(config, tmp_path / "head.safetensors")
+    inputs.write_activations(config, tmp_path / "head.safetensors")
     assert (tmp_path / "head.safetensors").stat().st_size < 31e6
-    found, _ = inputs.exported(tmp_path / "head.safetensors", entry["N"])
+    found, _ = inputs.read_activations(tmp_path / "head.safetensors", entry["N"])
     through = tails.tail_curve(found["hidden"], found["weight"])
     assert octaves(through, curve, "columns") < 0.03 and octaves(through, curve, "mass") < 0.03
 
 
 def test_costs_of_objectives(tmp_path):
-    """Every objective has its turn in every round, and ratios are to cross-entropy of the same round."""
+    """Every objective runs in every round, and ratios are to cross-entropy of the same round."""
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
-    turns = objectives.head_turns(hidden, weight, labels)
+    measures = objectives.head_measures(hidden, weight, labels)
     names = {*objectives.OBJECTIVES, objectives.NOISEFIT}
-    assert set(turns) == names | {objectives.FROZEN.format(name) for name in names}
-    assert all(seconds > 0 and memory >= 0 for seconds, memory in (turn() for turn in turns.values()))
+    assert set(measures) == names | {objectives.FROZEN.format(name) for name in names}
+    assert all(seconds > 0 and memory >= 0 for seconds, memory in (measure() for measure in measures.values()))
     clock = iter([(9.0, 5), (9.0, 1), (2.0, 3), (3.0, 8), (4.0, 2), (5.0, 7)])
-    found = objectives.race(dict.fromkeys((objectives.BASE, "EMO"), lambda: next(clock)), rounds=2)
+    found = objectives.run_rounds(dict.fromkeys((objectives.BASE, "EMO"), lambda: next(clock)), rounds=2)
     assert found["EMO"].ratios == [1.5, 1.25] and found["EMO"].sizes == [8, 7] and found[objectives.BASE].time == 1.0
     tiny(std=0.05, vocab_size=90).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -23,11 +23,16 @@ def shaped(source: str) -> bool:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure."""
+    """The inputs of a benchmark, its contestants, and how often they run.
+
+    Raises:
+        ValueError: For a dtype, device or contestant that there is not, and for numbers below 1.
+    """
 
     model: str = "smollm2"
-    """Whose activations: 'smollm2' (embedded), a Hub id, a path, a file of `inputs.export`; or for a given shape
-    'calibrated' ('calibrated:smollm2'), whose softmax is as peaked and as thin as a real model's, or 'random'."""
+    """The model whose activations are used: 'smollm2' (packaged), a Hub id, a path, or a file that
+    `inputs.write_activations` wrote. Or inputs of a chosen shape: 'calibrated' ('calibrated:smollm2'), whose softmax is
+    as peaked as a real model's and leaves as few columns likely, or 'random'."""
     data: str = "pydoc"
     """Text the activations come from: any source of `hf_xent.data.load_text`."""
     tokens: int = 1024
@@ -39,7 +44,7 @@ class BenchConfig:
     dtype: str = "float32"
     """'float32', 'bfloat16' or 'float16'."""
     contestants: tuple[str, ...] = ()
-    """Names among CONTESTANTS; empty for all. 'dense' always runs: the others are held against it."""
+    """Names among CONTESTANTS; empty for all. 'dense' always runs, since the others are compared with it."""
     repeats: int = 10
     """Timed iterations of each."""
     warmup: int = 2
@@ -64,6 +69,6 @@ class BenchConfig:
 
     @property
     def shape(self) -> str:
-        """Which inputs, in a few words."""
+        """The inputs, in a few words."""
         chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
         return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"

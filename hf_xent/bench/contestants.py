@@ -1,8 +1,8 @@
 """Who is measured: mean cross-entropy of `hidden @ weight.T` against labels, one small function a method.
 
-A contestant's function returns the scalar loss with its graph; `take` adds the backward. All see the same leaves:
-hidden [N, D] and weight [V, D] in the run's dtype, labels [N] without ignored positions. The yardstick beside them has
-neither loss nor gradients: it is the matmuls that no method can do without.
+A contestant's function returns the scalar loss with its graph; `iterate` adds the backward. All see the same leaves:
+hidden [N, D] and weight [V, D] in the run's dtype, labels [N] without ignored positions. FLOOR beside them has neither
+loss nor gradients: it is the matmuls that no method can do without.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Method = Callable[..., Tensor]
 Outputs = Callable[[Tensor, Tensor], dict[str, Tensor]]  # hidden, weight -> what the function writes to
 
 
-def take(loss: Method, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
+def iterate(loss: Method, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
     """One iteration: the detached loss, with fresh gradients in `hidden.grad` and `weight.grad`."""
     hidden.grad = weight.grad = None
     value = loss(hidden, weight, labels, **setting)
-    if value.requires_grad:  # all but the yardstick
+    if value.requires_grad:  # all but the floor
         value.backward()
     return value.detach()
 
@@ -158,8 +158,8 @@ def _torch_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, d
     sizes = (64, 128, 256, 512) if device == "cpu" else (512, 1024, 2048, 4096)
     policies = ("auto",) if dtype == torch.float32 else ("accurate",) if device == "cpu" else ("compact", "balanced")
     shape = [{"batch_chunk_size": size, "chunking_method": None} for size in sizes if size <= max(tokens, sizes[0])]
-    found = [{**size, "acc_policy": policy} for size in shape for policy in policies]
-    return {f"batch_chunk_size={s['batch_chunk_size']} acc_policy={s['acc_policy']}": s for s in found}
+    settings = [{**size, "acc_policy": policy} for size in shape for policy in policies]
+    return {f"batch_chunk_size={s['batch_chunk_size']} acc_policy={s['acc_policy']}": s for s in settings}
 
 
 def _tail_settings(device: str, dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Any]]:
@@ -176,21 +176,21 @@ class Contestant:
     settings: Callable[[str, torch.dtype, int], dict[str, dict[str, Any]]] = _no_settings
     about: str = field(default="", kw_only=True)  # what it is, for the legend of a table
     logits: int = field(default=0, kw_only=True)  # [N, V] tensors alive at once; not tried where these cannot fit
-    promise: float = field(default=0.0, kw_only=True)  # relative gradient error it promises; 0: as exact as dense
-    outputs: Outputs | None = field(default=None, kw_only=True)  # of a yardstick: made before its clock starts
+    tolerance: float = field(default=0.0, kw_only=True)  # relative gradient error it may have; 0: as exact as dense
+    outputs: Outputs | None = field(default=None, kw_only=True)  # of the floor: allocated before its clock starts
 
     @property
     def gated(self) -> bool:
-        """Whether there are gradients to check; a yardstick has none."""
+        """Whether there are gradients to check; the floor has none."""
         return self.outputs is None
 
 
-BASE, YARDSTICK = "dense", "three matmuls"
+BASE, FLOOR = "dense", "three matmuls"
 
 CONTESTANTS: dict[str, Contestant] = {
     BASE: Contestant(dense, logits=3, about="plain torch, all logits at once"),
     "dense compiled": Contestant(compiled, _compiler, logits=2, about="the same under `torch.compile`"),
-    YARDSTICK: Contestant(
+    FLOOR: Contestant(
         matmuls, outputs=matmul_outputs, logits=1, about="the matrix products alone, no softmax between them"
     ),
     "torch chunked": Contestant(torch_chunked, _torch_has_it, about="`F.linear_cross_entropy`, default options"),
@@ -202,12 +202,15 @@ CONTESTANTS: dict[str, Contestant] = {
     # By default it leaves out gradient tiles whose entries are all below its filter (2^-12 in bfloat16): its error
     # depends on the data and may pass twice dense's by design. Its authors state no bound; a percent is ours.
     "cut_cross_entropy": Contestant(
-        cut, partial(_on_cuda, "cut_cross_entropy"), promise=1e-2, about="Apple's, with its default gradient filter"
+        cut, partial(_on_cuda, "cut_cross_entropy"), tolerance=1e-2, about="Apple's, with its default gradient filter"
     ),
     "quack": Contestant(quack, partial(_on_cuda, "quack"), about="Quack's chunked linear cross-entropy"),
     "hf_xent": Contestant(eager, about="this package, as `patch` uses it"),
     "hf_xent tail": Contestant(
-        eager, settings=_tail_settings, promise=3e-3, about="with the sparse tail, the coarsest that keeps its promise"
+        eager,
+        settings=_tail_settings,
+        tolerance=3e-3,
+        about="with the sparse tail, the coarsest that keeps its promise",
     ),
     "hf_xent recompute": Contestant(recompute, about="for any loss on top of the statistics"),
     "hf_xent triton": Contestant(
@@ -215,4 +218,4 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "hf_xent map_logits": Contestant(mapped, about="for functions of whole rows of logits"),
 }
-"""Name -> contestant, in the order of the result tables; ratios are to BASE and to YARDSTICK."""
+"""Name -> contestant, in the order of the result tables; ratios are to BASE and to FLOOR."""

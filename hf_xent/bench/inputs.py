@@ -1,7 +1,8 @@
 """What is measured on: real activations before a model's head with that head and next-token labels, or generated ones.
 
-Real ones come from a model, or from a file that `export` wrote where the model was. Generated ones are 'calibrated' to
-a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's threshold.
+Real ones come from a model, or from a file that `write_activations` wrote where the model was. Generated ones are
+'calibrated' to a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's
+threshold.
 
 The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable
 (float32 otherwise), row chunk by row chunk, saved once for all contestants.
@@ -78,8 +79,8 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[s
         loss.backward()
         total += loss.detach()
     assert hidden.grad is not None and weight.grad is not None
-    found = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
-    return {name: x.float().cpu().contiguous() for name, x in found.items()}
+    results = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
+    return {name: x.float().cpu().contiguous() for name, x in results.items()}
 
 
 def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
@@ -92,7 +93,7 @@ def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
         tensors = generate(config.tokens, config.vocab, config.width, like, device=config.device)
         return dict(zip(("hidden", "weight", "labels"), tensors, strict=True)), f"{CALIBRATED} to {like}"
     if config.model.endswith(EXPORTED):
-        return exported(Path(config.model), config.tokens)
+        return read_activations(Path(config.model), config.tokens)
     return activations(config), f"{config.model} on {config.data}"
 
 
@@ -110,14 +111,14 @@ def activations(config: BenchConfig) -> dict[str, Tensor]:
     # pydoc's wording goes with Python's version
     name = f"{config.model}-{config.data}-python{platform.python_version()}"
     path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
-    kept = load_file(path) if path.is_file() else None
-    if kept is None or len(kept["labels"]) < config.tokens:
-        kept = collect(config)
+    tensors = load_file(path) if path.is_file() else None
+    if tensors is None or len(tensors["labels"]) < config.tokens:
+        tensors = collect(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        save_file(kept, draft)
+        save_file(tensors, draft)
         os.replace(draft, path)  # in one step: another run may be reading
-    return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in kept.items()}
+    return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in tensors.items()}
 
 
 @torch.no_grad()
@@ -125,14 +126,20 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
     """Hidden states that enter the model's head over text, the head's weight, and each position's next token.
 
     The head's bias, scale and softcap are left out: every contestant computes the plain loss of `hidden @ weight.T`.
+
+    Returns:
+        `hidden` [N, D] and `weight` [V, D] in float32, `labels` [N], on the CPU.
+
+    Raises:
+        ValueError: If the model has no output head, or the text fewer positions than `config.tokens`.
     """
     model, tokenizer = load(config.model, dtype="float32")
     head = model.eval().to(config.device).get_output_embeddings()
     if head is None:
         raise ValueError(f"{config.model} has no output head: name a causal language model")
     blocks = pack(load_text(config.data), tokenizer, BLOCK)
-    caught: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0][0, :-1].float().cpu()))
+    states: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: states.append(args[0][0, :-1].float().cpu()))
     labels: list[Tensor] = []
     for block in blocks:
         ids = torch.tensor(block["input_ids"])
@@ -143,15 +150,22 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
     hook.remove()
     if sum(map(len, labels)) < config.tokens:
         raise ValueError(f"{config.data} has {sum(map(len, labels))} positions with a next token: ask for fewer tokens")
-    hidden, targets = torch.cat(caught)[: config.tokens], torch.cat(labels)[: config.tokens]
+    hidden, targets = torch.cat(states)[: config.tokens], torch.cat(labels)[: config.tokens]
     return {"hidden": hidden.contiguous(), "weight": head.weight.detach().float().cpu().contiguous(), "labels": targets}
 
 
-def export(config: BenchConfig, path: Path) -> None:
-    """Real activations small enough to travel: the head as int8 with a scale a row, hidden states as float16, labels.
+def write_activations(config: BenchConfig, path: Path) -> None:
+    """Write real activations to a small file, which `BenchConfig(model=path)` takes where the model cannot be had.
 
-    int8 moves the tail curves of SmolLM2 and Gemma by less than 1 %. The model's license applies to the file;
-    `model=path` benchmarks on it where the model cannot be had.
+    The head is written as int8 with a scale for each row, hidden states as float16. int8 moves the tail curves of
+    SmolLM2 and Gemma by less than 1 %. The model's license applies to the file.
+
+    Args:
+        config: Names the model, the text and the number of tokens.
+        path: The file, whose name ends in .safetensors.
+
+    Raises:
+        ValueError: If the name has another ending, or hidden states are beyond the range of float16.
     """
     if path.suffix != EXPORTED:
         raise ValueError(f"output is {str(path)!r}: give a name that ends in {EXPORTED}")
@@ -161,13 +175,24 @@ def export(config: BenchConfig, path: Path) -> None:
     if not hidden.isfinite().all():
         raise ValueError(f"hidden states of {config.model} are beyond the range of float16")
     weight = (tensors["weight"] / scale[:, None]).round().to(torch.int8)
-    kept = {"hidden": hidden, "weight": weight, "scale": scale, "labels": tensors["labels"]}
+    quantized = {"hidden": hidden, "weight": weight, "scale": scale, "labels": tensors["labels"]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, path, metadata={"source": f"{source}, int8 head"})
+    save_file(quantized, path, metadata={"source": f"{source}, int8 head"})
 
 
-def exported(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
-    """The first `tokens` positions of what `export` wrote, dequantized to float32, and their source."""
+def read_activations(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
+    """Read what `write_activations` wrote.
+
+    Args:
+        path: The file.
+        tokens: How many positions are read, from the first.
+
+    Returns:
+        `hidden` [N, D] and `weight` [V, D] dequantized to float32 and `labels` [N]; and what a table calls them.
+
+    Raises:
+        ValueError: If the file is not whole, holds something else, or has fewer positions.
+    """
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:

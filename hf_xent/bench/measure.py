@@ -1,10 +1,10 @@
 """The benchmark: gate first, then one iteration of each contestant in turn.
 
 Every contestant has its own process and must pass the gate before it is timed: its gradients' relative errors against
-the truth may be at most twice those of dense torch in the same dtype (or 1e-5, or what an approximate contestant
-promises). Then memory, warm-up, and rounds: in each, the parent asks every contestant for one iteration, so a loaded
+the truth may be at most twice those of dense torch in the same dtype (or 1e-5, or an approximate contestant's own
+tolerance). Then memory, warm-up, and rounds: in each, the parent asks every contestant for one iteration, so a loaded
 machine slows all alike and the ratios to dense and to the bare matmuls are taken within the round. Where memory is
-short, contestants run in groups, these two in each.
+short, contestants run in groups, each of which has these two.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ import psutil
 import torch
 
 from .config import BenchConfig
-from .contestants import BASE, CONTESTANTS, YARDSTICK, Contestant
+from .contestants import BASE, CONTESTANTS, FLOOR, Contestant
 from .inputs import Facts, prepare
 from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
 from .worker import Errors, Failed, Remote
 
 Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-REFERENCES = (BASE, YARDSTICK)  # in every group: the others' times are held against theirs
+REFERENCES = (BASE, FLOOR)  # in every group: the others' times are held against theirs
 PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
 ATOL = 1e-5
 
 
 def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
-    """One row a contestant, in the registry's order; `report` hears of every step.
+    """Measure the contestants of a config.
 
-    Raises: ValueError for inputs that cannot be had. What a contestant raises becomes its row.
+    Args:
+        config: The inputs, the contestants, and how often they run.
+        report: Called as `report(what, steps_done, steps_in_all)` before every step.
+
+    Returns:
+        One row for each contestant, in the registry's order. What a contestant raises becomes its row's note.
+
+    Raises:
+        ValueError: For inputs that cannot be had.
     """
     names = [name for name in CONTESTANTS if name == BASE or not config.contestants or name in config.contestants]
     with tempfile.TemporaryDirectory(prefix="hf_xent-bench-") as folder:
@@ -64,7 +72,7 @@ class _Entry:
     ratios: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REFERENCES})
 
     def stop(self, status: str, note: str) -> None:
-        """Out of the race."""
+        """Measure it no further: its row has this status and note."""
         self.status, self.note = status, note
         self.close()
 
@@ -85,18 +93,18 @@ class _Session:
         self.facts: Facts = prepare(config, folder)
         if config.device == "cuda":
             torch.cuda.empty_cache()
-        floor = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
-        self.tolerance = {"hidden": floor, "weight": floor}  # where dense itself cannot run
+        least = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
+        self.tolerance = {"hidden": least, "weight": least}  # where dense itself cannot run
 
     def step(self, text: str, steps: int = 1) -> None:
-        """Tell the listener."""
+        """Report what is done next, and count its steps as done."""
         self.report(text, self.done, self.total)
         self.done += steps
 
     def measure(self, entries: dict[str, _Entry]) -> None:
         """Everything, entry by entry and round by round."""
         references = [entry for name, entry in entries.items() if name in REFERENCES]
-        self.enter(references)
+        self.start(references)
         errors = entries[BASE].errors
         if errors is not None:
             self.tolerance = {name: max(2 * errors[name], ATOL) for name in self.tolerance}
@@ -104,23 +112,23 @@ class _Session:
         size = self.group_size()
         for start in range(0, max(1, len(others)), size):
             group = others[start : start + size]
-            self.enter(group)
-            self.race([*references, *group])
+            self.start(group)
+            self.rounds([*references, *group])
             for entry in group:
                 entry.close()
         self.report("done", self.total, self.total)
 
     def group_size(self) -> int:
-        """How many contestants fit beside dense: each holds its inputs and, in its turn, gradients and scratch."""
+        """How many contestants fit beside dense: each holds its inputs and, one at a time, gradients and scratch."""
         free = self.free()
-        turn = 2 * self.facts.weight_bytes + 3 * self.facts.logits_bytes
-        return max(1, int((0.8 * free - turn) // (PROCESS_BYTES + self.facts.weight_bytes)))
+        iteration = 2 * self.facts.weight_bytes + 3 * self.facts.logits_bytes
+        return max(1, int((0.8 * free - iteration) // (PROCESS_BYTES + self.facts.weight_bytes)))
 
     def free(self) -> int:
         """Bytes free on the device."""
         return torch.cuda.mem_get_info()[0] if self.config.device == "cuda" else psutil.virtual_memory().available
 
-    def enter(self, group: list[_Entry]) -> None:
+    def start(self, group: list[_Entry]) -> None:
         """Start the processes, all at once; then gate, memory and warm-up one by one."""
         config = self.config
         for entry in group:
@@ -145,18 +153,18 @@ class _Session:
     def gate(self, entry: _Entry, remote: Remote) -> None:
         """Errors of every setting; the fastest correct one goes on to memory and warm-up."""
         settings = entry.contestant.settings(self.config.device, self.facts.dtype, self.facts.N)
-        found: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
-        free = entry.name == BASE or not entry.contestant.gated
-        correct = [label for label in found if free or self.passes(entry.contestant, found[label][0])]
-        label = min(correct or found, key=lambda label: found[label][1])
-        entry.errors, entry.note = found[label][0] or None, label
+        trials: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
+        exempt = entry.name == BASE or not entry.contestant.gated
+        correct = [label for label in trials if exempt or self.passes(entry.contestant, trials[label][0])]
+        label = min(correct or trials, key=lambda label: trials[label][1])
+        entry.errors, entry.note = trials[label][0] or None, label
         if not correct:
             entry.stop(WRONG, label)
             return
         remote.ask("use", settings[label])
-        if found[label][1] < self.config.patience / 20:  # a longer iteration does not feel the cold
+        if trials[label][1] < self.config.patience / 20:  # a longer iteration does not feel the cold
             remote.ask("warm", self.config.warmup)
-        if entry.contestant.gated:  # a yardstick is there for its time alone
+        if entry.contestant.gated:  # the floor is there for its time alone
             entry.memory = remote.ask("memory")
 
     def passes(self, contestant: Contestant, errors: Errors) -> bool:
@@ -164,18 +172,18 @@ class _Session:
         return all(errors[name] <= bound for name, bound in self.allowed(contestant).items())
 
     def allowed(self, contestant: Contestant) -> Errors:
-        """The errors its gradients may have: what it promises, where that is more than the run's tolerance."""
-        return {name: max(bound, contestant.promise) for name, bound in self.tolerance.items()}
+        """The errors its gradients may have: its own tolerance, where that is more than the run's."""
+        return {name: max(bound, contestant.tolerance) for name, bound in self.tolerance.items()}
 
-    def race(self, group: list[_Entry]) -> None:
-        """Rounds of one iteration each; the order turns, so that nobody always follows the same neighbor."""
+    def rounds(self, group: list[_Entry]) -> None:
+        """Time one iteration of each in every round; the order shifts, so that none always follows the same one."""
         spent = {entry.name: 0.0 for entry in group}
-        for turn in range(self.config.repeats):
-            shift = turn % len(group)
+        for number in range(self.config.repeats):
+            shift = number % len(group)
             times: dict[str, float] = {}
             for entry in [*group[shift:], *group[:shift]]:
-                self.step(f"round {turn + 1}: {entry.name}", entry.name not in REFERENCES)
-                if entry.remote is None or (turn >= 3 and spent[entry.name] > self.config.patience):
+                self.step(f"round {number + 1}: {entry.name}", entry.name not in REFERENCES)
+                if entry.remote is None or (number >= 3 and spent[entry.name] > self.config.patience):
                     continue
                 try:
                     times[entry.name] = seconds = entry.remote.ask("time")
@@ -193,7 +201,7 @@ def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
     facts, errors = session.facts, entry.errors or {}
     median = statistics.median(entry.times) if entry.status == OK and entry.times else None
     memory = entry.memory if entry.status == OK else None
-    ratios = {name: statistics.median(found) for name, found in entry.ratios.items() if found and median is not None}
+    ratios = {name: statistics.median(each) for name, each in entry.ratios.items() if each and median is not None}
     allowed = session.allowed(entry.contestant) if entry.contestant.gated else {}
     return Row(
         contestant=entry.name,
@@ -203,7 +211,7 @@ def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
         repeats=len(entry.times),
         tokens_per_s=None if median is None else facts.N / median,
         time_ratio=ratios.get(BASE),
-        matmul_ratio=ratios.get(YARDSTICK),
+        matmul_ratio=ratios.get(FLOOR),
         peak_mib=None if memory is None else memory / 2**20,
         peak_ratio=None if memory is None else memory / facts.logits_bytes,
         loss_error=errors.get("loss"),

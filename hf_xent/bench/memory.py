@@ -1,4 +1,4 @@
-"""How many bytes a block of code needs beyond what was there: `PeakMemory`. Imports neither torch nor numpy.
+"""How many bytes a block of code needs beyond what was there: `PeakMemory`. This file imports neither torch nor numpy.
 
 CUDA: the allocator's own high-water mark. Linux: the kernel's (VmHWM), reset by writing 5 to /proc/self/clear_refs, so
 that no allocation is missed. Elsewhere: a thread that reads the resident set every millisecond.
@@ -24,8 +24,10 @@ class PeakMemory:
             loss.backward()
         print(memory.extra >> 20, "MiB")
 
-    `device` as torch takes it; anything but a CUDA device means this process' host memory, other threads' included.
     What the block leaves allocated counts: subtract it for the transient part alone.
+
+    Args:
+        device: As torch takes it. Any device but CUDA means the memory of this process, other threads' included.
     """
 
     def __init__(self, device: Any = "cpu"):

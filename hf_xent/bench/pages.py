@@ -1,4 +1,4 @@
-"""What readers see of the rows: a page a device, and the table of the README, made from the CSV files alone."""
+"""What readers see of the rows: a page for each device, and the table of the README, made from the CSV files alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Times are of mean cross-entropy and both gradients: the median iteration (interq
 of its ratio to dense torch and to the three bare matmuls. Peak memory is what an iteration needs beyond inputs and
 gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype, in the
 Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as dense's
-and more than it promises; `absent` and `failed` ones have the reason in their note, others their fastest setting.
+and more than its own tolerance. The note of an `absent` or `failed` contestant gives the reason; the note of any other
+gives its fastest setting.
 
 {legend}
 """
@@ -37,7 +38,7 @@ relative to torch in the widest affordable dtype.
 
 
 def write_page(path: Path) -> list[Path]:
-    """The page and the plots of a device's CSV file, beside it; returns their paths."""
+    """Write the page and the plots of a device's CSV file beside it; returns their paths."""
     rows = _ordered(from_csv(path))
     plots = draw(rows, path.with_suffix(""))
     parts = [
@@ -51,11 +52,11 @@ def write_page(path: Path) -> list[Path]:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The rows as Markdown, one table an input and environment."""
+    """The rows as Markdown, one table for each input and environment."""
     groups: dict[str, list[Row]] = {}
     for row in sorted(_ordered(rows), key=lambda row: (row.dtype, row.source, row.D, row.V, row.N)):
         groups.setdefault(_title(row), []).append(row)
-    return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, found))}" for title, found in groups.items())
+    return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, group))}" for title, group in groups.items())
 
 
 def update_readme(readme: Path, folder: Path) -> None:
@@ -90,12 +91,12 @@ def summary(rows: Iterable[Row], pages: str) -> str:
 
 def largest(rows: Iterable[Row]) -> list[list[Row]]:
     """What the README shows: of each device and dtype, the rows of a real model's largest inputs, N * V, that ran."""
-    found: dict[tuple[str, int], dict[tuple[object, ...], list[Row]]] = {}
+    sections: dict[tuple[str, int], dict[tuple[object, ...], list[Row]]] = {}
     for row in _ordered(rows):
         if row.real and row.dtype in README_DTYPES and row.status in (OK, WRONG):
-            section = found.setdefault((row.device, README_DTYPES.index(row.dtype)), {})
+            section = sections.setdefault((row.device, README_DTYPES.index(row.dtype)), {})
             section.setdefault(row.inputs, []).append(row)
-    return [max(groups.values(), key=_size) for _, groups in sorted(found.items())]
+    return [max(groups.values(), key=_size) for _, groups in sorted(sections.items())]
 
 
 def _size(group: list[Row]) -> tuple[int, ...]:
@@ -105,8 +106,8 @@ def _size(group: list[Row]) -> tuple[int, ...]:
 
 def _ordered(rows: Iterable[Row]) -> list[Row]:
     """In the registry's order, whenever measured; contestants it no longer has come last."""
-    places = {name: place for place, name in enumerate(CONTESTANTS)}
-    return sorted(rows, key=lambda row: places.get(row.contestant, len(places)))
+    order = {name: index for index, name in enumerate(CONTESTANTS)}
+    return sorted(rows, key=lambda row: order.get(row.contestant, len(order)))
 
 
 def _title(row: Row) -> str:

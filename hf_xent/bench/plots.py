@@ -33,22 +33,22 @@ def longest(rows: Iterable[Row], axis: str) -> list[Row]:
 
     Of several, real inputs before made-up ones, then the largest.
     """
-    found: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         shape = (row.V if axis == "N" else row.N, row.D, row.threads)
-        found.setdefault((row.real, shape, row.source), []).append(row)
-    counts = {key: len({getattr(row, axis) for row in series}) for key, series in found.items()}
+        groups.setdefault((row.real, shape, row.source), []).append(row)
+    counts = {key: len({getattr(row, axis) for row in series}) for key, series in groups.items()}
     best = max(counts, key=lambda key: (counts[key], *key), default=None)
-    return [] if best is None or counts[best] < 2 else sorted(found[best], key=lambda row: getattr(row, axis))
+    return [] if best is None or counts[best] < 2 else sorted(groups[best], key=lambda row: getattr(row, axis))
 
 
 def _figure(series: list[Row], axis: str, path: Path) -> Path:
-    figure, both = panels(2, 11, 4.2)
-    for panel, (field, (title, unit)) in zip(both, PANELS.items(), strict=True):
+    figure, axes = panels(2, 11, 4.2)
+    for panel, (field, (title, unit)) in zip(axes, PANELS.items(), strict=True):
         _panel(panel, series, axis, field)
         panel.set(xlabel=AXES[axis][1], ylabel=unit, title=title)
-    # the left panel has everyone: the yardstick has a time alone
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    # the left panel has everyone: the floor has a time and no memory
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     row = series[0]
     fixed = f"V={row.V}" if axis == "N" else f"N={row.N}"
     figure.suptitle(f"{row.device}, {row.threads} threads; {row.source}: {fixed}, D={row.D}, {row.dtype}", fontsize=10)
@@ -81,6 +81,6 @@ def _style(name: str) -> dict[str, Any]:
     """The same look for a contestant in every figure: ours warm and thick."""
     ours = name.startswith("hf_xent")
     family = [other for other in CONTESTANTS if other.startswith("hf_xent") == ours]
-    place = family.index(name) if name in family else len(family)
+    index = family.index(name) if name in family else len(family)
     colors = OURS if ours else OTHERS
-    return {"color": colors[place % len(colors)], "lw": 2.2 if ours else 1.3, "marker": "o" if ours else "s"}
+    return {"color": colors[index % len(colors)], "lw": 2.2 if ours else 1.3, "marker": "o" if ours else "s"}

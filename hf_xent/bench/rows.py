@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: `Row`, its environment, and the CSV file of a device."""
+"""Results of a benchmark: `Row`, the environment it was measured in, and the CSV file of a device."""
 
 from __future__ import annotations
 
@@ -105,8 +105,19 @@ def device_name(device: str) -> str:
 
 
 def to_csv(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write `<device>.csv` files in `folder`; earlier rows stay unless measured again. Returns their paths."""
-    return [_write_csv(path, found) for path, found in _files(rows, Path(folder)).items()]
+    """Write rows into the CSV files of their devices; earlier rows stay unless measured again.
+
+    Args:
+        rows: Rows of any devices.
+        folder: The folder of the files, `<device>.csv`.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ValueError: If such a file is there and holds no benchmark results.
+    """
+    return [_write_csv(path, merged) for path, merged in _files(rows, Path(folder)).items()]
 
 
 def stem(device: str) -> str:
@@ -115,24 +126,28 @@ def stem(device: str) -> str:
 
 
 def from_csv(path: Path | str) -> list[Row]:
-    """The rows of a file that `to_csv` wrote. Raises: ValueError for any other."""
+    """Read the rows of a file that `to_csv` wrote.
+
+    Raises:
+        ValueError: If the file holds no benchmark results.
+    """
     kinds = {f.name: str(f.type) for f in fields(Row)}
     with Path(path).open(newline="", encoding="utf-8") as file:
-        found = [{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds} for row in csv.DictReader(file)]
-    if not found or any(f.default is MISSING and f.name not in found[0] for f in fields(Row)):
+        rows = [{k: _parse(v, kinds[k]) for k, v in row.items() if k in kinds} for row in csv.DictReader(file)]
+    if not rows or any(f.default is MISSING and f.name not in rows[0] for f in fields(Row)):
         raise ValueError(f"{path} holds no benchmark results: name the folder that has them, or remove it")
-    return [Row(**row) for row in found]
+    return [Row(**row) for row in rows]
 
 
 def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:
-    """Path of the CSV -> what it shall hold: its rows of now, each replaced by its newer measurement."""
-    found: dict[Path, dict[tuple[Any, ...], Row]] = {}
+    """Path of a CSV file -> the rows it shall hold: those it has, each replaced by its newer measurement."""
+    files: dict[Path, dict[tuple[Any, ...], Row]] = {}
     for row in rows:
         path = folder / f"{stem(row.device)}.csv"
-        if path not in found:
-            found[path] = {old.key: old for old in from_csv(path)} if path.is_file() else {}
-        found[path][row.key] = row
-    return {path: list(kept.values()) for path, kept in found.items()}
+        if path not in files:
+            files[path] = {old.key: old for old in from_csv(path)} if path.is_file() else {}
+        files[path][row.key] = row
+    return {path: list(merged.values()) for path, merged in files.items()}
 
 
 def _write_csv(path: Path, rows: list[Row]) -> Path:

@@ -9,9 +9,19 @@ from .config import SHAPED, BenchConfig, shaped
 
 
 def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[BenchConfig]:
-    """Every combination of the lists, each with the options they share; all are checked before the first runs.
+    """Every combination of comma-separated lists; all are checked before the first runs.
 
-    Raises: ValueError for what is no list, and for vocabularies (None: the default one) of a model that has its own.
+    Args:
+        tokens: Numbers of tokens, as in '512,1024'.
+        vocab: Vocabularies of 'calibrated' or 'random' inputs; None for the default one.
+        dtype: Names of dtypes.
+        same: The options of `BenchConfig` that all share.
+
+    Returns:
+        The configs, by dtype, then by vocabulary, then by tokens.
+
+    Raises:
+        ValueError: For what is no list of whole numbers, and for vocabularies of a model that has its own.
     """
     model = same.get("model", BenchConfig.model)
     if vocab is not None and not shaped(model):

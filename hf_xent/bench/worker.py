@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .contestants import Contestant, take
+from .contestants import Contestant, iterate
 from .memory import PeakMemory
 
 LOG = logging.getLogger(__name__)
@@ -31,32 +31,32 @@ SMALL = 32 << 20  # bytes of inputs below which an iteration takes milliseconds
 
 
 class Failed(RuntimeError):
-    """A contestant could not do what it was asked, in one line."""
+    """A contestant failed; the message is one line."""
 
 
 class Remote:
-    """The parent's handle: `ask(what)` waits for the answer, or raises Failed with the contestant's reason."""
+    """The parent's handle: `ask(method)` waits for the answer, or raises Failed with the contestant's reason."""
 
     def __init__(self, name: str, contestant: Contestant, folder: Path, device: str, threads: int):
         self.name, self.contestant = name, contestant
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = (theirs, contestant, folder, device, threads)
+        self.pipe, child_end = context.Pipe()
+        arguments = (child_end, contestant, folder, device, threads)
         self.process = context.Process(target=serve, args=arguments, name=f"bench {name}", daemon=True)
         small = (folder / "inputs.safetensors").stat().st_size < SMALL
         with _environment(**({"OMP_WAIT_POLICY": "PASSIVE"} if small else {})):
             self.process.start()
-        theirs.close()
+        child_end.close()  # so that the end of the process is the end of its pipe
 
-    def ask(self, what: str, *args: Any) -> Any:
+    def ask(self, method: str, *args: Any) -> Any:
         """The answer to 'check', 'use', 'warm', 'time' or 'memory', as methods of `_Job` give it."""
         try:
-            self.pipe.send((what, args))
-            fine, answer = self.pipe.recv()
+            self.pipe.send((method, args))
+            succeeded, answer = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join(5)
             raise Failed(f"its process died with exit code {self.process.exitcode} (-9: out of memory)") from error
-        if not fine:
+        if not succeeded:
             raise Failed(answer)
         return answer
 
@@ -86,19 +86,19 @@ def _environment(**defaults: str) -> Iterator[None]:
 
 
 def serve(pipe: Connection, contestant: Contestant, folder: Path, device: str, threads: int) -> None:
-    """Answer the parent until it hangs up."""
+    """Answer the parent until it closes the pipe."""
     job = None
     torch.set_num_threads(threads)
     while True:
         try:
-            what, args = pipe.recv()
+            method, args = pipe.recv()
         except (EOFError, OSError):
             return
         try:
             job = job or _Job(contestant, folder, device)
-            pipe.send((True, getattr(job, what)(*args)))
+            pipe.send((True, getattr(job, method)(*args)))
         except Exception as error:  # whatever a contestant raises becomes its row's note
-            LOG.debug("%s failed", what, exc_info=True)
+            LOG.debug("%s failed", method, exc_info=True)
             text = str(error).strip().split("\n")[0]
             pipe.send((False, f"{type(error).__name__}: {text}"[:200]))
 
@@ -117,15 +117,15 @@ class _Job:
     def check(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Errors, float]]:
         """Errors and seconds of every setting; where there is a choice, the best of two warm iterations counts."""
         truth = load_file(self.folder / "truth.safetensors", device=self.device) if self.contestant.gated else {}
-        found = {}
+        checked = {}
         for label, setting in settings.items():
             self.use(setting)
             trials = [self._timed() for _ in range(3 if len(settings) > 1 else 1)]
             seconds, loss = min(trials[-2:], key=lambda trial: trial[0])
             results = {"loss": loss, "hidden": self.hidden.grad, "weight": self.weight.grad}
-            found[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds)
+            checked[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds)
             self._drop()
-        return found
+        return checked
 
     def use(self, setting: dict[str, Any]) -> None:
         """The setting of all iterations from here."""
@@ -157,7 +157,7 @@ class _Job:
         return max(0, memory.extra - gradients)
 
     def _step(self, **outputs: torch.Tensor) -> torch.Tensor:
-        return take(self.contestant.loss, self.hidden, self.weight, self.labels, **self.setting, **outputs)
+        return iterate(self.contestant.loss, self.hidden, self.weight, self.labels, **self.setting, **outputs)
 
     def _timed(self) -> tuple[float, torch.Tensor]:
         self.hidden.grad = self.weight.grad = None
@@ -178,9 +178,9 @@ class _Job:
             torch.cuda.empty_cache()  # the next contestant is another process on the same device
 
 
-def _error(found: torch.Tensor | None, truth: torch.Tensor) -> float:
+def _error(result: torch.Tensor | None, truth: torch.Tensor) -> float:
     """Relative error in the Frobenius norm; a missing gradient is all wrong."""
-    if found is None or found.shape != truth.shape:
+    if result is None or result.shape != truth.shape:
         return math.inf
     norm = torch.linalg.vector_norm
-    return float(norm(found.float() - truth) / norm(truth))
+    return float(norm(result.float() - truth) / norm(truth))

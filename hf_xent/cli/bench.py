@@ -90,7 +90,7 @@ def _export(configs: list[BenchConfig], path: Path, as_json: bool) -> None:
     if len(configs) > 1:
         raise ValueError(f"export is {path}, one file, but {len(configs)} shapes or dtypes are asked for: name one")
     [config] = configs
-    inputs.export(replace(config, device="cpu"), path)
+    inputs.write_activations(replace(config, device="cpu"), path)
     line = f"{_written([path])} ({path.stat().st_size / 1e6:.0f} MB); the license of {config.model} applies to it"
     emit({"written": [str(path)]}, line, as_json=as_json)
 

@@ -58,13 +58,11 @@ def generate(
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)
         _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
         inputs = {name: value.expand(samples, -1) for name, value in encoded.items()}
+        inputs |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
         if target is None:
-            options: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature}
-            with mirostat.reduced(lm.generation_config, mirostat.RUNNING):
-                sequences = lm.generate(**inputs, **options, max_new_tokens=max_new_tokens)
+            sequences = _sample(lm, inputs)
         else:
-            options = {"target": target, "rate": rate, "version": version, "temperature": temperature}
-            sequences = mirostat.generate(lm, **inputs, **options, max_new_tokens=max_new_tokens)
+            sequences = mirostat.generate(lm, **inputs, target=target, rate=rate, version=version)
         start = inputs["input_ids"].shape[1]
         rows = [
             {"text": tokenizer.decode(ids[start:], skip_special_tokens=True), "surprise": surprise}
@@ -72,6 +70,14 @@ def generate(
         ]
     shown = (f"{literal(row['text'].strip())}\n[dim]{row['surprise']:.2f} bits a token[/]\n" for row in rows)
     emit(rows, *shown, as_json=as_json)
+
+
+def _sample(lm: Any, inputs: dict[str, Any]) -> Any:
+    """Plain samples of the whole softmax, whatever the model's generation configuration would cut off."""
+    from ..generation import mirostat
+
+    with mirostat.reduced(lm.generation_config, mirostat.RUNNING):
+        return lm.generate(**inputs, do_sample=True, top_k=0, top_p=1.0)
 
 
 def _check_length(prompt: int, new: int, room: int | None) -> None:

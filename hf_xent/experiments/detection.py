@@ -29,7 +29,10 @@ WITH_REFERENCE = {Task.members: ("reference",), Task.generated: ("fast_detect_pa
 
 @dataclass(frozen=True)
 class Detection:
-    """Everything a detection run depends on; each field is an option of `hf-xent detect`."""
+    """Everything a detection run depends on; each field is an option of `hf-xent detect`.
+
+    `scores` of None are those of the task: DEFAULTS and, with a `reference`, WITH_REFERENCE too.
+    """
 
     task: Task
     source: str  # any source of `hf_xent.data.load_text`

@@ -1,4 +1,4 @@
-"""A comparison over seeds: arms against a baseline, resumable run by run; a table with spread and a card.
+"""A comparison over seeds: arms against a baseline, resumable run by run, with a table of differences and a card.
 
     study = Study("EMO", ("perplexity", "entropy"), baseline="cross-entropy", output=Path("out/emo"), seeds=3)
     for arm, seed in study.runs(ARMS):                    # what results.json does not have yet, behind a progress bar
@@ -32,10 +32,18 @@ from ..hub import render
 
 @dataclass
 class Study:
-    """Results of arms by seed; see the module's docstring.
+    """Results of arms by seed; the module's docstring has an example.
 
-    `settings` is what all runs share: results on disk that were made under other settings are refused, not mixed.
-    Raises: ValueError for those, and for a `results.json` that cannot be read.
+    Args:
+        name: The title of the progress bar, the table and the card.
+        metrics: The columns of the table; a run may record others beside them.
+        baseline: The arm that the others are compared with.
+        output: The folder of `results.json` and the card; results that are there already are read.
+        seeds: How many seeds each arm runs with, from 0.
+        settings: What all runs share. Results on disk that were obtained under other settings are refused, not mixed.
+
+    Raises:
+        ValueError: If `results.json` is there and cannot be read, or has other settings.
     """
 
     name: str
@@ -45,14 +53,15 @@ class Study:
     seeds: int = 3
     settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict, init=False)
+    """Arm -> seed -> metric -> number."""
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
         if not self.file.exists():
             return
         try:
-            found = json.loads(self.file.read_text())
-            settings, results = found["settings"], found["results"]
+            stored = json.loads(self.file.read_text())
+            settings, results = stored["settings"], stored["results"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.file} holds no results of a study ({error!r}): move it away") from error
         if settings != json.loads(json.dumps(self.settings)):
@@ -63,16 +72,29 @@ class Study:
 
     @property
     def file(self) -> Path:
-        """Where results are kept, rewritten after every run."""
+        """Where results are kept; it is written again after every run."""
         return self.output / "results.json"
 
     def runs(self, arms: Iterable[str]) -> Iterator[tuple[str, int]]:
-        """(arm, seed) of every run that is still to do, seed by seed."""
+        """The runs that have no results yet, behind a progress bar on standard error.
+
+        Args:
+            arms: The arms to run.
+
+        Returns:
+            An iterator of (arm, seed): all arms of one seed before those of the next.
+        """
         todo = [(arm, seed) for seed in range(self.seeds) for arm in arms if seed not in self.results.get(arm, {})]
         yield from track(todo, description=self.name, console=Console(stderr=True))
 
     def record(self, arm: str, seed: int, **metrics: float) -> None:
-        """Keep the numbers of one run, on disk too."""
+        """Keep the numbers of one run, in `results` and on disk.
+
+        Args:
+            arm: The arm that was run.
+            seed: The seed it was run with; an earlier result of both is replaced.
+            metrics: Metric -> number.
+        """
         self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
         self.output.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_suffix(".tmp")
@@ -80,13 +102,17 @@ class Study:
         draft.replace(self.file)  # whole or not at all
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
-        """One number a seed; empty if the arm does not have the metric."""
+        """Seed -> the number of an arm's metric; empty if the arm does not have it."""
         return {seed: row[metric] for seed, row in self.results.get(arm, {}).items() if metric in row}
 
     def difference(self, arm: str, metric: str) -> tuple[float, float] | None:
-        """Mean difference to the baseline over common seeds, and half the width of its interval (nan for one seed)."""
-        mine, theirs = self.values(arm, metric), self.values(self.baseline, metric)
-        gaps = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+        """Mean difference to the baseline over the seeds that both have, and half the width of its 95 % interval.
+
+        Returns:
+            (mean, half), with NaN for half if there is one common seed; None if there is none, or for the baseline.
+        """
+        values, reference = self.values(arm, metric), self.values(self.baseline, metric)
+        gaps = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
         if arm == self.baseline or not gaps:
             return None
         n = len(gaps)
@@ -94,25 +120,30 @@ class Study:
         return mean(gaps), half
 
     def cell(self, arm: str, metric: str) -> str:
-        """Mean and, in brackets, standard deviation over seeds; then the difference and its interval."""
+        """The text of a cell: mean, standard deviation over seeds in brackets, then the difference and its interval."""
         values = list(self.values(arm, metric).values())
         if not values:
             return ""
         text = f"{mean(values):.4g}" + (f" ({stdev(values):.2g})" if len(values) > 1 else "")
-        found = self.difference(arm, metric)
-        return text if found is None else f"{text}; {found[0]:+.2g} ± {found[1]:.2g}"
+        difference = self.difference(arm, metric)
+        return text if difference is None else f"{text}; {difference[0]:+.2g} ± {difference[1]:.2g}"
 
     def markdown(self) -> str:
-        """The table for cards and pages."""
+        """The table in Markdown, one line for each arm, for cards and pages."""
         lines = ["| | " + " | ".join(self.metrics) + " |", "|---" * (len(self.metrics) + 1) + "|"]
         lines += [f"| {arm} | " + " | ".join(self.cell(arm, m) for m in self.metrics) + " |" for arm in self.results]
         legend = f"Mean (standard deviation) over seeds; difference to {self.baseline} ± half of its 95 % interval."
         return "\n".join([*lines, "", legend])
 
     def report(self, text: str, **front_matter: Any) -> dict[str, dict[int, dict[str, float]]]:
-        """Print the table, write it with `text` into a card (README.md) beside the results; returns the results.
+        """Print the table, and write it with a text into a card, README.md, beside the results.
 
-        `front_matter`: the fields of the card's head (`license`, `base_model`, `datasets` ...), as the Hub names them.
+        Args:
+            text: What was run and what it shows, in Markdown.
+            front_matter: Fields of the card's head (`license`, `base_model`, `datasets` ...), as the Hub names them.
+
+        Returns:
+            The results: arm -> seed -> metric -> number.
         """
         console, table = Console(), Table("", *self.metrics, title=f"{self.name}: difference to {self.baseline}")
         for arm in self.results:
