@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,24 @@ def test_links_and_pictures_are_in_the_repository(page):
     assert [link for link in inside if not (page.parent / link).exists()] == []
 
 
+def test_the_picture_of_the_rooms_shows_the_imports():
+    """If this fails: `make architecture`."""
+    from test_floors import FLOORS, MODULES, imported, part_of
+
+    architecture = runpy.run_path(str(DOCS / "architecture.py"))
+    assert {floor: sorted(rooms) for floor, rooms in architecture["floors"]().items()} == {
+        floor: sorted(rooms) for floor, rooms in FLOORS.items()
+    }
+    expected = set()
+    for module, path in MODULES.items():
+        names = imported(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        expected |= {(part_of(module), part_of(name)) for name in names if part_of(module) != part_of(name)}
+    picture = (DOCS / "architecture.svg").read_text(encoding="utf-8")
+    drawn = re.findall(r'data-from="(\w+)" data-to="(\w+)"', picture)
+    assert len(drawn) == len(set(drawn)) and set(drawn) == expected
+    assert picture == architecture["draw"]()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e .[docs]")
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -77,4 +96,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hf-xent train" in (tmp_path / "commands" / "index.html").read_text()
-    assert "vocab_stats" in (tmp_path / "api" / "ops" / "index.html").read_text()
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    for name in hooks["API"]:
+        module, page = importlib.import_module(name), name.removeprefix("hf_xent.")
+        text = (tmp_path / "api" / page / "index.html").read_text(encoding="utf-8")
+        homes = [hooks["home"](module, public) for public in getattr(module, "__all__", ())]
+        if name == "hf_xent":  # a table, which leads to them
+            assert all(f"#{home}" in text or home in sys.modules for home in homes)
+        else:
+            assert [home for home in homes if f'id="{home}"' not in text and f"#{home}" not in text] == []
+    losses_page = (tmp_path / "api" / "losses" / "index.html").read_text(encoding="utf-8")
+    assert "(1 - p_y)^gamma log p_y" in losses_page and "arXiv:1708.02002" in losses_page
+    patching_page = (tmp_path / "api" / "patching" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r"Parameters:.*?memory_budget.*?Raises:", patching_page, re.DOTALL)

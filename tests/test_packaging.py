@@ -129,13 +129,6 @@ def test_the_sdist_has_what_the_tests_read():
     assert top_level_names_in_tests() - {".gitignore"} <= included  # hatchling adds .gitignore by itself
 
 
-def test_the_wheel_has_the_templates_of_cards():
-    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-    inside = (ROOT / "hf_xent" / "hub" / "templates").is_dir()
-    for name in ("dataset", "ln_free", "model", "study"):
-        assert inside or f"/model_cards/{name}.md" in wheel["include"]
-
-
 def environment(folder, names):
     """A folder of links to distributions and all they ask for, as a PYTHONPATH without any other package."""
     site = folder / "site"
@@ -286,6 +279,7 @@ def test_what_is_built_is_whole(tmp_path):
     [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     files = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in files} == {"hf_xent"}
+    assert {"hf_xent/py.typed", "hf_xent/hub/templates/model.md"} <= {*files}
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
     inside = {name.partition("/")[2] for name in names}

@@ -72,7 +72,6 @@ API = {
     f"{DPO}._compute_loss": ("trainers", ("model", "inputs", "return_outputs")),
     f"{DPO}.compute_ref_log_probs": ("trainers", ("model", "inputs")),
     f"{DPO}._name": ("trainers", ()),
-    f"{DPO}._paper": ("trainers", ()),
     f"{DPO}._tag_names": ("trainers", ()),
     "trl.trainer.utils.add_fused_lm_head": ("patching", ("model", "outputs", "temperature", "cast_lm_head_to_fp32")),
     "trl.trainer.utils.FusedCausalLMOutput": ("patching", ("loss", "log_probs", "label_mask", "aux_loss")),

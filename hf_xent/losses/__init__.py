@@ -66,7 +66,7 @@ def table() -> list[dict[str, Any]]:
     return [{**row, "class": row["object"]} for row in LOSSES.table()]
 
 
-__all__ = ["LOSSES", *LOSSES.exported, *_OWN, "get", "table"]
+__all__ = sorted(("LOSSES", *LOSSES.exported, *_OWN, "get", "table"))
 
 
 def __getattr__(name: str) -> Any:

@@ -119,11 +119,17 @@ def vocab_loss(
 
     Args:
         loss: What turns statistics into a loss: its `of` sees those in `loss.uses`.
-        hidden, head, labels, payload, ignore_index, impl, memory_budget: As in `vocab_stats`.
+        hidden: As in `vocab_stats`, and so are the arguments that say so below.
+        head: As in `vocab_stats`.
+        labels: As in `vocab_stats`.
         token_weight: Weights [...] or one number; constant, without gradient.
         observe: Names of further statistics to return.
+        payload: As in `vocab_stats`.
         unreduced: Whether to return the weighted losses in the shape of labels, 0 at ignored positions (mode
             *recompute*: their upstream gradients are not known yet).
+        ignore_index: As in `vocab_stats`.
+        impl: As in `vocab_stats`.
+        memory_budget: As in `vocab_stats`.
         tail: Above 0 it compresses the gradient of unlikely tokens (`hf_xent.ops.tail`): the relative error it may make
             in the gradient of the logits, 1e-3 for instance; the loss itself stays exact. 1 + 3k matmuls, k the share
             of the vocabulary that matters. Exact with `unreduced`, with impl='reference', and in a backward with

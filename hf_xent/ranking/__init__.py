@@ -49,7 +49,7 @@ def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
     return loss if isinstance(loss, RankingLoss) else LOSSES.build(loss, **options)
 
 
-__all__ = ["LOSSES", *LOSSES.exported, *_OWN, "get"]
+__all__ = sorted(("LOSSES", *LOSSES.exported, *_OWN, "get"))
 
 
 def __getattr__(name: str) -> Any:
