@@ -24,7 +24,17 @@ from ..detection.scorer import TextScorer
 
 
 class MembershipCallback(TrainerCallback):
-    """Evaluates the scores of texts with labels (1 = trained on) when it is made, and after the epochs asked for."""
+    """Evaluates the scores of texts when it is made, and after some epochs; see the module's docstring.
+
+    `found` has the metrics by epoch and score, 0 for the model before the training.
+
+    Args:
+        scorer: Scores texts under the model that is trained.
+        texts: Those that were trained on, and others [N].
+        labels: 1 for a text that was trained on, else 0 [N].
+        epochs: The epochs after which the scores are evaluated.
+        **options: As for `hf_xent.detection.evaluate`.
+    """
 
     def __init__(
         self, scorer: TextScorer, texts: Sequence[str], labels: ArrayLike, epochs: Collection[int], **options: Any

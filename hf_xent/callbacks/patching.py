@@ -13,11 +13,18 @@ from ..patching import patch_state, patched
 
 
 class PatchCallback(TrainerCallback):
-    """Patches the model of any `transformers.Trainer` (TRL's included) for as long as it trains; arguments as `patch`.
+    """Patches the model of any `transformers.Trainer` (TRL's included) for as long as it trains.
 
-    trainer.add_callback(hf_xent.PatchCallback())
+        trainer.add_callback(hf_xent.PatchCallback())
 
     Warns at the end if no loss was computed without logits, and says why.
+
+    Args:
+        loss: Registry name or `hf_xent.losses.Loss`, as for `patch`; cross-entropy if it is left out.
+        **options: As for `patch`.
+
+    Raises:
+        ValueError: When the training begins, what `patch` refuses.
     """
 
     def __init__(self, loss: str | Loss | None = None, **options: Any):
@@ -27,7 +34,7 @@ class PatchCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Patch the model. Raises: as `patch`."""
+        """Patch the model."""
         self._training.close()  # a training that failed has not ended
         self._training.enter_context(patched(kwargs["model"], self.loss, **self.options))
 

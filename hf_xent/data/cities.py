@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from .corpus import Made
+from .corpus import InstalledCorpus
 
 CONTINENTS = ("Africa", "America", "Asia", "Europe")
 
@@ -40,7 +40,7 @@ def _table(name: str) -> list[list[str]]:
     return [line.split("\t") for line in lines if not line.startswith("#")]
 
 
-CORPUS = Made(
+CORPUS = InstalledCorpus(
     title="cities",
     family="text",
     license="other",

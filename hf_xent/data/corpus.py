@@ -1,4 +1,4 @@
-"""What a registered dataset is: where it was published, what its rows become, what a copy of it has to say.
+"""What a registered dataset is: where it was published, what its rows become, what the card of a copy has to tell.
 
     Hub repository | local folder, zip, JSONL, Parquet  ->  rows as published  ->  rows of the family's schema
 
@@ -149,8 +149,8 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Made(Corpus):
-    """A dataset made on the spot, of something every installation has; 'train' is all there is."""
+class InstalledCorpus(Corpus):
+    """A dataset made of what is installed; its only split is 'train'."""
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()

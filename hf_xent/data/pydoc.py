@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .corpus import Made, checked_text
+from .corpus import InstalledCorpus, checked_text
 
 
 def make() -> Any:
@@ -27,7 +27,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {"topic": row["topic"], "text": checked_text(row["text"])}
 
 
-CORPUS = Made(
+CORPUS = InstalledCorpus(
     title="pydoc",
     family="text",
     license="other",

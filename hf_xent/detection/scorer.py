@@ -118,11 +118,10 @@ class TextScorer:
         whole = _strings(texts)
         rows = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         length = self.length
-        cut = [
-            text if len(ids) <= length else self.tokenizer.decode(ids[:length])
+        return [
+            (text if len(ids) <= length else self.tokenizer.decode(ids[:length]), [*self.prefix, *ids[:length]])
             for text, ids in zip(whole, rows, strict=True)
         ]
-        return [(text, [*self.prefix, *ids[:length]]) for text, ids in zip(cut, rows, strict=True)]
 
     @property
     def length(self) -> int:
@@ -166,11 +165,7 @@ class Batch:
         length = max(2, *(len(ids) for _, ids in rows))  # two tokens at least: one is read, one predicted
         self.ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows])
         self.mask = torch.arange(length) < torch.tensor([[len(ids)] for _, ids in rows])
-
-    @cached_property
-    def labels(self) -> Tensor:
-        """What each position has to predict, [B, T]."""
-        return next_token_labels(torch.where(self.mask, self.ids, -100))
+        self.labels = next_token_labels(torch.where(self.mask, self.ids, -100))  # what each position predicts, [B, T]
 
     @cached_property
     def logits(self) -> Tensor:
@@ -262,14 +257,12 @@ class Batch:
 def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> np.ndarray:
     """One score of every text, for the one-off.
 
-        hf_xent.detection.score("dc_pdd", model, tokenizer, texts, frequencies="allenai/c4:en")
-
     Args:
         name: A name in `SCORES`, with options if any.
         model: A causal language model of transformers, patched or not.
         tokenizer: The model's.
         texts: Strings; None and NaN count as empty.
-        **options: As `TextScorer` has them.
+        **options: As `TextScorer` has them, such as frequencies="allenai/c4:en".
 
     Returns:
         Float64 [N]; NaN for a text without a scored token.

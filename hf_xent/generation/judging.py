@@ -78,16 +78,28 @@ class Pair(NamedTuple):
 
 
 def both_orders(judge: Judge, rows: Sequence[Row], first: Sequence[str], second: Sequence[str]) -> Verdicts:
-    """p(first, second), which is 1 - p(second, first) for every judge. Raises: ValueError for what is no probability.
+    """p(first, second), which is 1 - p(second, first) for every judge.
 
     A judge that has no liking for a place, such as a program, is asked twice and gives the same answer.
+
+    Args:
+        judge: Any function as `Judge`.
+        rows: n rows of a data set, with their prompts.
+        first: A response to each.
+        second: Another one.
+
+    Returns:
+        The probabilities [n] that the first is better, and whether both orders agree [n].
+
+    Raises:
+        ValueError: The judge did not answer with n probabilities.
     """
     ab, ba = (_probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
     return Verdicts((ab + 1 - ba) / 2, (ab - 0.5) * (ba - 0.5) <= 0)
 
 
-def _probabilities(found: Sequence[float] | Tensor, n: int) -> Tensor:
-    p = torch.as_tensor(found, dtype=torch.float64, device="cpu")
+def _probabilities(verdicts: Sequence[float] | Tensor, n: int) -> Tensor:
+    p = torch.as_tensor(verdicts, dtype=torch.float64, device="cpu")
     if p.shape != (n,) or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
             f"the judge answered {n} comparisons with {p}: return {n} probabilities that the first response is better"
@@ -96,16 +108,38 @@ def _probabilities(found: Sequence[float] | Tensor, n: int) -> Tensor:
 
 
 def quality(judge: Judge, rows: Sequence[Row], better: Sequence[str], worse: Sequence[str]) -> Quality:
-    """How a judge does, asked in both orders, on pairs of which one knows which response is better."""
+    """How a judge does, asked in both orders, on pairs of which one knows which response is better.
+
+    Args:
+        judge: Any function as `Judge`.
+        rows: n rows of a data set, with their prompts.
+        better: The better response to each.
+        worse: The other one.
+
+    Returns:
+        Accuracy and Brier score, nan for no rows.
+
+    Raises:
+        ValueError: The judge did not answer with n probabilities.
+    """
     p = both_orders(judge, rows, better, worse).p
     right = ((p > 0.5).double() + (p >= 0.5)) / 2
     return Quality(float(right.mean()), float((1 - p).square().mean()))
 
 
 def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
-    """p_ij from two probabilities against the same baseline, clipped into [eps, 1 - eps] first.
+    """The probability that response i is better than j, from what both are against the same baseline.
 
-    Raises: ValueError for what is no probability, or eps outside of (0, 1/2).
+    Args:
+        p_i: The probability that response i is better than the baseline.
+        p_j: That response j is.
+        eps: Both are clipped into [eps, 1 - eps] first.
+
+    Returns:
+        p_ij in (0, 1).
+
+    Raises:
+        ValueError: p_i or p_j is no probability, or eps is outside of (0, 1/2).
     """
     if not 0 < eps < 0.5:
         raise ValueError(f"eps is {eps}: choose a number above 0 and below 1/2")
@@ -118,7 +152,16 @@ def strength(p_i: float, p_j: float, eps: float = 0.01) -> float:
 def ranked_pairs(p: Sequence[float], scheme: str = "best_worst", eps: float = 0.01) -> list[Pair]:
     """Pairs of n responses by their probabilities against a baseline; of equal ones, the earlier ranks higher.
 
-    Raises: ValueError for an unknown scheme, and as `strength`.
+    Args:
+        p: The probability [n] that each is better than the baseline.
+        scheme: Which ranks are paired, a name of `SCHEMES`.
+        eps: As `strength` takes it.
+
+    Returns:
+        The pairs, the better response first.
+
+    Raises:
+        ValueError: An unknown scheme, and as `strength`.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}: choose one of {', '.join(SCHEMES)}")
@@ -131,11 +174,17 @@ class ModelJudge:
     """A language model as a judge: the odds of two verdict tokens, read off two rows of its head at one position.
 
     Batches are padded on the right and one position a row meets the head, so a verdict does not depend on what is
-    judged with it. The model is patched if it is not yet (`hf_xent.patch`), and judges in evaluation mode. Without a
-    model or tokenizer, those of the trainer are meant that it is given to.
+    judged with it. The model is patched if it is not yet (`hf_xent.patch`), and judges in evaluation mode.
 
-    Raises: ValueError for verdicts that are not one token each, and different ones; for a prompt with more tokens than
-    the model has positions; for a batch_size below 1.
+    Args:
+        model: A causal LM; None is that of the trainer that gets the judge.
+        tokenizer: Its tokenizer; None likewise.
+        format: The question and its two verdicts.
+        batch_size: Prompts a forward pass.
+
+    Raises:
+        ValueError: When it judges: verdicts that are not one token each, and different ones; a prompt with more tokens
+            than the model has positions; a batch_size below 1.
     """
 
     model: Any = None
@@ -148,21 +197,21 @@ class ModelJudge:
         check_count("batch_size", self.batch_size, 1)
         if not rows:
             return torch.empty(0)
-        asked = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
-        verdicts = self._verdicts([answers for _, answers in asked])
-        prompts = [prompt for prompt, _ in asked]
+        questions = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
+        verdicts = self._verdicts([answers for _, answers in questions])
+        prompts = [prompt for prompt, _ in questions]
         longest, room = max(map(len, prompts)), positions(self.model)
         if room is not None and longest > room:
             raise ValueError(
                 f"a prompt with two responses has {longest} tokens, the model {room} positions: shorten it"
             )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of like lengths
-        found = torch.empty(len(prompts))
+        odds = torch.empty(len(prompts))
         starts = range(0, len(order), self.batch_size)
         for start in tqdm(starts, "Judging", leave=False, disable=None):  # shown on terminals alone
             part = order[start : start + self.batch_size]
-            found[part] = self._odds([prompts[i] for i in part], verdicts).float().cpu()
-        return found
+            odds[part] = self._odds([prompts[i] for i in part], verdicts).float().cpu()
+        return odds
 
     def _encode(self, row: Row, first: str, second: str) -> tuple[list[int], list[list[int]]]:
         item = {**row, "prompt": text_of(row["prompt"]), "first": first, "second": second}
@@ -170,11 +219,11 @@ class ModelJudge:
 
     def _verdicts(self, answers: list[list[list[int]]]) -> list[int]:
         """The two tokens that are the same everywhere."""
-        found = {tuple(token for verdict in pair for token in verdict) for pair in answers}
-        [tokens, *others] = found
+        distinct = {tuple(token for verdict in pair for token in verdict) for pair in answers}
+        [tokens, *others] = distinct
         if others or len(tokens) != 2 or len(set(tokens)) != 2 or len(answers[0]) != 2:
             raise ValueError(
-                f"the verdicts {self.format.answers} have the tokens {sorted(found)}: choose two that are always one"
+                f"the verdicts {self.format.answers} have the tokens {sorted(distinct)}: choose two that are always one"
                 " token each, and different ones"
             )
         return list(tokens)

@@ -59,9 +59,18 @@ class Mirostat(LogitsProcessor):
     two, transformers cuts at 50 tokens after it. `generate` of this module takes care of that. One object serves one
     call at a time: it starts anew when the sequences are not those of the step before. Not for beams or assisted
     decoding, which reorder or skip tokens. `mu` [B] is the bound reached, `observed` the surprises [B] step by step,
-    nan for a sequence that has ended (`eos`: the tokens that end one).
+    nan for a sequence that has ended.
 
-    Raises: ValueError for options outside their range.
+    Args:
+        target: Surprise to hold, bits.
+        rate: How far a token moves mu.
+        version: 1 keeps the k likeliest tokens, 2 those of at most mu bits.
+        surprise: 'full', the model's, or 'truncated', that of the distribution drawn from.
+        temperature: Of the softmax, before everything else.
+        eos: The tokens that end a sequence.
+
+    Raises:
+        ValueError: An option outside its range.
     """
 
     supports_continuous_batching = False  # rows would come and go between steps
@@ -76,8 +85,8 @@ class Mirostat(LogitsProcessor):
         temperature: float = 1.0,
         eos: int | list[int] | None = None,
     ):
-        given: dict[str, Any] = {"target": target, "rate": rate, "temperature": temperature}
-        for name, value in given.items():
+        positive: dict[str, Any] = {"target": target, "rate": rate, "temperature": temperature}
+        for name, value in positive.items():
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise ValueError(f"{name} is {value!r}: choose a positive number")
         if isinstance(version, bool) or version not in (1, 2) or surprise not in ("full", "truncated"):
@@ -164,33 +173,44 @@ def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
 
 
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
-    """`model.generate` under Mirostat: its arguments, and those of `Mirostat` (target, rate, version, surprise ...).
+    """`model.generate` under Mirostat.
 
-    Returns what `generate` returns. Whatever else decides which token is drawn (top_k, top_h, num_beams, assisted
-    decoding, watermarks ...) is switched off where the model's own configuration has it, and refused where it is asked
-    for; penalties and forbidden tokens act before. Raises: ValueError for those.
+    Whatever else decides which token is drawn (top_k, top_h, num_beams, assisted decoding, watermarks ...) is switched
+    off where the model's own configuration has it, and refused where it is asked for; penalties and forbidden tokens
+    act before.
+
+    Args:
+        model: A causal LM of transformers.
+        inputs: Token ids [B, T], as `model.generate` takes them.
+        options: Those of `model.generate`, and `target`, `rate`, `version`, `surprise`, `temperature` of `Mirostat`.
+
+    Returns:
+        What `model.generate` returns.
+
+    Raises:
+        ValueError: An option that draws tokens in another way, or is outside its range.
     """
     names = ("target", "rate", "version", "surprise", "temperature")
-    own = {name: options.pop(name) for name in names if options.get(name) is not None}
-    given, default = options.pop("generation_config", None), model.generation_config
+    settings = {name: options.pop(name) for name in names if options.get(name) is not None}
+    explicit, default = options.pop("generation_config", None), model.generation_config
     kept = (*LENGTH, *RUNNING, *BEFORE)
-    config = deepcopy(given or default)
+    config = deepcopy(explicit or default)
     drawing = [
         name for name in vars(config) if name not in (*kept, *NEUTRAL, "transformers_version") and name[0] != "_"
     ]
     for name in (*NEUTRAL, *OTHERS, *drawing):
-        asked = options.pop(name, None)
-        if asked is None and given is not None and name not in OTHERS:
-            theirs = vars(given).get(name)
-            asked = None if theirs == vars(default).get(name) else theirs
-        neutral = asked == NEUTRAL[name] if name in NEUTRAL else asked is False
-        if asked is not None and not neutral:
+        value = options.pop(name, None)
+        if value is None and explicit is not None and name not in OTHERS:
+            value = vars(explicit).get(name)
+            value = None if value == vars(default).get(name) else value
+        neutral = value == NEUTRAL[name] if name in NEUTRAL else value is False
+        if value is not None and not neutral:
             raise ValueError(f"{name} is given: Mirostat alone decides what may be drawn, leave it out")
     if "paged" in (options.get("cache_implementation"), config.cache_implementation):
         raise ValueError("cache_implementation is 'paged', which draws tokens in batches of its own: choose another")
     vars(config).update(dict.fromkeys(drawing))
     options = config.update(**options, **NEUTRAL)  # what it does not know
-    mirostat = Mirostat(**own, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)
+    mirostat = Mirostat(**settings, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)
     options["logits_processor"] = [*(options.get("logits_processor") or ()), mirostat]
     with reduced(default, kept):
         # the class's: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
@@ -198,9 +218,15 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
 
 
 def export(folder: str | Path) -> Path:
-    """Write a `custom_generate` repository for the Hub, this file and a card; returns the folder.
+    """Write a `custom_generate` repository for the Hub: this file and a card.
 
     `model.generate(ids, custom_generate=FOLDER_OR_REPO, trust_remote_code=True, target=3.0)` then samples so.
+
+    Args:
+        folder: Where to write; it need not be there.
+
+    Returns:
+        The folder.
     """
     folder = Path(folder)
     place = folder / "custom_generate" / "generate.py"

@@ -67,7 +67,14 @@ def validate(folder: str | Path, repo_type: str = "model") -> ModelCard | Datase
 
 
 def known(model: str | None) -> dict[str, Any]:
-    """The front matter of the card of a folder or repository; nothing if there is none, or no connection to it."""
+    """The front matter of a model's card.
+
+    Args:
+        model: A folder or repository, or None.
+
+    Returns:
+        The front matter; empty where there is no card, none that can be read, or no connection to it.
+    """
     if not model:
         return {}
     card = Path(model, "README.md")
@@ -78,7 +85,12 @@ def known(model: str | None) -> dict[str, Any]:
 
 
 def set_license(folder: str | Path, license: str) -> None:
-    """Write a license into the front matter of a folder's card."""
+    """Write a license into the front matter of a folder's card.
+
+    Args:
+        folder: The folder with the README.md.
+        license: The Hub's name for it, such as 'apache-2.0'.
+    """
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     card.data.license = license

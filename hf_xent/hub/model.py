@@ -143,7 +143,14 @@ def origin(place: str) -> dict[str, Any]:
 
 
 def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
-    """Write `.eval_results/{dataset}.yaml` with an entry for each metric; nothing without results."""
+    """Write `.eval_results/{dataset}.yaml` with an entry for each metric; nothing without results.
+
+    Args:
+        folder: Where it is written.
+        dataset: The Hub id of what the model was evaluated on.
+        results: Metric -> value.
+        notes: On how they were measured.
+    """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
 

@@ -71,10 +71,20 @@ class Analysis:
 
 @torch.no_grad()
 def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3) -> Analysis:
-    """Measure a causal LM, its norms in whatever form, on token ids [N, T] without padding; leaves it as it was.
+    """Measure a causal LM, its norms in whatever form; leaves it as it was.
 
-    Raises: ValueError for sequences of fewer than 3 tokens or more than the model has positions for, a model whose
-    final norm is neither a LayerNorm nor an RMSNorm, or one that overflows in every sequence.
+    Args:
+        model: A causal LM of transformers.
+        blocks: Token ids [N, T] without padding, T >= 3.
+        batch_size: Sequences a forward pass.
+        neurons: How many confidence neurons are ablated.
+
+    Returns:
+        Losses in nats per token, and the other measures of the module's docstring.
+
+    Raises:
+        ValueError: Sequences of fewer than 3 tokens or more than the model has positions for, a model whose final norm
+            is neither a LayerNorm nor an RMSNorm, or one that overflows in every sequence.
     """
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 3:
         raise ValueError(f"blocks is {list(blocks.shape)}: pass token ids [N, T] with N >= 1 and T >= 3")

@@ -37,18 +37,28 @@ Without `trust_remote_code=True` transformers refuses to load it, rather than pu
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None = None) -> Path:
-    """Write a causal LM without norms, in whatever form it is, with a card that loads it so; returns the folder.
+    """Write a causal LM without norms, in whatever form it is, with a card that loads it so.
 
-    `tokenizer` may be None; `report` goes into the card. Base model, license, language and data are those that the card
-    of where the model was loaded from names. `hf-xent publish FOLDER --repo-id ...` takes the folder.
+    Base model, license, language and data are those that the card of where the model was loaded from names. `hf-xent
+    publish FOLDER --repo-id ...` takes the folder.
 
-    Raises: ValueError for a model that still normalizes.
+    Args:
+        model: A causal LM in which nothing normalizes: removable with all norms removed, eps trick, or true.
+        tokenizer: Its tokenizer; may be None.
+        folder: Where to write; it need not be there.
+        report: Analyses for the card, with their plots.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model still normalizes.
     """
     from huggingface_hub import ModelCardData
 
     folder, form = Path(folder), form_of(model)
-    found = verify(model)
-    if not found.ln_free:
+    verification = verify(model)
+    if not verification.ln_free:
         left = [site.name for site in sites(model) if not site.removed] if form == "removable" else []
         reason = f"{len(left)} norms are left in it, {left[0]} first" if left else f"it is {form}"
         raise ValueError(f"model is a {type(model).__name__} that normalizes ({reason}): remove its norms first")
@@ -75,7 +85,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None =
         base=about["base_model"] if isinstance(about["base_model"], str) else None,
         use=use.section(),
         form=FORMS[form],
-        found=found,
+        found=verification,
         report=report.markdown() if report is not None else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -43,10 +43,19 @@ MILD = 1e6  # the eps whose weights fit into it
 
 
 def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None) -> Any:
-    """A stock model with the norms of a removable (all removed) or true one drowned by `eps`; computes the same.
+    """A stock model with the norms of a removable or true one drowned by `eps`; computes the same.
 
-    Raises: ValueError if norms are left, if the architecture's configuration has no eps (OPT), if this one does not
-    drown the variance, or if weights would overflow float16.
+    Args:
+        model: A removable model of which all norms are removed, or a true one.
+        eps: What takes the place of the variance, positive and below 1e38.
+        dtype: Of the result; None is the model's.
+
+    Returns:
+        A new model of the stock class.
+
+    Raises:
+        ValueError: Norms are left, the architecture's configuration has no eps (OPT), this one does not drown the
+            variance, or weights would overflow float16.
     """
     if not is_number(eps, "(0, 1e38)"):  # beyond, float32 overflows
         raise ValueError(f"eps is {eps!r}: choose a positive number below 1e38, such as 1e12")
@@ -73,10 +82,18 @@ def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None
 
 
 def to_true(model: Any, ids: Tensor | None = None) -> Any:
-    """A model without norms from a removable (all removed) or eps-trick one; computes the same, compared as `parity`.
+    """A model without norms from a removable or eps-trick one; computes the same, which is checked.
 
-    Raises: ValueError if it still normalizes, or something else than a linear layer reads a norm; RuntimeError if the
-    result differs, as where the residual stream itself takes a norm's output.
+    Args:
+        model: A removable model of which all norms are removed, or one under the eps trick.
+        ids: Token ids [B, T] to compare both on; None is 32 random ones.
+
+    Returns:
+        A new model, of a class of its own.
+
+    Raises:
+        ValueError: It still normalizes, or something else than a linear layer reads a norm.
+        RuntimeError: The result differs, as where the residual stream itself takes a norm's output.
     """
     form = form_of(model)
     if form == "removable":

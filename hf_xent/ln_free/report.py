@@ -56,7 +56,7 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """Name of a measure and its value for every model."""
-        return [[name, *(cell(found) for found in self.analyses.values())] for name, cell in ROWS.items()]
+        return [[name, *(cell(analysis) for analysis in self.analyses.values())] for name, cell in ROWS.items()]
 
     def markdown(self) -> str:
         """A section of a model card."""
@@ -67,8 +67,8 @@ class Report:
     def save(self, folder: Path) -> Path:
         """Write report.md, report.json and report.png; returns the first."""
         folder.mkdir(parents=True, exist_ok=True)
-        found = {name: analysis.as_dict() for name, analysis in self.analyses.items()}
-        (folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+        values = {name: analysis.as_dict() for name, analysis in self.analyses.items()}
+        (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
         self.draw(folder / "report.png")
         page = folder / "report.md"
         page.write_text(self.markdown() + "\n![attribution error and loss](report.png)\n")
@@ -78,14 +78,14 @@ class Report:
         """Attribution error of every head (left) and what tokens lose (right), as PNG."""
         figure, (left, right) = panels(2, 10, 3.8)
         width = 0.8 / len(self.analyses)
-        for place, (name, found) in enumerate(self.analyses.items()):
-            color, shift = COLORS[place % len(COLORS)], (place + 0.5) * width - 0.4
-            points = [(layer + shift, 100 * e) for layer, heads in enumerate(found.nmae) for e in heads]
+        for index, (name, analysis) in enumerate(self.analyses.items()):
+            color, shift = COLORS[index % len(COLORS)], (index + 0.5) * width - 0.4
+            points = [(layer + shift, 100 * e) for layer, heads in enumerate(analysis.nmae) for e in heads]
             left.plot(*zip(*points, strict=True), "o", ms=4, alpha=0.7, color=color, label=name)
-            values = [found.median, found.loss, found.p95, found.p99]
-            right.bar([x + shift for x in range(4)], values, width, color=color, label=name)
+            losses = [analysis.median, analysis.loss, analysis.p95, analysis.p99]
+            right.bar([x + shift for x in range(4)], losses, width, color=color, label=name)
         left.set(yscale="log", xlabel="layer", ylabel="NMAE of a head (%)", title="attribution against direct effect")
-        left.set_xticks(range(len(found.nmae)))
+        left.set_xticks(range(len(analysis.nmae)))
         right.set_xticks(range(4), ["median", "mean", "95 %", "99 %"])
         right.set(ylabel="loss (nats per token)", title="loss of tokens")
         right.legend(frameon=False)
@@ -97,7 +97,14 @@ def draw_curves(
 ) -> Path:
     """Loss against steps, by arm, with the removals of a schedule marked, as PNG.
 
-    `losses`: (step, nats per token) of every arm; `events`: (step, site) as in `Schedule.events`.
+    Args:
+        losses: (step, nats per token) of every arm.
+        events: (step, site) as in `Schedule.events`.
+        path: The file to write.
+        title: Of the figure.
+
+    Returns:
+        The file.
     """
     figure, [axis] = panels(1, 9, 4)
     for (arm, points), color in zip(losses.items(), COLORS, strict=False):

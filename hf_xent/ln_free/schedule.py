@@ -38,10 +38,14 @@ START, END, GAPS = 20 / 300, 104 / 300, (2, 2, 3)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Removals as (step, site), in order; each happens at the beginning of its step, step 0 being the first.
+    """Removals in order, each at the beginning of its step.
 
-    taper: steps that each of them takes from then on; 0 is all of it at the first. Raises: ValueError for steps or a
-    taper that are no whole numbers, or below 0.
+    Args:
+        events: (step, site), step 0 being the first.
+        taper: Steps that each removal takes from then on; 0 is all of it at once.
+
+    Raises:
+        ValueError: Steps or a taper that are no whole numbers, or below 0.
     """
 
     events: tuple[tuple[int, str], ...]
@@ -53,7 +57,16 @@ class Schedule:
 
     @classmethod
     def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:
-        """Sites in order from a step on, each followed by the gap of its kind; steps are rounded down."""
+        """Sites in order from a step on, each followed by the gap of its kind; steps are rounded down.
+
+        Args:
+            names: Of the sites.
+            start: The first removal's step.
+            gaps: Steps after a removal of an mlp, a qk and a v site.
+
+        Returns:
+            The schedule.
+        """
         following = dict(zip(KINDS, (*gaps, 0.0), strict=True))
         events, step = [], start
         for name in names:
@@ -63,7 +76,17 @@ class Schedule:
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """The paper's, of 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl'. Raises: ValueError for another name."""
+        """The paper's schedule.
+
+        Args:
+            name: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl'.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError: Another name.
+        """
         if name not in PAPER:
             raise ValueError(f"schedule is {name!r}: choose {', '.join(PAPER)}, 'scaled' or 'at_once'")
         layers, start, gaps = PAPER[name]
@@ -74,9 +97,20 @@ class Schedule:
     def scaled(
         cls, model: nn.Module, steps: int, *, start: float = START, end: float = END, taper: int = 0
     ) -> Schedule:
-        """For a wrapped model and a number of steps; the first and the final removal at these shares of them.
+        """The proportions of the paper's smallest size, for any depth and number of steps.
 
-        Raises: ValueError for shares that are not 0 <= start <= end < 1, or a model that was not wrapped.
+        Args:
+            model: A wrapped model.
+            steps: Of the training.
+            start: The share of them before the first removal.
+            end: The share before the final one.
+            taper: Steps that each removal takes.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError: Shares that are not 0 <= start <= end < 1, or a model that was not wrapped.
         """
         if not 0 <= start <= end < 1:
             raise ValueError(f"start is {start} and end {end}: choose shares of the steps, 0 <= start <= end < 1")
@@ -91,17 +125,41 @@ class Schedule:
     def at_once(cls, model: nn.Module, step: int, taper: int = 0) -> Schedule:
         """Everything from one step on; without a taper, the control.
 
-        Raises: ValueError for a model that was not wrapped.
+        Args:
+            model: A wrapped model.
+            step: Of all removals.
+            taper: Steps that each removal takes.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ValueError: The model was not wrapped.
         """
         return cls(tuple((step, site.name) for site in sites(model)), taper)
 
     def due(self, step: int) -> dict[str, float]:
-        """Sites that are to be removed by the beginning of a step, and their shares, above 0 to 1."""
+        """Sites that are to be removed by the beginning of a step, and their shares, above 0 to 1.
+
+        Args:
+            step: Of the training, 0 being the first.
+
+        Returns:
+            Site -> share, as `hf_xent.ln_free.remove` takes it.
+        """
         shares = {site: min(1.0, (step - at + 1) / (self.taper + 1)) for at, site in self.events}
         return {site: share for site, share in shares.items() if share > 0}
 
     def check(self, model: nn.Module, steps: int | None = None) -> None:
-        """Raises: ValueError if it removes what a wrapped model does not have, or has not ended after so many steps."""
+        """Refuse a schedule that does not fit.
+
+        Args:
+            model: A wrapped model.
+            steps: Of the training; None does not look at them.
+
+        Raises:
+            ValueError: It removes what the model does not have, or has not ended after so many steps.
+        """
         known = {site.name for site in sites(model)}
         unknown = [site for _, site in self.events if site not in known]
         if unknown:

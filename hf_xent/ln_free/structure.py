@@ -64,7 +64,7 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    return Trace([norm for norm, _, _ in walk.found], walk.others)
+    return Trace([norm for norm, _, _ in walk.norms], walk.others)
 
 
 def eps_of(norm: nn.Module) -> float:
@@ -107,7 +107,7 @@ class _Walk:
 
     def __init__(self, names: dict[nn.Module, str]):
         self.names = names
-        self.found: list[tuple[Norm, Tensor, dict[str, Tensor]]] = []  # a norm, its output, its readers' outputs
+        self.norms: list[tuple[Norm, Tensor, dict[str, Tensor]]] = []  # a norm, its output, its readers' outputs
         self.others: list[str] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
@@ -115,7 +115,7 @@ class _Walk:
         if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point()) or _same_memory(x, y):
             return None  # embeddings; dropout and identities, which hand on what they get
         name = self.names[module]
-        for norm, output, outputs in self.found:
+        for norm, output, outputs in self.norms:
             if _same_memory(output, x):
                 norm.readers[name], outputs[name] = module, y
         if x.shape != y.shape:
@@ -125,18 +125,18 @@ class _Walk:
             self.others += [name] if acts else []
             return None
         y = y.detach().requires_grad_()
-        self.found.append((Norm(name, module, center, acts, x.shape[-1]), y, {}))
+        self.norms.append((Norm(name, module, center, acts, x.shape[-1]), y, {}))
         return y
 
     def attribute(self, cache: Any) -> None:
         """Layers and values of attention's norms."""
-        outputs = [(norm, name, y) for norm, _, found in self.found for name, y in found.items()]
+        outputs = [(norm, name, y) for norm, _, readers in self.norms for name, y in readers.items()]
         leaves = [y for _, _, y in outputs]
         for layer, cached in enumerate(cache.layers if leaves else []):
             values = cached.values
             upstream = torch.rand_like(values) + 0.5
-            found = torch.autograd.grad(values, leaves, upstream, allow_unused=True, retain_graph=True)
-            for (norm, name, _), gradient in zip(outputs, found, strict=True):
+            gradients = torch.autograd.grad(values, leaves, upstream, allow_unused=True, retain_graph=True)
+            for (norm, name, _), gradient in zip(outputs, gradients, strict=True):
                 if gradient is not None and bool(gradient.any()):
                     norm.layer = layer
                     norm.values[name] = gradient.flatten(0, -2).ne(0).any(0)

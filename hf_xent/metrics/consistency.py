@@ -29,14 +29,23 @@ class Consistency:
 
     def as_dict(self) -> dict[str, float]:
         """Flat, for logs: marginals as predicted_0, predicted_1, ..."""
-        found = {k: v for k, v in asdict(self).items() if k != "marginals"}
-        return found | {f"predicted_{i}": share for i, share in enumerate(self.marginals)}
+        shares = {k: v for k, v in asdict(self).items() if k != "marginals"}
+        return shares | {f"predicted_{i}": share for i, share in enumerate(self.marginals)}
 
 
 def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Consistency:
-    """Of predicted labels [N, K] and true ones [N], of `choices` labels.
+    """How consistent predictions are over formats, and how right.
 
-    Raises: ValueError for a single format, no item, and labels that are not integers in [0, choices).
+    Args:
+        predictions: Predicted labels [N, K] of N items in K formats.
+        gold: True labels [N].
+        choices: The number of labels.
+
+    Returns:
+        Agreement, F1, accuracy and what a constant predictor gets.
+
+    Raises:
+        ValueError: A single format, no item, or labels that are not integers in [0, choices).
     """
     predictions, gold = np.asarray(predictions), np.asarray(gold)
     if predictions.ndim != 2 or gold.shape != predictions.shape[:1] or not len(gold):
@@ -69,6 +78,15 @@ def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Cons
 
 
 def f1(gold: np.ndarray, predicted: np.ndarray, choices: int) -> float:
-    """F1 of label 1 for two choices, macro F1 for more; 0 where it is undefined."""
+    """F1 of label 1 for two choices, macro F1 for more.
+
+    Args:
+        gold: True labels [N].
+        predicted: Predicted labels [N].
+        choices: The number of labels.
+
+    Returns:
+        F1 in [0, 1], 0 where it is undefined.
+    """
     average = "binary" if choices == 2 else "macro"
     return float(f1_score(gold, predicted, average=average, labels=list(range(choices)), zero_division=0))

@@ -42,26 +42,77 @@ class Interval:
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """The chance that a positive has the larger score than a negative; ties count half."""
+    """The chance that a positive has the larger score than a negative; ties count half.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+
+    Returns:
+        AUROC in [0, 1]; 1/2 is chance.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ.
+    """
     return float(roc_auc_score(*_checked(labels, scores)))
 
 
 def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float = 0.05, *, strict: bool = False) -> float:
-    """The share of positives found where at most a share `fpr` of negatives is (`strict`: less than that)."""
+    """The share of positives found where at most a share of negatives is.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+        fpr: That share of the negatives, in [0, 1].
+        strict: The share has to be less than `fpr`.
+
+    Returns:
+        TPR in [0, 1], not interpolated.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
+            a share outside of [0, 1].
+    """
     _share("fpr", fpr)
     false, true = roc(labels, scores)
     return float(true[(false < fpr) if strict else (false <= fpr)].max(initial=0.0))
 
 
 def fpr_at_tpr(labels: ArrayLike, scores: ArrayLike, tpr: float = 0.95) -> float:
-    """The share of negatives flagged where at least a share `tpr` of positives is found; smaller is better."""
+    """The share of negatives flagged where at least a share of positives is found; smaller is better.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+        tpr: That share of the positives, in [0, 1].
+
+    Returns:
+        FPR in [0, 1].
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
+            a share outside of [0, 1].
+    """
     _share("tpr", tpr)
     false, true = roc(labels, scores)
     return float(false[true >= tpr].min())
 
 
 def pauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05) -> float:
-    """One-way partial AUC over FPR <= `max_fpr`, in [0.5, 1] where better than chance. Source: McClish 1989."""
+    """One-way partial AUC over FPR <= `max_fpr`, scaled so that chance is 1/2. Source: McClish 1989.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+        max_fpr: In (0, 1].
+
+    Returns:
+        The scaled area, in [0.5, 1] where better than chance.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
+            a max_fpr outside of (0, 1].
+    """
     if not 0 < max_fpr <= 1:
         raise ValueError(f"max_fpr is {max_fpr}: choose 0 < max_fpr <= 1")
     return float(roc_auc_score(*_checked(labels, scores), max_fpr=max_fpr))
@@ -71,6 +122,19 @@ def tpauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05, min_tpr: 
     """Two-way partial AUC in [0, 1]: integral of (TPR - min_tpr)+ over FPR <= max_fpr, over (1 - min_tpr) max_fpr.
 
     libauc's estimate (the AUC of the hardest negatives and positives) is the same where it keeps whole numbers of them.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+        max_fpr: In (0, 1].
+        min_tpr: In [0, 1).
+
+    Returns:
+        The share of the area, in [0, 1].
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
+            max_fpr or min_tpr out of range.
     """
     if not (0 < max_fpr <= 1 and 0 <= min_tpr < 1):
         raise ValueError(f"max_fpr is {max_fpr}, min_tpr is {min_tpr}: choose 0 < max_fpr <= 1 and 0 <= min_tpr < 1")
@@ -87,6 +151,16 @@ def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.05) -> float:
     """The least threshold with at most a share `fpr` of negatives' scores at or above it; calibrate on other data.
 
     Applied as `score >= threshold`. With fewer than 1 / fpr negatives it lies above all of them.
+
+    Args:
+        negatives: Scores of texts of label 0 [N].
+        fpr: The share of them, in [0, 1].
+
+    Returns:
+        The threshold.
+
+    Raises:
+        ValueError: No score, one that is not finite, or a share outside of [0, 1].
     """
     _share("fpr", fpr)
     ranked = np.sort(np.asarray(negatives, dtype=np.float64))[::-1]
@@ -97,7 +171,18 @@ def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.05) -> float:
 
 
 def report(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
-    """The usual numbers, flat, with their conventions in the names."""
+    """The usual numbers, flat, with their conventions in the names.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+
+    Returns:
+        AUROC, TPR at 1 % and 5 % FPR, FPR at 95 % TPR, and the partial AUC over 5 % FPR.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ.
+    """
     return {
         "auroc": auroc(labels, scores),
         "tpr@1%fpr": tpr_at_fpr(labels, scores, 0.01),
@@ -119,6 +204,21 @@ def bootstrap(
     """A metric and its percentile interval over redrawn sets of texts, stratified by class.
 
     It covers which texts were drawn, not which model was trained: for that, repeat the training over seeds.
+
+    Args:
+        metric: A function of labels and scores, such as `auroc`.
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+        resamples: How often texts are redrawn.
+        level: The share of the resamples within the interval, in (0, 1).
+        seed: Of the redrawing.
+
+    Returns:
+        The metric's value and its interval.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
+            resamples or a level out of range.
     """
     if not is_integer(resamples) or resamples < 1 or not is_number(level, "(0, 1)"):
         raise ValueError(f"resamples is {resamples!r}, level is {level!r}: choose resamples >= 1 and 0 < level < 1")
@@ -126,16 +226,27 @@ def bootstrap(
     positives, negatives = values[truth], values[~truth]
     again, rng = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)]), np.random.default_rng(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # checked above, once
-        found = [
+        resampled = [
             metric(again, np.concatenate([rng.choice(part, len(part)) for part in (positives, negatives)]))
             for _ in range(resamples)
         ]
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(metric(truth, values), float(low), float(high))
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """All points (FPR, TPR) of the curve, from (0, 0) to (1, 1); scikit-learn's, without dropping collinear ones."""
+    """All points of the ROC curve, from (0, 0) to (1, 1); scikit-learn's, without dropping collinear ones.
+
+    Args:
+        labels: 1 (member, generated) or 0 of each text [N].
+        scores: A number a text [N]; a larger one speaks for 1.
+
+    Returns:
+        FPR and TPR of every point.
+
+    Raises:
+        ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ.
+    """
     false, true, _ = roc_curve(*_checked(labels, scores), drop_intermediate=False)
     return false, true
 

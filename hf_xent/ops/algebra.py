@@ -1,4 +1,4 @@
-"""The statistics of a softmax: the fold of a row of logits, and the common backward of everything folded.
+"""Statistics of a softmax: the fold of a row of logits into them, and their common backward.
 
 A token's row of logits is folded into a `State`, a monoid under `merge`; `finish` turns it into statistics; their
 upstream gradients become six numbers a token (`coefficients`) from which every backend writes
@@ -23,7 +23,10 @@ from .head import Head
 
 @dataclass(frozen=True)
 class State:
-    """One row's running fold, [N] each, moments about the running maximum m (u = z - m); None where not asked for."""
+    """What a row of logits is folded into, [N] each: moments about the running maximum m, with u = z - m.
+
+    A moment is None where no requested statistic needs it.
+    """
 
     m: Tensor  # max z
     l: Tensor  # sum e^u
@@ -58,11 +61,12 @@ def merge(x: State, y: State) -> State:
 
 
 def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """The sum; None where a side is."""
     return None if x is None or y is None else x + y
 
 
 def _move(x: State, m: Tensor) -> State:
-    """Moments about a larger maximum: with delta = x.m - m, l' = e^d l, s1' = e^d (s1 + d l), ..."""
+    """Moments about a larger maximum m: with d = x.m - m, l' = e^d l, s1' = e^d (s1 + d l), and so on."""
     delta = torch.where(x.m == m, 0.0, x.m - m).clamp(min=-1e4)  # an empty part moves by nothing that matters
     factor = torch.where(x.m == float("-inf"), 0.0, delta.exp())
     s1 = None if x.s1 is None else factor * (x.s1 + delta * x.l)
@@ -94,7 +98,7 @@ def finish(state: State, target: Tensor, size: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The backward of any loss, six numbers a token; None is zero everywhere."""
+    """The backward of any loss, six numbers a token, [N] each; None is zero everywhere. See the module for dz."""
 
     a: Tensor
     o: Tensor
@@ -105,20 +109,18 @@ class Coefficients:
 
     @property
     def plain(self) -> bool:
-        """Whether dz is p scaled by rows plus one entry a row: cross-entropy and every function of log p_y."""
+        """Whether dz is p scaled by rows plus one entry a row, as for cross-entropy and every function of log p_y."""
         return self.b is None and self.c is None and self.d is None and self.s is None
 
     def __getitem__(self, rows: slice) -> Coefficients:
-        kept: dict[str, Any] = {f.name: _rows(getattr(self, f.name), rows) for f in fields(self)}
-        return Coefficients(**kept)
-
-
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
+        """The coefficients of some tokens."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {name: None if x is None else x[rows] for name, x in numbers.items()}
+        return Coefficients(**cut)
 
 
 def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], size: int) -> Coefficients:
-    """The six numbers from upstream gradients `grads` (by statistic) at `values`, for a vocabulary of `size` tokens.
+    """The six numbers from upstream gradients `grads` of the statistics `values`, for a vocabulary of `size` tokens.
 
     a = g_lse - g_H H + g_V (2H + H^2 - Var) - g_pay payload     b = -g_H + 2 g_V (1 + H)     c = g_V
     d = g_pay     s = g_mean / V     o = g_target
@@ -139,7 +141,7 @@ def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None
 
 
 def row_factor(coef: Coefficients, head: Head) -> Tensor:
-    """What plain coefficients leave out of dz, [N, 1]: a * scale, but the scale alone where a is 0."""
+    """What backends leave out of dz for plain coefficients, [N, 1]: a * scale, but the scale alone where a is 0."""
     return torch.where(coef.a == 0, 1.0, coef.a)[:, None] * head.scale
 
 

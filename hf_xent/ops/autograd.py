@@ -1,6 +1,7 @@
-"""The two places of a backend in the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum.
+"""The two ways of a backend into the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum.
 
-Both stream once. A backward that is to be differentiated again (`create_graph=True`) goes through `higher`.
+Both visit the logits once in the forward; recompute visits them again in the backward. A backward that is to be
+differentiated again (`create_graph=True`) goes through `higher`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from . import higher, reference, tail
-from .problem import TENSORS, Problem
+from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks, reduce_from_ranks
 from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS
 
 
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
-    """Every requested statistic, differentiable by whatever stands on them."""
+    """Every requested statistic, differentiable by whatever is computed from them."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
         if higher.composed(*problem.tensors):
             return reference.forward(problem)
@@ -27,18 +28,18 @@ def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
             with torch.no_grad():
                 values = merge_ranks(problem, backend.forward(problem))
             return {name: values[name] for name in _order(problem)}
-        found = _Recompute.apply(backend, problem, *problem.tensors)
-    return dict(zip(_order(problem), found, strict=True))
+        values = _Recompute.apply(backend, problem, *problem.tensors)
+    return dict(zip(_order(problem), values, strict=True))
 
 
 class EagerSum(Protocol):
     """What mode eager differentiates: a sum over tokens, visited chunk by chunk."""
 
     uses: tuple[str, ...]  # statistics it can have gradients for
-    unit: Tensor | float  # what its gradients are measured in
+    unit: Tensor | float  # the unit its gradients are measured in
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sum's gradients, over `unit`, by these rows' statistics; called once a chunk, in order."""
+        """The sum's gradients by these rows' statistics, divided by `unit`: an `Upstream`."""
         ...
 
     def total(self) -> Tensor:
@@ -46,7 +47,7 @@ class EagerSum(Protocol):
         ...
 
     def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
-        """The sum over these rows, with a graph; leaves no trace."""
+        """The sum over these rows, with a graph; it changes nothing here."""
         ...
 
 
@@ -55,20 +56,20 @@ def eager(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum and detached statistics; the sum's gradients are ready when this returns.
 
-    `origins` are what the problem's tensors were cast from, if from anything: a graph holds these, not copies.
+    `origins` are what the problem's tensors were cast from, or they themselves: the graph holds these, not copies.
     """
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        total, *found = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
-    return total, dict(zip(_order(problem), found, strict=True))
+        total, *values = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
+    return total, dict(zip(_order(problem), values, strict=True))
 
 
 def _order(problem: Problem) -> list[str]:
-    """Statistics as a Function returns them: differentiable ones first."""
+    """The requested statistics in the order in which a Function returns them, the differentiable ones first."""
     return [name for name in STATISTICS if name in problem.outputs]
 
 
 class _Recompute(torch.autograd.Function):
-    """Mode recompute: nothing but the inputs and the statistics is kept."""
+    """Mode recompute: it keeps nothing but the inputs and the statistics."""
 
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -90,10 +91,10 @@ class _Recompute(torch.autograd.Function):
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
         if torch.is_grad_enabled() or higher.composed(*grads.values()):
 
-            def chosen(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
-                return [again[name] for name in grads]
+            def differentiated(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
+                return [recomputed[name] for name in grads]
 
-            return None, None, *higher.gradients(problem, chosen, tuple(grads.values()))
+            return None, None, *higher.gradients(problem, differentiated, tuple(grads.values()))
         out = reduce_from_ranks(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
@@ -119,40 +120,40 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.problem, ctx.objective = problem.without_tensors(), objective
-        found = [values[name] for name in _order(problem)]
-        ctx.mark_non_differentiable(*found)
-        return objective.total(), *found
+        statistics = [values[name] for name in _order(problem)]
+        ctx.mark_non_differentiable(*statistics)
+        return objective.total(), *statistics
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         *saved, labels = ctx.saved_tensors
-        grads, objective = saved[: len(TENSORS)], ctx.objective
+        grads, origins, objective = saved[: len(TENSORS)], saved[len(TENSORS) :], ctx.objective
         if torch.is_grad_enabled() or higher.composed(upstream):
-            pairs = zip(saved[len(TENSORS) :], ctx.dtypes, strict=True)
-            operands = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
-            problem = ctx.problem.with_tensors(operands, labels)
+            pairs = zip(origins, ctx.dtypes, strict=True)
+            tensors = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
+            problem = ctx.problem.with_tensors(tensors, labels)
 
-            def share(rows: slice, again: dict[str, Tensor]) -> list[Tensor]:
-                return [objective.value(rows, again)]
+            def summed(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
+                return [objective.value(rows, recomputed)]
 
-            return None, None, None, None, *higher.gradients(problem, share, (upstream,))
+            return None, None, None, None, *higher.gradients(problem, summed, (upstream,))
         upstream = upstream * objective.unit
         if not len(labels):  # zeros, also where the caller divided by the number of tokens and upstream is infinite
             pass
         elif upstream.device.type != "cpu" or upstream != 1:
-            # the graph dies after this backward unless asked to stay: its buffers can be scaled in place
-            stays = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [None if g is None else (g * upstream if stays else g.mul_(upstream)) for g in grads]
+            # unless the graph is kept for another backward, its buffers can be scaled in place
+            kept = torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = [None if g is None else (g * upstream if kept else g.mul_(upstream)) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [None if g is None else g.clone() for g in grads]  # a taken buffer would be added to next time
+            grads = [None if g is None else g.clone() for g in grads]  # the next backward would add to what we return
         return None, None, None, None, *grads
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Eager for a backend that streams: all statistics, then all gradients."""
+    """Eager for a backend that stores no logits: all statistics, then all gradients."""
 
-    def visit(problem: Problem, gradients: Any, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def visit(problem: Problem, upstream: Upstream, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         values = merge_ranks(problem, backend.forward(problem))
-        return values, backend.backward(problem, values, gradients(slice(0, len(problem.labels)), values))
+        return values, backend.backward(problem, values, upstream(slice(0, len(problem.labels)), values))
 
     return visit

@@ -1,12 +1,13 @@
-"""Derivatives beyond the first, and those that see through torch's own operations alone.
+"""Derivatives beyond the first, and whether torch differentiates in a way that only its own operations allow.
 
-A streamed gradient is written in place, outside of any graph: right once. When a backward is itself to be
-differentiated (`create_graph=True`), its gradients are taken anew from dense logits, one chunk of rows at a time. With
-F(u, x) a sum over tokens (u the upstream gradients, x the tensors of the problem) and v what comes from above,
+A streamed gradient is written in place, outside of any graph, so that it has no derivative. When a backward is itself
+to be differentiated (`create_graph=True`), its gradients are taken anew from dense logits, one chunk of rows at a time.
+With F(u, x) a sum over tokens (u the upstream gradients, x the tensors of the problem) and v the upstream gradients of
+the gradients,
 
     g(u, x) = grad_x F(u, x)          <v, dg> = grad <v, grad_x F(u, x)>
 
-and <v, grad_x F> is a sum over tokens again. So one Function serves every order, in the memory of a chunk's rows.
+and <v, grad_x F> is a sum over tokens again. So one Function serves every order, in the memory of one chunk of rows.
 """
 
 from __future__ import annotations
@@ -23,25 +24,27 @@ from . import reference
 from .problem import TENSORS, Problem
 from .statistics import wide
 
-Pairs = Iterable[tuple[Tensor | None, Tensor | None]]  # outputs and what comes from above for each
-ROWS = ("hidden", "payload_hidden")  # of TENSORS: those cut into chunks, the others are whole in each
+Pairs = Iterable[tuple[Tensor | None, Tensor | None]]  # outputs, each with its upstream gradient
+ROWS = ("hidden", "payload_hidden")  # of TENSORS: those that have a row a token, cut into chunks
 
 
 def composed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func, forward-mode differentiation or batched gradients (`is_grads_batched`) are at work: what they
-    do to torch's own operations they cannot do to ours.
+    """Whether torch.func, forward-mode differentiation or batched gradients (`is_grads_batched`) are at work.
+
+    What they do to torch's own operations they cannot do to ours: then there is nothing but dense logits.
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    given = [t for t in tensors if t is not None]
     return any(
-        forward_ad.unpack_dual(t).tangent is not None or torch._C._functorch.is_legacy_batchedtensor(t) for t in given
+        forward_ad.unpack_dual(t).tangent is not None or torch._C._functorch.is_legacy_batchedtensor(t)
+        for t in tensors
+        if t is not None
     )
 
 
 def gradients(
     problem: Problem,
-    outputs: Callable[[slice, dict[str, Tensor]], list[Tensor]],  # (rows, their statistics) -> what upstream is of
+    outputs: Callable[[slice, dict[str, Tensor]], list[Tensor]],  # (rows, their statistics) -> an output each upstream
     upstream: Sequence[Tensor],  # [N], cut into chunks, or [], whole in each
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `F = sum(upstream * outputs)` for every tensor in `problem.needs`, in the order of TENSORS, with a
@@ -50,14 +53,14 @@ def gradients(
     labels, without_tensors = problem.labels, problem.without_tensors()
     count = len(upstream)
 
-    def part(rows: slice, *given: Tensor | None) -> Pairs:
-        chunk = without_tensors.with_tensors(given[count:], labels[rows])
-        return zip(outputs(rows, reference.forward(chunk)), given[:count], strict=True)
+    def part(rows: slice, *operands: Tensor | None) -> Pairs:
+        chunk = without_tensors.with_tensors(operands[count:], labels[rows])
+        return zip(outputs(rows, reference.forward(chunk)), operands[:count], strict=True)
 
     cut = (*(x.ndim > 0 for x in upstream), *(name in ROWS for name in TENSORS))
     wanted = tuple(count + i for i, name in enumerate(TENSORS) if name in problem.needs)
-    found = iter(_Sum(part, problem.rows(), cut, wanted).differentiable((*upstream, *problem.tensors)))
-    return tuple(next(found) if name in problem.needs else None for name in TENSORS)
+    grads = iter(_Sum(part, problem.rows(), cut, wanted).differentiable((*upstream, *problem.tensors)))
+    return tuple(next(grads) if name in problem.needs else None for name in TENSORS)
 
 
 @dataclass(frozen=True)
@@ -67,27 +70,28 @@ class _Sum:
     part: Callable[..., Pairs]  # (rows, *tensors), those of `cut` already cut
     chunks: list[slice]
     cut: tuple[bool, ...]  # which tensors have a row a token
-    wanted: tuple[int, ...]  # which tensors get a gradient; none that is an upstream one of this sum
+    wanted: tuple[int, ...]  # which tensors get a gradient; none of this sum's upstream gradients
 
     def differentiable(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The gradients by the wanted tensors, with a graph if grad mode is on."""
-        again = torch.is_grad_enabled()
+        create_graph = torch.is_grad_enabled()
         if not composed(*tensors):
-            return _Gradient.apply(self, *tensors) if again else self.gradients(tensors)
+            return _Gradient.apply(self, *tensors) if create_graph else self.gradients(tensors)
         with torch.enable_grad():
-            # views, so that the gradient by one tensor leaves out what another owes to it (tied embeddings)
-            own = [x.view_as(x) if x is not None and i in self.wanted else x for i, x in enumerate(tensors)]
-        found = self._grad(slice(None), own, create_graph=again)
-        return tuple(torch.zeros_like(tensors[i]) if g is None else g for i, g in zip(self.wanted, found, strict=True))  # type: ignore[arg-type]
+            # views, so that the gradient by one tensor leaves out what reaches it through another (tied embeddings)
+            views = [x.view_as(x) if x is not None and i in self.wanted else x for i, x in enumerate(tensors)]
+        grads = self._grad(slice(None), views, create_graph=create_graph)
+        wanted: Any = [tensors[i] for i in self.wanted]
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True))
 
     def gradients(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The same without a graph, added up over the chunks in a wide dtype."""
-        wanted: Any = [tensors[i] for i in self.wanted]  # none is None: nobody asks for the gradient of nothing
+        wanted: Any = [tensors[i] for i in self.wanted]  # none of them is None
         contiguous = torch.contiguous_format
         sums = [torch.zeros_like(x, dtype=wide(x.dtype), memory_format=contiguous) for x in wanted]
         for rows in self.chunks:
-            pieces = zip(tensors, self.cut, strict=True)
-            leaves = [None if x is None else (x[rows] if cut else x).detach() for x, cut in pieces]
+            pairs = zip(tensors, self.cut, strict=True)
+            leaves = [None if x is None else (x[rows] if cut else x).detach() for x, cut in pairs]
             for i, total, grad in zip(self.wanted, sums, self._grad(rows, leaves, create_graph=False), strict=True):
                 if grad is not None:
                     (total[rows] if self.cut[i] else total).add_(grad)
@@ -96,8 +100,8 @@ class _Sum:
     def along(self, wanted: tuple[int, ...], count: int) -> _Sum:
         """The inner product of this sum's gradients with `count` directions, which come before its tensors."""
 
-        def part(rows: slice, *given: Tensor | None) -> Pairs:
-            return zip(self._grad(rows, list(given[count:]), create_graph=True), given[:count], strict=True)
+        def part(rows: slice, *operands: Tensor | None) -> Pairs:
+            return zip(self._grad(rows, list(operands[count:]), create_graph=True), operands[:count], strict=True)
 
         cut = (*(self.cut[i] for i in self.wanted), *self.cut)
         return _Sum(part, self.chunks, cut, tuple(count + i for i in wanted))
@@ -132,6 +136,6 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *directions: Tensor | None) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         wanted = tuple(i for i in range(len(tensors)) if ctx.needs_input_grad[1 + i])
-        again = ctx.total.along(wanted, len(directions))
-        grads = dict(zip(wanted, again.differentiable((*directions, *tensors)), strict=True))
+        product = ctx.total.along(wanted, len(directions))
+        grads = dict(zip(wanted, product.differentiable((*directions, *tensors)), strict=True))
         return None, *(grads.get(i) for i in range(len(tensors)))

@@ -1,4 +1,4 @@
-"""The dense oracle: statistics from their definitions on `[N, V]` logits, gradients by autograd. Small inputs only."""
+"""The dense reference: statistics from their definitions on [N, V] logits, gradients by autograd. Small inputs only."""
 
 from __future__ import annotations
 
@@ -51,5 +51,6 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
         again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
         total = cast(Tensor, sum((again[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
     wanted = [name for name in TENSORS if name in problem.needs]
-    found = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
-    return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(wanted, found, strict=True)}
+    gradients = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
+    pairs = zip(wanted, gradients, strict=True)
+    return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in pairs}

@@ -1,4 +1,4 @@
-"""The tokens of one call: checked, flattened, compacted to those with a label; and the way back to the labels' shape.
+"""The tokens of one call: checked, flattened, reduced to those with a label; and the way back to the labels' shape.
 
 Checks and autocast happen here, once: backends see valid rows only, in one dtype.
 """
@@ -20,7 +20,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Rows:
-    """The valid tokens of one call: checked, flattened, compacted; and the way back to the labels' shape."""
+    """The valid tokens of one call: hidden states and labels of those alone, and the way back to the labels' shape."""
 
     def __init__(self, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int):
         check_head(hidden, head)

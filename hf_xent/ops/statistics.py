@@ -1,4 +1,4 @@
-"""The statistics of a softmax by name, and `Stats`, what a call returns: one float a token and statistic.
+"""The statistics of a softmax by name, and `Stats`, which holds them: one number a token each.
 
     z[t,j]  logits      p = softmax(z)      lse = log sum_j e^z      logp = z - lse
 
@@ -24,12 +24,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Stats:
-    """What is left of every token's softmax: one float a token and statistic.
+    """The statistics of every token's softmax, one number a token each: attributes in the shape of the labels.
 
-    `lse` log sum exp z; `target` z_y; `mean` mean of z over the vocabulary; `entropy` (nats); `variance` of logp
-    under p (nats^2); `payload` expectation of the second head's logits under p; and, without gradient, `top` (the
-    arg max), `rank` (how many logits exceed the label's) and `log_sum_sq` (log sum p^2). Ignored positions hold 0;
-    `mask` is False there. Only what was asked for is there: any other name raises AttributeError and says how to ask.
+        lse         log sum_j e^z_j, nats
+        target      z_y, the label's logit
+        mean        the mean of z over the vocabulary
+        entropy     of p, nats
+        variance    of logp under p, nats^2
+        payload     the expectation of the second head's logits under p
+        top         the arg max of z                                without gradient
+        rank        how many logits exceed the label's              without gradient
+        log_sum_sq  log sum_j p_j^2                                 without gradient
+
+    Ignored positions hold 0. Only what was asked for is there.
+
+    Args:
+        values: Statistics by name, each in the shape of the labels.
+        labels: Token ids, [...].
+        mask: Which positions have a label, [...]; False at ignored positions.
+
+    Raises:
+        AttributeError: For a statistic that was not computed; the message says how to ask for it.
     """
 
     lse: Tensor
@@ -66,7 +81,7 @@ class Stats:
 
     @property
     def is_top1(self) -> Tensor:
-        """Whether the label is the arg max; False at ignored positions."""
+        """Whether the label is the arg max of its logits; False at ignored positions."""
         return (self.top == self.labels) & self.mask
 
     def reshape(self, *shape: int) -> Stats:
@@ -80,7 +95,7 @@ class Stats:
         return Stats(values, self.labels.to(device), self.mask.to(device))
 
     def detach(self) -> Stats:
-        """The same statistics without their graph."""
+        """The same statistics without a graph."""
         return Stats({name: value.detach() for name, value in self.values.items()}, self.labels, self.mask)
 
     def __repr__(self) -> str:

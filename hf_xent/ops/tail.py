@@ -1,4 +1,4 @@
-"""The sparse tail: gradients from the vocabulary columns that matter, the rest compressed to rank one.
+"""The sparse tail: gradients from the vocabulary columns that matter, and all others compressed to rank one.
 
 A trained model puts almost all of its softmax on few columns. For losses of log p_y alone, dz = a (p - r 1_y), and
 
@@ -24,13 +24,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .algebra import Coefficients, row_factor
-from .problem import TENSORS, Problem, pieces
+from .problem import TENSORS, Problem, Upstream, pieces
 from .statistics import wide
 
 GROUPS = 16  # groups of tokens with a tail of their own: [16, V] floats, however many tokens
@@ -38,7 +37,7 @@ GROUPS = 16  # groups of tokens with a tail of their own: [16, V] floats, howeve
 
 @dataclass(frozen=True)
 class Survey:
-    """What one visit of all logits leaves for the sparse tail."""
+    """What the sparse tail needs of one visit of all logits."""
 
     values: dict[str, Tensor]  # statistics, [N] each
     coef: Coefficients  # plain, [N] each
@@ -46,20 +45,20 @@ class Survey:
     mass: Tensor  # [groups, V] sum_t |a_t| p_tj, in units of the largest |a|
 
 
-def eager(backend: ModuleType, problem: Problem, objective: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Statistics and gradients of a sum of plain losses, the gradients to `problem.tail`; see the module."""
+def eager(backend: ModuleType, problem: Problem, upstream: Upstream) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics and gradients of a sum of losses of log p_y, the gradients up to an error of `problem.tail`."""
     groups = pieces(len(problem.labels), max(1, -(-len(problem.labels) // GROUPS)))
-    found: Survey = backend.survey(problem, objective, groups)
-    kept = select(found, problem)
+    survey: Survey = backend.survey(problem, upstream, groups)
+    kept = select(survey, problem)
     if len(kept) > problem.head.size // 2:  # nothing to save: high entropy, or a tolerance too tight
-        return found.values, backend.backward(problem, found.values, _upstream(found.coef))
-    return found.values, _gradients(backend, problem, found, groups, kept)
+        return survey.values, backend.backward(problem, survey.values, _upstream(survey.coef))
+    return survey.values, _gradients(backend, problem, survey, groups, kept)
 
 
-def select(found: Survey, problem: Problem) -> Tensor:
+def select(survey: Survey, problem: Problem) -> Tensor:
     """The columns to keep, ascending."""
-    coef, values = found.coef, found.values
-    energy, order = found.energy.double().sort()
+    coef, values = survey.coef, survey.values
+    energy, order = survey.energy.double().sort()
     unit = coef.a.abs().amax()
     a, o = coef.a / unit, coef.o / unit
     # |dz|^2 of a row: the energy of a p, but the label's entry is a p_y + o
@@ -72,60 +71,62 @@ def select(found: Survey, problem: Problem) -> Tensor:
 
 
 def _upstream(coef: Coefficients) -> dict[str, Tensor]:
+    """The upstream gradients that have these coefficients."""
     return {"lse": coef.a, "target": coef.o}
 
 
 def _gradients(
-    backend: ModuleType, problem: Problem, found: Survey, groups: list[slice], kept: Tensor
+    backend: ModuleType, problem: Problem, survey: Survey, groups: list[slice], kept: Tensor
 ) -> dict[str, Tensor]:
-    head, likes = problem.head, dict(zip(TENSORS, problem.tensors, strict=True))
+    """The gradients from the kept columns' logits, computed again a piece at a time, and the tail's."""
+    head, tensors = problem.head, dict(zip(TENSORS, problem.tensors, strict=True))
     sums: dict[str, Tensor] = {}
     for name in problem.needs:
-        like = likes[name]
-        assert like is not None
-        dtype = like.dtype if name in head.matrices else wide(like.dtype)
-        sums[name] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-    share = found.values["lse"].new_zeros(len(problem.labels))
-    place = problem.labels.new_full((head.size,), -1)
-    place[kept] = torch.arange(len(kept), device=kept.device)
-    where = place[problem.labels]
+        tensor = tensors[name]
+        assert tensor is not None
+        dtype = tensor.dtype if name in head.matrices else wide(tensor.dtype)
+        sums[name] = torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+    share = survey.values["lse"].new_zeros(len(problem.labels))
+    new_column = problem.labels.new_full((head.size,), -1)
+    new_column[kept] = torch.arange(len(kept), device=kept.device)
+    labels = new_column[problem.labels]
     # a third of the budget each for a piece's rows of the head, their gradient, and its logits
     row = head.weight.shape[1] * head.weight.element_size()
     for piece in pieces(len(kept), max(1, problem.memory_budget // (3 * row))):
         columns = kept[piece]
         part = replace(
-            problem, head=head[columns], labels=where - piece.start, memory_budget=max(1, problem.memory_budget // 3)
+            problem, head=head[columns], labels=labels - piece.start, memory_budget=max(1, problem.memory_budget // 3)
         )
-        for name, grad in backend.backward(part, found.values, _upstream(found.coef), share).items():
+        for name, grad in backend.backward(part, survey.values, _upstream(survey.coef), share).items():
             if name == "hidden":
                 sums[name] += grad
             else:
                 sums[name][columns] = grad.to(sums[name].dtype)
-    _put_tail(problem, found, groups, kept, (1 - share).clamp_(min=0), sums)
-    return {name: total.to(likes[name].dtype) for name, total in sums.items()}  # type: ignore[union-attr]
+    _add_tail(problem, survey, groups, kept, (1 - share).clamp_(min=0), sums)
+    return {name: total.to(tensors[name].dtype) for name, total in sums.items()}  # type: ignore[union-attr]
 
 
-def _put_tail(
-    problem: Problem, found: Survey, groups: list[slice], kept: Tensor, rest: Tensor, sums: dict[str, Tensor]
+def _add_tail(
+    problem: Problem, survey: Survey, groups: list[slice], kept: Tensor, mass: Tensor, sums: dict[str, Tensor]
 ) -> None:
-    """Add the tail, rank one a group; `rest` [N] is the mass each token has there."""
-    q = found.mass  # nobody else's: made into the tail's distributions in place, each over its largest entry
+    """Add the tail, of rank one a group; `mass` [N] is what each token's softmax has there."""
+    q = survey.mass  # nobody reads it afterwards: it becomes the tail's distributions, each over its largest entry
     q[:, kept] = 0
     peak, total = q.amax(-1, keepdim=True), q.sum(-1, keepdim=True)
     q /= torch.where(peak > 0, peak, 1.0)
     scale = torch.where(peak > 0, peak / total, 0.0)  # [groups, 1]
-    dead, dtype = found.coef.a == 0, problem.hidden.dtype
-    rest = torch.where(dead, 0.0, rest)[:, None] * row_factor(found.coef, problem.head)  # [N, 1]
+    no_softmax, dtype = survey.coef.a == 0, problem.hidden.dtype
+    factor = torch.where(no_softmax, 0.0, mass)[:, None] * row_factor(survey.coef, problem.head)  # [N, 1]
     if "hidden" in sums:
         parts = [q.to(dtype) @ matrix for matrix, _ in problem.head.matrices.values()]
         centers = torch.cat(parts, -1).to(q.dtype) * scale  # [groups, D]
         for group, center in zip(groups, centers, strict=True):
-            sums["hidden"][group] += rest[group] * center
+            sums["hidden"][group] += factor[group] * center
     if sums.keys() & problem.head.matrices.keys():
-        moved = torch.stack([(rest[group] * problem.hidden[group]).sum(0) for group in groups])
+        moved = torch.stack([(factor[group] * problem.hidden[group]).sum(0) for group in groups])
         moved = (moved * scale).to(dtype)
         for name, (_, features) in problem.head.matrices.items():
             if name in sums:
                 sums[name].addmm_(q.T.to(dtype), moved[:, features])
     if "bias" in sums:
-        sums["bias"] += q.T @ (torch.stack([rest[group].sum() for group in groups]) * scale.squeeze(-1))
+        sums["bias"] += q.T @ (torch.stack([factor[group].sum() for group in groups]) * scale.squeeze(-1))

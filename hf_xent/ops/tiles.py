@@ -22,10 +22,9 @@ from .algebra import Coefficients, State, finish
 from .problem import Problem
 from .statistics import wide
 
-STRIP_BYTES = (
-    4 << 20
-)  # a strip and its scratch stay in the caches of a CPU; smaller ones cost more calls than they save
-GPU_STRIP_BYTES = 64 << 20  # on accelerators a strip only bounds the scratch
+# A strip and its scratch stay in the caches of a CPU, and smaller ones cost more calls than they save; on accelerators
+# a strip only bounds the scratch.
+STRIP_BYTES, GPU_STRIP_BYTES = 4 << 20, 64 << 20
 
 
 def fold(

@@ -52,14 +52,14 @@ def check_text(owner: Any, name: str) -> None:
 
 def is_number(value: Any, interval: str) -> bool:
     """Whether something is a real number in an interval; True and False are none."""
-    found = INTERVAL.fullmatch(interval)
-    if found is None:
+    bounds = INTERVAL.fullmatch(interval)
+    if bounds is None:
         raise ValueError(f"interval is {interval!r}: write it as '[0, 1)'")
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
-    low, number, high = float(found[2]), float(value), float(found[3])
-    above = low <= number if found[1] == "[" else low < number
-    return above and (number <= high if found[4] == "]" else number < high)
+    low, number, high = float(bounds[2]), float(value), float(bounds[3])
+    above = low <= number if bounds[1] == "[" else low < number
+    return above and (number <= high if bounds[4] == "]" else number < high)
 
 
 def is_integer(value: Any) -> bool:

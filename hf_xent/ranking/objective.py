@@ -14,10 +14,14 @@ from .base import RankingLoss
 class Objective(nn.Module):
     """A loss over `rows` training rows; its state is in `state_dict`, float32.
 
-    objective = Objective(auc.get("tpauc_kl"), rows=len(dataset))
+    objective = Objective(ranking.get("tpauc_kl"), rows=len(dataset))
     loss = objective(logits, labels, index)            # all [B]; index: the rows' numbers in the training set
 
     State moves only in training mode with gradients on. A row that is twice in a batch gets the mean of its new states.
+
+    Args:
+        loss: A ranking loss, as `hf_xent.ranking.get` makes it.
+        rows: The number of training rows.
     """
 
     def __init__(self, loss: RankingLoss, rows: int):
@@ -34,7 +38,16 @@ class Objective(nn.Module):
     ) -> Tensor:
         """The loss of a batch; without both classes a zero that is connected to the logits, with a warning.
 
-        Raises: ValueError for shapes that differ, for an index that is needed, and for one that is not of integers.
+        Args:
+            logits: Of label 1 [B].
+            labels: 1 or 0 [B].
+            index: The rows' numbers in the training set [B]; None if the loss remembers nothing of rows.
+
+        Returns:
+            The loss, a scalar.
+
+        Raises:
+            ValueError: Shapes differ, an index is needed, or it is not of integers.
         """
         if labels.shape != logits.shape or (index is not None and index.shape != logits.shape):
             shapes = ", ".join(str(tuple(x.shape)) for x in (logits, labels, index) if x is not None)

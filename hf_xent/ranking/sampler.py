@@ -25,7 +25,14 @@ class DualSampler(Sampler[int]):
     Ranks take whole batches in turn, as accelerate deals them, so every rank's batch has both classes. The order
     depends on `seed` and the epoch (`set_epoch`) alone; torch's global generator is not touched.
 
-    Raises: ValueError for a missing class or a batch without room for both.
+    Args:
+        labels: 1 or 0 of every row of the data set [N].
+        batch_size: Rows a batch, 2 at least.
+        rate: Share of positives in a batch, in (0, 1); at least one is.
+        seed: Of the order.
+
+    Raises:
+        ValueError: A class is missing, or a batch has no room for both.
     """
 
     def __init__(self, labels: Sequence[int] | Tensor, batch_size: int, rate: float = 0.5, seed: int = 0):

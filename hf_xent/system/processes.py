@@ -37,10 +37,10 @@ class Worker:
     def __init__(self, name: str, target: Callable[..., None], *args: Any, remedy: str = ""):
         self.name, self.remedy = name, remedy
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=target, args=(theirs, *args), name=name, daemon=True)
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=target, args=(child, *args), name=name, daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of its pipe
+        child.close()  # so that the end of the process is the end of its pipe
 
     def send(self, message: Any) -> None:
         """Hand the process a message. Raises: Ended if it is gone."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 MODULES = {
@@ -40,6 +40,7 @@ MODULES = {
     "ops.kernels": "ops.gpu.kernels",
     "ops.parallel": "ops.shard",
     "ops.streaming": "ops.gpu.streaming",
+    "ranking.losses": "ranking",  # what `from hf_xent.auc import losses` asks for
     "study": "experiments.study",
     "trainers.callback": "callbacks.patching",
 }
@@ -133,14 +134,17 @@ class _Renamed(MetaPathFinder, Loader):
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}: use the new name", DeprecationWarning, stacklevel=_outside())
+    """Warn at the line that used the old name; elsewhere Python shows nobody a DeprecationWarning."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_on_the_way(frame):
+        frame = frame.f_back
+    module, code = frame.f_globals.get("__name__", "<unknown>"), frame.f_code
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    text = f"{old} is now {new}: use the new name"
+    warnings.warn_explicit(text, DeprecationWarning, code.co_filename, frame.f_lineno, module, registry)
 
 
-def _outside() -> int:
-    """The stack level of the first caller that is neither this file nor the import system."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_code.co_filename == __file__ or "importlib" in frame.f_code.co_filename
-    ):
-        level, frame = level + 1, frame.f_back
-    return level - 1
+def _is_on_the_way(frame: FrameType) -> bool:
+    """Whether a frame is this file's, the import system's, or that of a `__getattr__`, which calls `attribute`."""
+    code = frame.f_code
+    return code.co_filename == __file__ or "importlib" in code.co_filename or code.co_name == "__getattr__"

@@ -104,7 +104,12 @@ class Method(Mixin):
     def configured(cls, args: Config | None, arguments: Mapping[str, Any] | None = None) -> Config:
         """`args`, or the defaults for None; what the trainer cannot honor of these and of its keywords is refused.
 
-        Raises: ValueError for a configuration of another class, or an option or keyword that is declared as refused.
+        Args:
+            args: A `config_class`, or a class made from it.
+            arguments: Keywords that the trainer is made with.
+
+        Raises:
+            ValueError: A configuration of another class, or an option or keyword that is declared as refused.
         """
         if args is None:
             args = cls.config_class(output_dir="out")
@@ -136,7 +141,11 @@ class Method(Mixin):
             return super().prediction_step(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As the trainer below. Raises: ValueError for what is no data set, and a name that none has."""
+        """As the trainer below.
+
+        Raises:
+            ValueError: What is no data set, or a name that none has.
+        """
         known = [*self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
         if isinstance(eval_dataset, str) and eval_dataset not in known:
             raise ValueError(
@@ -148,7 +157,11 @@ class Method(Mixin):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As the trainer below. Raises: ValueError for what is no data set."""
+        """As the trainer below.
+
+        Raises:
+            ValueError: What is no data set.
+        """
         check_rows("test_dataset", test_dataset, self.columns)
         return super().get_test_dataloader(test_dataset)
 

@@ -117,6 +117,8 @@ class DXOTrainer(Method, Carded, Trainer):
     Raises:
         ValueError: A model of more labels or that is no classifier, a data set that is none or has no column of labels
             0 and 1, the configuration of another trainer, or options that do not fit.
+
+    Source: Thorat and Caines 2025, arXiv:2508.00619; Yuan et al. 2023, LibAUC, KDD.
     """
 
     config_class = DXOConfig
@@ -171,7 +173,11 @@ class DXOTrainer(Method, Carded, Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """BCE in evaluation and the warm start, else the loss, over the scores of all ranks."""
+        """BCE in evaluation and the warm start, else the loss, over the scores of all ranks.
+
+        Raises:
+            ValueError: A batch has labels other than 0 and 1 or none, or the model's logits are not of texts.
+        """
         inputs = dict(inputs)
         labels, index = inputs.pop("labels", None), inputs.pop(ROW, None)
         if labels is None or not bool(((labels == 0) | (labels == 1)).all()):
@@ -198,7 +204,11 @@ class DXOTrainer(Method, Carded, Trainer):
         return math.ceil(share * total) if share < 1 else int(share)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start."""
+        """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start.
+
+        Raises:
+            ValueError: The warm start is all of the training, or the schedule is no function of the step.
+        """
         new = self.lr_scheduler is None
         if 0 < num_training_steps <= self.warm_steps(num_training_steps):
             raise ValueError(
@@ -235,13 +245,21 @@ class DXOTrainer(Method, Carded, Trainer):
             self._signature_columns.append(ROW)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As `Trainer`. Raises: ValueError for a data set without a column of labels."""
+        """As `Trainer`.
+
+        Raises:
+            ValueError: A data set has no column of labels.
+        """
         if isinstance(eval_dataset, Dataset):
             check_labels(eval_dataset, "eval_dataset")
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As `Trainer`; labels that are all -1 or None stand for none. Raises: ValueError for others but 0 and 1."""
+        """As `Trainer`; labels that are all -1 or None stand for none.
+
+        Raises:
+            ValueError: Other labels are not 0 or 1.
+        """
         if isinstance(test_dataset, Dataset):
             test_dataset = without_unknown(test_dataset, "test_dataset")
         return super().get_test_dataloader(test_dataset)

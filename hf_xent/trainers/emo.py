@@ -72,11 +72,13 @@ class EMOTrainer(XentTrainer):
         model: The pretrained causal LM, also when resuming: `cost="frozen"` copies its head.
         args: The configuration. A plain `XentConfig` that asks for no loss is taken too: EMO with its defaults.
         loss: Registry name or `hf_xent.losses.Loss` of a baseline, which goes before `args.loss`.
-        **kwargs: As for `transformers.Trainer`.
+        **kwargs: As for `XentTrainer`, data sets too.
 
     Raises:
         ValueError: Options that EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
             model's; and what `XentTrainer` refuses.
+
+    Source: Ren, Wu, Zhu 2024, arXiv:2310.04691.
     """
 
     config_class = EMOConfig

@@ -119,6 +119,8 @@ class F2CTrainer(Method, Carded, Trainer):
     Raises:
         ValueError: Options that do not fit, the configuration of another trainer, a model that cannot be patched, an
             encoder and decoder, or compilation; in training, rows that are no items.
+
+    Source: Hejabi et al. 2025, arXiv:2510.14242.
     """
 
     config_class = F2CConfig
@@ -254,7 +256,8 @@ class F2CTrainer(Method, Carded, Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss, answers of all formats [B, K], and true labels [B] if there are any (-1 for unknown ones).
 
-        Raises: ValueError for a `gold` that is not the number of an answer.
+        Raises:
+            ValueError: A `gold` is not the number of an answer.
         """
         inputs = self._prepare_inputs(inputs)
         gold, self._choices = inputs.get("gold"), inputs["answers"].shape[2]

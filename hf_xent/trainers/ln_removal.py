@@ -121,6 +121,8 @@ class LNRemovalTrainer(XentTrainer):
     Raises:
         ValueError: A model whose norms cannot be removed, an option that would have no effect, and, in training, a
             schedule that does not fit model or steps, or `spread_weight` under reentrant checkpointing.
+
+    Source: Baroni et al. 2025, arXiv:2507.02559; mu is ours.
     """
 
     config_class = LNRemovalConfig

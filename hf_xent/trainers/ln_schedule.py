@@ -83,23 +83,26 @@ class LNRemovalCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule | None = None):
-        self.given = self.schedule = schedule
+        self._preset = self.schedule = schedule
         self._initial_shares: dict[str, float] | None = None  # when a training began that has not ended
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Settle the schedule for this number of steps. Raises: ValueError if it does not fit the model or the steps.
+        """Settle the schedule for this number of steps.
 
         A training that begins again from its first step, as `auto_find_batch_size` makes it, has its norms again.
+
+        Raises:
+            ValueError: The schedule does not fit the model or the steps, or there is none.
         """
         model = kwargs["model"]
-        if self.given is None:
+        if self._preset is None:
             if not isinstance(args, RemovalOptions):
                 raise ValueError(f"args is a {type(args).__name__}, which names no schedule: pass one to the callback")
             self.schedule = args.schedule_for(model, state.max_steps)
         assert self.schedule is not None
-        made_for_these_steps = self.given is None and args.schedule in SHARES
+        made_for_these_steps = self._preset is None and args.schedule in SHARES
         self.schedule.check(model, None if made_for_these_steps else state.max_steps)
         if self._initial_shares is not None and state.global_step == 0:
             for site, share in self._initial_shares.items():

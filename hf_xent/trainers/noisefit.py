@@ -120,6 +120,8 @@ class NoiseFiTTrainer(XentTrainer):
     Raises:
         ValueError: Options that do not fit, another loss than plain cross-entropy, an encoder and decoder, or
             compilation; in training, a model whose layers cannot be found or are fewer than asked for.
+
+    Source: Khadangi et al. 2025, arXiv:2504.03302; R-Drop: Liang et al. 2021, arXiv:2106.14448.
     """
 
     config_class = NoiseFiTConfig

@@ -98,13 +98,13 @@ class OSPConfig(SPCEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        made_later = "pairs are made on the way: set it to"
+        later = "pairs are made on the way: set it to"
         refuse_options(
             self,
             {
-                "precompute_ref_log_probs": f"{made_later} False",
-                "dataloader_persistent_workers": f"{made_later} False, or workers keep the first round's",
-                "train_sampling_strategy": f"{made_later} 'random'",
+                "precompute_ref_log_probs": f"{later} False",
+                "dataloader_persistent_workers": f"{later} False, or workers keep the first round's",
+                "train_sampling_strategy": f"{later} 'random'",
             },
         )
 
@@ -131,6 +131,8 @@ class OSPTrainer(SPCETrainer):
     Raises:
         ValueError: Options that do not fit, a data set without its columns, prompts that leave no room for an answer,
             or sharded parameters.
+
+    Source: Zhai et al. 2024, arXiv:2405.14103.
     """
 
     config_class = OSPConfig
@@ -165,7 +167,11 @@ class OSPTrainer(SPCETrainer):
         return encode_prompts(dataset, processing_class, args.max_length, args.max_new_tokens)
 
     def pairs(self, number: int) -> Dataset:
-        """The pairs of a round, from `output_dir`. Raises: ValueError if they are not there."""
+        """The pairs of a round, from `output_dir`.
+
+        Raises:
+            ValueError: They are not there.
+        """
         if not self._folder(number).is_dir():
             raise ValueError(f"no pairs of round {number} in {self._folder(number)}: start the run from its beginning")
         return load_from_disk(str(self._folder(number)))

@@ -103,6 +103,8 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
     Raises:
         ValueError: Options that do not fit, the configuration of another trainer, a data set without its columns, a
             column with values out of range, or a model that cannot be patched.
+
+    Source: Zhai et al. 2024, arXiv:2405.14103; Rafailov et al. 2023, arXiv:2305.18290 (DPO).
     """
 
     config_class: type = SPCEConfig

@@ -118,6 +118,8 @@ class SPO(Method, Streamed):
     Raises:
         ValueError: Options that do not fit, a configuration without `SPOOptions` or of another trainer, or a model that
             cannot be patched.
+
+    Source: Li et al. 2024, arXiv:2409.17791; the ordinal head: Cao et al. 2020, arXiv:1901.07884.
     """
 
     config_class: type = SPOOptions

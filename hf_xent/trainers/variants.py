@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data import rake
+from ..models.padding import padded
 
 
 @dataclass
@@ -23,18 +24,14 @@ class Variants:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch; without variants where no answer has a weight."""
         batch = self.inner(rows)
-        made = [variant for row in rows for variant in self._variants(row)]
-        if not made:
+        variants = [variant for row in rows for variant in self._variants(row)]
+        if not variants:
             return batch
-        length = max(len(ids) for ids, *_ in made)
-        shape = (len(made), length)
-        ids, mask, answer = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-        for i, (tokens, start, *_) in enumerate(made):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
-            answer[i, start : len(tokens)] = 1
-        degree, side, weight = (torch.tensor(column) for column in list(zip(*made, strict=True))[2:])
-        task = {"input_ids": ids, "attention_mask": mask, "answer": answer.bool(), "degree": degree, "side": side}
+        tokens, starts, *columns = zip(*variants, strict=True)
+        ids, mask = padded(tokens)
+        answer = mask.bool() & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
+        degree, side, weight = map(torch.tensor, columns)
+        task = {"input_ids": ids, "attention_mask": mask, "answer": answer, "degree": degree, "side": side}
         return {**batch, "spo": {**task, "weight": weight / (len(rows) * self.options.degrees)}}
 
     def _variants(self, row: dict[str, Any]) -> Iterator[tuple[list[int], int, int, int, float]]:
@@ -73,11 +70,11 @@ class Variants:
             return [text + answer[len(body) :] for text in texts]
         if not isinstance(answer, list):  # None where a message calls tools
             return [answer] * self.options.degrees
-        cut = []
+        variants = []
         for item in answer:  # messages, or parts of the content of one
             key = "content" if "content" in item else "text"
-            cut.append([{**item, key: text} if key in item else item for text in self._cut(item.get(key))])
-        return [list(items) for items in zip(*cut, strict=True)]
+            variants.append([{**item, key: text} if key in item else item for text in self._cut(item.get(key))])
+        return [list(items) for items in zip(*variants, strict=True)]
 
 
 def _has_text(answer: Any) -> bool:
@@ -96,5 +93,5 @@ def _template(row: dict[str, Any]) -> dict[str, Any]:
 
 def _common(one: list[int], other: list[int]) -> int:
     """Length of the common prefix."""
-    both = zip(one, other, strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -59,6 +59,8 @@ class XentConfig(Options, Tokenless, TrainingArguments):
 class XentTrainer(Method, Carded, Trainer):
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
+        loss = sum over all labels of a step of loss_t / their number          by default -log p(label)
+
     The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Logged beside it:
     `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
     last log; the same of every evaluation, under its prefix.
@@ -72,7 +74,8 @@ class XentTrainer(Method, Carded, Trainer):
         model: A causal LM (`AutoModelForCausalLM`, or an adapter of peft's around one). It is patched.
         args: The configuration; `XentConfig(output_dir="out")` if it is left out.
         loss: Registry name or `hf_xent.losses.Loss`, which goes before `args.loss`.
-        **kwargs: As for `transformers.Trainer`. A `compute_loss_func` gets lazy logits: what it asks of them
+        **kwargs: As for `transformers.Trainer`. Rows of the data sets have `input_ids` and `labels`, or `input_ids`
+            alone with a collator that makes the labels. A `compute_loss_func` gets lazy logits: what it asks of them
             (`F.cross_entropy`) is streamed, and logged if it is a cross-entropy.
 
     Raises:
@@ -133,7 +136,11 @@ class XentTrainer(Method, Carded, Trainer):
                 refuse_compilation(model, args, f"{name} would have no effect")
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`; a `compute_loss_func` gets lazy logits. Raises: ValueError for a batch without labels."""
+        """As `Trainer`; a `compute_loss_func` gets lazy logits.
+
+        Raises:
+            ValueError: A batch has no labels.
+        """
         if self.compute_loss_func is None:
             refuse_unlabeled(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)

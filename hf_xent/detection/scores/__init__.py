@@ -55,7 +55,7 @@ def get(score: str) -> Score:
     try:
         return SCORES.build(score)
     except ValueError as error:
-        raise error.__cause__ or error  # noqa: B904  a value outside of its range is told as the range tells it
+        raise error.__cause__ or error  # noqa: B904  the message of an option's range is shown as it is
 
 
 def sweep(name: str, **values: Sequence[Any]) -> list[str]:

@@ -16,7 +16,17 @@ import evaluate
 
 
 def path(name: str) -> Path:
-    """The folder of a module. Raises: ValueError for an unknown name."""
+    """The folder of a module.
+
+    Args:
+        name: A metric's name, such as 'tpr_at_fpr'.
+
+    Returns:
+        What `evaluate.load` takes.
+
+    Raises:
+        ValueError: An unknown name.
+    """
     here = Path(__file__).parent
     known = sorted(folder.name for folder in here.iterdir() if (folder / f"{folder.name}.py").exists())
     if name not in known:
@@ -25,7 +35,14 @@ def path(name: str) -> Path:
 
 
 def wrap(metric: Callable[..., float]) -> type[evaluate.Metric]:
-    """A function of (labels, scores, options) as an `evaluate.Metric` of references, predictions and options."""
+    """A metric as a module of `evaluate`.
+
+    Args:
+        metric: A function of labels, scores and options.
+
+    Returns:
+        A class of metrics whose `compute` takes predictions (scores), references (labels) and the options.
+    """
     features = datasets.Features(
         {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}  # float32 would make ties
     )

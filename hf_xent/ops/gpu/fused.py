@@ -1,9 +1,9 @@
-"""Triton kernels over stored logits: what `chunked` does strip by strip in torch, in one pass a tile on a GPU.
+"""Triton kernels over stored logits: what `tiles` does strip by strip in torch, in one pass a tile on a GPU.
 
     softmax_      raw products -> softmax, in place, and the statistics of the rows      2 reads, 1 write
     column_sums   softmax -> sums over tokens, for the sparse tail                       1 read
 
-Shapes: z [n, V] of any stride between rows. Numerics: as `algebra` says; z keeps its dtype.
+Shapes: z [n, V] of any stride between rows. Numerics: as `statistics` says; z keeps its dtype.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
@@ -23,22 +23,22 @@ def softmax_(
 ) -> dict[str, Tensor]:
     """The OUTPUTS of rows of raw products; with `spend` their softmax takes their place.
 
-    A given `lse` [n] is used instead of the rows' own (some columns of a larger vocabulary): then there are no
-    statistics, and `share` [n], if given, gains the rows' sums.
+    With `lse` [n], of a larger vocabulary of which these are some columns, it is used in place of the rows' own: then
+    no statistics are returned, and `share` [n], if there is one, gains the rows' sums.
     """
     dtype = wide(z.dtype)
     known = lse is not None
-    found = {name: z.new_empty(0 if known else len(z), dtype=dtype) for name in ("target", "entropy")}
-    found["top"] = labels.new_empty(0 if known else len(z))
+    values = {name: z.new_empty(0 if known else len(z), dtype=dtype) for name in ("target", "entropy")}
+    values["top"] = labels.new_empty(0 if known else len(z))
     lse = z.new_empty(len(z), dtype=dtype) if lse is None else lse.contiguous()
     if len(z):
         with torch.cuda.device_of(z):  # Triton launches on the current device
             _softmax_rows[(len(z),)](
-                z, labels.contiguous(), lse, found["target"], found["entropy"], found["top"], share,
+                z, labels.contiguous(), lse, values["target"], values["entropy"], values["top"], share,
                 z.shape[1], z.stride(0), float(head.scale),
                 SPEND=spend, KNOWN=known, ACC=_accumulator(dtype), BV=BLOCK, num_warps=WARPS,
             )  # fmt: skip
-    return {} if known else {"lse": lse, **found}
+    return {} if known else {"lse": lse, **values}
 
 
 def column_sums(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
@@ -56,10 +56,12 @@ def _accumulator(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 def _softmax_rows(
-    Z, Y, LSE, TARGET, ENTROPY, TOP, SHARE, V, stride, scale: tl.float64,
+    Z,  # [n, V]
+    Y, LSE, TARGET, ENTROPY, TOP, SHARE,  # [n] each; SHARE or None
+    V, stride, scale: tl.float64,
     SPEND: tl.constexpr, KNOWN: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. The fold is that of `kernels._stats_fwd`, for logits that are stored."""
+    """One row a program. The fold is that of `kernels._stats_fwd`, for stored logits."""
     row = tl.program_id(0).to(tl.int64)
     z_row = Z + row * stride
     factor = tl.full((1,), scale, ACC)
@@ -70,7 +72,7 @@ def _softmax_rows(
         l = tl.zeros((1,), ACC)
         s1 = tl.zeros((1,), ACC)
         top = tl.zeros((1,), tl.int64)
-        # read before the reductions below, which every warp waits for: later, another warp may have spent it
+        # read before the reductions below, for which every warp waits: later, another warp may have written p there
         tl.store(TARGET + row, tl.load(z_row + tl.load(Y + row)).to(ACC) * tl.sum(factor, 0))
         for start in range(0, V, BV):
             cols = start + tl.arange(0, BV)
@@ -105,9 +107,12 @@ def _softmax_rows(
 
 @triton.jit(do_not_specialize=("n",))
 def _column_sums(
-    P, A, ENERGY, MASS, n, V, stride, ACC: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr
+    P,  # [n, V]
+    A,  # [n]
+    ENERGY, MASS,  # [V] each
+    n, V, stride, ACC: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """BV columns a program, all rows: nobody else writes there."""
+    """BV columns a program, all rows: no other program writes there."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     col_in = cols < V
     energy = tl.zeros((BV,), ACC)

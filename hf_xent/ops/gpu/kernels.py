@@ -6,7 +6,7 @@
 
 Shapes: N tokens, V vocabulary, D hidden (D2 of the second head), walked in blocks BT, BV, BD. A pointer is the capital
 of its host name; a 2 marks the second head, a leading D a gradient, a leading G a coefficient. A pointer that is None
-is a compile-time constant: what was not asked for costs nothing.
+is a compile-time constant, so that what was not asked for costs nothing.
 Numerics: ACC (float32; float64 for float64 inputs) holds logits, states and sums. dz is rounded to the inputs' dtype
 for its matmuls, as dense autograd rounds it. DOT is the dtype tl.dot sees.
 Indexing: a row or column is widened to 64 bits before it meets a stride, as V D passes 2^31 in large heads.
@@ -19,8 +19,8 @@ import triton.language as tl
 
 @triton.jit
 def _product(
-    H, rows, row_in, stride_h,
-    W, B, cols, col_in, stride_wv, stride_wd,
+    H, rows, row_in, stride_h,  # [N, D], [BT], [BT]
+    W, B, cols, col_in, stride_wv, stride_wd,  # [V, D], [V] or None, [BV], [BV]
     D,
     ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def _chain(dz, z, scale, CAP: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=("N",))
 def _target_fwd(
-    H, W, B, Y, TARGET,
+    H, W, B, Y, TARGET,  # [N, D], [V, D], [V] or None, [N], [N]
     N, D, stride_h, stride_wv, stride_wd,
     scale: tl.float64, CAP: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -84,7 +84,7 @@ def _target_fwd(
 
 @triton.jit(do_not_specialize=("N",))
 def _stats_fwd(
-    H, W, B, Y, TARGET, H2, W2, B2,
+    H, W, B, Y, TARGET, H2, W2, B2,  # [N, D], [V, D], [V], [N], [N], [N, D2], [V, D2], [V]; B, H2, W2, B2 or None
     M, L, S1, S2, SP, SQ, SZ, TOP, RANK,  # [splits, N] each, or None
     N, V, D, stride_h, stride_wv, stride_wd,
     D2, stride_h2, stride_wv2, stride_wd2,
@@ -169,7 +169,7 @@ def _stats_fwd(
 
 @triton.jit
 def _push(
-    dz, H, W, DH, DW,
+    dz, H, W, DH, DW,  # [BT, BV], [N, D], [V, D], [N, D] or None, [V, D] or None
     rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd,
     ACC: tl.constexpr, DOT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -193,10 +193,10 @@ def _push(
 
 @triton.jit(do_not_specialize=("N",))
 def _stats_bwd(
-    H, W, B, Y, LSE, H2, W2, B2,
+    H, W, B, Y, LSE, H2, W2, B2,  # [N, D], [V, D], [V], [N], [N], [N, D2], [V, D2], [V]; B, H2, W2, B2 or None
     GA, GB, GC, GD, GS, GO,  # coefficients [N], or None for zero
     SHARE,  # [N] gains sum_j p_tj, or None
-    DH, DW, DB, DH2, DW2, DB2,  # sums, or None where frozen
+    DH, DW, DB, DH2, DW2, DB2,  # sums in the shapes of H, W, B, H2, W2, B2, or None where frozen
     N, V, D, stride_h, stride_wv, stride_wd,
     D2, stride_h2, stride_wv2, stride_wd2,
     scale: tl.float64, scale2: tl.float64, CAP: tl.constexpr, CAP2: tl.constexpr,
@@ -255,7 +255,7 @@ def _stats_bwd(
 
 @triton.jit(do_not_specialize=("N",))
 def _survey(
-    H, W, B, LSE, GA,
+    H, W, B, LSE, GA,  # [N, D], [V, D], [V] or None, [N], [N]
     ENERGY, MASS,  # [groups, V] each
     N, V, D, stride_h, stride_wv, stride_wd,
     scale: tl.float64, CAP: tl.constexpr,

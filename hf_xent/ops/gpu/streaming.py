@@ -4,8 +4,8 @@ Forward: every program folds BT rows over one split of the vocabulary; the split
 `algebra.merge`. Backward: every tile of logits is computed again, turned into dz, and multiplied into float32 sums of
 the gradients at once (atomics, so the order of the sum is not fixed). Kernels and formulas: `kernels`.
 
-Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as `algebra` says; matmuls of float32
-inputs are IEEE float32, not TF32.
+Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as `statistics` says; matmuls of
+float32 inputs are IEEE float32, not TF32.
 Source: tiles that live in registers only, as in Wijmans et al. 2024, Cut Your Losses, arXiv:2411.09009, sec. 4.
 """
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..algebra import Coefficients, State, coefficients, finish, merge
-from ..problem import TENSORS, Problem
+from ..head import Payload
+from ..problem import TENSORS, Problem, Upstream
 from ..statistics import wide
 from ..tail import Survey
 
@@ -97,10 +98,10 @@ def backward(
     return {name: sums[name].to(t.dtype) for name, t in wanted.items()}
 
 
-def survey(problem: Problem, objective: Any, groups: list[slice]) -> Survey:
-    """What `tail` needs to know of every column: a second visit, that stores no logit."""
+def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
+    """Statistics, coefficients and what `tail` needs to know of every column, in two visits that store no logit."""
     blocks, values = _check(problem), forward(problem)
-    coef = coefficients(values, objective(slice(0, len(problem.labels)), values), problem.head.size)
+    coef = coefficients(values, upstream(slice(0, len(problem.labels)), values), problem.head.size)
     a = coef.a.abs()
     largest = a.amax()
     energy, mass = (values["lse"].new_empty(len(groups), problem.head.size) for _ in range(2))
@@ -116,7 +117,7 @@ def survey(problem: Problem, objective: Any, groups: list[slice]) -> Survey:
 
 
 def _check(problem: Problem) -> Blocks:
-    """Whether the kernels can run on these tensors, and their blocks."""
+    """The kernels' blocks. Raises: ValueError where they cannot run on these tensors."""
     device, dtype = problem.hidden.device, problem.hidden.dtype
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -129,6 +130,7 @@ def _check(problem: Problem) -> Blocks:
 
 
 def _blocks(problem: Problem) -> Blocks:
+    """The blocks for the problem's dtype and the GPU's shared memory."""
     table = BLOCKS if problem.payload is None else PAYLOAD_BLOCKS
     index = problem.hidden.device.index or 0
     if triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < LARGE_SHARED_MEMORY:
@@ -139,7 +141,7 @@ def _blocks(problem: Problem) -> Blocks:
 def _splits(problem: Problem, blocks: Blocks) -> tuple[int, int]:
     """Into how many parts the vocabulary is cut, a power of two, and the columns of a part, whole tiles.
 
-    Enough programs for four waves: with few rows the splits fill the device, with many there is one.
+    There are enough programs for four waves: with few rows the splits fill the device, with many there is one split.
     """
     tiles = triton.cdiv(problem.head.size, blocks.columns)
     splits = 2
@@ -152,7 +154,7 @@ def _splits(problem: Problem, blocks: Blocks) -> tuple[int, int]:
 
 
 def _empty_states(problem: Problem, splits: int) -> State:
-    """Room for the states of every split, [splits, N] each; None is what no requested statistic needs."""
+    """Room for the states of every split, [splits, N] each; None for what no requested statistic needs."""
     names = {"m", "l"}.union(*(STATE_OF.get(name, ()) for name in problem.outputs))
     shape, dtype = (splits, len(problem.labels)), wide(problem.hidden.dtype)
     floats = {name: problem.hidden.new_empty(shape, dtype=dtype) for name in names}
@@ -168,12 +170,13 @@ def _fold(states: State) -> State:
 
 
 def _take(states: State, index: slice | int) -> State:
+    """The states of some splits."""
     parts = {f.name: getattr(states, f.name) for f in fields(State)}
     taken: dict[str, Any] = {name: None if part is None else part[index] for name, part in parts.items()}
     return State(**taken)
 
 
-def _operands(problem: Problem, payload: tuple[Tensor, Any] | None, blocks: Blocks) -> dict[str, Any]:
+def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict[str, Any]:
     """What every kernel reads, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second, second_head = payload or (None, None)
@@ -212,9 +215,9 @@ def _head_operands(hidden: Tensor | None, head: Any, suffix: str, accumulator: t
 
 
 def _gradient_pointers(coef: Coefficients, sums: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Coefficients and sums by parameter name; None is zero, or frozen."""
-    given = {f.name: getattr(coef, f.name) for f in fields(Coefficients)}
-    coefs = {f"G{name.upper()}": None if g is None else g.contiguous() for name, g in given.items()}
+    """Coefficients and sums by parameter name; None is a coefficient that is zero, or a tensor that is frozen."""
+    numbers = {f.name: getattr(coef, f.name) for f in fields(Coefficients)}
+    coefs = {f"G{name.upper()}": None if x is None else x.contiguous() for name, x in numbers.items()}
     return {**coefs, **{name: sums.get(tensor) for name, tensor in GRADIENTS.items()}}
 
 
