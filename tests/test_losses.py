@@ -776,6 +776,17 @@ def test_on_logits_in_low_precision_is_no_worse_than_torch(name, options, dtype)
     assert_no_worse(*of)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, by forward mode
+@without_teacher
+def test_on_logits_under_torch_func(name, options):
+    """Reverse mode and forward mode give what a backward does."""
+    loss, logits, labels = classes(name, options)
+    value, z, along = partial(loss.on_logits, labels=labels), logits.detach(), torch.randn_like(logits)
+    expected = torch.autograd.grad(value(logits), logits)[0]
+    torch.testing.assert_close(torch.func.grad(value)(z), expected)
+    torch.testing.assert_close(torch.func.jvp(value, (z,), (along,))[1], (expected * along).sum())
+
+
 def test_on_logits_refuses_what_logits_do_not_say():
     z, labels = torch.randn(4, V), torch.arange(4)
     for loss in (ForwardKL(), ReverseKL(), JSD()):

@@ -35,7 +35,11 @@ TANGENT_FROM = 60.0  # e^60 leaves float32 twelve digits of room to be summed ov
 
 @dataclass(frozen=True)
 class CompSum(Loss):
-    """`(p_y^(tau - 1) - 1) / (1 - tau)` per token; tau = 1 is cross-entropy."""
+    """`(p_y^(tau - 1) - 1) / (1 - tau)` per token; tau = 1 is cross-entropy.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     tau: float = 1.5
     """tau >= 0: 1 is cross-entropy, above it noisy labels weigh less, below it hard tokens weigh more."""

@@ -23,7 +23,11 @@ from .base import Loss
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """`-(1 - eps) log p_y - (eps / V) sum_j log p_j + zeta lse^2` per token, nats."""
+    """`-(1 - eps) log p_y - (eps / V) sum_j log p_j + zeta lse^2` per token, nats.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     label_smoothing: float = 0.0
     """eps in [0, 1): share of the target spread evenly over the vocabulary."""

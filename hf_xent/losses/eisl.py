@@ -27,7 +27,11 @@ from .sequence import SequenceLoss
 
 @dataclass(frozen=True)
 class EISL(SequenceLoss):
-    """`ngram_factor sum_n w_n EISL_n + ce_factor CE`; hidden [B, T, D] and labels [B, T], or one sequence."""
+    """`ngram_factor sum_n w_n EISL_n + ce_factor CE`; hidden [B, T, D] and labels [B, T], or one sequence.
+
+    Raises:
+        ValueError: A field is out of its range, or there is not one weight for each n.
+    """
 
     ngrams: tuple[int, ...] = (1, 2)
     """Lengths n; 0 is T, -1 is T - 1, ...; those that do not fit a run are dropped, n = T stands in if none does."""

@@ -26,7 +26,12 @@ from .base import Loss, valid
 
 @dataclass(frozen=True, eq=False)
 class EMO(Loss):
-    """`1/2 (nll + sg[nll / d] d)` per token, d the expected cosine distance between predicted token and label."""
+    """`1/2 (nll + sg[nll / d] d)` per token, d the expected cosine distance between predicted token and label.
+
+    Raises:
+        ValueError: A field is out of its range, the cost is no matrix, or `ratio_clamp` is given to another variant
+            than emo1.
+    """
 
     variant: str = "emo1"
     """'emo1' leans on cross-entropy, 'emo2' on the distance, 'emo' is the distance alone."""

@@ -23,7 +23,11 @@ from .base import Loss
 
 @dataclass(frozen=True)
 class Focal(Loss):
-    """`-(1 - p_y)^gamma log p_y` per token, nats."""
+    """`-(1 - p_y)^gamma log p_y` per token, nats.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     gamma: float = 2.0
     """gamma >= 0: focusing strength; 0 is cross-entropy."""

@@ -24,7 +24,11 @@ from .distillation import Distillation
 
 @dataclass(frozen=True)
 class ForwardKL(Distillation):
-    """`T^2 KL(teacher || student)` per token, nats."""
+    """`T^2 KL(teacher || student)` per token, nats.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     uses = ("lse",)
 

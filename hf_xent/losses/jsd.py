@@ -28,7 +28,11 @@ from .distillation import Distillation
 
 @dataclass(frozen=True)
 class JSD(Distillation):
-    """`T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))` per token, m the mixture with beta of the teacher."""
+    """`T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))` per token, m the mixture with beta of the teacher.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     beta: float = 0.5
     """beta in (0, 1): the teacher's share of the mixture."""

@@ -23,7 +23,11 @@ from .base import Loss
 
 @dataclass(frozen=True)
 class MixCE(Loss):
-    """`-(eta + (1 - eta) sg[p_y]) log p_y` per token."""
+    """`-(eta + (1 - eta) sg[p_y]) log p_y` per token.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     eta: float = 0.5
     """eta in [0, 1]: share of the forward cross-entropy (the authors' best runs: 0.1, 0.3, 0.7, by data set)."""

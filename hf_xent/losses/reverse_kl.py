@@ -26,7 +26,11 @@ from .distillation import Distillation
 
 @dataclass(frozen=True)
 class ReverseKL(Distillation):
-    """`T^2 KL(student || teacher)` per token, nats."""
+    """`T^2 KL(student || teacher)` per token, nats.
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     uses = ("entropy", "payload")
 

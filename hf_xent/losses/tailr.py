@@ -26,7 +26,11 @@ from .base import Loss
 
 @dataclass(frozen=True)
 class TaiLr(Loss):
-    """`-sg[w] log p_y` per token, w = clamp(p_y / (gamma + (1 - gamma) p_y), w_min, 1)."""
+    """`-sg[w] log p_y` per token, w = clamp(p_y / (gamma + (1 - gamma) p_y), w_min, 1).
+
+    Raises:
+        ValueError: A field is out of its range.
+    """
 
     gamma: float = 1.0
     """gamma in [0, 1]: how strongly improbable targets are trusted less (the authors' runs: 1e-7, 0.1, 0.8)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .heads import fleeting, is_split
+from .heads import is_split, why_not_kept
 
 _NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
@@ -20,7 +20,7 @@ def is_plain(module: Any) -> bool:
     """Whether a layer's numbers can be had in float64 for a while: they lie here, whole, where there is float64."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     elsewhere = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in tensors)
-    return not elsewhere and not (hasattr(module, "weight") and fleeting(module))
+    return not elsewhere and not (hasattr(module, "weight") and why_not_kept(module))
 
 
 @contextmanager

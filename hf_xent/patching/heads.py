@@ -103,7 +103,7 @@ def local_head(linear: nn.Linear) -> Head | None:
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
 
 
-def fleeting(linear: nn.Linear) -> str:
+def why_not_kept(linear: nn.Linear) -> str:
     """Why a head's weight does not outlive its call, so that it cannot be read later; empty if it does.
 
     Makes FSDP2 keep it until the backward.

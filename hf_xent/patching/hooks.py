@@ -14,7 +14,7 @@ from ..lazy import LazyLogits
 from ..ops import Head
 from ..ops.higher import composed
 from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, Patch, patch_on
-from .heads import fleeting, local_head
+from .heads import local_head, why_not_kept
 
 
 class LazyForward:
@@ -59,7 +59,7 @@ class LazyForward:
             if call is None and torch.is_grad_enabled():
                 self.patch.state.bypass(OUTSIDE)
             return None
-        reason = COMPOSED if composed(input, self.linear.weight) else fleeting(self.linear)
+        reason = COMPOSED if composed(input, self.linear.weight) else why_not_kept(self.linear)
         raw = None if reason else local_head(self.linear)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"

@@ -182,29 +182,29 @@ class NoiseFiTTrainer(XentTrainer):
         return (loss, output) if return_outputs else loss
 
     def _hybrid(self, passes: list[Payload], labels: Tensor, num_items: Tensor | None) -> Tensor:
-        args, seam = self.args, patch_state(self.model)
+        args, state = self.args, patch_state(self.model)
         tokens = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
         tokens = tokens.clamp(min=1)  # a step without labels is a zero
 
         def cross_entropy(hidden_and_head: Payload, observe: tuple[str, ...] = ()) -> Tensor:
             loss, stats = CrossEntropy().compute(
-                *hidden_and_head, labels, num_items=tokens, observe=observe, **seam.options
+                *hidden_and_head, labels, num_items=tokens, observe=observe, **state.options
             )
             if observe:
-                seam.record(stats)
+                state.record(stats)
             return loss
 
         if args.method == "rdrop":
             first, second = passes
-            divergences = sum(divergence(p, q, labels, **seam.options) for p, q in ((first, second), (second, first)))
-            mean_ce = (cross_entropy(first, seam.observe) + cross_entropy(second)) / 2
+            divergences = sum(divergence(p, q, labels, **state.options) for p, q in ((first, second), (second, first)))
+            mean_ce = (cross_entropy(first, state.observe) + cross_entropy(second)) / 2
             return mean_ce + args.rdrop_weight * divergences.sum() / (2 * tokens)  # type: ignore[union-attr]  # of tensors
         soft, consistency = disagreement(
-            passes, labels, temperature=args.temperature, version=args.version, **seam.options
+            passes, labels, temperature=args.temperature, version=args.version, **state.options
         )
         self._note("divergence", soft.sum(), (labels != -100).sum())
         divergences = (1 - args.ce_weight) * soft + args.consistency_weight * consistency
-        return args.ce_weight * cross_entropy(passes[0], seam.observe) + divergences.sum() / tokens
+        return args.ce_weight * cross_entropy(passes[0], state.observe) + divergences.sum() / tokens
 
     def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
         """The layers to disturb, ascending: given, or by the signal-to-noise ratio of one batch in evaluation mode.
