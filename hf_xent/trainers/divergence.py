@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import Payload, vocab_stats
+from ..losses import kl
+from ..ops import Payload
+from ..ops.dispatch import stream_stats
+from ..ops.request import Request
 
 
 def disagreement(
@@ -27,26 +30,20 @@ def disagreement(
         students = [(hidden, head.tempered(temperature)) for hidden, head in students]
         teacher, other = ((hidden.detach(), head.detach()) for hidden, head in (teacher, students[1]))
         factor = temperature**2
-    first, second = (vocab_stats(*student, labels, outputs=("lse",), **options).lse for student in students)
-    soft = (first + second) / 2 - _expected_logit(teacher, students, labels, **options)
-    return factor * soft, factor * (first - _expected_logit(other, students[:1], labels, **options))
+    request = Request(**options)
+    first, second = (stream_stats(*student, labels, ("lse",), request).lse for student in students)
+    soft = (first + second) / 2 - _expected_logit(teacher, students, labels, request)
+    return factor * soft, factor * (first - _expected_logit(other, students[:1], labels, request))
 
 
 def divergence(p: Payload, q: Payload, labels: Tensor, **options: Any) -> Tensor:
-    """KL(softmax of p's logits || softmax of q's) in the shape of labels, nats, 0 at ignored positions; no logits.
-
-        KL = lse_q - (H_p + sum_j p_j z_qj)
-
-    `p` and `q` are (hidden [..., D], head) over one vocabulary, differentiated both; options as `vocab_stats`.
-    """
-    return vocab_stats(*q, labels, outputs=("lse",), **options).lse - _expected_logit(p, [q], labels, **options)
+    """`losses.kl.divergence` of two passes, both differentiated, with options as `vocab_stats` takes them."""
+    return kl.divergence(p, q, labels, Request(**options))
 
 
-def _expected_logit(p: Payload, others: list[Payload], labels: Tensor, **options: Any) -> Tensor:
-    """H_p + the mean over the others q, which share a head, of sum_j p_j z_qj."""
+def _expected_logit(p: Payload, others: list[Payload], labels: Tensor, request: Request) -> Tensor:
+    """The mean of p's expected logits over the others, which share a head."""
     head = others[0][1]
     if head.softcap is None:  # logits are linear in the hidden states: one reduction for all
         others = [(torch.stack([hidden for hidden, _ in others]).mean(0), head)]
-    outputs = ("entropy", "payload")
-    moments = [vocab_stats(*p, labels, outputs=outputs, payload=other, **options) for other in others]
-    return torch.stack([stats.entropy + stats.payload for stats in moments]).mean(0)
+    return torch.stack([kl.expected_logit(p, other, labels, request) for other in others]).mean(0)
