@@ -114,7 +114,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
             file, _, thing = entry.partition(":")
             path = Path(sys.modules[self.package].__path__[0], *file.split(".")).with_suffix(".py")
         else:
-            path, thing = Path(str(sys.modules[entry.__module__].__file__)), entry.__name__
+            path, thing = Path(str(sys.modules[entry.__module__].__file__)), getattr(entry, "__name__", "")
         return {"name": name, "object": thing, **_described(path, thing)}
 
     def table(self) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from ..data import Format
 from ..lazy import LazyLogits
 from ..models.anatomy import positions
 from ..models.contexts import eval_mode
+from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import patched
 
@@ -230,9 +231,8 @@ class ModelJudge:
 
     def _odds(self, prompts: list[list[int]], verdicts: list[int]) -> Tensor:
         """sigma(z_A - z_B) [n] after prompts of any lengths."""
-        model, width = self.model, max(map(len, prompts))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in prompts], device=model.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in prompts], device=model.device)
+        model = self.model
+        ids, mask = padded(prompts, device=model.device)
         with torch.no_grad(), eval_mode(model), patched(model, always=True):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]

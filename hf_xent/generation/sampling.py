@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.anatomy import check_room
+from ..models.padding import padded
 from ..ops import Head, vocab_stats
 from ..options.ranges import check_count, is_integer, is_number
 from ..patching import patched
@@ -52,8 +53,7 @@ def responses(
         raise ValueError(f"prompts has {len(prompts)} rows, all of which need a token at least")
     length, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
     check_room(model, length + tokens, f"length of prompts ({length}) and tokens ({tokens})")
-    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    ids, mask = padded(prompts, pad, left=True, device=model.device)
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -12,7 +12,6 @@ is on the Hub, as an entry in `.eval_results/`.
 
 from __future__ import annotations
 
-import platform
 import re
 import sys
 from dataclasses import MISSING, Field, fields
@@ -24,6 +23,7 @@ from typing import Any
 
 from ..losses.base import Loss
 from ..system import figures
+from ..system.machine import cpu_name
 from .cards import known, render
 from .usage import HERE, usage_of
 
@@ -181,9 +181,7 @@ def hardware(device: Any) -> str:
 
     if device.type == "cuda":
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
-    return f"{device.type}: {found[1] if found else platform.processor() or platform.machine()}"
+    return f"{device.type}: {cpu_name()}"
 
 
 def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, float]) -> Any:

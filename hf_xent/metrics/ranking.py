@@ -9,7 +9,7 @@
     threshold_at_fpr(f) the least threshold that at most a share f of the negatives reaches
 
 Direction: labels are 1 (member, generated) and 0, and a larger score speaks for 1; turn scores that speak for 0 around
-(`hf_xent.detection.Scores.oriented` does). Repositories differ on "TPR@5%FPR": detect-pretrain-code, DC-PDD and mimir
+(`hf_xent.detection.Score.oriented` does). Repositories differ on "TPR@5%FPR": detect-pretrain-code, DC-PDD and mimir
 take FPR < 5 %, mink-plus-plus and ACMIA FPR <= 5 %, the default here.
 
 `bootstrap` gives any of them an interval: both classes are redrawn with replacement, each at its own size, and the
