@@ -1,6 +1,7 @@
 """Old names of modules and of what is in them: each warns, names the new one, and leads to the same object."""
 
 import importlib
+import inspect
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 import pytest
 
 import hf_xent
+from hf_xent import detection
 from hf_xent.system.renamed import MODULES, NAMES
 
 
@@ -101,3 +103,12 @@ def test_what_never_was_is_an_error():
         importlib.import_module("hf_xent.nonesuch")
     with pytest.raises(AttributeError, match="module 'hf_xent' has no attribute 'nonesuch'"):
         _ = hf_xent.nonesuch
+
+
+def test_old_keywords_work_and_warn():
+    scores = {"loss": [0.1, 0.9, 0.2, 0.8]}
+    expected = detection.evaluate(scores, [1, 0, 1, 0], resamples=10)
+    with pytest.warns(DeprecationWarning, match=r"evaluate\(found=\) is now scores=: use the new name") as warned:
+        assert detection.evaluate(found=scores, labels=[1, 0, 1, 0], resamples=10) == expected
+    assert warned[0].filename == __file__
+    assert list(inspect.signature(detection.evaluate).parameters) == ["scores", "labels", "texts", "resamples"]

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from ..metrics import ranking as metrics
 from ..options.ranges import check_count
+from ..system.renamed import parameters
 from .scores import get
 
 BLIND = "blind"
@@ -59,6 +60,7 @@ def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int 
     return scores
 
 
+@parameters(found="scores")
 def evaluate(
     scores: Mapping[str, ArrayLike], labels: ArrayLike, texts: Sequence[str] | None = None, *, resamples: int = 1000
 ) -> dict[str, dict[str, float]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MODULES = {
     "auc": "ranking",
@@ -33,6 +36,7 @@ MODULES = {
     "judging": "generation.judging",
     "lazy.seam": "lazy.state",
     "ln_free.recipes": "trainers.ln_recipes",
+    "losses.catalog": "registry",
     "losses.ranges": "options.ranges",
     "mirostat": "generation.mirostat",
     "mode": "models.contexts",
@@ -98,6 +102,22 @@ def attribute(module: str, name: str) -> Any:
     home, _, new = NAMES[old].rpartition(".")
     _warn(f"{module}.{name}", f"{package}.{NAMES[old]}")
     return getattr(import_module(f"{package}.{home}"), new)
+
+
+def parameters(**names: str) -> Callable[[F], F]:
+    """Lets a function take keywords by the names they had before: `@parameters(old="new")`."""
+
+    def wrap(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                _warn(f"{function.__name__}({old}=)", f"{names[old]}=")
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return run  # type: ignore[return-value]  # it has the function's signature
+
+    return wrap
 
 
 def install(package: str) -> None:
