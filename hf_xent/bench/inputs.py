@@ -15,6 +15,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from ..data import DATASETS, load_text, pack
 from ..models.cache import cache_folder
 from ..models.loading import load
 from ..models.packaged import DEFAULT
+from ..system import renamed
 from .calibrated import DEFAULT_LAW, generate
 from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, BenchConfig
 
@@ -205,3 +207,7 @@ def read_activations(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
     if len(labels) < tokens:
         raise ValueError(f"{path} has {len(labels)} positions: ask for fewer tokens")
     return {"hidden": hidden[:tokens].float(), "weight": weight * scale[:, None], "labels": labels[:tokens]}, source
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

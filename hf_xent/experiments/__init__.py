@@ -1,1 +1,1 @@
-"""Floor 4: runs that are compared with one another: their arms, their curves, and the page that reports them."""
+"""Floor 4: runs that are measured and compared: fine-tuning arms, scores of texts, studies over seeds; and pictures."""

@@ -51,6 +51,8 @@ MODULES = {
 """Old module -> new one, both without the name of the package."""
 
 NAMES: dict[str, str] = {
+    "bench.inputs.export": "bench.inputs.write_activations",
+    "bench.inputs.exported": "bench.inputs.read_activations",
     "bench.publish": "bench.pages.write_page",
     "bench.rewrite": "bench.pages.update_readme",
     "data.export": "hub.datasets.export",
