@@ -8,7 +8,6 @@ machine meets both alike, and the time is the median of the ratios within a roun
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ import torch
 from hf_xent import data
 from hf_xent.bench.memory import PeakMemory
 from hf_xent.models import loading
+from hf_xent.system.processes import Worker
 
 SIDES = ("TRL", "hf_xent")
+REMEDY = "try fewer pairs"
 RTOL = 1e-3  # float32 sums of thousands of log-probabilities, in another order
 
 
@@ -48,20 +49,17 @@ class Step:
 
 def run(shape: Shape, rounds: int) -> dict[str, list[Step]]:
     """The warm-up and `rounds` timed steps of both sides. Raises: RuntimeError if they do not agree."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for side in SIDES:
-        pipes[side], child_end = context.Pipe()
-        context.Process(target=_serve, args=(child_end, side, shape, torch.get_num_threads()), daemon=True).start()
-        child_end.close()  # so that the end of a process is the end of its pipe
+    threads = torch.get_num_threads()
+    workers = {side: Worker(f"the run of {side}", _serve, side, shape, threads, remedy=REMEDY) for side in SIDES}
     steps: dict[str, list[Step]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
         for side in SIDES if number % 2 else reversed(SIDES):
-            pipes[side].send(True)
-            steps[side].append(_receive(side, pipes[side]))
+            workers[side].send(True)
+            steps[side].append(workers[side].receive())
         _check_agreement(steps["hf_xent"][-1], steps["TRL"][-1])
-    for pipe in pipes.values():
-        pipe.send(False)
+    for worker in workers.values():
+        worker.send(False)
+        worker.close()
     return steps
 
 
@@ -82,14 +80,6 @@ def table(measured: dict[str, list[Step]]) -> str:
         memory = steps[0].mib / base[0].mib
         lines.append(f"| {side} | {steps[0].mib:.0f} | {seconds:.1f} | {memory:.2f} | {ratio:.2f} |")
     return "\n".join(lines)
-
-
-def _receive(side: str, pipe: Connection) -> Step:
-    try:
-        step: Step = pipe.recv()
-    except EOFError:
-        raise RuntimeError(f"the run of {side} ended without a word (killed for memory?): try fewer pairs") from None
-    return step
 
 
 def _serve(pipe: Connection, side: str, shape: Shape, threads: int) -> None:

@@ -227,7 +227,7 @@ def test_update_readme_replaces_what_is_between_the_markers(tmp_path: Path) -> N
         assert text.startswith("above\n<!-- bench -->\nMean") and text.endswith(".\n<!-- /bench -->\nbelow\n")
         assert "[GPU](results/gpu.md)" in text and "old" not in text and text.count("| dense |") == 1
     readme.write_text(text.replace("](results/", "](https://example.org/blob/main/results/"))
-    bench.rewrite(readme, folder)
+    bench.update_readme(readme, folder)
     assert "[GPU](https://example.org/blob/main/results/gpu.md)" in readme.read_text()
 
 

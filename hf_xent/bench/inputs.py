@@ -10,10 +10,10 @@ The truth is torch's own cross-entropy and its gradients, in float64 for float32
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..models.cache import cache_folder
 from ..models.loading import load
 from ..models.packaged import DEFAULT
 from ..system import renamed
+from ..system.files import replace_atomically
 from .calibrated import DEFAULT_LAW, generate
 from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, BenchConfig
 
@@ -116,10 +117,7 @@ def activations(config: BenchConfig) -> dict[str, Tensor]:
     tensors = load_file(path) if path.is_file() else None
     if tensors is None or len(tensors["labels"]) < config.tokens:
         tensors = collect(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        save_file(tensors, draft)
-        os.replace(draft, path)  # in one step: another run may be reading
+        replace_atomically(path, partial(save_file, tensors))  # another run may be reading
     return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in tensors.items()}
 
 

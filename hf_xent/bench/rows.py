@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import platform
 import re
 import subprocess
 from collections.abc import Iterable
@@ -16,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..system.files import replace_atomically
+from ..system.machine import cpu_name
 from .config import shaped
 
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
@@ -97,11 +97,7 @@ def device_name(device: str) -> str:
     """The model of the GPU or CPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def to_csv(rows: Iterable[Row], folder: Path | str) -> list[Path]:
@@ -151,14 +147,13 @@ def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:
 
 
 def _write_csv(path: Path, rows: list[Row]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    os.replace(draft, path)  # in one step: a sweep that is stopped here loses nothing
-    return path
+    def write(draft: Path) -> None:
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+    return replace_atomically(path, write)  # a sweep that is stopped here loses nothing
 
 
 def _parse(text: str, kind: str) -> Any:

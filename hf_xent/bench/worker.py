@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..system.processes import Ended, Worker
 from .contestants import Contestant, iterate
 from .memory import PeakMemory
 
@@ -39,34 +39,24 @@ class Remote:
 
     def __init__(self, name: str, contestant: Contestant, folder: Path, device: str, threads: int):
         self.name, self.contestant = name, contestant
-        context = multiprocessing.get_context("spawn")
-        self.pipe, child_end = context.Pipe()
-        arguments = (child_end, contestant, folder, device, threads)
-        self.process = context.Process(target=serve, args=arguments, name=f"bench {name}", daemon=True)
         small = (folder / "inputs.safetensors").stat().st_size < SMALL
         with _environment(**({"OMP_WAIT_POLICY": "PASSIVE"} if small else {})):
-            self.process.start()
-        child_end.close()  # so that the end of the process is the end of its pipe
+            self.worker = Worker(f"bench {name}", serve, contestant, folder, device, threads)
 
     def ask(self, method: str, *args: Any) -> Any:
         """The answer to 'check', 'use', 'warm', 'time' or 'memory', as methods of `_Job` give it."""
         try:
-            self.pipe.send((method, args))
-            succeeded, answer = self.pipe.recv()
-        except (EOFError, OSError) as error:
-            self.process.join(5)
-            raise Failed(f"its process died with exit code {self.process.exitcode} (-9: out of memory)") from error
+            self.worker.send((method, args))
+            succeeded, answer = self.worker.receive()
+        except Ended as error:
+            raise Failed(f"its process died with exit code {error.exitcode} (-9: out of memory)") from error
         if not succeeded:
             raise Failed(answer)
         return answer
 
     def close(self) -> None:
         """End the process."""
-        self.pipe.close()
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.worker.close()
 
 
 @contextmanager

@@ -6,12 +6,12 @@ of memory. Same seed, same batches, same optimizer: only the loss differs.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import Any
 
+from ..system.processes import Worker
 from .finetuning import PATCHED, STOCK, Outcome, Run, fit
 
 Report = Callable[[str, int | str], None]
@@ -31,52 +31,40 @@ def side_by_side(run: Run, report: Report = lambda arm, progress: None) -> list[
     Raises:
         RuntimeError: If an arm failed, with its message.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for arm in (STOCK, PATCHED):
-        pipes[arm], child_end = context.Pipe()
-        process = context.Process(target=_serve, args=(run, arm, child_end), daemon=True)
-        process.start()
-        child_end.close()
-        processes.append(process)
+    remedy = "try a smaller batch_size"
+    workers = {arm: Worker(f"the {arm} run", _serve, run, arm, remedy=remedy) for arm in (STOCK, PATCHED)}
+    patience = 0.0  # seconds that a run has to clean up after itself, once the other has failed
     try:
-        outcomes = _take_turns(pipes, report)
-        for process in processes:  # let them clean up after themselves
-            process.join(timeout=30)
+        outcomes = _take_turns(workers, report)
+        patience = 30.0
         return outcomes
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        for worker in workers.values():
+            worker.close(patience)
 
 
-def _take_turns(pipes: dict[str, Any], report: Report) -> list[Outcome]:
+def _take_turns(workers: dict[str, Worker], report: Report) -> list[Outcome]:
     """Let one arm step at a time: the next arm may go only after this one's next message has come."""
     messages: dict[str, tuple[str, Any]] = {}
-    while len(messages) < len(pipes):  # both load at the same time, and messages are read as they come
-        for arm, pipe in pipes.items():
-            if arm not in messages and pipe in wait([p for a, p in pipes.items() if a not in messages]):
-                _receive(arm, pipe, messages, report)
+    while len(messages) < len(workers):  # both load at the same time, and messages are read as they come
+        for arm, worker in workers.items():
+            if arm not in messages and worker.pipe in wait([w.pipe for a, w in workers.items() if a not in messages]):
+                _receive(arm, worker, messages, report)
     while any(kind == "step" for kind, _ in messages.values()):
-        for arm, pipe in pipes.items():
+        for arm, worker in workers.items():
             kind, step = messages[arm]
             if kind == "step":
                 report(arm, step)
-                pipe.send("go")
+                worker.send("go")
                 del messages[arm]
                 while arm not in messages:
-                    _receive(arm, pipe, messages, report)
-    return [Outcome(**messages[arm][1]) for arm in pipes]
+                    _receive(arm, worker, messages, report)
+    return [Outcome(**messages[arm][1]) for arm in workers]
 
 
-def _receive(arm: str, pipe: Any, messages: dict[str, tuple[str, Any]], report: Report) -> None:
+def _receive(arm: str, worker: Worker, messages: dict[str, tuple[str, Any]], report: Report) -> None:
     """Read one message of an arm: a phase is passed on to `report`, a step or an outcome is kept."""
-    try:
-        kind, value = pipe.recv()
-    except EOFError:
-        raise RuntimeError(
-            f"the {arm} run ended without a word (killed for memory?): try a smaller batch_size"
-        ) from None
+    kind, value = worker.receive()
     if kind == "error":
         raise RuntimeError(f"the {arm} run failed: {value}")
     if kind == "phase":
@@ -85,7 +73,7 @@ def _receive(arm: str, pipe: Any, messages: dict[str, tuple[str, Any]], report: 
         messages[arm] = (kind, value)
 
 
-def _serve(run: Run, arm: str, pipe: Any) -> None:
+def _serve(pipe: Any, run: Run, arm: str) -> None:
     """Train one arm in its own process, and wait for the parent's word before each step."""
     from ..bench.memory import return_large_blocks
 

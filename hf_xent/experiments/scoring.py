@@ -26,6 +26,7 @@ from ..data.files import place_of
 from ..detection import CountedText, TextScorer, evaluate, get
 from ..detection.counts import tracked
 from ..models.loading import load
+from ..system.files import replace_atomically
 from .curves import draw_roc
 from .detection import CLASSES, DEFAULT_CORPUS, Detection, Task
 from .labels import binary_labels
@@ -180,13 +181,15 @@ def _write_rows(rows: Any, scores: dict[str, np.ndarray], output: Path) -> None:
     """Write the rows with a column for each score, in one step."""
     for name, values in scores.items():
         rows = rows.add_column(name, values)
-    whole = output.with_name(f".{output.name}.whole")
     method, options = WRITERS[output.suffix.lower()]
     if not options.get("lines", True):
         options = {**options, "batch_size": len(rows)}  # one list cannot be written in parts
-    with whole.open("wb") as file:  # opened here: `datasets` would take a name for a pattern
-        getattr(rows, method)(file, **options)
-    whole.replace(output)
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:  # opened here: `datasets` would take a name for a pattern
+            getattr(rows, method)(file, **options)
+
+    replace_atomically(output, write)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -28,6 +28,7 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from ..hub import render
+from ..system.files import replace_atomically
 
 
 @dataclass
@@ -96,10 +97,8 @@ class Study:
             metrics: Metric -> number.
         """
         self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
-        self.output.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_suffix(".tmp")
-        draft.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1))
-        draft.replace(self.file)  # whole or not at all
+        text = json.dumps({"settings": self.settings, "results": self.results}, indent=1)
+        replace_atomically(self.file, lambda draft: draft.write_text(text))
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """Seed -> the number of an arm's metric; empty if the arm does not have it."""
