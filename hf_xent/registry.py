@@ -70,7 +70,11 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return ", ".join(self.entries)
 
     def find(self, name: str) -> T:
-        """An entry by name. Raises: ValueError for an unknown name, which lists the known ones."""
+        """An entry by name.
+
+        Raises:
+            ValueError: The name is unknown; the message lists the known ones.
+        """
         if name not in self.entries:
             raise ValueError(f"{self.kind} is {name!r}: choose one of {self.names()}")
         return self[name]
@@ -81,7 +85,15 @@ class Registry(MutableMapping[str, T], Generic[T]):
         Options given as text are read as Python literals, else as words. An entry that is no class is configured by
         its method `with_options`.
 
-        Raises: ValueError for an unknown name, or an option that the entry does not have or does not accept.
+        Args:
+            text: The name, with options behind it if wanted.
+            **options: More options; none may be in the text, too.
+
+        Returns:
+            The instance, with its options checked.
+
+        Raises:
+            ValueError: The name is unknown, or the entry does not have an option or does not accept its value.
         """
         name, _, written = str(text).partition(":")
         if name not in self.entries:
@@ -123,7 +135,11 @@ class Registry(MutableMapping[str, T], Generic[T]):
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Options written as text: 'gamma=3, variant=emo2' is {'gamma': 3, 'variant': 'emo2'}. Raises: ValueError."""
+    """Options written as text: 'gamma=3, variant=emo2' is {'gamma': 3, 'variant': 'emo2'}.
+
+    Raises:
+        ValueError: The text is not of this form, or sets an option twice.
+    """
     try:
         call = ast.parse(f"dict({text})", mode="eval").body
     except (SyntaxError, ValueError):  # a ValueError for what no source has, such as a null character

@@ -15,6 +15,9 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import hf_xent
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -85,6 +88,21 @@ def pins(file):
 def requirements(*extras):
     found = [requirement for extra in extras for requirement in EXTRAS[extra]]
     return [requirement for requirement in CORE + found if requirement.name != "hf-xent"]
+
+
+def test_extras_that_are_named_exist():
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    named = set(re.findall(r"hf-xent\[([\w,]+)\]", " ".join(texts)))
+    assert {"train", "all"} <= named <= set(EXTRAS)
+
+
+def test_the_changelog_has_what_a_release_asks_for():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *released = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert first == "Unreleased" or re.fullmatch(rf"{re.escape(hf_xent.__version__)} - \d{{4}}-\d\d-\d\d", first)
+    assert released and all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in released)
+    versions = [Version(heading.partition(" ")[0]) for heading in released]
+    assert versions == sorted(versions, reverse=True)
 
 
 def test_constraints_pin_every_dependency_within_its_bounds():

@@ -64,7 +64,8 @@ def update_readme(readme: Path, folder: Path) -> None:
 
     Its links are relative; where those of the old table were absolute, which PyPI needs, they stay below that address.
 
-    Raises: ValueError without such a file, markers in it, or results of a real model.
+    Raises:
+        ValueError: There is no such file, no markers in it, or no results of a real model.
     """
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")

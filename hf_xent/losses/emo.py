@@ -68,7 +68,8 @@ class EMO(Loss):
     def bind(self, weight: Tensor) -> EMO:
         """For cost='frozen', a copy that holds the unit rows of a clone of this weight; else itself.
 
-        Raises: ValueError if the cost is of another vocabulary.
+        Raises:
+            ValueError: The cost is that of another vocabulary.
         """
         if isinstance(self.cost, Tensor) and len(self.cost) != len(weight):
             raise ValueError(f"cost has {len(self.cost)} rows but the head {len(weight)} tokens: embed its vocabulary")

@@ -72,7 +72,11 @@ class Score:
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def with_options(self, **options: Any) -> Score:
-        """This score with other options. Raises: ValueError for a value outside of its range."""
+        """This score with other options.
+
+        Raises:
+            ValueError: A value is outside of its range.
+        """
         for option in options.keys() & self.ranges.keys():
             self.ranges[option].check(option, options[option])
         return replace(self, options=options)
