@@ -14,6 +14,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
@@ -107,7 +108,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
             )
         options = own | {key: literal(v) if isinstance(v, str) else v for key, v in options.items()}
         entry: Any = self[name]
-        known = tuple(entry.__dataclass_fields__ if isinstance(entry, type) else entry.defaults)  # type: ignore[attr-defined]
+        known = [f.name for f in fields(entry)] if isinstance(entry, type) else [*entry.defaults]
         if unknown := [option for option in options if option not in known]:
             raise ValueError(
                 f"{self.kind} {name!r} does not take {', '.join(unknown)}: its options are {', '.join(known) or 'none'}"

@@ -15,7 +15,7 @@ from hf_xent.ranking.base import SURROGATES
 from hf_xent.ranking.objective import Objective
 
 H, Y = [0.9, 0.6, 0.2, 0.7], [1, 1, 0, 0]
-STATEFUL = [name for name in auc.LOSSES if name != "bce"]
+STATEFUL = [name for name in auc.LOSSES if auc.get(name).state(1)]
 
 
 def steps(objective, scores=H, labels=Y, index=(0, 1, 2, 3), times=1, dtype=torch.float32):
@@ -31,7 +31,7 @@ def steps(objective, scores=H, labels=Y, index=(0, 1, 2, 3), times=1, dtype=torc
 
 def raw(name, **options):
     """The loss of scores as they are."""
-    return auc.get(name, **options) if name == "bce" else auc.get(name, sigmoid=False, **options)
+    return auc.get(name, **({"sigmoid": False} if hasattr(auc.LOSSES[name], "sigmoid") else {}), **options)
 
 
 GOLDEN = [  # libauc 2.0.1 on H, Y with rows 0..3: (loss, values, gradients, state after)
@@ -295,7 +295,7 @@ def test_rows_are_remembered_by_their_number():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nonesuch", "choose one of bce"), ("tpauc_kl:tau=0", r"tau is 0: choose a number in \(0, inf\)"),
+    [("nonesuch", f"choose one of {auc.LOSSES.names()}"), ("tpauc_kl:tau=0", r"tau is 0: choose a number in \(0, inf\)"),
      ("pauc_dro:gamma=0", r"gamma is 0: .*\(0, 1\]"),
      ("pauc_cvar:beta=2", "beta is 2"), ("aucm:margin=0", "margin is 0"), ("ap:surrogate=cubic", "squared_hinge"),
      ("bce:gamma=1", "does not take gamma"), ("bce:pos_weight=-1", "pos_weight is -1"), ("aucm:gamma=2", "gamma is 2"),
