@@ -47,7 +47,8 @@ check: venv  ## lint, formatting, types
 bench: venv  ## time against dense torch and other libraries (ARGS="--tokens 4096")
 	HF_HUB_OFFLINE=1 .venv/bin/hf-xent bench $(ARGS)
 
-report: venv  ## pages, plots and the table of README.md from benchmarks/results/*.csv
+report: venv  ## the tables of README.md, and the pages and plots of benchmarks/results/*.csv
+	.venv/bin/hf-xent losses --markdown | .venv/bin/python .ci/between.py README.md losses
 	.venv/bin/hf-xent report $(ARGS)
 
 gpu: venv  ## run the tests that need a GPU

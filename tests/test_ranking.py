@@ -295,7 +295,8 @@ def test_rows_are_remembered_by_their_number():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nonesuch", f"choose one of {auc.LOSSES.names()}"), ("tpauc_kl:tau=0", r"tau is 0: choose a number in \(0, inf\)"),
+    [("nonesuch", f"choose one of {auc.LOSSES.names()}"),
+     ("tpauc_kl:tau=0", r"tau is 0: choose a number in \(0, inf\)"),
      ("pauc_dro:gamma=0", r"gamma is 0: .*\(0, 1\]"),
      ("pauc_cvar:beta=2", "beta is 2"), ("aucm:margin=0", "margin is 0"), ("ap:surrogate=cubic", "squared_hinge"),
      ("bce:gamma=1", "does not take gamma"), ("bce:pos_weight=-1", "pos_weight is -1"), ("aucm:gamma=2", "gamma is 2"),

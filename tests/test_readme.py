@@ -85,7 +85,7 @@ def test_make_targets_exist():
 
 
 def test_table_of_losses_is_generated():
-    """If this fails: `hf-xent losses --markdown` between the two comments."""
+    """If this fails: `make report`."""
     shown = re.search(r"<!-- losses -->\n(.*?)<!-- /losses -->", README, re.DOTALL).group(1)
     assert shown == CliRunner().invoke(cli.app, ["losses", "--markdown"]).stdout
 
