@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Head
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 
 _AT_HAND = ("cpu",)  # devices whose numbers are read without waiting for all that was asked of them
 _SAMPLED = 4096  # at least as many numbers of an operand are compared, or all; up to twice as many a dimension
@@ -69,7 +69,9 @@ def version(t: Tensor) -> int | None:
 
 def _sample(t: Tensor) -> Tensor | None:
     """Bytes of the numbers on a grid; None where there are none to be read: not on this device, or not as a value."""
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling() or composed(t):
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta:
+        return None
+    if torch.compiler.is_compiling() or under_function_transform(t):
         return None
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         side = round(_SAMPLED ** (1 / max(1, t.ndim)))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
 from .tensor import LazyLogits, make
@@ -126,7 +126,7 @@ def _number(x: Any) -> float | None:
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
-        return None if x.is_complex() or composed(x) else float(x)
+        return None if x.is_complex() or under_function_transform(x) else float(x)
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops import Head
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 from .functions import is_apart
 from .graph import Recipe, Values, without_hooks
 from .operands import Operands, check, version
@@ -110,7 +110,7 @@ def read(func: Any, args: Any, kwargs: Any) -> Any:
     has to run again on the memory of what they are views of.
     """
     lazies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
-    if composed() or all(x.is_dense or not x.is_part() for x in lazies):
+    if under_function_transform() or all(x.is_dense or not x.is_part() for x in lazies):
         return NotImplemented
     values = [x.readable_values() for x in lazies]
     versions, memory = [version(v) for v in values], {v.untyped_storage()._cdata for v in values}

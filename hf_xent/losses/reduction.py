@@ -1,4 +1,4 @@
-"""How the losses of many tokens become one number: their weights, and what the weighted sum is divided by."""
+"""How the losses of many tokens become one number: their weights, and the divisor of the weighted sum."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A mean, a sum, or none; with token weights, and a count of tokens to divide by in place of their sum."""
+    """A mean, a sum or no reduction; with token weights, and a number to divide by in place of their sum."""
 
     kind: str = "mean"
     """'mean' divides the weighted sum by the sum of weights (0 if there is no token); 'sum'; 'none' for each token."""
     num_items: Tensor | float | None = None
-    """What divides the sum instead: the number of tokens of a whole accumulated batch."""
+    """The divisor of the sum in place of the sum of weights: the number of tokens of a whole accumulated batch."""
     token_weight: Tensor | None = None
-    """Constant weights in the shape of labels; None is 1 each."""
+    """Constant weights in the shape of labels; None means 1 each."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("mean", "sum", "none"):
@@ -29,7 +29,7 @@ class Reduction:
         return self.kind == "none"
 
     def weights(self, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each token's loss is multiplied with before all are added up, in the shape of labels."""
+        """The factor of each token's loss before the losses are summed, in the shape of labels."""
         weight = labels.new_ones(labels.shape, dtype=dtype) if self.token_weight is None else self.token_weight
         return weight if self.unreduced else weight / self._denominator(weight, valid)
 

@@ -12,7 +12,7 @@ from .problem import TENSORS, Problem
 
 
 def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict[str, Tensor]:
-    """Every statistic [N] of logits z [N, V] and their labels [N]; of the payload's logits [N, V] too, if given."""
+    """Every statistic [N] of logits z [N, V] and their labels [N]; also of the payload's logits [N, V], if any."""
     logp = z.log_softmax(-1)
     p = logp.exp()
     simple = without_softmax(z, labels)
@@ -48,8 +48,8 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
         name: t.detach().requires_grad_() for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None
     }
     with torch.enable_grad():
-        again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
-        total = cast(Tensor, sum((again[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
+        recomputed = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
+        total = cast(Tensor, sum((recomputed[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
     wanted = [name for name in TENSORS if name in problem.needs]
     gradients = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
     pairs = zip(wanted, gradients, strict=True)

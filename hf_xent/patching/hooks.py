@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..lazy import LazyLogits
 from ..ops import Head
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, Patch, patch_on
 from .heads import local_head, why_not_kept
 
@@ -59,7 +59,7 @@ class LazyForward:
             if call is None and torch.is_grad_enabled():
                 self.patch.state.bypass(OUTSIDE)
             return None
-        reason = COMPOSED if composed(input, self.linear.weight) else why_not_kept(self.linear)
+        reason = COMPOSED if under_function_transform(input, self.linear.weight) else why_not_kept(self.linear)
         raw = None if reason else local_head(self.linear)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
