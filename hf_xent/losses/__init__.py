@@ -38,7 +38,7 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
     Args:
         loss: A name, with options after it as in 'focal:gamma=3' or 'eisl:ngrams=(1, 2), ce_factor=0.5'; or a loss,
             which is returned; None is plain cross-entropy.
-        **options: Fields of the loss. Values given as text, here or in the name, are read as Python literals if they can
+        **options: Fields of the loss. Text values, here or in the name, are read as Python literals if they can
             be.
 
     Returns:
