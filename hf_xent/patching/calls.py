@@ -24,7 +24,7 @@ COMPILED = "torch.compile traces the model (torch_compile=True), and a traced mo
 TRANSFORMED = "the model runs under torch.func or forward-mode differentiation, which lazy logits do not support"
 _WITHOUT_LABELS = "the model was called without labels, so its loss is computed outside: pass always=True"
 OUTSIDE_OF_MODEL = (
-    "the head was called outside of the patched model's forward: something kept the forward from before the patch, or"
+    "the head was called outside of a call of the patched model: something kept the forward from before the patch, or"
     " calls the head itself"
 )
 _REPLACED = (
