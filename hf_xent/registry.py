@@ -1,7 +1,7 @@
 """The registry of a family, such as losses, scores or data sets, in which each entry is one file and one line.
 
     LOSSES = Registry("loss", {"focal": "focal:Focal", "emo": "emo:EMO"}, package="hf_xent.losses")
-    LOSSES["focal"]                      the class, imported when it is first asked for
+    LOSSES["focal"]                      the class, imported on first use
     LOSSES.build("focal:gamma=3")        an instance, with its options checked
     LOSSES.table()                       the documentation of every entry, read without importing it
 
@@ -80,8 +80,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
 
         Args:
             text: 'name' or 'name:key=value, ...'.
-            **options: More options. Values given as text, here or in `text`, are read as Python literals if they can
-                be.
+            **options: More options. Text values, here or in `text`, are read as Python literals if they can be.
 
         Returns:
             The instance.

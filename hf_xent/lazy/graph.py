@@ -85,8 +85,8 @@ class Connected(torch.autograd.Function):
             hidden, weight, bias, adapter = inputs
             raw = replace(ctx.head, weight=weight, bias=bias, adapter=adapter)
             value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-        grads = iter(torch.autograd.grad(value, wanted, upstream, create_graph=create_graph))
+        differentiable = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
+        grads = iter(torch.autograd.grad(value, differentiable, upstream, create_graph=create_graph))
         return None, None, None, None, None, *(next(grads) if need else None for need in needs)
 
 

@@ -164,8 +164,8 @@ def _change_rows(
     on_dense: Callable[[Tensor], Tensor],
 ) -> LazyLogits:
     """Other rows of x: a view if the same operation gives a view of the dense tensor, else a copy."""
-    before = meta_like(x)
-    parent = (x, on_dense) if is_view(on_dense(before), before) else None
+    dense = meta_like(x)
+    parent = (x, on_dense) if is_view(on_dense(dense), dense) else None
     return derive(x, hidden=on_hidden(x.hidden), parent=parent)
 
 

@@ -26,9 +26,9 @@ class TokenSums(dict[bool, dict[str, Tensor]]):
             new["entropy"] = stats.entropy.sum()
         if "top" in stats.values:
             new["correct"] = stats.is_top1.sum()
-        before = self.get(training, {})
-        for name in new.keys() & before.keys():
-            new[name] = before[name] + new[name].to(before[name].device)  # replicas lie on several devices
+        sums = self.get(training, {})
+        for name in new.keys() & sums.keys():
+            new[name] = sums[name] + new[name].to(sums[name].device)  # replicas are on several devices
         self[training] = new
 
     def take(self, training: bool) -> dict[str, Tensor]:

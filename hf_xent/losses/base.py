@@ -25,7 +25,7 @@ class Loss:
     """Base of every objective. Subclasses are frozen dataclasses; their fields are their hyper-parameters."""
 
     uses: tuple[str, ...] = ("lse", "target")  # the statistics that `of` differentiates, exactly these
-    needs_teacher = False  # whether `teacher=(hidden, head)` must be given
+    needs_teacher = False  # whether `teacher=(hidden, head)` must be passed
 
     def of(self, stats: Stats) -> Tensor:
         """The loss of every token from its statistics.

@@ -75,14 +75,14 @@ class EISL(SequenceLoss):
 
     def sizes(self, count: int) -> dict[int, float]:
         """n-gram length -> weight, in a run of `count` tokens."""
-        kept: dict[int, float] = {}
+        weights: dict[int, float] = {}
         for n, weight in zip(self.ngrams, self.weights or (1.0,) * len(self.ngrams), strict=True):
             size = n if n > 0 else count + n
             if 0 < size <= count:
-                kept[size] = kept.get(size, 0.0) + weight
-        kept = kept or {count: 1.0}
-        share = (sum(self.weights) if self.weights else 1.0) / sum(kept.values())
-        return {n: weight * share for n, weight in kept.items()}
+                weights[size] = weights.get(size, 0.0) + weight
+        weights = weights or {count: 1.0}
+        share = (sum(self.weights) if self.weights else 1.0) / sum(weights.values())
+        return {n: weight * share for n, weight in weights.items()}
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """One run [T, V]: the scores as a convolution with an identity kernel, spread by its adjoint."""

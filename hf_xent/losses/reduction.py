@@ -12,7 +12,7 @@ from torch import Tensor
 class Reduction:
     """A mean, a sum or no reduction; with token weights, and a number to divide by in place of their sum."""
 
-    kind: str = "mean"
+    reduction: str = "mean"
     """'mean' divides the weighted sum by the sum of weights (0 if there is no token); 'sum'; 'none' for each token."""
     num_items: Tensor | float | None = None
     """The divisor of the sum in place of the sum of weights: the number of tokens of a whole accumulated batch."""
@@ -20,13 +20,13 @@ class Reduction:
     """Constant weights in the shape of labels; None means 1 each."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is {self.kind!r}: choose 'mean', 'sum' or 'none'")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {self.reduction!r}: choose 'mean', 'sum' or 'none'")
 
     @property
     def unreduced(self) -> bool:
         """Whether each token keeps its loss."""
-        return self.kind == "none"
+        return self.reduction == "none"
 
     def weights(self, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of each token's loss before the losses are summed, in the shape of labels."""
@@ -36,7 +36,7 @@ class Reduction:
     def _denominator(self, weight: Tensor, valid: Tensor) -> Tensor | float:
         if self.num_items is not None:
             return self.num_items.to(weight.device) if isinstance(self.num_items, Tensor) else self.num_items
-        if self.kind == "sum":
+        if self.reduction == "sum":
             return 1.0
         total = torch.where(valid, weight, 0).sum()
         return torch.where(total == 0, 1.0, total)

@@ -15,7 +15,7 @@ def quiet_loading() -> Iterator[None]:
     """A context without remarks on unused features, and without progress bars in processes that are started."""
     import torch
 
-    before = set(os.environ)
+    already_set = set(os.environ)
     os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import, which happened here with torch
     if find_spec("deepspeed") and not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which warns if it finds no GPU
@@ -29,5 +29,5 @@ def quiet_loading() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - before:
+        for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - already_set:
             os.environ.pop(name, None)

@@ -92,8 +92,8 @@ def dense_stats(
     mask = labels != ignored
     z, ids = logits[mask], labels[mask]
     check_ids(ids, z.shape[-1], ignored)
-    simple = set(outputs) <= {"lse", "target", "mean"}
-    rows = (reference.without_softmax if simple else reference.statistics)(z.to(wide(z.dtype)), ids)
+    cheap = set(outputs) <= {"lse", "target", "mean"}
+    rows = (reference.without_softmax if cheap else reference.statistics)(z.to(wide(z.dtype)), ids)
     values = {name: rows[name].new_zeros(mask.shape).masked_scatter(mask, rows[name]) for name in outputs}
     return Stats(values, labels, mask)
 

@@ -1,6 +1,6 @@
 """Matrix products in the forms that BLAS runs fastest, written to existing buffers.
 
-What is faster on a CPU (narrow products in batches, the transpose) was found by timing; the results are the same.
+The forms that are faster on a CPU (batches of narrow products, the transpose) were found by timing; results are equal.
 Shapes: n tokens of a chunk, D hidden, V vocabulary.
 """
 

@@ -59,8 +59,8 @@ def _whole_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
     if "entropy" in part:
         merged["entropy"] = (w * (part["entropy"] - log_w)).sum(0)
     if "variance" in part:
-        second = part["variance"] + (log_w - part["entropy"]) ** 2
-        merged["variance"] = (w * second).sum(0) - merged["entropy"] ** 2
+        second_moment = part["variance"] + (log_w - part["entropy"]) ** 2
+        merged["variance"] = (w * second_moment).sum(0) - merged["entropy"] ** 2
     if "log_sum_sq" in part:
         merged["log_sum_sq"] = (part["log_sum_sq"] + 2 * log_w).logsumexp(0)
     if "top" in part:

@@ -38,7 +38,7 @@ class Patch(Protocol):
 
     state: PatchState
     always: int
-    before: Any
+    previous_forward: Any
     fused: FusedHead | None
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
@@ -69,7 +69,7 @@ class Call:
 
     @classmethod
     def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Make the head lazy for this call if it has labels, or the patch says always.
+        """Make the head lazy for this call if it has labels, or if the patch is always lazy.
 
         Returns the arguments for the model itself.
         """

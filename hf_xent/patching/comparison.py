@@ -184,8 +184,8 @@ class _Runner:
         with torch.enable_grad(), torch.random.fork_rng(devices):
             torch.manual_seed(0)
             out = self.model(input_ids=self.ids, labels=self.ids)
-            wanted = list(self.parameters.values())
-            grads = torch.autograd.grad(out.loss, wanted, allow_unused=True) if wanted else ()
+            parameters = list(self.parameters.values())
+            grads = torch.autograd.grad(out.loss, parameters, allow_unused=True) if parameters else ()
         gradients = {name: g for name, g in zip(self.parameters, grads, strict=True) if g is not None}
         return _Result(out.loss.detach(), gradients, out.logits)
 

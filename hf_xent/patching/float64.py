@@ -27,18 +27,18 @@ def supports_float64(module: Any) -> bool:
 def in_float64(layer: nn.Module) -> Iterator[None]:
     """In this context a layer and what follows it compute in float64; gradients reach the layer's own parameters."""
     registries: list[Any] = [registry for m in layer.modules() for registry in (m._parameters, m._buffers)]
-    before = [registry.copy() for registry in registries]
+    originals = [registry.copy() for registry in registries]
     mode = _KeepFloat64()
     handle = layer.register_forward_pre_hook(mode.widen)
     try:
-        for registry in registries:  # the copies are no leaves: the graph goes on to the parameters
+        for registry in registries:  # the copies are not leaves: the graph goes on to the parameters
             floats = {name: x.double() for name, x in registry.items() if x is not None and x.is_floating_point()}
             registry.update(floats)
         with mode:
             yield
     finally:
         handle.remove()
-        for registry, tensors in zip(registries, before, strict=True):
+        for registry, tensors in zip(registries, originals, strict=True):
             registry.update(tensors)
 
 

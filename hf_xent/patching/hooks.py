@@ -24,27 +24,27 @@ class LazyForward:
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        before: Any = linear.__dict__.get(slot)  # that of tensor parallelism, or None; a replica has a copy
-        self.before: Any = before.before if isinstance(before, LazyForward) else before
+        previous: Any = linear.__dict__.get(slot)  # that of tensor parallelism, or None; a replica has a copy
+        self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
         linear.__dict__[slot] = self
 
     def remove(self) -> None:
         """Put back what was there, unless something else has been put in its place since."""
         attributes = self.linear.__dict__
         if attributes.get("_old_forward") is self:  # accelerate wrapped it before or after the patch
-            attributes["_old_forward"] = self.before or MethodType(nn.Linear.forward, self.linear)
+            attributes["_old_forward"] = self.previous or MethodType(nn.Linear.forward, self.linear)
         elif attributes.get("forward") is self:
             del attributes["forward"]
-            if self.before is not None:
-                attributes["forward"] = self.before
+            if self.previous is not None:
+                attributes["forward"] = self.previous
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
         linear = self.linear
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
         if raw is None:
-            before: Any = self.before
-            return nn.Linear.forward(linear, input) if before is None else before(input)
+            previous: Any = self.previous
+            return nn.Linear.forward(linear, input) if previous is None else previous(input)
         device_type = input.device.type
         if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device_type)
@@ -99,9 +99,9 @@ def noticing_forward(model_class: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
             return patch.fused.forward(*args, **kwargs)
-        if patch is None or (compiling and patch.before is None):
+        if patch is None or (compiling and patch.previous_forward is None):
             return model_class.forward(self, *args, **kwargs)
-        stock = patch.before or MethodType(model_class.forward, self)
+        stock = patch.previous_forward or MethodType(model_class.forward, self)
         if compiling:
             return stock(*args, **kwargs)
         call = CALL.get()

@@ -17,13 +17,13 @@ from .trl import FusedHead
 
 @dataclass
 class Installation:
-    """What a patched model keeps on itself. A replica has its own, with the same state."""
+    """The patch, which a model keeps as an attribute. A replica has its own, with the same state."""
 
     state: PatchState
     always: int  # how many callers need lazy logits without labels
     objective: ModelLoss | None = None
     loss_function: Any = None  # the one that the user had set before, or None
-    before: Any = None  # the forward that was on the model's instance, or None
+    previous_forward: Any = None  # the forward that was on the model's instance, or None
     keepers: tuple[nn.Module, ...] = ()  # wrappers that store the model's forward as theirs
     hooks: tuple[Any, ...] = ()
     lazy_forwards: list[LazyForward] = field(default_factory=list)
@@ -34,8 +34,8 @@ class Installation:
         inner = inner_of(model)
         self.make_heads_lazy(inner)
         self.take_over_fused_head(inner)
-        before: Any = inner.__dict__.get("forward")
-        self.before = None if is_noticing(before) else before
+        forward: Any = inner.__dict__.get("forward")
+        self.previous_forward = None if is_noticing(forward) else forward
         original = MethodType(type(inner).forward, inner)
         self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == original)
         self.set_forward(inner)
@@ -58,12 +58,12 @@ class Installation:
         for slot in ("forward", "_old_forward"):  # the second if accelerate wrapped the model later
             if is_noticing(attributes.get(slot)):
                 del attributes[slot]
-                if self.before is not None or slot == "_old_forward":
-                    attributes[slot] = self.before or MethodType(type(inner).forward, inner)
+                if self.previous_forward is not None or slot == "_old_forward":
+                    attributes[slot] = self.previous_forward or MethodType(type(inner).forward, inner)
         for keeper in self.keepers:
             keeper.__dict__["forward"] = MethodType(type(inner).forward, inner)
         if self.fused is not None:
-            self.fused.restore(inner, self.before)
+            self.fused.restore(inner, self.previous_forward)
         if self.objective is not None and inner._modules.get("_loss_function") is self.objective:
             del inner._loss_function
             if self.loss_function is not None:
@@ -111,11 +111,11 @@ def _replicate_for_data_parallel(self: Any) -> Any:
     """The replica that `nn.Module` makes, with its own patch, since it runs in its own thread and has its own head."""
     replica = type(self)._replicate_for_data_parallel(self)
     installation: Installation = self.__dict__["_hf_xent"]
-    before = installation.before
-    if getattr(before, "__self__", None) is self:
-        before = MethodType(before.__func__, replica)
+    previous = installation.previous_forward
+    if getattr(previous, "__self__", None) is self:
+        previous = MethodType(previous.__func__, replica)
     # the replica has no head yet, and gets its lazy forwards once it has one
-    replicated = replace(installation, before=before, keepers=(), lazy_forwards=[])
+    replicated = replace(installation, previous_forward=previous, keepers=(), lazy_forwards=[])
     replica.__dict__["_hf_xent"] = replicated
     replicated.set_forward(replica)
     return replica

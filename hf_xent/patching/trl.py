@@ -57,10 +57,10 @@ class FusedHead:
         function: Any = getattr(model.__dict__.get("forward"), "__func__", None)
         if not _is_fused_forward(function):
             return
-        before = inspect.getclosurevars(function).nonlocals["original_forward"]
+        original = inspect.getclosurevars(function).nonlocals["original_forward"]
         del model.__dict__["forward"]
-        if getattr(before, "__self__", None) is model and before != MethodType(type(model).forward, model):
-            model.__dict__["forward"] = before  # it was also set on the instance
+        if getattr(original, "__self__", None) is model and original != MethodType(type(model).forward, model):
+            model.__dict__["forward"] = original  # it was also set on the instance
 
     def restore(self, model: nn.Module, below: Any) -> None:
         """Put back the forward that `remove` took off, over `below`, unless something else is there now."""

@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Ended(RuntimeError):
-    """A process ended, or was killed, before it had answered; `exitcode` as `multiprocessing` gives it."""
+    """A process ended, or was killed, before it answered; `exitcode` is that of `multiprocessing`."""
 
     def __init__(self, message: str, exitcode: int | None):
         super().__init__(message)

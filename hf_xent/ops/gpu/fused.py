@@ -3,7 +3,7 @@
     softmax_      raw products -> softmax, in place, and the statistics of the rows      2 reads, 1 write
     column_sums   softmax -> sums over tokens, for the sparse tail                       1 read
 
-Shapes: z [n, V] of any stride between rows. Numerics: as `statistics` says; z keeps its dtype.
+Shapes: z [n, V] of any stride between rows. Numerics: as in `statistics`; z keeps its dtype.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
@@ -127,8 +127,8 @@ def _column_sums(
         rows = start + tl.arange(0, BT)
         row_in = rows < n
         a = tl.load(A + rows, mask=row_in, other=0.0)[:, None]
-        here = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        x = a * tl.load(P + here, mask=row_in[:, None] & col_in[None, :], other=0.0).to(ACC)
+        offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+        x = a * tl.load(P + offsets, mask=row_in[:, None] & col_in[None, :], other=0.0).to(ACC)
         energy += tl.sum(x * x, 0)
         mass += tl.sum(x, 0)
     tl.store(ENERGY + cols, tl.load(ENERGY + cols, mask=col_in, other=0.0) + energy, mask=col_in)

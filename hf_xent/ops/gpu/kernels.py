@@ -148,23 +148,23 @@ def _stats_fwd(
             sp = factor * sp + tl.sum(e * _activate(raw2, scale2, CAP2, ACC), 1)
         l = factor * l + tl.sum(e, 1)
         m = new_m
-    here = tl.program_id(1).to(tl.int64) * N + rows
-    tl.store(M + here, m, mask=row_in)
-    tl.store(L + here, l, mask=row_in)
+    offsets = tl.program_id(1).to(tl.int64) * N + rows
+    tl.store(M + offsets, m, mask=row_in)
+    tl.store(L + offsets, l, mask=row_in)
     if S1 is not None:
-        tl.store(S1 + here, s1, mask=row_in)
+        tl.store(S1 + offsets, s1, mask=row_in)
     if S2 is not None:
-        tl.store(S2 + here, s2, mask=row_in)
+        tl.store(S2 + offsets, s2, mask=row_in)
     if SP is not None:
-        tl.store(SP + here, sp, mask=row_in)
+        tl.store(SP + offsets, sp, mask=row_in)
     if SQ is not None:
-        tl.store(SQ + here, sq, mask=row_in)
+        tl.store(SQ + offsets, sq, mask=row_in)
     if SZ is not None:
-        tl.store(SZ + here, sz, mask=row_in)
+        tl.store(SZ + offsets, sz, mask=row_in)
     if TOP is not None:
-        tl.store(TOP + here, top, mask=row_in)
+        tl.store(TOP + offsets, top, mask=row_in)
     if RANK is not None:
-        tl.store(RANK + here, rank, mask=row_in)
+        tl.store(RANK + offsets, rank, mask=row_in)
 
 
 @triton.jit
@@ -279,6 +279,6 @@ def _survey(
         x = a * tl.exp(z)
         energy += tl.sum(x * x, 0)
         mass += tl.sum(x, 0)
-    here = tl.program_id(1).to(tl.int64) * V + cols
-    tl.store(ENERGY + here, energy, mask=col_in)
-    tl.store(MASS + here, mass, mask=col_in)
+    offsets = tl.program_id(1).to(tl.int64) * V + cols
+    tl.store(ENERGY + offsets, energy, mask=col_in)
+    tl.store(MASS + offsets, mass, mask=col_in)

@@ -4,7 +4,7 @@ Forward: every program folds BT rows over one split of the vocabulary; the split
 `algebra.merge`. Backward: every tile of logits is computed again, turned into dz, and multiplied into float32 sums of
 the gradients at once (atomics, so the order of the sum is not fixed). Kernels and formulas: `kernels`.
 
-Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as `statistics` says; matmuls of
+Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as in `statistics`; matmuls of
 float32 inputs are IEEE float32, not TF32.
 Source: tiles that live in registers only, as in Wijmans et al. 2024, Cut Your Losses, arXiv:2411.09009, sec. 4.
 """
@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
 
 # By bytes of an element: the largest blocks that spill no registers on sm_90 (they also compile for sm_75 to sm_120).
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2), 8: Blocks(32, 32, 16, 4, 2)}
-PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # the payload's tile lies beside the logits'
+PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # a tile of the payload is held beside that of the logits
 SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
 # Bytes of shared memory a program of BLOCKS[2] needs: A100, Hopper and B200 have them, GeForce cards do not.
 LARGE_SHARED_MEMORY = 160 << 10
@@ -86,16 +86,16 @@ def backward(
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`; `share` as `chunked.backward`."""
     blocks = _check(problem)
     coef = coefficients(values, grads, problem.head.vocabulary)
-    wanted = {
+    tensors = {
         name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if name in problem.needs and t is not None
     }
-    sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in wanted.items()}
+    sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in tensors.items()}
     if len(problem.labels) and sums:
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
         operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
         operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous(), "SHARE": share}
         _launch(kernels._stats_bwd, grid, operands, blocks)
-    return {name: sums[name].to(t.dtype) for name, t in wanted.items()}
+    return {name: sums[name].to(t.dtype) for name, t in tensors.items()}
 
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
@@ -179,7 +179,7 @@ def _states_of(states: State, index: slice | int) -> State:
 def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict[str, Any]:
     """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
-    second, second_head = payload or (None, None)
+    second_hidden, second_head = payload or (None, None)
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
@@ -189,7 +189,7 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
         "BV": blocks.columns,
         "BD": blocks.depth,
         **_head_operands(problem.hidden, problem.head, "", accumulator),
-        **_head_operands(second, second_head, "2", accumulator),
+        **_head_operands(second_hidden, second_head, "2", accumulator),
     }
 
 
