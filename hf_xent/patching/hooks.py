@@ -24,7 +24,7 @@ class LazyForward:
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        previous: Any = linear.__dict__.get(slot)  # that of tensor parallelism, or None; a replica has a copy
+        previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
         self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
         linear.__dict__[slot] = self
 
