@@ -14,7 +14,7 @@ from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.losses import CrossEntropy
 from hf_xent.ops import Head, chunked
 from hf_xent.ops.problem import Problem
-from hf_xent.ops.tail import select
+from hf_xent.ops.tail import select_columns
 
 TAILS = (1e-2, 3e-3, 1e-3, 5e-4, 3e-4, 1e-4)
 CHUNK = 256  # tokens of dense logits at a time
@@ -67,7 +67,7 @@ def _lines(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
     )
     lines = []
     for tail in TAILS:
-        kept = select(survey, replace(problem, tail=tail))
+        kept = select_columns(survey, replace(problem, tail=tail))
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         CrossEntropy()(h, Head(w), labels, tail=tail).backward()
         assert h.grad is not None and w.grad is not None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .system import renamed
 
-if TYPE_CHECKING:  # at run time a name is loaded when it is first asked for: torch takes a second, trainers take more
+if TYPE_CHECKING:  # at run time a name is imported on first use: torch takes a second, trainers take more
     from . import detection, losses
     from .callbacks.patching import PatchCallback
     from .lazy import LazyLogits, Seam
@@ -73,8 +73,8 @@ __all__ = [
     "vocab_stats",
 ]
 
-_ROOMS = {folder.name for folder in Path(__file__).parent.iterdir() if (folder / "__init__.py").exists()}
-_HOMES = {
+_PACKAGES = {folder.name for folder in Path(__file__).parent.iterdir() if (folder / "__init__.py").exists()}
+_PACKAGE_OF = {
     "LazyLogits": "lazy",
     "Seam": "lazy",
     "linear_cross_entropy": "losses",
@@ -87,8 +87,8 @@ renamed.install(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return import_module(f".{name}", __name__)
     if name in __all__:
-        return getattr(import_module(f".{_HOMES.get(name, 'trainers')}", __name__), name)
+        return getattr(import_module(f".{_PACKAGE_OF.get(name, 'trainers')}", __name__), name)
     return renamed.attribute(__name__, name)

@@ -1,9 +1,9 @@
-"""A registry of a family: losses, ranking losses, scores, data sets, ... each a file, each a line here or there.
+"""The registry of a family, such as losses, scores or data sets, in which each entry is one file and one line.
 
     LOSSES = Registry("loss", {"focal": "focal:Focal", "emo": "emo:EMO"}, package="hf_xent.losses")
-    LOSSES["focal"]                      the class, imported when it is first asked for
+    LOSSES["focal"]                      the class, imported on first use
     LOSSES.build("focal:gamma=3")        an instance, with its options checked
-    LOSSES.table()                       what every file says of itself, read without importing it
+    LOSSES.table()                       the documentation of every entry, read without importing it
 
 A command that lists or explains the entries imports none of them, so `--help` does not wait for torch.
 """
@@ -29,9 +29,9 @@ class Registry(MutableMapping[str, T], Generic[T]):
     """Entries of one kind by name. An entry is written 'file:object', or is the object itself if a user adds it.
 
     Args:
-        kind: What an entry is called in messages: 'loss'.
+        kind: The name of an entry in messages, such as 'loss'.
         entries: Name -> 'file:object', the file without its ending and relative to `package`.
-        package: The package that has the files.
+        package: The package that contains the files.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, str], package: str):
@@ -42,8 +42,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
         entry = self.entries[name]
         if not isinstance(entry, str):
             return entry
-        file, _, thing = entry.partition(":")
-        return getattr(import_module(f".{file}", self.package), thing)
+        file, _, object_name = entry.partition(":")
+        return getattr(import_module(f".{file}", self.package), object_name)
 
     def __setitem__(self, name: str, entry: T) -> None:
         self.entries[name] = entry
@@ -57,7 +57,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would import the entry
+    def __contains__(self, name: object) -> bool:  # that of Mapping would import the entry
         return name in self.entries
 
     @property
@@ -81,14 +81,11 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return self[name]
 
     def build(self, text: str, /, **options: Any) -> Any:
-        """An instance of an entry by 'name' or 'name:key=value, ...', with more options beside it.
-
-        Options given as text are read as Python literals, else as words. An entry that is no class is configured by
-        its method `with_options`.
+        """An instance of an entry. An entry that is not a class is configured by its method `with_options`.
 
         Args:
-            text: The name, with options behind it if wanted.
-            **options: More options; none may be in the text, too.
+            text: 'name' or 'name:key=value, ...'.
+            **options: More options. Text values, here or in `text`, are read as Python literals if they can be.
 
         Returns:
             The instance, with its options checked.
@@ -101,12 +98,12 @@ class Registry(MutableMapping[str, T], Generic[T]):
             raise ValueError(
                 f"{self.kind} is {name!r}: choose one of {self.names()}, or pass a {self.kind} as an object"
             )
-        own = parse(written)
-        if twice := [option for option in options if option in own]:
+        options_in_text = parse(written)
+        if repeated := [option for option in options if option in options_in_text]:
             raise ValueError(
-                f"{self.kind} is {text!r} with {twice[0]}={options[twice[0]]!r} beside it: set {twice[0]} once"
+                f"{self.kind} is {text!r} with {repeated[0]}={options[repeated[0]]!r} beside it: set {repeated[0]} once"
             )
-        options = own | {key: literal(v) if isinstance(v, str) else v for key, v in options.items()}
+        options = options_in_text | {key: literal(v) if isinstance(v, str) else v for key, v in options.items()}
         entry: Any = self[name]
         known = [f.name for f in fields(entry)] if isinstance(entry, type) else [*entry.defaults]
         if unknown := [option for option in options if option not in known]:
@@ -119,19 +116,19 @@ class Registry(MutableMapping[str, T], Generic[T]):
             raise ValueError(f"{self.kind} {name!r} cannot take {options}: {error}") from error
 
     def row(self, name: str) -> dict[str, Any]:
-        """What an entry's file says: `name`, `object`, `summary`, `formula`, `options` (defaults), their `help`, and
-        its sections (`source`, `statistics`, `relations`, ...) by their titles.
+        """The documentation in an entry's file: `name`, `object`, `summary`, `formula`, `options` (defaults), their
+        `help`, and its sections (`source`, `statistics`, `relations`, ...) by their titles.
         """
         entry = self.entries[name]
         if isinstance(entry, str):
-            file, _, thing = entry.partition(":")
+            file, _, object_name = entry.partition(":")
             path = Path(sys.modules[self.package].__path__[0], *file.split(".")).with_suffix(".py")
         else:
-            path, thing = Path(str(sys.modules[entry.__module__].__file__)), getattr(entry, "__name__", "")
-        return {"name": name, "object": thing, **_described(path, thing)}
+            path, object_name = Path(str(sys.modules[entry.__module__].__file__)), getattr(entry, "__name__", "")
+        return {"name": name, "object": object_name, **_documentation(path, object_name)}
 
     def table(self) -> list[dict[str, Any]]:
-        """One row an entry, for help texts, the documentation and the README."""
+        """One row per entry, for help texts, the documentation and the README."""
         return [self.row(name) for name in self.entries]
 
 
@@ -143,31 +140,31 @@ def parse(text: str) -> dict[str, Any]:
     """
     try:
         call = ast.parse(f"dict({text})", mode="eval").body
-    except (SyntaxError, ValueError):  # a ValueError for what no source has, such as a null character
+    except (SyntaxError, ValueError):  # a ValueError for what source code cannot contain, such as a null character
         call = None
     if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
         raise ValueError(f"options are {text!r}: write them as key=value, key=value")
     names = [str(keyword.arg) for keyword in call.keywords]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ValueError(f"options are {text!r}: set {twice[0]} once")
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"options are {text!r}: set {repeated[0]} once")
     return {str(keyword.arg): literal(ast.unparse(keyword.value)) for keyword in call.keywords}
 
 
 def literal(text: str) -> Any:
-    """A Python literal, or inf, -inf and nan, which have none; else the text as it is."""
+    """The value of a Python literal, or of inf, -inf and nan, which have no literal; else the text itself."""
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return float(text) if text.strip() in ("inf", "-inf", "nan") else text
 
 
-def _described(path: Path, thing: str) -> dict[str, Any]:
-    """What a file says of one of its classes, functions or constants."""
+def _documentation(path: Path, object_name: str) -> dict[str, Any]:
+    """The documentation of one of the classes, functions or constants of a file."""
     tree = _tree(path)
-    node = _definition(tree, thing)
-    own = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-    doc = own or ast.get_docstring(tree) or ""
-    formula = next((line for line in doc.splitlines() if line.startswith("    ")), "")  # parts are spaces apart
+    node = _definition(tree, object_name)
+    function_doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+    doc = function_doc or ast.get_docstring(tree) or ""
+    formula = next((line for line in doc.splitlines() if line.startswith("    ")), "")  # parts are separated by spaces
     options = _options(path, node)
     return {
         "summary": doc.splitlines()[0] if doc else "",
@@ -184,46 +181,46 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _definition(tree: ast.Module, name: str) -> ast.AST | None:
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    return next((node for node in tree.body if isinstance(node, kinds) and node.name == name), None)
+    types = (ast.ClassDef, ast.FunctionDef)
+    return next((node for node in tree.body if isinstance(node, types) and node.name == name), None)
 
 
 def _options(path: Path, node: ast.AST | None) -> dict[str, tuple[Any, str]]:
-    """Option -> (default, help): the fields of a dataclass, its own and inherited; a function's keyword defaults."""
+    """Option -> (default, help): the fields of a dataclass, also inherited ones; a function's keywords."""
     if isinstance(node, ast.FunctionDef):
         parameters, defaults = node.args.posonlyargs + node.args.args, node.args.defaults
         named = zip(parameters[len(parameters) - len(defaults) :], defaults, strict=True)
         return {parameter.arg: (_value(default), "") for parameter, default in named}
-    found: dict[str, tuple[Any, str]] = {}
+    options: dict[str, tuple[Any, str]] = {}
     if not isinstance(node, ast.ClassDef):
-        return found
+        return options
     for base in reversed(node.bases):
-        found |= _options(*_resolved(path, ast.unparse(base)))
+        options |= _options(*_resolved(path, ast.unparse(base)))
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
-        return found
+        return options
     for field, after in pairwise([*node.body, None]):
         if isinstance(field, ast.AnnAssign) and field.value and "ClassVar" not in ast.unparse(field.annotation):
-            said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            text = " ".join(str(after.value.value).split()) if said else ""  # type: ignore[union-attr]
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            text = " ".join(str(after.value.value).split()) if documented else ""  # type: ignore[union-attr]
             name = ast.unparse(field.target)
-            found[name] = (_value(field.value), text or found.get(name, (None, ""))[1])
-    return found
+            options[name] = (_value(field.value), text or options.get(name, (None, ""))[1])
+    return options
 
 
 def _resolved(path: Path, name: str) -> tuple[Path, ast.AST | None]:
-    """Where a name of a file is defined: there, or in a file beside it that it imports the name from."""
+    """The file that defines a name: this one, or the file beside it that the name is imported from."""
     tree = _tree(path)
     if (node := _definition(tree, name)) is not None:
         return path, node
     for statement in tree.body:
-        beside = isinstance(statement, ast.ImportFrom) and statement.level == 1 and statement.module
-        if beside and any(name == alias.name for alias in statement.names):  # type: ignore[attr-defined]
-            return _resolved(path.with_name(f"{beside}.py"), name)
+        sibling = isinstance(statement, ast.ImportFrom) and statement.level == 1 and statement.module
+        if sibling and any(name == alias.name for alias in statement.names):  # type: ignore[attr-defined]
+            return _resolved(path.with_name(f"{sibling}.py"), name)
     return path, None
 
 
 def _value(default: ast.AST) -> Any:
-    """A default as it is written: a literal, that of a dataclass field, or a float that has no literal."""
+    """A default from its source: a literal, the default of a dataclass field, or a float without a literal."""
     text = ast.unparse(default)
     if isinstance(default, ast.Call):
         named = {keyword.arg: ast.unparse(keyword.value) for keyword in default.keywords}

@@ -29,7 +29,7 @@ def test_softmax_rows(device: str, dtype: torch.dtype, n: int, V: int, scale: fl
     wide = scale * z.to(torch.promote_types(dtype, torch.float32))
     p, left = wide.softmax(-1), z.clone()
     head = Head(torch.empty(V, 1), scale=scale)
-    found = fused.softmax_(z, labels, head, spend=False)
+    found = fused.softmax_(z, labels, head, overwrite=False)
     assert torch.equal(z, left)
     want = {
         "lse": wide.logsumexp(-1),

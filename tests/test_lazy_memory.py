@@ -220,7 +220,7 @@ def test_operands_that_changed_unseen_are_an_error_too(write):
 
 def test_a_training_step_does_not_wait_for_numbers_that_are_not_at_hand(monkeypatch):
     """As on a GPU: the loss compares nothing; what is read after the step, or has no graph, is found out as well."""
-    monkeypatch.setattr("hf_xent.lazy.operands._AT_HAND", ())
+    monkeypatch.setattr("hf_xent.lazy.operands._SYNCHRONOUS_DEVICES", ())
     compared = []
     monkeypatch.setattr(torch, "equal", lambda *pair, equal=torch.equal: compared.append(pair) or equal(*pair))
     hidden, weight = operands(requires_grad=True)

@@ -906,7 +906,7 @@ SHORTER = (torch.zeros(2, 3, 3).double(), Head(torch.ones(V, 3).double()))
 @pytest.mark.parametrize(
     ("loss", "call", "message"),
     [
-        (EMO(), {}, r"cost is 'frozen' but nothing was frozen: use loss.bind\(head.weight\), or cost='current'"),
+        (EMO(), {}, r"cost is 'frozen' but no weight is bound: use loss.bind\(head.weight\), or cost='current'"),
         (EMO(cost=torch.ones(V + 1, 2, dtype=torch.float64)), {}, "cost has 38 rows but the head 37 tokens"),
         (ForwardKL(), {}, r"ForwardKL compares with a teacher: pass teacher=\(hidden, head\)"),
         *((loss, {"teacher": LARGER}, "teacher's head has 38 tokens") for loss in (ForwardKL(), ReverseKL(), JSD())),

@@ -875,11 +875,11 @@ WRONG = {
     "budget text": ({"memory_budget": "1GB"}, "memory_budget is '1GB': pass a positive number of bytes"),
     "payload alone": (
         second(4, 2),
-        r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither",
+        r"outputs with 'payload' and the argument payload=\(hidden, head\) belong together: pass both or neither",
     ),
     "payload missing": (
         PAYLOAD,
-        r"outputs names 'payload' and payload=\(hidden, head\) is given only together: pass both or neither",
+        r"outputs with 'payload' and the argument payload=\(hidden, head\) belong together: pass both or neither",
     ),
     "payload vocabulary": (
         PAYLOAD | second(4, 2, vocabulary=8),

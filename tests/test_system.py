@@ -77,7 +77,7 @@ def test_a_worker_answers_and_its_death_is_told():
     worker.send(3)
     assert worker.receive() == 10
     worker.send(None)
-    message = r"the run of squares ended without a word \(killed for memory\?\): try smaller numbers$"
+    message = r"the run of squares ended without an answer \(killed for memory\?\): try smaller numbers$"
     with pytest.raises(Ended, match=message) as caught:
         worker.receive()
     assert caught.value.exitcode == 7

@@ -1,23 +1,23 @@
-"""Logits that take their own loss.
+"""Lazy logits: the output of a head, of which losses and statistics are computed without computing the output.
 
 `LazyLogits` has the shape, dtype and device of a head's output and holds (hidden, weight, bias); nothing is multiplied.
-What a causal LM does to its logits on the way to the loss is recorded:
+The operations that a causal LM applies to its logits before the loss are recorded:
 
     value = inner * raw            or            outer * tanh(inner * raw)            raw = hidden @ weight.T + bias
 
 (scale, softcap, dtype casts), row slices and reshapes act on hidden, a vocabulary slice on the weight; a LoRA branch
-and a bias join the head. Consumers that need a few floats a token (`F.cross_entropy`, `nll_loss` and `gather` of
-`log_softmax`, `logsumexp`, `argmax`) are answered by `hf_xent.ops`. Any other operation, and any argument that is not
+and a bias join the head. Functions that need a few floats per token (`F.cross_entropy`, `nll_loss` and `gather` of
+`log_softmax`, `logsumexp`, `argmax`) are computed by `hf_xent.ops`. Any other operation, and any argument that is not
 known here, makes the dense tensor, once, with autograd: always correct, but the logits are materialized.
 
-Memory is shared as torch shares it: what torch makes a view writes through to its base, a copy does not. Operands are
-kept, not copied, so logits have to be read before the weights change (`optimizer.step()`); afterwards it is an error.
+Memory is shared as in torch: writes to a view change its base, writes to a copy do not. Operands are kept, not copied,
+so logits have to be read before the weights change (`optimizer.step()`); to read them afterwards is an error.
 
-The wrapper has a grad_fn of its own, so consumers below Python (custom autograd functions, hooks of wrappers) see a
-value through `__torch_dispatch__` and their gradients still reach hidden and the weight.
+The wrapper has its own grad_fn, so code below Python (custom autograd functions, hooks of wrappers) gets values through
+`__torch_dispatch__`, and its gradients still reach hidden and the weight.
 """
 
-from . import consumers, shapes  # noqa: F401  they register their answers
+from . import consumers, shapes  # noqa: F401  they register their rules
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
 

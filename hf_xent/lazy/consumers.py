@@ -1,6 +1,6 @@
-"""What answers without logits: consumers that need a few floats a token.
+"""Rules for the functions that end in a few floats per token: losses, gather, logsumexp and argmax, without logits.
 
-Each returns the answer, or NotImplemented: then torch's function is applied to the dense tensor.
+Each rule returns the result, or NotImplemented: then torch's function is applied to the dense tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..ops import Stats
 from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
-from .shapes import derive, detach, place
+from .shapes import canonical_dim, derive, detach
 from .tensor import LazyLogits
 
 
@@ -32,7 +32,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`F.cross_entropy` of [N, V] and class indices; 0 (not NaN) where every label is ignored, for DDP's sake."""
+    """`F.cross_entropy` of [N, V] and class indices; 0, not NaN, if every label is ignored, since DDP averages it."""
     indices = (
         isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
     )
@@ -62,7 +62,7 @@ def _nll_loss(x: LazyLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _log_softmax(
     x: LazyLogits,
     dim: int | None = None,
-    _stacklevel: Any = 3,  # of F.log_softmax; in the same place torch.log_softmax has its dtype
+    _stacklevel: Any = 3,  # of F.log_softmax; in the same canonical_dim torch.log_softmax has its dtype
     dtype: torch.dtype | None = None,
 ) -> Any:
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype or x.dtype
@@ -72,13 +72,13 @@ def _log_softmax(
 
 
 def _gather(x: LazyLogits, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    """One column a row: the label's logit, or its log-probability."""
+    """One column per row: the label's logit, or its log-probability."""
     is_column = isinstance(index, Tensor) and index.shape == (*x.shape[:-1], 1) and index.dtype == torch.int64
     if sparse_grad or not is_column or not _is_last(x, dim) or not _are_tokens(index, x.shape[-1]):
         return NotImplemented
     stats = _scalar_stats(x, index.squeeze(-1), ("lse", "target"))
     value = stats.logp if x.recipe.log_probs else stats.target
-    return value.to(x.dtype, copy=True).unsqueeze(-1)  # a copy may be written to: the backward reads the statistics
+    return value.to(x.dtype, copy=True).unsqueeze(-1)  # a copy, since statistics are saved for the backward
 
 
 def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
@@ -96,12 +96,12 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 def _are_tokens(index: Tensor, size: int) -> bool:
-    """Whether torch would find every index; elsewhere than on a CPU it does not say so either, and nobody waits."""
+    """Whether indices are in range; checked on a CPU only, since elsewhere torch raises nothing and reading is slow."""
     return index.device.type != "cpu" or not index.numel() or bool((index.min() >= 0) & (index.max() < size))
 
 
 def _is_last(x: LazyLogits, dim: Any) -> bool:
-    return place(x, dim) == x.ndim - 1
+    return canonical_dim(x, dim) == x.ndim - 1
 
 
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:

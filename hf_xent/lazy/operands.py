@@ -1,4 +1,4 @@
-"""Whether the head's operands still are what they were when the head was called."""
+"""Whether the head's operands are still what they were when the head was called."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from ..ops import Head
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 
-_AT_HAND = ("cpu",)  # devices whose numbers are read without waiting for all that was asked of them
-_SAMPLED = 4096  # at least as many numbers of an operand are compared, or all; up to twice as many a dimension
+_SYNCHRONOUS_DEVICES = ("cpu",)  # whose memory is read without waiting for queued work
+_SAMPLE_SIZE = 4096  # at least so many numbers of an operand are compared, or all; up to twice as many per dimension
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor a head was called with, and what tells whether it was changed since."""
+    """A tensor that a head was called with, and what shows whether it was changed since."""
 
     name: str
     tensor: Tensor
@@ -29,10 +29,10 @@ class Operand:
         return Operand(name, tensor, version(tensor), _sample(tensor))
 
     def changed(self, unread: bool) -> bool:
-        """Whether it was written to, or given other memory; see `check`."""
+        """Whether it was written to or got other memory; for `unread` see `check`."""
         if self.version != version(self.tensor):
             return True
-        if self.sample is None or (unread and self.sample.device.type not in _AT_HAND):
+        if self.sample is None or (unread and self.sample.device.type not in _SYNCHRONOUS_DEVICES):
             return False
         now = _sample(self.tensor)
         return now is not None and (now.device != self.sample.device or not torch.equal(now, self.sample))
@@ -50,14 +50,14 @@ def operands_of(hidden: Tensor, raw: Head) -> Operands:
 def check(operands: Operands, unread: bool) -> None:
     """Raises: RuntimeError if an operand was changed in place since the head was called.
 
-    `unread`: nothing was made of them yet that a backward pass could have gone through to an optimizer. Then what torch
-    does not count is not looked for on a GPU, where a training step would have to wait for it.
+    `unread` says that nothing differentiable was computed from them yet, so that no optimizer step can have followed.
+    Then writes that torch does not count are not looked for on a GPU, where a training step would wait for the check.
     """
     for operand in operands:
         if operand.changed(unread):
             raise RuntimeError(
                 f"these logits are computed when they are read, and the head's {operand.name} was modified in place"
-                " since (by optimizer.step(), say): read what you need of them before that, as in"
+                " since (for instance by optimizer.step()): read what you need of them before that, as in"
                 " `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
             )
 
@@ -68,10 +68,12 @@ def version(t: Tensor) -> int | None:
 
 
 def _sample(t: Tensor) -> Tensor | None:
-    """Bytes of the numbers on a grid; None where there are none to be read: not on this device, or not as a value."""
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or torch.compiler.is_compiling() or composed(t):
+    """Bytes of the numbers on a grid; None for a tensor whose values cannot be read (meta, traced, transformed)."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta:
+        return None
+    if torch.compiler.is_compiling() or under_function_transform(t):
         return None
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        side = round(_SAMPLED ** (1 / max(1, t.ndim)))
+        side = round(_SAMPLE_SIZE ** (1 / max(1, t.ndim)))
         grid = t[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
         return grid.clone(memory_format=torch.contiguous_format).view(torch.uint8)

@@ -1,6 +1,6 @@
-"""What keeps a lazy tensor lazy: casts, scale and softcap, views of its rows, a slice of the vocabulary.
+"""Rules whose result is lazy again: casts, scale and softcap, views of rows, slices of the vocabulary.
 
-Each rule returns the answer, or NotImplemented: then torch's function is applied to the dense tensor.
+Each rule returns the result, or NotImplemented: then torch's function is applied to the dense tensor.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.higher import composed
+from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
 from .tensor import LazyLogits, make
-from .values import is_view, shadow
+from .values import is_view, meta_like
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
-    """A lazy tensor that differs in some operands: a copy, unless a `parent` says what it is a view of."""
-    now = {"hidden": x.hidden, "raw": x.raw, "recipe": x.recipe, "dtype": x.dtype, "device": x.device, "state": x.state}
+    """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
+    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands")
+    attributes = {name: getattr(x, name) for name in names}
     same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
-    layout = torch.empty_like(shadow(x)) if same_shape else None  # as torch lays out what is made of x
-    return make(**{**now, "reads": x.reads, "operands": x.operands, "layout": layout, **changes})
+    layout = torch.empty_like(meta_like(x)) if same_shape else None  # with the strides of torch's result
+    return make(**{**attributes, "layout": layout, **changes})
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -33,12 +34,12 @@ def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
 
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    """`.to(dtype)`, `.to(device)`, `.to(other)`; on another device the answers will be there, the operands stay."""
+    """`.to(dtype)`, `.to(device)`, `.to(other)`; on another device the results will be there, the operands stay."""
     copy = kwargs.pop("copy", False)
     if len(args) > 2 and isinstance(args[-1], bool):  # (device or other, dtype, non_blocking, copy)
         return NotImplemented
-    parse: Any = torch._C._nn._parse_to  # its stub leaves out that each answer may be None
-    device, dtype, _, memory_format = parse(*(_meta(a) for a in args), **{k: _meta(v) for k, v in kwargs.items()})
+    parse: Any = torch._C._nn._parse_to  # its stub omits that each result may be None
+    device, dtype, _, memory_format = parse(*(_empty(a) for a in args), **{k: _empty(v) for k, v in kwargs.items()})
     if memory_format is not None:
         return NotImplemented
     device, dtype = device or x.device, dtype or x.dtype
@@ -48,7 +49,7 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     return x if same and not copy else derive(x, device=device, dtype=dtype)
 
 
-def _meta(x: Any) -> Any:
+def _empty(x: Any) -> Any:
     return torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(x, LazyLogits) else x
 
 
@@ -65,14 +66,14 @@ def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> 
 
 
 def detach(x: LazyLogits) -> LazyLogits:
-    """The same values without their graph, still lazy."""
+    """The same values without a graph, still lazy."""
     return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
 
 
-def _plus(x: LazyLogits, other: Any) -> Any:
-    """Another product of the same tokens and vocabulary (a LoRA branch's), or a bias of the vocabulary (BART's)."""
+def _add(x: LazyLogits, other: Any) -> Any:
+    """The sum with another product of the same shape (of a LoRA branch), or with a bias over the vocabulary (BART)."""
     if isinstance(other, LazyLogits) and not other.is_dense:
-        return _sum(x, other)
+        return _add_products(x, other)
     if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs:
         return NotImplemented
     same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
@@ -83,13 +84,13 @@ def _plus(x: LazyLogits, other: Any) -> Any:
     return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
 
 
-def _minus(x: LazyLogits, other: Any) -> Any:
+def _subtract(x: LazyLogits, other: Any) -> Any:
     no_bias = not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point()
-    return NotImplemented if no_bias else _plus(x, -other)
+    return NotImplemented if no_bias else _add(x, -other)
 
 
-def _sum(x: LazyLogits, y: LazyLogits) -> Any:
-    """Two products of the same tokens and vocabulary, a head's and its LoRA branch's: one product of both inputs."""
+def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
+    """The sum of two products, of a head and its LoRA branch, as one product of the concatenated inputs."""
     if x.shape != y.shape:
         return NotImplemented
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
@@ -104,11 +105,11 @@ def _sum(x: LazyLogits, y: LazyLogits) -> Any:
     biases = [b if head is big.raw else (b * ratio).to(dtype) for head in heads if (b := head.bias) is not None]
     bias = sum(biases[1:], biases[0]) if biases else None
     raw = replace(big.raw, bias=bias, adapter=adapter)
-    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(shadow(x))
+    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(meta_like(x))
     return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=x.operands + y.operands)
 
 
-def _times(x: LazyLogits, other: Any) -> Any:
+def _multiply(x: LazyLogits, other: Any) -> Any:
     number = _number(other)
     if number is None or x.recipe.log_probs or not x.is_floating_point():
         return NotImplemented
@@ -116,17 +117,17 @@ def _times(x: LazyLogits, other: Any) -> Any:
     return derive(x, recipe=recipe) if recipe.is_regular else NotImplemented
 
 
-def _divided(x: LazyLogits, other: Any) -> Any:
+def _divide(x: LazyLogits, other: Any) -> Any:
     number = _number(other)
-    return NotImplemented if not number else _times(x, 1 / number)
+    return NotImplemented if not number else _multiply(x, 1 / number)
 
 
 def _number(x: Any) -> float | None:
-    """A Python number, or a constant scalar tensor's value; None for anything that varies or learns."""
+    """The value of a Python number or a constant scalar tensor on a CPU; None for anything else."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
     if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
-        return None if x.is_complex() or composed(x) else float(x)
+        return None if x.is_complex() or under_function_transform(x) else float(x)
     return None
 
 
@@ -137,34 +138,34 @@ def _tanh(x: LazyLogits) -> Any:
 
 
 def _reshape(x: LazyLogits, *sizes: Any, shape: Any = None) -> Any:
-    """`reshape`, and `view` where torch could make one, that leave the vocabulary last."""
-    return _laid_out(x, torch.Tensor.reshape, sizes, shape)
+    """`reshape`, and below `view`, that leave the vocabulary last."""
+    return _change_shape(x, torch.Tensor.reshape, sizes, shape)
 
 
 def _view(x: LazyLogits, *sizes: Any, size: Any = None) -> Any:
-    return _laid_out(x, torch.Tensor.view, sizes, size)
+    return _change_shape(x, torch.Tensor.view, sizes, size)
 
 
-def _laid_out(x: LazyLogits, layout: Callable[..., Tensor], sizes: tuple[Any, ...], size: Any) -> Any:
+def _change_shape(x: LazyLogits, layout: Callable[..., Tensor], sizes: tuple[Any, ...], size: Any) -> Any:
     if len(sizes) == 1 and not isinstance(sizes[0], int):
         size, sizes = sizes[0], ()
     sizes = tuple(sizes if size is None else size) if not isinstance(size, torch.dtype) else (size,)
     if not sizes or not all(isinstance(n, int) for n in sizes):  # .view(dtype)
         return NotImplemented
-    after = layout(shadow(x), sizes).shape  # also torch's error for sizes that do not fit
+    after = layout(meta_like(x), sizes).shape  # raises torch's error for sizes that do not fit
     if not after or after[-1] != x.shape[-1]:
         return NotImplemented
-    return _rows(x, lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
+    return _change_rows(x, lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
 
 
-def _rows(
+def _change_rows(
     x: LazyLogits,
     on_hidden: Callable[[Tensor], Tensor],
     on_dense: Callable[[Tensor], Tensor],
 ) -> LazyLogits:
-    """Rows of x, as torch gives them: a view where the same on the dense tensor is one, or else a copy."""
-    before = shadow(x)
-    parent = (x, on_dense) if is_view(on_dense(before), before) else None
+    """Other rows of x: a view if the same operation gives a view of the dense tensor, else a copy."""
+    dense = meta_like(x)
+    parent = (x, on_dense) if is_view(on_dense(dense), dense) else None
     return derive(x, hidden=on_hidden(x.hidden), parent=parent)
 
 
@@ -177,48 +178,48 @@ def _reshape_as(x: LazyLogits, other: Tensor) -> Any:
 
 
 def _flatten(x: LazyLogits, start_dim: int = 0, end_dim: int = -1) -> Any:
-    start, end = place(x, start_dim), place(x, end_dim)
+    start, end = canonical_dim(x, start_dim), canonical_dim(x, end_dim)
     if start is None or end is None or not start <= end < x.ndim - 1:
         return NotImplemented
     return _reshape(x, *x.shape[:start], -1, *x.shape[end + 1 :])
 
 
 def _unsqueeze(x: LazyLogits, dim: int) -> Any:
-    at = place(x, dim, x.ndim + 1)
+    at = canonical_dim(x, dim, x.ndim + 1)
     if at is None or at == x.ndim:
         return NotImplemented
-    return _rows(x, lambda h: h.unsqueeze(at), lambda d: d.unsqueeze(at))
+    return _change_rows(x, lambda h: h.unsqueeze(at), lambda d: d.unsqueeze(at))
 
 
 def _squeeze(x: LazyLogits, dim: int) -> Any:
-    at = place(x, dim)
+    at = canonical_dim(x, dim)
     if at is None or at == x.ndim - 1:
         return NotImplemented
-    return _rows(x, lambda h: h.squeeze(at), lambda d: d.squeeze(at))
+    return _change_rows(x, lambda h: h.squeeze(at), lambda d: d.squeeze(at))
 
 
 def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
-    """Of rows alone: ProphetNet scores all its prediction streams at once, and turns them to the front first."""
-    a, b = place(x, dim0), place(x, dim1)
+    """Of row dimensions alone: ProphetNet moves its prediction streams to the front, to score all of them at once."""
+    a, b = canonical_dim(x, dim0), canonical_dim(x, dim1)
     if a is None or b is None or x.ndim - 1 in (a, b):
         return NotImplemented
-    return _rows(x, lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
+    return _change_rows(x, lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
 
 
-def place(x: LazyLogits, dim: Any, count: int | None = None) -> int | None:
-    """A dimension counted from the first; None if it is no dimension of x, so that torch says so."""
+def canonical_dim(x: LazyLogits, dim: Any, count: int | None = None) -> int | None:
+    """A dimension counted from 0; None if x has no such dimension, so that torch raises its error."""
     count = x.ndim if count is None else count
     return dim % count if isinstance(dim, int) and not isinstance(dim, bool) and -count <= dim < count else None
 
 
 def _getitem(x: LazyLogits, index: Any) -> Any:
-    """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last place."""
-    index = tuple(_plain(i, x.hidden.device) for i in (index if isinstance(index, tuple) else (index,)))
+    """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last canonical_dim."""
+    index = tuple(_normalized_index(i, x.hidden.device) for i in (index if isinstance(index, tuple) else (index,)))
     if not all(
         i is None or i is ... or (isinstance(i, (int, slice, Tensor)) and not isinstance(i, bool)) for i in index
     ):
         return NotImplemented
-    used = sum(_consumed(i) for i in index)
+    used = sum(_consumed_dims(i) for i in index)
     counted_from_the_end = any(i is ... for i in index) and index[-1] is not ...
     vocabulary = slice(None)
     if counted_from_the_end or used >= x.ndim:
@@ -226,14 +227,14 @@ def _getitem(x: LazyLogits, index: Any) -> Any:
             return NotImplemented
         index, vocabulary = (*index[:-1], slice(None)), index[-1]
     copied = any(isinstance(i, Tensor) for i in index)
-    layout = shadow(x)[(*index[:-1], vocabulary)] if copied and vocabulary != slice(None) else None
+    layout = meta_like(x)[(*index[:-1], vocabulary)] if copied and vocabulary != slice(None) else None
     if not all(i is ... or (isinstance(i, slice) and i == slice(None)) for i in index):
-        x = _indexed(x, index)
-    return _vocabulary(x, vocabulary, layout)
+        x = _index_rows(x, index)
+    return _slice_vocabulary(x, vocabulary, layout)
 
 
-def _plain(i: Any, device: torch.device) -> Any:
-    """An index as torch takes it: integers of any kind as int, flat lists as tensors, beside the hidden states."""
+def _normalized_index(i: Any, device: torch.device) -> Any:
+    """An index in a normal form: integers of any kind as int, flat lists as tensors on the device of hidden."""
     if isinstance(i, np.integer) or (isinstance(i, Tensor) and i.ndim == 0 and i.dtype in _INTEGERS):
         return int(i)
     if isinstance(i, np.ndarray) or (isinstance(i, list) and i and all(isinstance(n, int) for n in i)):
@@ -241,21 +242,21 @@ def _plain(i: Any, device: torch.device) -> Any:
     return i.to(device) if isinstance(i, Tensor) else i
 
 
-def _consumed(i: Any) -> int:
-    """How many dimensions an index stands for."""
+def _consumed_dims(i: Any) -> int:
+    """How many dimensions of the tensor an index refers to."""
     if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8):
         return i.ndim
     return 0 if i is None or i is ... else 1
 
 
-def _indexed(x: LazyLogits, index: tuple[Any, ...]) -> LazyLogits:
+def _index_rows(x: LazyLogits, index: tuple[Any, ...]) -> LazyLogits:
     if any(isinstance(i, Tensor) for i in index):  # a copy
         return derive(x, hidden=x.hidden[index])
-    return _rows(x, lambda h: h[index], lambda d: d[index])
+    return _change_rows(x, lambda h: h[index], lambda d: d[index])
 
 
-def _vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
-    """A slice of the vocabulary: a view, unless a `layout` says how the copy lies that the whole index makes."""
+def _slice_vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
+    """A slice of the vocabulary: a view, or a copy with the strides of `layout` if the whole index makes a copy."""
     if part == slice(None) or range(*part.indices(x.shape[-1])) == range(x.shape[-1]):
         return x
     if x.recipe.log_probs or x.raw.shard is not None:
@@ -270,10 +271,10 @@ _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.clone, torch.clone), _clone),
     **dict.fromkeys((_T.detach, torch.detach), detach),
-    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _plus),
-    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _minus),
-    **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _times),
-    **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divided),
+    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _add),
+    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _subtract),
+    **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _multiply),
+    **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divide),
     **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
     **dict.fromkeys((_T.reshape, torch.reshape), _reshape),
     **dict.fromkeys((_T.flatten, torch.flatten), _flatten),

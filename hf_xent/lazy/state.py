@@ -1,4 +1,4 @@
-"""What all lazy logits of one patched model share, and the shift that turns a model's labels into targets."""
+"""The state that all lazy logits of a patched model share, and the shift that turns a model's labels into targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..ops import Stats
 from ..ops.request import Request
 from ..ops.rows import token_ids
 
-_ADDING = Lock()  # replicas of a model add to one state from threads of their own
+_LOCK = Lock()  # replicas of a model add to one state, each from its thread
 
 
 class TokenSums(dict[bool, dict[str, Tensor]]):
@@ -26,9 +26,9 @@ class TokenSums(dict[bool, dict[str, Tensor]]):
             new["entropy"] = stats.entropy.sum()
         if "top" in stats.values:
             new["correct"] = stats.is_top1.sum()
-        before = self.get(training, {})
-        for name in new.keys() & before.keys():
-            new[name] = before[name] + new[name].to(before[name].device)  # replicas lie on several devices
+        sums = self.get(training, {})
+        for name in new.keys() & sums.keys():
+            new[name] = sums[name] + new[name].to(sums[name].device)  # replicas are on several devices
         self[training] = new
 
     def take(self, training: bool) -> dict[str, Tensor]:
@@ -38,18 +38,18 @@ class TokenSums(dict[bool, dict[str, Tensor]]):
 
 @dataclass
 class PatchState:
-    """The options that a patched model's lazy logits follow, and the counts and token sums that they leave."""
+    """The options of a patched model's lazy logits, and the counts and sums over tokens that they update."""
 
     request: Request = field(default_factory=Request)
-    """How losses are computed, and what is summed up beside them."""
+    """How losses are computed, and which statistics are summed beside them."""
     streamed: int = 0
-    """How many consumers were answered without logits."""
+    """How many losses and other results were computed without logits."""
     materialized: int = 0
-    """How many dense tensors were made."""
+    """How many dense tensors were computed."""
     bypassed: int = 0
-    """How many calls for a loss, or in training, there were in which the head made its logits at once."""
+    """How many calls, for a loss or in training, computed their logits at once."""
     reason: str = ""
-    """Why it did so, the last time; also where torch.compile traced the call, which cannot be counted."""
+    """Why the last of these calls did so; also set when torch.compile traces a call, which cannot be counted."""
     training: bool = True
     """The model's mode in its last forward."""
     sums: TokenSums = field(default_factory=TokenSums)
@@ -57,7 +57,7 @@ class PatchState:
 
     @property
     def observe(self) -> tuple[str, ...]:
-        """Names of statistics that are summed up beside the loss."""
+        """Names of statistics that are summed beside the loss."""
         return self.request.observe
 
     @property
@@ -67,27 +67,27 @@ class PatchState:
 
     @property
     def tail(self) -> float:
-        """Relative error allowed to the loss's gradient by logits."""
+        """Relative error allowed in the gradient of the logits."""
         return self.request.tail
 
     @property
     def why_dense(self) -> str:
-        """Why no loss was computed without logits; empty if one was, or the model was not asked for any."""
+        """Why no loss was computed without logits; empty if one was, or if none was requested."""
         if self.streamed:
             return ""
-        used = "what follows the head (an adapter on it, or an unusual operation) needs the logits' values"
-        return self.reason or (used if self.materialized else "")
+        cause = "what follows the head (an adapter on it, or an unusual operation) needs the logits' values"
+        return self.reason or (cause if self.materialized else "")
 
     def record(self, stats: Stats) -> None:
-        """Count a streamed consumer, and add its tokens to the sums if anything is observed."""
-        with _ADDING:
+        """Count a loss computed without logits, and add its tokens to the sums if anything is observed."""
+        with _LOCK:
             self.streamed += 1
             if self.observe:
                 self.sums.add(stats, self.training)
 
     def bypass(self, reason: str) -> None:
-        """Count a call that made its logits at once."""
-        with _ADDING:
+        """Count a call that computed its logits at once, and keep the reason."""
+        with _LOCK:
             self.bypassed, self.reason = self.bypassed + 1, reason
 
     def take(self, *, training: bool = True) -> dict[str, Tensor]:
@@ -95,9 +95,20 @@ class PatchState:
         return self.sums.take(training)
 
 
-Seam = PatchState  # its earlier name
+Seam = PatchState  # the earlier name
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels [B, T] moved one to the left: what position t has to predict; the last position is ignored."""
+    """Labels shifted by one to the left, so that each position has its target; the last position is ignored.
+
+    Args:
+        labels: The model's own labels, [B, T].
+        ignore_index: The label of positions to ignore.
+
+    Returns:
+        Labels [B, T], int64, aligned with the logits.
+
+    Raises:
+        ValueError: Labels are not integers.
+    """
     return F.pad(token_ids(labels), (0, 1), value=ignore_index)[..., 1:].contiguous()

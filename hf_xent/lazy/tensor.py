@@ -1,4 +1,4 @@
-"""The tensor itself: how it is made, what it offers beyond torch, and what it answers to torch's functions."""
+"""`LazyLogits`: how it is made, its methods beyond torch's, and how torch functions are applied to it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .functions import COMMUTATIVE, DIFFERENTIATING, METADATA, OF_WRAPPER, write
 from .graph import Connected, Recipe
 from .operands import Operands, operands_of
 from .state import PatchState, next_token_labels
-from .values import LazyTensor, densify, each, read, requires_grad_of, shadow
+from .values import LazyTensor, densify, map_lazy, meta_like, requires_grad_of, run_on_views
 
 
 class LazyLogits(LazyTensor):
-    """A head's output [..., V] that has not been multiplied; see `hf_xent.lazy`. Made by a patched head.
+    """A head's output [..., V] that has not been computed; see `hf_xent.lazy`. A patched head returns it.
 
     Attributes:
-        hidden: The hidden states [..., D] that it is the logits of.
-        head: The head that makes them.
-        state: What its answers follow and are counted in, shared by all lazy logits of a model.
+        hidden: The hidden states [..., D] that the head was called with.
+        head: The head that turns them into logits.
+        state: Options and counts, shared by all lazy logits of a model.
         is_dense: Whether the dense values exist.
     """
 
@@ -35,9 +35,9 @@ class LazyLogits(LazyTensor):
         """The lazy twin of `F.linear(hidden, raw.weight, raw.bias)`.
 
         Args:
-            hidden: What the head was called with, [..., D].
+            hidden: The input of the head, [..., D].
             raw: The head, without scale and softcap.
-            state: What its answers follow and are counted in; None makes one.
+            state: Options and counts; None makes new ones.
 
         Returns:
             Lazy logits [..., V].
@@ -46,10 +46,10 @@ class LazyLogits(LazyTensor):
 
     @property
     def head(self) -> Head:
-        """The head whose activated logits of `hidden` this tensor is (before any log_softmax).
+        """The head, with scale and softcap, whose logits of `hidden` this tensor is (before any log_softmax).
 
         Raises:
-            RuntimeError: One of its tensors, or `hidden`, was changed in place since it was called.
+            RuntimeError: One of its tensors, or `hidden`, was changed in place since the head was called.
         """
         self.check_operands()
         self.note_read(id(self.reads))
@@ -89,19 +89,19 @@ class LazyLogits(LazyTensor):
         return stream_stats(self.hidden, self.head, labels, outputs, self.state.request).to(self.device)
 
     def retain_grad(self) -> None:
-        """Keep the gradient of these logits in `.grad`, as torch does; it makes them dense.
+        """Keep the gradient of these logits in `.grad`, as in torch; this makes them dense.
 
         Raises:
-            RuntimeError: A loss was computed without them before, so that no gradient passes through them.
+            RuntimeError: A loss was computed without them before, so no gradient passes through them.
         """
         self._check_gradient("logits.retain_grad()", self.reads)
         self.dense().retain_grad()
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
-        """Call a hook with the gradient of these logits, as torch does, which makes them dense.
+        """Call a hook with the gradient of these logits, as in torch; this makes them dense.
 
-        Not for FSDP, which hooks every output of a module to gather its weights: the head's are kept until the backward
-        anyway.
+        Hooks of FSDP, which it puts on every output of a module to gather weights, do not: the head's weight is kept
+        until the backward anyway.
 
         Args:
             hook: Called with the gradient [..., V]; it may return another one.
@@ -121,7 +121,7 @@ class LazyLogits(LazyTensor):
 
     @staticmethod
     def _check_gradient(call: str, reads: set[int]) -> None:
-        """Raises: RuntimeError if there are reads through which a gradient passes these logits by."""
+        """Raises: RuntimeError if `reads` has a tensor whose gradient does not pass through these logits."""
         if reads:
             raise RuntimeError(
                 f"{call}: a loss was computed without making these logits, so they do not get its gradient: compute it"
@@ -134,7 +134,7 @@ class LazyLogits(LazyTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():  # what is kept and counted here is no part of a graph
+        if torch.compiler.is_compiling():  # values and counts kept here cannot be traced
             return torch.compiler.disable(cls._answer)(func, args, kwargs)
         return cls._answer(func, args, kwargs)
 
@@ -156,10 +156,10 @@ class LazyLogits(LazyTensor):
             for x in tree_leaves((args[1:], kwargs.get("inputs"))):
                 if isinstance(x, LazyLogits):
                     cls._check_gradient("the gradient by logits", x.reads - {id(x)})
-        if kwargs.get("out") is not None:  # what is written there has no graph, so it takes values alone
-            return func(*each(lambda x: x.dense().detach(), args), **densify(kwargs))
+        if kwargs.get("out") is not None:  # out= has no graph in torch, so values are enough
+            return func(*map_lazy(lambda x: x.dense().detach(), args), **densify(kwargs))
         if not writes(func):
-            answer = read(func, args, kwargs)
+            answer = run_on_views(func, args, kwargs)
             if answer is not NotImplemented:
                 return answer
         answer = func(*densify(args), **densify(kwargs))
@@ -167,20 +167,20 @@ class LazyLogits(LazyTensor):
         return args[0] if written else answer  # as an in-place operation returns its tensor
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function that stands in for none
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function of the base class
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # below autograd: whoever comes here differentiates with respect to the wrapper; Connected.backward takes over
+        # below autograd: the caller's graph ends at the wrapper, and Connected.backward gets its gradient
         aliased = any(argument.alias_info is not None for argument in func._schema.arguments)
 
         def value(x: LazyTensor) -> Tensor:
-            with torch.overrides.enable_reentrant_dispatch():  # what is kept has a graph
+            with torch.overrides.enable_reentrant_dispatch():  # values that are kept need a graph
                 return (x.dense() if aliased else x.readable_values()).detach()
 
-        return func(*each(value, args), **each(value, kwargs or {}))
+        return func(*map_lazy(value, args), **map_lazy(value, kwargs or {}))
 
 
-def make(  # noqa: PLR0913  what a lazy tensor holds
+def make(  # noqa: PLR0913  the attributes of a lazy tensor
     hidden: Tensor,
     raw: Head,
     recipe: Recipe,
@@ -193,21 +193,21 @@ def make(  # noqa: PLR0913  what a lazy tensor holds
     reads: set[int] | None = None,
     operands: Operands | None = None,
 ) -> LazyLogits:
-    """A lazy tensor of these operands, with its place in the graph; `parent`, `reads`, `operands` as the attributes.
+    """A lazy tensor of these operands, connected to the graph; `parent`, `reads`, `operands` as in `LazyTensor`.
 
-    `device` is where its values are to be; the operands may lie elsewhere (a model split over devices). `layout` is a
-    tensor that has its strides, by default a view's or those of a contiguous tensor.
+    `device` is where its values will be; the operands may be elsewhere (a model split over devices). `layout` is a
+    tensor with the strides it gets, by default those of a view of `parent` or of a contiguous tensor.
     """
     if parent is not None:
-        layout = parent[1](shadow(parent[0]))
+        layout = parent[1](meta_like(parent[0]))
     elif layout is None:
         layout = torch.empty((*hidden.shape[:-1], raw.vocabulary), device="meta")
-    place = {"dtype": dtype, "device": device}
-    lazy = Connected.apply(LazyLogits, raw, recipe, layout, place, hidden, raw.weight, raw.bias, raw.adapter)
+    options = {"dtype": dtype, "device": device}
+    lazy = Connected.apply(LazyLogits, raw, recipe, layout, options, hidden, raw.weight, raw.bias, raw.adapter)
     lazy.parent, lazy.dense_values, lazy.copied_values = None, None, None
     lazy.differentiable, lazy.parent = requires_grad_of(lazy), parent
     lazy.operands = operands_of(hidden, raw) if operands is None else operands
-    if not lazy.differentiable:  # nor is what will be made of it, where gradients are wanted
+    if not lazy.differentiable:  # nor is anything computed from it, even with gradients enabled
         hidden, raw = hidden.detach(), raw.detach()
     lazy.hidden, lazy.raw, lazy.recipe, lazy.state = hidden, raw, recipe, state
     lazy.reads = set() if reads is None else reads

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops import Head
-from ..ops.higher import composed
-from .functions import is_apart
-from .graph import Recipe, Values, without_hooks
+from ..ops.higher import under_function_transform
+from .functions import shares_no_memory
+from .graph import Recipe, Values, without_save_hooks
 from .operands import Operands, check, version
 from .state import PatchState
 
 
 class LazyTensor(torch.Tensor):
-    """A wrapper over a head's operands, and how its values come from them; what torch asks of it is `LazyLogits`'s."""
+    """A wrapper around a head's operands that computes values from them; `LazyLogits` handles torch functions."""
 
     hidden: Tensor  # [..., D]
     raw: Head  # without scale and softcap
@@ -27,17 +27,17 @@ class LazyTensor(torch.Tensor):
     differentiable: bool  # whether its values have a graph
     parent: tuple[LazyTensor, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     dense_values: Tensor | None  # the dense tensor, once something needed it
-    copied_values: Tensor | None  # the values of a view that was only read, without those of the tensor it is a view of
-    operands: Operands  # what the head was called with, as it was
-    memory: list[Tensor]  # `dense_values`, where the wrapper's place in the graph can see whether it was written to
-    reads: set[int]  # ids of those that gave something differentiable of their own; all of a head's output share it
+    copied_values: Tensor | None  # the values of a view that was only read, computed without those of its base
+    operands: Operands  # the inputs of the head, as they were when it was called
+    memory: list[Tensor]  # `dense_values`, shared with the wrapper's graph node, which checks whether it was written to
+    reads: set[int]  # ids of the tensors of one head output from which a gradient passes to the operands directly
 
     def check_operands(self) -> None:
         """Raises: RuntimeError if an operand was changed in place since the head was called."""
         check(self.operands, unread=self.differentiable and not self.reads)
 
     def note_read(self, reader: int) -> None:
-        """Remember that something differentiable was made of the operands without the dense logits."""
+        """Remember that something differentiable was computed from the operands without the dense logits."""
         if self.differentiable and torch.is_grad_enabled():
             self.reads.add(reader)
 
@@ -45,7 +45,7 @@ class LazyTensor(torch.Tensor):
     def is_dense(self) -> bool:
         """Whether the dense values exist; from then on they are used, since they may have been written to.
 
-        They are also made of what a custom autograd function returned: only the wrapper has its place in the graph.
+        They are also computed if a custom autograd function returned the wrapper: then only the wrapper has its graph.
         """
         if self.dense_values is None and requires_grad_of(self) and not self.differentiable:
             self.dense_values = Values.apply(self)
@@ -53,17 +53,17 @@ class LazyTensor(torch.Tensor):
 
     @property
     def has_values(self) -> bool:
-        """Whether the dense values were made, or those of what this is a view of."""
+        """Whether the dense values were computed, or those of the tensor that this is a view of."""
         return self.dense_values is not None or (self.parent is not None and self.parent[0].has_values)
 
     def dense(self) -> Tensor:
-        """The ordinary tensor, made once and kept, with autograd. A view's shares the memory of what it is a view of.
+        """The ordinary tensor, computed once and kept, with autograd. That of a view shares the memory of its base.
 
         Returns:
             The logits [..., V].
 
         Raises:
-            RuntimeError: The values do not exist yet, and an operand was changed in place meanwhile.
+            RuntimeError: The values do not exist yet, and an operand was changed in place since the head was called.
         """
         if self.is_dense and self.dense_values is not None:
             return self.dense_values
@@ -78,17 +78,17 @@ class LazyTensor(torch.Tensor):
         return self.dense_values
 
     def readable_values(self) -> Tensor:
-        """The dense values, to be read only: those of a few rows are computed without the rest."""
+        """The dense values, to be read only: those of a view of few rows are computed without the other rows."""
         if self.is_dense or not self.is_part():
             return self.dense()
         self.note_read(id(self))
         if self.copied_values is None:
-            with torch.inference_mode(False):  # where tensors count how often they are written to
+            with torch.inference_mode(False):  # so that torch counts writes to it
                 self.copied_values = self.compute_values()
         return self.copied_values
 
     def is_part(self) -> bool:
-        """Whether this is a view that costs less to compute than what it is a view of."""
+        """Whether this is a view that is computed alone: smaller than its base, or unlike it without a graph."""
         base = self
         while base.parent is not None:
             base = base.parent[0]
@@ -98,34 +98,38 @@ class LazyTensor(torch.Tensor):
         """The dense values from the operands; nothing is kept."""
         self.check_operands()
         self.state.materialized += 1
-        kind = self.hidden.device.type
-        with torch.set_grad_enabled(self.differentiable), torch.autocast(kind, enabled=False), without_hooks():
+        device = self.hidden.device.type
+        with (
+            torch.set_grad_enabled(self.differentiable),
+            torch.autocast(device, enabled=False),
+            without_save_hooks(),
+        ):
             return self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
 
 
-def read(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a function gives that only reads its lazy arguments; NotImplemented if it does more, or if none is a view.
+def run_on_views(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a function that only reads its lazy arguments; NotImplemented if it does more or none is a view.
 
-    It runs on the values of views alone. Where its result shares their memory, or they were written to, the function
-    has to run again on the memory of what they are views of.
+    It runs on the values of the views alone. If its result shares their memory, or if they were written to, the
+    function has to run again on the memory of their bases.
     """
     lazies = [x for x in tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
-    if composed() or all(x.is_dense or not x.is_part() for x in lazies):
+    if under_function_transform() or all(x.is_dense or not x.is_part() for x in lazies):
         return NotImplemented
     values = [x.readable_values() for x in lazies]
     versions, memory = [version(v) for v in values], {v.untyped_storage()._cdata for v in values}
-    result = func(*each(LazyTensor.readable_values, args), **each(LazyTensor.readable_values, kwargs))
-    if not all(is_apart(leaf, memory) for leaf in tree_leaves(result)):
+    result = func(*map_lazy(LazyTensor.readable_values, args), **map_lazy(LazyTensor.readable_values, kwargs))
+    if not all(shares_no_memory(leaf, memory) for leaf in tree_leaves(result)):
         return NotImplemented
     if versions != [version(v) for v in values]:
         for x in lazies:
-            x.copied_values = None  # it holds what should be written elsewhere
+            x.copied_values = None  # it has what should be written to the base
         return NotImplemented
     return result
 
 
-def shadow(x: LazyTensor) -> Tensor:
-    """A tensor without values that is laid out as x: what torch does to it tells what it would do to x's values."""
+def meta_like(x: LazyTensor) -> Tensor:
+    """A meta tensor with the shape and strides of x: operations on it show what torch would do to x's values."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
@@ -140,11 +144,11 @@ def requires_grad_of(lazy: LazyTensor) -> bool:
         return lazy.requires_grad
 
 
-def each(fn: Callable[[LazyTensor], Tensor], tree: Any) -> Any:
-    """A tree of arguments with `fn` of every lazy tensor in its place."""
+def map_lazy(fn: Callable[[LazyTensor], Tensor], tree: Any) -> Any:
+    """A tree of arguments with every lazy tensor x replaced by `fn(x)`."""
     return tree_map(lambda x: fn(x) if isinstance(x, LazyTensor) else x, tree)
 
 
 def densify(tree: Any) -> Any:
-    """A tree of arguments with dense tensors in place of lazy ones."""
-    return each(LazyTensor.dense, tree)
+    """A tree of arguments with every lazy tensor replaced by its dense tensor."""
+    return map_lazy(LazyTensor.dense, tree)

@@ -31,7 +31,7 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM  # lazy: seconds
 
-    with loading.explained(model) as source:
+    with loading.explain_load_errors(model) as source:
         free: Any = _class_saved(source)
         loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
     state = {} if free else _state(source)

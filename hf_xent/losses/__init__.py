@@ -1,4 +1,4 @@
-"""Floor 1: objectives written over statistics, one file a loss, registered by hand. Needs torch alone."""
+"""Floor 1: losses as functions of statistics, one file per loss, registered by name. Needs only torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
-if TYPE_CHECKING:  # loaded when they are first asked for, as the losses are: `hf-xent losses` needs no torch
+if TYPE_CHECKING:  # imported on first use, as the losses are: `hf-xent losses` needs no torch
     from .base import Loss
     from .cross_entropy import linear_cross_entropy as linear_cross_entropy
 
@@ -29,17 +29,17 @@ LOSSES: Registry[type[Loss]] = Registry(
 )
 """Name -> loss."""
 
-_OWN = {"Loss": "base", "linear_cross_entropy": "cross_entropy"}
+_OTHER_NAMES = {"Loss": "base", "linear_cross_entropy": "cross_entropy"}
 
 
 def get(loss: str | Loss | None, **options: Any) -> Loss:
-    """A loss by registry name, with its fields as options, or as it is.
+    """A loss by its registry name, with its fields as options; a loss object is returned unchanged.
 
     Args:
         loss: A name, with options after it as in 'focal:gamma=3' or 'eisl:ngrams=(1, 2), ce_factor=0.5'; or a loss,
             which is returned; None is plain cross-entropy.
-        **options: Fields of the loss. Those that are text, here or in the name, are read as Python literals, else as
-            words.
+        **options: Fields of the loss. Text values, here or in the name, are read as Python literals if they can
+            be.
 
     Returns:
         The loss.
@@ -51,27 +51,27 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
 
     if isinstance(loss, Loss):
         if options:
-            raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on it, not beside it")
+            raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on the object, not beside it")
         return loss
     return LOSSES.build(loss or "cross_entropy", **options)
 
 
 def table() -> list[dict[str, Any]]:
-    """What the files of all registered losses say, for help texts and the README; no loss is imported.
+    """The registered losses as a table, read from their files without importing them, for help texts and the README.
 
     Returns:
-        One row a loss: what `Registry.row` reads (`name`, `summary`, `formula`, `options`, `help`, `source`,
+        One row per loss: what `Registry.row` reads (`name`, `summary`, `formula`, `options`, `help`, `source`,
         `statistics`, ...), with its `class`.
     """
     return [{**row, "class": row["object"]} for row in LOSSES.table()]
 
 
-__all__ = sorted(("LOSSES", *LOSSES.exported, *_OWN, "get", "table"))
+__all__ = sorted(("LOSSES", *LOSSES.exported, *_OTHER_NAMES, "get", "table"))
 
 
 def __getattr__(name: str) -> Any:
     if name in LOSSES.exported:
         return LOSSES[LOSSES.exported[name]]
-    if name in _OWN:
-        return getattr(import_module(f".{_OWN[name]}", __name__), name)
+    if name in _OTHER_NAMES:
+        return getattr(import_module(f".{_OTHER_NAMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""What a loss is: a frozen dataclass that turns a token's statistics into nats, and the reductions all losses share.
+"""`Loss`, the base of all objectives: a frozen dataclass that turns statistics of tokens into losses in nats.
 
 A loss of the statistics alone writes `of` and `uses`. One that compares with a second head (a teacher, unit
 embeddings) also writes `second`. One that is not a function of statistics at all overrides `per_token`. Everything else
-(reduction, token weights, backends, memory, logits that exist already) is here.
+(reduction, token weights, backends, memory, logits that already exist) is implemented here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .reduction import Reduction
 class Loss:
     """Base of every objective. Subclasses are frozen dataclasses; their fields are their hyper-parameters."""
 
-    uses: tuple[str, ...] = ("lse", "target")  # statistics `of` differentiates; tests prove it exact
-    needs_teacher = False  # whether `teacher=(hidden, head)` must be given
+    uses: tuple[str, ...] = ("lse", "target")  # the statistics that `of` differentiates, exactly these
+    needs_teacher = False  # whether `teacher=(hidden, head)` must be passed
 
     def of(self, stats: Stats) -> Tensor:
         """The loss of every token from its statistics.
 
         Args:
-            stats: Those in `uses`, [N] each.
+            stats: The statistics named in `uses`, [N] each.
 
         Returns:
             Losses [N], nats.
@@ -39,13 +39,13 @@ class Loss:
         raise NotImplementedError
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The paper's formula on dense logits, written without looking at `of`, for tests.
+        """The paper's formula on dense logits, written independently of `of`, for tests.
 
         Args:
             logits: [N, V].
             labels: Token ids [N]. N tokens are one sequence where that matters.
-            **second: What a formula reads beside them: `weight`, the head's [V, D], and `teacher`, the teacher's dense
-                logits [N, V]. Callers pass all they have and a loss takes what it needs.
+            **second: Further inputs of the formula: `weight`, the head's [V, D], and `teacher`, the teacher's dense
+                logits [N, V]. Callers pass all they have, and a loss takes what it needs.
 
         Returns:
             Losses [N], nats.
@@ -53,20 +53,20 @@ class Loss:
         raise NotImplementedError
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload | None:
-        """The second head whose logits' expectation `stats.payload` is.
+        """The second head; `stats.payload` is the expectation of its logits.
 
         Args:
-            head: The head whose softmax the expectation is of.
+            head: The head under whose softmax the expectation is taken.
             labels: Token ids [...].
-            teacher: (hidden [..., D2], head) if the call has one.
+            teacher: (hidden [..., D2], head), if the caller passes one.
 
         Returns:
-            Its hidden states [..., D2] and the head of the same V, or None.
+            Hidden states [..., D2] and a head of the same V, or None for a loss without a payload.
         """
         return None
 
     def bind(self, weight: Tensor) -> Loss:
-        """The loss with all it takes from the pretrained head in its fields.
+        """The loss with what it needs of the pretrained head stored in its fields.
 
         Args:
             weight: The head's, [V, D].
@@ -104,15 +104,15 @@ class Loss:
             labels: Token ids [...], aligned with `hidden`.
             reduction: 'mean' divides the weighted sum by the sum of weights (0 if there is no token), 'sum', or 'none'
                 for [...] with 0 at ignored positions.
-            num_items: Divides the sum instead: the number of tokens of the whole accumulated batch, as transformers'
-                Trainer counts it.
+            num_items: The divisor of the sum in place of the sum of weights: the number of tokens of the whole
+                accumulated batch, as transformers' Trainer counts it.
             token_weight: Weights [...], constant.
             teacher: (hidden [..., D2], head) of the model to compare with, for losses that need one.
             observe: Names of further statistics to return.
-            ignore_index: The label of positions that have none.
+            ignore_index: The label of positions to ignore.
             impl: 'reference', 'chunked' or 'triton', as in `hf_xent.vocab_stats`.
-            memory_budget: Bytes of logits alive at a time, as in `hf_xent.vocab_stats`.
-            tail: Relative error allowed to the gradient of the logits, as in `hf_xent.vocab_loss`; 0 is exact.
+            memory_budget: Bytes of logits in memory at a time, as in `hf_xent.vocab_stats`.
+            tail: Relative error allowed in the gradient of the logits, as in `hf_xent.vocab_loss`; 0 is exact.
 
         Returns:
             The loss, nats, and the tokens' detached statistics in the shape of labels, with each one's `loss`.
@@ -134,7 +134,7 @@ class Loss:
         reduction: Reduction,
         teacher: Payload | None = None,
     ) -> tuple[Tensor, Stats]:
-        """`compute` as a request asks for it; the reduction alone says whether losses stay unreduced."""
+        """`compute` with a request for its keywords; the reduction decides whether losses stay unreduced."""
         labels = token_ids(labels)
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} compares with a teacher: pass teacher=(hidden, head)")
@@ -166,22 +166,22 @@ class Loss:
         token_weight: Tensor | None = None,  # [...], constant
         ignore_index: int = -100,
     ) -> Tensor:
-        """The loss of logits that exist already, for classifiers and segmenters, by plain torch operations.
+        """The loss of logits that already exist, for classifiers and segmenters, by plain torch operations.
 
         Args:
             logits: [..., C], classes last: move them there from [B, C, H, W].
             labels: Class ids [...].
             reduction: 'mean', 'sum' or 'none', as in `compute`.
-            num_items: Divides the sum in place of the sum of weights.
+            num_items: The divisor of the sum in place of the sum of weights.
             token_weight: Weights [...], constant.
-            ignore_index: The label of positions that have none.
+            ignore_index: The label of positions to ignore.
 
         Returns:
             The loss, nats, in float32 or float64; differentiable any number of times.
 
         Raises:
-            ValueError: The reduction is unknown, shapes do not fit, labels are no classes, or the loss compares with
-                more than logits and labels say.
+            ValueError: The reduction is unknown, shapes do not fit, labels are not class ids, or the loss needs more
+                than logits and labels.
         """
         if self.needs_teacher:
             raise ValueError(
@@ -203,13 +203,13 @@ class Loss:
 
     def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
         """Losses of the N valid tokens, in reading order, from logits [..., V] and their statistics [...]."""
-        return self.of(valid(stats))
+        return self.of(select_valid(stats))
 
     def check_tail(self, tail: float, head: Head | None = None) -> None:
-        """Refuse a sparse gradient for a loss that has none.
+        """Raise an error if a sparse gradient is requested of a loss that has none.
 
         Args:
-            tail: Relative error allowed to the gradient of the logits; 0 is exact.
+            tail: Relative error allowed in the gradient of the logits; 0 is exact.
             head: The head, if it is known.
 
         Raises:
@@ -223,7 +223,7 @@ class Loss:
             )
 
     def describe(self) -> dict[str, Any]:
-        """The loss as JSON.
+        """The loss as a dictionary for JSON.
 
         Returns:
             Its registry key under 'loss' and its fields; tensors appear as their shape.
@@ -233,15 +233,15 @@ class Loss:
         return {"loss": type(self).__module__.rsplit(".", 1)[-1], **shown}
 
 
-def weighted(loss: Tensor, weight: Tensor, stats: Stats, request: Request) -> tuple[Tensor, Stats]:
-    """What `Loss.per_token` returns, from losses [...] that are 0 at ignored positions; for those who override it."""
+def apply_weights(loss: Tensor, weight: Tensor, stats: Stats, request: Request) -> tuple[Tensor, Stats]:
+    """The result of `Loss.per_token`, from losses [...] that are 0 at ignored positions; for its overrides."""
     stats = stats.detach()
     stats.values["loss"] = loss.detach()
     losses = loss * torch.where(stats.mask, weight, 0)
     return losses if request.unreduced else losses.sum(), stats
 
 
-def valid(stats: Stats) -> Stats:
+def select_valid(stats: Stats) -> Stats:
     """The statistics of the tokens with a label, [N] each."""
     values = {name: value[stats.mask] for name, value in stats.values.items()}
     return Stats(values, stats.labels[stats.mask], stats.mask[stats.mask])

@@ -1,4 +1,4 @@
-"""Comp-sum losses: one family from the sum-exponential loss over cross-entropy to generalized cross-entropy and MAE.
+"""Comp-sum losses: a family with the sum-exponential loss, cross-entropy, generalized cross-entropy and MAE.
 
     loss = (p_y^(tau - 1) - 1) / (1 - tau)
 
@@ -9,9 +9,9 @@
 | 1 < tau < 2 | generalized cross-entropy, (1 - p_y^q) / q with q = tau - 1 |
 | 2 | 1 - p_y, half the mean absolute error |
 
-Computed as expm1((1 - tau) nll) / (1 - tau). For tau < 1 this outgrows float32 at (1 - tau) nll = 88; from 60 on it is
-continued by its tangent, so that hopeless tokens keep a finite loss and a finite push of e^60 in place of inf and NaN.
-For tau > 1 the gradient of a token is p_y^(tau - 1) that of cross-entropy: next to nothing in an untrained model.
+Computed as expm1((1 - tau) nll) / (1 - tau). For tau < 1 this overflows float32 at (1 - tau) nll = 88; from 60 on it is
+replaced by its tangent, so that very improbable tokens have a finite loss and a factor e^60 in place of inf and NaN.
+For tau > 1 the gradient of a token is p_y^(tau - 1) times that of cross-entropy: almost 0 in an untrained model.
 
 Source: Mao, Mohri, Zhong 2023, Cross-Entropy Loss Functions: Theoretical Analysis and Applications, arXiv:2304.07288;
 generalized cross-entropy: Zhang, Sabuncu 2018, arXiv:1805.07836.
@@ -30,7 +30,7 @@ from ..ops import Stats
 from ..options.ranges import check_number
 from .base import Loss
 
-TANGENT_FROM = 60.0  # e^60 leaves float32 twelve digits of room to be summed over tokens
+TANGENT_FROM = 60.0  # e^60 is twelve orders of magnitude below the largest float32, so that many tokens can be summed
 
 
 @dataclass(frozen=True)

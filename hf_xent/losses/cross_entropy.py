@@ -39,8 +39,8 @@ class CrossEntropy(Loss):
         check_number(self, "z_loss", "[0, inf)", "choose a finite weight >= 0 (PaLM: 1e-4)")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
-        """Statistics it differentiates: `mean` only with label smoothing."""
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here it depends on fields
+        """The statistics that it differentiates: `mean` only with label smoothing."""
         return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
 
     def of(self, stats: Stats) -> Tensor:
@@ -51,7 +51,7 @@ class CrossEntropy(Loss):
         return loss + self.z_loss * stats.lse**2 if self.z_loss else loss
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """Torch's own cross-entropy, plus the z-loss."""
+        """Torch's cross-entropy, plus the z-loss."""
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
         return loss + self.z_loss * logits.logsumexp(-1) ** 2
 
@@ -71,14 +71,14 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `softcap(scale * (hidden @ weight.T + bias))` without the logits, in nats.
 
-    The functional twin of torch's `F.linear_cross_entropy`.
+    The counterpart of torch's `F.linear_cross_entropy`.
 
     Args:
         hidden: Hidden states [..., D].
         weight: The head's weight [V, D].
         labels: Token ids [...].
         bias: The head's bias [V], or None.
-        scale: What the logits are multiplied with.
+        scale: The factor of the logits.
         softcap: A cap c > 0: logits become c tanh(logits / c), after the scale.
         class_weight: Weights of tokens by their label, [V], as `weight` of torch's F.cross_entropy.
         label_smoothing: Share of the target spread evenly over the vocabulary, in [0, 1).
@@ -89,8 +89,8 @@ def linear_cross_entropy(
         The loss, a scalar, or [...] with reduction='none'.
 
     Raises:
-        ValueError: As in `Loss.compute`; or class weights come with smoothing or token weights, whose meaning together
-            is not defined.
+        ValueError: As in `Loss.compute`; or `class_weight` is combined with smoothing or token weights, which is not
+            defined.
     """
     if class_weight is not None:
         if label_smoothing or options.get("token_weight") is not None:
@@ -101,7 +101,7 @@ def linear_cross_entropy(
                 f" of weight, [{len(weight)}], on {weight.device}"
             )
         labels = token_ids(labels)
-        # clamped, so that ignored labels have some weight and the others outside of the vocabulary reach their error
+        # clamped: ignored labels may have any weight, and others outside of the vocabulary are refused by the loss
         options["token_weight"] = class_weight[labels.clamp(0, len(weight) - 1)]
     loss = CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss)
     return loss(hidden, Head(weight, bias, scale, softcap), labels, **options)

@@ -1,4 +1,4 @@
-"""What the losses with a teacher share: a frozen second model over the same vocabulary, and a temperature."""
+"""Base of the losses with a teacher: a frozen second model over the same vocabulary, and a temperature."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..ops import Head, Payload, Stats
 from ..ops.dispatch import stream_stats
 from ..ops.request import Request
 from ..options.ranges import check_number
-from .base import Loss, weighted
+from .base import Loss, apply_weights
 
 
 @dataclass(frozen=True)
 class Distillation(Loss):
     """Base of the divergences between a student p = softmax(z / T) and a teacher, times T^2.
 
-    Labels only say which positions count. A subclass splits its loss into `of`, a function of the student's statistics,
-    and `remaining_terms`; the teacher, any hidden size, gets no gradient.
+    Labels only select the positions that count. A subclass splits its loss into `of`, a function of the student's
+    statistics, and `remaining_terms`. The teacher may have any hidden size and gets no gradient.
     """
 
     temperature: float = field(default=1.0, kw_only=True)
@@ -31,7 +31,7 @@ class Distillation(Loss):
         check_number(self, "temperature", "(0, inf)", "choose a positive number")
 
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
-        """What the loss is beyond `of`, in the shape of labels and 0 at ignored positions; heads are tempered."""
+        """The terms that `of` does not have, in the shape of labels, 0 at ignored positions; heads are tempered."""
         raise NotImplementedError
 
     def per_token(
@@ -51,23 +51,23 @@ class Distillation(Loss):
         loss = (stats.loss + terms.detach()) * self.temperature**2
         if self.temperature != 1:
             stats = self.student_stats(hidden, head, labels, request)
-        terms, _ = weighted(terms, weight, stats, request)
+        terms, _ = apply_weights(terms, weight, stats, request)
         stats.values["loss"] = loss
         return total + terms, stats
 
     def frozen_teacher(self, teacher: Payload | None, head: Head) -> Payload:
-        """The teacher, checked, tempered and without gradient."""
-        assert teacher is not None  # `compute` refused
+        """The teacher with its vocabulary checked, tempered and without gradient."""
+        assert teacher is not None  # `reduced` has checked it
         hidden, teacher_head = teacher
         if teacher_head.vocabulary != head.vocabulary:
             raise ValueError(
-                f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}: share"
-                " one vocabulary"
+                f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}:"
+                " choose a teacher with the same vocabulary"
             )
         return hidden.detach(), teacher_head.detach().tempered(self.temperature)
 
     @staticmethod
     @torch.no_grad()
     def student_stats(hidden: Tensor, head: Head, labels: Tensor, request: Request) -> Stats:
-        """Detached statistics of the student as it is."""
+        """Detached statistics of the student at temperature 1."""
         return stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)

@@ -1,11 +1,12 @@
-"""EISL: match every n-gram of the target wherever it occurs in the output; robust to shifted, repeated, dropped words.
+"""EISL: matches n-grams of the target wherever they occur in the output; robust to shifted, repeated, dropped words.
 
     loss = sum_n w_n mean_j -sum_i G_ij S_ij          S_ij = 1/n sum_{k<n} log p_{i+k}(y_{j+k})
 
 i and j run over output and target positions, G is the softmax of S over i (Gumbel-softmax with `gumbel`),
-differentiated too. n = T is cross-entropy, above the floor. Sequences are runs of labels: no n-gram touches padding or
-masked text. The loss of a run is spread over its tokens, token t = j + k taking its share of log p_{i+k}(y_t) times
-T / (T - n + 1): a token mean then weighs runs by length, as cross-entropy does (the authors average over sequences).
+differentiated too. n = T is cross-entropy, if nothing is below the floor. Sequences are runs of labels: no n-gram
+contains padding or masked text. The loss of a run is spread over its tokens, token t = j + k taking its share of
+log p_{i+k}(y_t) times T / (T - n + 1): a token mean then weighs runs by length, as cross-entropy does (the authors
+average over sequences).
 
 Source: Liu et al. 2022, Don't Take It Literally: An Edit-Invariant Sequence Loss for Text Generation, arXiv:2106.15078,
 with the floor of the authors' code, github.com/guangyliu/EISL; masking and spreading are this project's.
@@ -30,31 +31,31 @@ class EISL(SequenceLoss):
     """`ngram_factor sum_n w_n EISL_n + ce_factor CE`; hidden [B, T, D] and labels [B, T], or one sequence.
 
     Raises:
-        ValueError: A field is out of its range, or there is not one weight for each n.
+        ValueError: A field is out of its range, or the number of weights is not that of ngrams.
     """
 
     ngrams: tuple[int, ...] = (1, 2)
-    """Lengths n; 0 is T, -1 is T - 1, ...; those that do not fit a run are dropped, n = T stands in if none does."""
+    """Lengths n; 0 is T, -1 is T - 1, ...; those that do not fit a run are dropped; if none fits, n = T is used."""
     weights: tuple[float, ...] | None = None
-    """One positive weight per n (default: equal, sum 1); a dropped n leaves its share to the others in proportion."""
+    """One positive weight per n (default: equal, sum 1); the weight of a dropped n goes to the others in proportion."""
     ngram_factor: float = 1.0
     """Weight of the n-gram loss."""
     gumbel: bool = False
     """Draw G by Gumbel-softmax from torch's global generator, as the paper does; else G is the plain softmax."""
     floor: float = -20.0
-    """Log-probabilities below it count as this, without gradient."""
+    """Lower bound of the log-probabilities; those below it have no gradient."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.ngrams, Sequence) or not all(is_integer(n) for n in self.ngrams):
             raise ValueError(f"ngrams is {self.ngrams!r}: pass integers such as (1, 2), or (1,) for one length")
-        object.__setattr__(self, "ngrams", tuple(self.ngrams))  # a list would not hash
+        object.__setattr__(self, "ngrams", tuple(self.ngrams))  # a list is not hashable
         if self.weights is not None:
-            many = self.weights if isinstance(self.weights, Sequence) else ()
-            if len(many) != len(self.ngrams) or not all(is_number(w, "(0, inf)") for w in many):
+            weights = self.weights if isinstance(self.weights, Sequence) else ()
+            if len(weights) != len(self.ngrams) or not all(is_number(w, "(0, inf)") for w in weights):
                 raise ValueError(
                     f"weights is {self.weights!r}: pass one positive number for each of ngrams, {self.ngrams}"
                 )
-            object.__setattr__(self, "weights", tuple(many))
+            object.__setattr__(self, "weights", tuple(weights))
         check_number(self, "ngram_factor", "[0, inf)", "choose a finite number >= 0")
         check_number(self, "floor", "[-inf, 0)", "choose a negative number of nats, -inf for none")
         check_flag(self, "gumbel")
@@ -74,14 +75,14 @@ class EISL(SequenceLoss):
 
     def sizes(self, count: int) -> dict[int, float]:
         """n-gram length -> weight, in a run of `count` tokens."""
-        kept: dict[int, float] = {}
+        weights: dict[int, float] = {}
         for n, weight in zip(self.ngrams, self.weights or (1.0,) * len(self.ngrams), strict=True):
             size = n if n > 0 else count + n
             if 0 < size <= count:
-                kept[size] = kept.get(size, 0.0) + weight
-        kept = kept or {count: 1.0}
-        share = (sum(self.weights) if self.weights else 1.0) / sum(kept.values())
-        return {n: weight * share for n, weight in kept.items()}
+                weights[size] = weights.get(size, 0.0) + weight
+        weights = weights or {count: 1.0}
+        share = (sum(self.weights) if self.weights else 1.0) / sum(weights.values())
+        return {n: weight * share for n, weight in weights.items()}
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """One run [T, V]: the scores as a convolution with an identity kernel, spread by its adjoint."""

@@ -2,9 +2,9 @@
 
     loss = 1/2 (nll + sg[nll / d] d)          d = 1 - sum_i p_i cos(E_i, E_y)
 
-That is emo1, whose value is the nll; emo2 is sg[d / nll] nll + d (value 2 d); emo is d alone, exact as all mass moves
-to one label. E carries no gradient; its zero rows have cosine 0. In the ratios d is at least 1/256 of the mass off the
-label and nll at least 1e-6: below that rounding would decide.
+That is emo1, whose value is the nll; emo2 is sg[d / nll] nll + d (value 2 d); emo is d alone. d is exact, since all
+mass moves to one label. E carries no gradient; its zero rows have cosine 0. In the ratios d is at least 1/256 of the
+mass off the label and nll at least 1e-6: below that, rounding would dominate.
 
 Source: Ren, Wu, Zhu 2024, arXiv:2310.04691; the variants as in the authors' code, github.com/DRSY/EMO.
 Statistics: payload; lse and target too, except for variant 'emo' without gt_detach.
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize, one_hot
 from ..ops import Head, Payload, Stats
 from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
-from .base import Loss, valid
+from .base import Loss, select_valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +29,18 @@ class EMO(Loss):
     """`1/2 (nll + sg[nll / d] d)` per token, d the expected cosine distance between predicted token and label.
 
     Raises:
-        ValueError: A field is out of its range, the cost is no matrix, or `ratio_clamp` is given to another variant
-            than emo1.
+        ValueError: A field is out of its range, the cost is not a matrix, or `ratio_clamp` is given with another
+            variant than emo1.
     """
 
     variant: str = "emo1"
-    """'emo1' leans on cross-entropy, 'emo2' on the distance, 'emo' is the distance alone."""
+    """'emo1' has the value of cross-entropy, 'emo2' that of twice the distance, 'emo' is the distance alone."""
     cost: str | Tensor = "frozen"
-    """E: 'frozen' (the head's embeddings when bound), 'current' (those at every step) or a tensor [V, any width]."""
+    """E: 'frozen' (the head's weight when `bind` is called), 'current' (at every step) or a tensor [V, any width]."""
     gt_detach: bool = False
     """Add sg[p_y] to d, which changes its value but not its gradient: in emo2 confident tokens keep a gradient then."""
     ratio_clamp: float | None = None
-    """Upper bound of emo1's ratio (the authors' package: 3.0); where it binds the value is below the nll."""
+    """Upper bound of emo1's ratio (the authors' package: 3.0); where it applies, the value is below the nll."""
 
     def __post_init__(self) -> None:
         if self.variant not in ("emo1", "emo2", "emo"):
@@ -61,42 +61,46 @@ class EMO(Loss):
         return f"EMO(cost={cost}, {', '.join(f'{name}={value!r}' for name, value in others)})"
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
-        """Statistics it differentiates."""
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here it depends on fields
+        """The statistics that it differentiates."""
         return ("payload",) if self.variant == "emo" and not self.gt_detach else ("lse", "target", "payload")
 
     def bind(self, weight: Tensor) -> EMO:
-        """For cost='frozen', a copy that holds the unit rows of a clone of this weight; else itself.
+        """For cost='frozen', a copy with the unit rows of this weight as its cost; else itself.
 
         Raises:
-            ValueError: The cost is that of another vocabulary.
+            ValueError: The cost has another number of rows than the weight.
         """
         if isinstance(self.cost, Tensor) and len(self.cost) != len(weight):
-            raise ValueError(f"cost has {len(self.cost)} rows but the head {len(weight)} tokens: embed its vocabulary")
+            raise ValueError(
+                f"cost has {len(self.cost)} rows but the head {len(weight)} tokens: pass one row per token"
+            )
         return replace(self, cost=weight) if isinstance(self.cost, str) and self.cost == "frozen" else self
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload:
-        """The label's unit embedding and, as a head, everybody's: logits are cosines."""
+        """The label's unit embedding, and all unit embeddings as a head, whose logits are the cosines."""
         if isinstance(self.cost, str) and self.cost == "frozen":
-            raise ValueError("cost is 'frozen' but nothing was frozen: use loss.bind(head.weight), or cost='current'")
+            raise ValueError("cost is 'frozen' but no weight is bound: use loss.bind(head.weight), or cost='current'")
         if isinstance(self.cost, str):
             return replace(self, cost=head.weight).second(head, labels, teacher)
         if len(self.cost) != head.size:
-            raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: embed its vocabulary")
-        if self.cost.device != head.weight.device:  # the model moved after binding: follow once, not at every step
+            raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: pass one row per token")
+        if self.cost.device != head.weight.device:  # the model moved after `bind`: the cost follows once
             object.__setattr__(self, "cost", self.cost.to(head.weight.device))
         return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
 
     def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
-        """From the cosines of all classes with each label; the cost has to be a tensor, or bound to one."""
+        """The losses from the cosines of all classes with each label; the cost has to be a tensor, or bound to one."""
         if isinstance(self.cost, str):
             raise ValueError(
                 f"cost is {self.cost!r}, but logits come without a head's embeddings: pass a [C, H] tensor of the"
                 " classes' embeddings"
             )
         if len(self.cost) != logits.shape[-1]:
-            raise ValueError(f"cost has {len(self.cost)} rows but there are {logits.shape[-1]} classes: embed them")
-        rows, dtype = valid(stats), stats.lse.dtype
+            raise ValueError(
+                f"cost has {len(self.cost)} rows but there are {logits.shape[-1]} classes: pass one row each"
+            )
+        rows, dtype = select_valid(stats), stats.lse.dtype
         units = self.cost.to(logits.device, dtype)
         rows.values["payload"] = (logits[stats.mask].to(dtype).softmax(-1) * (units[rows.labels] @ units.T)).sum(-1)
         return self.of(rows)
@@ -106,10 +110,10 @@ class EMO(Loss):
         d = 1 - stats.payload + (stats.logp.detach().exp() if self.gt_detach else 0)
         if self.variant == "emo":
             return d
-        nll, safe = stats.nll, torch.maximum(d, -torch.expm1(stats.logp) / 256).detach()
+        nll, bounded_d = stats.nll, torch.maximum(d, -torch.expm1(stats.logp) / 256).detach()
         if self.variant == "emo2":
-            return safe / nll.detach().clamp(min=1e-6) * nll + d
-        return 0.5 * (nll + (nll.detach() / safe.clamp(min=1e-30)).clamp(max=self.ratio_clamp or torch.inf) * d)
+            return bounded_d / nll.detach().clamp(min=1e-6) * nll + d
+        return 0.5 * (nll + (nll.detach() / bounded_d.clamp(min=1e-30)).clamp(max=self.ratio_clamp or torch.inf) * d)
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """Dense p and cosines; `weight` stands in for a cost that is not a tensor."""

@@ -1,4 +1,4 @@
-"""Focal loss: spend the gradient on the tokens the model gets wrong.
+"""Focal loss: concentrates the gradient on the tokens that the model gets wrong.
 
     loss = -(1 - p_y)^gamma log p_y
 

@@ -1,4 +1,4 @@
-"""Forward KL distillation: the student covers everything the teacher finds likely.
+"""Forward KL distillation: the student covers everything that the teacher finds likely.
 
     loss = T^2 KL(teacher || student) = T^2 (lse_s - H_t - sum_j t_j z_j)
 
@@ -37,11 +37,11 @@ class ForwardKL(Distillation):
         return stats.lse
 
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
-        """Minus the teacher's entropy and its expectation of the student's logits."""
+        """Minus the sum of the teacher's entropy and its expectation of the student's logits."""
         return -expected_logit(teacher, (hidden, head), labels, request)
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The definition on dense logits of both."""
+        """The definition on dense logits of both models."""
         student = (logits / self.temperature).log_softmax(-1)
         teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
         return self.temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)

@@ -8,7 +8,7 @@ softmax: full rows of both are held for a chunk of tokens at a time, and recompu
 
 Source: Agarwal et al. 2024, On-Policy Distillation of Language Models, arXiv:2306.13649.
 Statistics: none (map_logits).
-Relations: ForwardKL and ReverseKL are its ends, and cheaper.
+Relations: ForwardKL and ReverseKL are its limits, and cheaper.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..ops import Head, Payload, Stats, map_logits
 from ..ops.request import Request
 from ..options.ranges import check_number
-from .base import weighted
+from .base import apply_weights
 from .distillation import Distillation
 
 
@@ -41,8 +41,8 @@ class JSD(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ends = "choose a share in (0, 1), or the forward_kl and reverse_kl losses for its ends"
-        check_number(self, "beta", "(0, 1)", ends)
+        remedy = "choose a share in (0, 1), or the forward_kl and reverse_kl losses for its ends"
+        check_number(self, "beta", "(0, 1)", remedy)
 
     def per_token(
         self,
@@ -53,13 +53,13 @@ class JSD(Distillation):
         teacher: Payload | None,
         request: Request,
     ) -> tuple[Tensor, Stats]:
-        """Full rows of the valid tokens; statistics of the student as it is, from a forward of their own."""
+        """Full rows of the valid tokens; statistics of the student at temperature 1, from a visit of their own."""
         stats = self.student_stats(hidden, head, labels, request)
         teacher_hidden, teacher_head = self.frozen_teacher(teacher, head)
         if teacher_hidden.shape[:-1] != labels.shape:
             raise ValueError(
-                f"teacher's hidden has shape {tuple(teacher_hidden.shape)}: its rows must be labels',"
-                f" {tuple(labels.shape)}"
+                f"teacher's hidden has shape {tuple(teacher_hidden.shape)} but labels {tuple(labels.shape)}: pass one"
+                " hidden state per label"
             )
         valid = stats.mask.reshape(-1).nonzero().squeeze(-1)
         rows = [x.reshape(-1, x.shape[-1]).index_select(0, valid) for x in (hidden, teacher_hidden)]
@@ -71,7 +71,7 @@ class JSD(Distillation):
         losses = map_logits(divergence, rows[0], tempered, rows[1], memory_budget=request.memory_budget)
         losses = losses * self.temperature**2
         loss = losses.new_zeros(labels.numel()).index_copy(0, valid, losses).reshape(labels.shape)
-        return weighted(loss, weight, stats, request)
+        return apply_weights(loss, weight, stats, request)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """beta KL(p || m) + (1 - beta) KL(q || m) of logits [N, V]; a banned token (-inf) adds nothing."""
@@ -80,7 +80,7 @@ class JSD(Distillation):
         return (self.beta * logp.exp() * (logp - logm) + (1 - self.beta) * logq.exp() * (logq - logm)).sum(-1)
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The definition on dense probabilities of both."""
+        """The definition on dense probabilities of both models."""
         p, q = (second["teacher"].detach() / self.temperature).softmax(-1), (logits / self.temperature).softmax(-1)
         m = self.beta * p + (1 - self.beta) * q
         loss = self.beta * (p * (p / m).log()).sum(-1) + (1 - self.beta) * (q * (q / m).log()).sum(-1)

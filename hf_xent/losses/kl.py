@@ -1,8 +1,8 @@
-"""The Kullback-Leibler divergence of two softmaxes over one vocabulary, from statistics: no logits are kept.
+"""The Kullback-Leibler divergence of two softmaxes over one vocabulary, from statistics, without logits.
 
     KL(p || q) = lse_q - (H_p + sum_j p_j z_qj)
 
-Its last part, the expected logit, is the payload of p's softmax: one visit of both heads.
+The expected logit, sum_j p_j z_qj, is the payload of p's softmax: one visit of both heads computes it.
 """
 
 from __future__ import annotations

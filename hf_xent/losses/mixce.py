@@ -42,6 +42,6 @@ class MixCE(Loss):
         return (self.eta + (1 - self.eta) * stats.logp.detach().exp()) * stats.nll
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """Forward cross-entropy plus the model's probability times the same, constant in the gradient."""
+        """Forward cross-entropy, plus the same times the model's probability, which gets no gradient."""
         p = logits.softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
         return self.eta * -p.log() + (1 - self.eta) * p.detach() * -p.log()

@@ -1,4 +1,4 @@
-"""How the losses of many tokens become one number: their weights, and what the weighted sum is divided by."""
+"""How the losses of many tokens become one number: their weights, and the divisor of the weighted sum."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A mean, a sum, or none; with token weights, and a count of tokens to divide by in place of their sum."""
+    """A mean, a sum or no reduction; with token weights, and a number to divide by in place of their sum."""
 
-    kind: str = "mean"
+    reduction: str = "mean"
     """'mean' divides the weighted sum by the sum of weights (0 if there is no token); 'sum'; 'none' for each token."""
     num_items: Tensor | float | None = None
-    """What divides the sum instead: the number of tokens of a whole accumulated batch."""
+    """The divisor of the sum in place of the sum of weights: the number of tokens of a whole accumulated batch."""
     token_weight: Tensor | None = None
-    """Constant weights in the shape of labels; None is 1 each."""
+    """Constant weights in the shape of labels; None means 1 each."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is {self.kind!r}: choose 'mean', 'sum' or 'none'")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {self.reduction!r}: choose 'mean', 'sum' or 'none'")
 
     @property
     def unreduced(self) -> bool:
         """Whether each token keeps its loss."""
-        return self.kind == "none"
+        return self.reduction == "none"
 
     def weights(self, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-        """What each token's loss is multiplied with before all are added up, in the shape of labels."""
+        """The factor of each token's loss before the losses are summed, in the shape of labels."""
         weight = labels.new_ones(labels.shape, dtype=dtype) if self.token_weight is None else self.token_weight
         return weight if self.unreduced else weight / self._denominator(weight, valid)
 
     def _denominator(self, weight: Tensor, valid: Tensor) -> Tensor | float:
         if self.num_items is not None:
             return self.num_items.to(weight.device) if isinstance(self.num_items, Tensor) else self.num_items
-        if self.kind == "sum":
+        if self.reduction == "sum":
             return 1.0
         total = torch.where(valid, weight, 0).sum()
         return torch.where(total == 0, 1.0, total)

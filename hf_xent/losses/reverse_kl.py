@@ -1,4 +1,4 @@
-"""Reverse KL distillation: the student avoids everything the teacher finds unlikely.
+"""Reverse KL distillation: the student avoids everything that the teacher finds unlikely.
 
     loss = T^2 KL(student || teacher) = T^2 (lse_t - H_s - sum_j s_j z_j)
 
@@ -35,7 +35,7 @@ class ReverseKL(Distillation):
     uses = ("entropy", "payload")
 
     def second(self, head: Head, labels: Tensor, teacher: Payload | None) -> Payload | None:
-        """The teacher, tempered and frozen by then."""
+        """The teacher, which `per_token` has tempered and frozen."""
         return teacher
 
     def of(self, stats: Stats) -> Tensor:
@@ -48,7 +48,7 @@ class ReverseKL(Distillation):
             return stream_stats(*teacher, labels, ("lse",), request).lse
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
-        """The definition on dense logits of both."""
+        """The definition on dense logits of both models."""
         student = (logits / self.temperature).log_softmax(-1)
         teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
         return self.temperature**2 * (student.exp() * (student - teacher)).sum(-1)

@@ -1,4 +1,4 @@
-"""What a loss over sequences is given: every run of labels, with the log-probability of each label all over it."""
+"""Base of the losses over sequences: each run of labels, with every label's log-probability at all of its positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops.dispatch import stream_stats
 from ..ops.request import Request
 from ..ops.statistics import wide
 from ..options.ranges import check_number
-from .base import Loss, valid, weighted
+from .base import Loss, apply_weights, select_valid
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class SequenceLoss(Loss):
     """
 
     ce_factor: float = field(default=0.0, kw_only=True)
-    """Weight of plain cross-entropy beside it."""
+    """Weight of plain cross-entropy, which is added."""
 
     def __post_init__(self) -> None:
         check_number(self, "ce_factor", "[0, inf)", "choose a finite number >= 0")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
-        """Statistics it differentiates: `target` only with cross-entropy beside it."""
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here it depends on fields
+        """The statistics that it differentiates: `target` only with cross-entropy."""
         return ("lse", "target") if self.ce_factor else ("lse",)
 
     def of(self, stats: Stats) -> Tensor:
-        """The cross-entropy part; without it a 0 that still hangs on the graph, should there be no run."""
+        """The cross-entropy part; without it a 0 that keeps the graph connected if there is no run."""
         return self.ce_factor * stats.nll if self.ce_factor else 0 * stats.lse
 
     def of_run(self, logp: Tensor) -> Tensor:
@@ -57,26 +57,26 @@ class SequenceLoss(Loss):
         """One visit of the vocabulary for the statistics, one [T, T] product per run."""
         stats = stream_stats(hidden, head, labels, (*self.uses, *request.observe), request)
         positions = stats.mask.reshape(-1).nonzero().squeeze(-1)
-        ids, exact = labels.reshape(-1)[positions], wide(hidden.dtype)
+        ids, dtype = labels.reshape(-1)[positions], wide(hidden.dtype)
         lse = stats.lse.reshape(-1)[positions]
-        # one gather for all runs: the gradient of each would be a dense [V, D]
-        columns, states = head[ids].to(exact), hidden.reshape(-1, hidden.shape[-1])[positions].to(exact)
+        # one gather for all runs, since the gradient of each gather is a dense [V, D]
+        columns, states = head[ids].to(dtype), hidden.reshape(-1, hidden.shape[-1])[positions].to(dtype)
         losses = [lse[:0]]
         for run in _runs(stats.mask):
             losses.append(self.of_run(columns[run].logits(states[run]) - lse[run, None]))
         loss = self.of(stats).reshape(-1).index_add(0, positions, torch.cat(losses)).reshape(labels.shape)
-        return weighted(loss, weight, stats, request)
+        return apply_weights(loss, weight, stats, request)
 
     def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
-        """The same from logits that exist, [..., T, V]."""
-        rows = valid(stats)
+        """The same from logits that already exist, [..., T, V]."""
+        rows = select_valid(stats)
         logp = logits[stats.mask].to(rows.lse.dtype) - rows.lse[:, None]
         losses = [self.of_run(logp[run][:, rows.labels[run]]) for run in _runs(stats.mask)]
         return self.of(rows) + torch.cat([rows.lse[:0], *losses])
 
 
 def _runs(mask: Tensor) -> list[slice]:
-    """The runs of True in the rows of a mask, in reading order, as slices of all that is True."""
+    """The runs of True in the rows of a mask, in reading order, as slices of the True positions."""
     rows = torch.atleast_1d(mask).int()
     edges = F.pad(rows.reshape(rows.shape[:-1].numel(), rows.shape[-1]), (1, 1)).diff()  # 1 at a start, -1 past an end
     ends = ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).cumsum(0).tolist()

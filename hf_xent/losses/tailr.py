@@ -33,7 +33,7 @@ class TaiLr(Loss):
     """
 
     gamma: float = 1.0
-    """gamma in [0, 1]: how strongly improbable targets are trusted less (the authors' runs: 1e-7, 0.1, 0.8)."""
+    """gamma in [0, 1]: how strongly improbable targets are discounted (the authors' runs: 1e-7, 0.1, 0.8)."""
     w_min: float = 0.0
     """w_min in [0, 1]: floor of the weight, without which an untrained model learns nothing (their runs: 0.2, 0.3)."""
     label_smoothing: float = 0.0
@@ -45,8 +45,8 @@ class TaiLr(Loss):
         check_number(self, "label_smoothing", "[0, 1)", "choose a share in [0, 1)")
 
     @property
-    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here by the fields
-        """Statistics it differentiates: `mean` only with label smoothing."""
+    def uses(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant in the base, here it depends on fields
+        """The statistics that it differentiates: `mean` only with label smoothing."""
         return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
 
     def of(self, stats: Stats) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model is made of, whatever its class: its layers, its positions, and tokens to run it on."""
+"""The parts of a Hugging Face model of any class: its layers and positions, and tokens to run it on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def positions(model: Any) -> int | None:
-    """How many tokens a model that looks its positions up has room for; None for one that computes them (rotary)."""
+    """The number of learned positions of a model; None if it computes positions instead (rotary)."""
     size = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # ALiBi and recurrent models: none
     if not isinstance(size, int):
         return None
@@ -20,9 +20,9 @@ def positions(model: Any) -> int | None:
 
 
 def check_room(model: Any, tokens: int, name: str) -> None:
-    """Refuse sequences that are longer than a model has positions for. Raises: ValueError, which names the option."""
-    if (room := positions(model)) is not None and tokens > room:
-        raise ValueError(f"{name} is {tokens}, but the model has {room} positions: choose at most {room}")
+    """Check that a model has positions for sequences of `tokens`. Raises: ValueError, which names the option."""
+    if (limit := positions(model)) is not None and tokens > limit:
+        raise ValueError(f"{name} is {tokens}, but the model has {limit} positions: choose at most {limit}")
 
 
 def random_tokens(model: nn.Module, rows: int, length: int) -> Tensor:
@@ -42,5 +42,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     count = config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of {count} layers: its layers cannot be found")
+        raise ValueError(
+            f"model is a {type(model).__name__} without an nn.ModuleList of its {count} layers: pass one that has it"
+        )
     return list(lists[0])

@@ -1,4 +1,4 @@
-"""A model's mode for a while: what looks at a model leaves it as it was, whatever happens meanwhile."""
+"""Contexts that change the mode of a model and restore it afterwards, also if an error is raised."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..system import renamed
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In here a model is in evaluation mode, without dropout; gradients are as they were, see `torch.no_grad`."""
-    modes = [(module, module.training) for module in model.modules()]  # parts may be in another mode than the whole
+    """A context in which a model is in evaluation mode, without dropout; it does not disable gradients."""
+    modes = [(module, module.training) for module in model.modules()]  # parts may be in another mode than the model
     model.eval()
     try:
         yield

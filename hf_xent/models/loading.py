@@ -15,18 +15,18 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
 
     Args:
         model: A packaged model's name (`packaged.PACKAGED`), a checkpoint's folder, or a Hub id.
-        dtype: As transformers takes it; 'auto' is the dtype the weights were saved in.
+        dtype: As in transformers' `from_pretrained`; 'auto' is the dtype the weights were saved in.
 
     Returns:
         The model, in evaluation mode as transformers loads it, and the tokenizer beside it.
 
     Raises:
-        ImportError: A packaged model's package is absent; the message has the command that installs it.
+        ImportError: The package of a packaged model is missing; the message has the command that installs it.
         ValueError: There is no such model, its weights are broken, or no tokenizer is beside it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # lazy: seconds
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: it takes seconds
 
-    with explained(model) as source:
+    with explain_load_errors(model) as source:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -39,26 +39,26 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
 
 
 def resolve(model: str) -> str:
-    """What `from_pretrained` takes: a packaged model's folder for its name, any other path or Hub id unchanged."""
+    """The argument for `from_pretrained`: the folder of a packaged model, or any other path or Hub id unchanged."""
     return str(checkpoint(model)) if model in PACKAGED else model
 
 
 @contextmanager
-def explained(model: str) -> Iterator[str]:
-    """What `resolve` gives; in here what is said of a model that is nowhere, or of broken weights, is a ValueError."""
+def explain_load_errors(model: str) -> Iterator[str]:
+    """A context with the result of `resolve`; errors for a missing model or broken weights become ValueErrors."""
     from safetensors import SafetensorError
 
     source = resolve(model)
-    place = Path(source)
-    if not model.strip() or place.is_file():
-        what = "a file" if model.strip() else "nothing"
-        raise ValueError(f"model is {model!r}, which is {what}: give the folder of a checkpoint, or a Hub id")
+    path = Path(source)
+    if not model.strip() or path.is_file():
+        state = "a file" if model.strip() else "empty"
+        raise ValueError(f"model is {model!r}, which is {state}: give the folder of a checkpoint, or a Hub id")
     try:
         yield source
     except SafetensorError as error:
-        raise ValueError(f"model is {model!r}, whose weights are no whole file ({error}): get them again") from error
+        raise ValueError(f"model is {model!r}, whose weights are damaged ({error}): get them again") from error
     except OSError as error:
-        if place.exists():
+        if path.exists():
             raise
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"model is {model!r}: no local folder, and the Hub does not give it ({reason})") from error
+        raise ValueError(f"model is {model!r}: no local folder, and the Hub cannot provide it ({reason})") from error

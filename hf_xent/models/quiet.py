@@ -1,4 +1,4 @@
-"""What libraries say while they load, silenced at its source and one by one, so that every other warning appears."""
+"""Known remarks of libraries while they load are silenced at their source, one by one, so that others appear."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from importlib.util import find_spec
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Within: no remarks of libraries on what is not used; and no bars of theirs in processes that are started."""
+    """A context without remarks on unused features, and without progress bars in processes that are started."""
     import torch
 
-    before = set(os.environ)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: here that was with torch
+    already_set = set(os.environ)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import, which happened here with torch
     if find_spec("deepspeed") and not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which warns if it finds no GPU
-    # asks for a compiled kernel for 4-bit models, whatever the model
+    # it recommends a compiled kernel for 4-bit models, whatever the model is
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():  # of PEFT's question to transformers
+        with warnings.catch_warnings():  # PEFT reads the property that transformers deprecates
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)
-        for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - before:
+        for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - already_set:
             os.environ.pop(name, None)

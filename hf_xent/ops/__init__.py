@@ -1,4 +1,4 @@
-"""Floor 0: the vocabulary streamed once, every token's softmax reduced to a handful of numbers. Needs torch alone."""
+"""Floor 0: streams the vocabulary once and reduces every token's softmax to a few numbers. Needs only torch."""
 
 from .algebra import State, merge
 from .functional import dense_stats, map_logits, vocab_loss, vocab_stats

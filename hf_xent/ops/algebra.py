@@ -1,7 +1,7 @@
-"""Statistics of a softmax: the fold of a row of logits into them, and their common backward.
+"""How a row of logits is folded into the statistics of its softmax, and the backward that they all share.
 
-A token's row of logits is folded into a `State`, a monoid under `merge`; `finish` turns it into statistics; their
-upstream gradients become six numbers a token (`coefficients`) from which every backend writes
+A token's row of logits is folded into a `State`, a monoid under `merge`; `finish` turns it into statistics. Their
+upstream gradients become six numbers per token (`coefficients`), from which every backend computes
 
     dz[t,j] = p_tj (a_t + b_t logp + c_t logp^2 + d_t pay_tj) + s_t + o_t 1[j = y_t]
 
@@ -23,7 +23,7 @@ from .head import Head
 
 @dataclass(frozen=True)
 class State:
-    """What a row of logits is folded into, [N] each: moments about the running maximum m, with u = z - m.
+    """The moments of rows of logits about their running maximum m, [N] each, with u = z - m.
 
     A moment is None where no requested statistic needs it.
     """
@@ -40,19 +40,19 @@ class State:
 
 
 def merge(x: State, y: State) -> State:
-    """The fold of two disjoint parts of the same rows, such as tiles or splits of a grid; it is associative.
+    """The state of two disjoint parts of the same rows, such as tiles or splits of a grid; merging is associative.
 
     Args:
         x: The state of some columns. An empty part has m = -inf and zero sums.
         y: The state of other columns of the same rows.
 
     Returns:
-        The state of both parts' columns: what either did not compute is None, and ties of the maximum go to `x`.
+        The state of the columns of both parts. A moment that either part lacks is None; ties of the maximum go to `x`.
     """
     m = torch.maximum(x.m, y.m)
-    x_moved, y_moved = _move(x, m), _move(y, m)
+    x_centered, y_centered = _recenter(x, m), _recenter(y, m)
     summed: dict[str, Any] = {
-        f.name: _add(getattr(x_moved, f.name), getattr(y_moved, f.name))
+        f.name: _add(getattr(x_centered, f.name), getattr(y_centered, f.name))
         for f in fields(State)
         if f.name not in ("m", "top")
     }
@@ -61,13 +61,13 @@ def merge(x: State, y: State) -> State:
 
 
 def _add(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """The sum; None where a side is."""
+    """The sum, or None if one of the two is None."""
     return None if x is None or y is None else x + y
 
 
-def _move(x: State, m: Tensor) -> State:
+def _recenter(x: State, m: Tensor) -> State:
     """Moments about a larger maximum m: with d = x.m - m, l' = e^d l, s1' = e^d (s1 + d l), and so on."""
-    delta = torch.where(x.m == m, 0.0, x.m - m).clamp(min=-1e4)  # an empty part moves by nothing that matters
+    delta = torch.where(x.m == m, 0.0, x.m - m).clamp(min=-1e4)  # finite for an empty part, whose factor is 0
     factor = torch.where(x.m == float("-inf"), 0.0, delta.exp())
     s1 = None if x.s1 is None else factor * (x.s1 + delta * x.l)
     s2 = None if x.s2 is None or x.s1 is None else factor * (x.s2 + 2 * delta * x.s1 + delta**2 * x.l)
@@ -77,7 +77,7 @@ def _move(x: State, m: Tensor) -> State:
 
 
 def finish(state: State, target: Tensor, size: int) -> dict[str, Tensor]:
-    """Statistics [N] of finished rows of a vocabulary of `size` tokens."""
+    """Statistics [N] of rows that are folded completely, over a vocabulary of `size` tokens."""
     log_l = state.l.log()
     values = {"lse": state.m + log_l, "target": target}
     if state.sz is not None:
@@ -98,7 +98,7 @@ def finish(state: State, target: Tensor, size: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The backward of any loss, six numbers a token, [N] each; None is zero everywhere. See the module for dz."""
+    """The backward of any loss as six numbers per token, [N] each; None stands for zeros. See the module for dz."""
 
     a: Tensor
     o: Tensor
@@ -109,14 +109,14 @@ class Coefficients:
 
     @property
     def plain(self) -> bool:
-        """Whether dz is p scaled by rows plus one entry a row, as for cross-entropy and every function of log p_y."""
+        """Whether dz is p scaled row by row plus one entry per row, as for every function of log p_y."""
         return self.b is None and self.c is None and self.d is None and self.s is None
 
     def __getitem__(self, rows: slice) -> Coefficients:
         """The coefficients of some tokens."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self)}
-        cut: dict[str, Any] = {name: None if x is None else x[rows] for name, x in numbers.items()}
-        return Coefficients(**cut)
+        sliced: dict[str, Any] = {name: None if x is None else x[rows] for name, x in numbers.items()}
+        return Coefficients(**sliced)
 
 
 def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], size: int) -> Coefficients:
@@ -141,7 +141,7 @@ def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None
 
 
 def row_factor(coef: Coefficients, head: Head) -> Tensor:
-    """What backends leave out of dz for plain coefficients, [N, 1]: a * scale, but the scale alone where a is 0."""
+    """The factor [N, 1] that backends leave out of dz for plain coefficients: a * scale, or the scale where a is 0."""
     return torch.where(coef.a == 0, 1.0, coef.a)[:, None] * head.scale
 
 

@@ -1,4 +1,4 @@
-"""The two ways of a backend into the graph: mode *recompute* for any upstream gradients, mode *eager* for a sum.
+"""How a backend joins the autograd graph: mode *recompute* for any upstream gradients, mode *eager* for a sum.
 
 Both visit the logits once in the forward; recompute visits them again in the backward. A backward that is to be
 differentiated again (`create_graph=True`) goes through `higher`.
@@ -20,23 +20,23 @@ from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS
 
 
 def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
-    """Every requested statistic, differentiable by whatever is computed from them."""
+    """Every requested statistic; any differentiable computation may follow."""
     with torch.autocast(problem.hidden.device.type, enabled=False):
-        if higher.composed(*problem.tensors):
+        if higher.under_function_transform(*problem.tensors):
             return reference.forward(problem)
         if not problem.needs:
             with torch.no_grad():
                 values = merge_ranks(problem, backend.forward(problem))
-            return {name: values[name] for name in _order(problem)}
+            return {name: values[name] for name in _output_names(problem)}
         values = _Recompute.apply(backend, problem, *problem.tensors)
-    return dict(zip(_order(problem), values, strict=True))
+    return dict(zip(_output_names(problem), values, strict=True))
 
 
 class EagerSum(Protocol):
-    """What mode eager differentiates: a sum over tokens, visited chunk by chunk."""
+    """The function that mode eager differentiates: a sum over tokens, visited chunk by chunk."""
 
     uses: tuple[str, ...]  # statistics it can have gradients for
-    unit: Tensor | float  # the unit its gradients are measured in
+    unit: Tensor | float  # what its gradients are divided by
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sum's gradients by these rows' statistics, divided by `unit`: an `Upstream`."""
@@ -47,7 +47,7 @@ class EagerSum(Protocol):
         ...
 
     def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
-        """The sum over these rows, with a graph; it changes nothing here."""
+        """The sum over these rows, with a graph; the state of this object does not change."""
         ...
 
 
@@ -56,25 +56,25 @@ def eager(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A sum and detached statistics; the sum's gradients are ready when this returns.
 
-    `origins` are what the problem's tensors were cast from, or they themselves: the graph holds these, not copies.
+    `origins` are the tensors that the problem's were cast from, or those themselves: the graph keeps no cast copies.
     """
     with torch.autocast(problem.hidden.device.type, enabled=False):
         total, *values = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
-    return total, dict(zip(_order(problem), values, strict=True))
+    return total, dict(zip(_output_names(problem), values, strict=True))
 
 
-def _order(problem: Problem) -> list[str]:
+def _output_names(problem: Problem) -> list[str]:
     """The requested statistics in the order in which a Function returns them, the differentiable ones first."""
     return [name for name in STATISTICS if name in problem.outputs]
 
 
 class _Recompute(torch.autograd.Function):
-    """Mode recompute: it keeps nothing but the inputs and the statistics."""
+    """Mode recompute: only the inputs and the statistics are saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         values = merge_ranks(problem, backend.forward(problem))
-        order = _order(problem)
+        order = _output_names(problem)
         ctx.backend, ctx.count = backend, len(tensors)
         ctx.problem = problem.without_tensors()
         ctx.save_for_backward(*tensors, problem.labels, *(values[name] for name in order))
@@ -86,15 +86,15 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         problem = ctx.problem.with_tensors(saved[: ctx.count], saved[ctx.count])
-        order = _order(problem)
+        order = _output_names(problem)
         values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
-        if torch.is_grad_enabled() or higher.composed(*grads.values()):
+        if torch.is_grad_enabled() or higher.under_function_transform(*grads.values()):
 
-            def differentiated(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
+            def statistics(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
                 return [recomputed[name] for name in grads]
 
-            return None, None, *higher.gradients(problem, differentiated, tuple(grads.values()))
+            return None, None, *higher.gradients(problem, statistics, tuple(grads.values()))
         out = reduce_from_ranks(problem, ctx.backend.backward(problem, values, grads)) if grads else {}
         return None, None, *(out.get(name) for name in TENSORS)
 
@@ -120,7 +120,7 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.problem, ctx.objective = problem.without_tensors(), objective
-        statistics = [values[name] for name in _order(problem)]
+        statistics = [values[name] for name in _output_names(problem)]
         ctx.mark_non_differentiable(*statistics)
         return objective.total(), *statistics
 
@@ -128,29 +128,29 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
         *saved, labels = ctx.saved_tensors
         grads, origins, objective = saved[: len(TENSORS)], saved[len(TENSORS) :], ctx.objective
-        if torch.is_grad_enabled() or higher.composed(upstream):
+        if torch.is_grad_enabled() or higher.under_function_transform(upstream):
             pairs = zip(origins, ctx.dtypes, strict=True)
             tensors = tuple(None if t is None else t.to(dtype) for t, dtype in pairs)
             problem = ctx.problem.with_tensors(tensors, labels)
 
-            def summed(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
+            def loss_sum(rows: slice, recomputed: dict[str, Tensor]) -> list[Tensor]:
                 return [objective.value(rows, recomputed)]
 
-            return None, None, None, None, *higher.gradients(problem, summed, (upstream,))
+            return None, None, None, None, *higher.gradients(problem, loss_sum, (upstream,))
         upstream = upstream * objective.unit
-        if not len(labels):  # zeros, also where the caller divided by the number of tokens and upstream is infinite
+        if not len(labels):  # zeros; upstream is infinite if the caller divided by the number of tokens
             pass
         elif upstream.device.type != "cpu" or upstream != 1:
             # unless the graph is kept for another backward, its buffers can be scaled in place
-            kept = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [None if g is None else (g * upstream if kept else g.mul_(upstream)) for g in grads]
+            keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+            grads = [None if g is None else (g * upstream if keep_graph else g.mul_(upstream)) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [None if g is None else g.clone() for g in grads]  # the next backward would add to what we return
+            grads = [None if g is None else g.clone() for g in grads]  # the next backward would add to these
         return None, None, None, None, *grads
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Eager for a backend that stores no logits: all statistics, then all gradients."""
+    """Mode eager for a backend that stores no logits: first all statistics, then all gradients."""
 
     def visit(problem: Problem, upstream: Upstream, uses: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         values = merge_ranks(problem, backend.forward(problem))

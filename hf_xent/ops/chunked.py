@@ -1,11 +1,11 @@
 """Chunks of logits in plain torch: one buffer under the memory budget, written by BLAS and worked on in place.
 
 Forward: row chunks [n, V], one matmul each, then `tiles.fold`. Backward: column panels [N, v], the matmul again, then
-dz in place of z and two matmuls; a panel's weight gradient is written once, in the weight's dtype, and summed nowhere.
-Eager: the gradient is taken while a row chunk is alive, three matmuls in all; the weight gradient is a sum over chunks.
+dz in place of z and two matmuls; a panel's weight gradient is written once, in the weight's dtype, without any sum.
+Eager: the gradient is computed while a row chunk exists, three matmuls in all; weight gradients are summed over chunks.
 
 A loss of log p_y alone has dz = a (p - r 1_y): the rows of p stay unscaled in the buffer, `a` scales the [N, D] side
-matrices instead, and one entry a row is corrected. No pass over [n, V] is spent on the loss.
+matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V].
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .statistics import wide
 from .tail import Survey
 from .tiles import add_columns, add_label_term_, concatenate, dlogits_, fold, strips
 
-# Chunks whose weight gradients are summed in the weight's own dtype; each rounds the sum once more. Measured on 2044
+# The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
-# 16, 1.20 for 32 (the rounding of the logits and of their gradient weighs more).
-ROUNDINGS = 16
+# 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more).
+MAX_LOW_PRECISION_SUMS = 16
 
 
 def forward(problem: Problem) -> dict[str, Tensor]:
@@ -43,30 +43,30 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`.
 
-    `problem` may hold some columns of a larger vocabulary, `values` being of the whole; labels outside [0, V) then have
-    no column here. `share` [N], if given, gains the softmax mass of the columns (plain coefficients only).
+    `problem` may cover some columns of a larger vocabulary, whose statistics are `values`; labels outside [0, V) then
+    have no column here. The softmax mass of the columns is added to `share` [N], if any (plain coefficients only).
     """
-    everything, panels = slice(0, len(problem.labels)), problem.columns()
-    buffers, out = _Buffers(problem, [everything], panels), _Gradients(problem, [everything], panels)
+    all_rows, panels = slice(0, len(problem.labels)), problem.columns()
+    buffers, out = _Buffers(problem, [all_rows], panels), _Gradients(problem, [all_rows], panels)
     coef, labels = coefficients(values, grads, problem.head.vocabulary), problem.label_columns
     for cols in panels:
-        z, pay = buffers.load(everything, cols)
+        z, pay = buffers.load(all_rows, cols)
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
-        out.push(everything, cols, z, pay, coef)
+        out.push(all_rows, cols, z, pay, coef)
     return out.finish()
 
 
 def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics and gradients in one visit of each chunk.
 
-    `uses` says which statistics can have upstream gradients. A low-precision weight gradient in many chunks would need
-    a wide sum of its own, twice its size: then there are two visits, `forward` and `backward`.
+    `uses` names the statistics that can have upstream gradients. To sum a low-precision weight gradient over many
+    chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
-    chunks, everything = problem.rows(), slice(0, problem.head.size)
-    if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > ROUNDINGS:
+    chunks, all_columns = problem.rows(), slice(0, problem.head.size)
+    if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > MAX_LOW_PRECISION_SUMS:
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
-    buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [everything]), []
+    buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [all_columns]), []
     plain = problem.head.softcap is None and set(uses) <= {"lse", "target"}
     for rows in chunks:
         z, pay = buffers.load(rows)
@@ -79,13 +79,13 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
             add_label_term_(z, problem.label_columns[rows], coef)
         else:
             dlogits_(problem, (z, pay), problem.label_columns[rows], values["lse"], coef)
-        out.push(rows, everything, z, pay, coef)
+        out.push(rows, all_columns, z, pay, coef)
         parts.append(values)
     return concatenate(parts, problem), out.finish()
 
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
-    """Statistics, coefficients, and what `tail` needs to know of every column, in one visit."""
+    """Statistics, coefficients, and the sums over every column that `tail` needs, in one visit."""
     buffers = _Buffers(problem, problem.rows())
     dtype, size = wide(problem.hidden.dtype), problem.head.size
     energy, mass = (problem.hidden.new_zeros(count, size, dtype=dtype) for count in (1, len(groups)))
@@ -97,20 +97,20 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
         coefs.append(coefficients(parts[-1], upstream(rows, parts[-1]), size))
         a = coefs[-1].a.abs()
         largest = torch.maximum(unit, a.amax())
-        shrink = torch.where(largest > 0, unit / largest, 1.0)  # sums so far, in the new unit
+        shrink = torch.where(largest > 0, unit / largest, 1.0)  # converts the sums so far to the new unit
         energy *= shrink**2
         mass *= shrink
         unit, a = largest, a / torch.where(largest > 0, largest, 1.0)
         for group, sums in zip(groups, mass, strict=True):
-            here = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
-            if here.start < here.stop:
-                add_columns(p[here], a[here], energy[0], sums)
+            overlap = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
+            if overlap.start < overlap.stop:
+                add_columns(p[overlap], a[overlap], energy[0], sums)
     coef = Coefficients(a=torch.cat([c.a for c in coefs]), o=torch.cat([c.o for c in coefs]))
     return Survey(concatenate(parts, problem), coef, energy[0], mass)
 
 
 class _Buffers:
-    """The preallocated logits of one tile, and the payload's beside them."""
+    """Preallocated memory for the logits of one tile, and for those of the payload."""
 
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice] | None = None):
         self.problem = problem
@@ -120,7 +120,7 @@ class _Buffers:
         self.pay = None if problem.payload is None else problem.payload[0].new_empty(size)
 
     def load(self, rows: slice, cols: slice | None = None) -> tuple[Tensor, Tensor | None]:
-        """Raw products (before scale and softcap) of a tile; overwrites the last one's."""
+        """The raw products (before scale and softcap) of a tile; they overwrite those of the previous tile."""
         problem, cols = self.problem, cols or slice(0, self.problem.head.size)
         shape = (rows.stop - rows.start, cols.stop - cols.start)
         count = shape[0] * shape[1]
@@ -131,29 +131,29 @@ class _Buffers:
 
 
 class _Gradients:
-    """The gradients of tiles: written by the first that meets a row or column, added to by the others.
+    """The gradients, accumulated over tiles: the first tile of a row or column writes, the others add.
 
-    Rows of the hidden gradient gather over column panels, in a wide dtype if there are several; columns of the weight
-    gradient gather over row chunks, in the weight's own.
+    Rows of the hidden gradient are summed over column panels, in a wide dtype if there are several; columns of the
+    weight gradient are summed over row chunks, in the weight's dtype.
     """
 
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice]):
         self.problem = problem
         self.last_panel = cols[-1]
         self.tensors = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
-        self.sums = {name: self._start(name, not rows, len(cols) > 1) for name in problem.needs}
+        self.sums = {name: self._new_sum(name, not rows, len(cols) > 1) for name in problem.needs}
 
-    def _start(self, name: str, empty: bool, several: bool) -> Tensor:
-        """Room for a sum, of `empty` rows, or over `several` column panels."""
+    def _new_sum(self, name: str, empty: bool, several: bool) -> Tensor:
+        """A tensor for one sum; `empty` if there are no rows, `several` if there is more than one column panel."""
         tensor = self.tensors[name]
         keep = "weight" in name or name == "adapter" or ("hidden" in name and not several)
         dtype = tensor.dtype if keep else wide(tensor.dtype)
-        # the payload's are not written where no upstream gradient reaches it
-        start = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
-        return start(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+        # those of the payload are not written if no upstream gradient reaches it
+        allocate = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
+        return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
     def push(self, rows: slice, cols: slice, dz: Tensor, dpay: Tensor | None, coef: Coefficients) -> None:
-        """Chain rule of the head for one tile. For plain coefficients `dz` lacks the row factor a * scale."""
+        """Apply the chain rule of the head to one tile. For plain coefficients `dz` lacks the row factor a * scale."""
         head, factor = self.problem.head, None
         if coef.plain and head.softcap is None:
             factor = row_factor(coef, head)
@@ -164,7 +164,7 @@ class _Gradients:
     def _add_head(
         self, prefix: str, rows: slice, cols: slice, dz: Tensor, factor: Tensor | None, hidden: Tensor, head: Head
     ) -> None:
-        """The same for one of the heads, whose tensors' names begin with `prefix`; `factor` [n, 1] goes with dz."""
+        """The same for one of the heads, whose tensors have names with `prefix`; `factor` [n, 1], if any, scales dz."""
         for name, (matrix, features) in head.matrices.items():
             if prefix + "hidden" in self.sums:
                 dh = self.sums[prefix + "hidden"][rows, features]
@@ -182,5 +182,5 @@ class _Gradients:
                 db.addmv_(strip.T, ones[span].squeeze(-1).to(db.dtype))
 
     def finish(self) -> dict[str, Tensor]:
-        """The sums, in the dtypes of the tensors they are the gradients of."""
+        """The sums, each in the dtype of the tensor that it is the gradient of."""
         return {name: total.to(self.tensors[name].dtype) for name, total in self.sums.items()}

@@ -1,7 +1,7 @@
-"""From a request to a backend: operands are checked, the problem is stated, and the vocabulary streamed.
+"""From a request to a backend: checks the operands, states the problem and streams the vocabulary.
 
-`stream_stats` and `stream_loss` are what the public `vocab_stats` and `vocab_loss` do once their keywords are a
-`Request`; what lies between them and a user (losses, lazy logits, patches) hands one on.
+`stream_stats` and `stream_loss` do the work of the public `vocab_stats` and `vocab_loss`, with one `Request` for their
+keywords; losses, lazy logits and patches pass a `Request` on to them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import chunked, reference
 from .autograd import eager, recompute
 from .head import Head, Payload
-from .higher import composed
+from .higher import under_function_transform
 from .problem import TENSORS, Problem
 from .request import Request
 from .rows import Rows, autocast, autocast_head, check_head
@@ -26,7 +26,7 @@ from .statistics import STATISTICS, Stats, wide
 
 
 class TokenLoss(Protocol):
-    """What `vocab_loss` asks of a loss: statistics it differentiates, and the per-token loss from them."""
+    """What `vocab_loss` requires of a loss: the names of the statistics it differentiates, and a function of them."""
 
     uses: tuple[str, ...]
 
@@ -43,7 +43,7 @@ def stream_stats(
     request: Request,
     payload: Payload | None = None,
 ) -> Stats:
-    """`vocab_stats` as a request asks for it; `outputs` alone says which statistics."""
+    """`vocab_stats` with a request for its keywords; `outputs` names the statistics, `request.observe` is not read."""
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = _problem(rows, outputs, payload, request, backend)
@@ -60,7 +60,7 @@ def stream_loss(
     token_weight: Tensor | float = 1.0,
     payload: Payload | None = None,
 ) -> tuple[Tensor, Stats]:
-    """`vocab_loss` as a request asks for it."""
+    """`vocab_loss` with a request for its keywords."""
     check_tail(request.tail, loss, head)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
@@ -69,7 +69,7 @@ def stream_loss(
         tail=request.tail,
     )
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
-    if problem.needs and not request.unreduced and not composed(*problem.tensors):
+    if problem.needs and not request.unreduced and not under_function_transform(*problem.tensors):
         objective = _WeightedSum(loss, problem, weight)
         total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
@@ -94,7 +94,7 @@ class _WeightedSum:
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {name: values[name].detach().requires_grad_() for name in self.uses}
         with torch.enable_grad():
-            losses, weight = self._of(rows, {**values, **leaves})
+            losses, weight = self._losses(rows, {**values, **leaves})
             total = (losses * weight / self.unit).sum()
         self.parts.append(losses.detach())
         self.sums.append(total.detach() * self.unit)
@@ -104,11 +104,11 @@ class _WeightedSum:
         return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
 
     def value(self, rows: slice, values: dict[str, Tensor]) -> Tensor:
-        kept = {name: value if name in self.uses else value.detach() for name, value in values.items()}
-        losses, weight = self._of(rows, kept)
+        attached = {name: value if name in self.uses else value.detach() for name, value in values.items()}
+        losses, weight = self._losses(rows, attached)
         return (losses * weight).sum()
 
-    def _of(self, rows: slice, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+    def _losses(self, rows: slice, values: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
         """The losses of these rows and their weights."""
         labels = self.labels[rows]
         weight = self.weight[rows] if isinstance(self.weight, Tensor) else self.weight[0]
@@ -122,9 +122,9 @@ class _WeightedSum:
 
 
 def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """The largest token weight: what float16 gradients of mode eager are held in until a GradScaler's factor comes.
+    """The largest token weight: float16 gradients are divided by it until a GradScaler's factor multiplies them.
 
-    Weights of 1 / (number of tokens) would push them below float16's range before they could be scaled up.
+    Weights of 1 / (number of tokens) would push them below float16's range originals they could be scaled up.
     """
     if dtype != torch.float16:
         return 1.0
@@ -135,15 +135,15 @@ def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
 
 
 def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
-    """Refuse a sparse tail where it does not hold, with a ValueError that names the remedy."""
+    """Raise a ValueError that names the remedy if the sparse tail does not apply to this loss or head."""
     error = float(tail) if not isinstance(tail, bool) and isinstance(tail, Real) else math.nan
     if not 0 <= error < 1:
         raise ValueError(f"tail is {tail!r}: pass a relative error in [0, 1), such as 1e-3; 0 is exact")
     if tail and not set(loss.uses) <= {"lse", "target"}:
-        other = sorted(set(loss.uses) - {"lse", "target"})[0]
+        statistic = sorted(set(loss.uses) - {"lse", "target"})[0]
         raise ValueError(
-            f"tail is {tail} but the loss {type(loss).__name__} differentiates {other!r}, and only losses of log p have"
-            " a sparse gradient: pass tail=0"
+            f"tail is {tail} but the loss {type(loss).__name__} differentiates {statistic!r}, and only losses of log p"
+            " have a sparse gradient: pass tail=0"
         )
     if tail and head is not None and head.softcap is not None:
         raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
@@ -154,18 +154,18 @@ def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
 def _problem(
     rows: Rows, outputs: tuple[str, ...], payload: Payload | None, request: Request, backend: ModuleType
 ) -> Problem:
-    """The rows as backends take them, with all that is to be computed."""
+    """The problem that a backend gets: the operands of these rows, and what it has to compute."""
     unknown = sorted(set(outputs) - set(STATISTICS))
     if unknown:
         raise ValueError(f"outputs has {unknown[0]!r}: choose among {', '.join(STATISTICS)}")
     if ("payload" in outputs) != (payload is not None):
         raise ValueError(
-            "outputs names 'payload' and payload=(hidden, head) is given only together: pass both or neither"
+            "outputs with 'payload' and the argument payload=(hidden, head) belong together: pass both or neither"
         )
-    head = rows.head if backend is chunked else rows.head.joined()  # the others multiply one matrix
+    head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
     if head.shard is not None and (backend is reference or "rank" in outputs):
-        what = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
-        raise ValueError(f"{what} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
+        cause = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
+        raise ValueError(f"{cause} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
     computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = _payload(rows, payload)
@@ -177,21 +177,20 @@ def _problem(
         payload=payload,
         memory_budget=request.budget(head),
     )
-    wanted = torch.is_grad_enabled()
-    needs = {
-        name for name, t in zip(TENSORS, problem.tensors, strict=True) if wanted and t is not None and t.requires_grad
-    }
+    grad_enabled = torch.is_grad_enabled()
+    tensors = zip(TENSORS, problem.tensors, strict=True)
+    needs = {name for name, t in tensors if grad_enabled and t is not None and t.requires_grad}
     return replace(problem, needs=frozenset(needs))
 
 
 def _payload(rows: Rows, payload: Payload) -> Payload:
-    """The payload's valid rows and its head, checked against the first head."""
+    """The valid rows of the payload's hidden states and its head, checked against the first head."""
     hidden, head = payload
     check_head(hidden, head)
     if hidden.device != rows.hidden.device:
         raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
     if (head.shard is None) != (rows.head.shard is None):
-        raise ValueError("one of payload's head and the head is split over ranks: split both, or none")
+        raise ValueError("only one of the head and the payload's head is split over ranks: split both, or none")
     if head.size != rows.head.size:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
@@ -200,8 +199,8 @@ def _payload(rows: Rows, payload: Payload) -> Payload:
 
 
 def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
-    """What each of the problem's tensors was cast from by autocast: of the heads, the caller's own."""
-    before: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
-    before += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
-    pairs = zip(before, problem.tensors, strict=True)
+    """The tensors that autocast cast the problem's tensors from; of the heads, these are the caller's."""
+    originals: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
+    originals += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    pairs = zip(originals, problem.tensors, strict=True)
     return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)

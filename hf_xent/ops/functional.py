@@ -1,4 +1,4 @@
-"""The public door of floor 0: `vocab_stats` (any graph on top), `vocab_loss` (sums), `map_logits` (full rows)."""
+"""The public functions of `hf_xent.ops`: `vocab_stats` (statistics), `vocab_loss` (sums), `map_logits` (full rows)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from . import reference
 from .dispatch import TokenLoss, stream_loss, stream_stats
 from .head import Head, Payload
-from .higher import composed
+from .higher import under_function_transform
 from .request import Request
 from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
 from .statistics import STATISTICS, Stats, wide
@@ -28,22 +28,22 @@ def vocab_stats(
     impl: str | None = None,
     memory_budget: int | None = None,
 ) -> Stats:
-    """Every token's softmax reduced to a handful of differentiable floats; no [tokens, vocabulary] tensor is kept.
+    """Statistics of every token's softmax, differentiable; no [tokens, vocabulary] tensor is kept.
 
-    Gradients reach hidden, the head and the payload (mode *recompute*: four matmuls in all, composes with any graph).
-    A backward with `create_graph=True` costs more, so that its gradients can be differentiated again, any number of
-    times: they come from dense rows, a chunk at a time. torch.func and forward mode get all logits at once.
+    Gradients reach hidden, the head and the payload (mode *recompute*: four matmuls in all, any graph may follow).
+    With `create_graph=True` gradients can be differentiated again, any number of times: they are computed from dense
+    rows, a chunk at a time, which costs more. Under torch.func and forward mode all logits are computed at once.
 
     Args:
         hidden: The hidden states that the head is applied to, [..., D].
-        head: The head: weight [V, D], and what else makes logits of it.
+        head: The head: weight [V, D], with its bias, scale, softcap, adapter and shard, if it has them.
         labels: Token ids of any integer dtype, [...].
         outputs: Names of statistics, out of `hf_xent.ops.STATISTICS`.
         payload: (hidden2 [..., D2], head2 of the same V): the statistic 'payload' is then the expectation of the second
             head's logits under the first head's softmax.
-        ignore_index: The label of positions that have none.
+        ignore_index: The label of positions to ignore.
         impl: 'reference', 'chunked' or 'triton' (default: the environment's HF_XENT_IMPL, else 'chunked').
-        memory_budget: Bytes of logits alive at a time (default: half a byte a number in the head, at least 24 MiB).
+        memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB).
 
     Returns:
         Statistics shaped like labels, nats; ignored positions hold 0.
@@ -65,13 +65,13 @@ def dense_stats(
     outputs: tuple[str, ...] = ("lse", "target", "entropy", "top"),
     ignore_index: int = -100,
 ) -> Stats:
-    """The statistics of logits that exist already, as `vocab_stats` gives them, by plain torch operations.
+    """The statistics that `vocab_stats` returns, of logits that already exist, by plain torch operations.
 
     Args:
         logits: [..., V].
         labels: Ids of any integer dtype in [0, V), [...].
         outputs: Names of statistics, out of `hf_xent.ops.STATISTICS` without 'payload'.
-        ignore_index: The label of positions that have none.
+        ignore_index: The label of positions to ignore.
 
     Returns:
         Statistics shaped like labels, nats, in float32 or float64; ignored positions hold 0.
@@ -92,8 +92,8 @@ def dense_stats(
     mask = labels != ignored
     z, ids = logits[mask], labels[mask]
     check_ids(ids, z.shape[-1], ignored)
-    simple = set(outputs) <= {"lse", "target", "mean"}
-    rows = (reference.without_softmax if simple else reference.statistics)(z.to(wide(z.dtype)), ids)
+    cheap = set(outputs) <= {"lse", "target", "mean"}
+    rows = (reference.without_softmax if cheap else reference.statistics)(z.to(wide(z.dtype)), ids)
     values = {name: rows[name].new_zeros(mask.shape).masked_scatter(mask, rows[name]) for name in outputs}
     return Stats(values, labels, mask)
 
@@ -115,11 +115,11 @@ def vocab_loss(
 ) -> tuple[Tensor, Stats]:
     """The sum `token_weight * loss.of(stats)` over all valid tokens, and detached statistics.
 
-    Mode *eager*: gradients are taken while a chunk of logits is alive, three matmuls in all.
+    Mode *eager*: gradients are computed while a chunk of logits is in memory, three matmuls in all.
 
     Args:
-        loss: What turns statistics into a loss: its `of` sees those in `loss.uses`.
-        hidden: As in `vocab_stats`, and so are the arguments that say so below.
+        loss: A loss whose `of(stats)` turns the statistics named in `loss.uses` into per-token losses.
+        hidden: As in `vocab_stats`.
         head: As in `vocab_stats`.
         labels: As in `vocab_stats`.
         token_weight: Weights [...] or one number; constant, without gradient.
@@ -130,16 +130,17 @@ def vocab_loss(
         ignore_index: As in `vocab_stats`.
         impl: As in `vocab_stats`.
         memory_budget: As in `vocab_stats`.
-        tail: Above 0 it compresses the gradient of unlikely tokens (`hf_xent.ops.tail`): the relative error it may make
-            in the gradient of the logits, 1e-3 for instance; the loss itself stays exact. 1 + 3k matmuls, k the share
-            of the vocabulary that matters. Exact with `unreduced`, with impl='reference', and in a backward with
-            `create_graph=True`.
+        tail: The relative error allowed in the gradient of the logits, 1e-3 for instance. Above 0 the gradient of
+            unlikely tokens is compressed (`hf_xent.ops.tail`), and the loss itself stays exact: 1 + 3k matmuls, k being
+            the share of the vocabulary that is kept. The gradient is exact with `unreduced`, with impl='reference', and
+            in a backward with `create_graph=True`.
 
     Returns:
         The sum, nats, and the detached statistics, which also hold each token's unweighted `loss`.
 
     Raises:
-        ValueError: As `vocab_stats`; or `tail` is above 0 for a loss of more than log p, or a head with a softcap.
+        ValueError: As in `vocab_stats`; or `tail` is above 0 and the loss uses more than log p, or the head has a
+            softcap or is split over ranks.
     """
     request = Request(observe, ignore_index, impl, memory_budget, tail, unreduced)
     return stream_loss(loss, hidden, head, labels, request, token_weight, payload)
@@ -154,29 +155,29 @@ def map_logits(
 ) -> Tensor:
     """`fn(logits, *rows)` over full rows of logits, chunk by chunk, recomputed in the backward; results concatenated.
 
-    The way out for what is not a moment of the softmax (Jensen-Shannon, total variation, top-k).
+    It is for functions that are not moments of the softmax (Jensen-Shannon, total variation, top-k).
 
     Args:
         fn: A function that keeps the first dimension; it may close over differentiable tensors.
         hidden: The hidden states, [N, D].
-        head: The head that makes logits of them.
-        *rows: Tensors [N, ...] that `fn` gets beside the logits, of the same rows.
-        memory_budget: Bytes of logits alive at a time, as in `vocab_stats`.
+        head: The head that turns them into logits.
+        *rows: Tensors [N, ...] whose rows `fn` gets beside the same rows of logits.
+        memory_budget: Bytes of logits in memory at a time, as in `vocab_stats`.
 
     Returns:
-        What `fn` gives for all N rows.
+        The concatenated results of `fn`, of all N rows.
 
     Raises:
-        ValueError: Hidden states and head do not fit, or `memory_budget` is no positive number.
+        ValueError: Hidden states and head do not fit, or `memory_budget` is not a positive number.
     """
     check_head(hidden, head)
     hidden, head = autocast(hidden), autocast_head(head, hidden)
 
     def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
-        # torch.func knows no saved-tensor hooks, which checkpoints are made of: there the rows stay
-        return function(*part) if composed() else checkpoint(function, *part, use_reentrant=False)
+        # torch.func has no saved-tensor hooks, which checkpoints need: there all logits are kept
+        return function(*part) if under_function_transform() else checkpoint(function, *part, use_reentrant=False)
 
-    row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs room of its own
+    row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs memory too
     step = max(1, Request(memory_budget=memory_budget).budget(head) // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):

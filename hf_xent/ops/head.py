@@ -1,4 +1,4 @@
-"""An output head: the product that makes logits of hidden states, and all that transformers' causal LMs do after it.
+"""An output head: the product that turns hidden states into logits, and what transformers' causal LMs apply to it.
 
     z[t,j] = softcap * tanh(scale * (h_t . W_j + b_j) / softcap)          no tanh without a softcap
 
@@ -23,15 +23,15 @@ class Head:
     """An output head: `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; no tanh if `softcap` is None.
 
     Every post-head operation of transformers' causal LMs is of this form, so a head describes them all. With an
-    `adapter`, hidden has R more features and the matrix is [weight | adapter]: two pieces, since one may be frozen.
+    `adapter`, hidden has R more features and the matrix is [weight | adapter]: two tensors, since one may be frozen.
 
     Args:
         weight: The matrix [V, D].
-        bias: One number a token, [V].
+        bias: One number per token of the vocabulary, [V].
         scale: The factor of the raw product.
         softcap: The bound of the logits' absolute value; None for no bound.
         adapter: More columns of the matrix [V, R], for the last R features of hidden.
-        shard: Which part of a larger vocabulary weight, bias and adapter are; None if they are all of it.
+        shard: The part of a larger vocabulary that weight, bias and adapter cover; None if they cover all of it.
     """
 
     weight: Tensor  # [V, D]
@@ -43,7 +43,7 @@ class Head:
 
     @property
     def size(self) -> int:
-        """The number of tokens here, V."""
+        """The number of tokens on this rank, V."""
         return self.weight.shape[0]
 
     @property
@@ -53,12 +53,12 @@ class Head:
 
     @property
     def features(self) -> int:
-        """The hidden size it takes, D + R."""
+        """The hidden size that it expects, D + R."""
         return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
 
     @property
     def matrices(self) -> dict[str, tuple[Tensor, slice]]:
-        """Its matrices by the name of their field, with the features of hidden that each multiplies."""
+        """Its matrices by field name, each with the slice of hidden's features that it multiplies."""
         width = self.weight.shape[1]
         matrices = {"weight": (self.weight, slice(0, width))}
         if self.adapter is not None:
@@ -69,35 +69,35 @@ class Head:
         """The same head over some tokens.
 
         Args:
-            tokens: A slice of those here, which copies nothing, or ids of the whole vocabulary, whose rows are put
-                together from all ranks and are whole on each.
+            tokens: A slice of this rank's tokens, which copies nothing; or ids of the whole vocabulary, whose rows are
+                gathered from all ranks, so that every rank has all of them.
         """
         shard = self.shard
         if shard is None or isinstance(tokens, slice):
-            return self._each(lambda x: x[tokens])
+            return self._map(lambda x: x[tokens])
         columns = tokens - shard.start
-        here, columns = (columns >= 0) & (columns < self.size), columns.clamp(0, self.size - 1)
+        on_this_rank, columns = (columns >= 0) & (columns < self.size), columns.clamp(0, self.size - 1)
 
         def rows(x: Tensor) -> Tensor:
-            mask = here.reshape(*here.shape, *[1] * (x.ndim - 1))
+            mask = on_this_rank.reshape(*columns.shape, *[1] * (x.ndim - 1))
             return sum_ranks(torch.where(mask, x[columns], 0), shard)
 
-        return replace(self._each(rows), shard=None)
+        return replace(self._map(rows), shard=None)
 
     def detach(self) -> Head:
         """The same head without gradient."""
-        return self._each(Tensor.detach)
+        return self._map(Tensor.detach)
 
     def to(self, dtype: torch.dtype) -> Head:
         """The same head in another dtype."""
-        return self._each(lambda x: x.to(dtype))
+        return self._map(lambda x: x.to(dtype))
 
     def tempered(self, temperature: float) -> Head:
         """The head whose logits are z / temperature."""
         softcap = None if self.softcap is None else self.softcap / temperature
         return replace(self, scale=self.scale / temperature, softcap=softcap)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Head:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Head:
         """The same head with each of its tensors changed."""
         bias, adapter = (None if x is None else change(x) for x in (self.bias, self.adapter))
         return replace(self, weight=change(self.weight), bias=bias, adapter=adapter)
@@ -115,7 +115,7 @@ class Head:
             hidden: Hidden states [..., D + R], the same on every rank.
 
         Returns:
-            [..., V] in the dtype of statistics, of the whole vocabulary also where the head is a shard of it.
+            Logits [..., V] in the dtype of statistics, over the whole vocabulary even if the head is a shard of it.
         """
         hidden = copy_to_ranks(hidden, self.shard)
         raw = F.linear(hidden[..., : self.weight.shape[1]], self.weight, self.bias)
@@ -124,7 +124,7 @@ class Head:
         return self.activate(gather_from_ranks(raw.to(wide(hidden.dtype)), self.shard))
 
     def activate(self, raw: Tensor) -> Tensor:
-        """Scale and softcap of the raw product; a new tensor unless there is nothing to do."""
+        """Scale and softcap applied to the raw product; a new tensor unless there is nothing to do."""
         if self.softcap is None:
             return raw if self.scale == 1 else raw * self.scale
         return torch.tanh(raw * (self.scale / self.softcap)) * self.softcap
@@ -135,7 +135,7 @@ class Head:
 
 
 Payload = tuple[Tensor, Head]
-"""Hidden states [..., D2] and the head they go through: what a second model says of the same tokens, over the same V.
+"""Hidden states [..., D2] and their head: logits, not computed, of a second model over the same tokens and vocabulary.
 
-`vocab_stats(..., payload=...)` gives the expectation of its logits under the softmax of the first head.
+`vocab_stats(..., payload=...)` returns the expectation of these logits under the softmax of the first head.
 """

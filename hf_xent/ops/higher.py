@@ -1,7 +1,7 @@
-"""Derivatives beyond the first, and whether torch differentiates in a way that only its own operations allow.
+"""Higher derivatives, and the check for modes of differentiation that only torch's own operations support.
 
-A streamed gradient is written in place, outside of any graph, so that it has no derivative. When a backward is itself
-to be differentiated (`create_graph=True`), its gradients are taken anew from dense logits, one chunk of rows at a time.
+A streamed gradient is written in place, outside of any graph, so it has no derivative. When a backward is itself to be
+differentiated (`create_graph=True`), its gradients are computed again from dense logits, one chunk of rows at a time.
 With F(u, x) a sum over tokens (u the upstream gradients, x the tensors of the problem) and v the upstream gradients of
 the gradients,
 
@@ -25,13 +25,13 @@ from .problem import TENSORS, Problem
 from .statistics import wide
 
 Pairs = Iterable[tuple[Tensor | None, Tensor | None]]  # outputs, each with its upstream gradient
-ROWS = ("hidden", "payload_hidden")  # of TENSORS: those that have a row a token, cut into chunks
+ROWS = ("hidden", "payload_hidden")  # those of TENSORS that have one row per token, cut into chunks
 
 
-def composed(*tensors: Tensor | None) -> bool:
+def under_function_transform(*tensors: Tensor | None) -> bool:
     """Whether torch.func, forward-mode differentiation or batched gradients (`is_grads_batched`) are at work.
 
-    What they do to torch's own operations they cannot do to ours: then there is nothing but dense logits.
+    They transform torch's operations, but not the custom functions of this package: dense logits are needed then.
     """
     if torch._C._are_functorch_transforms_active():
         return True
@@ -44,8 +44,8 @@ def composed(*tensors: Tensor | None) -> bool:
 
 def gradients(
     problem: Problem,
-    outputs: Callable[[slice, dict[str, Tensor]], list[Tensor]],  # (rows, their statistics) -> an output each upstream
-    upstream: Sequence[Tensor],  # [N], cut into chunks, or [], whole in each
+    outputs: Callable[[slice, dict[str, Tensor]], list[Tensor]],  # (rows, their statistics) -> an output per upstream
+    upstream: Sequence[Tensor],  # [N], cut into chunks, or [], the same in each chunk
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `F = sum(upstream * outputs)` for every tensor in `problem.needs`, in the order of TENSORS, with a
     graph of any order.
@@ -67,15 +67,15 @@ def gradients(
 class _Sum:
     """A sum of inner products <output, upstream> over tokens, as a function of tensors; `part` is a chunk's."""
 
-    part: Callable[..., Pairs]  # (rows, *tensors), those of `cut` already cut
+    part: Callable[..., Pairs]  # (rows, *tensors), with only these rows of `cut` tensors
     chunks: list[slice]
-    cut: tuple[bool, ...]  # which tensors have a row a token
-    wanted: tuple[int, ...]  # which tensors get a gradient; none of this sum's upstream gradients
+    cut: tuple[bool, ...]  # which tensors have one row per token
+    wanted: tuple[int, ...]  # which tensors get a gradient; never the upstream gradients of this sum
 
     def differentiable(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         """The gradients by the wanted tensors, with a graph if grad mode is on."""
         create_graph = torch.is_grad_enabled()
-        if not composed(*tensors):
+        if not under_function_transform(*tensors):
             return _Gradient.apply(self, *tensors) if create_graph else self.gradients(tensors)
         with torch.enable_grad():
             # views, so that the gradient by one tensor leaves out what reaches it through another (tied embeddings)
@@ -85,7 +85,7 @@ class _Sum:
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True))
 
     def gradients(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """The same without a graph, added up over the chunks in a wide dtype."""
+        """The same gradients without a graph, summed over the chunks in a wide dtype."""
         wanted: Any = [tensors[i] for i in self.wanted]  # none of them is None
         contiguous = torch.contiguous_format
         sums = [torch.zeros_like(x, dtype=wide(x.dtype), memory_format=contiguous) for x in wanted]
@@ -107,7 +107,7 @@ class _Sum:
         return _Sum(part, self.chunks, cut, tuple(count + i for i in wanted))
 
     def _grad(self, rows: slice, tensors: list[Tensor | None], *, create_graph: bool) -> tuple[Tensor | None, ...]:
-        """The gradients of one part by the wanted tensors; those without a graph become leaves."""
+        """The gradients of one part by the wanted tensors, of which those without a graph become leaves."""
         with torch.enable_grad():
             for i in self.wanted:
                 x = tensors[i]

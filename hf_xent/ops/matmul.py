@@ -1,6 +1,6 @@
-"""Matrix products in the forms that BLAS runs fastest, written to buffers that exist.
+"""Matrix products in the forms that BLAS runs fastest, written to existing buffers.
 
-What is faster on a CPU (narrow products in batches, the transpose) was found by timing; the results are the same.
+The forms that are faster on a CPU (batches of narrow products, the transpose) were found by timing; results are equal.
 Shapes: n tokens of a chunk, D hidden, V vocabulary.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .head import Head
 
-PANEL, GROUP = 512, 4  # columns of a narrow product and how many a batch: their scratch stays in the cache
-FEW = 256  # rows
+PANEL, GROUP = 512, 4  # columns of a narrow product, and products per batch: their scratch stays in the cache
+FEW_ROWS = 256
 
 
 def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
 
 
 def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The same by batches of narrow products: for few rows and a wide head, a CPU's BLAS runs these faster."""
+    """The same in batches of narrow products, which a CPU's BLAS runs faster for few rows and a wide head."""
     rows, step = len(hidden), GROUP * PANEL
     scratch = hidden.new_empty(GROUP, rows, PANEL)
     repeated = hidden.expand(GROUP, *hidden.shape)
@@ -50,8 +50,8 @@ def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
     if total.dtype != x.dtype:
         product = torch.mm(x, y)
         total.copy_(product) if first else total.add_(product)
-    elif first and x.dtype == torch.float32 and len(x) <= FEW and x.device.type == "cpu":
-        # of few rows over a long inner dimension a CPU's BLAS computes the transpose faster, by a tenth
+    elif first and x.dtype == torch.float32 and len(x) <= FEW_ROWS and x.device.type == "cpu":
+        # for few rows and a long inner dimension, a CPU's BLAS computes the transpose a tenth faster
         total.copy_(torch.mm(y.T, x.T).T)
     elif first:
         torch.mm(x, y, out=total)

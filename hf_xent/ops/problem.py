@@ -1,7 +1,7 @@
-"""What a backend is handed: `Problem`, and the chunks of rows or columns in which it visits the logits.
+"""The input of a backend: a `Problem`, and the chunks of rows or columns in which it visits the logits.
 
 A backend is a module with `forward(problem)`, which computes statistics, and `backward(problem, values, grads)`, which
-computes gradients. Some have `eager(problem, upstream, uses)`, both in one visit of the logits, and
+computes gradients. Some have `eager(problem, upstream, uses)`, which does both in one visit of the logits, and
 `survey(problem, upstream, groups)`, for the sparse tail.
 """
 
@@ -15,28 +15,28 @@ from torch import Tensor
 
 from .head import Head, Payload
 
-ALIGNMENT = 16  # rows or columns: the multiples that matmul kernels work in
+ALIGNMENT = 16  # of rows or columns: matmul kernels work on multiples of it
 TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
 Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
-"""(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once a chunk, in order."""
+"""(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once per chunk, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a backend is handed: valid tokens only, checked, on one device and in one dtype."""
+    """The input of a backend: valid tokens only, checked, on one device and in one dtype."""
 
     hidden: Tensor  # [N, D]
     head: Head
     labels: Tensor  # [N], of the whole vocabulary
-    outputs: frozenset[str]  # statistics to compute, closed under what their gradients need
+    outputs: frozenset[str]  # statistics to compute, with those that their gradients need
     payload: Payload | None = None  # ([N, D2], head of the same V)
-    memory_budget: int = 24 << 20  # bytes of logits alive at a time
-    tail: float = 0.0  # relative error allowed to the logits' gradient by compressing its tail; 0 is exact
-    needs: frozenset[str] = frozenset()  # which of TENSORS want a gradient
+    memory_budget: int = 24 << 20  # bytes of logits in memory at a time
+    tail: float = 0.0  # relative error allowed in the gradient of the logits, whose tail is compressed; 0 is exact
+    needs: frozenset[str] = frozenset()  # which of TENSORS need a gradient
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Every tensor a gradient can flow to, in the order of TENSORS."""
+        """Every tensor that a gradient can flow to, in the order of TENSORS."""
         first = (self.hidden, self.head.weight, self.head.bias, self.head.adapter)
         if self.payload is None:
             return (*first, None, None, None)
@@ -52,12 +52,12 @@ class Problem:
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
     def without_tensors(self) -> Problem:
-        """The same problem without its tensors, for a graph to keep: `with_tensors` puts those that it saved back."""
+        """The same problem without its tensors, for a graph to keep; `with_tensors` puts the saved ones back."""
         return self.with_tensors((None,) * len(TENSORS), None)
 
     @property
     def label_columns(self) -> Tensor:
-        """Labels as columns of the head [N]; outside [0, V) where another rank has them."""
+        """Labels as columns of the head [N]; outside [0, V) if another rank has them."""
         return self.labels if self.head.shard is None else self.labels - self.head.shard.start
 
     def rows(self) -> list[slice]:
@@ -76,9 +76,9 @@ class Problem:
 
 
 def pieces(count: int, most: int) -> list[slice]:
-    """The range 0..count in as few slices of at most `most` as can be.
+    """The range 0..count in as few slices of at most `most` as possible.
 
-    They are about equal, as a short one would run slowly, and multiples of ALIGNMENT where that fits.
+    They are about equally long, since a short one would run slowly, and multiples of ALIGNMENT if that fits.
     """
     step = -(-count // max(1, -(-count // most))) or 1
     aligned = -(-step // ALIGNMENT) * ALIGNMENT

@@ -1,14 +1,14 @@
 """Statistics and gradients of whole rows from those of every rank's columns, where the vocabulary is split over ranks.
 
-Statistics and their upstream gradients are the same on every rank. Each rank folds its own columns; a few floats a
-token then make the statistics of the whole row, with w_r = exp(lse_r - lse) the mass of rank r:
+Statistics and their upstream gradients are the same on every rank. Each rank folds its own columns; a few floats per
+token then give the statistics of the whole row, with w_r = exp(lse_r - lse) the mass of rank r:
 
     lse = log sum_r e^lse_r     mean = sum_r (V_r / V) mean_r     entropy = sum_r w_r (H_r - log w_r)
     payload = sum_r w_r payload_r     variance = sum_r w_r (Var_r + (log w_r - H_r)^2) - entropy^2
-    log_sum_sq = log sum_r w_r^2 e^sq_r
+    log_sum_sq = log sum_r w_r^2 e^log_sum_sq_r
 
 The gradient of a rank's logits needs nothing else; only the gradient of the hidden states is a sum over ranks. That is
-one collective of [statistics, N] floats a chunk of rows and one of [N, D], where gathered logits would be [N, V].
+one collective of [statistics, N] floats per chunk of rows and one of [N, D], where gathered logits would be [N, V].
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .problem import Problem
 
 
 def merge_ranks(problem: Problem, values: dict[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
-    """Statistics [N] of whole rows from those over this rank's columns; `values` itself for a head that is whole."""
+    """Statistics [N] of whole rows from those over this rank's columns; `values` itself if the head is not split."""
     head = problem.head
     if head.shard is None:
         return values
     columns = problem.label_columns[rows]
-    here = (columns >= 0) & (columns < head.size)
-    local = {**values, "target": torch.where(here, values["target"], 0.0)}
+    on_this_rank = (columns >= 0) & (columns < head.size)
+    local = {**values, "target": torch.where(on_this_rank, values["target"], 0.0)}
     if "mean" in local:
         local["mean"] = local["mean"] * (head.size / head.shard.size)
     if "top" in local:
         top = local["top"]
-        best = replace(head, shard=None)[top]  # of the columns here
+        best = replace(head, shard=None)[top]  # the head's rows for the top tokens of this rank
         raw = torch.linalg.vecdot(
             best.joined().weight.to(local["lse"].dtype), problem.hidden[rows].to(local["lse"].dtype)
         )
@@ -47,7 +47,7 @@ def merge_ranks(problem: Problem, values: dict[str, Tensor], rows: slice = slice
 
 
 def _whole_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Statistics [N] from those of all ranks [ranks, N]; the formulas of the module."""
+    """Statistics [N] from those of all ranks [ranks, N], by the formulas of the module docstring."""
     lse = part["lse"].logsumexp(0)
     log_w = part["lse"] - lse
     w, log_w = log_w.exp(), log_w.clamp(min=-1e4)
@@ -59,8 +59,8 @@ def _whole_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
     if "entropy" in part:
         merged["entropy"] = (w * (part["entropy"] - log_w)).sum(0)
     if "variance" in part:
-        second = part["variance"] + (log_w - part["entropy"]) ** 2
-        merged["variance"] = (w * second).sum(0) - merged["entropy"] ** 2
+        second_moment = part["variance"] + (log_w - part["entropy"]) ** 2
+        merged["variance"] = (w * second_moment).sum(0) - merged["entropy"] ** 2
     if "log_sum_sq" in part:
         merged["log_sum_sq"] = (part["log_sum_sq"] + 2 * log_w).logsumexp(0)
     if "top" in part:
@@ -69,7 +69,7 @@ def _whole_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def reduce_from_ranks(problem: Problem, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same gradients, those whose parts lie on all ranks summed in place: the hidden states'."""
+    """The same gradients, those of hidden states summed in place over all ranks, each of which has a part."""
     if problem.head.shard is not None:
         for name in ("hidden", "payload_hidden"):
             if name in grads:

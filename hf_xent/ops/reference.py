@@ -12,19 +12,19 @@ from .problem import TENSORS, Problem
 
 
 def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict[str, Tensor]:
-    """Every statistic [N] of logits z [N, V] and their labels [N]; of the payload's logits [N, V] too, if given."""
+    """Every statistic [N] of logits z [N, V] and their labels [N]; also of the payload's logits [N, V], if any."""
     logp = z.log_softmax(-1)
     p = logp.exp()
-    simple = without_softmax(z, labels)
+    cheap = without_softmax(z, labels)
     finite = logp.clamp(min=-1e4)  # 0 * -inf is 0 here: a banned token adds no entropy
     entropy = -(p * finite).sum(-1)
     return {
-        **simple,
+        **cheap,
         "entropy": entropy,
         "variance": (p * (finite + entropy[:, None]) ** 2).sum(-1),
         "payload": (p * (torch.zeros_like(z) if payload is None else payload)).sum(-1),
         "top": z.argmax(-1),
-        "rank": (z > simple["target"][:, None]).sum(-1),
+        "rank": (z > cheap["target"][:, None]).sum(-1),
         "log_sum_sq": (2 * logp).logsumexp(-1),
     }
 
@@ -48,9 +48,9 @@ def backward(problem: Problem, values: Mapping[str, Tensor], grads: Mapping[str,
         name: t.detach().requires_grad_() for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None
     }
     with torch.enable_grad():
-        again = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
-        total = cast(Tensor, sum((again[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
-    wanted = [name for name in TENSORS if name in problem.needs]
-    gradients = torch.autograd.grad(total, [leaves[name] for name in wanted], allow_unused=True)
-    pairs = zip(wanted, gradients, strict=True)
+        recomputed = forward(problem.with_tensors(tuple(leaves.get(name) for name in TENSORS), problem.labels))
+        total = cast(Tensor, sum((recomputed[name] * grad).sum() for name, grad in grads.items()))  # grads is not empty
+    names = [name for name in TENSORS if name in problem.needs]
+    gradients = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True)
+    pairs = zip(names, gradients, strict=True)
     return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in pairs}

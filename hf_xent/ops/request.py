@@ -1,4 +1,4 @@
-"""What is asked of a call beside its operands: one object from the public doors down to the backend."""
+"""The options of one call, in one object that the public functions hand down to the backend."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ IMPLS = ("reference", "chunked", "triton")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a call beside hidden states, head and labels; public functions take its fields as keywords."""
+    """The options of a call beside hidden states, head and labels; public functions take them as keywords."""
 
     observe: tuple[str, ...] = ()
-    """Statistics wanted beside those that the call needs by itself; they carry no gradient."""
+    """Statistics to compute in addition to those that the loss needs; they carry no gradient."""
     ignore_index: int = -100
-    """The label that means 'no label'."""
+    """The label of positions to ignore."""
     impl: str | None = None
     """'reference', 'chunked' or 'triton'; None is the environment's HF_XENT_IMPL, else 'chunked'."""
     memory_budget: int | None = None
-    """Bytes of logits alive at a time; None is `default_budget` of the head."""
+    """Bytes of logits in memory at a time; None is `default_budget` of the head."""
     tail: float = 0.0
-    """Relative error allowed to the gradient of the logits (`hf_xent.ops.tail`); 0 is exact."""
+    """Relative error allowed in the gradient of the logits (`hf_xent.ops.tail`); 0 is exact."""
     unreduced: bool = False
-    """Whether losses are wanted in the shape of labels rather than their sum."""
+    """Whether to return the losses in the shape of labels instead of their sum."""
 
     def backend(self) -> ModuleType:
         """The module that streams the vocabulary. Raises: ValueError for an unknown `impl`."""
@@ -44,7 +44,7 @@ class Request:
         return {"reference": reference, "chunked": chunked}[name]
 
     def budget(self, head: Head) -> int:
-        """The bytes of logits alive at a time. Raises: ValueError for what is no positive number."""
+        """The bytes of logits in memory at a time. Raises: ValueError if `memory_budget` is not a positive number."""
         budget: Any = self.memory_budget
         if budget is None:
             return default_budget(head)
@@ -55,10 +55,10 @@ class Request:
 
 
 def default_budget(head: Head) -> int:
-    """Bytes of logits alive at a time: half a byte a number in the head, so that they do not stand out beside it.
+    """Bytes of logits in memory at a time: half a byte per number in the head, so that they are small beside it.
 
-    That is an eighth of a float32 head and makes D / 8 rows a chunk; a 16-bit one gets twice the rows, as its matmuls
-    want. At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that matmuls slow down), 256 MiB
+    That is an eighth of a float32 head and gives D / 8 rows per chunk; a 16-bit head gets twice the rows, which its
+    matmuls need. At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that matmuls slow down), 256 MiB
     elsewhere (not yet measured there).
     """
     rows = head.size if head.shard is None else head.shard.width  # the same on all ranks

@@ -1,4 +1,4 @@
-"""The tokens of one call: checked, flattened, reduced to those with a label; and the way back to the labels' shape.
+"""The tokens of one call: checked, flattened, reduced to those with a label, and put back into the labels' shape.
 
 Checks and autocast happen here, once: backends see valid rows only, in one dtype.
 """
@@ -20,7 +20,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Rows:
-    """The valid tokens of one call: hidden states and labels of those alone, and the way back to the labels' shape."""
+    """The valid tokens of one call: their hidden states and labels; `scatter` goes back to the labels' shape."""
 
     def __init__(self, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int):
         check_head(hidden, head)
@@ -43,7 +43,7 @@ class Rows:
         check_ids(self.flat, head.vocabulary, ignored)
 
     def select(self, x: Tensor, trailing: int = 0) -> Tensor:
-        """Valid rows of a tensor shaped like labels (and `trailing` more dimensions)."""
+        """The valid rows of a tensor in the shape of labels, with `trailing` more dimensions."""
         shape = x.shape[x.ndim - trailing :]
         if x.shape[: x.ndim - trailing] != self.labels.shape:
             raise ValueError(
@@ -66,7 +66,7 @@ class Rows:
 def token_ids(labels: Tensor) -> Tensor:
     """Labels of any integer dtype as int64: in a narrow one an ignore_index of -100 would be a token (156 in uint8).
 
-    Raises: ValueError for what is no tensor of integers, and for labels that torch.vmap batches.
+    Raises: ValueError if labels is not a tensor of integers, or is batched by torch.vmap.
     """
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels is a {type(labels).__name__}: pass a tensor of token ids")
@@ -81,14 +81,14 @@ def token_ids(labels: Tensor) -> Tensor:
 
 
 def ignored_id(ignore_index: int) -> int:
-    """The id that means 'no label' as an int. Raises: ValueError for anything else, such as None."""
+    """The label of positions to ignore as an int. Raises: ValueError for anything else, such as None."""
     if isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__"):
         raise ValueError(f"ignore_index is {ignore_index!r}: pass an integer, such as -100")
     return operator.index(ignore_index)
 
 
 def check_ids(ids: Tensor, size: int, ignored: int) -> None:
-    """Refuse ids outside of a vocabulary of `size` tokens, with a ValueError that names the remedy."""
+    """Raise a ValueError that names the remedy if ids are outside of a vocabulary of `size` tokens."""
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if low < 0 or high >= size:
         raise ValueError(
@@ -98,7 +98,7 @@ def check_ids(ids: Tensor, size: int, ignored: int) -> None:
 
 
 def check_head(hidden: Tensor, head: Head) -> None:
-    """Refuse hidden states and a head that do not fit together, with a ValueError that names the remedy."""
+    """Raise a ValueError that names the remedy if hidden states and head do not fit together."""
     weight, bias, adapter = head.weight, head.bias, head.adapter
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
@@ -125,7 +125,7 @@ def check_head(hidden: Tensor, head: Head) -> None:
 
 
 def _check_alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> None:
-    """Refuse devices that differ, and dtypes that differ where autocast will not cast them."""
+    """Raise a ValueError if devices differ, or if dtypes differ that autocast does not cast."""
     for name, x in (("hidden", hidden), ("bias", bias), ("adapter", adapter)):
         if x is not None and x.device != weight.device:
             raise ValueError(f"{name} is on {x.device} but weight on {weight.device}: move one of them")
@@ -140,15 +140,15 @@ def _check_alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: T
 
 
 def autocast(x: Tensor) -> Tensor:
-    """What torch.autocast would make of an operand of F.linear."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return x.to(torch.get_autocast_dtype(kind))
+    """An operand of F.linear in the dtype that torch.autocast would cast it to."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return x.to(torch.get_autocast_dtype(device_type))
     return x
 
 
 def autocast_head(head: Head, hidden: Tensor) -> Head:
-    """The head that torch.autocast would multiply with, on the device of `hidden`."""
+    """The head with its tensors cast as torch.autocast would cast them on the device of `hidden`."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return head
     bias, adapter = (None if x is None else autocast(x) for x in (head.bias, head.adapter))

@@ -1,13 +1,13 @@
 """A vocabulary that is split over the ranks of a process group (tensor parallelism), and the collectives on it.
 
-Hidden states and labels are the same on every rank; weight, bias and adapter are a rank's rows of the head's. What
-every rank has in full is *replicated*, what has to be summed over ranks is *partial*:
+Hidden states and labels are the same on every rank; weight, bias and adapter are a rank's rows of the head. A
+tensor that every rank has in full is *replicated*, one that has to be summed over ranks is *partial*:
 
     copy_to_ranks       replicated -> partial        backward: the sum over ranks
     sum_ranks           partial -> replicated        backward: the identity
     gather_from_ranks   columns [..., V_r] -> [..., V]
 
-Each of the first two is the backward of the other, so that derivatives of any order are right.
+Each of the first two is the backward of the other, so that derivatives of any order are correct.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 class Shard:
     """Which tokens of a vocabulary a rank's head holds: those from `start` on. The group's other ranks hold the others.
 
-    The vocabulary is cut as DTensor cuts: `width` tokens a rank, fewer on the last ones.
+    The vocabulary is cut as DTensor cuts it: `width` tokens per rank, fewer on the last ranks.
 
     Args:
         group: The `torch.distributed.ProcessGroup` over which the vocabulary is split.
@@ -40,12 +40,12 @@ class Shard:
 
     @cached_property
     def width(self) -> int:
-        """The number of tokens of the widest rank."""
+        """The largest number of tokens on any rank."""
         return -(-self.size // self.group.size())
 
 
 def copy_to_ranks(hidden: Tensor, shard: Shard | None) -> Tensor:
-    """What is the same on every rank, for a product with a part of the head; its gradient is the sum of all parts'."""
+    """Hidden states, for products with a part of the head on every rank; their gradient is summed over the ranks."""
     return hidden if shard is None else _CopyToRanks.apply(hidden, shard.group)
 
 
@@ -57,7 +57,7 @@ def gather_from_ranks(local: Tensor, shard: Shard | None) -> Tensor:
 
 
 def sum_ranks(part: Tensor, shard: Shard) -> Tensor:
-    """The sum of all ranks' parts, written over this rank's own, which must be fresh; each part gets the gradient."""
+    """The sum of all ranks' parts, written over `part`, which must be a new tensor; each part gets the gradient."""
     return _SumRanks.apply(part, shard.group)
 
 

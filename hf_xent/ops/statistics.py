@@ -1,4 +1,4 @@
-"""The statistics of a softmax by name, and `Stats`, which holds them: one number a token each.
+"""The statistics of a softmax by name, and `Stats`, which holds them: one number per token each.
 
     z[t,j]  logits      p = softmax(z)      lse = log sum_j e^z      logp = z - lse
 
@@ -24,7 +24,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class Stats:
-    """The statistics of every token's softmax, one number a token each: attributes in the shape of the labels.
+    """The statistics of every token's softmax, one number per token each: attributes in the shape of the labels.
 
         lse         log sum_j e^z_j, nats
         target      z_y, the label's logit
@@ -36,7 +36,7 @@ class Stats:
         rank        how many logits exceed the label's              without gradient
         log_sum_sq  log sum_j p_j^2                                 without gradient
 
-    Ignored positions hold 0. Only the statistics that were requested are there.
+    Ignored positions hold 0. Only the statistics that were requested are present.
 
     Args:
         values: Statistics by name, each in the shape of the labels.

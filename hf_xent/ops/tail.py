@@ -1,4 +1,4 @@
-"""The sparse tail: gradients from the vocabulary columns that matter, and all others compressed to rank one.
+"""The sparse tail: exact gradients of the vocabulary columns that matter, all others compressed to rank one.
 
 A trained model puts almost all of its softmax on few columns. For losses of log p_y alone, dz = a (p - r 1_y), and
 
@@ -6,11 +6,11 @@ A trained model puts almost all of its softmax on few columns. For losses of log
                       at most tolerance^2 of sum |dz|^2
     the tail          p_tj ~ r_t q_gj    r_t = 1 - sum_K p_tj    q_gj ~ sum_{t in g} |a_t| p_tj    sum_j q_gj = 1
 
-for each of a few groups g of consecutive tokens, so that every row of dz still sums to what it did: probability mass is
-moved inside the tail, never dropped. Then dh_t gains a_t r_t (q_g W) and dW_j gains q_gj (sum_g a_t r_t h_t).
+for each of a few groups g of consecutive tokens, so that every row of dz keeps its sum: probability mass is moved
+inside the tail, never dropped. Then dh_t gains a_t r_t (q_g W) and dW_j gains q_gj (sum_g a_t r_t h_t).
 
 One visit of all logits (`survey`) gives statistics, energies and the tail's masses; the logits of K are computed again
-for the gradients. With k = |K| / V that is 1 + 3k matmuls of the full size where dense torch does 3.
+for the gradients. With k = |K| / V that is 1 + 3k matmuls of the full size, where dense torch needs 3.
 
 Bound: |dz - dz'| <= tolerance |dz| (Frobenius) before the tail is put back. On two real models the hidden gradient's
 error came out 2 to 8 times the tolerance and the weight gradient's 1.4 to 1.5 times (benchmarks/results/tail.md); with
@@ -32,12 +32,12 @@ from .algebra import Coefficients, row_factor
 from .problem import TENSORS, Problem, Upstream, pieces
 from .statistics import wide
 
-GROUPS = 16  # groups of tokens, each with a tail of its own: [16, V] floats, however many tokens there are
+GROUPS = 16  # groups of tokens, each with its own tail: [16, V] floats, however many tokens there are
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the sparse tail needs of one visit of all logits."""
+    """What the sparse tail needs to know from one visit of all logits."""
 
     values: dict[str, Tensor]  # statistics, [N] each
     coef: Coefficients  # plain, [N] each
@@ -49,13 +49,13 @@ def eager(backend: ModuleType, problem: Problem, upstream: Upstream) -> tuple[di
     """Statistics and gradients of a sum of losses of log p_y, the gradients up to an error of `problem.tail`."""
     groups = pieces(len(problem.labels), max(1, -(-len(problem.labels) // GROUPS)))
     survey: Survey = backend.survey(problem, upstream, groups)
-    kept = select(survey, problem)
-    if len(kept) > problem.head.size // 2:  # nothing to save: high entropy, or a tolerance too tight
+    kept = select_columns(survey, problem)
+    if len(kept) > problem.head.size // 2:  # nothing would be saved: the entropy is high, or the tolerance is tight
         return survey.values, backend.backward(problem, survey.values, _upstream(survey.coef))
     return survey.values, _gradients(backend, problem, survey, groups, kept)
 
 
-def select(survey: Survey, problem: Problem) -> Tensor:
+def select_columns(survey: Survey, problem: Problem) -> Tensor:
     """The columns to keep, ascending."""
     coef, values = survey.coef, survey.values
     energy, order = survey.energy.double().sort()
@@ -63,9 +63,9 @@ def select(survey: Survey, problem: Problem) -> Tensor:
     a, o = coef.a / unit, coef.o / unit
     # |dz|^2 of a row: the energy of a p, but the label's entry is a p_y + o
     total = energy.sum() + (2 * a * o * (values["target"] - values["lse"]).exp() + o**2).sum()
-    spent = energy.cumsum(0) <= problem.tail**2 * total  # nan keeps everything
-    keep = torch.ones_like(spent)
-    keep[order] = ~spent
+    negligible = energy.cumsum(0) <= problem.tail**2 * total  # NaN keeps every column
+    keep = torch.ones_like(negligible)
+    keep[order] = ~negligible
     keep[problem.labels] = True
     return keep.nonzero().squeeze(-1)
 
@@ -78,7 +78,7 @@ def _upstream(coef: Coefficients) -> dict[str, Tensor]:
 def _gradients(
     backend: ModuleType, problem: Problem, survey: Survey, groups: list[slice], kept: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients from the kept columns' logits, computed again a piece at a time, and the tail's."""
+    """The gradients from the kept columns' logits, computed again a piece at a time, and from the tail."""
     head, tensors = problem.head, dict(zip(TENSORS, problem.tensors, strict=True))
     sums: dict[str, Tensor] = {}
     for name in problem.needs:
@@ -109,8 +109,8 @@ def _gradients(
 def _add_tail(
     problem: Problem, survey: Survey, groups: list[slice], kept: Tensor, mass: Tensor, sums: dict[str, Tensor]
 ) -> None:
-    """Add the tail, of rank one a group, to `sums`; `mass` [N] is what each token's softmax has there."""
-    q = survey.mass  # nobody reads it afterwards: it becomes the tail's distributions, each over its largest entry
+    """Add the tail, of rank one per group, to `sums`; `mass` [N] is each token's softmax mass in the tail."""
+    q = survey.mass  # overwritten: it becomes the tail's distributions, each divided by its largest entry
     q[:, kept] = 0
     peak, total = q.amax(-1, keepdim=True), q.sum(-1, keepdim=True)
     q /= torch.where(peak > 0, peak, 1.0)
@@ -123,10 +123,10 @@ def _add_tail(
         for group, center in zip(groups, centers, strict=True):
             sums["hidden"][group] += factor[group] * center
     if sums.keys() & problem.head.matrices.keys():
-        moved = torch.stack([(factor[group] * problem.hidden[group]).sum(0) for group in groups])
-        moved = (moved * scale).to(dtype)
+        weighted = torch.stack([(factor[group] * problem.hidden[group]).sum(0) for group in groups])
+        weighted = (weighted * scale).to(dtype)
         for name, (_, features) in problem.head.matrices.items():
             if name in sums:
-                sums[name].addmm_(q.T.to(dtype), moved[:, features])
+                sums[name].addmm_(q.T.to(dtype), weighted[:, features])
     if "bias" in sums:
         sums["bias"] += q.T @ (torch.stack([factor[group].sum() for group in groups]) * scale.squeeze(-1))

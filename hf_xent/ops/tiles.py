@@ -2,11 +2,11 @@
 
     fold             raw products -> statistics, and p in place of the products if `softmax` is set
     dlogits_         raw products -> their gradient dz
-    add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), of which only one entry a row differs
+    add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), which differs in one entry per row
     add_columns      p -> sums over tokens, for the sparse tail
 
-Names that end in _ write over their argument. On a GPU with Triton, `gpu.fused` does the same in one pass.
-Shapes: n tokens of the tile, V columns. A strip is worked on in the dtype of statistics.
+Functions whose names end in _ write over their argument. On a GPU with Triton, `gpu.fused` does the same in one pass.
+Shapes: n tokens of the tile, V columns. A strip is processed in the dtype of statistics.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from .algebra import Coefficients, State, finish
 from .problem import Problem
 from .statistics import wide
 
-# A strip and its scratch stay in the caches of a CPU, and smaller ones cost more calls than they save; on accelerators
-# a strip only bounds the scratch.
+# A strip and its scratch memory stay in the caches of a CPU; smaller strips would cost more in calls than they save. On
+# accelerators a strip only bounds the scratch memory.
 STRIP_BYTES, GPU_STRIP_BYTES = 4 << 20, 64 << 20
 
 
 def fold(
-    problem: Problem, rows: slice, loaded: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
+    problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
 ) -> dict[str, Tensor]:
     """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be lost."""
-    z, pay = loaded
+    z, pay = products
     labels = problem.label_columns[rows]
     if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
         labels = labels.clamp(0, problem.head.size - 1)
     kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
     if kernels and problem.outputs <= kernels.OUTPUTS:
-        values = kernels.softmax_(z, labels, problem.head, spend=softmax)
+        values = kernels.softmax_(z, labels, problem.head, overwrite=softmax)
         return {name: values[name] for name in problem.outputs}
     parts, scratch = [], z.dtype != wide(z.dtype)
     for span, strip in strips(z):
         strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[span]))
-        values, e, l = _fold_strip(problem, strip, labels[span], strip_pay, spend=softmax or scratch or not keep)
+        values, e, l = _fold_strip(problem, strip, labels[span], strip_pay, overwrite=softmax or scratch or not keep)
         if softmax:
             torch.div(e, l[:, None], out=e)
             if e.data_ptr() != z[span].data_ptr():
@@ -52,12 +52,12 @@ def fold(
 
 
 def _fold_strip(
-    problem: Problem, raw: Tensor, labels: Tensor, pay: Tensor | None, *, spend: bool
+    problem: Problem, raw: Tensor, labels: Tensor, pay: Tensor | None, *, overwrite: bool
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Statistics of one wide strip, its e^u and their sum; with `spend`, e^u takes the place of `raw`.
+    """Statistics of one wide strip, its e^u and their sum; with `overwrite`, e^u takes the place of `raw`.
 
-    torch.softmax would be a little faster, but sums a long row in order: over 262144 columns its float32 gradients err
-    by 2.5e-5, these by 2e-6.
+    torch.softmax would be a little faster, but sums a long row in order: over 262144 columns the error of its float32
+    gradients is 2.5e-5, here it is 2e-6.
     """
     outputs = problem.outputs
     z = problem.head.activate(raw)
@@ -66,14 +66,14 @@ def _fold_strip(
     top = z.argmax(-1) if "top" in outputs else None
     rank = (z > target).sum(-1) if "rank" in outputs else None
     sz = z.sum(-1) if "mean" in outputs else None
-    u = z.sub_(m[:, None]) if spend or z is not raw else z - m[:, None]
+    u = z.sub_(m[:, None]) if overwrite or z is not raw else z - m[:, None]
     s1 = s2 = None
     if outputs & {"entropy", "variance"}:
         e = u.exp()
         u.clamp_(min=-1e4)  # a banned token (z = -inf) adds nothing: 0 * -1e4, not 0 * -inf
         s1 = torch.linalg.vecdot(e, u)
         s2 = torch.linalg.vecdot(e, u.square_()) if "variance" in outputs else None
-        e = u.copy_(e) if spend and u.data_ptr() == raw.data_ptr() else e
+        e = u.copy_(e) if overwrite and u.data_ptr() == raw.data_ptr() else e
     else:
         e = u.exp_()
     l = e.sum(-1)
@@ -85,7 +85,7 @@ def _fold_strip(
 
 
 def concatenate(parts: list[dict[str, Tensor]], problem: Problem) -> dict[str, Tensor]:
-    """Statistics of all rows from those of parts of them, also where there is no part."""
+    """The statistics of all rows from those of their parts, of which there may be none."""
     if parts:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     integers = ("top", "rank")
@@ -95,17 +95,17 @@ def concatenate(parts: list[dict[str, Tensor]], problem: Problem) -> dict[str, T
 
 def dlogits_(
     problem: Problem,
-    loaded: tuple[Tensor, Tensor | None],
+    products: tuple[Tensor, Tensor | None],
     labels: Tensor,
     lse: Tensor,
     coef: Coefficients,
     share: Tensor | None = None,
 ) -> None:
-    """Raw products -> their gradient (over a, for plain coefficients), and the payload's likewise, in place.
+    """Raw products -> their gradient (divided by a, for plain coefficients), and so for the payload's, in place.
 
-    `labels` count from the tile's first column. `share` [n], if given, gains the softmax mass of the columns.
+    `labels` count from the tile's first column. The softmax mass of the columns is added to `share` [n], if any.
     """
-    z, pay = loaded
+    z, pay = products
     plain = coef.plain and problem.head.softcap is None
     if plain and (kernels := _kernels(z)):
         kernels.softmax_(z, labels, problem.head, lse=lse, share=share)
@@ -127,7 +127,7 @@ def dlogits_(
 def _dlogits_strip_(
     problem: Problem, raw: Tensor, raw_pay: Tensor | None, lse: Tensor, labels: Tensor, coef: Coefficients
 ) -> None:
-    """dz as `algebra` has it, on one strip."""
+    """dz of one strip, by the formula in `algebra`."""
     z = problem.head.activate(_wide(raw))
     logp = z - lse[:, None]
     p = logp.exp()
@@ -151,9 +151,9 @@ def _dlogits_strip_(
 
 
 def add_label_term_(p: Tensor, labels: Tensor, coef: Coefficients) -> None:
-    """p -> dz / a in place: the label's entry gains o / a. Where a is 0, the row becomes dz = o 1_y itself.
+    """p -> dz / a in place: o / a is added to the label's entry. Where a is 0, the row becomes dz = o 1_y itself.
 
-    That is what `algebra.row_factor` makes good: its factor is a, but 1 where a is 0.
+    `algebra.row_factor` multiplies by a later, and by 1 where a is 0.
     """
     no_softmax = coef.a == 0
     if p.device.type != "cpu" or bool(no_softmax.any()):
@@ -164,7 +164,7 @@ def add_label_term_(p: Tensor, labels: Tensor, coef: Coefficients) -> None:
 
 
 def _label_term(labels: Tensor, size: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels as indices into `size` columns, and what to add there: nothing where a label is none of them."""
+    """Labels as indices into `size` columns, and the values to add there: 0 for a label that is none of them."""
     return labels.clamp(0, size - 1), torch.where((labels >= 0) & (labels < size), value, 0.0)
 
 
@@ -179,7 +179,7 @@ def add_columns(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
 
 
 def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row strips of z, each with its rows in a wide dtype: themselves, or a scratch that the next strip overwrites."""
+    """Row strips of z, with their rows in a wide dtype: the rows of z, or a copy that the next strip overwrites."""
     scratch = None
     for span in _spans(z):
         strip = z[span]
@@ -201,7 +201,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _kernels(z: Tensor) -> ModuleType | None:
-    """One pass over the logits instead of several, on a GPU with Triton."""
+    """The module with one pass over the logits in place of several, on a GPU with Triton; else None."""
     return _triton() if z.is_cuda else None
 
 

@@ -1,1 +1,1 @@
-"""Floor 0: what users write as options: their ranges and types, checked in one place."""
+"""Floor 0: checks of the ranges and types of the options that users set, in one place."""

@@ -1,4 +1,4 @@
-"""What the options of a dataclass may be: numbers of an interval, flags, text; anything else is a ValueError."""
+"""Checks of the options of a dataclass: numbers in an interval, flags, text; any other value is a ValueError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
 
 def check_number(owner: Any, name: str, interval: str, remedy: str = "") -> None:
-    """Refuse an option that is no number, not a number (nan), or outside of an interval such as '[0, 1)' or '(0, inf)'.
+    """Refuse an option that is not a number, is nan, or is outside of an interval such as '[0, 1)' or '(0, inf)'.
 
     Raises: ValueError that names the option, its value and what to choose.
     """
@@ -27,7 +27,7 @@ def check_flag(owner: Any, name: str) -> None:
 
 
 def check_integer(owner: Any, name: str, interval: str) -> None:
-    """Refuse an option that is no whole number of an interval, and make one that is written as a float an int.
+    """Refuse an option that is not a whole number in an interval; a whole float becomes an int.
 
     Raises: ValueError that names the option, its value and what to choose.
     """
@@ -38,20 +38,20 @@ def check_integer(owner: Any, name: str, interval: str) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse an argument that is no whole number, or below the least. Raises: ValueError, as `check_integer`."""
+    """Refuse an argument that is not a whole number, or is below `least`. Raises: ValueError, as `check_integer`."""
     if not is_integer(value) or value < least:
         raise ValueError(f"{name} is {value!r}: choose a whole number of at least {least}")
 
 
 def check_text(owner: Any, name: str) -> None:
-    """Refuse an option that is no text. Raises: ValueError."""
+    """Refuse an option that is not text. Raises: ValueError."""
     value = getattr(owner, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}: write it as text")
 
 
 def is_number(value: Any, interval: str) -> bool:
-    """Whether something is a real number in an interval; True and False are none."""
+    """Whether a value is a real number in an interval; True and False are not."""
     bounds = INTERVAL.fullmatch(interval)
     if bounds is None:
         raise ValueError(f"interval is {interval!r}: write it as '[0, 1)'")
@@ -63,5 +63,5 @@ def is_number(value: Any, interval: str) -> bool:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether something is a whole number; True and False are none."""
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Floor 2: `patch(model)`: a model's own forward runs unchanged, and its loss is computed without logits."""
+"""Floor 2: `patch(model)` makes a model compute its loss without logits, while its own forward runs unchanged."""
 
 from .comparison import Comparison
 from .heads import inner_of

@@ -1,7 +1,7 @@
-"""One call of a patched model: what makes its head lazy, what is noted on the way, how the answer leaves.
+"""One call of a patched model: whether its head is lazy, what is recorded on the way, and what is returned.
 
-Threads and replicas of a model have calls of their own, so the one under way is kept in a context variable and not on
-the model.
+Threads and replicas of a model have separate calls, so the current one is kept in a context variable and not on the
+model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .trl import FusedCall, FusedHead
 
 _LABELS = ("labels", "shift_labels")
 COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
-COMPOSED = "torch.func or forward-mode differentiation is at work, which lazy logits cannot follow"
-_UNASKED = "the model was called without labels, so its loss is computed outside: pass always=True"
-OUTSIDE = (
-    "the head was called outside of a call of the model that could be noticed: something keeps the model's forward from"
-    " before the patch, or calls the head itself"
+TRANSFORMED = "the model runs under torch.func or forward-mode differentiation, which lazy logits do not support"
+_WITHOUT_LABELS = "the model was called without labels, so its loss is computed outside: pass always=True"
+OUTSIDE_OF_MODEL = (
+    "the head was called outside of a call of the patched model: something kept the forward from before the patch, or"
+    " calls the head itself"
 )
 _REPLACED = (
     "the head's own forward was not called: an adapter on the head multiplies by itself, or torch.compile traced the"
@@ -34,18 +34,18 @@ _REPLACED = (
 
 
 class Patch(Protocol):
-    """What calls and hooks see of the patch on a model (`installation.Installation`)."""
+    """The patch on a model, as calls and hooks use it (`installation.Installation`)."""
 
     state: PatchState
     always: int
-    before: Any
+    previous_forward: Any
     fused: FusedHead | None
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
-        """Lazy forwards on the head as it is now."""
+        """Put lazy forwards on the head as it is now."""
 
     def take_over_fused_head(self, inner: nn.Module) -> None:
-        """TRL's forward comes off, if it has put one on the model."""
+        """Take TRL's forward off the model, if there is one."""
 
 
 def patch_on(model: nn.Module) -> Patch | None:
@@ -55,21 +55,21 @@ def patch_on(model: nn.Module) -> Patch | None:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a patched model under way: each thread has its own, and each replica."""
+    """A call of a patched model in progress; each thread has its own, and each replica."""
 
     model: nn.Module
     patch: Patch
     outer: Call | None  # the call within which it happens
-    lazy_now: bool = False  # whether the head is to give lazy logits
-    scored: bool = True  # whether the objective has computed the loss, if it has to
+    lazy_now: bool = False  # whether the head has to return lazy logits
+    scored: bool = True  # whether the objective has computed the loss, or does not have to
     entered: bool = False  # whether the model's forward has begun
-    lazy: bool = False  # whether the head gave lazy logits
+    lazy: bool = False  # whether the head returned lazy logits
     reason: str = ""  # why it did not
-    fused: FusedCall | None = None  # TRL's
+    fused: FusedCall | None = None  # the call of TRL's fused head, if it is one
 
     @classmethod
     def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Make the head lazy for this call if it has labels, or the patch says always.
+        """Make the head lazy for this call if it has labels, or if the patch is always lazy.
 
         Returns the arguments for the model itself.
         """
@@ -96,7 +96,7 @@ class Call:
 
     @classmethod
     def end(cls, model: nn.Module, output: Any) -> Any:
-        """The answer to the caller, from the model's own; None if it failed. A bypassed loss is an error."""
+        """The output for the caller; None if the model failed. Raises: RuntimeError if the objective was not used."""
         call = CALL.get()
         if call is None or call.model is not model:
             return output
@@ -105,7 +105,7 @@ class Call:
             return None
         state = call.patch.state
         if not call.lazy and (call.lazy_now or (model.training and torch.is_grad_enabled())):
-            state.bypass(call.reason or (_REPLACED if call.lazy_now else _UNASKED))
+            state.bypass(call.reason or (_REPLACED if call.lazy_now else _WITHOUT_LABELS))
         if call.fused is not None:
             return call.fused.answer(output)
         objective = _objective_of(model)
@@ -118,8 +118,8 @@ class Call:
         return output
 
     @staticmethod
-    def under_way(patch: Patch) -> Call | None:
-        """The call of a patched model in which this thread is, or None."""
+    def current(patch: Patch) -> Call | None:
+        """The innermost call of this thread of the model that has this patch, or None."""
         call = CALL.get()
         while call is not None and call.patch is not patch:
             call = call.outer
@@ -130,7 +130,7 @@ CALL: ContextVar[Call | None] = ContextVar("CALL", default=None)  # the innermos
 
 
 def _objective_of(model: nn.Module) -> ModelLoss | None:
-    """The one in a model's place for it: a replica has a replica, and a user may have set another since."""
+    """The objective that is set on a model now: a replica has its own, and a user may have set another loss since."""
     module = model._modules.get("_loss_function")
     return module if isinstance(module, ModelLoss) else None
 
@@ -148,7 +148,7 @@ class ModelLoss(nn.Module):
     def __init__(self, loss: Loss, state: PatchState):
         super().__init__()
         self.loss, self.state = loss, state
-        self._shown = repr(loss)  # torch.compile cannot trace a dataclass's
+        self._shown = repr(loss)  # torch.compile cannot trace the repr of a dataclass
 
     def forward(
         self,
@@ -160,7 +160,7 @@ class ModelLoss(nn.Module):
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """The loss of next-token labels, as `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
+        """The loss of next-token labels, as in `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
         if not isinstance(logits, LazyLogits) or logits.is_dense:
             raise RuntimeError(f"{self._shown} needs the head's hidden states, but {self._why_dense()}")
         call = CALL.get()
@@ -168,7 +168,7 @@ class ModelLoss(nn.Module):
             call.scored = True
         targets = shift_labels
         if targets is None:
-            assert labels is not None  # a model asks for a loss with labels of one kind or the other
+            assert labels is not None  # models call it with one of them
             targets = next_token_labels(labels, ignore_index)
         targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
         request = replace(self.state.request, ignore_index=ignore_index)
@@ -184,8 +184,8 @@ class ModelLoss(nn.Module):
         call = CALL.get()
         if call is not None and call.lazy:
             return (
-                "the logits were materialized on their way (an adapter on the head, or an unusual operation after it):"
-                " see hf-xent check"
+                "the logits were materialized before the loss (an adapter on the head, or an unusual operation after"
+                " it): see hf-xent check"
             )
         reason = (call and call.reason) or _REPLACED
         return f"{reason}: change that, or train with cross-entropy"

@@ -1,4 +1,4 @@
-"""A layer and all that follows it in float64, for a while: then what rounding is left comes from the layers below."""
+"""A context that runs a layer and all that follows it in float64, so that only the layers below round."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .heads import is_split, why_not_kept
+from .heads import is_split, why_weight_is_freed
 
 _NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
 
 
-def is_plain(module: Any) -> bool:
-    """Whether a layer's numbers can be had in float64 for a while: they lie here, whole, where there is float64."""
+def supports_float64(module: Any) -> bool:
+    """Whether a layer can run in float64: its tensors are here, whole, and on a device that has float64."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    elsewhere = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in tensors)
-    return not elsewhere and not (hasattr(module, "weight") and why_not_kept(module))
+    unavailable = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in tensors)
+    return not unavailable and not (hasattr(module, "weight") and why_weight_is_freed(module))
 
 
 @contextmanager
 def in_float64(layer: nn.Module) -> Iterator[None]:
-    """In here a layer computes in float64, and what follows it stays in it; gradients reach its own parameters."""
+    """In this context a layer and what follows it compute in float64; gradients reach the layer's own parameters."""
     registries: list[Any] = [registry for m in layer.modules() for registry in (m._parameters, m._buffers)]
-    before = [registry.copy() for registry in registries]
-    mode = _Widened()
+    originals = [registry.copy() for registry in registries]
+    mode = _KeepFloat64()
     handle = layer.register_forward_pre_hook(mode.widen)
     try:
-        for registry in registries:  # with numbers that are not leaves, so that the graph goes on to the parameters
+        for registry in registries:  # the copies are not leaves: the graph goes on to the parameters
             floats = {name: x.double() for name, x in registry.items() if x is not None and x.is_floating_point()}
             registry.update(floats)
         with mode:
             yield
     finally:
         handle.remove()
-        for registry, tensors in zip(registries, before, strict=True):
+        for registry, tensors in zip(registries, originals, strict=True):
             registry.update(tensors)
 
 
-class _Widened(TorchFunctionMode):
-    """Once a head was called, casts of float64 tensors to other floats leave them as they are: models cast logits."""
+class _KeepFloat64(TorchFunctionMode):
+    """Once the layer is called, casts from float64 to other floats are ignored, since models cast their logits."""
 
     begun = False
 
     def widen(self, linear: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """A head's arguments."""
+        """The layer's arguments with its input in float64, as a forward pre-hook."""
         self.begun = True
         return (args[0].double(), *args[1:])
 
@@ -57,13 +57,13 @@ class _Widened(TorchFunctionMode):
         if self.begun and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func in _NARROWING:
                 return args[0]
-            args = (args[0], *map(_widest, args[1:])) if func in _CASTS else args
-            kwargs = {name: _widest(value) for name, value in kwargs.items()} if "dtype" in kwargs else kwargs
+            args = (args[0], *map(_in_float64, args[1:])) if func in _CASTS else args
+            kwargs = {name: _in_float64(value) for name, value in kwargs.items()} if "dtype" in kwargs else kwargs
         return func(*args, **kwargs)
 
 
-def _widest(argument: Any) -> Any:
-    """An argument of a cast that names a float, with float64 in its place."""
+def _in_float64(argument: Any) -> Any:
+    """An argument of a cast, with float64 in place of any other float dtype."""
     if isinstance(argument, torch.dtype) and argument.is_floating_point:
         return torch.float64
     if isinstance(argument, Tensor) and argument.is_floating_point():

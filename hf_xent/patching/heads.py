@@ -1,6 +1,6 @@
-"""Where a model keeps its head: the model inside its wrappers, the linear layers that make logits, their operands here.
+"""How a model's head is found: the model inside its wrappers, the linear layers that compute logits, and their tensors.
 
-All that is known of models is their output embeddings. Each probe of an attribute names the family that needs it.
+Of a model only its output embeddings are assumed. A comment at each probed attribute names the family that needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import Head, Shard
 
-_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # what wrappers call the model in them
+_WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
 
 
 def inner_of(model: nn.Module) -> nn.Module:
@@ -26,10 +26,10 @@ def inner_of(model: nn.Module) -> nn.Module:
         The innermost model.
 
     Raises:
-        ValueError: It is no module, but the name of a model for instance.
+        ValueError: The argument is not a module, but for instance a model's name.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is {model!r}: load it first, such as by AutoModelForCausalLM.from_pretrained")
+        raise ValueError(f"model is {model!r}: load it first, for instance by AutoModelForCausalLM.from_pretrained")
     inner: Any = model
     while True:
         wrapped = next((inner._modules[name] for name in _WRAPPED if inner._modules.get(name) is not None), None)
@@ -71,7 +71,7 @@ def _is_linear(layer: Any) -> bool:
 
 
 def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
-    """The head, whose forward is its own, or a lazy one. Raises: ValueError as `patching.head_of`."""
+    """The head, if its forward is its own or a lazy one. Raises: ValueError as `patching.head_of`."""
     name, head = type(inner).__name__, linears_of(inner)[0]
     if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
         raise ValueError(
@@ -90,7 +90,7 @@ def is_split(weight: Tensor) -> bool:
 
 
 def local_head(linear: nn.Linear) -> Head | None:
-    """A head over this rank's operands; None if it is not split by vocabulary along one dimension of the mesh."""
+    """The head over this rank's tensors; None if it is split, but not by vocabulary along one dimension of the mesh."""
     weight: Any = linear.weight
     bias: Any = linear.bias
     if not is_split(weight):
@@ -103,7 +103,7 @@ def local_head(linear: nn.Linear) -> Head | None:
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
 
 
-def why_not_kept(linear: nn.Linear) -> str:
+def why_weight_is_freed(linear: nn.Linear) -> str:
     """Why a head's weight does not outlive its call, so that it cannot be read later; empty if it does.
 
     Makes FSDP2 keep it until the backward.

@@ -1,4 +1,4 @@
-"""What runs in place of a patched model's forward and its head's: a call is noticed, and the head gives lazy logits."""
+"""The forwards of a patched model and its head: a call of the model is noticed, and the head returns lazy logits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..lazy import LazyLogits
 from ..ops import Head
-from ..ops.higher import composed
-from .calls import CALL, COMPILED, COMPOSED, OUTSIDE, Call, Patch, patch_on
-from .heads import local_head, why_not_kept
+from ..ops.higher import under_function_transform
+from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
+from .heads import local_head, why_weight_is_freed
 
 
 class LazyForward:
@@ -24,42 +24,43 @@ class LazyForward:
         self.linear, self.patch = linear, patch
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        before: Any = linear.__dict__.get(slot)  # tensor parallelism's, or none; a replica's still has the original's
-        self.before: Any = before.before if isinstance(before, LazyForward) else before
+        previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
+        self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
         linear.__dict__[slot] = self
 
     def remove(self) -> None:
         """Put back what was there, unless something else has been put in its place since."""
         attributes = self.linear.__dict__
-        if attributes.get("_old_forward") is self:  # accelerate came first, or afterwards
-            attributes["_old_forward"] = self.before or MethodType(nn.Linear.forward, self.linear)
+        if attributes.get("_old_forward") is self:  # accelerate wrapped it before or after the patch
+            attributes["_old_forward"] = self.previous or MethodType(nn.Linear.forward, self.linear)
         elif attributes.get("forward") is self:
             del attributes["forward"]
-            if self.before is not None:
-                attributes["forward"] = self.before
+            if self.previous is not None:
+                attributes["forward"] = self.previous
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
-        """Lazy logits if the call under way wants them, else what the head gave before."""
+        """Lazy logits if the current call needs them, else the output of the forward that was there before."""
         linear = self.linear
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
         if raw is None:
-            before: Any = self.before
-            return nn.Linear.forward(linear, input) if before is None else before(input)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(kind)
+            previous: Any = self.previous
+            return nn.Linear.forward(linear, input) if previous is None else previous(input)
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
+            dtype = torch.get_autocast_dtype(device_type)
             bias = None if raw.bias is None else raw.bias.to(dtype)
             input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
         return LazyLogits.of(input, raw, self.patch.state)
 
     def _head(self, input: Tensor) -> Head | None:
-        """The operands of lazy logits, or None if they are not wanted or cannot be."""
-        call = Call.under_way(self.patch)
+        """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
+        call = Call.current(self.patch)
         if not (self.patch.always if call is None else call.lazy_now):
             if call is None and torch.is_grad_enabled():
-                self.patch.state.bypass(OUTSIDE)
+                self.patch.state.bypass(OUTSIDE_OF_MODEL)
             return None
-        reason = COMPOSED if composed(input, self.linear.weight) else why_not_kept(self.linear)
+        transformed = under_function_transform(input, self.linear.weight)
+        reason = TRANSFORMED if transformed else why_weight_is_freed(self.linear)
         raw = None if reason else local_head(self.linear)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
@@ -89,18 +90,18 @@ def after_forward(model: nn.Module, args: Any, output: Any) -> Any:
     return None if torch.compiler.is_compiling() else Call.end(model, output)
 
 
-def noticing_forward(kind: Any) -> Any:
-    """A forward for instances of a class of models that runs its own, and notices if it was called past the hooks."""
+def noticing_forward(model_class: Any) -> Any:
+    """A forward for instances of a model class: it runs that of the class, and notices calls that bypass the hooks."""
 
-    @functools.wraps(kind.forward)  # signatures are looked at
+    @functools.wraps(model_class.forward)  # libraries inspect its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         patch = patch_on(self)
         compiling = torch.compiler.is_compiling()
         if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
             return patch.fused.forward(*args, **kwargs)
-        if patch is None or (compiling and patch.before is None):
-            return kind.forward(self, *args, **kwargs)
-        stock = patch.before or MethodType(kind.forward, self)
+        if patch is None or (compiling and patch.previous_forward is None):
+            return model_class.forward(self, *args, **kwargs)
+        stock = patch.previous_forward or MethodType(model_class.forward, self)
         if compiling:
             return stock(*args, **kwargs)
         call = CALL.get()
@@ -108,7 +109,7 @@ def noticing_forward(kind: Any) -> Any:
             call.entered = True
             try:
                 return stock(*args, **kwargs)
-            except Exception:  # the hook sees to it
+            except Exception:  # the hook ends the call
                 raise
             except BaseException:  # an interrupt runs no hooks
                 Call.end(self, None)

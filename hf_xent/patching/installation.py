@@ -1,4 +1,4 @@
-"""What `patch` puts on a model, and how it comes off again: hooks, forwards, the objective, what was there before."""
+"""What `patch` installs on a model and how it is removed: hooks, forwards, the objective, what they replaced."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from .trl import FusedHead
 
 @dataclass
 class Installation:
-    """What a patched model keeps on itself. A replica of it has its own, with the same state."""
+    """The patch, which a model keeps as an attribute. A replica has its own, with the same state."""
 
     state: PatchState
-    always: int  # how many ask for lazy logits without labels
+    always: int  # how many callers need lazy logits without labels
     objective: ModelLoss | None = None
-    loss_function: Any = None  # what the user had set before, or None
-    before: Any = None  # the forward that was on the model's instance, or None
-    keepers: tuple[nn.Module, ...] = ()  # wrappers that kept the model's forward as their own
+    loss_function: Any = None  # the one that the user had set before, or None
+    previous_forward: Any = None  # the forward that was on the model's instance, or None
+    keepers: tuple[nn.Module, ...] = ()  # wrappers that store the model's forward as theirs
     hooks: tuple[Any, ...] = ()
     lazy_forwards: list[LazyForward] = field(default_factory=list)
-    fused: FusedHead | None = None  # TRL's, once a trainer installed it
+    fused: FusedHead | None = None  # TRL's, after a trainer has installed it
 
-    def put_on(self, model: nn.Module) -> None:
+    def install(self, model: nn.Module) -> None:
         """Patch a model that has no patch."""
         inner = inner_of(model)
         self.make_heads_lazy(inner)
         self.take_over_fused_head(inner)
-        before: Any = inner.__dict__.get("forward")
-        self.before = None if is_noticing(before) else before
-        kept = MethodType(type(inner).forward, inner)
-        self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == kept)
+        forward: Any = inner.__dict__.get("forward")
+        self.previous_forward = None if is_noticing(forward) else forward
+        original = MethodType(type(inner).forward, inner)
+        self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == original)
         self.set_forward(inner)
         first = inner.register_forward_pre_hook(before_forward, with_kwargs=True)
         self.hooks = (first, inner.register_forward_hook(after_forward, always_call=True))
         inner.__dict__["_hf_xent"] = self
         if self.objective is not None:
             self.loss_function = inner.__dict__.get("_loss_function")
-            kind: Any = type(inner)  # transformers' own, so it has the property
-            kind.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
+            model_class: Any = type(inner)  # of transformers, so it has the property
+            model_class.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
 
-    def take_off(self, inner: Any) -> None:
-        """Leave a model as it was before `put_on`."""
+    def remove(self, inner: Any) -> None:
+        """Leave a model as it was before `install`."""
         attributes = inner.__dict__
         for name in ("_hf_xent", "_replicate_for_data_parallel"):
             del attributes[name]
         for handle in self.hooks:
             handle.remove()
         self.restore_heads()
-        for slot in ("forward", "_old_forward"):  # accelerate came afterwards if it is the second
+        for slot in ("forward", "_old_forward"):  # the second if accelerate wrapped the model later
             if is_noticing(attributes.get(slot)):
                 del attributes[slot]
-                if self.before is not None or slot == "_old_forward":
-                    attributes[slot] = self.before or MethodType(type(inner).forward, inner)
+                if self.previous_forward is not None or slot == "_old_forward":
+                    attributes[slot] = self.previous_forward or MethodType(type(inner).forward, inner)
         for keeper in self.keepers:
             keeper.__dict__["forward"] = MethodType(type(inner).forward, inner)
         if self.fused is not None:
-            self.fused.restore(inner, self.before)
+            self.fused.restore(inner, self.previous_forward)
         if self.objective is not None and inner._modules.get("_loss_function") is self.objective:
             del inner._loss_function
             if self.loss_function is not None:
                 inner.loss_function = self.loss_function
 
     def set_forward(self, inner: nn.Module) -> None:
-        """Give the instance a forward that notices calls, for those who call it past the hooks.
+        """Give the instance a forward that notices calls, for callers that bypass the hooks.
 
-        They are PEFT's AdaLoRA, X-LoRA and adaption prompts (which keep the forward as they find it), and older PEFT.
+        These are PEFT's AdaLoRA, X-LoRA and adaption prompts (which store the forward they find), and older PEFT.
         """
         forward = MethodType(noticing_forward(type(inner)), inner)
         for module in (inner, *self.keepers):
@@ -84,7 +84,7 @@ class Installation:
         linears = linears_of(inner)
         if [forward.linear for forward in self.lazy_forwards] == linears:
             return
-        checked_head(inner, is_lazy)  # refuses what cannot be streamed
+        checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
         self.restore_heads()
         self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
 
@@ -97,7 +97,7 @@ class Installation:
     def take_over_fused_head(self, inner: nn.Module) -> None:
         """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original.
 
-        It stays where TRL has to do the work itself.
+        It stays if TRL has to compute the loss itself, by a head that it casts to float32.
         """
         self.fused = FusedHead.installed(inner) or self.fused
         if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
@@ -108,19 +108,19 @@ class Installation:
 
 
 def _replicate_for_data_parallel(self: Any) -> Any:
-    """A replica as `nn.Module` makes it, with a patch of its own: it runs in its own thread, on its own head."""
+    """The replica that `nn.Module` makes, with its own patch, since it runs in its own thread and has its own head."""
     replica = type(self)._replicate_for_data_parallel(self)
     installation: Installation = self.__dict__["_hf_xent"]
-    before = installation.before
-    if getattr(before, "__self__", None) is self:
-        before = MethodType(before.__func__, replica)
+    previous = installation.previous_forward
+    if getattr(previous, "__self__", None) is self:
+        previous = MethodType(previous.__func__, replica)
     # the replica has no head yet, and gets its lazy forwards once it has one
-    replicated = replace(installation, before=before, keepers=(), lazy_forwards=[])
+    replicated = replace(installation, previous_forward=previous, keepers=(), lazy_forwards=[])
     replica.__dict__["_hf_xent"] = replicated
     replicated.set_forward(replica)
     return replica
 
 
 def installation_of(inner: nn.Module) -> Installation | None:
-    """What `patch` has put on a model without wrappers, or None."""
+    """The installation of `patch` on a model without wrappers, or None."""
     return inner.__dict__.get("_hf_xent")

@@ -1,9 +1,9 @@
 """`patch(model)`: a model's own forward runs unchanged over logits that are not computed.
 
 The head's *instance* `forward` returns `LazyLogits` while the model is called for a loss. Such a call is noticed where
-the model's forward begins: by hooks if the model is called, by an instance `forward` if that is called past the hooks.
-No class and no global is touched, and `unpatch` deletes what was set. Another objective is the model's own
-`loss_function` (an official setter), a module that reads hidden states and head off the lazy logits.
+the model's forward begins: by hooks if the model is called, by an instance `forward` if that is called directly.
+No class and no global is changed, and `unpatch` deletes what was set. Another objective is set as the model's
+`loss_function` (by its official setter): a module that reads hidden states and head from the lazy logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .installation import Installation, installation_of
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(  # noqa: PLR0913  one keyword a choice the user has
+def patch(  # noqa: PLR0913  one keyword per choice that the user has
     model: Model,
     loss: str | Loss | None = None,
     *,
@@ -40,23 +40,23 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     tail: float = 0.0,
     verify: bool = False,
 ) -> Model:
-    """Make a causal LM compute its loss without logits, or another loss; it is changed in place.
+    """Make a causal LM compute its loss, or another one, without logits; the model is changed in place.
 
-    Called with labels, the model returns its loss, and lazy `logits` that become real when they are touched. Patching
-    again replaces the earlier patch. Where the head cannot be streamed (a compiled model, an offloaded head), the model
+    Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
+    again replaces the earlier patch. If the head cannot be streamed (a compiled model, an offloaded head), the model
     computes its loss as it did before, and `hf_xent.patching.patch_state(model)` counts these calls and says why.
 
     Args:
         model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.
         loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`; None keeps the
             model's own cross-entropy.
-        observe: Names of statistics to sum up beside the loss (see `PatchState.take`).
+        observe: Names of statistics to sum beside the loss (see `PatchState.take`).
         always: Whether logits are lazy without labels too, for losses that are computed outside the model.
         impl: 'reference', 'chunked' or 'triton' (see `hf_xent.vocab_stats`).
-        memory_budget: Bytes of logits alive at a time (see `hf_xent.vocab_stats`).
-        tail: Relative error allowed to the gradient of the logits, which compresses that of unlikely tokens (see
+        memory_budget: Bytes of logits in memory at a time (see `hf_xent.vocab_stats`).
+        tail: Relative error allowed in the gradient of the logits, to compress that of unlikely tokens (see
             `hf_xent.vocab_loss`); 0 is exact.
-        verify: Whether to run a few tokens both ways, without the tail, and to refuse the model if they differ.
+        verify: Whether to run a few tokens stock and patched, without the tail, and to raise an error if they differ.
 
     Returns:
         The same model.
@@ -68,18 +68,18 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
     objective = losses.get(loss)
     if objective.needs_teacher:
         raise ValueError(
-            f"loss is {loss!r}: it compares with a teacher, which a model's labels do not carry; call the loss itself"
+            f"loss is {loss!r}: it compares with a teacher, which a patched model does not have: call the loss itself"
         )
     objective.check_tail(tail)
     weight: Any = head_of(model).weight
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
-    unpatch(model)  # now that nothing can be refused any more
+    unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))
     if objective != CrossEntropy():
         installation.objective = ModelLoss(objective, state)
-    installation.put_on(model)
+    installation.install(model)
     if verify:
         report = compare(model)
         if not report.equal:
@@ -91,7 +91,7 @@ def patch(  # noqa: PLR0913  one keyword a choice the user has
 
 
 def ensure_patched(model: Model, **options: Any) -> Model:
-    """Patch a model unless it is patched already: then, what TRL has put on it since is taken over.
+    """Patch a model unless it is patched already; a forward that TRL has put on it since is taken over.
 
     Args:
         model: As in `patch`.
@@ -122,13 +122,13 @@ def unpatch(model: Model) -> Model:
     inner = inner_of(model)
     installation = installation_of(inner)
     if installation is not None:
-        installation.take_off(inner)
+        installation.remove(inner)
     return model
 
 
 @contextmanager
 def unpatched(model: Model) -> Iterator[Model]:
-    """In here a model is as it was before any patch; afterwards it has the same patch as before again, or none.
+    """A context in which a model is not patched; afterwards it has the same patch as before, or none.
 
     Args:
         model: The model, also inside wrappers.
@@ -142,16 +142,16 @@ def unpatched(model: Model) -> Iterator[Model]:
     try:
         yield model
     finally:
-        unpatch(model)  # whatever was patched meanwhile
+        unpatch(model)  # if it was patched in the context
         if installation is not None:
-            installation.put_on(model)
+            installation.install(model)
 
 
 @contextmanager
 def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Iterator[Model]:
-    """In here a model is patched with these options alone; afterwards it is as it was, whatever wraps it.
+    """A context in which a model is patched with these options alone; afterwards it is as it was before.
 
-    A patch of the user's is set aside meanwhile, with its loss, counts and sums, and put back as it was.
+    The user's patch, if there is one, is removed in the context and put back afterwards, with its counts and sums.
 
     Args:
         model: As in `patch`.
@@ -172,7 +172,7 @@ def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Ite
 
 @contextmanager
 def lazily(model: nn.Module) -> Iterator[None]:
-    """In here a patched model's logits are lazy without labels too, for losses computed outside of it.
+    """A context in which a patched model's logits are lazy without labels too, for losses computed outside of it.
 
     Args:
         model: The model, also inside wrappers.
@@ -182,7 +182,7 @@ def lazily(model: nn.Module) -> Iterator[None]:
     """
     patch_state(model)
     installation: Any = installation_of(inner_of(model))
-    installation.always += 1  # a count, for these contexts may overlap in any order
+    installation.always += 1  # a count, since these contexts may overlap in any order
     try:
         yield
     finally:
@@ -190,16 +190,16 @@ def lazily(model: nn.Module) -> Iterator[None]:
 
 
 def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
-    """Loss and every parameter's gradient, stock against patched, on random tokens; leaves the model as it was.
+    """Compare loss and every parameter's gradient, stock and patched, on random tokens; the model is left as it was.
 
-    It is the model's own loss that is compared, whatever the model is patched with, if it is.
+    The model's own loss is compared, whatever loss it may be patched with.
 
     Args:
         model: As in `patch`.
         tokens: How many tokens to run, in two rows.
 
     Returns:
-        How far both are apart, and whether that is more than rounding.
+        How far the two runs differ, and whether that is more than rounding.
 
     Raises:
         ValueError: As in `patch`.
@@ -220,7 +220,7 @@ def patch_state(model: nn.Module) -> PatchState:
         model: The model, also inside wrappers.
 
     Returns:
-        The state itself, which the model goes on counting in.
+        The state itself, which the model keeps updating.
 
     Raises:
         ValueError: The model is not patched.
@@ -238,7 +238,7 @@ def seam_of(model: nn.Module) -> PatchState:
 
 
 def head_of(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes a model's logits, inside whatever wraps it.
+    """The linear layer that makes a model's logits, inside any wrappers.
 
     Args:
         model: A transformers model with a language-modeling head, also inside wrappers.

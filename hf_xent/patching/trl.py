@@ -1,10 +1,10 @@
-"""TRL's fused head, kept by a patched model: `model(..., labels=labels, fused_lm_head=True)`.
+"""TRL's fused head on a patched model: `model(..., labels=labels, fused_lm_head=True)`.
 
 From version 1.15 on, TRL's trainers put a forward of their own on the model (`trl.trainer.utils.add_fused_lm_head`)
-that, called so, runs the backbone, reads what follows it out of the configuration, and returns per-token
-log-probabilities. A patched model answers such a call itself: its own forward runs without labels, and the lazy logits
-give the statistics. So whatever stands after the head is in them (a LoRA branch, an unusual scale), whether the trainer
-or the patch came first; and copies of the model run their own weights.
+that, if it is called like this, runs the backbone, reads what follows it from the configuration, and returns per-token
+log-probabilities. A patched model computes these itself: its own forward runs without labels, and the statistics come
+from the lazy logits. So they include whatever follows the head (a LoRA branch, an unusual scale), whether the trainer
+or the patch came first, and copies of the model use their own weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..lazy import LazyLogits
 from ..ops import Stats, dense_stats
 
 STATISTICS = {
-    "log_probs": (),  # always there
+    "log_probs": (),  # always computed
     "entropy": ("entropy",),
     "log_sum_sq_probs": ("log_sum_sq",),
     "mean_logits": ("mean",),
@@ -31,7 +31,7 @@ _ARGUMENTS = ("fused_lm_head", "labels", "shift_labels", "num_items_in_batch")
 
 @dataclass(frozen=True)
 class FusedHead:
-    """What a trainer asked of `add_fused_lm_head`, read from the forward it left on the model."""
+    """What a trainer passed to `add_fused_lm_head`, read from the forward that this left on the model."""
 
     temperature: float = 1.0
     outputs: tuple[str, ...] = tuple(STATISTICS)
@@ -43,7 +43,7 @@ class FusedHead:
         """TRL's fused head on a model, also under the wrappers of accelerate; None if there is none."""
         forward = model.__dict__.get("forward")
         function = getattr(forward, "__func__", forward)
-        while function is not None and not _is_trls(function):
+        while function is not None and not _is_fused_forward(function):
             function = getattr(function, "__wrapped__", None)
         if function is None:
             return None
@@ -55,38 +55,38 @@ class FusedHead:
     def remove(model: nn.Module) -> None:
         """Take TRL's forward off a model that no longer needs it, unless something else has wrapped it."""
         function: Any = getattr(model.__dict__.get("forward"), "__func__", None)
-        if not _is_trls(function):
+        if not _is_fused_forward(function):
             return
-        before = inspect.getclosurevars(function).nonlocals["original_forward"]
+        original = inspect.getclosurevars(function).nonlocals["original_forward"]
         del model.__dict__["forward"]
-        if getattr(before, "__self__", None) is model and before != MethodType(type(model).forward, model):
-            model.__dict__["forward"] = before  # it was on the instance, too
+        if getattr(original, "__self__", None) is model and original != MethodType(type(model).forward, model):
+            model.__dict__["forward"] = original  # it was also set on the instance
 
     def restore(self, model: nn.Module, below: Any) -> None:
-        """Put back what `remove` took, over what was below it, unless something else stands there now."""
+        """Put back the forward that `remove` took off, over `below`, unless something else is there now."""
         if self.forward is not None and model.__dict__.get("forward") in (None, below):
             model.__dict__["forward"] = self.forward
 
 
-def _is_trls(function: Any) -> bool:
+def _is_fused_forward(function: Any) -> bool:
     code = getattr(function, "__code__", None)
     return code is not None and code.co_qualname.startswith("add_fused_lm_head.")
 
 
 @dataclass(frozen=True)
 class FusedCall:
-    """One call under way: what the caller gave, and the arguments the model's own forward gets."""
+    """One such call: what the caller passed, and the arguments that the model's own forward gets."""
 
     head: FusedHead
     labels: Tensor  # aligned with the logits, or the model's own if `shift`
     shift: bool
     num_items: Any
-    aux_weight: float | None  # of the auxiliary loss, if the model is asked for it
+    aux_weight: float | None  # of the auxiliary loss, if the model computes it
     kwargs: dict[str, Any]
 
     @classmethod
     def of(cls, model: Any, head: FusedHead | None, kwargs: dict[str, Any]) -> FusedCall | None:
-        """The call a patched model answers; None for what TRL has to do itself (a float32 head in a 16-bit model)."""
+        """The call, for a patched model to compute; None if TRL has to (a float32 head in a 16-bit model)."""
         head = head or FusedHead()
         if head.cast_lm_head_to_fp32:
             return None
@@ -102,11 +102,11 @@ class FusedCall:
         return cls(head, labels, shift, kwargs.get("num_items_in_batch"), weight, passed)
 
     def answer(self, output: Any) -> Any:
-        """TRL's output from the model's own."""
+        """TRL's output, from that of the model."""
         try:
             from trl.trainer.utils import FusedCausalLMOutput
         except ImportError as error:
-            raise ImportError("fused_lm_head is True, an output of TRL's: install TRL 1.16 or newer") from error
+            raise ImportError("fused_lm_head is True, which needs TRL: install TRL 1.16 or newer") from error
 
         logits, labels = output.logits, self.labels.to(output.logits.device)
         if self.shift:

@@ -1,1 +1,1 @@
-"""Floor 0: what the package asks of the machine and of Python: figures as files, and modules under their old names."""
+"""Floor 0: the machine and Python: files, figures, processes, optional packages, and modules under their old names."""

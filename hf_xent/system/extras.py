@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 
 
 def missing(extra: str) -> list[str]:
-    """The packages of an extra that are not installed, by the metadata of hf-xent; none if it is not installed."""
+    """The packages of an extra that are not installed, by the metadata of hf-xent; [] if hf-xent itself is not."""
     try:
         requirements = requires("hf-xent") or []
     except PackageNotFoundError:
@@ -21,12 +21,12 @@ def missing(extra: str) -> list[str]:
 
 @contextmanager
 def needed(extra: str) -> Iterator[None]:
-    """Within, a module that cannot be imported is an error that names the extra."""
+    """A context in which the error for a missing module names the extra that brings it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if text := remedy(extra):
-            raise ModuleNotFoundError(f"{error}; {text}", name=error.name) from error
+        if command := remedy(extra):
+            raise ModuleNotFoundError(f"{error}; {command}", name=error.name) from error
         raise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A new figure of that size in inches, and its panels side by side, each without a frame above and on the right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # lazy: half a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: it takes half a second
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole: each is written as a draft beside its place and moved there in one step.
+"""Files and folders that appear complete: each is written as a draft beside its path and moved there in one step.
 
-Readers and rival writers never see half of one, and a process that is stopped loses nothing that was there before.
+Readers and concurrent writers never see a part of one, and a process that is stopped loses nothing that existed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 
 def write_atomically(folder: Path, write: Callable[[Path], Any]) -> Path:
-    """`folder` as `write(draft)` fills it; returns it. A folder that is there already, or that a rival finished first,
-    is kept.
+    """Create `folder` by `write(draft)`, and return it. A folder that exists already, or that another process
+    finished first, is kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        draft.chmod(0o755)  # mkdtemp's is private; a cache may be shared
+        draft.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         write(draft)
         os.replace(draft, folder)
     except OSError:
@@ -32,7 +32,7 @@ def write_atomically(folder: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def replace_atomically(file: Path, write: Callable[[Path], Any]) -> Path:
-    """`file` as `write(draft)` writes it, in place of what was there; returns it. The draft has the same suffix."""
+    """Write `file` by `write(draft)`, in place of an existing one, and return it. The draft has the same suffix."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:

@@ -1,11 +1,11 @@
-"""A function in a process of its own, and the pipe to it.
+"""A function that runs in a new process, and the pipe to it.
 
 worker = Worker("the run of hf_xent", serve, model, remedy="try fewer pairs")    # serve(pipe, model) in a new process
 worker.send("step"); answer = worker.receive()                                  # raises Ended if the process has died
 worker.close()
 
 The process is spawned, not forked: it inherits no allocator, thread pool or CUDA context. Functions and arguments are
-pickled, so the function has to be one that can be imported. Several workers are waited for by
+pickled, so the function has to be importable. Several workers are waited for by
 `multiprocessing.connection.wait([worker.pipe, ...])`.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 
 class Ended(RuntimeError):
-    """A process ended, or was killed, before it had answered; `exitcode` as `multiprocessing` gives it."""
+    """A process ended, or was killed, before it answered; `exitcode` is that of `multiprocessing`."""
 
     def __init__(self, message: str, exitcode: int | None):
         super().__init__(message)
@@ -25,13 +25,13 @@ class Ended(RuntimeError):
 
 
 class Worker:
-    """A started process with the parent's end of its pipe. It ends with the parent at the latest.
+    """A started process with the parent's end of its pipe. It ends when the parent ends, if not before.
 
     Args:
-        name: What messages call it: 'the stock run'.
+        name: Its name in error messages, such as 'the stock run'.
         target: Called as `target(pipe, *args)` in the process; its end of the pipe raises EOFError after `close`.
         args: Further arguments of the target.
-        remedy: What to try if the process is killed, for the message.
+        remedy: What to try if the process is killed, as part of the error message.
     """
 
     def __init__(self, name: str, target: Callable[..., None], *args: Any, remedy: str = ""):
@@ -43,21 +43,21 @@ class Worker:
         child.close()  # so that the end of the process is the end of its pipe
 
     def send(self, message: Any) -> None:
-        """Hand the process a message. Raises: Ended if it is gone."""
+        """Send the process a message. Raises: Ended if the process has ended."""
         try:
             self.pipe.send(message)
         except OSError:
             raise self._ended() from None
 
     def receive(self) -> Any:
-        """The next message of the process, once there is one. Raises: Ended if it is gone without one."""
+        """Wait for the next message of the process. Raises: Ended if the process ends without one."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
             raise self._ended() from None
 
     def close(self, seconds: float = 10) -> None:
-        """Hang up and let the process end; after these seconds it is killed."""
+        """Close the pipe and wait for the process to end; after these seconds it is killed."""
         self.pipe.close()
         self.process.join(seconds)
         if self.process.is_alive():
@@ -67,4 +67,4 @@ class Worker:
     def _ended(self) -> Ended:
         self.process.join(5)
         remedy = f": {self.remedy}" if self.remedy else ""
-        return Ended(f"{self.name} ended without a word (killed for memory?){remedy}", self.process.exitcode)
+        return Ended(f"{self.name} ended without an answer (killed for memory?){remedy}", self.process.exitcode)

@@ -1,4 +1,4 @@
-"""Modules and names under which they were known before: they still work, and a DeprecationWarning names the new one."""
+"""The earlier names of modules, functions and keywords: they still work, and a DeprecationWarning has the new one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODULES = {
     "ops.kernels": "ops.gpu.kernels",
     "ops.parallel": "ops.shard",
     "ops.streaming": "ops.gpu.streaming",
-    "ranking.losses": "ranking",  # what `from hf_xent.auc import losses` asks for
+    "ranking.losses": "ranking",  # what `from hf_xent.auc import losses` imports
     "study": "experiments.study",
     "trainers.callback": "callbacks.patching",
 }
@@ -75,7 +75,8 @@ NAMES: dict[str, str] = {
     },
     "ops.algebra.Survey": "ops.tail.Survey",
     **{f"generation.{name}": f"metrics.diversity.{name}" for name in ("distinct", "features", "mauve", "repetition")},
-    **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("explained", "load", "resolve")},
+    **{f"models.packaged.{name}": f"models.loading.{name}" for name in ("load", "resolve")},
+    "models.packaged.explained": "models.loading.explain_load_errors",
     **{f"ranking.{name}": f"ranking.base.{name}" for name in ("Bounded", "Pairwise", "SURROGATES", "logmeanexp")},
     "models.packaged.publish": "system.files.write_atomically",
     **{
@@ -90,24 +91,24 @@ NAMES: dict[str, str] = {
     "models.contexts.evaluating": "models.contexts.eval_mode",
     "models.contexts.measuring": "models.contexts.eval_mode_without_autocast",
 }
-"""Old name in a module that is still there -> where it is now."""
+"""Old name in a module that still exists -> its new place."""
 
 
 def attribute(module: str, name: str) -> Any:
-    """What was called `name` in a module, for its `__getattr__`. Raises: AttributeError for a name it never had."""
+    """The object that was called `name` in a module, for its `__getattr__`. Raises: AttributeError for other names."""
     package, _, inner = module.partition(".")
     old = f"{inner}.{name}" if inner else name
     if old in MODULES:
         return import_module(f"{package}.{old}")
     if old not in NAMES:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    home, _, new = NAMES[old].rpartition(".")
+    new_module, _, new = NAMES[old].rpartition(".")
     _warn(f"{module}.{name}", f"{package}.{NAMES[old]}")
-    return getattr(import_module(f"{package}.{home}"), new)
+    return getattr(import_module(f"{package}.{new_module}"), new)
 
 
 def parameters(**names: str) -> Callable[[F], F]:
-    """Lets a function take keywords by the names they had before: `@parameters(old="new")`."""
+    """A decorator that lets a function take keywords by their earlier names: `@parameters(old="new")`."""
 
     def wrap(function: F) -> F:
         @functools.wraps(function)
@@ -123,9 +124,9 @@ def parameters(**names: str) -> Callable[[F], F]:
 
 
 def install(package: str) -> None:
-    """Imports of old modules of a package find the new ones."""
+    """Make imports of a package's old modules find the new ones."""
     if not any(isinstance(finder, _Renamed) and finder.package == package for finder in sys.meta_path):
-        # first, since the files below a renamed folder would be found again under its old name, with other classes
+        # first: else the files of a renamed folder would be imported again under its old name, with other classes
         sys.meta_path.insert(0, _Renamed(package))
 
 
@@ -138,7 +139,7 @@ def _new_module(old: str) -> str | None:
 
 
 class _Renamed(MetaPathFinder, Loader):
-    """Finds old modules; the module it gives is the new one itself, under both names."""
+    """Finds old modules: it returns the new module itself, which then has both names."""
 
     def __init__(self, package: str):
         self.package = package
@@ -159,9 +160,9 @@ class _Renamed(MetaPathFinder, Loader):
 
 
 def _warn(old: str, new: str) -> None:
-    """Warn at the line that used the old name; elsewhere Python shows nobody a DeprecationWarning."""
+    """Warn at the line that used the old name; Python hides a DeprecationWarning from elsewhere."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and _is_on_the_way(frame):
+    while frame.f_back is not None and _is_intermediate(frame):
         frame = frame.f_back
     module, code = frame.f_globals.get("__name__", "<unknown>"), frame.f_code
     registry = frame.f_globals.setdefault("__warningregistry__", {})
@@ -169,7 +170,7 @@ def _warn(old: str, new: str) -> None:
     warnings.warn_explicit(text, DeprecationWarning, code.co_filename, frame.f_lineno, module, registry)
 
 
-def _is_on_the_way(frame: FrameType) -> bool:
+def _is_intermediate(frame: FrameType) -> bool:
     """Whether a frame is this file's, the import system's, or that of a `__getattr__`, which calls `attribute`."""
     code = frame.f_code
     return code.co_filename == __file__ or "importlib" in code.co_filename or code.co_name == "__getattr__"

@@ -1,1 +1,1 @@
-"""Kernels in Triton and what launches them. They need triton, and are imported only where they are used."""
+"""Kernels in Triton and the functions that launch them. They need triton, and are imported only where they are used."""

@@ -1,9 +1,9 @@
-"""Triton kernels over stored logits: what `tiles` does strip by strip in torch, in one pass a tile on a GPU.
+"""Triton kernels over stored logits: what `tiles` does strip by strip in torch, in one pass per tile on a GPU.
 
     softmax_      raw products -> softmax, in place, and the statistics of the rows      2 reads, 1 write
     column_sums   softmax -> sums over tokens, for the sparse tail                       1 read
 
-Shapes: z [n, V] of any stride between rows. Numerics: as `statistics` says; z keeps its dtype.
+Shapes: z [n, V] of any stride between rows. Numerics: as in `statistics`; z keeps its dtype.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
@@ -19,12 +19,18 @@ OUTPUTS = frozenset({"lse", "target", "entropy", "top"})  # what a pass over sto
 
 
 def softmax_(
-    z: Tensor, labels: Tensor, head: Head, *, spend: bool = True, lse: Tensor | None = None, share: Tensor | None = None
+    z: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    overwrite: bool = True,
+    lse: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The OUTPUTS of rows of raw products; with `spend` their softmax takes their place.
+    """The OUTPUTS of rows of raw products; with `overwrite` their softmax takes their place.
 
-    With `lse` [n], of a larger vocabulary of which these are some columns, it is used in place of the rows' own: then
-    no statistics are returned, and `share` [n], if there is one, gains the rows' sums.
+    `lse` [n], if any, is that of a larger vocabulary of which these are some columns. It is used in place of the rows'
+    own; no statistics are returned, and the sums of the rows are added to `share` [n], if any.
     """
     dtype = wide(z.dtype)
     known = lse is not None
@@ -36,7 +42,7 @@ def softmax_(
             _softmax_rows[(len(z),)](
                 z, labels.contiguous(), lse, values["target"], values["entropy"], values["top"], share,
                 z.shape[1], z.stride(0), float(head.scale),
-                SPEND=spend, KNOWN=known, ACC=_accumulator(dtype), BV=BLOCK, num_warps=WARPS,
+                OVERWRITE=overwrite, KNOWN=known, ACC=_accumulator(dtype), BV=BLOCK, num_warps=WARPS,
             )  # fmt: skip
     return {} if known else {"lse": lse, **values}
 
@@ -59,9 +65,9 @@ def _softmax_rows(
     Z,  # [n, V]
     Y, LSE, TARGET, ENTROPY, TOP, SHARE,  # [n] each; SHARE or None
     V, stride, scale: tl.float64,
-    SPEND: tl.constexpr, KNOWN: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
+    OVERWRITE: tl.constexpr, KNOWN: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One row a program. The fold is that of `kernels._stats_fwd`, for stored logits."""
+    """One row per program. The fold is that of `kernels._stats_fwd`, for stored logits."""
     row = tl.program_id(0).to(tl.int64)
     z_row = Z + row * stride
     factor = tl.full((1,), scale, ACC)
@@ -72,7 +78,7 @@ def _softmax_rows(
         l = tl.zeros((1,), ACC)
         s1 = tl.zeros((1,), ACC)
         top = tl.zeros((1,), tl.int64)
-        # read before the reductions below, for which every warp waits: later, another warp may have written p there
+        # read before the reductions below, where all warps synchronize: later, another warp may have written p there
         tl.store(TARGET + row, tl.load(z_row + tl.load(Y + row)).to(ACC) * tl.sum(factor, 0))
         for start in range(0, V, BV):
             cols = start + tl.arange(0, BV)
@@ -93,7 +99,7 @@ def _softmax_rows(
         tl.store(LSE + row, lse)
         tl.store(ENTROPY + row, tl.sum(tl.log(l) - s1 / l, 0))
         tl.store(TOP + row, tl.sum(top, 0))
-    if SPEND:
+    if OVERWRITE:
         total = tl.zeros((1,), ACC)
         for start in range(0, V, BV):
             cols = start + tl.arange(0, BV)
@@ -112,7 +118,7 @@ def _column_sums(
     ENERGY, MASS,  # [V] each
     n, V, stride, ACC: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """BV columns a program, all rows: no other program writes there."""
+    """BV columns per program, all rows: no other program writes there."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     col_in = cols < V
     energy = tl.zeros((BV,), ACC)
@@ -121,8 +127,8 @@ def _column_sums(
         rows = start + tl.arange(0, BT)
         row_in = rows < n
         a = tl.load(A + rows, mask=row_in, other=0.0)[:, None]
-        here = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        x = a * tl.load(P + here, mask=row_in[:, None] & col_in[None, :], other=0.0).to(ACC)
+        offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
+        x = a * tl.load(P + offsets, mask=row_in[:, None] & col_in[None, :], other=0.0).to(ACC)
         energy += tl.sum(x * x, 0)
         mass += tl.sum(x, 0)
     tl.store(ENERGY + cols, tl.load(ENERGY + cols, mask=col_in, other=0.0) + energy, mask=col_in)

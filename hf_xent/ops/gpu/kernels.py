@@ -6,10 +6,10 @@
 
 Shapes: N tokens, V vocabulary, D hidden (D2 of the second head), walked in blocks BT, BV, BD. A pointer is the capital
 of its host name; a 2 marks the second head, a leading D a gradient, a leading G a coefficient. A pointer that is None
-is a compile-time constant, so that what was not asked for costs nothing.
+is a compile-time constant, so that what was not requested costs nothing.
 Numerics: ACC (float32; float64 for float64 inputs) holds logits, states and sums. dz is rounded to the inputs' dtype
-for its matmuls, as dense autograd rounds it. DOT is the dtype tl.dot sees.
-Indexing: a row or column is widened to 64 bits before it meets a stride, as V D passes 2^31 in large heads.
+for its matmuls, as dense autograd rounds it. DOT is the dtype of tl.dot's operands.
+Indexing: a row or column is widened to 64 bits before it is multiplied by a stride: V D exceeds 2^31 in large heads.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
@@ -24,7 +24,7 @@ def _product(
     D,
     ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BT, BV] of raw logits; zero outside the masks but for the bias."""
+    """One tile [BT, BV] of raw logits; zero outside the masks, except for the bias."""
     h_row = H + rows.to(tl.int64)[:, None] * stride_h
     w_col = W + cols.to(tl.int64)[None, :] * stride_wv
     acc = tl.zeros((BT, BV), dtype=ACC)
@@ -41,7 +41,7 @@ def _product(
 @triton.jit
 def _activate(raw, scale, CAP: tl.constexpr, ACC: tl.constexpr):
     """Scale and softcap; tanh is computed from e^(-2|x|) <= 1, which cannot overflow."""
-    # the scale comes as float64 and is rounded once here: a float64 factor would make the whole tile float64
+    # the scale is passed as float64 and rounded once here: a float64 factor would make the whole tile float64
     if CAP is None:
         z = raw * tl.full((1, 1), scale, ACC)
     else:
@@ -148,23 +148,23 @@ def _stats_fwd(
             sp = factor * sp + tl.sum(e * _activate(raw2, scale2, CAP2, ACC), 1)
         l = factor * l + tl.sum(e, 1)
         m = new_m
-    here = tl.program_id(1).to(tl.int64) * N + rows
-    tl.store(M + here, m, mask=row_in)
-    tl.store(L + here, l, mask=row_in)
+    offsets = tl.program_id(1).to(tl.int64) * N + rows
+    tl.store(M + offsets, m, mask=row_in)
+    tl.store(L + offsets, l, mask=row_in)
     if S1 is not None:
-        tl.store(S1 + here, s1, mask=row_in)
+        tl.store(S1 + offsets, s1, mask=row_in)
     if S2 is not None:
-        tl.store(S2 + here, s2, mask=row_in)
+        tl.store(S2 + offsets, s2, mask=row_in)
     if SP is not None:
-        tl.store(SP + here, sp, mask=row_in)
+        tl.store(SP + offsets, sp, mask=row_in)
     if SQ is not None:
-        tl.store(SQ + here, sq, mask=row_in)
+        tl.store(SQ + offsets, sq, mask=row_in)
     if SZ is not None:
-        tl.store(SZ + here, sz, mask=row_in)
+        tl.store(SZ + offsets, sz, mask=row_in)
     if TOP is not None:
-        tl.store(TOP + here, top, mask=row_in)
+        tl.store(TOP + offsets, top, mask=row_in)
     if RANK is not None:
-        tl.store(RANK + here, rank, mask=row_in)
+        tl.store(RANK + offsets, rank, mask=row_in)
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _stats_bwd(
     raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
     z = _activate(raw, scale, CAP, ACC)
     lse = tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
-    # outside the masks z - lse is no logp: its exponential could be infinite, and NaN against the zeros loaded there
+    # outside the masks z - lse is not a logp: its exponential could be infinite, and inf times a loaded zero is NaN
     logp = tl.where(row_in[:, None] & col_in[None, :], z - lse, float("-inf"))
     p = tl.exp(logp)
     if SHARE is not None:
@@ -262,7 +262,7 @@ def _survey(
     step,  # tokens of a group
     ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a group's tokens, a column each: of (a p)^2 and of a p, a >= 0. Grid: (column blocks, groups)."""
+    """Sums over a group's tokens, one per column: of (a p)^2 and of a p, a >= 0. Grid: (column blocks, groups)."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     col_in = cols < V
     begin = tl.program_id(1) * step
@@ -279,6 +279,6 @@ def _survey(
         x = a * tl.exp(z)
         energy += tl.sum(x * x, 0)
         mass += tl.sum(x, 0)
-    here = tl.program_id(1).to(tl.int64) * V + cols
-    tl.store(ENERGY + here, energy, mask=col_in)
-    tl.store(MASS + here, mass, mask=col_in)
+    offsets = tl.program_id(1).to(tl.int64) * V + cols
+    tl.store(ENERGY + offsets, energy, mask=col_in)
+    tl.store(MASS + offsets, mass, mask=col_in)

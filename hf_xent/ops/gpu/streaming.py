@@ -4,7 +4,7 @@ Forward: every program folds BT rows over one split of the vocabulary; the split
 `algebra.merge`. Backward: every tile of logits is computed again, turned into dz, and multiplied into float32 sums of
 the gradients at once (atomics, so the order of the sum is not fixed). Kernels and formulas: `kernels`.
 
-Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as `statistics` says; matmuls of
+Shapes: N tokens, V vocabulary, D hidden, D2 hidden of the second head. Numerics: as in `statistics`; matmuls of
 float32 inputs are IEEE float32, not TF32.
 Source: tiles that live in registers only, as in Wijmans et al. 2024, Cut Your Losses, arXiv:2411.09009, sec. 4.
 """
@@ -38,7 +38,7 @@ INTERPRETED = not isinstance(kernels._stats_fwd, triton.runtime.JITFunction)  # 
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut and compiled: a tile of logits is [rows, columns], its matmul walks `depth` at a time."""
+    """How a kernel is tiled and compiled: a tile of logits is [rows, columns], its matmul takes steps of `depth`."""
 
     rows: int
     columns: int
@@ -47,13 +47,13 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By bytes of an element: the largest that spill no registers, as compiled for sm_90 (sm_75 to sm_120 compile too).
+# By bytes of an element: the largest blocks that spill no registers on sm_90 (they also compile for sm_75 to sm_120).
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2), 8: Blocks(32, 32, 16, 4, 2)}
-PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # the payload's tile lies beside the logits'
+PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # a tile of the payload is held beside that of the logits
 SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
 # Bytes of shared memory a program of BLOCKS[2] needs: A100, Hopper and B200 have them, GeForce cards do not.
 LARGE_SHARED_MEMORY = 160 << 10
-INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows walk several tiles
+INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows visit several tiles
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 GRADIENTS = {"DH": "hidden", "DW": "weight", "DB": "bias"}
 GRADIENTS |= {name + "2": "payload_" + tensor for name, tensor in GRADIENTS.items()}
@@ -86,20 +86,20 @@ def backward(
     """Gradients of `sum(grads * statistics)` for every tensor in `problem.needs`; `share` as `chunked.backward`."""
     blocks = _check(problem)
     coef = coefficients(values, grads, problem.head.vocabulary)
-    wanted = {
+    tensors = {
         name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if name in problem.needs and t is not None
     }
-    sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in wanted.items()}
+    sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in tensors.items()}
     if len(problem.labels) and sums:
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
         operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
         operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous(), "SHARE": share}
         _launch(kernels._stats_bwd, grid, operands, blocks)
-    return {name: sums[name].to(t.dtype) for name, t in wanted.items()}
+    return {name: sums[name].to(t.dtype) for name, t in tensors.items()}
 
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
-    """Statistics, coefficients and what `tail` needs to know of every column, in two visits that store no logit."""
+    """Statistics, coefficients, and the sums over columns that `tail` needs, in two visits that store no logits."""
     blocks, values = _check(problem), forward(problem)
     coef = coefficients(values, upstream(slice(0, len(problem.labels)), values), problem.head.size)
     a = coef.a.abs()
@@ -117,7 +117,7 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
 
 
 def _check(problem: Problem) -> Blocks:
-    """The kernels' blocks. Raises: ValueError where they cannot run on these tensors."""
+    """The kernels' blocks. Raises: ValueError if they cannot run on these tensors."""
     device, dtype = problem.hidden.device, problem.hidden.dtype
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -154,7 +154,7 @@ def _splits(problem: Problem, blocks: Blocks) -> tuple[int, int]:
 
 
 def _empty_states(problem: Problem, splits: int) -> State:
-    """Room for the states of every split, [splits, N] each; None for what no requested statistic needs."""
+    """Uninitialized states of every split, [splits, N] each; None for moments that no requested statistic needs."""
     names = {"m", "l"}.union(*(STATE_OF.get(name, ()) for name in problem.outputs))
     shape, dtype = (splits, len(problem.labels)), wide(problem.hidden.dtype)
     floats = {name: problem.hidden.new_empty(shape, dtype=dtype) for name in names}
@@ -165,11 +165,11 @@ def _empty_states(problem: Problem, splits: int) -> State:
 def _fold(states: State) -> State:
     """[splits, N] -> [N], neighbors first: ties of the maximum stay with the lower column."""
     while len(states.m) > 1:
-        states = merge(_take(states, slice(0, None, 2)), _take(states, slice(1, None, 2)))
-    return _take(states, 0)
+        states = merge(_states_of(states, slice(0, None, 2)), _states_of(states, slice(1, None, 2)))
+    return _states_of(states, 0)
 
 
-def _take(states: State, index: slice | int) -> State:
+def _states_of(states: State, index: slice | int) -> State:
     """The states of some splits."""
     parts = {f.name: getattr(states, f.name) for f in fields(State)}
     taken: dict[str, Any] = {name: None if part is None else part[index] for name, part in parts.items()}
@@ -177,9 +177,9 @@ def _take(states: State, index: slice | int) -> State:
 
 
 def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict[str, Any]:
-    """What every kernel reads, by parameter name."""
+    """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
-    second, second_head = payload or (None, None)
+    second_hidden, second_head = payload or (None, None)
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
@@ -189,7 +189,7 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
         "BV": blocks.columns,
         "BD": blocks.depth,
         **_head_operands(problem.hidden, problem.head, "", accumulator),
-        **_head_operands(second, second_head, "2", accumulator),
+        **_head_operands(second_hidden, second_head, "2", accumulator),
     }
 
 
@@ -215,14 +215,14 @@ def _head_operands(hidden: Tensor | None, head: Any, suffix: str, accumulator: t
 
 
 def _gradient_pointers(coef: Coefficients, sums: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Coefficients and sums by parameter name; None is a coefficient that is zero, or a tensor that is frozen."""
+    """Coefficients and sums by parameter name; None stands for a zero coefficient or a frozen tensor."""
     numbers = {f.name: getattr(coef, f.name) for f in fields(Coefficients)}
     coefs = {f"G{name.upper()}": None if x is None else x.contiguous() for name, x in numbers.items()}
     return {**coefs, **{name: sums.get(tensor) for name, tensor in GRADIENTS.items()}}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], operands: Mapping[str, Any], blocks: Blocks) -> None:
-    """Run a kernel on its share of the operands, with fused multiply-add, of which Triton's default varies."""
+    """Run a kernel on the operands it takes, with fused multiply-add, for which Triton's default varies."""
     arguments = {name: operands[name] for name in kernel.arg_names}
     with torch.cuda.device_of(operands["H"]):  # Triton launches on the current device
         kernel[grid](**arguments, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=True)
