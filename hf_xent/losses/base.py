@@ -145,13 +145,7 @@ class Loss:
         return loss.to(stats.lse.dtype), stats
 
     def per_token(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        weight: Tensor,
-        teacher: Payload | None,
-        request: Request,
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
     ) -> tuple[Tensor, Stats]:
         """The weighted sum (or, unreduced, the weighted losses in the shape of labels) and detached statistics."""
         return stream_loss(self, hidden, head, labels, request, weight, self.second(head, labels, teacher))

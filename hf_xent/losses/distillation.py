@@ -35,13 +35,7 @@ class Distillation(Loss):
         raise NotImplementedError
 
     def per_token(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        weight: Tensor,
-        teacher: Payload | None,
-        request: Request,
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
     ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
         tempered, teacher = head.tempered(self.temperature), self.frozen_teacher(teacher, head)

@@ -45,13 +45,7 @@ class JSD(Distillation):
         check_number(self, "beta", "(0, 1)", remedy)
 
     def per_token(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        weight: Tensor,
-        teacher: Payload | None,
-        request: Request,
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
     ) -> tuple[Tensor, Stats]:
         """Full rows of the valid tokens; statistics of the student at temperature 1, from a visit of their own."""
         stats = self.student_stats(hidden, head, labels, request)

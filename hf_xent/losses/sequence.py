@@ -46,13 +46,7 @@ class SequenceLoss(Loss):
         raise NotImplementedError
 
     def per_token(
-        self,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        weight: Tensor,
-        teacher: Payload | None,
-        request: Request,
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
     ) -> tuple[Tensor, Stats]:
         """One visit of the vocabulary for the statistics, one [T, T] product per run."""
         stats = stream_stats(hidden, head, labels, (*self.uses, *request.observe), request)
