@@ -600,14 +600,16 @@ def test_callback_evaluates_before_and_between(tmp_path):
         per_device_train_batch_size=1,
     )  # fmt: skip
     hf_xent.XentTrainer(model, config, train_dataset=rows, callbacks=[watch]).train()
-    assert list(watch.found) == [0, 1, 3] and list(watch.found[3]) == ["loss", "zlib", *COMPARED, detection.BLIND]
-    assert all(watch.found[0][name]["auroc"] == 0.5 for name in COMPARED)
+    assert list(watch.results) == [0, 1, 3] and list(watch.results[3]) == ["loss", "zlib", *COMPARED, detection.BLIND]
+    assert all(watch.results[0][name]["auroc"] == 0.5 for name in COMPARED)
     assert (
-        watch.found[3]["reference"]["auroc"] > 0.6
-        and watch.found[3][detection.BLIND] == watch.found[0][detection.BLIND]
+        watch.results[3]["reference"]["auroc"] > 0.6
+        and watch.results[3][detection.BLIND] == watch.results[0][detection.BLIND]
     )
+    with pytest.warns(DeprecationWarning, match="found is now results"):
+        assert watch.found is watch.results
     alone = MembershipCallback(TextScorer(model, tokenizer, ("zlib",), progress=False), TEXTS, labels, (), resamples=2)
-    assert list(alone.found[0]) == ["zlib", detection.BLIND]
+    assert list(alone.results[0]) == ["zlib", detection.BLIND]
 
 
 def test_a_registered_corpus_may_have_a_configuration(tmp_path):

@@ -222,7 +222,7 @@ def test_one_logit_or_two(tmp_path):
 def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="load it with num_labels=1"):
         trainer_of(tmp_path, model=encoder(labels=3))
-    with pytest.raises(ValueError, match="warm_start is 99, and training has 2 updates: its loss would never be used"):
+    with pytest.raises(ValueError, match="warm_start is 99, and training has 2 updates: the loss after it would"):
         fit(tmp_path, max_steps=2, warm_start=99)
     with pytest.raises(ValueError, match=r"model is a Llama.*, and DXO trains classifiers.*ForSequenceClassification"):
         fit(tmp_path, model=tiny())
