@@ -6,8 +6,9 @@ no stock class loads the checkpoint, which would add untrained norms.
     model_type = "ln_free_gpt2"
     ln_free = {"norms": {a norm's module name: [its readers' names]}, "biases": [readers that got a bias]}
 
-It loads with `trust_remote_code=True` and needs torch and transformers alone; this file is saved with the weights. Norm,
-scale and center were folded into the readers: W diag(gain) (I - 11'/D) and b + W beta (see `hf_xent.ln_free.convert`).
+It loads with `trust_remote_code=True` and needs torch and transformers alone; this file is saved with the weights. The
+norm's scale and centering were folded into the readers: W diag(gain) (I - 11'/D) and b + W beta (see
+`hf_xent.ln_free.convert`).
 """
 
 from pathlib import Path

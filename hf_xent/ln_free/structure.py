@@ -4,7 +4,7 @@ A few random tokens go through the model with a hook on every leaf module.
 
     norm      a leaf that computes  (x - mu) / sqrt(var + eps) * weight + bias  of its input, or this without mu (RMS)
     reader    a leaf whose input is a norm's output (the same memory, through views, slices and dropout)
-    layer     the layer of attention that reads a norm: the values in the cache of that layer come from the norm's readers
+    layer     the layer of the attention that reads a norm: the cached values of that layer come from the norm's readers
     values    the output features of a reader that reach the cached values: elsewhere, d values / d output is zero
 
 Norms' outputs are detached from the graph, so that every derivative crosses one reader alone. This derivative tells
