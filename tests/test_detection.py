@@ -478,7 +478,7 @@ def test_missing_texts_and_labels_are_left_out():
 def test_what_is_evaluated_is_checked():
     values, labels = [1.0, 2.0, 3.0, 4.0], [1, 0, 1, 0]
     for call, message in (
-        (lambda: detection.evaluate({"loss": values}, ["yes", "no"] * 2), "labels are no numbers .*: pass 1"),
+        (lambda: detection.evaluate({"loss": values}, ["yes", "no"] * 2), "labels are not numbers .*: pass 1"),
         (lambda: detection.evaluate({"loss": values[:3]}, labels), "loss has 3 entries, labels 4"),
         (lambda: detection.evaluate({"loss": values}, labels, ["a"]), "texts has 1 entries, labels 4"),
         (lambda: detection.evaluate({"loss": values}, labels, resamples=1.5), "resamples is 1.5"),
@@ -521,7 +521,7 @@ def test_counts_are_of_tokens():
     assert count(["bbb"] * 700, Letters(), 3, max_tokens=2).tolist() == [0, 1400, 0]  # over batches, documents cut
     q = smoothed(np.array([0, 4, 1, 0]))
     assert q.sum() == pytest.approx(1) and q[0] == 1 / 9 and q.dtype == torch.float64
-    with pytest.raises(ValueError, match="vocabulary is 2 but the tokenizer gave id 2"):
+    with pytest.raises(ValueError, match="vocabulary is 2 but the tokenizer returned id 2"):
         count(["abc"], Letters(), 2)
 
 

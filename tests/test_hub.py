@@ -199,7 +199,7 @@ def test_card_without_numbers_makes_none_up(tmp_path):
     trainer.create_model_card(license="mit", dataset=[f"brown:{tmp_path}", str(tmp_path), "me/foxes"])
     card = hub.validate(tmp_path)
     assert card.data.datasets == ["me/foxes"] and str(tmp_path) not in card.text
-    assert card.data.eval_results is None and "Nothing was evaluated" in card.text and "](loss.png)" not in card.text
+    assert card.data.eval_results is None and "The model was not evaluated" in card.text and "](loss.png)" not in card.text
     assert not (tmp_path / ".eval_results").exists()
 
 
@@ -217,7 +217,7 @@ def test_every_trainer_writes_our_card():
     ("text", "message"),
     [
         ("# No head", "license is missing; library_name is missing; pipeline_tag is missing; tags is missing"),
-        (HEAD.replace("license: mit", "licence: mit"), "license is missing; 'licence' is no key of the Hub"),
+        (HEAD.replace("license: mit", "licence: mit"), "license is missing; 'licence' is not a key of the Hub"),
         (HEAD.replace("mit", "unknown"), "license is 'unknown': say which"),
         (f"{HEAD}\n[More Information Needed]", "left from a template"),
         (f"{HEAD}\nby {{{{ author }}}}", "left from a template"),

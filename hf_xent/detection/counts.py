@@ -70,7 +70,7 @@ class CountedText:
                 check_count(name, value, least)
 
     def open(self) -> Opened:
-        """The rows, which are read when they are counted, and an identifier of their content (a revision on the Hub)."""
+        """The rows, which are read when they are counted, and an identifier of their content (a Hub id's revision)."""
         path = place_of(self.source)
         if self.source.partition(":")[0] in DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
             return opened(self.source, self.split, self.column)
@@ -145,7 +145,7 @@ def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int
         counts = np.bincount(ids, minlength=vocabulary)
         if len(counts) > vocabulary:
             raise ValueError(
-                f"vocabulary is {vocabulary} but the tokenizer returned id {len(counts) - 1}: pass the model's tokenizer"
+                f"vocabulary is {vocabulary} but the tokenizer returned id {len(counts) - 1}: pass the model's"
             )
         total += counts
     return total

@@ -22,7 +22,7 @@ def fingerprint_model(model: Any) -> str:
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """A hash that is equal for tokenizers of equal ids; settings of the last call (truncation, padding) do not count."""
+    """A hash that is equal for tokenizers of equal ids; settings of the last call (truncation, padding) don't count."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state |= {"truncation": None, "padding": None}

@@ -132,7 +132,7 @@ class TextScorer:
 
     @property
     def length(self) -> int:
-        """The largest number of tokens of a text that are scored: `max_tokens`, or fewer if a model has fewer positions."""
+        """The largest number of scored tokens of a text: `max_tokens`, or fewer if a model has fewer positions."""
         limits = [positions(model) for model in (self.model, self.reference) if model is not None]
         return min([self.max_tokens, *(limit - len(self.prefix) for limit in limits if limit is not None)])
 

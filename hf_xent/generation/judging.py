@@ -6,7 +6,7 @@
     p_ij    = sigma(logit p_i - logit p_j)                Bradley-Terry, with p in [eps, 1 - eps]
 
 A judge is any function `(rows, first, second) -> [n] probabilities that first is better, shown first`: a model
-(`ModelJudge`), a program, a service. `rows` are those of the data set, so a program can read a reference answer in them.
+(`ModelJudge`), a program, a service. `rows` are those of the data set, so a program can read reference answers there.
 
 Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103, for ranked pairing and for strengths
 of preference; no code is published. The verdict tokens, the two orders, Bradley-Terry and the clipping are ours.

@@ -258,5 +258,5 @@ found = model.generate(**inputs, custom_generate=".", trust_remote_code=True, ta
 ```
 
 Options: `target` (bits), `rate`, `version` (1 or 2), `surprise` ("full" or "truncated"), `temperature`. Batches keep
-one state per sequence. It does not work with beams or assisted decoding. Code: `hf_xent.generation.mirostat` of hf_xent.
+one state per sequence. It does not work with beams or assisted decoding. Code: `hf_xent.generation.mirostat`.
 """

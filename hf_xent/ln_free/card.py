@@ -85,7 +85,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None =
         base=about["base_model"] if isinstance(about["base_model"], str) else None,
         use=use.section(),
         form=FORMS[form],
-        found=verification,
+        verification=verification,
         report=report.markdown() if report is not None else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

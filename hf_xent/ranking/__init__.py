@@ -1,4 +1,4 @@
-"""Floor 1: ranking losses (of areas under ROC and precision-recall curves), their state, and batches of both classes."""
+"""Floor 1: ranking losses, of areas under ROC and precision-recall curves, their state, and batches of both classes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ positive training row, and scalars, which are moving averages over the batches. 
 
     log u <- logaddexp(log(1 - gamma) + log u, log gamma + logmeanexp_j l_ij / lambda)
 
-so that raw logits of any size do not overflow. By default h = sigmoid(logit), in [0, 1] as the published margins expect.
+so that logits of any size do not overflow. By default h = sigmoid(logit), in [0, 1] as the published margins expect.
 
 The averages start from zero without a bias correction, as published: a first value is gamma times its batch's, or, with
 `first_touch`, equal to it.

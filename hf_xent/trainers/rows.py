@@ -20,8 +20,8 @@ def check_rows(name: str, dataset: Any, columns: Mapping[str, str]) -> None:
     type_name = type(dataset).__name__
     if isinstance(dataset, str | Path | Mapping) or type_name == "DataFrame":
         raise ValueError(
-            f"{name} is a {type_name}: pass a data set of rows, such as a datasets.Dataset (one split of a DatasetDict,"
-            " as dataset['train']; for a table, Dataset.from_pandas or from_dict)"
+            f"{name} is a {type_name}: pass a data set of rows, such as a datasets.Dataset (of a DatasetDict pass one"
+            " split, as dataset['train']; of a table, Dataset.from_pandas or from_dict)"
         )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows: give it some, or leave it out")
