@@ -339,7 +339,10 @@ def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             load_text(str(tmp_path / name), split=split)
         assert "\n" not in str(caught.value)
-    for source, split, message in (("no-such-set", None, "neither a registered dataset"), ("pydoc", "test", "has only 'train'")):
+    for source, split, message in (
+        ("no-such-set", None, "neither a registered dataset"),
+        ("pydoc", "test", "has only 'train'"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_text(source, split=split)
 

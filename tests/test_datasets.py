@@ -203,7 +203,12 @@ def test_options_that_say_nothing_to_a_set_are_refused(patentmia):
         ("patentmia:x", patentmia, {}, "PatentMIA has no configurations"),
         ("pydoc", None, {"revision": "main"}, "revision is 'main', but pydoc is not read from the Hub"),
         ("patentmia", patentmia, {"revision": "main"}, "PatentMIA is not read from the Hub"),
-        ("patentmia", patentmia, {"streaming": True, "split": "train[:1]"}, "a stream has no slices: choose one of train"),
+        (
+            "patentmia",
+            patentmia,
+            {"streaming": True, "split": "train[:1]"},
+            "a stream has no slices: choose one of train",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             load(name, path, **options)

@@ -152,7 +152,7 @@ def test_chat_templates_and_refusals():
         def __call__(self, text, **_):
             return {"input_ids": [len(text)]}
 
-    with pytest.raises(ValueError, match=r"no prefix of those with its answer 'a'"):
+    with pytest.raises(ValueError, match=r"not a prefix of those with its answer 'a'"):
         PromptFormats(Format("x", ("a", "b")), Format("y", ("a", "b"))).build(items, Merging())
 
 

@@ -199,7 +199,9 @@ def test_card_without_numbers_makes_none_up(tmp_path):
     trainer.create_model_card(license="mit", dataset=[f"brown:{tmp_path}", str(tmp_path), "me/foxes"])
     card = hub.validate(tmp_path)
     assert card.data.datasets == ["me/foxes"] and str(tmp_path) not in card.text
-    assert card.data.eval_results is None and "The model was not evaluated" in card.text and "](loss.png)" not in card.text
+    assert (
+        card.data.eval_results is None and "The model was not evaluated" in card.text and "](loss.png)" not in card.text
+    )
     assert not (tmp_path / ".eval_results").exists()
 
 

@@ -151,9 +151,9 @@ def test_templates_see_rows_and_chats(tokenizer):
 
 
 def test_refusals(tokenizer):
-    with pytest.raises(ValueError, match=r"choose two that are always one token each"):
+    with pytest.raises(ValueError, match=r"choose two different ones that are always one token each"):
         ModelJudge(tiny(), tokenizer, Format("{prompt}", ("a a", "b")))(ROWS, FIRST, SECOND)
-    with pytest.raises(ValueError, match=r"choose two that are always one token each"):
+    with pytest.raises(ValueError, match=r"choose two different ones that are always one token each"):
         ModelJudge(tiny(), tokenizer, Format("{prompt}", ("a", "a")))(ROWS, FIRST, SECOND)
     for wrong in ([0.5], [0.5, 1.5, 0.5], [0.5, float("nan"), 0.5]):
         with pytest.raises(ValueError, match="the judge answered 3 comparisons"):

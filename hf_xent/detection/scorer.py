@@ -112,14 +112,7 @@ class TextScorer:
         return values
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """Texts as they are scored, cut at `length`, each with its ids after the start token.
-
-        Args:
-            texts: Strings; None and NaN count as empty.
-
-        Raises:
-            ValueError: For texts that are not strings.
-        """
+        """Texts as they are scored, cut at `length`, each with its ids. Raises: ValueError for texts that are none."""
         if not len(texts):
             return []
         uncut = _strings(texts)
