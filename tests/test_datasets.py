@@ -243,7 +243,7 @@ def test_what_cannot_be_had_says_how(tmp_path, wikimia, mimir):
         ("dactyl", tmp_path / "odd", None): "no file is named after a split; name them train.jsonl, validation.jsonl",
         ("mimir", mimir, None): "name a configuration: 'mimir:arxiv'",
         ("mimir:github", mimir, "ngram_9"): "cannot read .*github_ngram_9.jsonl",
-        ("pydoc", None, "test"): "'train' alone",
+        ("pydoc", None, "test"): "has only 'train'",
     }
     for (name, path, split), message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:

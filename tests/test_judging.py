@@ -161,7 +161,7 @@ def test_refusals(tokenizer):
     assert len(ModelJudge(tiny(), tokenizer)([], [], [])) == 0
     with pytest.raises(ValueError, match="batch_size is 0"):
         ModelJudge(tiny(), tokenizer, FORMAT, batch_size=0)(ROWS, FIRST, SECOND)
-    with pytest.raises(ValueError, match=r"a prompt with two responses has \d+ tokens, the model 64 positions"):
+    with pytest.raises(ValueError, match=r"a prompt with two responses has \d+ tokens, but the model has 64 positions"):
         ModelJudge(tiny("gpt2"), tokenizer, FORMAT)([{"prompt": "the quick " * 60}], ["a"], ["b"])
     for eps in (0, 0.5, -1, math.nan):
         with pytest.raises(ValueError, match=f"eps is {eps}"):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .corpus import Corpus, Source, checked_text, sliced
-from .files import place_of
+from .corpus import Corpus, Source, checked_text, split_of_train
+from .files import expanded_path
 
 
 def sentences(tagged: str) -> str:
@@ -49,7 +49,7 @@ class Brown(Corpus):
     def placed(self, source: Source) -> Source:
         """The source with the configuration as its path."""
         if source.path is None and source.config:
-            return source._replace(path=place_of(source.config))
+            return source._replace(path=expanded_path(source.config))
         return source
 
     def open(self, source: Source, split: str | None) -> Any:
@@ -62,7 +62,7 @@ class Brown(Corpus):
         if not files:
             raise ValueError("there is no folder with the files ca01 ... cr09")
         rows = {"name": [file.name for file in files], "tagged": [file.read_text("latin-1") for file in files]}
-        return sliced(Dataset.from_dict(rows), split, source.streaming)
+        return split_of_train(Dataset.from_dict(rows), split, source.streaming)
 
     def features(self) -> Any:
         """Three columns of strings."""

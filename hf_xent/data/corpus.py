@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import first_line, located, table
+from .files import files_by_split, first_line, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
 """Family -> the names of labels 0 and 1; label 1 is the positive class of scores."""
@@ -84,8 +84,8 @@ class Corpus:
         from datasets import load_dataset
 
         if source.path is not None:
-            parts = located(source.path, self.splits)
-            return chosen({name: table(*part, streaming=source.streaming) for name, part in parts.items()}, split)
+            parts = files_by_split(source.path, self.splits)
+            return select_split({name: table(*part, streaming=source.streaming) for name, part in parts.items()}, split)
         if self.repo is None:
             raise ValueError("not on the Hub")
         return load_dataset(self.repo, revision=source.revision, split=split, streaming=source.streaming)
@@ -160,7 +160,7 @@ class InstalledCorpus(Corpus):
         """The rows of `make`, or those of a copy."""
         if source.path is not None:
             return super().open(source, split)
-        return sliced(self.make(), split, source.streaming)
+        return split_of_train(self.make(), split, source.streaming)
 
     def features(self) -> Any:
         """Columns of text and of whole numbers."""
@@ -176,7 +176,7 @@ class InstalledCorpus(Corpus):
         return f"split: {self.title!r} has only 'train'; choose it, or a slice of it such as 'train[:90%]'"
 
 
-def chosen(parts: dict[str, Any], split: str | None) -> Any:
+def select_split(parts: dict[str, Any], split: str | None) -> Any:
     """Selects a split, slices of splits, or all (None) from splits by name, as `datasets.load_dataset` does."""
     from datasets import DatasetDict, IterableDataset, IterableDatasetDict, ReadInstruction, concatenate_datasets
 
@@ -196,11 +196,11 @@ def chosen(parts: dict[str, Any], split: str | None) -> Any:
     return selected[0] if len(selected) == 1 else concatenate_datasets(selected)
 
 
-def sliced(whole: Any, split: str | None, streaming: bool) -> Any:
+def split_of_train(whole: Any, split: str | None, streaming: bool) -> Any:
     """Rows that are all of the split 'train', in the form that `datasets.load_dataset` returns for a split."""
-    part = whole if split is None else chosen({"train": whole}, split)
+    part = whole if split is None else select_split({"train": whole}, split)
     part = part.to_iterable_dataset() if streaming else part
-    return chosen({"train": part}, None) if split is None else part
+    return select_split({"train": part}, None) if split is None else part
 
 
 def member(text: Any, label: Any, source: str) -> dict[str, Any]:

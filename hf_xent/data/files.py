@@ -51,7 +51,7 @@ def suffix_of(file: Path) -> str:
     return _plain(file).suffix.lower()
 
 
-def place_of(source: str | Path) -> Path:
+def expanded_path(source: str | Path) -> Path:
     """The path as given if it exists, else with '~' expanded to the home folder."""
     path = Path(source)
     if os.path.exists(path):  # unlike Path.exists, it returns False for a name that is too long
@@ -62,7 +62,7 @@ def place_of(source: str | Path) -> Path:
         return path
 
 
-def readable(path: Path) -> tuple[str, list[Path]]:
+def files_of(path: Path) -> tuple[str, list[Path]]:
     """The kind of a file, or of all files of a folder in the order of their paths; hidden files are skipped.
 
     Raises: ValueError if there are no files, several kinds of them, or a broken link.
@@ -74,7 +74,7 @@ def readable(path: Path) -> tuple[str, list[Path]]:
         raise ValueError(f"{path} has several splits, as save_to_disk wrote them: name the folder of one ({splits})")
     if all((path / name).is_file() for name in ("state.json", "dataset_info.json")):
         return SAVED, [path]
-    files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _shown(file, path))
+    files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _is_visible(file, path))
     if broken := [file for file in files if file.is_symlink() and not file.exists()]:
         raise ValueError(
             f"{broken[0]} is a link to {os.readlink(broken[0])}, which does not exist: repair or remove it"
@@ -83,7 +83,7 @@ def readable(path: Path) -> tuple[str, list[Path]]:
 
 
 def kind_of(path: Path, files: list[Path]) -> tuple[str, list[Path]]:
-    """The single kind of the files that are at a path, and the files. Raises: ValueError as `readable`."""
+    """The single kind of the files that are at a path, and the files. Raises: ValueError as `files_of`."""
     kinds = {BUILDERS.get(suffix_of(file)) for file in files}
     if len(kinds) != 1 or None in kinds:
         suffixes = ", ".join(sorted({suffix_of(file) or file.name for file in files})) or "none of them"
@@ -121,7 +121,7 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     return Dataset.from_generator(rows, features=features, gen_kwargs=stamped)
 
 
-def written_as(cells: Iterable[str]) -> str | None:
+def inferred_type(cells: Iterable[str]) -> str | None:
     """The type of a column whose cells are all written as numbers or as truth values; None for text."""
     candidates = dict(NUMBERS)
     for cell in filter(None, cells):
@@ -131,7 +131,7 @@ def written_as(cells: Iterable[str]) -> str | None:
     return next(iter(candidates)) if len(candidates) < len(NUMBERS) else None
 
 
-def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path]]]:
+def files_by_split(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path]]]:
     """Split -> kind and files of a local copy of a published dataset with these splits.
 
     A folder whose README.md names its files is read as the Hub reads it. Elsewhere a file belongs to the split that its
@@ -140,9 +140,9 @@ def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path
     if not path.exists():
         raise ValueError(f"path is {str(path)!r}: there is no such file or folder, pass an existing one")
     path = unpacked(path) if path.suffix.lower() == ".zip" else path
-    if named := _named(path):
-        return {split: kind_of(path, files) for split, files in named.items()}
-    kind, files = readable(path)
+    if files_in_readme := _files_in_readme(path):
+        return {split: kind_of(path, files) for split, files in files_in_readme.items()}
+    kind, files = files_of(path)
     names = list(splits)
     groups = {name: [f for f in files if _stem(f) == name or f.name.startswith(f"{name}-")] for name in names}
     groups = {name: group for name, group in groups.items() if group}
@@ -192,20 +192,20 @@ def _rows(files: Iterable[Path]) -> int:
 def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """One row per file."""
     for name, *_ in stamped:
-        with _naming(name), _opened(Path(name)) as file:
+        with _errors_with_name(name), _opened(Path(name)) as file:
             yield {"text": file.read()}
 
 
 def _cells(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """The rows of tables."""
     for name, *_ in stamped:
-        with _naming(name), _opened(Path(name), newline="") as file:
+        with _errors_with_name(name), _opened(Path(name), newline="") as file:
             for part in _parsed(file, name, chunksize=10_000):
                 yield from part.to_dict("records")
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _errors_with_name(name: str) -> Iterator[None]:
     """Adds the name of the file, one of several, to errors of reading it."""
     try:
         yield
@@ -229,7 +229,7 @@ def _columns(files: Iterable[Path]) -> list[str]:
     headers: dict[tuple[str, ...], Path] = {}
     rows = 0
     for file in files:
-        with _naming(str(file)), _opened(file, newline="") as stream:
+        with _errors_with_name(str(file)), _opened(file, newline="") as stream:
             head = _parsed(stream, file.name, nrows=1)
             if not head.index.equals(head.reset_index(drop=True).index):  # pandas reads the first fields as row names
                 raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
@@ -269,11 +269,11 @@ def _within(folder: Path) -> Iterator[Path]:
         yield from (Path(current, name) for name in names)
 
 
-def _shown(file: Path, folder: Path) -> bool:
+def _is_visible(file: Path, folder: Path) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
 
 
-def _named(folder: Path) -> dict[str, list[Path]]:
+def _files_in_readme(folder: Path) -> dict[str, list[Path]]:
     """Split -> files, as the README.md of a folder names them; empty if it names none."""
     from huggingface_hub import DatasetCard
 

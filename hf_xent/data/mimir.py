@@ -43,8 +43,8 @@ class Mimir(Corpus):
         if split is not None:
             return self._split(source, split)
         splits = ("none",) if source.config in WHOLE else NGRAMS
-        kind = IterableDatasetDict if source.streaming else DatasetDict
-        return kind({name: self._split(source, name) for name in splits})
+        dict_class = IterableDatasetDict if source.streaming else DatasetDict
+        return dict_class({name: self._split(source, name) for name in splits})
 
     def _split(self, source: Source, split: str) -> Any:
         from datasets import concatenate_datasets

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..registry import Registry
 from .corpus import Corpus, Source
-from .files import place_of
+from .files import expanded_path
 
 DATASETS: Registry[Corpus] = Registry(
     "dataset",
@@ -52,8 +52,8 @@ def load(
         ValueError: For an unknown name, a copy that cannot be downloaded or read, or a row that is not as published.
     """
     key, _, config = name.partition(":")
-    place = None if path is None else place_of(path)
-    return DATASETS.find(key).load(Source(place, config, streaming, revision), split)
+    copy = None if path is None else expanded_path(path)
+    return DATASETS.find(key).load(Source(copy, config, streaming, revision), split)
 
 
 def usages() -> str:

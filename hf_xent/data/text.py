@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .corpus import Source, sliced
-from .files import BUILDERS, first_line, place_of, readable, suffix_of, table, written_as
+from .corpus import Source, split_of_train
+from .files import BUILDERS, expanded_path, files_of, first_line, inferred_type, suffix_of, table
 from .registered import DATASETS
 
 TEXT = ("string", "large_string", "string_view")
@@ -57,7 +57,7 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
     """Opens a source without reading its rows; arguments and errors are those of `load_text`."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
-    source, path = str(source), place_of(source)
+    source, path = str(source), expanded_path(source)
     key, _, config = source.partition(":")
     if key in DATASETS:
         corpus, copy = DATASETS[key], Source(config=config)
@@ -149,12 +149,12 @@ def _not_text(column: str, source: str, type_name: str) -> ValueError:
 
 
 def _local(path: Path, split: str | None, column: str) -> Dataset:
-    kind, files = readable(path)
+    kind, files = files_of(path)
     try:
-        rows = sliced(table(kind, files), split or "train", streaming=False)
+        rows = split_of_train(table(kind, files), split or "train", streaming=False)
     except Exception as error:  # `datasets` raises many types of them
         raise ValueError(f"cannot read {path} (split {split or 'train'}): {first_line(error)}") from error
-    if kind == "csv" and column in rows.column_names and (type_ := written_as(rows[column])):
+    if kind == "csv" and column in rows.column_names and (type_ := inferred_type(rows[column])):
         raise _not_text(column, str(path), type_)
     return rows
 

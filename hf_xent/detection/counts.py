@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data import DATASETS
-from ..data.files import BUILDERS, first_line, place_of, suffix_of
+from ..data.files import BUILDERS, expanded_path, first_line, suffix_of
 from ..data.text import Opened, opened
 from ..models.cache import cache_folder
 from ..options.ranges import check_count
@@ -71,7 +71,7 @@ class CountedText:
 
     def open(self) -> Opened:
         """The rows, which are read when they are counted, and an identifier of their content (a Hub id's revision)."""
-        path = place_of(self.source)
+        path = expanded_path(self.source)
         if self.source.partition(":")[0] in DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
             return opened(self.source, self.split, self.column)
         return Opened(self.revision or "main", self._streamed)

@@ -254,7 +254,7 @@ For any causal LM `model` and its tokenizer's `inputs`:
 
 <!-- loads . -->
 ```python
-found = model.generate(**inputs, custom_generate=".", trust_remote_code=True, target=3.0, max_new_tokens=200)
+ids = model.generate(**inputs, custom_generate=".", trust_remote_code=True, target=3.0, max_new_tokens=200)
 ```
 
 Options: `target` (bits), `rate`, `version` (1 or 2), `surprise` ("full" or "truncated"), `temperature`. Batches keep

@@ -95,9 +95,9 @@ def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] |
     base = metadata.get("finetuned_from") or _base(model.config._name_or_path)
     results = _results(trainer.state.log_history)
     # without local paths, such as that of 'brown:FOLDER'
-    datasets = [name for name in _listed(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
+    datasets = [name for name in _as_list(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
     use = usage_of(model)
-    tasks = [*_listed(metadata.get("tasks")), *filter(None, [use and use.task])]
+    tasks = [*_as_list(metadata.get("tasks")), *filter(None, [use and use.task])]
     task = tasks[0] if tasks else "text-generation" if model.can_generate() else "text-classification"
     library = use.library if use else "peft" if adapter else "transformers"
     about = {**metadata, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
@@ -136,10 +136,10 @@ def origin(place: str) -> dict[str, Any]:
     Returns:
         `base_model`, `license`, `language` and `datasets`, each None if it is not known.
     """
-    about = known(place)
-    base = about.get("base_model") if Path(place).exists() else place or None
-    license = about.get("license") or known(base if isinstance(base, str) else None).get("license")
-    return {**{key: about.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
+    card = known(place)
+    base = card.get("base_model") if Path(place).exists() else place or None
+    license = card.get("license") or known(base if isinstance(base, str) else None).get("license")
+    return {**{key: card.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
 
 
 def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
@@ -187,10 +187,10 @@ def hardware(device: Any) -> str:
 def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, float]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    tags = ["hf_xent", _method(trainer), *_listed(about.get("tags")), *(["lora"] if about["adapter"] else [])]
+    tags = ["hf_xent", _method(trainer), *_as_list(about.get("tags")), *(["lora"] if about["adapter"] else [])]
     dataset = (about["datasets"] or ["held-out rows of the run"])[0]
-    kind = dataset if _is_id(dataset) else "custom"
-    evaluation = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
+    dataset_type = dataset if _is_id(dataset) else "custom"
+    evaluation = [EvalResult(about["task"], dataset_type, dataset, metric, value) for metric, value in results.items()]
     return ModelCardData(
         license=about.get("license") or known(about["base"]).get("license") or "unknown",
         language=about.get("language"),
@@ -229,7 +229,7 @@ def _base(name: str) -> str | None:
     return name if name and not Path(name).exists() else None
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
+def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 

@@ -62,14 +62,14 @@ def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None =
         left = [site.name for site in sites(model) if not site.removed] if form == "removable" else []
         reason = f"{len(left)} norms are left in it, {left[0]} first" if left else f"its form is {form}"
         raise ValueError(f"model is a {type(model).__name__} that normalizes ({reason}): remove its norms first")
-    about, use = hub.origin(model.config._name_or_path), _usage(model, form, tokenizer)
+    origin, use = hub.origin(model.config._name_or_path), _usage(model, form, tokenizer)
     head = ModelCardData(
-        license=about["license"] or "unknown",
-        language=about["language"],
+        license=origin["license"] or "unknown",
+        language=origin["language"],
         library_name=use.library,
         pipeline_tag=use.task,
-        base_model=about["base_model"],
-        datasets=about["datasets"],
+        base_model=origin["base_model"],
+        datasets=origin["datasets"],
         tags=["hf_xent", "ln-free"],
     )
     model.save_pretrained(folder)
@@ -82,7 +82,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path, report: Report | None =
         head,
         name=folder.resolve().name,
         kind=type(model).__name__,
-        base=about["base_model"] if isinstance(about["base_model"], str) else None,
+        base=origin["base_model"] if isinstance(origin["base_model"], str) else None,
         use=use.section(),
         form=FORMS[form],
         verification=verification,

@@ -109,10 +109,10 @@ def draw_curves(
     figure, [axis] = panels(1, 9, 4)
     for (arm, points), color in zip(losses.items(), COLORS, strict=False):
         axis.plot(*zip(*points, strict=True), label=arm, color=color, lw=1.4)
-    kinds: dict[str, list[int]] = {}
+    steps_by_kind: dict[str, list[int]] = {}  # kind of site -> steps of its removals
     for step, site in events:
-        kinds.setdefault(site.partition(".")[0], []).append(step)
-    for height, (kind, steps) in enumerate(kinds.items()):
+        steps_by_kind.setdefault(site.partition(".")[0], []).append(step)
+    for height, (kind, steps) in enumerate(steps_by_kind.items()):
         for step in steps:
             axis.axvline(step, color="#30343b", lw=0.6, alpha=0.35)
         axis.annotate(

@@ -181,8 +181,8 @@ class Method(Mixin):
         self._pop_trl_means()  # left by passes over data that no log followed, such as those of `predict`
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {**self._pop_trl_means(), **self._means(False)}
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        output.metrics.update({name: value for name, value in named.items() if name not in output.metrics})
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        output.metrics.update({name: value for name, value in prefixed.items() if name not in output.metrics})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
