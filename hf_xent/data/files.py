@@ -290,5 +290,5 @@ def _files_in_readme(folder: Path) -> dict[str, list[Path]]:
         for pattern in [paths] if isinstance(paths, str) else paths:
             parts.setdefault(split, []).extend(sorted(file for file in folder.glob(pattern) if file.is_file()))
     if empty := [split for split, files in parts.items() if not files]:
-        raise ValueError(f"{readme} names files of the split {empty[0]} that are not there: add them, or mend it")
+        raise ValueError(f"{readme} names files of the split {empty[0]} that are not there: add them, or correct it")
     return parts

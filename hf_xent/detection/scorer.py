@@ -112,7 +112,7 @@ class TextScorer:
         return values
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """Texts as they are scored, cut at `length`, each with its ids. Raises: ValueError for texts that are none."""
+        """Texts as they are scored, cut at `length`, each with its ids. Raises: ValueError for anything else."""
         if not len(texts):
             return []
         uncut = _strings(texts)

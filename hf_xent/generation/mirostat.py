@@ -35,7 +35,7 @@ from transformers import GenerationConfig, LogitsProcessor
 FITTED = 100  # the number of probabilities to which the Zipf law is fitted
 NEUTRAL = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""Options under which `generate` samples from the full distribution."""
+"""Options under which `generate` itself truncates nothing."""
 LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
 RUNNING = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
@@ -208,7 +208,7 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
         if value is not None and not is_neutral:
             raise ValueError(f"{name} is given, but Mirostat alone decides which tokens may be sampled: leave it out")
     if "paged" in (options.get("cache_implementation"), config.cache_implementation):
-        raise ValueError("cache_implementation is 'paged', which changes the sequences of a batch: choose another")
+        raise ValueError("cache_implementation is 'paged', which samples tokens in its own batches: choose another")
     vars(config).update(dict.fromkeys(sampling))
     options = config.update(**options, **NEUTRAL)  # returns those that the configuration does not know
     mirostat = Mirostat(**settings, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)

@@ -71,7 +71,7 @@ def push(
         RuntimeError: With a remedy, if the Hub refuses or not all files have arrived.
     """
     if create_pr and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but a pull request goes to main: leave out it or create_pr")
+        raise ValueError(f"revision is {revision!r}, but a pull request goes to main: leave out revision or create_pr")
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:

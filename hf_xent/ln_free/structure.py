@@ -32,7 +32,7 @@ class Norm:
     name: str
     module: nn.Module
     center: bool  # LayerNorm; without it RMSNorm
-    acts: bool  # whether it normalizes: the output hardly depends on the input's scale, unless eps drowns the variance
+    acts: bool  # whether the output hardly depends on the input's scale; False if eps is far above the variance
     width: int
     readers: dict[str, nn.Module] = field(default_factory=dict)
     layer: int | None = None  # the layer of attention that reads it, by its index in the cache

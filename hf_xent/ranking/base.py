@@ -11,8 +11,8 @@ positive training row, and scalars, which are moving averages over the batches. 
 
 so that logits of any size do not overflow. By default h = sigmoid(logit), in [0, 1] as the published margins expect.
 
-The averages start from zero without a bias correction, as published: a first value is gamma times its batch's, or, with
-`first_touch`, equal to it.
+The averages start from zero without a bias correction, as published: a row's first value is gamma times that of its
+batch, or, with `first_touch`, equal to it.
 
 Source: the formulas of LibAUC 2.0.1 (Yuan et al., KDD 2023), reimplemented; each loss names its paper. Two changes:
 AUCM is its documented version 2, where the code misplaces a parenthesis; a batch of one class is a zero loss, not nan.

@@ -72,7 +72,7 @@ class NoiseFiTConfig(XentConfig):
     }
     read_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "rdrop_weight": ("rdrop",),
-        **dict.fromkeys(  # not the options that choose layers: under R-Drop they have no effect on any other option
+        **dict.fromkeys(  # without the options that choose layers: R-Drop accepts them, though they have no effect
             ("noise_std", "sigma_power", "ce_weight", "consistency_weight", "temperature", "version"), ("noisefit",)
         ),
     }
