@@ -1,10 +1,11 @@
-"""Continuations of paragraphs by SmolLM2 and by their authors, of equal numbers of tokens; made once, kept on disk.
+"""Continuations of paragraphs by SmolLM2 and by their authors, of equal numbers of tokens; made once and kept on disk.
 
     texts = Continuations(Path("out/texts"), ["pydoc", "readme"])
     machine, people = texts("pydoc", first=0, count=40)          # of the first 40 paragraphs; 4 authors' texts for each
 
-A text is NEW tokens after a paragraph's first PROMPT. A domain is what `hf_xent.data.load_text` takes ('pydoc', 'wiki',
-'brown:FOLDER', a file or folder), or 'readme': the descriptions of the installed Python packages.
+A text has the NEW tokens after the first PROMPT tokens of a paragraph. A domain is a source for
+`hf_xent.data.load_text` ('pydoc', 'wiki', 'brown:FOLDER', a file or folder), or 'readme': the descriptions of the
+installed Python packages.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ def pages(domain: str) -> Iterable[str]:
 
 def paragraphs(domain: str, tokenizer: Any) -> list[tuple[int, ...]]:
     """The first PROMPT + NEW tokens of every long paragraph of prose, shuffled once."""
-    found = {}
+    unique = {}
     for text in pages(domain):
         for block in (" ".join(block.split()) for block in re.split(r"\n\s*\n", text)):
             prose = sum(c.isalpha() or c == " " for c in block) > 0.9 * len(block)
             if len(block) > 3 * (PROMPT + NEW) and block[0].isalpha() and prose:
                 ids = tokenizer(block)["input_ids"][: PROMPT + NEW]
-                found |= {tuple(ids): None} if len(ids) == PROMPT + NEW else {}
-    random.Random(0).shuffle(shuffled := list(found))
+                unique |= {tuple(ids): None} if len(ids) == PROMPT + NEW else {}
+    random.Random(0).shuffle(shuffled := list(unique))
     return shuffled
 
 
 def generated(model: Any, prompts: list[tuple[int, ...]], temperature: float, file: Path) -> list[list[int]]:
-    """A continuation of each prompt, kept in a file batch by batch; those that ended early are left out."""
+    """A continuation of each prompt, saved in a file batch by batch; those that ended early are left out."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     for start in track(range(len(file.read_text().splitlines()), len(prompts), BATCH), description=file.stem):

@@ -2,11 +2,10 @@
 
     python examples/emo_lm.py [--model smollm2] [--steps 20] [--seeds 3] [--output out/emo]
 
-Text: CPython's own documentation (no download). Perplexity, mean entropy and accuracy are of held-out blocks;
-distinct-2 and rep-4 of unbiased samples that continue their first half. Sharper models repeat more and score otherwise
-alike, so cross-entropy is sampled twice: as it is, and at the temperature that gives it EMO's entropy. MAUVE, the
-authors' metric, says nothing of 16 samples; `hf_xent.metrics.diversity.mauve` is there for a thousand.
-"""
+Text: CPython's documentation (no download). Perplexity, mean entropy and accuracy are of held-out blocks; distinct-2
+and rep-4 are of unbiased samples that continue the first half of each. A model of lower entropy repeats itself more, so
+the cross-entropy model is sampled twice: at temperature 1, and at the temperature that gives it EMO's entropy. MAUVE,
+the authors' metric, is not reliable for 16 samples; `hf_xent.metrics.diversity.mauve` computes it for a thousand."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ BLOCK, HELD_OUT, PROMPTS, NEW = 64, 32, 16, 32
 
 
 def train(loss: str, model_name: str, steps: int, seed: int, output: Path) -> hf_xent.EMOTrainer:
-    """A trained model in its trainer, with blocks held out."""
+    """The trainer of a trained model, with held-out blocks for evaluation."""
     model, tokenizer = loading.load(model_name)
     blocks = data.pack(data.load_text("pydoc", split="train[:20%]"), tokenizer, block_size=BLOCK)
     parts = blocks.train_test_split(test_size=HELD_OUT, seed=seed)
@@ -48,16 +47,16 @@ def train(loss: str, model_name: str, steps: int, seed: int, output: Path) -> hf
 
 
 def scores(trainer: hf_xent.EMOTrainer) -> dict[str, float]:
-    """What evaluation on the held-out blocks finds."""
-    found = trainer.evaluate()
+    """The metrics of an evaluation on the held-out blocks."""
+    metrics = trainer.evaluate()
     names = {"perplexity": "perplexity", "entropy": "entropy", "accuracy": "mean_token_accuracy"}
-    return {name: found[f"eval_{logged}"] for name, logged in names.items()}
+    return {name: metrics[f"eval_{logged}"] for name, logged in names.items()}
 
 
 def diversity(model: Any, blocks: torch.Tensor, seed: int, temperature: float = 1.0) -> dict[str, float]:
     """distinct-2 and rep-4 of continuations of the blocks' first halves."""
-    made = sampling.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
-    return {"distinct-2": distinct(made, 2), "rep-4": repetition(made, 4)}
+    samples = sampling.sample(model, blocks[:PROMPTS, : BLOCK // 2], tokens=NEW, seed=seed, temperature=temperature)
+    return {"distinct-2": distinct(samples, 2), "rep-4": repetition(samples, 4)}
 
 
 def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path = Path("out/emo")) -> dict[str, Any]:
@@ -68,11 +67,11 @@ def main(model: str = "smollm2", steps: int = 20, seeds: int = 3, output: Path =
         trainer = train(ARMS[arm if arm in ARMS else "cross-entropy"], model, steps, seed, output)
         blocks = torch.tensor(trainer.eval_dataset["input_ids"])
         if arm in ARMS:
-            found, temperature = scores(trainer), 1.0
-        else:  # the temperature changes what is sampled, not what is predicted
-            found = {"entropy": study.values("EMO", "entropy")[seed]}
-            temperature = sampling.temperature_at(trainer.model.eval(), blocks, found["entropy"])
-        study.record(arm, seed, **found, **diversity(trainer.model.eval(), blocks, seed, temperature))
+            metrics, temperature = scores(trainer), 1.0
+        else:  # the temperature changes the samples, not the model's other metrics
+            metrics = {"entropy": study.values("EMO", "entropy")[seed]}
+            temperature = sampling.temperature_at(trainer.model.eval(), blocks, metrics["entropy"])
+        study.record(arm, seed, **metrics, **diversity(trainer.model.eval(), blocks, seed, temperature))
     return study.report("Made by `examples/emo_lm.py` of hf_xent.", base_model=model)
 
 

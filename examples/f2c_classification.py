@@ -1,11 +1,11 @@
-"""Make a language model answer alike however it is asked (F2C), against its baselines; compare, with spread.
+"""Train a language model to give one answer in all formats of a question (F2C); compare with baselines, with spread.
 
     python examples/f2c_classification.py [--model smollm2] [--steps 6] [--seeds 3] [--output out/f2c]
 
-Items: cities of three continents (the time zone database; no download), each asked in five ways with other words for
-the answers. Training sees no label. Measured on held-out cities: how often formats agree, F1 and its spread over
-formats, accuracy, and how often each continent is answered, beside what the best constant predictor gets: it agrees
-with itself perfectly.
+Items: cities of three continents (the time zone database; no download), each in five formats with different words for
+the answers. Training uses no labels. Measured on held-out cities: how often formats agree, F1 and its spread over
+formats, accuracy, and how often each continent is the answer, beside the results of the best constant predictor, which
+agrees with itself perfectly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELD_OUT = 40
 
 
 def run(arm: str, seed: int, model_name: str, steps: int, output: Path) -> dict[str, float]:
-    """The consistency of an arm under a seed, which draws the held-out cities too."""
+    """The consistency of an arm under a seed, which also selects the held-out cities."""
     model, tokenizer = loading.load(model_name)
     cities = data.load("cities", split="train").filter(lambda row: row["continent"] in CONTINENTS)
     parts = FORMATS.build(cities, tokenizer, chat=False).train_test_split(test_size=HELD_OUT, seed=seed)
@@ -53,8 +53,8 @@ def run(arm: str, seed: int, model_name: str, steps: int, output: Path) -> dict[
     )  # fmt: skip
     if ARMS[arm]:
         trainer.train()
-    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    return {SHARES.get(name, name): value for name, value in found.items()}
+    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    return {SHARES.get(name, name): value for name, value in metrics.items()}
 
 
 def main(model: str = "smollm2", steps: int = 6, seeds: int = 3, output: Path = Path("out/f2c")) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def main(model: str = "smollm2", steps: int = 6, seeds: int = 3, output: Path = 
     settings = {"model": model, "steps": steps, "items a step": 8}
     study = Study("Consistent classification", METRICS, "untrained", output, seeds, settings)
     for arm, seed in study.runs(ARMS):
-        found = run(arm, seed, model, steps, output)
-        study.record(arm, seed, **found)
+        metrics = run(arm, seed, model, steps, output)
+        study.record(arm, seed, **metrics)
         if not ARMS[arm]:
-            best = {"f1": found["constant_f1"], "accuracy": found["constant_accuracy"]}
+            best = {"f1": metrics["constant_f1"], "accuracy": metrics["constant_accuracy"]}
             study.record(CONSTANT, seed, agreement=1.0, f1_spread=0.0, **best)
     return study.report("Made by `examples/f2c_classification.py` of hf_xent.", base_model=model)
 

@@ -1,9 +1,9 @@
-"""An n-gram language model as a yardstick: interpolated Kneser-Ney.
+"""An n-gram language model as a baseline: interpolated Kneser-Ney smoothing.
 
     p_n(w|c) = max(count(cw) - d_n, 0) / count(c) + d_n distinct(c) / count(c) p_n-1(w|c')         p_0 = 1 / V
 
 with counts of distinct left neighbors below the highest order, and d_n = n_1 / (n_1 + 2 n_2) of each order's counts.
-Source: Kneser, Ney 1995, Improved backing-off for m-gram language modeling; interpolated as Chen, Goodman 1999.
+Source: Kneser, Ney 1995, Improved backing-off for m-gram language modeling; interpolated as in Chen, Goodman 1999.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Four ways to fine-tune a model on the same batches: with its norms, LN removal as it should be, and two controls.
+"""Four ways to fine-tune a model on the same batches: with its norms, under LN removal, and two controls.
 
     curve = tune("LN-free", seed=0, model, blocks, steps=240, Path("out"))          # in place
 
 vanilla keeps the norms; LN-free removes them on the scaled schedule; the controls remove all at once, or on schedule
-without the auxiliary loss. An arm differs from the others in what ARMS says of it, and in nothing else.
+without the auxiliary loss. The arms differ only in the options in ARMS.
 """
 
 from __future__ import annotations

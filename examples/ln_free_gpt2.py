@@ -2,8 +2,9 @@
 
     python examples/ln_free_gpt2.py [--text pydoc] [--pretraining 3000] [--steps 240] [--seeds 3] [--output out/ln-free]
 
-The model is that of pretrain_gpt2.py, made once; the arms are those of ln_free_arms.py. A seed's arms see the same
-batches. Losses are of held-out documents. The first seed's models are kept, reported on side by side and plotted.
+The model is that of pretrain_gpt2.py, trained once; the arms are those of ln_free_arms.py. The arms of a seed see the
+same batches. Losses are of held-out documents. The models of the first seed are saved, compared in a report and
+plotted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ METRICS = ("loss", "median loss", "entropy", "ECE", "NMAE (%)", "sink rate", "wo
 
 
 def untrained(model: Any, train: torch.Tensor, test: torch.Tensor) -> float:
-    """Loss when all norms go at once and nothing is trained."""
+    """The loss if all norms are removed at once, without training."""
     ln_free.wrap(model)
     ln_free.calibrate(model, [{"input_ids": train}])
     for site in ln_free.sites(model):
@@ -46,8 +47,8 @@ def main(
     for arm, seed in study.runs(ARMS):
         model = GPT2LMHeadModel.from_pretrained(folder)
         curve = tune(arm, seed, model, blocks["train"], steps, output)
-        found = ln_free.analyze(model, test)
-        values = (found.loss, found.median, found.entropy, found.ece, 100 * found.mean_nmae, found.sink_rate)
+        a = ln_free.analyze(model, test)
+        values = (a.loss, a.median, a.entropy, a.ece, 100 * a.mean_nmae, a.sink_rate)
         if seed == 0:
             if arm == study.baseline:
                 model.save_pretrained(output / arm)

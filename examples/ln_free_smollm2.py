@@ -1,9 +1,9 @@
-"""Remove every RMSNorm of SmolLM2-135M, against plain fine-tuning.
+"""Remove every RMSNorm of SmolLM2-135M by fine-tuning; compare with plain fine-tuning.
 
     python examples/ln_free_smollm2.py [--steps 480] [--text pydoc] [--output out/ln-free-smollm2]
 
-The first token's residual is some 170 times as long as the others', and one gated MLP after the other squares it: every
-block begins with the same token, divisors are made alike by `spread_weight`, and all norms fade together. One seed.
+The first token's residual is some 170 times as long as the others', and each gated MLP squares it. Therefore every
+block begins with the same token, `spread_weight` makes the divisors alike, and all norms fade out together. One seed.
 """
 
 import json
@@ -27,10 +27,10 @@ ARMS: dict[str, dict[str, Any]] = {"original": {}, "vanilla": {}, "LN-free": REM
 
 
 def blocks(text: str, tokenizer: Any) -> Any:
-    """Train and test: a begin of text and BLOCK - 1 tokens each."""
+    """Train and test sets: blocks of a BOS token and BLOCK - 1 tokens."""
     packed = data.pack(data.load_text(text), tokenizer, block_size=BLOCK - 1)
-    begun = packed.map(lambda row: {name: [tokenizer.bos_token_id, *row[name]] for name in ("input_ids", "labels")})
-    return begun.train_test_split(HELD_OUT, seed=0)
+    with_bos = packed.map(lambda row: {name: [tokenizer.bos_token_id, *row[name]] for name in ("input_ids", "labels")})
+    return with_bos.train_test_split(HELD_OUT, seed=0)
 
 
 def trainer_of(arm: str, model: Any, tokenizer: Any, rows: Any, steps: int, output: Path) -> Any:
@@ -40,13 +40,13 @@ def trainer_of(arm: str, model: Any, tokenizer: Any, rows: Any, steps: int, outp
         "adam_beta2": 0.95, "warmup_steps": 10, "logging_steps": 10, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    kind = hf_xent.LNRemovalTrainer if ARMS[arm] else hf_xent.XentTrainer
-    args = kind.config_class(**shared | ARMS[arm])
-    return kind(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer_class = hf_xent.LNRemovalTrainer if ARMS[arm] else hf_xent.XentTrainer
+    args = trainer_class.config_class(**shared | ARMS[arm])
+    return trainer_class(model, args, train_dataset=rows, processing_class=tokenizer)
 
 
 def run(arm: str, model: Any, tokenizer: Any, parts: Any, steps: int, output: Path) -> dict[str, Any]:
-    """Fine-tune, save, measure; of what diverged, the step."""
+    """Fine-tunes, saves and measures an arm; if the training diverges, returns the step at which it did."""
     if arm != "original":
         trainer = trainer_of(arm, model, tokenizer, parts["train"], steps, output)
         try:

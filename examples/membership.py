@@ -2,10 +2,10 @@
 
     python examples/membership.py [--source pydoc] [--members 40] [--seeds 3] [--output out/membership]
 
-A text is a piece of so many words. Members and as many non-members are drawn at random from the same pieces, so that
-nothing but the training tells them apart: the blind baseline, which reads words alone, has to stay near an AUROC of
-0.5, and so has every score before the training. The reference is the model before it was trained; token frequencies
-are counted on the pieces that are left over. A seed draws the texts and their order.
+A text is a piece of a given number of words. Members and as many non-members are drawn at random from the same pieces,
+so that they differ only in the training: the AUROC of the blind baseline, which reads words alone, has to stay near
+0.5, and so has that of every score before the training. The reference is the model before the training; token
+frequencies are counted on the remaining pieces. The seed determines the texts and their order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, TrainerCallback
+from transformers import DataCollatorForLanguageModeling
 
 import hf_xent
 from hf_xent import data, detection
@@ -37,11 +37,11 @@ RESAMPLES = 300
 def pieces(source: str, words: int, seed: int) -> list[str]:
     """All pieces of `words` words of a source, in the seed's order."""
     rows = [row["text"].split() for row in data.load_text(source)]
-    found = [" ".join(row[i : i + words]) for row in rows for i in range(0, len(row) - words + 1, words)]
-    return random.Random(seed).sample(found, len(found))
+    texts = [" ".join(row[i : i + words]) for row in rows for i in range(0, len(row) - words + 1, words)]
+    return random.Random(seed).sample(texts, len(texts))
 
 
-def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: Path, watch: TrainerCallback) -> None:
+def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: Path, callback: Any) -> None:
     """DOSES[-1] epochs of cross-entropy on rows of token ids."""
     config = hf_xent.XentConfig(
         output_dir=str(output / "trainer"), num_train_epochs=DOSES[-1], per_device_train_batch_size=8, seed=seed,
@@ -49,7 +49,7 @@ def train(model: Any, tokenizer: Any, rows: list[list[int]], seed: int, output: 
     )  # fmt: skip
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     rows = Dataset.from_dict({"input_ids": rows})
-    hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collator, callbacks=[watch]).train()
+    hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collator, callbacks=[callback]).train()
 
 
 def main(
@@ -61,15 +61,15 @@ def main(
     study = Study("Membership by dose", tuple(COLUMNS.values()), detection.BLIND, output, seeds, settings)
     for _, seed in study.runs([detection.BLIND]):  # it is recorded last
         drawn = pieces(source, words, seed)
-        texts, rest = drawn[: 2 * members], drawn[2 * members :]
+        texts, others = drawn[: 2 * members], drawn[2 * members :]
         loaded, tokenizer = loading.load(model)
-        q = smoothed(count(rest, tokenizer, head_of(loaded).weight.shape[0]))
+        q = smoothed(count(others, tokenizer, head_of(loaded).weight.shape[0]))
         scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q)
         labels = [1] * members + [0] * members
-        watch = MembershipCallback(scorer, texts, labels, DOSES, resamples=RESAMPLES)
-        train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, watch)
-        for score in watch.found[0]:
-            rows = {COLUMNS[dose]: found[score] for dose, found in watch.found.items()}
+        callback = MembershipCallback(scorer, texts, labels, DOSES, resamples=RESAMPLES)
+        train(loaded, tokenizer, [ids for _, ids in scorer.tokenize(texts[:members])], seed, output, callback)
+        for score in callback.results[0]:
+            rows = {COLUMNS[dose]: metrics[score] for dose, metrics in callback.results.items()}
             beside = {f"{column}, {key}": row[key] for column, row in rows.items() for key in BESIDE}
             study.record(score, seed, **{column: row["auroc"] for column, row in rows.items()}, **beside)
     return study.report(f"{members} members and as many others from the same texts ({source}); AUROC of every score.")

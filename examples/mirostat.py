@@ -1,9 +1,9 @@
-"""Sample a language model at a target surprise, and see what it does: observed surprise and repetition.
+"""Sample a language model at a target surprise, and measure the surprise and the repetition of its samples.
 
     python examples/mirostat.py [--model smollm2] [--tokens 200] [--rows 8] [--seeds 3] [--output out/mirostat]
 
-One prompt of prose, as in the paper. The surprise is the whole model's, read off a separate forward pass over what was
-written. No end token is drawn, so that all samples have the same length.
+The prompt is one piece of prose, as in the paper. The surprise is that under the whole model, from a separate forward
+pass over the samples. End tokens are excluded, so that all samples have the same length.
 """
 
 import math
@@ -46,15 +46,15 @@ def main(
         torch.manual_seed(seed)
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "attention_mask": torch.ones_like(prompts)}
         if options := ARMS[arm]:
-            found = mirostat.generate(lm, prompts, **options, **length)
+            ids = mirostat.generate(lm, prompts, **options, **length)
         else:
-            found = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
-        surprise = observed(lm, found, start)
+            ids = lm.generate(prompts, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **length)
+        surprise = observed(lm, ids, start)
         metrics = {"surprise": surprise.mean().item(), "spread": surprise.std().item()}
-        study.record(arm, seed, **metrics, **{"rep-6": diversity.repetition(found[:, start:].tolist(), 6)})
+        study.record(arm, seed, **metrics, **{"rep-6": diversity.repetition(ids[:, start:].tolist(), 6)})
     return study.report(
-        f"Bits a token of {rows} samples of {tokens} tokens a seed (mean over samples), their standard deviation over"
-        " samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",
+        f"Bits per token of {rows} samples of {tokens} tokens for each seed (mean over samples), their standard"
+        " deviation over samples, and the share of repeated 6-grams. Made by `examples/mirostat.py` of hf_xent.",
         license="apache-2.0",
         base_model=model,
     )

@@ -2,7 +2,7 @@
 
     trainer = XentTrainer(model, config, train_dataset=rows, optimizers=(Muon(model, lr=3e-3), None))
 
-Both follow one learning rate: torch's Muon is asked to match the size of AdamW's steps. For pretrain_gpt2.py it takes
+Both follow one learning rate: torch's Muon is set to match the size of AdamW's steps. For pretrain_gpt2.py it needs
 half the steps of AdamW alone.
 Source: Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks; the scale: Liu et al. 2025,
 arXiv:2502.16982.

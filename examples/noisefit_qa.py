@@ -2,10 +2,10 @@
 
     python examples/noisefit_qa.py [--model smollm2] [--data cities] [--steps 12] [--seeds 3] [--output out/noisefit]
 
-Questions and what is measured of samples are those of short_answers.py; `--data` may name any with columns `question`
-and `answer`. The authors' adapter learns the answers of some, the others are held out. `nll` is a held-out answer's,
-per token. `divergence` is KL(clean || noisy) per token in training; dropout alone makes some, so what the noise adds is
-the distance from the control with sigma 0.
+The questions and the metrics of samples are those of short_answers.py; `--data` may name any data with the columns
+`question` and `answer`. The authors' adapter is trained on part of the questions, the others are held out. `nll` is
+that of held-out answers, per token. `divergence` is KL(clean || noisy) per token in training; dropout alone causes
+some, so compare it with that of the control with sigma 0.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def run(arm: str, seed: int, model_name: str, source: str, steps: int, output: P
     )  # fmt: skip
     trainer.train()
     logs = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    found = {"nll": trainer.evaluate()["eval_loss"]} | {k: logs[k] for k in METRICS if k in logs}
-    return found | answers(trainer.model.eval(), tokenizer, parts["test"], seed)
+    metrics = {"nll": trainer.evaluate()["eval_loss"]} | {k: logs[k] for k in METRICS if k in logs}
+    return metrics | answers(trainer.model.eval(), tokenizer, parts["test"], seed)
 
 
 def main(

@@ -1,6 +1,6 @@
 """Fine-tune any causal LM without logits, in ten lines: `python examples/patch_and_train.py [MODEL] [LOSS]`.
 
-MODEL is 'smollm2' (embedded, offline; the default), a Hub id or a path; LOSS as `hf-xent losses` lists them.
+MODEL is 'smollm2' (in a package, offline; the default), a Hub id or a path; LOSS is one that `hf-xent losses` lists.
 """
 
 import sys
@@ -24,7 +24,7 @@ def main(model_name: str = "smollm2", loss: str = "cross_entropy", steps: int = 
     )
     trainer = hf_xent.XentTrainer(model, config, train_dataset=blocks)
     trainer.train()
-    print(hf_xent.patching.patch_state(model))  # how often the loss was streamed, and how often logits were made
+    print(hf_xent.patching.patch_state(model))  # how often the loss was streamed, and how often logits were computed
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -1,9 +1,9 @@
-"""Pre-train a small GPT-2 from nothing but text: byte-level BPE, model and an n-gram yardstick, all made on the spot.
+"""Pre-train a small GPT-2 from text alone: a byte-level BPE tokenizer, the model, and n-gram models as baselines.
 
     python examples/pretrain_gpt2.py [--text pydoc] [--steps 3000] [--output out/gpt2]
 
-`--text` is what `hf_xent.data.load_text` takes: 'pydoc' needs no download, and is small; 'brown:FOLDER' is 6 MB. A
-twentieth of the documents is held out. The optimizer is that of muon.py, the yardstick that of kneser_ney.py.
+`--text` is a source for `hf_xent.data.load_text`: 'pydoc' needs no download, and is small; 'brown:FOLDER' is 6 MB. A
+twentieth of the documents is held out. The optimizer is that of muon.py, the baselines are those of kneser_ney.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_xent import data
 
 VOCABULARY, CONTEXT, ROWS, END = 2048, 256, 16, "<|endoftext|>"
 SIZE = {"n_layer": 6, "n_embd": 256, "n_head": 4, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
-FAST = {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's own, in one kernel
+FAST = {"activation_function": "gelu_pytorch_tanh"}  # GPT-2's activation as one kernel
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -68,12 +68,12 @@ def main(text: str = "pydoc", steps: int = 3000, output: Path = Path("out/gpt2")
     model, tokenizer, blocks = pretrain(text, steps, output)
     rows = {name: list(part["input_ids"]) for name, part in blocks.items()}
     config = hf_xent.XentConfig(output_dir=str(output / "evaluation"), per_device_eval_batch_size=64, report_to="none")
-    found = {"gpt2": math.log(hf_xent.XentTrainer(model, config).evaluate(blocks["test"])["eval_perplexity"])}
-    found |= {f"kneser-ney {n}": kneser_ney(rows["train"], rows["test"], len(tokenizer), n) for n in (2, 3, 4)}
-    found |= {"tokens": len(rows["train"]) * CONTEXT, "parameters": model.num_parameters()}
-    show(found)
-    (output / "pretrained.json").write_text(json.dumps(found, indent=1))
-    return found
+    losses = {"gpt2": math.log(hf_xent.XentTrainer(model, config).evaluate(blocks["test"])["eval_perplexity"])}
+    losses |= {f"kneser-ney {n}": kneser_ney(rows["train"], rows["test"], len(tokenizer), n) for n in (2, 3, 4)}
+    report = losses | {"tokens": len(rows["train"]) * CONTEXT, "parameters": model.num_parameters()}
+    show(report)
+    (output / "pretrained.json").write_text(json.dumps(report, indent=1))
+    return report
 
 
 if __name__ == "__main__":

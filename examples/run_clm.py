@@ -2,7 +2,7 @@
 
     python examples/run_clm.py --model_name_or_path MODEL --train_file TEXT --output_dir out/run_clm --max_steps 100
 
-MODEL is a Hub id or a path; TEXT a text file. All options of `transformers.TrainingArguments` are taken.
+MODEL is a Hub id or a path, TEXT a text file. All options of `transformers.TrainingArguments` are accepted.
 """
 
 import math
@@ -37,11 +37,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     def blocks(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids = [i for text in rows["text"] for i in tokenizer(text)["input_ids"]]
         size = script.block_size
-        found = [ids[i : i + size] for i in range(0, len(ids) // size * size, size)]
-        return {"input_ids": found, "labels": [list(block) for block in found]}
+        parts = [ids[i : i + size] for i in range(0, len(ids) // size * size, size)]
+        return {"input_ids": parts, "labels": [list(part) for part in parts]}
 
     text = datasets.load_dataset("text", data_files=script.train_file, split="train")
-    with training.main_process_first(desc="tokenize"):  # the other ranks read what it cached
+    with training.main_process_first(desc="tokenize"):  # the other ranks read its cache
         rows = text.map(blocks, batched=True, batch_size=None, remove_columns="text")
     parts = rows.train_test_split(test_size=0.05, seed=training.seed)
     trainer = Trainer(
@@ -62,6 +62,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
-    # Ranks part in order, and after the trainer has gone: a process group that its model lets go of last waits for a
-    # thread which may wait for Python, and one that outlives Python's end may abort.
+    # End the process group explicitly, after the trainer is deleted: one that is freed last by its model waits for a
+    # thread that may wait for the interpreter, and one that outlives the interpreter may abort.
     PartialState().destroy_process_group()

@@ -1,9 +1,9 @@
-"""What five scores cost beside the loss alone: their time over that of a plain forward of the same patched model.
+"""The cost of five scores relative to the loss alone: their time over that of a plain forward of the patched model.
 
     python examples/scoring_cost.py [--model smollm2] [--texts 16] [--tokens 128] [--repetitions 9]
 
 A plain forward is `model(input_ids, labels).loss` over the same batches of token ids; scoring includes the tokenizer.
-The two alternate, so that what else the machine does hits both.
+The two alternate, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main(model: str = "smollm2", texts: int = 16, tokens: int = 128, repetitions
     loaded, tokenizer = loading.load(model)
     hf_xent.patch(loaded.eval())
     ids = tokenizer(" ".join(data.load_text("pydoc")["text"][:40]), verbose=False)["input_ids"]
-    drawn = [tokenizer.decode(ids[i * tokens : (i + 2) * tokens]) for i in range(texts)]  # longer: it is cut below
+    drawn = [
+        tokenizer.decode(ids[i * tokens : (i + 2) * tokens]) for i in range(texts)
+    ]  # longer texts, which the scorer cuts
     q = detection.frequencies(tokenizer, vocabulary=head_of(loaded).weight.shape[0])
     scorer = detection.TextScorer(loaded, tokenizer, SCORES, frequencies=q, max_tokens=tokens - 1, progress=False)
     rows = torch.tensor([row for _, row in scorer.tokenize(drawn)])
@@ -47,7 +49,7 @@ def main(model: str = "smollm2", texts: int = 16, tokens: int = 128, repetitions
     ratios = []
     for repetition in range(repetitions + 1):
         pair = seconds(plain), seconds(lambda: scorer(drawn))
-        if repetition:  # the first warms up
+        if repetition:  # the first one is a warm-up
             ratios.append(pair[1] / pair[0])
             print(f"plain {pair[0]:.2f} s, scores {pair[1]:.2f} s, ratio {ratios[-1]:.3f}")
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3

@@ -1,10 +1,10 @@
 """Classifiers that tell one kind of text from another: a small encoder under four objectives, and two controls.
 
     train, test = (labeled(ones, zeros, tokenizer) for ones, zeros in (...))
-    [found] = scores("BCE, then tpAUC-KL", train, [test], encoder="smollm2", tokenizer=tokenizer, max_steps=20, ...)
+    [values] = scores("BCE, then tpAUC-KL", train, [test], encoder="smollm2", tokenizer=tokenizer, max_steps=20, ...)
 
-All arms have the same encoder, cut to its first LAYERS layers, and number of updates; DXO begins from BCE halfway.
-A bag of words and length alone are the controls.
+All arms have the same encoder, cut to its first LAYERS layers, and the same number of updates; those of DXO train under
+BCE for the first half. The controls are a bag of words and the length alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def labeled(ones: list[str], zeros: list[str], tokenizer: Any) -> Dataset:
 def trained(arm: str, train: Dataset, encoder: str, tokenizer: Any, **options: Any) -> hf_xent.DXOTrainer:
     """An arm's classifier: half of the updates under BCE, then its loss at half the learning rate."""
     shape = {"num_labels": 1, "num_hidden_layers": LAYERS, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(options["seed"])  # the new head's weights
+    torch.manual_seed(options["seed"])  # for the weights of the new head
     model = AutoModelForSequenceClassification.from_pretrained(loading.resolve(encoder), **shape)
     config = hf_xent.DXOConfig(
         per_device_train_batch_size=16, per_device_eval_batch_size=50, warm_start=0.5, dxo_learning_rate=1e-4,
@@ -52,7 +52,7 @@ def trained(arm: str, train: Dataset, encoder: str, tokenizer: Any, **options: A
 
 
 def scores(arm: str, train: Dataset, sets: list[Dataset], **options: Any) -> list[Any]:
-    """A score of every text of every set; a larger one speaks for label 1."""
+    """The scores of the texts of every set; a larger one indicates label 1."""
     if arm == CONTROLS[1]:
         return [[len(text) for text in rows["text"]] for rows in sets]
     if arm == CONTROLS[0]:

@@ -203,7 +203,12 @@ def test_options_that_say_nothing_to_a_set_are_refused(patentmia):
         ("patentmia:x", patentmia, {}, "PatentMIA has no configurations"),
         ("pydoc", None, {"revision": "main"}, "revision is 'main', but pydoc is not read from the Hub"),
         ("patentmia", patentmia, {"revision": "main"}, "PatentMIA is not read from the Hub"),
-        ("patentmia", patentmia, {"streaming": True, "split": "train[:1]"}, "of a stream, choose one of train"),
+        (
+            "patentmia",
+            patentmia,
+            {"streaming": True, "split": "train[:1]"},
+            "a stream has no slices: choose one of train",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             load(name, path, **options)
@@ -238,7 +243,7 @@ def test_what_cannot_be_had_says_how(tmp_path, wikimia, mimir):
         ("dactyl", tmp_path / "odd", None): "no file is named after a split; name them train.jsonl, validation.jsonl",
         ("mimir", mimir, None): "name a configuration: 'mimir:arxiv'",
         ("mimir:github", mimir, "ngram_9"): "cannot read .*github_ngram_9.jsonl",
-        ("pydoc", None, "test"): "'train' alone",
+        ("pydoc", None, "test"): "has only 'train'",
     }
     for (name, path, split), message in cases.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -254,7 +259,7 @@ def test_published_places_and_sizes_are_what_is_asked_for(monkeypatch):
         return datasets.Dataset.from_list([{"input": "a", "label": 1}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.warns(UserWarning, match="has 1 rows, published were 82"):
+    with pytest.warns(UserWarning, match="has 1 rows, but 82 were published"):
         load("wikimia", split="WikiMIA_length256", revision="abc")
     assert asked == [("swj0419/WikiMIA", {"revision": "abc", "split": "WikiMIA_length256", "streaming": False})]
     asked.clear()

@@ -478,7 +478,7 @@ def test_missing_texts_and_labels_are_left_out():
 def test_what_is_evaluated_is_checked():
     values, labels = [1.0, 2.0, 3.0, 4.0], [1, 0, 1, 0]
     for call, message in (
-        (lambda: detection.evaluate({"loss": values}, ["yes", "no"] * 2), "labels are no numbers .*: pass 1"),
+        (lambda: detection.evaluate({"loss": values}, ["yes", "no"] * 2), "labels are not numbers .*: pass 1"),
         (lambda: detection.evaluate({"loss": values[:3]}, labels), "loss has 3 entries, labels 4"),
         (lambda: detection.evaluate({"loss": values}, labels, ["a"]), "texts has 1 entries, labels 4"),
         (lambda: detection.evaluate({"loss": values}, labels, resamples=1.5), "resamples is 1.5"),
@@ -521,7 +521,7 @@ def test_counts_are_of_tokens():
     assert count(["bbb"] * 700, Letters(), 3, max_tokens=2).tolist() == [0, 1400, 0]  # over batches, documents cut
     q = smoothed(np.array([0, 4, 1, 0]))
     assert q.sum() == pytest.approx(1) and q[0] == 1 / 9 and q.dtype == torch.float64
-    with pytest.raises(ValueError, match="vocabulary is 2 but the tokenizer gave id 2"):
+    with pytest.raises(ValueError, match="vocabulary is 2 but the tokenizer returned id 2"):
         count(["abc"], Letters(), 2)
 
 
@@ -600,14 +600,16 @@ def test_callback_evaluates_before_and_between(tmp_path):
         per_device_train_batch_size=1,
     )  # fmt: skip
     hf_xent.XentTrainer(model, config, train_dataset=rows, callbacks=[watch]).train()
-    assert list(watch.found) == [0, 1, 3] and list(watch.found[3]) == ["loss", "zlib", *COMPARED, detection.BLIND]
-    assert all(watch.found[0][name]["auroc"] == 0.5 for name in COMPARED)
+    assert list(watch.results) == [0, 1, 3] and list(watch.results[3]) == ["loss", "zlib", *COMPARED, detection.BLIND]
+    assert all(watch.results[0][name]["auroc"] == 0.5 for name in COMPARED)
     assert (
-        watch.found[3]["reference"]["auroc"] > 0.6
-        and watch.found[3][detection.BLIND] == watch.found[0][detection.BLIND]
+        watch.results[3]["reference"]["auroc"] > 0.6
+        and watch.results[3][detection.BLIND] == watch.results[0][detection.BLIND]
     )
+    with pytest.warns(DeprecationWarning, match="found is now results"):
+        assert watch.found is watch.results
     alone = MembershipCallback(TextScorer(model, tokenizer, ("zlib",), progress=False), TEXTS, labels, (), resamples=2)
-    assert list(alone.found[0]) == ["zlib", detection.BLIND]
+    assert list(alone.results[0]) == ["zlib", detection.BLIND]
 
 
 def test_a_registered_corpus_may_have_a_configuration(tmp_path):

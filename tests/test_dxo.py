@@ -222,7 +222,7 @@ def test_one_logit_or_two(tmp_path):
 def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="load it with num_labels=1"):
         trainer_of(tmp_path, model=encoder(labels=3))
-    with pytest.raises(ValueError, match="warm_start is 99, and training has 2 updates: its loss would never be used"):
+    with pytest.raises(ValueError, match="warm_start is 99, and training has 2 updates: the loss after it would"):
         fit(tmp_path, max_steps=2, warm_start=99)
     with pytest.raises(ValueError, match=r"model is a Llama.*, and DXO trains classifiers.*ForSequenceClassification"):
         fit(tmp_path, model=tiny())
@@ -273,8 +273,8 @@ def test_two_ranks_are_one_process_with_all_rows(tmp_path):
 def test_a_label_column_that_does_not_do_is_refused_by_name(tmp_path):
     words = rows().map(lambda row: {"labels": "ai" if row["labels"] else "human"})
     wrong = {
-        "train_dataset has the columns input_ids, attention_mask, generated: one": rows("generated"),
-        "train_dataset has the columns input_ids, attention_mask, labels, label: one": rows().add_column(
+        "train_dataset has the columns input_ids, attention_mask, generated: exactly one": rows("generated"),
+        "train_dataset has the columns input_ids, attention_mask, labels, label: exactly one": rows().add_column(
             "label", [0] * ROWS
         ),
         "train_dataset has 'ai' in column labels": words,
@@ -323,7 +323,7 @@ def test_rows_without_labels_are_predicted(tmp_path):
 
 def test_options_without_effect_are_refused(tmp_path):
     for options, message in (
-        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but a ranking's metrics"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but ranking metrics are"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential', but sampling_rate"),
         ({"warm_start": -1.0}, r"warm_start is -1\.0"),
     ):

@@ -152,7 +152,7 @@ def test_chat_templates_and_refusals():
         def __call__(self, text, **_):
             return {"input_ids": [len(text)]}
 
-    with pytest.raises(ValueError, match=r"no prefix of those with its answer 'a'"):
+    with pytest.raises(ValueError, match=r"not a prefix of those with its answer 'a'"):
         PromptFormats(Format("x", ("a", "b")), Format("y", ("a", "b"))).build(items, Merging())
 
 
@@ -422,7 +422,7 @@ def test_every_evaluation_has_its_own_names(tmp_path, rows):
     ("options", "message"),
     [
         ({"torch_compile": True}, "torch_compile is True"),
-        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but consistency is reported of all"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is True, but consistency is computed over all"),
         ({"use_liger_kernel": True}, "use_liger_kernel is True"),
         ({"method": "cce", "agreement_weight": 0.9}, "agreement_weight is 0.9, but method is 'cce'"),
         ({"method": "swarm", "cce_weight": 0.9}, "cce_weight is 0.9, but method is 'swarm'"),

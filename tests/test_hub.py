@@ -199,7 +199,9 @@ def test_card_without_numbers_makes_none_up(tmp_path):
     trainer.create_model_card(license="mit", dataset=[f"brown:{tmp_path}", str(tmp_path), "me/foxes"])
     card = hub.validate(tmp_path)
     assert card.data.datasets == ["me/foxes"] and str(tmp_path) not in card.text
-    assert card.data.eval_results is None and "Nothing was evaluated" in card.text and "](loss.png)" not in card.text
+    assert (
+        card.data.eval_results is None and "The model was not evaluated" in card.text and "](loss.png)" not in card.text
+    )
     assert not (tmp_path / ".eval_results").exists()
 
 
@@ -217,7 +219,7 @@ def test_every_trainer_writes_our_card():
     ("text", "message"),
     [
         ("# No head", "license is missing; library_name is missing; pipeline_tag is missing; tags is missing"),
-        (HEAD.replace("license: mit", "licence: mit"), "license is missing; 'licence' is no key of the Hub"),
+        (HEAD.replace("license: mit", "licence: mit"), "license is missing; 'licence' is not a key of the Hub"),
         (HEAD.replace("mit", "unknown"), "license is 'unknown': say which"),
         (f"{HEAD}\n[More Information Needed]", "left from a template"),
         (f"{HEAD}\nby {{{{ author }}}}", "left from a template"),
@@ -460,7 +462,9 @@ def sample(repo, card):
     ours = mirostat.generate(model, IDS, **options)
     mask = torch.ones_like(IDS)
     model.generation_config.update(max_length=None, eos_token_id=None)
-    shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})["found"]
+    shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})[
+        "outputs"
+    ]
     return theirs, ours, shown.shape[1]
 
 
@@ -676,7 +680,7 @@ def test_cards_of_models_without_norms_tell_where_they_come_from(tmp_path):
         hub.validate(ln_free.save(removed("llama"), None, tmp_path / "unknown"))
     half = removed("gpt2")
     ln_free.restore(half, "v.1")
-    for faulty, match in ((half, "1 norms are left in it, v.1 first"), (tiny("gpt2"), "it is normalized")):
+    for faulty, match in ((half, "1 norms are left in it, v.1 first"), (tiny("gpt2"), "its form is normalized")):
         with pytest.raises(ValueError, match=match):
             ln_free.save(faulty, None, tmp_path / "no")
     assert not (tmp_path / "no").exists()

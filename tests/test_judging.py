@@ -151,9 +151,9 @@ def test_templates_see_rows_and_chats(tokenizer):
 
 
 def test_refusals(tokenizer):
-    with pytest.raises(ValueError, match=r"choose two that are always one token each"):
+    with pytest.raises(ValueError, match=r"choose two different ones that are always one token each"):
         ModelJudge(tiny(), tokenizer, Format("{prompt}", ("a a", "b")))(ROWS, FIRST, SECOND)
-    with pytest.raises(ValueError, match=r"choose two that are always one token each"):
+    with pytest.raises(ValueError, match=r"choose two different ones that are always one token each"):
         ModelJudge(tiny(), tokenizer, Format("{prompt}", ("a", "a")))(ROWS, FIRST, SECOND)
     for wrong in ([0.5], [0.5, 1.5, 0.5], [0.5, float("nan"), 0.5]):
         with pytest.raises(ValueError, match="the judge answered 3 comparisons"):
@@ -161,7 +161,7 @@ def test_refusals(tokenizer):
     assert len(ModelJudge(tiny(), tokenizer)([], [], [])) == 0
     with pytest.raises(ValueError, match="batch_size is 0"):
         ModelJudge(tiny(), tokenizer, FORMAT, batch_size=0)(ROWS, FIRST, SECOND)
-    with pytest.raises(ValueError, match=r"a prompt with two responses has \d+ tokens, the model 64 positions"):
+    with pytest.raises(ValueError, match=r"a prompt with two responses has \d+ tokens, but the model has 64 positions"):
         ModelJudge(tiny("gpt2"), tokenizer, FORMAT)([{"prompt": "the quick " * 60}], ["a"], ["b"])
     for eps in (0, 0.5, -1, math.nan):
         with pytest.raises(ValueError, match=f"eps is {eps}"):

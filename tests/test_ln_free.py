@@ -540,7 +540,7 @@ def test_passes_over_the_limit_are_left_out_once_removal_has_begun(tmp_path, row
     log = [entry for entry in fit(tmp_path, rows, "llama", max_steps=5, **options).state.log_history if "loss" in entry]
     assert [entry["exploded"] for entry in log] == [0, 0, 0, 1, 1]
     assert [entry["grad_norm"] > 0 for entry in log] == [True, True, True, False, False]
-    with pytest.raises(ValueError, match=r"spread_limit is 0.1 and spread_weight 0"):
+    with pytest.raises(ValueError, match=r"spread_limit is 0.1 but spread_weight is 0"):
         trainer_of(tmp_path, rows, spread_limit=0.1)
 
 
@@ -694,7 +694,7 @@ def test_options_without_effect_are_refused(tmp_path, rows, options, match):
 
 def test_schedules_without_effect_are_refused(tmp_path, rows):
     given = Schedule(((3, "mlp.0"),), taper=2)
-    with pytest.raises(ValueError, match=r"removal_end is 0.5, but a schedule of its own was given"):
+    with pytest.raises(ValueError, match=r"removal_end is 0.5, but a Schedule was passed"):
         LNRemovalTrainer(tiny("gpt2"), arguments(tmp_path, LNRemovalConfig, removal_end=0.5), schedule=given)
     with pytest.raises(ValueError, match=r"schedule is 'gpt2': pass a Schedule"):
         trainer_of(tmp_path, rows, schedule="gpt2")

@@ -81,7 +81,7 @@ class Heir(Parent):
         (Child(power=1), {}, "power is 1, but it is two: leave it"),
         (Child(side="right"), {}, "side is 'right', but there is one"),
         (Child(), {"model_init": dict}, "model_init is given, but there is a model"),
-        (Config(), {}, "args is a Config: Heir takes a hf_xent.Child, with the fields of its own method"),
+        (Config(), {}, "args is a Config: Heir takes a hf_xent.Child, which has the options of its method"),
     ],
 )
 def test_refusals_of_all_classes_count(args, arguments, message):

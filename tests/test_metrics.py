@@ -108,7 +108,7 @@ def test_bootstrap_repeats_and_keeps_class_sizes():
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
-        ([1, 1], [0.1, 0.2], r"labels has the values \[1\]: both 1"),
+        ([1, 1], [0.1, 0.2], r"labels has the values \[1\]: pass 1"),
         ([1, 2], [0.1, 0.2], r"labels has the values \[1, 2\]"),
         ([1, 0], [0.1], r"labels has shape \(2,\), scores \(1,\)"),
         ([1, 0, 0], [0.1, np.nan, np.inf], "scores has 2 values that are not finite"),

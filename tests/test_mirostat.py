@@ -115,7 +115,7 @@ def test_generate_switches_other_truncation_off_and_leaves_the_configuration_alo
     assert rank.max() > 50  # what transformers' default top-k would have cut
     assert model.generation_config.to_dict() == before
     for name, value in {"top_k": 5, "num_beams": 2, "assistant_model": model}.items():
-        with pytest.raises(ValueError, match=f"{name} is given: Mirostat alone"):
+        with pytest.raises(ValueError, match=f"{name} is given, but Mirostat alone"):
             generate(model, ids, **{name: value})
 
 

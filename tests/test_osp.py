@@ -243,8 +243,8 @@ def test_chats_and_evaluation(tmp_path):
     ({"pairs": "some"}, "pairs is 'some': choose 'best_worst', 'adjacent' or 'all'"),
     ({"num_generations": 1}, r"num_generations is 1: choose a whole number in \[2, inf\)"),
     ({"strength_eps": 0.5}, "strength_eps is 0.5"),
-    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is True, but pairs are made on the way"),
-    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length', but pairs"),
+    ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs is True, but the pairs are made during training"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is 'group_by_length', but the pairs"),
     ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "dataloader_persistent_workers is True"),
 ])  # fmt: skip
 def test_options_that_do_not_fit(tmp_path, options, message):

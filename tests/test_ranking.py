@@ -390,5 +390,5 @@ def test_sampler_epochs_seeds_and_small_classes():
     assert torch.equal(state, torch.random.get_rng_state())
     for bad in ({"labels": [0, 0]}, {"labels": [0, 1], "batch_size": 1}, {"labels": [0, 1], "rate": 1.0},
                 {"labels": [0, 1], "batch_size": 2.5}, {"labels": [0, 1], "rate": float("nan")}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"both are needed|batch_size is"):
+        with pytest.raises(ValueError, match=r"pass both|batch_size is"):
             auc.DualSampler(**{"batch_size": 4, **bad})

@@ -344,7 +344,7 @@ def test_data_that_do_not_fit_are_refused_by_name(saved, tmp_path, change, messa
 
 
 def test_what_trl_would_load_by_name_is_asked_for(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"model has no name, by which .* pass processing_class and ref_model"):
+    with pytest.raises(ValueError, match=r"model has no name from which .* pass processing_class and ref_model"):
         trainer_of(*SPCE, tmp_path, saved, model=tiny())
     with pytest.raises(ValueError, match="use_liger_kernel is True"):
         trainer_of(*SPCE, tmp_path, saved, use_liger_kernel=True)

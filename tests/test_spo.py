@@ -163,7 +163,7 @@ def test_what_spo_cannot_do_is_refused(saved, tmp_path):
         trainer_of(SPOTrainer, trl.DPOConfig, tmp_path, saved)
     with pytest.raises(ValueError, match=r"args is a SPCEConfig: SoftTrainer takes a hf_xent\.SPOOptions"):
         trainer_of(SoftTrainer, SPCEConfig, tmp_path, saved)
-    with pytest.raises(ValueError, match="args is None: SPOKTOTrainer takes a configuration made of"):
+    with pytest.raises(ValueError, match="args is None: SPOKTOTrainer takes a configuration whose class derives"):
         SPOKTOTrainer(tiny(), train_dataset=table())
 
 

@@ -196,7 +196,9 @@ def read_activations(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete file ({error}): make it with `hf-xent bench --export FILE`") from error
+        raise ValueError(
+            f"{path} is not a complete file ({error}): make it with `hf-xent bench --export FILE`"
+        ) from error
     with opened as file:
         source = (file.metadata() or {}).get("source")
         if source is None or set(file.keys()) != {"hidden", "weight", "scale", "labels"}:

@@ -1,4 +1,4 @@
-"""The patch as a callback, for scripts that own nothing but their trainer."""
+"""The patch as a callback, for scripts that have access to the trainer only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PatchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Patch the model."""
-        self._training.close()  # a training that failed has not ended
+        self._training.close()  # a training that failed did not call on_train_end
         self._training.enter_context(patched(kwargs["model"], self.loss, **self.options))
 
     def on_train_end(

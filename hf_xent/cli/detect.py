@@ -8,6 +8,7 @@ from rich.table import Table
 from typer import Argument
 
 from ..experiments.detection import Detection, Task
+from ..system import renamed
 from .app import prepare
 from .options import AutoDType, Column, Json, Model, Split, TextArgument, check_dtype, takes
 from .output import emit, err
@@ -74,3 +75,7 @@ def _line(summary: dict[str, Any]) -> str:
     if summary.get("unlabeled"):
         line += f"; {summary['unlabeled']} texts without a label are left out of the metrics"
     return line
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -1,4 +1,4 @@
-"""Floor 1: datasets, a file and a line in `DATASETS` each; `load_text` opens any text, `pack` cuts it into blocks."""
+"""Floor 1: datasets, each a file and a line in `DATASETS`; `load_text` opens any text, `pack` cuts it into blocks."""
 
 from __future__ import annotations
 

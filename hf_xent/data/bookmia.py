@@ -1,7 +1,7 @@
 """'bookmia': snippets of books that some models have seen (member) and of books published later (non-member).
 
-Rows of one book are not independent: `source` is the book, to group by. Some published snippets hold control characters
-(NUL, \\x14) where punctuation was; they become spaces.
+Rows of one book are not independent: `source` is the book, by which they can be grouped. Some published snippets have
+control characters (NUL, \\x14) instead of punctuation; they are replaced by spaces.
 
 Source: Shi et al. 2024, Detecting Pretraining Data, arXiv:2310.16789; Hub swj0419/BookMIA (MIT).
 Columns: book, snippet_id, snippet, label (1 = seen). Data: text, label, source, length.

@@ -1,11 +1,12 @@
-"""'cities': some 250 cities with their country and continent, facts to ask a language model for.
+"""'cities': some 250 cities with their country and continent, as facts to ask a language model for.
 
-Made of the time zone database, which the package `tzdata` carries: always there, no download. A zone is named after
-its area and best known city, and its table tells the country: `CO +0436-07405 America/Bogota`. Kept are the areas of
-CONTINENTS, without names of three parts, countries with a note in brackets, and cities that name their country.
+They come from the time zone database of the package `tzdata`, without a download. A zone is named after its area and
+best known city, and its table gives the country: `CO +0436-07405 America/Bogota`. Areas outside of CONTINENTS, names of
+three parts, countries with a note in brackets, and cities whose name has that of the country (or the reverse) are left
+out.
 
 Source: IANA time zone database, `zone.tab` and `iso3166.tab`; public domain.
-Columns: city, country, continent, label (the continent's place in CONTINENTS), question, answer, text.
+Columns: city, country, continent, label (the continent's index in CONTINENTS), question, answer, text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CONTINENTS = ("Africa", "America", "Asia", "Europe")
 
 
 def make() -> Any:
-    """One row a city, by country code."""
+    """One row for each city, in the order of country codes."""
     from datasets import Dataset  # lazy: half a second
 
     countries = dict(_table("iso3166.tab"))
@@ -27,8 +28,8 @@ def make() -> Any:
     for code, _, zone, *_ in _table("zone.tab"):
         area, *names = zone.split("/")
         city, country = names[-1].replace("_", " "), countries[code]
-        alike = city in country or country in city
-        if area in CONTINENTS and len(names) == 1 and "(" not in country and not alike:
+        name_each_other = city in country or country in city
+        if area in CONTINENTS and len(names) == 1 and "(" not in country and not name_each_other:
             row = {"city": city, "country": country, "continent": area, "label": CONTINENTS.index(area)}
             question = {"question": f"In which country is the city of {city}?", "answer": country}
             rows.append({**row, **question, "text": f"{city} is a city in {country}, {area}."})

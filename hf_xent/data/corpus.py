@@ -1,13 +1,13 @@
-"""What a registered dataset is: where it was published, what its rows become, what the card of a copy has to tell.
+"""A registered dataset: where it was published, the schema of its rows, and the caveat for the card of a copy.
 
     Hub repository | local folder, zip, JSONL, Parquet  ->  rows as published  ->  rows of the family's schema
 
     membership   text, label (non-member, member), source, length        length in characters
     generated    text, label (human, ai), model, domain, category        the last two may be null
-    text         as the dataset's file says
+    text         as in the docstring of the dataset's file
 
-Every row is checked as it is read, streaming or not: the published columns are there, text is not empty, a label is 0
-or 1. Rows are neither dropped nor reordered.
+Every row is checked as it is read, streaming or not: the published columns exist, text is not empty, a label is 0 or 1.
+Rows are neither dropped nor reordered.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import first_line, located, table
+from .files import files_by_split, first_line, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
-"""Family -> the names of label 0 and 1; scores that are higher for the second one say so."""
+"""Family -> the names of labels 0 and 1; label 1 is the positive class of scores."""
 
 
 class Source(NamedTuple):
-    """Which copy of a dataset to read: a local `path`, or what was published, at `revision`."""
+    """Which copy of a dataset to read: a local `path`, or the published one at `revision`."""
 
     path: Path | None = None
     config: str = ""
@@ -43,37 +43,37 @@ class Corpus:
     license: str
     """The Hub's name for it."""
     caveat: str
-    """What a card of any copy has to tell."""
+    """A warning for the card of any copy."""
     source: str
     """Who published it, and where."""
     row: Callable[[dict[str, Any]], dict[str, Any]]
     """A row as published -> a row in the schema of the family."""
     columns: tuple[str, ...]
-    """Columns as published, those that `row` reads."""
+    """The published columns that `row` reads."""
     splits: dict[str, int | None]
-    """Split -> rows as published, None where that is not known."""
+    """Split -> the published number of rows, None where that is not known."""
     repo: str | None = None
     """Hub id, where there is one."""
     language: str = "en"
     tasks: tuple[str, ...] = field(default=("text-classification",))
     configured: bool = False
-    """Whether a configuration stands after the name: 'mimir:arxiv'."""
+    """Whether a configuration follows the name: 'mimir:arxiv'."""
 
     def load(self, source: Source, split: str | None) -> Any:
         """The rows of a split, or all splits by name; see `hf_xent.data.load`."""
         return self.unify(self.read(source, split), source, split)
 
     def read(self, source: Source, split: str | None) -> Any:
-        """The rows as published, which nothing has looked at yet."""
+        """The rows as published, not yet checked."""
         self._check(source)
         source = self.placed(source)
         try:
             return self.open(source, split)
-        except Exception as error:  # `datasets` and the Hub raise a dozen kinds
+        except Exception as error:  # `datasets` and the Hub raise many types of them
             raise ValueError(self._complaint(source, error)) from error
 
     def unify(self, rows: Any, source: Source, split: str | None) -> Any:
-        """What `read` gave, checked and in the schema of the family."""
+        """The rows of `read`, checked and in the schema of the family."""
         source = self.placed(source)
         if isinstance(rows, dict):
             return type(rows)({name: self._unify(part, source, name) for name, part in rows.items()})
@@ -84,18 +84,18 @@ class Corpus:
         from datasets import load_dataset
 
         if source.path is not None:
-            parts = located(source.path, self.splits)
-            return chosen({name: table(*part, streaming=source.streaming) for name, part in parts.items()}, split)
+            parts = files_by_split(source.path, self.splits)
+            return select_split({name: table(*part, streaming=source.streaming) for name, part in parts.items()}, split)
         if self.repo is None:
             raise ValueError("not on the Hub")
         return load_dataset(self.repo, revision=source.revision, split=split, streaming=source.streaming)
 
     def placed(self, source: Source) -> Source:
-        """The source with its path, where something else tells it."""
+        """The source with its path, for datasets whose configuration is one."""
         return source
 
     def _check(self, source: Source) -> None:
-        """Refuse options that have no meaning for this dataset."""
+        """Raises: ValueError for options that have no meaning for this dataset."""
         if source.config and not self.configured:
             raise ValueError(f"{self.title} has no configurations, {source.config!r} was asked for: leave it out")
         if source.revision is not None and (source.path is not None or self.repo is None):
@@ -116,7 +116,7 @@ class Corpus:
         return Features({"text": text, "label": label, **more[self.family]})
 
     def _unify(self, rows: Any, source: Source, split: str | None) -> Any:
-        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know its columns from its rows alone
+        columns = rows.column_names or list(next(iter(rows), {}))  # some streams know their columns only by their rows
         if missing := [name for name in self.columns if name not in columns]:
             raise ValueError(
                 f"{self.title}: no column {', '.join(missing)} among {', '.join(columns) or 'none'}; pass a copy as it"
@@ -133,7 +133,7 @@ class Corpus:
             raise ValueError(f"{self.title} (split {split}) has no rows: choose another split or copy")
         if source.path is None and expected not in (None, len(rows)):
             warnings.warn(
-                f"{self.title} {split} has {len(rows)} rows, published were {expected}: it changed, pin a revision",
+                f"{self.title} {split} has {len(rows)} rows, but {expected} were published: it changed, pin a revision",
                 stacklevel=5,
             )
 
@@ -141,29 +141,29 @@ class Corpus:
         if source.path is not None:
             return f"{self.title}: cannot read {source.path}: {first_line(error)}"
         if self.repo is None:
-            return f"{self.title} is not on the Hub: get it from {self.source}, then give its place as path"
+            return f"{self.title} is not on the Hub: get it from {self.source}, then pass its location as path"
         return (
-            f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection give a"
-            " local copy as path, behind a mirror set HF_ENDPOINT, for a gated one log in with `hf auth login`"
+            f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection pass a"
+            " local copy as path, for a mirror set HF_ENDPOINT, for a gated dataset log in with `hf auth login`"
         )
 
 
 @dataclass(frozen=True)
 class InstalledCorpus(Corpus):
-    """A dataset made of what is installed; its only split is 'train'."""
+    """A dataset made from an installed package; its only split is 'train'."""
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()
     """Columns of whole numbers; the others are text."""
 
     def open(self, source: Source, split: str | None) -> Any:
-        """The rows as they are made, or those of a copy."""
+        """The rows of `make`, or those of a copy."""
         if source.path is not None:
             return super().open(source, split)
-        return sliced(self.make(), split, source.streaming)
+        return split_of_train(self.make(), split, source.streaming)
 
     def features(self) -> Any:
-        """Text and whole numbers."""
+        """Columns of text and of whole numbers."""
         from datasets import Features, Value
 
         return Features({name: Value("int64" if name in self.numbers else "string") for name in self.columns})
@@ -173,11 +173,11 @@ class InstalledCorpus(Corpus):
             return super()._complaint(source, error)
         if isinstance(error, ImportError):
             return first_line(error)
-        return f"split: {self.title!r} has 'train' alone, or a slice of it such as 'train[:90%]'"
+        return f"split: {self.title!r} has only 'train'; choose it, or a slice of it such as 'train[:90%]'"
 
 
-def chosen(parts: dict[str, Any], split: str | None) -> Any:
-    """Of splits by name what `split` asks for, as `datasets.load_dataset` gives it: all, one, or slices of them."""
+def select_split(parts: dict[str, Any], split: str | None) -> Any:
+    """Selects a split, slices of splits, or all (None) from splits by name, as `datasets.load_dataset` does."""
     from datasets import DatasetDict, IterableDataset, IterableDatasetDict, ReadInstruction, concatenate_datasets
 
     streaming = any(isinstance(rows, IterableDataset) for rows in parts.values())
@@ -185,7 +185,7 @@ def chosen(parts: dict[str, Any], split: str | None) -> Any:
         return (IterableDatasetDict if streaming else DatasetDict)(parts)
     if streaming:
         if split not in parts:
-            raise ValueError(f"split is {split!r}: of a stream, choose one of {', '.join(parts)} as a whole")
+            raise ValueError(f"split is {split!r}, but a stream has no slices: choose one of {', '.join(parts)}")
         return parts[split]
     sizes = {name: len(rows) for name, rows in parts.items()}
     slices = ReadInstruction.from_spec(split).to_absolute(sizes)
@@ -196,11 +196,11 @@ def chosen(parts: dict[str, Any], split: str | None) -> Any:
     return selected[0] if len(selected) == 1 else concatenate_datasets(selected)
 
 
-def sliced(whole: Any, split: str | None, streaming: bool) -> Any:
-    """Rows made at once, which are 'train', as `datasets.load_dataset` returns them."""
-    part = whole if split is None else chosen({"train": whole}, split)
+def split_of_train(whole: Any, split: str | None, streaming: bool) -> Any:
+    """Rows that are all of the split 'train', in the form that `datasets.load_dataset` returns for a split."""
+    part = whole if split is None else select_split({"train": whole}, split)
     part = part.to_iterable_dataset() if streaming else part
-    return chosen({"train": part}, None) if split is None else part
+    return select_split({"train": part}, None) if split is None else part
 
 
 def member(text: Any, label: Any, source: str) -> dict[str, Any]:
@@ -209,14 +209,14 @@ def member(text: Any, label: Any, source: str) -> dict[str, Any]:
 
 
 def checked_text(text: Any) -> str:
-    """`text`, if there is any."""
+    """The text. Raises: ValueError if it is empty or not a string."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"a row has the text {text!r}: every row needs some; the copy is broken")
     return text
 
 
 def checked_label(label: Any) -> int:
-    """`label`, if it is 0 or 1; in a table without types it is a word."""
+    """The label as a number; a table without types has it as a word. Raises: ValueError unless it is 0 or 1."""
     if label not in (0, 1, "0", "1"):
         raise ValueError(f"a row has the label {label!r}: labels are 0 and 1; the copy is broken")
     return int(label)

@@ -1,6 +1,6 @@
-"""'dactyl': human texts of six domains and texts by eleven commercial and several further trained models.
+"""'dactyl': human texts of six domains, and texts by eleven commercial models and several fine-tuned ones.
 
-`category` is null for rows of further trained and base models.
+`category` is null for rows of fine-tuned and base models.
 
 Source: Thorat and Caines 2025, DACTYL, arXiv:2508.00619; Hub ShantanuT01/DACTYL (MIT).
 Columns: id, text, target (1 = AI), model ('human' or the generator), domain, category.

@@ -1,12 +1,12 @@
-"""Files that hold rows: of one kind, in a folder, in a zip, or named by split. Their contents are not changed.
+"""Reads rows from files: of one type, in a folder, in a zip, or named by split. Contents are not changed.
 
-    .txt               a row a file, without its byte order mark
-    .csv, .tsv         rows of text: 007 and NA are the words they are, an empty cell is an empty text
-    .json, .jsonl, .ndjson, .parquet   rows with the types that they have there
-    a folder of `Dataset.save_to_disk` the same
+    .txt               one row per file, without its byte order mark
+    .csv, .tsv         rows of text: 007 and NA stay text, an empty cell is an empty text
+    .json, .jsonl, .ndjson, .parquet   rows with the types of the file
+    a folder of `Dataset.save_to_disk`, likewise
 
-All but Parquet may be compressed (.gz, .bz2, .xz). A suffix counts in upper case too, a path is never a pattern, and a
-link stands for what it leads to.
+All but Parquet may be compressed (.gz, .bz2, .xz). Suffixes may be in upper case, paths are never read as patterns, and
+links are followed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BUILDERS = {
 SAVED = "saved"
 """The kind of a folder that `Dataset.save_to_disk` wrote."""
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""Suffix after that one -> what opens the file."""
+"""Suffix of a compression, which follows that of the kind -> function that opens the file."""
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -43,29 +43,29 @@ NUMBERS = {
     "float64": re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
     "bool": re.compile(r"true|false|True|False|TRUE|FALSE"),
 }
-"""Type -> how a program writes its values."""
+"""Type -> pattern of its values in a text file."""
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix that tells the kind of a file, in lower case and without that of a compression."""
+    """The suffix that determines the kind of a file, in lower case and without that of a compression."""
     return _plain(file).suffix.lower()
 
 
-def place_of(source: str | Path) -> Path:
-    """The path as it is written, where there is such a file or folder, else with its '~' as the home folder."""
+def expanded_path(source: str | Path) -> Path:
+    """The path as given if it exists, else with '~' expanded to the home folder."""
     path = Path(source)
-    if os.path.exists(path):  # unlike the method, it says False of a name that is too long
+    if os.path.exists(path):  # unlike Path.exists, it returns False for a name that is too long
         return path
     try:
         return path.expanduser()
-    except RuntimeError:  # '~name' of nobody
+    except RuntimeError:  # '~name' of an unknown user
         return path
 
 
-def readable(path: Path) -> tuple[str, list[Path]]:
-    """The kind of a file, or of all files of a folder in the order of their paths; what systems hide is skipped.
+def files_of(path: Path) -> tuple[str, list[Path]]:
+    """The kind of a file, or of all files of a folder in the order of their paths; hidden files are skipped.
 
-    Raises: ValueError where there are none, or of several kinds, or a link that leads nowhere.
+    Raises: ValueError if there are no files, several kinds of them, or a broken link.
     """
     if path.is_file():
         return kind_of(path, [path])
@@ -74,26 +74,28 @@ def readable(path: Path) -> tuple[str, list[Path]]:
         raise ValueError(f"{path} has several splits, as save_to_disk wrote them: name the folder of one ({splits})")
     if all((path / name).is_file() for name in ("state.json", "dataset_info.json")):
         return SAVED, [path]
-    files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _shown(file, path))
+    files = sorted(file for file in _within(path) if suffix_of(file) in BUILDERS and _is_visible(file, path))
     if broken := [file for file in files if file.is_symlink() and not file.exists()]:
-        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which is not there: mend or remove it")
+        raise ValueError(
+            f"{broken[0]} is a link to {os.readlink(broken[0])}, which does not exist: repair or remove it"
+        )
     return kind_of(path, [file for file in files if file.is_file()])
 
 
 def kind_of(path: Path, files: list[Path]) -> tuple[str, list[Path]]:
-    """The one kind of files that were found at a path, and the files. Raises: ValueError as `readable`."""
+    """The single kind of the files that are at a path, and the files. Raises: ValueError as `files_of`."""
     kinds = {BUILDERS.get(suffix_of(file)) for file in files}
     if len(kinds) != 1 or None in kinds:
         suffixes = ", ".join(sorted({suffix_of(file) or file.name for file in files})) or "none of them"
-        raise ValueError(f"{path}: files of one kind among {', '.join(BUILDERS)} are read, found {suffixes}")
+        raise ValueError(f"{path} has files {suffixes}: pass files of one kind among {', '.join(BUILDERS)}")
     [kind] = kinds
     return str(kind), files
 
 
 def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
-    """The rows of files of one kind, one after the other, as a `datasets.Dataset` or a stream of them.
+    """The rows of files of one kind, one file after the other, as a `datasets.Dataset` or a stream.
 
-    Raises: an error of `datasets`, or a ValueError in its chain of causes, for what cannot be read.
+    Raises: an error of `datasets`, or a ValueError in its chain of causes, for a file that cannot be read.
     """
     from datasets import Dataset, Features, IterableDataset, Value, load_dataset  # lazy: half a second
 
@@ -106,12 +108,12 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     if kind in ("json", "parquet"):
         if wrong := [file for file in files if "::" in str(file)]:
             raise ValueError(f"{wrong[0]} has '::' in its name, which `datasets` splits it at: rename it")
-        names = [glob.escape(str(file)) for file in files]  # they would be taken for patterns
-        options = {"encoding": "utf-8-sig"} if kind == "json" else {}  # not by default: bytes would go unchecked
+        names = [glob.escape(str(file)) for file in files]  # they would be read as patterns
+        options = {"encoding": "utf-8-sig"} if kind == "json" else {}  # by default the encoding is not checked
         return load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
     columns = ["text"] if kind == "text" else _columns(files)
     features = Features({name: Value("string") for name in columns})
-    # the stamps are read by the cache of `datasets`: a file that has changed is read anew
+    # the cache of `datasets` hashes the time stamps, so a file that has changed is read again
     stamped = {"stamped": tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)}
     rows = _documents if kind == "text" else _cells
     if streaming:
@@ -119,28 +121,28 @@ def table(kind: str, files: Iterable[Path], *, streaming: bool = False) -> Any:
     return Dataset.from_generator(rows, features=features, gen_kwargs=stamped)
 
 
-def written_as(cells: Iterable[str]) -> str | None:
-    """The type that all cells of a column are written as, a number or a truth value; None for text."""
-    kinds = dict(NUMBERS)
+def inferred_type(cells: Iterable[str]) -> str | None:
+    """The type of a column whose cells are all written as numbers or as truth values; None for text."""
+    candidates = dict(NUMBERS)
     for cell in filter(None, cells):
-        kinds = {name: pattern for name, pattern in kinds.items() if pattern.fullmatch(cell)}
-        if not kinds:
+        candidates = {name: pattern for name, pattern in candidates.items() if pattern.fullmatch(cell)}
+        if not candidates:
             return None
-    return next(iter(kinds)) if len(kinds) < len(NUMBERS) else None
+    return next(iter(candidates)) if len(candidates) < len(NUMBERS) else None
 
 
-def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path]]]:
+def files_by_split(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path]]]:
     """Split -> kind and files of a local copy of a published dataset with these splits.
 
-    A folder whose README.md names its files is read as the Hub reads it. Elsewhere a file belongs to the split its name
-    is or begins with ('validation.jsonl', 'train-00000-of-00002.parquet'); with one split, all files do.
+    A folder whose README.md names its files is read as the Hub reads it. Elsewhere a file belongs to the split that its
+    name equals or begins with ('validation.jsonl', 'train-00000-of-00002.parquet'); with one split, all files do.
     """
     if not path.exists():
-        raise ValueError(f"path is {str(path)!r}: there is no such file or folder")
+        raise ValueError(f"path is {str(path)!r}: there is no such file or folder, pass an existing one")
     path = unpacked(path) if path.suffix.lower() == ".zip" else path
-    if named := _named(path):
-        return {split: kind_of(path, files) for split, files in named.items()}
-    kind, files = readable(path)
+    if files_in_readme := _files_in_readme(path):
+        return {split: kind_of(path, files) for split, files in files_in_readme.items()}
+    kind, files = files_of(path)
     names = list(splits)
     groups = {name: [f for f in files if _stem(f) == name or f.name.startswith(f"{name}-")] for name in names}
     groups = {name: group for name, group in groups.items() if group}
@@ -152,16 +154,16 @@ def located(path: Path, splits: Iterable[str]) -> dict[str, tuple[str, list[Path
 
 
 def unpacked(path: Path) -> Path:
-    """The folder a zip was unpacked into, in the cache of `datasets`."""
+    """Unpacks a zip into the cache of `datasets`, and returns the folder."""
     from datasets import DownloadConfig, DownloadManager, config
 
-    # by force: the cache goes by the path alone, and the file there may be another by now
+    # forced, since the cache compares paths alone, and the file may have changed
     options = DownloadConfig(cache_dir=config.HF_DATASETS_CACHE, force_extract=True)
     return Path(DownloadManager(download_config=options).extract(str(path)))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the innermost cause: `datasets` wraps the one that says something."""
+    """The first line of the innermost cause, since `datasets` wraps the informative error in others."""
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
@@ -170,41 +172,41 @@ def first_line(error: BaseException) -> str:
 
 
 def _opened(file: Path, **options: Any) -> Any:
-    """A file as text, UTF-8, or what its byte order mark says; the mark is no part of it."""
+    """Opens a file as text, in UTF-8 or the encoding of its byte order mark, which is left out."""
     opener = COMPRESSED.get(file.suffix.lower(), open)
     with opener(file, "rb") as start:
         head = start.read(4)
     encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in head:
-        raise ValueError("it begins with NUL, as UTF-16 without a byte order mark or no text does: save it as UTF-8")
+        raise ValueError("it begins with NUL, as UTF-16 without a byte order mark or binary data: save it as UTF-8")
     return opener(file, "rt", encoding=encoding, **options)
 
 
 def _rows(files: Iterable[Path]) -> int:
-    """Rows of Parquet files."""
+    """The number of rows of Parquet files."""
     from pyarrow import parquet  # type: ignore[import-untyped]  # lazy, and a dependency of `datasets`
 
     return sum(parquet.read_metadata(file).num_rows for file in files)
 
 
 def _documents(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """A row a file."""
+    """One row per file."""
     for name, *_ in stamped:
-        with _naming(name), _opened(Path(name)) as file:
+        with _errors_with_name(name), _opened(Path(name)) as file:
             yield {"text": file.read()}
 
 
 def _cells(stamped: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
     """The rows of tables."""
     for name, *_ in stamped:
-        with _naming(name), _opened(Path(name), newline="") as file:
+        with _errors_with_name(name), _opened(Path(name), newline="") as file:
             for part in _parsed(file, name, chunksize=10_000):
                 yield from part.to_dict("records")
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Errors of reading tell the file, of which there may be many."""
+def _errors_with_name(name: str) -> Iterator[None]:
+    """Adds the name of the file, one of several, to errors of reading it."""
     try:
         yield
     except (ValueError, EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -212,7 +214,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _parsed(file: Any, name: str, **options: Any) -> Any:
-    """A table by pandas, every cell as the text it is."""
+    """A table read by pandas, every cell as text."""
     import pandas  # lazy: half a second, and a dependency of `datasets`
 
     separator = "\t" if suffix_of(Path(name)) == ".tsv" else ","
@@ -220,21 +222,21 @@ def _parsed(file: Any, name: str, **options: Any) -> Any:
 
 
 def _columns(files: Iterable[Path]) -> list[str]:
-    """The columns of tables, which all have to have the same.
+    """The columns of tables, which have to be the same in all of them.
 
-    Raises: ValueError for a header that names too few, or one twice.
+    Raises: ValueError for a header with too few names, or the same one twice.
     """
     headers: dict[tuple[str, ...], Path] = {}
     rows = 0
     for file in files:
-        with _naming(str(file)), _opened(file, newline="") as stream:
+        with _errors_with_name(str(file)), _opened(file, newline="") as stream:
             head = _parsed(stream, file.name, nrows=1)
-            if not head.index.equals(head.reset_index(drop=True).index):  # pandas takes the first fields for row names
+            if not head.index.equals(head.reset_index(drop=True).index):  # pandas reads the first fields as row names
                 raise ValueError("rows have more fields than the header: put texts that have commas in quotes")
             stream.seek(0)
             names = [name for name in _parsed(stream, file.name, nrows=1, header=None).iloc[0] if name]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"the header names the column {twice[0]!r} twice: rename or remove one")
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"the header names the column {repeated[0]!r} twice: rename or remove one")
             rows += len(head)
             headers.setdefault(tuple(map(str, head.columns)), file)
     if len(headers) > 1:
@@ -256,23 +258,23 @@ def _stem(file: Path) -> str:
 
 
 def _within(folder: Path) -> Iterator[Path]:
-    """All that is in a folder and in those that are in it or linked there, each of them once."""
+    """All files in a folder and its subfolders, linked ones included, each folder once."""
     seen = set()
     for current, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
-        if (real := os.path.realpath(current)) in seen:  # a link to a folder above it, say
+        if (real := os.path.realpath(current)) in seen:  # such as by a link to a parent folder
             folders.clear()
             continue
         seen.add(real)
         yield from (Path(current, name) for name in names)
 
 
-def _shown(file: Path, folder: Path) -> bool:
+def _is_visible(file: Path, folder: Path) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
 
 
-def _named(folder: Path) -> dict[str, list[Path]]:
-    """Split -> files, as the README.md of a folder names them; none where it names none."""
+def _files_in_readme(folder: Path) -> dict[str, list[Path]]:
+    """Split -> files, as the README.md of a folder names them; empty if it names none."""
     from huggingface_hub import DatasetCard
 
     readme = folder / "README.md"
@@ -288,5 +290,5 @@ def _named(folder: Path) -> dict[str, list[Path]]:
         for pattern in [paths] if isinstance(paths, str) else paths:
             parts.setdefault(split, []).extend(sorted(file for file in folder.glob(pattern) if file.is_file()))
     if empty := [split for split, files in parts.items() if not files]:
-        raise ValueError(f"{readme} names files of the split {empty[0]} that are not there")
+        raise ValueError(f"{readme} names files of the split {empty[0]} that are not there: add them, or correct it")
     return parts

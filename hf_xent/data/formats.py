@@ -4,11 +4,11 @@
         Format("{premise} So is it true that {hypothesis}?", ("Yes", "No")),
         Format("Premise: {premise} Hypothesis: {hypothesis} Answer:", ("True", "False")),
     )
-    rows = formats.build(dataset, tokenizer)          # one row an item: all formats with all answers, as token ids
+    rows = formats.build(dataset, tokenizer)          # a row has an item in all formats with all answers, as token ids
     batch = formats.collate(rows[:2], pad=0)          # [items, formats, answers, tokens]
 
-An answer is what a model should continue the prompt with; it follows a space, unless the prompt ends in one, and is
-followed by nothing. A tokenizer with a chat template puts the prompt into a user's message.
+An answer is a continuation of the prompt; it follows a space, unless the prompt ends in one, and nothing follows it. A
+tokenizer with a chat template puts the prompt into a user message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to ask for the class of an item; both arguments have an item's fields in braces.
+    """One way to ask for the class of an item; both arguments may have fields of the item in braces.
 
     Args:
         template: The prompt: '{premise} So is it true that {hypothesis}?'.
@@ -37,16 +37,16 @@ class Format:
         """Token ids of an item's prompt and answers.
 
         Args:
-            item: Its fields by name.
-            tokenizer: The model's.
-            chat: Whether the prompt goes through the tokenizer's chat template, if it has one.
+            item: The item's fields by name.
+            tokenizer: The model's tokenizer.
+            chat: Whether the tokenizer's chat template is applied to the prompt, if it has one.
 
         Returns:
             The ids of the prompt, and those of each answer.
 
         Raises:
-            ValueError: For a field the item does not have, or a prompt whose tokens are no prefix of those with its
-                answer.
+            ValueError: For a field that the item does not have, or a prompt whose tokens are not a prefix of those with
+                its answer.
         """
         try:
             text = self.template.format_map(item)
@@ -60,15 +60,15 @@ class Format:
             message = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         space = "" if text[-1:].isspace() else " "
-        special = not templated  # a chat template writes its own
+        special = not templated  # a chat template has its own special tokens
         prompt = tokenizer(text, add_special_tokens=special)["input_ids"]
         encoded = []
         for answer in answers:
             whole = tokenizer(text + space + answer, add_special_tokens=special)["input_ids"]
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
                 raise ValueError(
-                    f"the tokens of a prompt are no prefix of those with its answer {answer!r}: end the template on a"
-                    f" token boundary: {self.template!r}"
+                    f"the tokens of a prompt are not a prefix of those with its answer {answer!r}: end the template on"
+                    f" a token boundary: {self.template!r}"
                 )
             encoded.append(whole[len(prompt) :])
         return prompt, encoded
@@ -78,7 +78,7 @@ class PromptFormats:
     """The K formats of a task with C answer choices; see the module's docstring.
 
     Args:
-        *formats: Two at least, all with the same number of answers, two at least.
+        *formats: At least two formats, all with the same number of answers, at least two.
 
     Raises:
         ValueError: For fewer than two formats or answers, or formats with different numbers of answers.
@@ -94,20 +94,20 @@ class PromptFormats:
             )
 
     def build(self, dataset: Any, tokenizer: Any, *, label: str | None = "label", chat: bool = True) -> Any:
-        """All items in all formats.
+        """Encodes all items in all formats.
 
         Args:
             dataset: A `datasets.Dataset` with the fields of the templates.
-            tokenizer: The model's.
-            label: The column with the number of the right answer, where there is one.
-            chat: Whether prompts go through the tokenizer's chat template, if it has one.
+            tokenizer: The model's tokenizer.
+            label: The column with the number of the right answer, if there is one; None for no `gold`.
+            chat: Whether the tokenizer's chat template is applied to prompts, if it has one.
 
         Returns:
             A dataset of `prompts` (K lists of tokens), `answers` (K times C of them) and, with labels, `gold`.
 
         Raises:
-            ValueError: For a field an item does not have, or a prompt whose tokens are no prefix of those with its
-                answer.
+            ValueError: For a field that an item does not have, or a prompt whose tokens are not a prefix of those with
+                its answer.
         """
 
         def encode(item: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +126,13 @@ class PromptFormats:
 
         Args:
             rows: B rows.
-            pad: The id that fills up shorter sequences.
+            pad: The id with which shorter sequences are padded.
 
         Returns:
-            `input_ids`, `attention_mask` and `answers` (-100 off the answer), padded on the right, [B, K, C, L]; and
-            `gold` [B], if all rows have it.
+            `input_ids`, `attention_mask` and `answers` (-100 outside of the answer), padded on the right, [B, K, C, L];
+            and `gold` [B], if all rows have it.
         """
-        import torch  # lazy: a second, which datasets can do without
+        import torch  # lazy: it takes a second, and data sets do not need it
 
         sequences = [
             [
@@ -143,14 +143,14 @@ class PromptFormats:
         ]
         length = max(len(p) + len(a) for row in sequences for form in row for p, a in form)
 
-        def filled(write: Any, fill: int) -> Tensor:
-            ragged = [[[write(p, a) for p, a in form] for form in row] for row in sequences]
+        def padded(join: Any, fill: int) -> Tensor:
+            ragged = [[[join(p, a) for p, a in form] for form in row] for row in sequences]
             return torch.tensor([[[x + [fill] * (length - len(x)) for x in form] for form in row] for row in ragged])
 
         batch = {
-            "input_ids": filled(lambda p, a: p + a, pad),
-            "attention_mask": filled(lambda p, a: [1] * (len(p) + len(a)), 0),
-            "answers": filled(lambda p, a: [-100] * len(p) + a, -100),
+            "input_ids": padded(lambda p, a: p + a, pad),
+            "attention_mask": padded(lambda p, a: [1] * (len(p) + len(a)), 0),
+            "answers": padded(lambda p, a: [-100] * len(p) + a, -100),
         }
         if all("gold" in row for row in rows):
             batch["gold"] = torch.tensor([int(row["gold"]) for row in rows])

@@ -2,10 +2,10 @@
 
 Configurations: arxiv, dm_mathematics, github, hackernews, pile_cc, pubmed_central, 'wikipedia_(en)' with the splits
 ngram_7_0.2, ngram_13_0.2, ngram_13_0.8; c4, full_pile, temporal_wiki with the split none; temporal_arxiv with a month
-such as 2020_08. Both sides are kept whole, members first: they can differ in number (github has 1000 and 740).
-The lower the overlap allowed, the more the two sides differ in distribution too.
+such as 2020_08. Members come first, then non-members; no row is dropped, so their numbers can differ (github has 1000
+and 740). The lower the allowed overlap, the more the two differ in distribution too.
 
-The published loading script does not run any more, so its files are read: one JSON string a line, members in train/.
+The published loading script no longer runs, so its files are read: one JSON string per line, members in train/.
 `path` is a folder with train/ and test/ somewhere below. On the Hub the dataset is gated.
 
 Source: Duan et al. 2024, Do Membership Inference Attacks Work on Large Language Models?, arXiv:2402.07841; Hub
@@ -32,10 +32,10 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Mimir(Corpus):
-    """Two files of strings a split."""
+    """A split is two files of strings, one for members and one for non-members."""
 
     def open(self, source: Source, split: str | None) -> Any:
-        """One side after the other."""
+        """The rows of members, then those of non-members."""
         from datasets import DatasetDict, IterableDatasetDict
 
         if not source.config:
@@ -43,8 +43,8 @@ class Mimir(Corpus):
         if split is not None:
             return self._split(source, split)
         splits = ("none",) if source.config in WHOLE else NGRAMS
-        kind = IterableDatasetDict if source.streaming else DatasetDict
-        return kind({name: self._split(source, name) for name in splits})
+        dict_class = IterableDatasetDict if source.streaming else DatasetDict
+        return dict_class({name: self._split(source, name) for name in splits})
 
     def _split(self, source: Source, split: str) -> Any:
         from datasets import concatenate_datasets
@@ -59,7 +59,7 @@ class Mimir(Corpus):
         if source.path is not None:
             local = source.path / name
             files = (f for f in source.path.rglob("*.jsonl") if (f.parent.name, f.name) == (side, local.name))
-            file = escape(str(next(files, local)))  # `datasets` takes it for a pattern
+            file = escape(str(next(files, local)))  # `datasets` would read it as a pattern
         options = {"encoding": "utf-8-sig", "split": "train", "streaming": source.streaming}
         rows = load_dataset("text", data_files=file, **options)
         columns = {"label": SIDES[side], "source": source.config}

@@ -1,7 +1,7 @@
 """'patentmia': Chinese patents published before 2023 (member) and after February 2024 (non-member).
 
-For Chinese models released in between. It is on GitHub alone: download `data.zip` and give it, or the file inside, as
-`path`.
+It is meant for Chinese models released in between, and is only on GitHub: download `data.zip` and pass it, or the file
+inside, as `path`.
 
 Source: Zhang et al. 2024, Pretraining Data Detection for LLMs: A Divergence-based Calibration Method, arXiv:2409.14781.
 Columns: text, label (1 = training). Data: text, label, source, length.

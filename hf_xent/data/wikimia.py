@@ -1,7 +1,7 @@
 """'wikimia': snippets of Wikipedia events before (member) and after (non-member) language models were trained.
 
-Splits by the number of words: WikiMIA_length32, 64, 128, 256. Members are older than non-members, so that what a method
-finds may be the date, not the membership.
+Splits by the number of words: WikiMIA_length32, 64, 128, 256. Members are older than non-members, so a method may
+detect the date instead of the membership.
 
 Source: Shi et al. 2024, Detecting Pretraining Data, arXiv:2310.16789; Hub swj0419/WikiMIA (MIT).
 Columns: input, label (1 = seen). Data: text, label, source, length.

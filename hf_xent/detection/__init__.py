@@ -1,7 +1,7 @@
 """Floor 3: scores of texts from the statistics of their tokens (was it trained on, is it generated?), and metrics.
 
 values = detection.TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd"))(texts)
-detection.evaluate(values, labels, texts)         # AUROC with interval, TPR at an FPR, beside a blind baseline
+detection.evaluate(values, labels, texts)         # AUROC with interval, TPR at an FPR, and those of a blind baseline
 """
 
 from importlib import import_module

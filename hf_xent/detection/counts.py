@@ -1,10 +1,10 @@
-"""How often each token occurs in a corpus, for DC-PDD: counted as a stream, smoothed, kept in the cache.
+"""How often each token occurs in a corpus, for DC-PDD: counted in a stream, smoothed, and kept in the cache.
 
     q(v) = (count(v) + 1) / (N' + V)         N' = sum of counts, V the model's vocabulary
 
-Every occurrence counts (not every document), of the tokens of the text alone (no BOS or EOS). Counts are cached by
-tokenizer, corpus, revision, split, column and limits, so that a change of any of them counts anew. Never count on the
-texts that are judged: that leaks their words into the score.
+All occurrences in a document count, of the tokens of the text alone (no BOS or EOS). Counts are cached by tokenizer,
+corpus, revision, split, column and limits, so that they are counted again if any of these changes. Never count on the
+texts that are scored: that leaks their words into the score.
 
 Source: Zhang et al. 2024, DC-PDD, arXiv:2409.14781, which counts 15 files of C4, documents cut at 1,024 tokens.
 Data: a column of text.
@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..data import DATASETS
-from ..data.files import BUILDERS, first_line, place_of, suffix_of
+from ..data.files import BUILDERS, expanded_path, first_line, suffix_of
 from ..data.text import Opened, opened
 from ..models.cache import cache_folder
 from ..options.ranges import check_count
@@ -38,7 +38,7 @@ from ..system.files import write_atomically
 from .fingerprints import fingerprint_tokenizer
 
 T = TypeVar("T")
-BATCH = 256  # documents tokenized at a time
+BATCH = 256  # the number of documents that are tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class CountedText:
 
     Args:
         source: A name in `hf_xent.data.DATASETS`, a local file or folder, or a Hub id, which is streamed.
-        split: As `datasets` takes it; None for 'train'.
+        split: As for `datasets`; None for 'train'.
         column: The column that holds the text.
-        revision: Of a Hub id, a commit; without one, counts of whatever its main branch was are kept.
-        documents: How many rows are counted, from the first; None for all.
-        max_tokens: Tokens of a row that are counted.
+        revision: A commit of a Hub id; without it, counts of the main branch are kept even if the branch changes.
+        documents: The number of rows that are counted, from the first; None for all.
+        max_tokens: The number of tokens of a row that are counted.
 
     Raises:
-        ValueError: For `documents` or `max_tokens` below 1, or no whole number.
+        ValueError: For `documents` or `max_tokens` that is below 1, or not a whole number.
     """
 
     source: str = "pydoc"
@@ -70,8 +70,8 @@ class CountedText:
                 check_count(name, value, least)
 
     def open(self) -> Opened:
-        """The rows, which are read when they are counted, and what identifies them: of a Hub id the revision."""
-        path = place_of(self.source)
+        """The rows, which are read when they are counted, and an identifier of their content (a Hub id's revision)."""
+        path = expanded_path(self.source)
         if self.source.partition(":")[0] in DATASETS or os.path.exists(path) or suffix_of(path) in BUILDERS:
             return opened(self.source, self.split, self.column)
         return Opened(self.revision or "main", self._streamed)
@@ -94,8 +94,10 @@ class CountedText:
                 raise ValueError(f"{self.source} has no column {self.column!r}: choose one of {', '.join(row)}")
             text = row[self.column]
             if text is not None and not isinstance(text, str):
-                kind = type(text).__name__
-                raise ValueError(f"{self.source} holds {kind}, not text, in its column {self.column!r}: choose another")
+                raise ValueError(
+                    f"{self.source} holds {type(text).__name__}, not text, in its column {self.column!r}: choose"
+                    " another"
+                )
             yield text or ""
 
 
@@ -107,10 +109,10 @@ def frequencies(
         q(v) = (count(v) + 1) / (N' + V)
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         corpus: The texts to count, or their `source`.
-        vocabulary: The model's number of logits, which can exceed the tokenizer's.
-        progress: Whether a bar is shown.
+        vocabulary: The model's number of logits, which can exceed the size of the tokenizer's vocabulary.
+        progress: Whether a progress bar is shown.
 
     Returns:
         q, float64 [V], which sums to 1.
@@ -137,13 +139,13 @@ def frequencies(
 
 
 def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int = 1024) -> np.ndarray:
-    """Occurrences of every token id [V] in texts, each cut at `max_tokens`; a batch of texts is held at a time."""
+    """Occurrences of every token id [V] in texts, each cut at `max_tokens`; it keeps one batch of texts at a time."""
     total = np.zeros(vocabulary, dtype=np.int64)
     for ids in _tokenized(texts, tokenizer, max_tokens):
         counts = np.bincount(ids, minlength=vocabulary)
         if len(counts) > vocabulary:
             raise ValueError(
-                f"vocabulary is {vocabulary} but the tokenizer gave id {len(counts) - 1}: pass the model's"
+                f"vocabulary is {vocabulary} but the tokenizer returned id {len(counts) - 1}: pass the model's"
             )
         total += counts
     return total
@@ -156,7 +158,7 @@ def smoothed(counts: np.ndarray) -> Tensor:
 
 @contextmanager
 def tracked(values: Iterable[T], description: str, **options: Any) -> Iterator[Iterable[T]]:
-    """`rich.progress.track`, whose threads end with the block, whatever happens in it."""
+    """`rich.progress.track`, whose threads end with the context, even after an error in it."""
     bar = track(values, description, **options)
     try:
         yield bar

@@ -1,16 +1,16 @@
-"""From texts to scores: one forward a batch for all of them, no logits, no matter how texts are padded.
+"""From texts to scores: one forward pass per batch for all scores, without logits, and independent of padding.
 
     scorer = TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd:a=0.1"))
     values = scorer(texts)                                 # {"loss": [N], "min_k_pp": [N], "dc_pdd:a=0.1": [N]}
-    score("dc_pdd", model, tokenizer, texts)               # one array, for the one-off
+    score("dc_pdd", model, tokenizer, texts)               # one array, for a single use
 
 Texts are tokenized without special tokens and read after the tokenizer's BOS (its EOS if it has none), so that all
-their tokens are scored, as DC-PDD's paper has it; its code scores all but the first: `start=False`. A text is cut at
-`max_tokens`, or earlier where a model has learned no more positions (GPT-2: 1024, start token included).
+their tokens are scored, as in DC-PDD's paper; its code scores all but the first: `start=False`. A text is cut at
+`max_tokens`, or earlier if the model has fewer positions (GPT-2: 1024, start token included).
 
-Texts of about one length share a batch and are padded on the right, where nothing of a causal model looks back at it. A
-model that is not patched is patched meanwhile; a second model (`reference`) serves as reference, Fast-DetectGPT's
-sampling model and Binoculars' observer, `model` then being the performer. It needs the same tokenizer.
+Texts of similar lengths share a batch and are padded on the right, which no token of a causal model attends to. A model
+that is not patched is patched while texts are scored; a second model (`reference`) serves as reference, as
+Fast-DetectGPT's sampling model and as Binoculars' observer, with `model` as the performer. It needs the same tokenizer.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")
 
 @dataclass
 class TextScorer:
-    """Callable: texts -> {score: one number a text}; see the module's docstring.
+    """Callable: texts -> {score: its value for each text}; see the module's docstring.
 
     Args:
-        model: A causal language model of transformers, patched or not; it is left as it was.
-        tokenizer: The model's.
-        scores: Names in `SCORES` with options; `detection.get(name)` tells each one's direction.
+        model: A causal language model of transformers, patched or not; it is not changed.
+        tokenizer: The model's tokenizer.
+        scores: Names in `SCORES` with options; `detection.get(name).higher_is` is the direction of each.
         reference: A second model of the same vocabulary, for scores that compare with one.
-        frequencies: DC-PDD's q [V], or the texts to count it on: the default is always there but small, name a large
-            corpus in the texts' language.
-        batch_size: Texts a forward.
-        max_tokens: Tokens of a text that are scored; the rest is cut off, see `length`.
+        frequencies: DC-PDD's q [V], or the texts to count it on: the default needs no download but is small, so name a
+            large corpus in the texts' language.
+        batch_size: Number of texts in a forward pass.
+        max_tokens: Number of tokens of a text that are scored; further ones are cut off, see `length`.
         start: Whether texts are read after a start token.
-        progress: Whether a bar is shown.
+        progress: Whether a progress bar is shown.
 
     Raises:
-        ValueError: For unknown scores or options, or a score that needs the second model where none is given.
+        ValueError: For unknown scores or options, or a score that needs a second model if `reference` is None.
     """
 
     model: Any
@@ -94,7 +94,7 @@ class TextScorer:
             Score -> float64 [N] in the order of the texts; NaN for a text without a scored token, such as an empty one.
 
         Raises:
-            ValueError: For texts that are no strings, models of two vocabularies, or ids that a model cannot read.
+            ValueError: For texts that are not strings, models of two vocabularies, or ids that a model cannot read.
         """
         rows = self.tokenize(texts)
         by_length = sorted(range(len(rows)), key=lambda i: len(rows[i][1]))
@@ -112,25 +112,25 @@ class TextScorer:
         return values
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[str, list[int]]]:
-        """Texts as they are scored, cut at `length`, and their ids after the start token."""
+        """Texts as they are scored, cut at `length`, each with its ids. Raises: ValueError for anything else."""
         if not len(texts):
             return []
-        whole = _strings(texts)
-        rows = self.tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        uncut = _strings(texts)
+        rows = self.tokenizer(uncut, add_special_tokens=False, verbose=False)["input_ids"]
         length = self.length
         return [
             (text if len(ids) <= length else self.tokenizer.decode(ids[:length]), [*self.prefix, *ids[:length]])
-            for text, ids in zip(whole, rows, strict=True)
+            for text, ids in zip(uncut, rows, strict=True)
         ]
 
     @property
     def length(self) -> int:
-        """Tokens of a text that are scored, at most: `max_tokens`, or those the models have positions for."""
+        """The largest number of scored tokens of a text: `max_tokens`, or fewer if a model has fewer positions."""
         limits = [positions(model) for model in (self.model, self.reference) if model is not None]
         return min([self.max_tokens, *(limit - len(self.prefix) for limit in limits if limit is not None)])
 
     def fingerprint(self) -> str:
-        """Equal for scorers of equal models, tokenizers, frequencies and options: what they hold, not where it lies."""
+        """A hash that is equal for scorers of equal models, tokenizers, frequencies and options, by their contents."""
         state: dict[str, Any] = {
             "models": [fingerprint_model(model) for model in (self.model, self.reference) if model is not None],
             "tokenizer": fingerprint_tokenizer(self.tokenizer),
@@ -144,7 +144,7 @@ class TextScorer:
 
     @cached_property
     def token_frequencies(self) -> Tensor:
-        """DC-PDD's q [V]. Raises: ValueError for a tensor of another size than the vocabulary, or of no frequencies."""
+        """DC-PDD's q [V]. Raises: ValueError for a tensor of another size than the vocabulary, or not in (0, 1]."""
         vocabulary = max(len(self.tokenizer), head_of(self.model).weight.shape[0])
         if isinstance(self.frequencies, Tensor):
             if self.frequencies.ndim != 1 or len(self.frequencies) < len(self.tokenizer):
@@ -157,19 +157,19 @@ class TextScorer:
 
 
 class Batch:
-    """A few texts; what a score needs of them is the attribute of that name, computed when it is first read."""
+    """A batch of texts; its attributes are the inputs that scores need by these names, computed at first use."""
 
     def __init__(self, scorer: TextScorer, rows: list[tuple[str, list[int]]]):
         self.scorer = scorer
         self.texts = [text for text, _ in rows]
-        length = max(2, *(len(ids) for _, ids in rows))  # two tokens at least: one is read, one predicted
+        length = max(2, *(len(ids) for _, ids in rows))  # at least two tokens: one is read, one predicted
         self.ids = torch.tensor([ids + [0] * (length - len(ids)) for _, ids in rows])
         self.mask = torch.arange(length) < torch.tensor([[len(ids)] for _, ids in rows])
         self.labels = next_token_labels(torch.where(self.mask, self.ids, -100))  # what each position predicts, [B, T]
 
     @cached_property
     def logits(self) -> Tensor:
-        """The model's logits, lazy unless the model makes them itself."""
+        """The model's logits, lazy unless the model computes with them itself."""
         return self._forward(self.scorer.model)
 
     @cached_property
@@ -239,13 +239,16 @@ class Batch:
     def _statistics(self, logits: Tensor, outputs: tuple[str, ...]) -> Stats:
         if isinstance(logits, LazyLogits):
             return logits.stats(self.labels, outputs=outputs).to("cpu")
-        return dense_stats(logits.cpu(), self.labels, outputs=outputs)  # a model that touches its logits
+        return dense_stats(logits.cpu(), self.labels, outputs=outputs)  # the model computes with its logits itself
 
     def _pair(self) -> tuple[LazyLogits, LazyLogits]:
-        """Logits of both models. Raises: ValueError where one's are no lazy logits, or they differ in vocabulary."""
+        """Logits of both models. Raises: ValueError if those of one are not lazy, or the vocabularies differ."""
         logits, reference = self.logits, self.reference_logits
         if not (isinstance(logits, LazyLogits) and isinstance(reference, LazyLogits)):
-            raise ValueError("one of the models makes its logits itself: scores of two models need both to be lazy")
+            raise ValueError(
+                "model or reference computes with its logits itself, but scores of two models need lazy logits of both:"
+                " choose another model"
+            )
         sizes = logits.head.vocabulary, reference.head.vocabulary
         if sizes[0] != sizes[1]:
             raise ValueError(
@@ -255,14 +258,14 @@ class Batch:
 
 
 def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> np.ndarray:
-    """One score of every text, for the one-off.
+    """One score of every text, for a single use; `TextScorer` computes several.
 
     Args:
         name: A name in `SCORES`, with options if any.
         model: A causal language model of transformers, patched or not.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         texts: Strings; None and NaN count as empty.
-        **options: As `TextScorer` has them, such as frequencies="allenai/c4:en".
+        **options: Those of `TextScorer`, such as frequencies="allenai/c4:en".
 
     Returns:
         Float64 [N]; NaN for a text without a scored token.
@@ -274,7 +277,7 @@ def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options
 
 
 def _strings(texts: Sequence[Any]) -> list[str]:
-    """Texts with those that are missing (None, NaN) as empty ones. Raises: ValueError for anything else."""
+    """The texts, with an empty one for None and NaN. Raises: ValueError for anything else than text."""
     if isinstance(texts, str):
         raise ValueError(f"texts is the string {texts[:20]!r}...: pass a list of texts")
     filled = ["" if text is None or (isinstance(text, float) and text != text) else text for text in texts]
@@ -286,7 +289,7 @@ def _strings(texts: Sequence[Any]) -> list[str]:
 
 @contextmanager
 def lazy(*models: nn.Module) -> Iterator[None]:
-    """Within: models give lazy logits in evaluation mode, without gradients; afterwards they are as they were."""
+    """Makes the models return lazy logits, in evaluation mode and without gradients, until the context ends."""
     with torch.no_grad(), ExitStack() as stack:
         for model in models:
             stack.enter_context(eval_mode(model))

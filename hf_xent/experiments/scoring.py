@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from ..data import load_text
-from ..data.files import place_of
+from ..data.files import expanded_path
 from ..detection import CountedText, TextScorer, evaluate, get
 from ..detection.counts import tracked
 from ..models.loading import load
@@ -151,7 +151,7 @@ def _check_output(output: Path, source: str, columns: list[str], names: tuple[st
         raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder: name a file")
-    place = place_of(source)
+    place = expanded_path(source)
     if os.path.exists(place) and output.resolve().is_relative_to(place.resolve()):  # it would be read the next time
         raise ValueError(f"output is {output}, which is (in) the source: name another file")
     if taken := [name for name in names if name in columns]:

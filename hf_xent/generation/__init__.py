@@ -1,4 +1,4 @@
-"""Floor 3: what is sampled from a language model, how it is decoded, and who judges it."""
+"""Floor 3: sampling from language models, decoding methods, and judges of responses."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""Mirostat: sampling that holds the surprise of what it writes at a target, as a logits processor of `generate`.
+"""Mirostat: sampling that holds the surprise of the sampled tokens at a target, as a logits processor of `generate`.
 
-    S(x) = -log2 p(x)        mu <- mu - rate (S(x) - target)        mu_0 = 2 target, bits, one mu a sequence
+    S(x) = -log2 p(x)        mu <- mu - rate (S(x) - target)        mu_0 = 2 target, bits, one mu per sequence
 
 Version 2 keeps the tokens with -log2 p <= mu, at least one. Version 1 keeps the k likeliest, by a Zipf law fitted to
 the first 100 probabilities p_(1) >= p_(2) >= ... (s by least squares on their log ratios, e = s - 1, V tokens):
@@ -8,11 +8,12 @@ the first 100 probabilities p_(1) >= p_(2) >= ... (s by least squares on their l
     s = sum_i t_i b_i / sum_i t_i^2     t_i = log((i + 1) / i)     b_i = log(p_(i) / p_(i+1))     i = 1 ... 99
     k = (e 2^mu / (1 - V^-e))^(1 / s)   and (2^mu / log V)^(1 / s) for s = 1; rounded, within 1 ... V
 
-The surprise that is held is the whole model's, as in the paper; `surprise="truncated"` takes that of the distribution
-drawn from, as llama.cpp does (target 5, rate 0.1 there). `temperature` acts before everything else, and S is then the
-surprise under the tempered model. A target above the model's own entropy cannot be reached, nor one below greedy's.
+S is the surprise under the whole model, as in the paper; `surprise="truncated"` takes that under the truncated
+distribution, as llama.cpp does (with target 5 and rate 0.1). `temperature` acts before everything else, and S is then
+the surprise under the tempered model. A target above the model's entropy cannot be reached, nor one below the surprise
+of greedy decoding.
 
-This file stands alone: it is also the `custom_generate/generate.py` of a Hub repository (`export`).
+This file imports nothing of hf_xent: it is also the `custom_generate/generate.py` of a Hub repository (`export`).
 
 Source: Basu, Ramachandran, Keskar, Varshney 2021, Mirostat, arXiv:2007.14966, algorithm 1; version 2 is its section 5b.
 """
@@ -31,10 +32,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-FITTED = 100  # probabilities the Zipf law is fitted to
+FITTED = 100  # the number of probabilities to which the Zipf law is fitted
 NEUTRAL = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""Options of `generate` that switch its own ways to draw off."""
+"""Options under which `generate` itself truncates nothing."""
 LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
 RUNNING = (
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
@@ -48,7 +49,7 @@ BEFORE = (
     *("begin_suppress_tokens", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty"),
     *("renormalize_logits", "token_healing"),
 )
-"""What changes the model's scores before Mirostat sees them: what it holds is the surprise under these."""
+"""Options that change the model's scores before Mirostat, which holds the surprise under the changed scores."""
 OTHERS = ("assistant_model", "assistant_tokenizer", "custom_generate")  # arguments of `generate` that draw tokens
 
 
@@ -56,21 +57,21 @@ class Mirostat(LogitsProcessor):
     """Holds the surprise of every sequence of a batch at `target` bits; see the module's docstring.
 
     For `model.generate(..., logits_processor=[Mirostat(3.0)], do_sample=True, top_k=0, top_p=1.0)`; without the last
-    two, transformers cuts at 50 tokens after it. `generate` of this module takes care of that. One object serves one
-    call at a time: it starts anew when the sequences are not those of the step before. Not for beams or assisted
-    decoding, which reorder or skip tokens. `mu` [B] is the bound reached, `observed` the surprises [B] step by step,
-    nan for a sequence that has ended.
+    two, transformers keeps only the 50 likeliest tokens after it; `generate` of this module sets them. One object
+    serves one call at a time: it starts again when the sequences do not continue those of the step before. It does not
+    work with beams or assisted decoding, which reorder or skip tokens. `mu` [B] is the current bound, `observed` the
+    surprises [B] of each step, nan for a sequence that has ended.
 
     Args:
-        target: Surprise to hold, bits.
-        rate: How far a token moves mu.
+        target: The surprise to hold, bits.
+        rate: Step size of mu.
         version: 1 keeps the k likeliest tokens, 2 those of at most mu bits.
-        surprise: 'full', the model's, or 'truncated', that of the distribution drawn from.
-        temperature: Of the softmax, before everything else.
+        surprise: 'full', under the whole model, or 'truncated', under the truncated distribution.
+        temperature: Temperature of the softmax, before everything else.
         eos: The tokens that end a sequence.
 
     Raises:
-        ValueError: An option outside its range.
+        ValueError: An option is outside its range.
     """
 
     supports_continuous_batching = False  # rows would come and go between steps
@@ -98,13 +99,13 @@ class Mirostat(LogitsProcessor):
         self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.mu = torch.empty(0)
         self.observed: list[Tensor] = []
-        self._ids: Tensor | None = None  # of the step before, and the log-probabilities its token was drawn from
+        self._ids: Tensor | None = None  # those of the step before, and the log-probabilities of its token
         self._logp: Tensor | None = None
         self._ended = torch.empty(0, dtype=torch.bool)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] with the tokens that may not be drawn at -inf, after the last token [B] has moved mu."""
-        if self._follows(input_ids):
+        """Updates mu with the last tokens [B]; returns scores [B, V] with -inf at tokens that must not be sampled."""
+        if self._continues(input_ids):
             self._observe(input_ids[:, -1])
         else:
             self.mu = scores.new_full((len(scores),), 2 * self.target, dtype=torch.float32)
@@ -117,16 +118,16 @@ class Mirostat(LogitsProcessor):
         self._logp = logp if self.surprise == "full" else kept.log_softmax(-1)
         return kept.to(scores.dtype)
 
-    def _follows(self, ids: Tensor) -> bool:
+    def _continues(self, ids: Tensor) -> bool:
         """Whether these are the sequences of the step before, one token longer."""
         before = self._ids
         return before is not None and ids[:, :-1].shape == before.shape and bool((ids[:, :-1] == before).all())
 
     def _observe(self, token: Tensor) -> None:
         assert self._logp is not None
-        seen = -self._logp.gather(-1, token[:, None]).squeeze(-1) / math.log(2)
-        self.observed.append(torch.where(self._ended, torch.nan, seen))
-        self.mu = torch.where(self._ended, self.mu, self.mu - self.rate * (seen - self.target))
+        surprise = -self._logp.gather(-1, token[:, None]).squeeze(-1) / math.log(2)
+        self.observed.append(torch.where(self._ended, torch.nan, surprise))
+        self.mu = torch.where(self._ended, self.mu, self.mu - self.rate * (surprise - self.target))
         self._ended |= torch.isin(token, torch.tensor(self.eos, dtype=token.dtype, device=token.device))
 
 
@@ -136,14 +137,14 @@ def by_surprise(logp: Tensor, mu: Tensor) -> Tensor:
 
 
 def by_zipf(logp: Tensor, mu: Tensor) -> Tensor:
-    """Version 1: which tokens [B, V] are among the k likeliest; tokens of probability 0 are no part of the fit."""
+    """Version 1: which tokens [B, V] are among the k likeliest; tokens of probability 0 are left out of the fit."""
     ordered, order = logp.sort(stable=True, dim=-1, descending=True)
     top = ordered[:, : min(FITTED, logp.shape[-1])].double()
     t = torch.arange(1, top.shape[-1], device=logp.device).double()
     t = ((t + 1) / t).log()
     valid = top[:, 1:].isfinite()
     b = torch.where(valid, top[:, :-1] - top[:, 1:], 0.0)
-    s = ((t * b).sum(-1) / (t**2 * valid).sum(-1).clamp(min=1e-9)).clamp(min=1e-3)  # all alike: k is 1 or V
+    s = ((t * b).sum(-1) / (t**2 * valid).sum(-1).clamp(min=1e-9)).clamp(min=1e-3)  # equal probabilities: k is 1 or V
     k = zipf_k(s, mu.double(), logp.shape[-1])
     rank = torch.arange(logp.shape[-1], device=logp.device)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, rank < k[:, None])
@@ -152,19 +153,19 @@ def by_zipf(logp: Tensor, mu: Tensor) -> Tensor:
 def zipf_k(s: Tensor, mu: Tensor, vocabulary: int) -> Tensor:
     """k [B] of version 1 for exponents s [B] and bounds mu [B], in logarithms: 2^mu and V^-e may overflow."""
     e, log_v = s - 1, math.log(vocabulary)
-    near = e.abs() < 1e-6
-    safe = torch.where(near, 1.0, e)
-    ratio = torch.where(near, 1 / log_v, safe / -torch.expm1(-safe * log_v))  # e / (1 - V^-e), positive on both sides
+    near_zero = e.abs() < 1e-6
+    safe = torch.where(near_zero, 1.0, e)
+    ratio = torch.where(near_zero, 1 / log_v, safe / -torch.expm1(-safe * log_v))  # e / (1 - V^-e), always positive
     log_k = (ratio.log() + mu * math.log(2)) / s
     return log_k.clamp(max=log_v).exp().round().clamp(1, vocabulary)
 
 
 @contextmanager
 def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
-    """In here a model's configuration says nothing but what is kept: `generate` reads it where options are silent."""
+    """Sets all fields but `kept` to None until the context ends: `generate` falls back to them for missing options."""
     before = dict(vars(config))
-    ours = {*kept, "transformers_version"}
-    vars(config).update({name: None for name in before if name not in ours and not name.startswith("_")})
+    unchanged = {*kept, "transformers_version"}
+    vars(config).update({name: None for name in before if name not in unchanged and not name.startswith("_")})
     try:
         yield
     finally:
@@ -173,65 +174,65 @@ def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
 
 
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
-    """`model.generate` under Mirostat.
+    """`model.generate` with Mirostat sampling.
 
-    Whatever else decides which token is drawn (top_k, top_h, num_beams, assisted decoding, watermarks ...) is switched
-    off where the model's own configuration has it, and refused where it is asked for; penalties and forbidden tokens
-    act before.
+    Other options that decide which token is sampled (top_k, top_h, num_beams, assisted decoding, watermarks ...) are
+    switched off in the model's generation configuration, and refused as arguments; penalties and forbidden tokens act
+    before Mirostat.
 
     Args:
         model: A causal LM of transformers.
-        inputs: Token ids [B, T], as `model.generate` takes them.
+        inputs: Token ids [B, T], as for `model.generate`.
         options: Those of `model.generate`, and `target`, `rate`, `version`, `surprise`, `temperature` of `Mirostat`.
 
     Returns:
-        What `model.generate` returns.
+        The result of `model.generate`.
 
     Raises:
-        ValueError: An option that draws tokens in another way, or is outside its range.
+        ValueError: An option samples tokens in another way, or is outside its range.
     """
     names = ("target", "rate", "version", "surprise", "temperature")
     settings = {name: options.pop(name) for name in names if options.get(name) is not None}
     explicit, default = options.pop("generation_config", None), model.generation_config
     kept = (*LENGTH, *RUNNING, *BEFORE)
     config = deepcopy(explicit or default)
-    drawing = [
+    sampling = [
         name for name in vars(config) if name not in (*kept, *NEUTRAL, "transformers_version") and name[0] != "_"
     ]
-    for name in (*NEUTRAL, *OTHERS, *drawing):
+    for name in (*NEUTRAL, *OTHERS, *sampling):
         value = options.pop(name, None)
         if value is None and explicit is not None and name not in OTHERS:
             value = vars(explicit).get(name)
             value = None if value == vars(default).get(name) else value
-        neutral = value == NEUTRAL[name] if name in NEUTRAL else value is False
-        if value is not None and not neutral:
-            raise ValueError(f"{name} is given: Mirostat alone decides what may be drawn, leave it out")
+        is_neutral = value == NEUTRAL[name] if name in NEUTRAL else value is False
+        if value is not None and not is_neutral:
+            raise ValueError(f"{name} is given, but Mirostat alone decides which tokens may be sampled: leave it out")
     if "paged" in (options.get("cache_implementation"), config.cache_implementation):
-        raise ValueError("cache_implementation is 'paged', which draws tokens in batches of its own: choose another")
-    vars(config).update(dict.fromkeys(drawing))
-    options = config.update(**options, **NEUTRAL)  # what it does not know
+        raise ValueError("cache_implementation is 'paged', which samples tokens in its own batches: choose another")
+    vars(config).update(dict.fromkeys(sampling))
+    options = config.update(**options, **NEUTRAL)  # returns those that the configuration does not know
     mirostat = Mirostat(**settings, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)
     options["logits_processor"] = [*(options.get("logits_processor") or ()), mirostat]
     with reduced(default, kept):
-        # the class's: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
+        # of the class: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
         return type(model).generate(model, inputs, generation_config=config, **options)
 
 
 def export(folder: str | Path) -> Path:
-    """Write a `custom_generate` repository for the Hub: this file and a card.
+    """Writes a `custom_generate` repository for the Hub: this file and a card.
 
-    `model.generate(ids, custom_generate=FOLDER_OR_REPO, trust_remote_code=True, target=3.0)` then samples so.
+    `model.generate(ids, custom_generate=FOLDER_OR_REPO, trust_remote_code=True, target=3.0)` then samples with it.
 
     Args:
-        folder: Where to write; it need not be there.
+        folder: The folder to write; it is made if it does not exist.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
-    place = folder / "custom_generate" / "generate.py"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    script = folder / "custom_generate" / "generate.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     return folder
 
@@ -253,9 +254,9 @@ For any causal LM `model` and its tokenizer's `inputs`:
 
 <!-- loads . -->
 ```python
-found = model.generate(**inputs, custom_generate=".", trust_remote_code=True, target=3.0, max_new_tokens=200)
+ids = model.generate(**inputs, custom_generate=".", trust_remote_code=True, target=3.0, max_new_tokens=200)
 ```
 
 Options: `target` (bits), `rate`, `version` (1 or 2), `surprise` ("full" or "truncated"), `temperature`. Batches keep
-one state a sequence. Not for beams or assisted decoding. Code: `hf_xent.generation.mirostat` of hf_xent.
+one state per sequence. It does not work with beams or assisted decoding. Code: `hf_xent.generation.mirostat`.
 """

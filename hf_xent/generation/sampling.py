@@ -1,6 +1,7 @@
 """Unbiased samples of a language model, and the temperature at which it has a given entropy.
 
-A sharper model repeats more and errs less: compare models at equal entropy (`temperature_at`), or say that they differ.
+A model with lower entropy repeats itself more and errs less: compare models at equal entropy (`temperature_at`), or
+state their entropies.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ Tokens = Sequence[Sequence[int]]
 def responses(
     model: Any, prompts: Tokens, *, tokens: int = 32, seed: int = 0, temperature: float = 1.0
 ) -> list[list[int]]:
-    """Continuations of prompts, by unbiased sampling.
+    """Samples continuations of prompts from the model's full distribution.
 
-    Nothing is cut off, penalized or assisted, whatever the model's generation configuration says. torch's generators
-    are left as they were.
+    There is no truncation, penalty or assistance, whatever the model's generation configuration says. torch's
+    generators are not changed.
 
     Args:
         model: A causal LM of transformers, patched or not.
         prompts: Token ids of each prompt, of any lengths.
-        tokens: How many are generated at most.
-        seed: Of the samples, a whole number of 64 bits.
-        temperature: Of the softmax; 0 is greedy decoding.
+        tokens: The maximum number of new tokens.
+        seed: The seed of the samples, a whole number of 64 bits.
+        temperature: Temperature of the softmax; 0 is greedy decoding.
 
     Returns:
         New token ids of each prompt, ending with an end token, or after `tokens` without one.
 
     Raises:
-        ValueError: A negative temperature, tokens or a seed that are no whole numbers, no prompts or an empty one, or
+        ValueError: A negative temperature, tokens or a seed that is not a whole number, no prompts or an empty one, or
             more tokens than the model has positions for.
     """
     if not is_number(temperature, "[0, inf)"):
@@ -50,16 +51,16 @@ def responses(
     if not is_integer(seed) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}: choose a whole number of 64 bits")
     if not len(prompts) or not all(map(len, prompts)):
-        raise ValueError(f"prompts has {len(prompts)} rows, all of which need a token at least")
+        raise ValueError(f"prompts has {len(prompts)} rows: pass at least one, and at least one token in each")
     length, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
     check_room(model, length + tokens, f"length of prompts ({length}) and tokens ({tokens})")
     ids, mask = padded(prompts, pad, left=True, device=model.device)
-    drawing: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
-        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(), reduced(model.generation_config, RUNNING):
         torch.manual_seed(seed)
-        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **drawing)
+        sequences = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     new, stop = sequences[:, length:].tolist(), ends(model)
     return [row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))] for row in new]
 
@@ -72,9 +73,9 @@ def sample(
     Args:
         model: A causal LM of transformers, patched or not.
         prompts: Token ids [B, T], or those of each prompt, of any lengths.
-        tokens: How many are generated at most.
-        seed: Of the samples, a whole number of 64 bits.
-        temperature: Of the softmax; 0 is greedy decoding.
+        tokens: The maximum number of new tokens.
+        seed: The seed of the samples, a whole number of 64 bits.
+        temperature: Temperature of the softmax; 0 is greedy decoding.
 
     Returns:
         New token ids of each prompt.
@@ -94,10 +95,10 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
 
     Args:
         hidden: Hidden states [..., D].
-        head: The output head that they meet.
-        labels: Token ids [...]; those of -100 do not count.
-        entropy: nats.
-        steps: Of the bisection; each is one pass over the head.
+        head: The output head that is applied to them.
+        labels: Token ids [...]; positions with -100 do not count.
+        entropy: The entropy to reach, nats.
+        steps: Number of steps of the bisection; each is one pass over the head.
 
     Returns:
         The temperature.
@@ -113,7 +114,8 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
     low, high = 0.05, 4.0
     if not mean(low) <= entropy <= mean(high):
         raise ValueError(
-            f"entropy is {entropy}: between temperatures {low} and {high} it is {mean(low)} to {mean(high)}"
+            f"entropy is {entropy}: choose one from {mean(low)} to {mean(high)}, the model's at temperatures {low} and"
+            f" {high}"
         )
     for _ in range(steps):
         middle = (low + high) / 2
@@ -123,12 +125,12 @@ def temperature_of(hidden: Tensor, head: Head, labels: Tensor, entropy: float, *
 
 @torch.no_grad()
 def temperature_at(model: Any, ids: Tensor, entropy: float) -> float:
-    """`temperature_of` a causal LM that predicts every token but the first; the model stays as it was.
+    """`temperature_of` a causal LM that predicts every token but the first; the model is not changed.
 
     Args:
         model: A causal LM of transformers, patched or not.
         ids: Token ids [B, T].
-        entropy: nats.
+        entropy: The entropy to reach, nats.
 
     Returns:
         The temperature.

@@ -1,4 +1,4 @@
-"""Floor 1: cards rendered from templates and checked offline, and folders pushed to the Hub whole or not at all."""
+"""Floor 1: cards, rendered from templates and checked offline, and pushes of whole folders to the Hub."""
 
 from .cards import REQUIRED, known, render, set_license, validate
 from .model import Carded, Tokenless, eval_results, origin, write_card

@@ -1,7 +1,7 @@
 """A registered dataset as a folder of Parquet files with a card, and that folder on the Hub.
 
 FOLDER/data/{split}-{i}-of-{n}.parquet      rows of the family's schema
-FOLDER/README.md                            written last: a folder that has it is whole
+FOLDER/README.md                            written last: a folder that has it is complete
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from .. import hub
 from ..data import DATASETS, LABELS, Corpus, load
 
 SHARD = 500 * 2**20
-"""Bytes of rows a file holds, about."""
+"""The approximate number of bytes of rows in a file."""
 
 
 def export(name: str, folder: str | Path, path: str | Path | None = None, **options: Any) -> Path:
-    """Write a registered dataset and its card into a folder.
+    """Writes a registered dataset and its card into a folder.
 
     Args:
         name: A name in `hf_xent.data.DATASETS`, with a configuration if it has any.
         folder: A new or empty folder.
-        path: A local copy of the dataset, as `hf_xent.data.load` takes it.
+        path: A local copy of the dataset, as for `hf_xent.data.load`.
         **options: The other options of `load`.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: As `load` does, and for a folder that has something in it.
+        ValueError: As `load` does, and for a folder that is not empty.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -57,22 +57,22 @@ def to_hub(
     create_pr: bool = False,
     **options: Any,
 ) -> str:
-    """Export a registered dataset, and push what was written to the Hub.
+    """Exports a registered dataset, and pushes it to the Hub.
 
     Args:
         name: A name in `hf_xent.data.DATASETS`, with a configuration if it has any.
         repo_id: The repository, 'user/name'.
-        path: A local copy of the dataset, as `hf_xent.data.load` takes it.
+        path: A local copy of the dataset, as for `hf_xent.data.load`.
         private: Whether a new repository is private, as a copy of other people's texts should be: read the caveat on
             its card before you make it public.
-        create_pr: Whether the change is proposed as a pull request instead of made.
+        create_pr: Whether the change is proposed as a pull request instead of committed.
         **options: The other options of `load`.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: As `load` does, and for what is no name of a repository.
+        ValueError: As `load` does, and for a `repo_id` that is not a name of a repository.
         RuntimeError: As `hf_xent.hub.push` does.
     """
     validate_repo_id(repo_id)  # before the rows are written
@@ -110,7 +110,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
 
 
 def _labels(corpus: Corpus, rows: Any) -> str:
-    """How many rows of each label, in words."""
+    """The number of rows with each label, as text."""
     names = LABELS.get(corpus.family, ())
     labels = rows["label"][:] if names else []
     return ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(names))

@@ -1,13 +1,13 @@
-"""The card of a trained model from what its trainer knows: one mixin, which asks no code of a trainer.
+"""The card of a trained model, from the state of its trainer: one mixin, for which a trainer needs no code.
 
     class XentTrainer(Carded, Trainer): ...
 
     numbers    the last evaluation and the curve of the loss, both from `state.log_history`
     method     the docstring of the trainer's file, and of the loss's, with their formulas and sources
-    settings   the configuration's fields: the method's own, and those of transformers that are not at their default
+    settings   the configuration's fields: those of the method, and those of transformers that are not at their default
 
-The Hub shows an evaluation twice: as `model-index` in the front matter, which takes any metric, and, for a dataset that
-is on the Hub, as an entry in `.eval_results/`.
+The Hub reads an evaluation from two places: `model-index` in the front matter, for any metric, and, for a dataset that
+is on the Hub, an entry in `.eval_results/`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .usage import HERE, usage_of
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets")
 NOT_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 PRIVATE = re.compile(r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu")
-"""Settings of transformers that say nothing about the result, or are nobody else's business."""
+"""Settings of transformers that do not affect the result, or are private."""
 
 
 class Carded:
     """Goes before a trainer in a class's bases: `push_to_hub` and `create_model_card` write the card of hf_xent.
 
-    Both take the keywords of transformers and TRL. The base model and its license are looked up if they are not given;
-    the dataset is not, as rows do not tell where they come from.
+    Both take the keywords of transformers and TRL. The base model and its license are looked up if they are not passed;
+    the dataset is not, as rows do not have their origin.
     """
 
     objective: Any = None
@@ -46,13 +46,13 @@ class Carded:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, **metadata: Any
     ) -> None:
-        """Write README.md, loss.png and `.eval_results/` into the output folder.
+        """Writes README.md, loss.png and `.eval_results/` into the output folder.
 
         Args:
             model_name: The title; None for the name of the folder.
-            dataset_name: What the model was trained on; as `dataset` among the keywords, a Hub id or several.
-            **metadata: `dataset`, `tags`, `license`, `language`, `tasks`, `finetuned_from`; `dataset_tags` is a
-                dataset too, and `dataset_args`, which transformers has, is not shown.
+            dataset_name: The data set of the training; like the keyword `dataset`, one Hub id or several.
+            **metadata: `dataset`, `tags`, `license`, `language`, `tasks`, `finetuned_from`; `dataset_tags` names a
+                dataset too, and `dataset_args`, a keyword of transformers, is not shown.
 
         Raises:
             TypeError: For keywords that no card takes.
@@ -75,29 +75,29 @@ class Tokenless:
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        """The attributes, `hub_token` emptied: a copy pushes with the login."""
+        """The attributes, without the value of `hub_token`: a copy pushes with the user's login."""
         return {**self.__dict__, "hub_token": None}
 
 
 def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] | None = None) -> None:
-    """Write the card of a trainer, the plot of its loss and its `.eval_results/`.
+    """Writes the card of a trainer, the plot of its loss and its `.eval_results/`.
 
     Args:
         trainer: A trainer of transformers.
-        folder: Where they are written; it is made if it is not there.
+        folder: The folder to write; it is made if it does not exist.
         name: The title.
         metadata: The keywords of `Carded.create_model_card`.
     """
     metadata = metadata or {}
     folder.mkdir(parents=True, exist_ok=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter = getattr(model, "peft_config", None)  # what makes a model an adapter of peft's
+    adapter = getattr(model, "peft_config", None)  # set in models of PEFT
     base = metadata.get("finetuned_from") or _base(model.config._name_or_path)
     results = _results(trainer.state.log_history)
-    # no paths of this machine, 'brown:FOLDER' neither
-    datasets = [name for name in _listed(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
+    # without local paths, such as that of 'brown:FOLDER'
+    datasets = [name for name in _as_list(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
     use = usage_of(model)
-    tasks = [*_listed(metadata.get("tasks")), *filter(None, [use and use.task])]
+    tasks = [*_as_list(metadata.get("tasks")), *filter(None, [use and use.task])]
     task = tasks[0] if tasks else "text-generation" if model.can_generate() else "text-classification"
     library = use.library if use else "peft" if adapter else "transformers"
     about = {**metadata, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
@@ -128,28 +128,28 @@ def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] |
 
 
 def origin(place: str) -> dict[str, Any]:
-    """What the card of a model says of where it comes from.
+    """The origin of a model, according to its card.
 
     Args:
-        place: The folder or repository the model was loaded from.
+        place: The folder or repository from which the model was loaded.
 
     Returns:
-        `base_model`, `license`, `language` and `datasets`, each None where it is not known.
+        `base_model`, `license`, `language` and `datasets`, each None if it is not known.
     """
-    about = known(place)
-    base = about.get("base_model") if Path(place).exists() else place or None
-    license = about.get("license") or known(base if isinstance(base, str) else None).get("license")
-    return {**{key: about.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
+    card = known(place)
+    base = card.get("base_model") if Path(place).exists() else place or None
+    license = card.get("license") or known(base if isinstance(base, str) else None).get("license")
+    return {**{key: card.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
 
 
 def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
-    """Write `.eval_results/{dataset}.yaml` with an entry for each metric; nothing without results.
+    """Writes `.eval_results/{dataset}.yaml` with an entry for each metric; without results, no file.
 
     Args:
-        folder: Where it is written.
-        dataset: The Hub id of what the model was evaluated on.
+        folder: The folder to write into.
+        dataset: The Hub id of the data set of the evaluation.
         results: Metric -> value.
-        notes: On how they were measured.
+        notes: A remark on the measurement.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
@@ -187,10 +187,10 @@ def hardware(device: Any) -> str:
 def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, float]) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    tags = ["hf_xent", _method(trainer), *_listed(about.get("tags")), *(["lora"] if about["adapter"] else [])]
+    tags = ["hf_xent", _method(trainer), *_as_list(about.get("tags")), *(["lora"] if about["adapter"] else [])]
     dataset = (about["datasets"] or ["held-out rows of the run"])[0]
-    kind = dataset if _is_id(dataset) else "custom"
-    evaluation = [EvalResult(about["task"], kind, dataset, metric, value) for metric, value in results.items()]
+    dataset_type = dataset if _is_id(dataset) else "custom"
+    evaluation = [EvalResult(about["task"], dataset_type, dataset, metric, value) for metric, value in results.items()]
     return ModelCardData(
         license=about.get("license") or known(about["base"]).get("license") or "unknown",
         language=about.get("language"),
@@ -212,12 +212,12 @@ def _results(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
-    """A loss of the registry as its fields and what its file says."""
+    """The fields of a loss of the registry and the docstring of its file; None for another loss."""
     return (objective.describe(), _docs(type(objective))) if isinstance(objective, Loss) else None
 
 
-def _docs(kind: type) -> str:
-    return (sys.modules[kind.__module__].__doc__ or "").strip()
+def _docs(cls: type) -> str:
+    return (sys.modules[cls.__module__].__doc__ or "").strip()
 
 
 def _method(trainer: Any) -> str:
@@ -225,16 +225,16 @@ def _method(trainer: Any) -> str:
 
 
 def _base(name: str) -> str | None:
-    """A model's origin, unless it is a folder of this machine or there is none."""
+    """The Hub id of a model's origin; None if it is a local folder or not known."""
     return name if name and not Path(name).exists() else None
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
+def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
 def _is_path(value: Any) -> bool:
-    """Whether this is a place on this machine."""
+    """Whether a value is an absolute path on this machine."""
     return isinstance(value, str) and Path(value).is_absolute()
 
 
@@ -251,7 +251,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _plot(history: list[dict[str, Any]], path: Path) -> str | None:
-    """Draw the curves of the loss; the file's name, or None where there are too few points."""
+    """Draws the curves of the loss; returns the file's name, or None if there are too few points."""
     curves = {k: [(e["step"], e[k]) for e in history if k in e] for k in ("loss", "eval_loss")}
     if len(curves["loss"]) < 2:
         return None

@@ -1,10 +1,10 @@
-"""A folder to the Hub: the card last, and what arrived compared with what was sent.
+"""Pushes a folder to the Hub: the card last, and then compares the files in the repository with those of the folder.
 
     card checked offline -> repository, branch -> every file but the card -> the card -> remote tree == folder
 
-Large folders go up in several commits; a repository shows the new card only after all else, so one that was cut off is
-not taken for published. Pushing again resumes: files that are there are not sent again. Tokens are huggingface_hub's
-affair (`hf auth login`, HF_TOKEN), and so are retries after 429, 5xx and broken connections.
+Large folders are uploaded in several commits; the new card comes after all other files, so an interrupted push does not
+look like a published model. Pushing again resumes: files that have arrived are not sent again. huggingface_hub handles
+tokens (`hf auth login`, HF_TOKEN), and retries after 429, 5xx and broken connections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .usage import set_place
 
 CARD = "README.md"
 IGNORED = ("checkpoint-*", ".git", ".cache", "__pycache__", "training_args.bin")
-"""Names that are not sent, nor what is below them; the last is a pickle with paths and perhaps a token."""
+"""Names of files and folders that are not sent; the last is a pickle with paths and perhaps a token."""
 REMEDIES = {
     401: "log in with `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: choose another repo_id or a token with write access",
@@ -28,11 +28,15 @@ REMEDIES = {
     412: "somebody else wrote there meanwhile: push again",
     429: "too many requests: wait, then push again to resume",
 }
-"""What to do after an answer of the Hub that ends a push."""
+"""HTTP status with which the Hub ends a push -> what to do."""
 
 
 def files(folder: str | Path) -> dict[str, Path]:
-    """What a push sends: path in the repository -> file."""
+    """The files that a push sends: path in the repository -> file.
+
+    Args:
+        folder: The folder that is pushed.
+    """
     folder = Path(folder)
     paths = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
     return {path.as_posix(): file for path, file in paths.items() if not any(map(_ignored, path.parts))}
@@ -47,34 +51,34 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Send a folder that has a card to the Hub.
+    """Pushes a folder that has a card to the Hub.
 
-    The code on the card that loads the folder names the repository from then on, also in the folder itself.
+    The code on the card then loads from the repository, also in the local folder.
 
     Args:
         folder: The folder, with a README.md.
-        repo_id: The repository, 'user/name', or a name alone for one of the user's; it is made if it is not there.
+        repo_id: The repository, 'user/name', or a name alone for one of the user's; it is made if it does not exist.
         repo_type: 'model' or 'dataset'.
-        private: Whether a repository that is made is private; None for the user's default.
-        revision: A branch, which is made if it is not there.
-        create_pr: Whether the change is proposed as a pull request instead of made.
+        private: Whether a new repository is private; None for the user's default.
+        revision: A branch, which is made if it does not exist.
+        create_pr: Whether the change is proposed as a pull request instead of committed.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: For a card with faults (`validate`), or options that do not go together.
-        RuntimeError: With what to do, when the Hub refuses or not all files have arrived.
+        ValueError: For a card with faults (`validate`), or options that exclude each other.
+        RuntimeError: With a remedy, if the Hub refuses or not all files have arrived.
     """
     if create_pr and revision is not None:
-        raise ValueError(f"revision is {revision!r}, but a pull request goes to main: drop it or create_pr")
+        raise ValueError(f"revision is {revision!r}, but a pull request goes to main: leave out revision or create_pr")
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:
         repo["repo_id"] = _create(folder, repo, private)
         address, branch = _upload(folder, repo, revision, create_pr)
         missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
-    except Exception as error:  # huggingface_hub and its HTTP client raise a dozen kinds
+    except Exception as error:  # huggingface_hub and its HTTP client raise many types of them
         raise RuntimeError(f"{repo_id} is not published: {_explained(error)}") from error
     if missing:
         raise RuntimeError(f"{repo_id} is not published: {', '.join(missing)} did not arrive as sent; push again")
@@ -82,7 +86,7 @@ def push(
 
 
 def _create(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str:
-    """Make the repository if it is not there, and name it on the card; its name with the user's."""
+    """Makes the repository if it does not exist, and names it on the card; returns its name with the user's."""
     from huggingface_hub import HfApi
 
     name = str(HfApi().create_repo(**repo, private=private, exist_ok=True).repo_id)
@@ -91,7 +95,7 @@ def _create(folder: str | Path, repo: dict[str, Any], private: bool | None) -> s
 
 
 def _upload(folder: str | Path, repo: dict[str, Any], revision: str | None, create_pr: bool) -> tuple[str, str | None]:
-    """Make both commits; the address of the last, or of the pull request, and the branch that has them."""
+    """Makes both commits; returns the address of the last, or of the pull request, and the branch that has them."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -112,7 +116,7 @@ def _upload(folder: str | Path, repo: dict[str, Any], revision: str | None, crea
 
 
 def _arrived(folder: str | Path, repo: dict[str, Any], branch: str | None) -> set[str]:
-    """Paths whose content in the repository is that of the folder."""
+    """The paths whose content in the repository equals that in the folder."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
@@ -122,11 +126,11 @@ def _arrived(folder: str | Path, repo: dict[str, Any], branch: str | None) -> se
         if local is None or remote.size != local.stat().st_size:
             continue
         if remote.lfs is None:
-            same = remote.blob_id == git_hash(local.read_bytes())
+            is_equal = remote.blob_id == git_hash(local.read_bytes())
         else:
             with local.open("rb") as stream:
-                same = remote.lfs.sha256 == sha_fileobj(stream).hex()
-        arrived |= {remote.path} if same else set()
+                is_equal = remote.lfs.sha256 == sha_fileobj(stream).hex()
+        arrived |= {remote.path} if is_equal else set()
     return arrived
 
 

@@ -1,6 +1,6 @@
 """How a checkpoint is loaded, as code on its card; a push writes the name of the repository into that code.
 
-Until then the code loads from '.', the card's own folder: the name of a folder would be some repository of the Hub.
+Before a push the code loads from '.', the folder of the card: the name of a folder could be a repository on the Hub.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 HERE = "."
-"""The place of what has not been published."""
+"""The location of a checkpoint that has not been published."""
 AUTO = {
     "CausalLM": "text-generation",
     "Seq2SeqLM": "text2text-generation",
@@ -24,9 +24,9 @@ AUTO = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
 }
-"""Classes of transformers that load a model, AutoModelFor..., and the Hub's name for what such a model does."""
+"""Suffix of a class AutoModelFor... of transformers -> the Hub's name of the task of its models."""
 BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```", re.DOTALL)
-"""A block of code whose place is filled in; the comment is not shown."""
+"""A block of code after a comment, which the Hub does not show, with the location from which the code loads."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Usage:
     """How a checkpoint is loaded.
 
     Args:
-        code: Python, with PLACE where the folder or the repository goes.
-        library: The library that the Hub offers to load it with.
+        code: Python code, with PLACE instead of the folder or the repository.
+        library: The library with which the Hub offers to load it.
         note: Text before the code.
-        task: The Hub's name for what the model does; None where it has none.
+        task: The Hub's name of the model's task; None if there is none.
     """
 
     code: str
@@ -52,10 +52,10 @@ class Usage:
 
 
 def usage_of(model: Any) -> Usage | None:
-    """How a model of transformers or peft is loaded.
+    """How a model of transformers or PEFT is loaded.
 
-    A model's attribute `hub_usage`, a function of the model that returns a `Usage`, decides if it is there: not every
-    model is what its class would load. Else the Auto class of the model is used, or the class itself.
+    A model may have an attribute `hub_usage`, a function of the model that returns a `Usage`, if its class would load
+    another model than this one. Otherwise the Auto class of the model is used, or the class itself.
 
     Args:
         model: The model, unwrapped.
@@ -69,16 +69,16 @@ def usage_of(model: Any) -> Usage | None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "config"):
         return None
-    names = [kind.__name__ for kind in type(base).__mro__]  # a sharded model's own class is made on the spot
+    names = [cls.__name__ for cls in type(base).__mro__]  # with its bases: sharding derives a class for the model
     auto = _auto_of(base, names)
-    if getattr(model, "peft_config", None):  # what makes a model an adapter of peft's
+    if getattr(model, "peft_config", None):  # set in models of PEFT
         import peft
 
-        kind = f"AutoPeftModelFor{auto}"
-        return _loads("peft", kind, AUTO[auto]) if auto and hasattr(peft, kind) else None
-    for kind, path in (getattr(base.config, "auto_map", None) or {}).items():
+        name = f"AutoPeftModelFor{auto}"
+        return _loads("peft", name, AUTO[auto]) if auto and hasattr(peft, name) else None
+    for name, path in (getattr(base.config, "auto_map", None) or {}).items():
         if str(path).rpartition(".")[2] in names:
-            return _loads("transformers", kind, AUTO.get(kind.removeprefix("AutoModelFor")), ", trust_remote_code=True")
+            return _loads("transformers", name, AUTO.get(name.removeprefix("AutoModelFor")), ", trust_remote_code=True")
     if auto:
         return _loads("transformers", f"AutoModelFor{auto}", AUTO[auto])
     offered = [name for name in names if type(base).__module__.startswith("transformers.")]
@@ -87,30 +87,30 @@ def usage_of(model: Any) -> Usage | None:
 
 
 def _auto_of(model: Any, names: list[str]) -> str | None:
-    """The Auto class that makes a model of this class from its configuration."""
+    """The suffix of the AutoModelFor... class that loads a model of this class; None if there is none."""
     import transformers
 
     for auto in AUTO:
-        kinds = getattr(transformers, f"AutoModelFor{auto}")._model_mapping.get(type(model.config), ())
-        if {kind.__name__ for kind in (kinds if isinstance(kinds, list | tuple) else [kinds])} & set(names):
+        classes = getattr(transformers, f"AutoModelFor{auto}")._model_mapping.get(type(model.config), ())
+        if {cls.__name__ for cls in (classes if isinstance(classes, list | tuple) else [classes])} & set(names):
             return auto
     return None
 
 
-def _loads(library: str, kind: str, task: str | None, options: str = "") -> Usage:
-    code = f'from {library} import {kind}\n\nmodel = {kind}.from_pretrained("PLACE"{options})'
+def _loads(library: str, class_name: str, task: str | None, options: str = "") -> Usage:
+    code = f'from {library} import {class_name}\n\nmodel = {class_name}.from_pretrained("PLACE"{options})'
     return Usage(code, library, task=task)
 
 
 def set_place(folder: str | Path, place: str) -> None:
-    """Let the code on a folder's card load from a repository, instead of where it loaded from.
+    """Makes the code on a folder's card load from a repository, instead of the location before.
 
     Args:
-        folder: The folder with the README.md, which is written anew if something in it changes.
+        folder: The folder with the README.md, which is rewritten if anything in it changes.
         place: The repository, 'user/name'.
 
     Raises:
-        ValueError: For what is no name of a repository.
+        ValueError: `place` is not a name of a repository.
     """
     validate_repo_id(place)
     path = Path(folder) / "README.md"

@@ -1,12 +1,12 @@
-"""Models without LayerNorm: norms are removed one by one in fine-tuning, then folded away.
+"""Models without LayerNorm: norms are removed one by one in fine-tuning, then folded into the layers that read them.
 
 ln_free.wrap(model)                                      # norms become removable, nothing else changes
 ln_free.sites(model)                                     # mlp.0 ... qk.0 ... v.0 ... final
 trainer = hf_xent.LNRemovalTrainer(model, hf_xent.LNRemovalConfig(output_dir="out", max_steps=300), ...)
 trainer.train()                                          # removes them on schedule
 stock, true = ln_free.to_eps_trick(model), ln_free.to_true(model)
-ln_free.save(stock, tokenizer, "stock")                  # what a stock class loads, as the released LN-free models
-ln_free.save(true, tokenizer, "true")                    # no norms at all; loads with trust_remote_code
+ln_free.save(stock, tokenizer, "stock")                  # a stock class loads it, like the released LN-free models
+ln_free.save(true, tokenizer, "true")                    # has no norms at all; loads with trust_remote_code
 ln_free.load("true"), ln_free.verify(true, model)        # both have a card, for `hf-xent publish`
 ln_free.Report({"original": ln_free.analyze(original, blocks), "LN-free": ln_free.analyze(model, blocks)}).save(folder)
 """

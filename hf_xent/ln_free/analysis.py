@@ -1,20 +1,20 @@
-"""What removing norms does to a model, measured: losses, head attributions, first tokens, confidence.
+"""Measures of what the removal of norms changes in a model: losses, head attributions, first tokens, confidence.
 
     attribution  NMAE_h = mean |DLA - DE| / mean |DE| of attention head h, whose part of the residual stream r is c:
-                 DE  = (f(r) - f(r - c)) . w_y      f the final norm: what the logit of the label loses without c
-                 DLA = f'(c) . w_y                  f' the norm with its divisor frozen at r: what one usually computes
+                 DE  = (f(r) - f(r - c)) . w_y      f the final norm: by how much c raises the logit of the label
+                 DLA = f'(c) . w_y                  f' the norm with its divisor frozen at r: the usual approximation
                  for the last label of each sequence. Without norms f is affine and the two are equal
     sink rate    share of heads that give the first token more than 0.3 of their attention, a mean over later queries
     first norm   |h_0| / mean |h_t>0| of the residual stream after the layer where this is largest
     neurons      of the last MLP, with the largest score |w_i| / LogitVar(w_i), w_i the neuron's output weights,
                  LogitVar(w) = variance over the vocabulary of (w_v . w) / (|w_v| |w|); and how far loss and entropy
                  move, relatively, if these neurons are held at their means over the tokens
-    exploded     share of sequences in which the model overflows, as gated MLPs without norms may; they are left out
-                 of all the rest
+    exploded     share of sequences in which the model overflows, as gated MLPs without norms may; all other measures
+                 leave them out
 
 Losses, entropy and calibration are computed without logits (`hf_xent.ln_free.tokens`). Output projections of
-attention and of the last MLP are found by running the model once; logits are those before a soft cap. Free choices,
-ours: queries weigh the same, the neurons are ablated together, a head's part is without the projection's bias.
+attention and of the last MLP are found by running the model once; logits are those before a soft cap. Our choices:
+all queries have the same weight, the neurons are ablated together, a head's part excludes the projection's bias.
 
 Source: Baroni et al. 2025, arXiv:2507.02559; neurons as Stolfo et al. 2024, arXiv:2406.16254, score them.
 """
@@ -41,7 +41,7 @@ from .tokens import Tokens
 
 @dataclass(frozen=True)
 class Analysis:
-    """Of one model on some tokens; see the module's docstring."""
+    """The measures of one model on some tokens; see the module's docstring."""
 
     loss: float  # nats per token, as the next three
     median: float
@@ -60,7 +60,7 @@ class Analysis:
 
     @property
     def mean_nmae(self) -> float:
-        """Over heads."""
+        """The mean of `nmae` over heads."""
         heads = [value for layer in self.nmae for value in layer]
         return sum(heads) / len(heads)
 
@@ -71,13 +71,13 @@ class Analysis:
 
 @torch.no_grad()
 def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3) -> Analysis:
-    """Measure a causal LM, its norms in whatever form; leaves it as it was.
+    """Measures a causal LM with its norms in any form; the model is not changed.
 
     Args:
         model: A causal LM of transformers.
         blocks: Token ids [N, T] without padding, T >= 3.
-        batch_size: Sequences a forward pass.
-        neurons: How many confidence neurons are ablated.
+        batch_size: Number of sequences in a forward pass.
+        neurons: Number of confidence neurons that are ablated.
 
     Returns:
         Losses in nats per token, and the other measures of the module's docstring.
@@ -120,13 +120,13 @@ def analyze(model: Any, blocks: Tensor, *, batch_size: int = 8, neurons: int = 3
 
 
 def _change(before: float, after: float) -> float:
-    """Relative; of nothing that stays nothing, none."""
+    """The relative change; 0 from 0 to 0, and infinite from 0 to another value."""
     return after / before - 1 if before else math.inf if after else 0.0
 
 
 @contextmanager
 def _measuring(model: Any) -> Iterator[None]:
-    """In evaluation mode, attention weights computed, logits lazy, without a trainer's autocast; then as before."""
+    """Sets evaluation mode, eager attention and lazy logits, without a trainer's autocast, until the context ends."""
     attention = model.config._attn_implementation
     with eval_mode_without_autocast(model):
         model.set_attn_implementation("eager")
@@ -139,7 +139,7 @@ def _measuring(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _merged(model: nn.Module) -> Iterator[None]:
-    """In here the adapters of linear layers are in their weights, which are what they were afterwards, bit for bit."""
+    """Merges the adapters of linear layers until the context ends; then the weights are restored, bit for bit."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]  # every transformers model has it
     modules: Iterator[Any] = model.modules()
     layers = [
@@ -147,7 +147,8 @@ def _merged(model: nn.Module) -> Iterator[None]:
         for m in modules
         if type(getattr(m, "base_layer", None)) in (nn.Linear, Conv1D)
         and not (m.merged or m.disable_adapters)
-        and m.base_layer.weight is not getattr(embeddings, "weight", None)  # a tied head's, which both would take
+        and m.base_layer.weight
+        is not getattr(embeddings, "weight", None)  # tied to the head, so a merge would change both
     ]
     before = [{name: p.detach().clone() for name, p in m.base_layer.named_parameters()} for m in layers]
     try:

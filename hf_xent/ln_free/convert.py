@@ -1,23 +1,24 @@
-"""From a model whose norms are removed to checkpoints that anyone loads, and between those.
+"""Conversion of a model whose norms are removed to the forms that load without hf_xent, and between these forms.
 
     eps trick   a stock model whose norms hardly normalize:  eps = 1e12, weight = 1e6 gain.  sqrt(var + 1e12) = 1e6, so
                 the output is (x - mu) gain + beta.  The format of the released LN-free GPT-2 models
-    true        no norms. Each linear layer y = W n + b that reads n = (x - mu) gain + beta takes it over,
+    true        no norms. Into each linear layer y = W n + b that reads n = (x - mu) gain + beta the norm is folded,
 
                     W' = W diag(gain) (I - 11'/D)        b' = b + W beta        (no mu in RMSNorms)
 
-                the head, too, which is untied from the embeddings and gets a bias. No stock class leaves its norms out,
+                also into the head, which is untied from the embeddings and gets a bias. All stock classes have norms,
                 so the class comes with the checkpoint (`modeling_ln_free.py`, loaded with trust_remote_code=True)
 
-with gain = weight / sigma for removed norms and weight / sqrt(eps) under the trick. Back from true to the trick, gain
+with gain = weight / sigma for removed norms and weight / sqrt(eps) under the trick. From true back to the trick, gain
 is 1; a bias b that folding had to add goes into the norm, beta = 1 and W'' = W' + b 1'/D, exactly, since W' 1 = 0 and
 x - mu has mean 0.
 
-The trick costs a relative error of var / (2 eps). Its weights, some 1e6 to 1e7, overflow float16 to inf and give NaN:
-that is refused. eps = 1e6 fits into float16, at the error that `parity` measures; bfloat16 and float32 take both.
+The trick has a relative error of var / (2 eps). Its weights, about 1e6 to 1e7, would overflow float16 and give NaN,
+which is refused. With eps = 1e6 they fit into float16, at the error that `parity` measures; bfloat16 and float32 hold
+both.
 
 Source: the format and the trick are Baroni et al.'s, arXiv:2507.02559, github.com/submarat/removing-layer-norm; folding
-is that of TransformerLens (fold_ln), centering moved to the readers alone.
+is that of TransformerLens (fold_ln), but centering is folded into the readers alone.
 """
 
 from __future__ import annotations
@@ -38,39 +39,39 @@ from .removal import sites
 from .structure import eps_of, trace
 from .verification import parity
 
-LARGEST = 65504.0  # of float16
-MILD = 1e6  # the eps whose weights fit into it
+LARGEST = 65504.0  # the largest number in float16
+MILD = 1e6  # the eps under which the weights fit into float16
 
 
 def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None) -> Any:
-    """A stock model with the norms of a removable or true one drowned by `eps`; computes the same.
+    """Converts a removable or true model to the stock class with a huge `eps` in its norms; it computes the same.
 
     Args:
-        model: A removable model of which all norms are removed, or a true one.
-        eps: What takes the place of the variance, positive and below 1e38.
-        dtype: Of the result; None is the model's.
+        model: A removable model with all norms removed, or a true one.
+        eps: The number that replaces the variance, positive and below 1e38.
+        dtype: The dtype of the result; None is the model's.
 
     Returns:
         A new model of the stock class.
 
     Raises:
-        ValueError: Norms are left, the architecture's configuration has no eps (OPT), this one does not drown the
+        ValueError: Norms are left, the architecture's configuration has no eps (OPT), `eps` is too small against the
             variance, or weights would overflow float16.
     """
-    if not is_number(eps, "(0, 1e38)"):  # beyond, float32 overflows
+    if not is_number(eps, "(0, 1e38)"):  # above it, float32 overflows
         raise ValueError(f"eps is {eps!r}: choose a positive number below 1e38, such as 1e12")
-    eps = float(eps)  # what configurations ask for
-    true = form_of(model) == "true"
-    if not true:
+    eps = float(eps)  # configurations require a float
+    is_true = form_of(model) == "true"
+    if not is_true:
         _check_removed(model)
     config = deepcopy(model.config)
-    names = list(config.ln_free["norms"]) if true else list(fake_norms(model))
-    stock: Any = type(model).__mro__[2] if true else type(model)
-    for name in ("ln_free", "auto_map") if true else ():
+    names = list(config.ln_free["norms"]) if is_true else list(fake_norms(model))
+    stock: Any = type(model).__mro__[2] if is_true else type(model)
+    for name in ("ln_free", "auto_map") if is_true else ():
         config.__dict__.pop(name, None)
     config.__class__ = stock.config_class
-    plain = _built(stock, config, model)
-    state = _unfolded(model, plain) if true else _scaled(model)
+    plain = _untrained(stock, config, model)
+    state = _unfolded(model, plain) if is_true else _scaled(model)
     _set_eps(plain, names, eps)
     for name in names:
         state[f"{name}.weight"] = state[f"{name}.weight"] * eps**0.5
@@ -82,18 +83,18 @@ def to_eps_trick(model: Any, eps: float = 1e12, dtype: torch.dtype | None = None
 
 
 def to_true(model: Any, ids: Tensor | None = None) -> Any:
-    """A model without norms from a removable or eps-trick one; computes the same, which is checked.
+    """Converts a removable or eps-trick model to one without norms, and checks that it computes the same.
 
     Args:
-        model: A removable model of which all norms are removed, or one under the eps trick.
-        ids: Token ids [B, T] to compare both on; None is 32 random ones.
+        model: A removable model with all norms removed, or one under the eps trick.
+        ids: Token ids [B, T] on which both are compared; None is 32 random ones.
 
     Returns:
-        A new model, of a class of its own.
+        A new model, of a separate class without norms.
 
     Raises:
-        ValueError: It still normalizes, or something else than a linear layer reads a norm.
-        RuntimeError: The result differs, as where the residual stream itself takes a norm's output.
+        ValueError: The model still normalizes, or a module other than a linear layer reads a norm.
+        RuntimeError: The result differs, for instance since the residual stream itself reads a norm's output.
     """
     form = form_of(model)
     if form == "removable":
@@ -111,25 +112,25 @@ def to_true(model: Any, ids: Tensor | None = None) -> Any:
             state.pop(f"{norm.name}.{prefix}", None)
         readers[norm.name] = list(norm.readers)
         for name, reader in norm.readers.items():
-            had = f"{name}.bias" in state
-            _fold(state, name, reader, (gain, beta if had or beta.any() else None), norm.center)
-            biases += [name] if f"{name}.bias" in state and not had else []
+            had_bias = f"{name}.bias" in state
+            _fold(state, name, reader, (gain, beta if had_bias or beta.any() else None), norm.center)
+            biases += [name] if f"{name}.bias" in state and not had_bias else []
     config = deepcopy(model.config)
     config.tie_word_embeddings, config.ln_free = False, {"norms": readers, "biases": biases}
     stock: Any = type(model)
-    kind: Any = class_of(stock)
-    config.__class__ = kind.config_class  # the same settings, another model type
-    free = _built(kind, config, model)
-    free.load_state_dict(state)
-    free = free.to(_dtype(model))
-    error, size = parity(model, free, ids)
-    if size != size:
+    true_class: Any = class_of(stock)
+    config.__class__ = true_class.config_class  # the same settings, another model type
+    true = _untrained(true_class, config, model)
+    true.load_state_dict(state)
+    true = true.to(_dtype(model))
+    error, size = parity(model, true, ids)
+    if size != size:  # nan
         raise RuntimeError(f"{type(model).__name__} overflows in every sequence of ids: pass some of its training text")
     if not error <= (5e-2 if _dtype(model).itemsize == 2 else 1e-3) * size:
         raise RuntimeError(
             f"folding the norms of {type(model).__name__} changed its logits by {error:.1e} of {size:.1e}"
         )
-    return free
+    return true
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -142,16 +143,16 @@ def _check_removed(model: nn.Module) -> None:
         raise ValueError(f"{len(left)} norms are left, {left[0]} first: train until all are removed, or remove them")
 
 
-def _built(kind: type, config: Any, model: Any) -> Any:
-    """An untrained model in place of another, in float32."""
-    built = kind(config).float().to(next(model.parameters()).device).eval()
-    built.generation_config = deepcopy(model.generation_config)
-    return built
+def _untrained(model_class: type, config: Any, model: Any) -> Any:
+    """An untrained model with the device and generation options of another, in float32."""
+    untrained = model_class(config).float().to(next(model.parameters()).device).eval()
+    untrained.generation_config = deepcopy(model.generation_config)
+    return untrained
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Removed norms normalize in here, so that they are recognized."""
+    """Makes removed norms normalize until the context ends, so that `trace` recognizes them."""
     fakes = [m for m in model.modules() if isinstance(m, FakeNorm)]
     for fake in fakes:
         fake.shares = [0.0] * len(fake.sites)
@@ -163,7 +164,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def _affine(norm: Any, width: int) -> tuple[Tensor, Tensor]:
-    """Gain and beta [D] of a norm without its own divisor, float64."""
+    """Gain and beta [D] of a norm whose divisor is constant, float64."""
     vectors = {name: p.detach().double() for name, p in norm._parameters.items() if p is not None}
     some = next(iter(vectors.values()), torch.ones(1).double())
     divisor = float(norm.sigma) if isinstance(norm, FakeNorm) else eps_of(norm) ** 0.5
@@ -171,32 +172,32 @@ def _affine(norm: Any, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _fold(state: dict[str, Tensor], name: str, reader: Any, affine: tuple[Tensor, Tensor | None], center: bool) -> None:
-    """A reader's weights with its norm in them."""
+    """Folds a norm into the weights of one of its readers, in `state`."""
     weight, (gain, beta) = state[f"{name}.weight"], affine
-    across = not isinstance(reader, nn.Linear)  # GPT-2's Conv1D holds [in, out]
-    if weight.ndim != 2 or (across and type(reader).__name__ != "Conv1D"):
-        raise ValueError(f"{name}, a {type(reader).__name__}, reads a norm: only linear layers can take one over")
-    w = (weight.T if across else weight).double()
+    transposed = not isinstance(reader, nn.Linear)  # GPT-2's Conv1D holds [in, out]
+    if weight.ndim != 2 or (transposed and type(reader).__name__ != "Conv1D"):
+        raise ValueError(f"{name}, a {type(reader).__name__}, reads a norm: norms fold into linear layers only")
+    w = (weight.T if transposed else weight).double()
     if beta is not None:
         bias = state.get(f"{name}.bias", weight.new_zeros(len(w)))
         state[f"{name}.bias"] = (bias.double() + w @ beta).to(bias.dtype)
     w = w * gain
     w = w - w.mean(1, keepdim=True) if center else w
-    state[f"{name}.weight"] = (w.T if across else w).to(weight.dtype).contiguous()
+    state[f"{name}.weight"] = (w.T if transposed else w).to(weight.dtype).contiguous()
 
 
 def _scaled(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of a removable model, every norm's divided by its sigma, float32."""
+    """The weights of a removable model, those of every norm divided by its sigma, float32."""
     state = {name: x.float() for name, x in model.state_dict().items() if not name.endswith(STATE)}
     for name, norm in fake_norms(model).items():
         if norm.weight is None:
-            raise ValueError(f"{name} has no weight that could hold its scale: convert to 'true'")
+            raise ValueError(f"{name} has no weight that could hold its scale: convert to 'true' instead")
         state[f"{name}.weight"] = state[f"{name}.weight"] / norm.sigma
     return state
 
 
 def _unfolded(model: Any, plain: Any) -> dict[str, Tensor]:
-    """Weights of a true model for a stock one, whose norms get gain 1, float32."""
+    """The weights of a true model for a stock one, whose norms get gain 1, float32."""
     state = {name: x.float() for name, x in model.state_dict().items()}
     for norm, readers in model.config.ln_free["norms"].items():
         added = [name for name in readers if name in model.config.ln_free["biases"]]
@@ -211,14 +212,14 @@ def _unfolded(model: Any, plain: Any) -> dict[str, Tensor]:
 
 
 def _set_eps(model: Any, names: list[str], eps: float) -> None:
-    """Another eps in a stock model's norms and configuration."""
+    """Sets the eps of a stock model's norms, and of its configuration."""
     norms = [model.get_submodule(name) for name in names]
     config = model.config.get_text_config()
     keys = [key for key, value in config.to_dict().items() if "eps" in key and value == eps_of(norms[0])]
     if len(keys) != 1:
         raise ValueError(
-            f"the configuration of {type(model).__name__} does not set its norms' eps, so no stock model would load"
-            " with another: convert to 'true'"
+            f"the configuration of {type(model).__name__} does not set its norms' eps, so a stock model would load"
+            " without the new one: convert to 'true' instead"
         )
     setattr(config, keys[0], eps)
     for norm in norms:
@@ -234,8 +235,8 @@ def _check_half(model: Any, plain: Any, names: list[str], dtype: torch.dtype, ep
         error, size = parity(model, to_eps_trick(model, MILD, torch.float32))
         advice += f", or take eps = {MILD:.0e} (logits then differ by {error:.1e} of {size:.1e}, measured in float32)"
     raise ValueError(
-        f"eps is {eps:.0e} and dtype float16: norm weights reach {largest:.1e}, float16 ends at {LARGEST:.0f} and the"
-        f" model would give NaN: {advice}"
+        f"eps is {eps:.0e} and dtype float16: norm weights reach {largest:.1e}, above float16's largest number"
+        f" {LARGEST:.0f}, so the model would give NaN: {advice}"
     )
 
 

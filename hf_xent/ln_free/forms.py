@@ -1,11 +1,11 @@
-"""The forms of a model whose norms can be removed, told by what is in it.
+"""The forms of a model whose norms can be removed, recognized by its modules.
 
     normalized   a stock model
-    removable    `wrap` made it so: as far as removal has got, and in a checkpoint of training
-    eps trick    a stock model whose eps drowns the variance
-    true         no norms at all: a class of its own
+    removable    a model that `wrap` has changed, during and after removal; also a checkpoint of training
+    eps trick    a stock model whose eps is so large that the variance has no effect
+    true         a model without norms, of a separate class
 
-`hf_xent.ln_free.convert` goes from one to another.
+`hf_xent.ln_free.convert` converts between them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from .norms import FORMER_SHARE, FakeNorm
 from .structure import trace
 
 STATE = (".sigma", ".removed_share", f".{FORMER_SHARE}")
-"""How names of removable norms' buffers end in a checkpoint."""
+"""The suffixes of the names of removable norms' buffers in a checkpoint."""
 
 
 @lru_cache
 def class_of(stock: Any) -> type:
-    """The stock class of an architecture, without norms, and with a configuration of its own."""
+    """A class like the stock one of an architecture, but without norms and with its own configuration class."""
     common = {"__module__": __name__}
     name, model_type = stock.config_class.__name__, PREFIX + stock.config_class.model_type
-    of_config = {"__doc__": "Of a model without norms.", "model_type": model_type, **common}
-    config = type(f"LNFree{name}", (stock.config_class,), of_config)
-    return type(
-        f"LNFree{stock.__name__}", (LNFree, stock), {"__doc__": "Without norms.", "config_class": config, **common}
-    )
+    config_members = {"__doc__": "Configuration of a model without norms.", "model_type": model_type, **common}
+    config = type(f"LNFree{name}", (stock.config_class,), config_members)
+    members = {"__doc__": "A model without norms.", "config_class": config, **common}
+    return type(f"LNFree{stock.__name__}", (LNFree, stock), members)
 
 
 def form_of(model: Any) -> str:
@@ -52,12 +51,12 @@ def form_of(model: Any) -> str:
 
 
 def is_ln_free(model: nn.Module) -> bool:
-    """Whether nothing in a causal LM normalizes: norms are removed, folded away, or drowned by their eps.
+    """Whether nothing in a causal LM normalizes: its norms are removed, folded away, or have a huge eps.
 
-    Runs a few tokens: what counts is what its modules do, whatever they are called.
+    Runs a few tokens: what its modules compute decides, whatever their names.
 
     Args:
-        model: A causal LM of transformers in any form; it is left as it was.
+        model: A causal LM of transformers in any form; it is not changed.
 
     Returns:
         False if any norm depends on the scale of its input.

@@ -1,4 +1,4 @@
-"""Causal LMs in any form out of a folder or the Hub, without remote code."""
+"""Loads causal LMs in any form from a folder or the Hub, without remote code."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from .wrapping import wrap
 
 
 def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal LM in any form, and its tokenizer; no remote code runs.
+    """Loads a causal LM in any form, and its tokenizer; no remote code runs.
 
-    A checkpoint of `LNRemovalTrainer` comes back wrapped, as far as its removal had got.
+    A checkpoint of `LNRemovalTrainer` is loaded as a wrapped model, with the norms removed that were removed in it.
 
     Args:
         model: A packaged model's name, a checkpoint's folder, or a Hub id.
-        dtype: As transformers takes it; 'auto' is the dtype the weights were saved in.
+        dtype: As for `from_pretrained`; 'auto' is the dtype in which the weights were saved.
 
     Returns:
         The model and its tokenizer, which is None if there is none beside the weights.
 
     Raises:
-        ImportError: A packaged model's package is absent.
+        ImportError: A packaged model's package is not installed.
         ValueError: There is no such model, or its weights are broken.
     """
-    from transformers import AutoModelForCausalLM  # lazy: seconds
+    from transformers import AutoModelForCausalLM  # here, since the import takes seconds
 
     with loading.explain_load_errors(model) as source:
-        free: Any = _class_saved(source)
-        loaded = (free or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
-    state = {} if free else _state(source)
-    if state:
-        wrap(loaded).load_state_dict(state, strict=False)
+        true_class: Any = _true_class(source)
+        loaded = (true_class or AutoModelForCausalLM).from_pretrained(source, dtype=dtype)
+    buffers = {} if true_class else _removal_buffers(source)
+    if buffers:
+        wrap(loaded).load_state_dict(buffers, strict=False)
     return loaded, _tokenizer(source, loaded.config)
 
 
-def _class_saved(source: str) -> type | None:
+def _true_class(source: str) -> type | None:
     """The class of a true model, by its configuration; None for any other."""
     from transformers import AutoModelForCausalLM, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -48,7 +48,7 @@ def _class_saved(source: str) -> type | None:
     try:
         settings, _ = PreTrainedConfig.get_config_dict(source)
     except OSError:
-        return None  # loading says what is wrong
+        return None  # loading the weights then says what is wrong
     if "ln_free" not in settings:
         return None
     stock = CONFIG_MAPPING[settings["model_type"].removeprefix(PREFIX)]
@@ -62,11 +62,11 @@ def _tokenizer(source: str, config: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, config=config, trust_remote_code=False)
     except (OSError, ValueError):
         return None
-    empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # transformers makes one up for GPT-2
+    empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # transformers makes an empty one for GPT-2
     return None if empty else tokenizer
 
 
-def _state(source: str) -> dict[str, Tensor]:
+def _removal_buffers(source: str) -> dict[str, Tensor]:
     """The buffers of removable norms in a checkpoint that was just loaded from a folder or the Hub."""
     from huggingface_hub import try_to_load_from_cache
     from safetensors import safe_open
@@ -78,5 +78,5 @@ def _state(source: str) -> dict[str, Tensor]:
     buffers = {}
     for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            buffers.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(STATE)})  # noqa: SIM118  no dict
+            buffers.update({name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(STATE)})  # noqa: SIM118  it is not a dict
     return buffers

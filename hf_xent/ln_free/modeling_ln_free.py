@@ -1,13 +1,14 @@
-"""A causal LM whose norms are gone: identities in their places, biases where folding them away needed some.
+"""A causal LM without norms: identities replace them, and some linear layers have biases that folding has added.
 
-What the stock class of its architecture is changed by stands in its configuration, and so does a model type of its own:
-a stock class would put fresh norms where there are none, so that none may take it for one of its checkpoints.
+The configuration lists the changes against the stock class of the architecture, and has a separate model type, so that
+no stock class loads the checkpoint, which would add untrained norms.
 
     model_type = "ln_free_gpt2"
     ln_free = {"norms": {a norm's module name: [its readers' names]}, "biases": [readers that got a bias]}
 
-Loads with `trust_remote_code=True`, from torch and transformers alone; this file travels with the weights. Norm, scale
-and center were folded into the readers: W diag(gain) (I - 11'/D) and b + W beta (see `hf_xent.ln_free.convert`).
+It loads with `trust_remote_code=True` and needs torch and transformers alone; this file is saved with the weights. The
+norm's scale and centering were folded into the readers: W diag(gain) (I - 11'/D) and b + W beta (see
+`hf_xent.ln_free.convert`).
 """
 
 from pathlib import Path
@@ -15,24 +16,24 @@ from typing import Any
 
 from torch import nn
 
-PREFIX = "ln_free_"  # of model types
+PREFIX = "ln_free_"  # how model types begin
 CLASSES = '''
 
 class {config}({stock_config}):
-    """Of a model without norms."""
+    """Configuration of a model without norms."""
 
     model_type = "{model_type}"
 
 
 class {model}(LNFree, {stock}):
-    """Without norms."""
+    """A model without norms."""
 
     config_class = {config}
 '''
 
 
 class LNFree(nn.Module):
-    """What goes before a stock class."""
+    """Goes before a stock class in a class's bases, and removes its norms."""
 
     config: Any
 
@@ -47,7 +48,7 @@ class LNFree(nn.Module):
         config.auto_map = {auto: f"modeling_ln_free.{name}" for auto, name in classes.items()}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Weights, configuration, and this file, which ends with the two classes of this architecture."""
+        """Saves weights, configuration, and this file, to which the two classes of the architecture are appended."""
         names = (self.config.auto_map[auto] for auto in ("AutoModelForCausalLM", "AutoConfig"))
         model, config = (name.rpartition(".")[2] for name in names)  # not type(self)'s, which sharding changes
         text = Path(__file__).read_text(encoding="utf-8")
@@ -55,7 +56,7 @@ class LNFree(nn.Module):
         if f"\nclass {model}(" not in text:
             stock, stock_config = (name.removeprefix("LNFree") for name in (model, config))
             text = text.replace("import nn\n", f"import nn\nfrom transformers import {stock}, {stock_config}\n", 1)
-            made = {"model": model, "config": config, "stock": stock, "stock_config": stock_config}
-            text += CLASSES.format(**made, model_type=self.config.model_type)
+            classes = {"model": model, "config": config, "stock": stock, "stock_config": stock_config}
+            text += CLASSES.format(**classes, model_type=self.config.model_type)
         Path(save_directory, "modeling_ln_free.py").write_text(text, encoding="utf-8")
         return saved

@@ -1,4 +1,4 @@
-"""Neurons that set how confident a model is: found by their output weights, and held at their means.
+"""Confidence neurons, which regulate a model's confidence: found by their output weights, and ablated to their means.
 
     score(w_i) = |w_i| / LogitVar(w_i)      LogitVar(w) = variance over the vocabulary of (w_v . w) / (|w_v| |w|)
 
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 
 def confidence_neurons(projection: nn.Module, head: Tensor, count: int) -> Tensor:
-    """Indices of the neurons with the largest scores, of an MLP's output projection and the head's weight [V, D].
+    """Indices of the neurons with the largest scores, from an MLP's output projection and the head's weight [V, D].
 
-    A neuron without output weights has no score. Raises: ValueError for more neurons than there are.
+    A neuron whose output weights are zero comes last. Raises: ValueError for more neurons than there are.
     """
     weight: Any = projection.weight
     weight = (weight.T if isinstance(projection, nn.Linear) else weight).detach().double()  # [neurons, D]
@@ -31,13 +31,13 @@ def confidence_neurons(projection: nn.Module, head: Tensor, count: int) -> Tenso
     spread = ((weight @ covariance) * weight).sum(-1) / size.square()
     score = (size / spread).where(size != 0, -math.inf)
     if count > len(score):
-        raise ValueError(f"neurons is {count}, but the last MLP has {len(score)}")
+        raise ValueError(f"neurons is {count}, but the last MLP has {len(score)}: choose no more than that")
     return score.topk(count).indices
 
 
 @contextmanager
 def held_at_means(projection: nn.Module, neurons: Tensor, means: Tensor) -> Iterator[None]:
-    """Neurons held at their means, on the way into the output projection."""
+    """Replaces the activations of neurons by their means, at the input of the output projection."""
 
     def hold(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0].clone()

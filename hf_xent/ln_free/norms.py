@@ -1,16 +1,16 @@
-"""Norms that can be taken away one by one while a model trains.
+"""Norms that can be removed one by one while a model trains.
 
     real     (x - mu) / sigma_x * weight + bias          sigma_x = sqrt(var(x) + eps), of every token
-    removed  (x - mu) / sigma   * weight + bias          sigma, one constant a norm: an affine map
+    removed  (x - mu) / sigma   * weight + bias          sigma, one constant per norm: an affine map
     between  (x - mu) / sigma_x^(1 - a) sigma^a * weight + bias                     0 < a < 1, the share that is removed
 
 (without mu, and with the root mean square for sigma_x, in RMSNorms). While a norm is real, sigma follows the mean of
-sigma_x over the tokens that are no padding, once a forward pass in training mode, and never in evaluation:
+sigma_x over the tokens that are not padding, once per forward pass in training mode, and never in evaluation:
 
     sigma <- momentum sigma + (1 - momentum) mean sigma_x           the first batch sets it
 
-or their median (ours), which does not move when the residual of one token explodes, as it may behind gated MLPs whose
-norms are gone: with the mean, that token undoes the divisor of all others.
+or their median (ours), which does not move when the residual of one token explodes, as it may after gated MLPs without
+norms: with the mean, that token would spoil the divisor of all others.
 
 Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; the predecessor
 is Heimersheim 2024, arXiv:2409.13710. RMSNorm, shares and the median are ours.
@@ -27,32 +27,32 @@ from torch import Tensor, nn
 from ..system import renamed
 
 FORMER_SHARE = "gone"
-"""What the buffer `removed_share` is called in older checkpoints."""
+"""The name of the buffer `removed_share` in older checkpoints."""
 
 
 class Watch:
-    """What norms are told about the pass under way, by hooks on their model."""
+    """The state of the current forward pass, which hooks on a model set and its norms read."""
 
     def __init__(self, median: bool) -> None:
-        self.median = median  # which sigma follows; or the mean
-        self.always = False  # also in evaluation: calibration
-        self.live = False  # within a forward that counts; not while a checkpoint computes a layer again
+        self.median = median  # whether sigma follows the median, not the mean
+        self.always = False  # whether sigma follows passes in evaluation mode too, as for calibration
+        self.live = False  # whether sigma follows now; not while activation checkpointing recomputes a layer
         self.keep: Tensor | None = None  # [B, T], zero at padding
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model's forward."""
+        """The hook before the model's forward pass."""
         arguments = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         mask = arguments.get("attention_mask")
         self.keep = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self.live = model.training or self.always
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
-        """After it, even a failed one."""
+        """The hook after the forward pass, even if it failed."""
         self.live, self.keep = False, None
 
 
 class FakeNorm(nn.Module):
-    """What the two kinds of removable norms share; `sites` are the names of what is removed in them."""
+    """The base of the two kinds of removable norms; `sites` are the names of its removable parts."""
 
     sigma: Tensor
     removed_share: Tensor
@@ -61,20 +61,20 @@ class FakeNorm(nn.Module):
     eps: Any
 
     def take_over(self, norm: nn.Module, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
-        """Take over a norm's parameters and mode."""
+        """Takes over the parameters and the mode of a norm."""
         self.weight, self.bias = norm._parameters.get("weight"), norm._parameters.get("bias")
         self.elementwise_affine = self.weight is not None
         self.sites, self.watch, self.momentum, self.training = sites, watch, momentum, norm.training
         device = next((p.device for p in norm.parameters()), None)
         self.register_buffer("sigma", torch.tensor(float("nan"), device=device))
         self.register_buffer("removed_share", torch.zeros(len(sites), device=device))
-        self.shares = [0.0] * len(sites)  # `removed_share`, without asking the device
-        self.ratio: Tensor | None = None  # values' divisor against the other, from this norm to its readers
-        self.record_sigma = False  # whether training asks for sigma_x, with its gradient
-        self.recorded_sigma: Tensor | None = None  # sigma_x [...] of the last pass that counted
+        self.shares = [0.0] * len(sites)  # `removed_share` as floats, without a copy from the device
+        self.ratio: Tensor | None = None  # first divisor / divisor of values, for the hook of the norm's readers
+        self.record_sigma = False  # whether training needs sigma_x, with its gradient
+        self.recorded_sigma: Tensor | None = None  # sigma_x [...] of the last pass that sigma followed
 
     def centered(self, x: Tensor) -> Tensor:
-        """What is divided."""
+        """The vector that the norm divides by sigma_x."""
         raise NotImplementedError
 
     def spread(self, x: Tensor) -> Tensor:
@@ -82,20 +82,20 @@ class FakeNorm(nn.Module):
         return (self.centered(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def affine(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The norm with another divisor than its own."""
+        """The norm of x with a given divisor."""
         y = self.centered(x) * (1 / sigma).to(x.dtype)
         y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of x [..., D], real or removed."""
-        if self.record_sigma and self.training:  # within a checkpoint's second pass, too, which must repeat the first
+        if self.record_sigma and self.training:  # also when checkpointing recomputes a layer, which must save the same
             spread = self.spread(x).squeeze(-1)
             self.recorded_sigma = spread if self.watch.live else self.recorded_sigma
         if self.removed:
             return self.affine(x, self.sigma)
         if self.watch.live:
-            self._follow(x)
+            self._update_sigma(x)
         if not any(self.shares):
             return super().forward(x)
         sigma_x = self.spread(x)
@@ -106,27 +106,27 @@ class FakeNorm(nn.Module):
 
     @property
     def removed(self) -> bool:
-        """Whether all of its sites are."""
+        """Whether all of its sites are removed."""
         return all(share == 1 for share in self.shares)
 
     def divisor(self, sigma_x: Tensor, share: float) -> Tensor:
-        """sigma_x^(1 - share) sigma^share of sigma_x [..., 1], [..., 1] or []."""
+        """sigma_x^(1 - share) sigma^share for sigma_x [..., 1]; of shape [..., 1], or [] for share 1."""
         if share == 1:
             return self.sigma
         return sigma_x ** (1 - share) * self.sigma**share if share else sigma_x
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
+    def _update_sigma(self, x: Tensor) -> None:
         spread, keep = self.spread(x).squeeze(-1), self.watch.keep
         if keep is not None and keep.numel() == spread.numel():  # some models flatten tokens before a norm
             spread = spread.where(keep.reshape(spread.shape).bool(), torch.nan)
         batch_sigma = spread.nanmedian() if self.watch.median else spread.nanmean()
         updated = self.momentum * self.sigma + (1 - self.momentum) * batch_sigma
         updated = torch.where(self.sigma.isnan(), batch_sigma, updated)
-        self.sigma.copy_(torch.where(batch_sigma.isnan(), self.sigma, updated))  # nan: nothing but padding
+        self.sigma.copy_(torch.where(batch_sigma.isnan(), self.sigma, updated))  # nan: all tokens are padding
 
     def switch(self, site: str, share: float) -> None:
-        """Remove a share of one of the norm's sites; none puts it back."""
+        """Removes a share of one of the norm's sites; share 0 restores it."""
         index = self.sites.index(site)
         if share == self.shares[index]:
             return

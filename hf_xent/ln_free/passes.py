@@ -1,6 +1,6 @@
-"""What hooks see of a forward pass: the parts of the residual stream, attention to the first token, activations.
+"""Measurements by hooks on forward passes: parts of the residual stream, attention to the first token, activations.
 
-The formulas of what is summed up stand in `hf_xent.ln_free.analysis`.
+The formulas of the measures are in `hf_xent.ln_free.analysis`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .norms import FakeNorm
 from .structure import centered, eps_of
 
 SINK = 0.3
-"""The attention to the first token from which a head is a sink."""
+"""A head is a sink if it gives the first token more than this share of its attention."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules that measurements hook."""
+    """The modules to which the measurements attach hooks."""
 
-    final: nn.Module  # makes the head's input: a norm, or an identity where there is none
-    center: bool
+    final: nn.Module  # computes the head's input: a norm, or an identity where there is none
+    center: bool  # whether the final norm subtracts the mean
     attentions: list[tuple[nn.Module, nn.Module]]  # (attention, its output projection), by layer
-    mlp: nn.Module  # output projection of the last one
+    mlp: nn.Module  # the output projection of the last MLP
 
     @classmethod
     def of(cls, model: Any) -> Parts:
-        """Found by one run over a few tokens. Raises: as `analyze`."""
+        """The parts of a model, found by running it on a few tokens. Raises: ValueError, as `analyze`."""
         head, ids = head_of(model), random_tokens(model, 1, 5)
         linears: list[nn.Module] = []
         attentions: list[tuple[nn.Module, nn.Module]] = []
@@ -60,17 +60,20 @@ class Parts:
             for handle in handles:
                 handle.remove()
         if not attentions:
-            raise ValueError(f"model is a {type(model).__name__}, in which no attention weights were met")
+            raise ValueError(
+                f"model is a {type(model).__name__} whose modules return no attention weights: pass one with eager"
+                " attention"
+            )
         final, x, y = last[0]
         if isinstance(final, FakeNorm):
             return cls(final, False, attentions, linears[-1])
         center = False if x is y else centered(final, x, y)
         if center is None:
-            raise ValueError(f"the final norm is a {type(final).__name__}: LayerNorm and RMSNorm are analyzed")
+            raise ValueError(f"the final norm is a {type(final).__name__}: only LayerNorm and RMSNorm can be analyzed")
         return cls(final, center, attentions, linears[-1])
 
     def frozen(self, r: Tensor, c: Tensor) -> Tensor:
-        """What the final norm, its divisor frozen at r [..., D], makes of a part c [..., D] of r."""
+        """The image of a part c [..., D] of r [..., D] under the final norm with its divisor frozen at that of r."""
         norm: Any = self.final
         if isinstance(norm, FakeNorm):
             sigma = norm.divisor(norm.spread(r), norm.shares[0])
@@ -88,13 +91,13 @@ def _is_attention(weights: Any, length: int) -> bool:
 
 
 class Passes:
-    """What hooks see on the way: parts of the residual stream, attention to the first token, activations."""
+    """Sums over batches of what the hooks read: residual stream, attention to the first token, activations."""
 
     def __init__(self, parts: Parts):
         self.parts, self.activations = parts, torch.zeros(())
-        self.inputs: dict[nn.Module, Tensor] = {}  # of projections and the final norm, in the pass under way
-        self.weights: dict[nn.Module, Tensor] = {}  # of attention
-        self.layers: list[Tensor] = []
+        self.inputs: dict[nn.Module, Tensor] = {}  # of projections and the final norm, in the current pass
+        self.weights: dict[nn.Module, Tensor] = {}  # attention module -> its attention weights
+        self.layers: list[Tensor] = []  # hidden states after each layer
         self.effects: list[tuple[Tensor, Tensor]] = []  # |DLA - DE| and |DE|, [layers, heads] each
         self.sinks: list[Tensor] = []  # [layers, heads]
         self.norms: list[Tensor] = []  # [2, layers]
@@ -102,12 +105,12 @@ class Passes:
 
     @contextmanager
     def watched(self, model: Any) -> Iterator[None]:
-        """Hooks on."""
+        """Attaches the hooks; removes them when the context ends."""
         modules = [self.parts.final, self.parts.mlp, *(out for _, out in self.parts.attentions)]
         handles = [m.register_forward_pre_hook(lambda m, args: self.inputs.update({m: args[0]})) for m in modules]
         for attention, _ in self.parts.attentions:
             handles.append(attention.register_forward_hook(lambda m, _, out: self.weights.update({m: out[1]})))
-        stem: Any = inner_of(model).base_model  # not what PEFT calls so
+        stem: Any = inner_of(model).base_model  # transformers' base model; PEFT has another attribute of this name
         handles.append(stem.register_forward_pre_hook(_ask_for_layers, with_kwargs=True))
         handles.append(stem.register_forward_hook(lambda _, __, out: self.layers.extend(out.hidden_states[1:-1])))
         self.layers.clear()
@@ -118,7 +121,7 @@ class Passes:
                 handle.remove()
 
     def add(self, ids: Tensor, model: Any) -> None:
-        """Sum up the pass over a batch [B, T]."""
+        """Adds the measures of the pass over a batch [B, T]."""
         r = self.inputs[self.parts.final]
         activations = self.inputs[self.parts.mlp]
         self.activations = self.activations.to(activations.device) + activations.flatten(0, -2).float().sum(0)
@@ -136,7 +139,7 @@ class Passes:
         self.rows.append(len(ids))
 
     def _effects(self, projection: nn.Module, heads: int, r: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """DE and DLA [B, heads] at the last position that predicts."""
+        """DE and DLA [B, heads] at the last position that predicts a token."""
         x = self.inputs[projection][:, -2].flatten(1)  # [B, heads * width]
         single = torch.eye(heads, device=x.device).repeat_interleave(x.shape[1] // heads, 1).to(x)
         c = projection(x[:, None] * single) - projection(torch.zeros_like(x))[:, None]  # [B, heads, D]
@@ -145,13 +148,15 @@ class Passes:
         return (exact.float() * label).sum(-1), (self.parts.frozen(r, c).float() * label).sum(-1)
 
     def summary(self) -> dict[str, Any]:
-        """Fields of `Analysis`."""
+        """These fields of `Analysis`."""
         share = torch.tensor(self.rows, dtype=torch.float32) / sum(self.rows)
         error, effect = (sum(s * x[i].cpu() for s, x in zip(share, self.effects, strict=True)) for i in (0, 1))
         sink = sum(s * x.cpu() for s, x in zip(share, self.sinks, strict=True))
         first, others = sum(s * x.cpu() for s, x in zip(share, self.norms, strict=True))
         return {
-            "nmae": tuple(tuple(row) for row in (error / effect).where(error != 0, 0.0).tolist()),  # a head without any
+            "nmae": tuple(
+                tuple(row) for row in (error / effect).where(error != 0, 0.0).tolist()
+            ),  # 0 if a head has no effect
             "sink_rate": float((sink > SINK).float().mean()),
             "first_norm": float((first / others).max()),
         }

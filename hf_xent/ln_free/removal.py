@@ -1,4 +1,4 @@
-"""What can be removed from a wrapped model, and removing it: sites, their shares, and the sigmas that stay.
+"""Removal of norms from a wrapped model by site: the sites, their removed shares, and the sigmas that replace divisors.
 
 `wrap` names the sites; a norm that attention reads has two.
 """
@@ -17,21 +17,21 @@ from ..options.ranges import is_number
 from .norms import FakeNorm, fake_norms
 
 KINDS = ("mlp", "qk", "v", "final")
-"""What is removed apart, in the paper's order."""
+"""The kinds of sites, in the paper's order of removal."""
 FINAL = (KINDS[3],)
 """The sites of the norm before the head."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One removable normalization, as it stands: `name` is 'mlp.3', 'qk.3', 'v.3' or 'final'."""
+    """One removable normalization and its current state; `name` is 'mlp.3', 'qk.3', 'v.3' or 'final', for instance."""
 
     name: str
     kind: str
     layer: int | None
     norm: str  # the module's name in the model
-    share: float  # removed, 0 to 1
-    sigma: float  # nan until a batch was seen
+    share: float  # the removed share, 0 to 1
+    sigma: float  # nan before the first batch
 
     @property
     def removed(self) -> bool:
@@ -40,13 +40,13 @@ class Site:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """What can be removed, in the paper's order: MLPs, queries and keys, values, each from the first layer, the end.
+    """The sites of a model in the paper's order: MLPs, queries and keys, values, each by layer, then the final norm.
 
     Args:
         model: A model that `wrap` has made removable.
 
     Returns:
-        A `Site` each, as it stands.
+        A `Site` for each, with its current state.
 
     Raises:
         ValueError: The model was not wrapped.
@@ -60,23 +60,23 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def remove(model: nn.Module, site: str, share: float = 1.0) -> None:
-    """Freeze a site's divisor at its sigma, or remove a share of the norm; does nothing twice.
+    """Freezes a site's divisor at its sigma, or removes a share of the norm; repeating it has no effect.
 
     Args:
         model: A wrapped model.
         site: A name as `sites` has them: 'mlp.3', 'qk.3', 'v.3', 'final'.
-        share: a of the divisor sigma_x^(1 - a) sigma^a, in [0, 1]; 1 removes the norm.
+        share: The exponent a of the divisor sigma_x^(1 - a) sigma^a, in [0, 1]; 1 removes the norm.
 
     Raises:
-        ValueError: An unknown site, another share, or a norm that has seen no batch yet.
+        ValueError: An unknown site, a share out of range, or a norm that has seen no batch yet.
     """
     if not is_number(share, "[0, 1]"):
-        raise ValueError(f"share is {share!r}: choose one from 0, the norm itself, to 1, none")
+        raise ValueError(f"share is {share!r}: choose one from 0 (the norm stays) to 1 (it is removed)")
     _norm_of(model, site).switch(site, float(share))
 
 
 def restore(model: nn.Module, site: str) -> None:
-    """Normalize at a site again.
+    """Makes a site normalize again.
 
     Args:
         model: A wrapped model.
@@ -91,17 +91,17 @@ def restore(model: nn.Module, site: str) -> None:
 def _norm_of(model: nn.Module, site: str) -> FakeNorm:
     norms = {name: norm for norm in fake_norms(model).values() for name in norm.sites}
     if site not in norms:
-        raise ValueError(f"site is {site!r}, not one of {type(model).__name__}'s: {', '.join(sorted(norms))}")
+        raise ValueError(f"site is {site!r}: choose one of {type(model).__name__}'s, {', '.join(sorted(norms))}")
     return norms[site]
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
-    """Set every real norm's sigma to the mean over batches, without training.
+    """Sets the sigma of every norm that is not removed to the mean over batches, without training.
 
     Args:
-        model: A wrapped model; it is left in its mode.
-        batches: Model inputs, such as `[{"input_ids": ids}]`; those of nothing but padding do not count.
+        model: A wrapped model; its mode is not changed.
+        batches: Model inputs, such as `[{"input_ids": ids}]`; batches of padding alone do not count.
 
     Raises:
         ValueError: No batch has a token, or the model was not wrapped.

@@ -1,4 +1,4 @@
-"""The analyses of a model before, with plain fine-tuning and without norms, side by side: table, card section, plots.
+"""The analyses of a model before fine-tuning, after plain fine-tuning, and without norms: table, card section, plots.
 
 report = Report({"original": analyze(a, blocks), "vanilla": analyze(b, blocks), "LN-free": analyze(c, blocks)})
 report.save(Path("out"))                     # report.md (a section of a model card), report.json, report.png
@@ -26,7 +26,7 @@ ROWS: dict[str, Callable[[Analysis], str]] = {
     "entropy (nats)": lambda a: f"{a.entropy:.4f}",
     "calibration error (ECE)": lambda a: f"{a.ece:.4f}",
     "attribution error (NMAE), mean over heads": lambda a: f"{100 * a.mean_nmae:.2g} %",
-    "attribution error, least to largest head": lambda a: f"{_extreme(a, min):.2g} to {_extreme(a, max):.2g} %",
+    "attribution error, least to largest head": lambda a: f"{_over_heads(a, min):.2g} to {_over_heads(a, max):.2g} %",
     "attention-sink rate": lambda a: f"{100 * a.sink_rate:.1f} %",
     "norm of the first token, relative": lambda a: f"{a.first_norm:.3g}",
     "sequences that overflow, left out": lambda a: f"{100 * a.exploded:.1f} %",
@@ -34,7 +34,7 @@ ROWS: dict[str, Callable[[Analysis], str]] = {
     "loss without them": lambda a: f"{100 * a.neuron_loss:+.2f} %",
     "entropy without them": lambda a: f"{100 * a.neuron_entropy:+.2f} %",
 }
-"""What the table has."""
+"""Row of the table -> its text for an analysis."""
 NOTE = (
     "Attribution error: direct logit attribution of attention heads against their direct effect on the logit of the"
     " next token. Sink rate: heads that give the first token more than 0.3 of their attention. Confidence neurons: of"
@@ -43,9 +43,9 @@ NOTE = (
 COLORS = ("#8a8f98", "#1f77b4", "#d1495b", "#f08a4b", "#2ca02c", "#9467bd")
 
 
-def _extreme(analysis: Analysis, which: Callable[[Iterable[float]], float]) -> float:
-    """Per cent."""
-    return which(100 * value for layer in analysis.nmae for value in layer)
+def _over_heads(analysis: Analysis, reduce: Callable[[Iterable[float]], float]) -> float:
+    """The least or largest attribution error of a head, in percent."""
+    return reduce(100 * value for layer in analysis.nmae for value in layer)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Report:
     analyses: Mapping[str, Analysis]
 
     def rows(self) -> list[list[str]]:
-        """Name of a measure and its value for every model."""
+        """The rows of the table: name of a measure, and its value for every model."""
         return [[name, *(cell(analysis) for analysis in self.analyses.values())] for name, cell in ROWS.items()]
 
     def markdown(self) -> str:
@@ -65,7 +65,7 @@ class Report:
         return "\n".join(["## Without normalization", "", *lines, "", NOTE]) + "\n"
 
     def save(self, folder: Path) -> Path:
-        """Write report.md, report.json and report.png; returns the first."""
+        """Writes report.md, report.json and report.png into a folder, which is made if need be; returns the first."""
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: analysis.as_dict() for name, analysis in self.analyses.items()}
         (folder / "report.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -75,7 +75,7 @@ class Report:
         return page
 
     def draw(self, path: Path) -> Path:
-        """Attribution error of every head (left) and what tokens lose (right), as PNG."""
+        """Plots the attribution error of every head (left) and the losses of tokens (right), as PNG; returns `path`."""
         figure, (left, right) = panels(2, 10, 3.8)
         width = 0.8 / len(self.analyses)
         for index, (name, analysis) in enumerate(self.analyses.items()):
@@ -95,13 +95,13 @@ class Report:
 def draw_curves(
     losses: Mapping[str, Sequence[tuple[int, float]]], events: Iterable[tuple[int, str]], path: Path, title: str = ""
 ) -> Path:
-    """Loss against steps, by arm, with the removals of a schedule marked, as PNG.
+    """Plots the loss of every arm against steps, with the removals of a schedule marked, as PNG.
 
     Args:
-        losses: (step, nats per token) of every arm.
+        losses: Arm (a way of training) -> its (step, nats per token).
         events: (step, site) as in `Schedule.events`.
         path: The file to write.
-        title: Of the figure.
+        title: The figure's title.
 
     Returns:
         The file.
@@ -109,10 +109,10 @@ def draw_curves(
     figure, [axis] = panels(1, 9, 4)
     for (arm, points), color in zip(losses.items(), COLORS, strict=False):
         axis.plot(*zip(*points, strict=True), label=arm, color=color, lw=1.4)
-    kinds: dict[str, list[int]] = {}
+    steps_by_kind: dict[str, list[int]] = {}  # kind of site -> steps of its removals
     for step, site in events:
-        kinds.setdefault(site.partition(".")[0], []).append(step)
-    for height, (kind, steps) in enumerate(kinds.items()):
+        steps_by_kind.setdefault(site.partition(".")[0], []).append(step)
+    for height, (kind, steps) in enumerate(steps_by_kind.items()):
         for step in steps:
             axis.axvline(step, color="#30343b", lw=0.6, alpha=0.35)
         axis.annotate(

@@ -1,16 +1,16 @@
-"""When which norm goes: a removal schedule as data.
+"""The schedule of a norm removal as data: at which step each norm is removed.
 
     mlp.l at start + l gap_mlp      qk.l at start_qk + l gap_qk      v.l at start_v + l gap_v      then the final norm
 
     start_qk = start + L gap_mlp      start_v = start_qk + L gap_qk      final = start_v + L gap_v
 
-MLPs first was the most stable order for the authors; gaps let the loss come down after each removal. `Schedule.named`
+MLPs first was the most stable order for the authors; gaps let the loss fall again after each removal. `Schedule.named`
 is the paper's table. `Schedule.scaled` (ours) keeps the proportions of the smallest size, removals from 1/15 to 26/75
 of the steps (20 and 104 of 300) with gaps 2 : 2 : 3, for any depth and number of steps.
 
-A removal may take more steps than one (ours): its share, that of `hf_xent.ln_free.remove`, grows by 1 / (taper + 1) in
-each. At once and with a long taper, all norms fade together, and every layer learns to go without while all others are
-still held a little.
+A removal may take several steps (ours): its share, that of `hf_xent.ln_free.remove`, grows by 1 / (taper + 1) in each.
+With all norms at once and a long taper, the norms fade together, and every layer adapts while the other norms still act
+in part.
 
 Source: Baroni et al. 2025, arXiv:2507.02559, table of hyperparameters.
 """
@@ -33,7 +33,7 @@ PAPER = {
 }
 """Size -> layers, first step, gaps of mlp, qk and v."""
 START, END, GAPS = 20 / 300, 104 / 300, (2, 2, 3)
-"""Of the scaled schedule: shares of the steps, proportions of the gaps."""
+"""The defaults of the scaled schedule: shares of the steps, proportions of the gaps."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Schedule:
     """Removals in order, each at the beginning of its step.
 
     Args:
-        events: (step, site), step 0 being the first.
-        taper: Steps that each removal takes from then on; 0 is all of it at once.
+        events: (step, site); steps are counted from 0.
+        taper: Number of further steps over which each removal is spread; 0 removes a norm in one step.
 
     Raises:
-        ValueError: Steps or a taper that are no whole numbers, or below 0.
+        ValueError: Steps or a taper that are not whole numbers, or are below 0.
     """
 
     events: tuple[tuple[int, str], ...]
@@ -57,21 +57,21 @@ class Schedule:
 
     @classmethod
     def of(cls, names: Iterable[str], start: float, gaps: tuple[float, float, float]) -> Schedule:
-        """Sites in order from a step on, each followed by the gap of its kind; steps are rounded down.
+        """A schedule of sites in order from a step on, each followed by its kind's gap; steps are rounded down.
 
         Args:
-            names: Of the sites.
-            start: The first removal's step.
-            gaps: Steps after a removal of an mlp, a qk and a v site.
+            names: The names of the sites.
+            start: The step of the first removal.
+            gaps: Number of steps after the removal of an mlp, a qk and a v site.
 
         Returns:
             The schedule.
         """
-        following = dict(zip(KINDS, (*gaps, 0.0), strict=True))
+        gap_of = dict(zip(KINDS, (*gaps, 0.0), strict=True))
         events, step = [], start
         for name in names:
             events.append((int(step + 1e-6), name))
-            step += following[name.partition(".")[0]]
+            step += gap_of[name.partition(".")[0]]
         return cls(tuple(events))
 
     @classmethod
@@ -85,7 +85,7 @@ class Schedule:
             The schedule.
 
         Raises:
-            ValueError: Another name.
+            ValueError: The name is none of these.
         """
         if name not in PAPER:
             raise ValueError(f"schedule is {name!r}: choose {', '.join(PAPER)}, 'scaled' or 'at_once'")
@@ -101,10 +101,10 @@ class Schedule:
 
         Args:
             model: A wrapped model.
-            steps: Of the training.
-            start: The share of them before the first removal.
-            end: The share before the final one.
-            taper: Steps that each removal takes.
+            steps: Number of steps of the training.
+            start: The share of the steps before the first removal.
+            end: The share of the steps before the last removal.
+            taper: Number of further steps over which each removal is spread.
 
         Returns:
             The schedule.
@@ -115,20 +115,20 @@ class Schedule:
         if not 0 <= start <= end < 1:
             raise ValueError(f"start is {start} and end {end}: choose shares of the steps, 0 <= start <= end < 1")
         names = [site.name for site in sites(model)]
-        whole = sum(GAPS[KINDS.index(name.partition(".")[0])] for name in names if name != KINDS[3])
+        total = sum(GAPS[KINDS.index(name.partition(".")[0])] for name in names if name != KINDS[3])
         first = max(1.0, start * steps)  # at step 0 no norm has seen a batch
-        unit = max(0.0, end * steps - first) / max(whole, 1)
+        unit = max(0.0, end * steps - first) / max(total, 1)
         gaps = (GAPS[0] * unit, GAPS[1] * unit, GAPS[2] * unit)
         return replace(cls.of(names, first, gaps), taper=taper)
 
     @classmethod
     def at_once(cls, model: nn.Module, step: int, taper: int = 0) -> Schedule:
-        """Everything from one step on; without a taper, the control.
+        """Removes all norms at one step; without a taper, this is a control.
 
         Args:
             model: A wrapped model.
-            step: Of all removals.
-            taper: Steps that each removal takes.
+            step: The step of all removals.
+            taper: Number of further steps over which each removal is spread.
 
         Returns:
             The schedule.
@@ -139,10 +139,10 @@ class Schedule:
         return cls(tuple((step, site.name) for site in sites(model)), taper)
 
     def due(self, step: int) -> dict[str, float]:
-        """Sites that are to be removed by the beginning of a step, and their shares, above 0 to 1.
+        """The sites that are removed by the beginning of a step, with their shares in (0, 1].
 
         Args:
-            step: Of the training, 0 being the first.
+            step: The step of the training, counted from 0.
 
         Returns:
             Site -> share, as `hf_xent.ln_free.remove` takes it.
@@ -151,14 +151,14 @@ class Schedule:
         return {site: share for site, share in shares.items() if share > 0}
 
     def check(self, model: nn.Module, steps: int | None = None) -> None:
-        """Refuse a schedule that does not fit.
+        """Checks that the schedule fits a model and a number of steps.
 
         Args:
             model: A wrapped model.
-            steps: Of the training; None does not look at them.
+            steps: Number of steps of the training; None skips this check.
 
         Raises:
-            ValueError: It removes what the model does not have, or has not ended after so many steps.
+            ValueError: It removes a site that the model does not have, or has not ended after so many steps.
         """
         known = {site.name for site in sites(model)}
         unknown = [site for _, site in self.events if site not in known]

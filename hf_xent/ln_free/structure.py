@@ -1,14 +1,14 @@
-"""Where a model normalizes, found by running it once: no class and no module name is listed.
+"""Where a model normalizes, found by running it once: no list of classes or module names is needed.
 
 A few random tokens go through the model with a hook on every leaf module.
 
-    norm      a leaf that makes  (x - mu) / sqrt(var + eps) * weight + bias  of its input, or the same without mu (RMS)
+    norm      a leaf that computes  (x - mu) / sqrt(var + eps) * weight + bias  of its input, or this without mu (RMS)
     reader    a leaf whose input is a norm's output (the same memory, through views, slices and dropout)
-    layer     a norm is attention's if the values of that layer's cache come from its readers
+    layer     the layer of the attention that reads a norm: the cached values of that layer come from the norm's readers
     values    the output features of a reader that reach the cached values: elsewhere, d values / d output is zero
 
-Norms' outputs are cut from the graph, so that every derivative crosses one reader alone. Separate projections (Llama,
-OPT), one for all (GPT-2) and one with heads interleaved (GPT-NeoX) are told apart by that derivative.
+Norms' outputs are detached from the graph, so that every derivative crosses one reader alone. This derivative tells
+separate projections (Llama, OPT), one for all (GPT-2) and one with interleaved heads (GPT-NeoX) apart.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from ..models.anatomy import random_tokens
 from ..models.contexts import eval_mode_without_autocast
 
-EPS = 1e-5  # of norms that do not tell theirs
+EPS = 1e-5  # of norms without an attribute for it
 
 
 @dataclass
 class Norm:
-    """A norm met on the way; `name` is the module's in the model."""
+    """A norm that the traced pass met; `name` is the module's in the model."""
 
     name: str
     module: nn.Module
     center: bool  # LayerNorm; without it RMSNorm
-    acts: bool  # whether the output hardly depends on the input's scale; not under an eps that drowns the variance
+    acts: bool  # whether the output hardly depends on the input's scale; False if eps is far above the variance
     width: int
     readers: dict[str, nn.Module] = field(default_factory=dict)
-    layer: int | None = None  # attention's, by its place in the cache
+    layer: int | None = None  # the layer of attention that reads it, by its index in the cache
     values: dict[str, Tensor] = field(default_factory=dict)  # reader's name -> [out], whether a feature is a value
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """The constant that is added to the variance."""
         return eps_of(self.module)
 
 
@@ -53,7 +53,7 @@ class Trace:
 
 
 def trace(model: nn.Module, tokens: int = 6) -> Trace:
-    """Run a causal LM on a few random tokens and say where it normalizes; leaves it as it was."""
+    """Runs a causal LM on a few random tokens to find where it normalizes; the model is not changed."""
     walk = _Walk({module: name for name, module in model.named_modules()})
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(walk) for leaf in leaves]
@@ -68,7 +68,7 @@ def trace(model: nn.Module, tokens: int = 6) -> Trace:
 
 
 def eps_of(norm: nn.Module) -> float:
-    """A norm's own eps: `eps` in torch and most models, `variance_epsilon` in Llama and its copies."""
+    """The eps of a norm: `eps` in torch and most models, `variance_epsilon` in Llama and its copies."""
     return float(getattr(norm, "eps", getattr(norm, "variance_epsilon", EPS)))
 
 
@@ -79,9 +79,10 @@ def centered(module: nn.Module, x: Tensor, y: Tensor) -> bool | None:
         return None
     z, eps = x.detach().float(), eps_of(module)
     for center in (True, False):
-        core = z - z.mean(-1, keepdim=True) if center else z
-        core = core * (core.square().mean(-1, keepdim=True) + eps).rsqrt()
-        expected = core * vectors.get("weight", torch.ones(())).float() + vectors.get("bias", torch.zeros(())).float()
+        normalized = z - z.mean(-1, keepdim=True) if center else z
+        normalized = normalized * (normalized.square().mean(-1, keepdim=True) + eps).rsqrt()
+        weight, bias = vectors.get("weight", torch.ones(())).float(), vectors.get("bias", torch.zeros(())).float()
+        expected = normalized * weight + bias
         error = (expected - y.detach().float()).norm() / expected.norm().clamp(min=1e-30)
         if error < (3e-2 if y.dtype.itemsize == 2 else 1e-4):
             return center
@@ -91,11 +92,11 @@ def centered(module: nn.Module, x: Tensor, y: Tensor) -> bool | None:
 @torch.no_grad()
 def normalizes(module: nn.Module, x: Tensor) -> bool:
     """Whether a leaf's output hardly depends on the scale of its input, as only a norm's does."""
-    named = "norm" in type(module).__name__.lower()
-    if not named and all(p.ndim != 1 for p in module.parameters()):
+    has_norm_name = "norm" in type(module).__name__.lower()
+    if not has_norm_name and all(p.ndim != 1 for p in module.parameters()):
         return False  # an activation saturates too, but has no parameters
-    once, far, zero = (module.forward(z) for z in (x, 4 * x, 0 * x))
-    return bool((far - once).norm() < (once - zero).norm() / 2)
+    output, of_scaled, of_zero = (module.forward(z) for z in (x, 4 * x, 0 * x))
+    return bool((of_scaled - output).norm() < (output - of_zero).norm() / 2)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -103,17 +104,17 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 class _Walk:
-    """The hook of a traced pass."""
+    """The hook on every leaf module in a traced pass."""
 
     def __init__(self, names: dict[nn.Module, str]):
         self.names = names
-        self.norms: list[tuple[Norm, Tensor, dict[str, Tensor]]] = []  # a norm, its output, its readers' outputs
+        self.norms: list[tuple[Norm, Tensor, dict[str, Tensor]]] = []  # norm, its output, outputs by reader
         self.others: list[str] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], y: Any) -> Tensor | None:
         x = args[0] if args else None
         if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.is_floating_point()) or _same_memory(x, y):
-            return None  # embeddings; dropout and identities, which hand on what they get
+            return None  # embeddings; dropout and identities, which return their input
         name = self.names[module]
         for norm, output, outputs in self.norms:
             if _same_memory(output, x):
@@ -129,7 +130,7 @@ class _Walk:
         return y
 
     def attribute(self, cache: Any) -> None:
-        """Layers and values of attention's norms."""
+        """Sets the layer and the values of the norms that attention reads."""
         outputs = [(norm, name, y) for norm, _, readers in self.norms for name, y in readers.items()]
         leaves = [y for _, _, y in outputs]
         for layer, cached in enumerate(cache.layers if leaves else []):

@@ -1,8 +1,8 @@
-"""What must hold of a model without norms, measured: nothing in it normalizes, and it generates as any other.
+"""Checks of a model without norms: nothing in it normalizes, and it generates correctly. Logits are compared:
 
-cache      logits of greedy generation with the KV cache against those without
-padding    of a prompt padded on the left, in a batch, against the prompt alone
-parity     of random tokens, against another model (the one it was converted from)
+cache      of greedy generation with the KV cache and without it
+padding    of a prompt that is padded on the left in a batch, and of the prompt alone
+parity     of random tokens, with another model (the one it was converted from)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .forms import form_of, is_ln_free
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest differences of logits, absolute, and the largest logit; `parity` is nan without another model."""
+    """The largest absolute differences of logits, and the largest logit; `parity` is nan without another model."""
 
     model: str
     form: str
@@ -34,7 +34,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """LN-free, and every difference within the tolerance of the dtype, relative to the largest logit."""
+        """Whether it is LN-free and every difference, relative to the largest logit, within the dtype's tolerance."""
         tolerance = 1e-4 if self.dtype == "float32" else 5e-2
         errors = [self.cache, self.padding, *([] if math.isnan(self.parity) else [self.parity])]
         return self.ln_free and all(error <= tolerance * max(1.0, self.logits) for error in errors)
@@ -46,7 +46,7 @@ class Verification:
 
 @torch.no_grad()
 def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float, float]:
-    """How far two models' logits differ.
+    """The largest difference between two models' logits.
 
     Args:
         a: A causal LM.
@@ -62,26 +62,26 @@ def parity(a: nn.Module, b: nn.Module, ids: Tensor | None = None) -> tuple[float
         tokens = random_tokens(model, 2, 16) if ids is None else ids.to(next(model.parameters()).device)
         with eval_mode_without_autocast(model):
             logits.append(model(input_ids=tokens).logits.float().cpu())
-    fine = logits[0].flatten(1).isfinite().all(1)
-    if not fine.any():
+    finite = logits[0].flatten(1).isfinite().all(1)
+    if not finite.any():
         return float("nan"), float("nan")
-    first, second = (x[fine] for x in logits)
+    first, second = (x[finite] for x in logits)
     return float((first - second).abs().max()), float(first.abs().max())
 
 
 def verify(model: Any, other: Any = None, *, tokens: int = 8) -> Verification:
-    """Check a causal LM in any form on random prompts.
+    """Checks a causal LM in any form on random prompts.
 
     Args:
         model: The model without norms.
-        other: What it has to agree with, such as the model it was converted from; None compares nothing.
-        tokens: How many are generated.
+        other: The model with which it has to agree, such as the one it was converted from; None skips this check.
+        tokens: The number of tokens that are generated.
 
     Returns:
         The largest differences, and whether they are small enough (`passed`).
 
     Raises:
-        ValueError: No tokens.
+        ValueError: `tokens` is below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}: choose 1 or more")

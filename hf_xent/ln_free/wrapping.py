@@ -1,10 +1,10 @@
-"""A model made removable: `wrap` puts removable norms in the places of its own.
+"""Preparation of a model for norm removal: `wrap` replaces its norms by removable ones.
 
-They stand under the same names and with the same parameters, so attention, KV cache, padding, checkpointing and the
-weights' names stay as they were. A norm that attention reads is removed in two steps, for queries and keys (and
-whatever else reads it) and for values: in between, the values' inputs are rescaled by the ratio of the two divisors.
-Both share one sigma, live until the second step, as in the authors' code: a stock norm holds no two. `momentum` 0.9 is
-the authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
+These have the same names and the same parameters, so attention, KV cache, padding, checkpointing and the names of the
+weights do not change. A norm that attention reads is removed in two steps, first for queries and keys (and any other
+reader), then for values: in between, the values' inputs are rescaled by the ratio of the two divisors. Both share one
+sigma, updated until the second step, as in the authors' code: a stock norm cannot hold two. `momentum` 0.9 is the
+authors' (their runs of the two larger sizes use 0.9^(micro batch / 32)).
 
 Source: Baroni et al. 2025, arXiv:2507.02559, with their code, github.com/submarat/removing-layer-norm; finding norms by
 structure is ours.
@@ -24,17 +24,17 @@ from .structure import Norm, trace
 
 Model = TypeVar("Model", bound=nn.Module)
 MOMENTUM = 0.9
-"""Of sigmas, unless another is chosen."""
+"""The default momentum of every norm's sigma."""
 LOAD = 'from hf_xent import ln_free\n\nmodel, tokenizer = ln_free.load("PLACE")'
 REMOVABLE = """\
 {removed}. Divisors and removals are in the checkpoint beside
 the stock weights, where hf_xent reads them; **a stock class (`AutoModel...`) leaves them out and normalizes again.**
-When no norm is left, `hf-xent ln-free convert` makes what loads without hf_xent."""
-"""What the card of a checkpoint says of them."""
+When no norm is left, `hf-xent ln-free convert` makes a checkpoint that loads without hf_xent."""
+"""The text on removals in the card of a checkpoint."""
 
 
 def usage(model: Any) -> Usage:
-    """How a removable model is loaded as it is saved, whatever is left in it; `hf_xent.hub` asks the model for it."""
+    """How a saved removable model is loaded, with any number of norms left; `hf_xent.hub` calls it for the card."""
     removable = sites(model)
     left = sum(not site.removed for site in removable)
     removed = (
@@ -44,13 +44,13 @@ def usage(model: Any) -> Usage:
 
 
 def wrap(model: Model, *, momentum: float | None = None, median: bool | None = None) -> Model:
-    """Make the norms of a causal LM removable, in place. Wrapping again changes options alone.
+    """Makes the norms of a causal LM removable, in place. Wrapping again changes only the options.
 
     Args:
         model: A causal LM of transformers, in training or evaluation mode.
-        momentum: Of every norm's sigma, in [0, 1]; None is 0.9, or as it was.
-        median: Whether sigma follows the median of the tokens' divisors, not their mean; None is the mean, or as it
-            was.
+        momentum: Momentum of every norm's sigma, in [0, 1]; None is 0.9, or no change in a wrapped model.
+        median: Whether sigma follows the median of the tokens' divisors, not their mean; None is the mean, or no change
+            in a wrapped model.
 
     Returns:
         The same model.
@@ -70,7 +70,7 @@ def wrap(model: Model, *, momentum: float | None = None, median: bool | None = N
     if hasattr(model, "peft_config"):
         raise ValueError("model has adapters: removing norms trains all weights, merge the adapters first")
     traced = trace(model)
-    _refuse(model, traced.others, traced.norms)
+    _check_removable(model, traced.others, traced.norms)
 
     watch, mlps = Watch(bool(median)), 0
     for norm in traced.norms:
@@ -88,29 +88,30 @@ def wrap(model: Model, *, momentum: float | None = None, median: bool | None = N
     return model
 
 
-def _refuse(model: nn.Module, others: list[str], norms: list[Norm]) -> None:
-    odd = [f"no linear layer reads {norm.name}" for norm in norms if not norm.readers]
-    odd += [f"several layers make values of {norm.name}" for norm in norms if len(norm.values) > 1]
-    odd += [f"{name} normalizes in a way of its own" for name in others]
-    odd += [] if norms else ["no LayerNorm or RMSNorm was met in it"]
-    if odd:
+def _check_removable(model: nn.Module, others: list[str], norms: list[Norm]) -> None:
+    """Raises: ValueError for a model with a norm that cannot be removed, or without norms."""
+    reasons = [f"no linear layer reads {norm.name}" for norm in norms if not norm.readers]
+    reasons += [f"several layers make values of {norm.name}" for norm in norms if len(norm.values) > 1]
+    reasons += [f"{name} normalizes in a way of its own" for name in others]
+    reasons += [] if norms else ["no LayerNorm or RMSNorm was met in it"]
+    if reasons:
         raise ValueError(
-            f"model is a {type(model).__name__}: {odd[0]}; norms can be removed where each is a LayerNorm or an RMSNorm"
-            " that linear layers read, as in GPT-2, Llama, GPT-NeoX and OPT"
+            f"model is a {type(model).__name__}: {reasons[0]}; norms can be removed where each is a LayerNorm or an"
+            " RMSNorm that linear layers read, as in GPT-2, Llama, GPT-NeoX and OPT"
         )
 
 
 def _replace(model: nn.Module, norm: Norm, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
-    kind: Any = FakeLayerNorm if norm.center else FakeRMSNorm
-    fake = kind(norm.width, eps=norm.eps, elementwise_affine=False)
+    fake_class: Any = FakeLayerNorm if norm.center else FakeRMSNorm
+    fake = fake_class(norm.width, eps=norm.eps, elementwise_affine=False)
     fake.take_over(norm.module, sites, watch, momentum)
     model.set_submodule(norm.name, fake)
     for reader, values in norm.values.items():
-        model.get_submodule(reader).register_forward_hook(_Values(fake, values))
+        model.get_submodule(reader).register_forward_hook(_RescaleValues(fake, values))
 
 
-class _Values:
-    """The hook on a norm's reader that makes values: gives them the norm that is theirs while the two differ."""
+class _RescaleValues:
+    """The hook on a norm's reader that makes values: rescales their input while values have another divisor."""
 
     def __init__(self, norm: FakeNorm, values: Tensor):
         self.norm, self.values = norm, values

@@ -1,8 +1,8 @@
-"""How far a model's confidence is from its accuracy.
+"""The expected calibration error (ECE): how far a model's confidence is from its accuracy.
 
-    ECE     sum_b (n_b / N) |accuracy_b - confidence_b| over bins of the largest probability, its expected error
+    ECE = sum_b (n_b / N) |accuracy_b - confidence_b|          over bins b of the largest probability
 
-Bins: 15 of equal width (ours).
+There are 15 bins of equal width (our choice).
 
 Source: Guo et al. 2017, On calibration of modern neural networks, arXiv:1706.04599, eq. 3.
 """
@@ -16,14 +16,14 @@ BINS = 15
 
 
 def binned(confidence: Tensor, right: Tensor) -> Tensor:
-    """Predictions summed up by their confidence; sums of batches add up.
+    """Sums over predictions in bins of their confidence; the results of several batches may be added.
 
     Args:
         confidence: The probability of the predicted class [N], in [0, 1].
-        right: Whether the prediction is right [N].
+        right: Whether the prediction is correct [N].
 
     Returns:
-        [3, BINS], float64: predictions, right ones and summed confidence of every bin.
+        [3, BINS], float64: number of predictions, number of correct ones and sum of confidences in every bin.
     """
     index = (confidence * BINS).long().clamp(max=BINS - 1)
     rows = torch.stack([torch.ones_like(confidence), right.to(confidence), confidence]).double()
@@ -34,7 +34,7 @@ def calibration_error(bins: Tensor) -> float:
     """The expected calibration error.
 
     Args:
-        bins: What `binned` returns, or a sum of several [3, BINS].
+        bins: The result of `binned`, or a sum of several [3, BINS].
 
     Returns:
         ECE in [0, 1].

@@ -1,9 +1,9 @@
-"""How consistently a model answers items asked in K formats, and how well: agreement beside accuracy, never alone.
+"""How consistently a model answers items that are asked in K formats, and how correctly.
 
-A model that always says the same agrees perfectly with itself, so `Consistency` carries the label marginals and what
-the best constant predictor would have got.
+A model that always gives one answer agrees perfectly with itself, so `Consistency` reports agreement beside accuracy,
+the label marginals, and the results of the best constant predictor.
 
-Source: observed agreement as Fleiss 1971, with the metrics Hejabi et al. 2025, arXiv:2510.14242, report.
+Source: observed agreement as in Fleiss 1971, with the metrics that Hejabi et al. 2025, arXiv:2510.14242, report.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from sklearn.metrics import f1_score
 
 @dataclass(frozen=True)
 class Consistency:
-    """Predictions of N items in K formats, summed up; shares in [0, 1]."""
+    """Measures of the predictions of N items in K formats; all are shares in [0, 1]."""
 
     agreement: float  # mean over items of the share of agreeing pairs of formats (Fleiss' observed agreement)
-    f1: float  # mean over formats: of label 1 if there are two labels, macro else
-    f1_spread: float  # standard deviation of F1 over formats, of the population
+    f1: float  # mean over formats: F1 of label 1 if there are two labels, else macro F1
+    f1_spread: float  # population standard deviation of F1 over formats
     accuracy: float  # mean over formats
-    vote_accuracy: float  # of the most common prediction of each item, lower labels first
-    marginals: tuple[float, ...]  # how often each label is predicted
+    vote_accuracy: float  # of the most common prediction for each item; ties go to the lower label
+    marginals: tuple[float, ...]  # share of predictions with each label
     constant_f1: float  # of the constant predictor with the best accuracy; its agreement is 1
     constant_accuracy: float
 
     def as_dict(self) -> dict[str, float]:
-        """Flat, for logs: marginals as predicted_0, predicted_1, ..."""
+        """A flat dictionary for logs, with the marginals as predicted_0, predicted_1, ..."""
         shares = {k: v for k, v in asdict(self).items() if k != "marginals"}
         return shares | {f"predicted_{i}": share for i, share in enumerate(self.marginals)}
 
 
 def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Consistency:
-    """How consistent predictions are over formats, and how right.
+    """How consistent predictions are over formats, and how correct.
 
     Args:
         predictions: Predicted labels [N, K] of N items in K formats.
@@ -42,16 +42,16 @@ def consistency(predictions: np.ndarray, gold: np.ndarray, choices: int) -> Cons
         choices: The number of labels.
 
     Returns:
-        Agreement, F1, accuracy and what a constant predictor gets.
+        Agreement, F1 and accuracy, and the results of a constant predictor.
 
     Raises:
-        ValueError: A single format, no item, or labels that are not integers in [0, choices).
+        ValueError: There is a single format or no item, or labels are not integers in [0, choices).
     """
     predictions, gold = np.asarray(predictions), np.asarray(gold)
     if predictions.ndim != 2 or gold.shape != predictions.shape[:1] or not len(gold):
         raise ValueError(
-            f"predictions has shape {predictions.shape} and gold {gold.shape}: pass the labels of N items in K formats,"
-            " [N, K], and their true ones, [N], with at least one item"
+            f"predictions has shape {predictions.shape} and gold {gold.shape}: pass the predicted labels of N items in"
+            " K formats, [N, K], and their true labels, [N], with at least one item"
         )
     count, formats = predictions.shape
     if formats < 2:

@@ -1,19 +1,19 @@
-"""How well scores separate two classes, with the weight on few false alarms; scikit-learn's ROC curve underneath.
+"""How well scores separate two classes, in particular at low false positive rates; based on scikit-learn's ROC curve.
 
     roc                 (FPR, TPR) of `score >= threshold` for every threshold, joined by straight lines
     auroc               area under it; 1/2 is chance
-    tpr_at_fpr(f)       TPR of its last point with FPR <= f, not interpolated; `strict` asks for FPR < f instead
+    tpr_at_fpr(f)       TPR of its last point with FPR <= f, not interpolated; with `strict`, FPR < f
     fpr_at_tpr(t)       FPR of its first point with TPR >= t
     pauc(f)             area over FPR <= f, scaled so that chance is 1/2 and perfect is 1 (McClish)
     tpauc(f, t)         area over FPR <= f and above TPR = t, as a share of (1 - t) f: two-way, can be 0
     threshold_at_fpr(f) the least threshold that at most a share f of the negatives reaches
 
-Direction: labels are 1 (member, generated) and 0, and a larger score speaks for 1; turn scores that speak for 0 around
-(`hf_xent.detection.Score.oriented` does). Repositories differ on "TPR@5%FPR": detect-pretrain-code, DC-PDD and mimir
+Direction: labels are 1 (member, generated) and 0, and a larger score indicates label 1; negate scores that indicate 0
+(as `hf_xent.detection.Score.oriented` does). Repositories differ on "TPR@5%FPR": detect-pretrain-code, DC-PDD and mimir
 take FPR < 5 %, mink-plus-plus and ACMIA FPR <= 5 %, the default here.
 
-`bootstrap` gives any of them an interval: both classes are redrawn with replacement, each at its own size, and the
-interval is that of the percentiles. Scores are compared in float64: float32 makes ties of 1 - 1e-9 and 1.
+`bootstrap` computes an interval for any of them: both classes are resampled with replacement, each at its own size, and
+the interval is that of the percentiles. Scores are compared in float64, since 1 - 1e-9 and 1 are equal in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..options.ranges import is_integer, is_number
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its bootstrap interval."""
+    """A metric's value with its bootstrap interval."""
 
     value: float
     low: float
@@ -42,11 +42,11 @@ class Interval:
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """The chance that a positive has the larger score than a negative; ties count half.
+    """The probability that a positive has a larger score than a negative; ties count one half.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
 
     Returns:
         AUROC in [0, 1]; 1/2 is chance.
@@ -58,13 +58,13 @@ def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float = 0.05, *, strict: bool = False) -> float:
-    """The share of positives found where at most a share of negatives is.
+    """The largest TPR whose threshold has at most a given FPR.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
-        fpr: That share of the negatives, in [0, 1].
-        strict: The share has to be less than `fpr`.
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
+        fpr: The largest share of the negatives that is flagged, in [0, 1].
+        strict: Whether that share has to be less than `fpr`.
 
     Returns:
         TPR in [0, 1], not interpolated.
@@ -73,18 +73,18 @@ def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float = 0.05, *, stric
         ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
             a share outside of [0, 1].
     """
-    _share("fpr", fpr)
+    _check_share("fpr", fpr)
     false, true = roc(labels, scores)
     return float(true[(false < fpr) if strict else (false <= fpr)].max(initial=0.0))
 
 
 def fpr_at_tpr(labels: ArrayLike, scores: ArrayLike, tpr: float = 0.95) -> float:
-    """The share of negatives flagged where at least a share of positives is found; smaller is better.
+    """The least FPR whose threshold has at least a given TPR; smaller is better.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
-        tpr: That share of the positives, in [0, 1].
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
+        tpr: The least share of the positives that is flagged, in [0, 1].
 
     Returns:
         FPR in [0, 1].
@@ -93,7 +93,7 @@ def fpr_at_tpr(labels: ArrayLike, scores: ArrayLike, tpr: float = 0.95) -> float
         ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
             a share outside of [0, 1].
     """
-    _share("tpr", tpr)
+    _check_share("tpr", tpr)
     false, true = roc(labels, scores)
     return float(false[true >= tpr].min())
 
@@ -102,12 +102,12 @@ def pauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05) -> float:
     """One-way partial AUC over FPR <= `max_fpr`, scaled so that chance is 1/2. Source: McClish 1989.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
-        max_fpr: In (0, 1].
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
+        max_fpr: The largest FPR of the area, in (0, 1].
 
     Returns:
-        The scaled area, in [0.5, 1] where better than chance.
+        The scaled area, in [0.5, 1] if better than chance.
 
     Raises:
         ValueError: Labels of one class alone or other than 0 and 1, scores that are not finite, or shapes that differ;
@@ -121,13 +121,14 @@ def pauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05) -> float:
 def tpauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05, min_tpr: float = 0.8) -> float:
     """Two-way partial AUC in [0, 1]: integral of (TPR - min_tpr)+ over FPR <= max_fpr, over (1 - min_tpr) max_fpr.
 
-    libauc's estimate (the AUC of the hardest negatives and positives) is the same where it keeps whole numbers of them.
+    libauc's estimate (the AUC of the hardest negatives and positives) is equal where the shares are whole numbers of
+    rows.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
-        max_fpr: In (0, 1].
-        min_tpr: In [0, 1).
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
+        max_fpr: The largest FPR of the area, in (0, 1].
+        min_tpr: The least TPR of the area, in [0, 1).
 
     Returns:
         The share of the area, in [0, 1].
@@ -141,20 +142,21 @@ def tpauc(labels: ArrayLike, scores: ArrayLike, max_fpr: float = 0.05, min_tpr: 
     false, true = roc(labels, scores)
     along = false + true  # strictly increasing along the curve, which has vertical and horizontal steps
     ends = np.interp(max_fpr, false, along), np.interp(min_tpr, true, along)
-    grid = np.union1d(along, ends)  # corners, and where the curve enters and leaves
+    grid = np.union1d(along, ends)  # corners of the curve, and where it crosses the bounds
     x, y = np.interp(grid, along, false), np.interp(grid, along, true)
     area = auc(np.minimum(x, max_fpr), np.maximum(y - min_tpr, 0))
     return float(area / ((1 - min_tpr) * max_fpr))
 
 
 def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.05) -> float:
-    """The least threshold with at most a share `fpr` of negatives' scores at or above it; calibrate on other data.
+    """The least threshold with at most a share `fpr` of the negatives at or above it.
 
-    Applied as `score >= threshold`. With fewer than 1 / fpr negatives it lies above all of them.
+    It is meant for `score >= threshold`; calibrate it on other data than it is used on. With fewer than 1 / fpr
+    negatives it is above all of their scores.
 
     Args:
-        negatives: Scores of texts of label 0 [N].
-        fpr: The share of them, in [0, 1].
+        negatives: Scores of texts with label 0 [N].
+        fpr: The share of the negatives, in [0, 1].
 
     Returns:
         The threshold.
@@ -162,20 +164,20 @@ def threshold_at_fpr(negatives: ArrayLike, fpr: float = 0.05) -> float:
     Raises:
         ValueError: No score, one that is not finite, or a share outside of [0, 1].
     """
-    _share("fpr", fpr)
+    _check_share("fpr", fpr)
     ranked = np.sort(np.asarray(negatives, dtype=np.float64))[::-1]
     if not len(ranked) or not np.isfinite(ranked).all():
-        raise ValueError(f"negatives has {len(ranked)} scores: at least one is needed, and all have to be finite")
+        raise ValueError(f"negatives has {len(ranked)} scores: pass at least one, and finite ones only")
     allowed = int(fpr * len(ranked) + 1e-9)  # 0.29 * 100 is 28.999999999999996
     return float("-inf") if allowed >= len(ranked) else float(np.nextafter(ranked[allowed], np.inf))
 
 
 def report(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
-    """The usual numbers, flat, with their conventions in the names.
+    """The usual metrics, with their conventions in the names.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
 
     Returns:
         AUROC, TPR at 1 % and 5 % FPR, FPR at 95 % TPR, and the partial AUC over 5 % FPR.
@@ -201,17 +203,18 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A metric and its percentile interval over redrawn sets of texts, stratified by class.
+    """A metric and its percentile interval over resampled texts, stratified by class.
 
-    It covers which texts were drawn, not which model was trained: for that, repeat the training over seeds.
+    The interval covers the choice of the texts, not that of the trained model: for that, repeat the training over
+    seeds.
 
     Args:
         metric: A function of labels and scores, such as `auroc`.
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
-        resamples: How often texts are redrawn.
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
+        resamples: Number of resamples.
         level: The share of the resamples within the interval, in (0, 1).
-        seed: Of the redrawing.
+        seed: Seed of the resampling.
 
     Returns:
         The metric's value and its interval.
@@ -224,10 +227,11 @@ def bootstrap(
         raise ValueError(f"resamples is {resamples!r}, level is {level!r}: choose resamples >= 1 and 0 < level < 1")
     truth, values = _checked(labels, scores)
     positives, negatives = values[truth], values[~truth]
-    again, rng = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)]), np.random.default_rng(seed)
+    sorted_labels = np.concatenate([np.ones_like(positives), np.zeros_like(negatives)])
+    rng = np.random.default_rng(seed)
     with config_context(assume_finite=True, skip_parameter_validation=True):  # checked above, once
         resampled = [
-            metric(again, np.concatenate([rng.choice(part, len(part)) for part in (positives, negatives)]))
+            metric(sorted_labels, np.concatenate([rng.choice(part, len(part)) for part in (positives, negatives)]))
             for _ in range(resamples)
         ]
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
@@ -235,11 +239,11 @@ def bootstrap(
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """All points of the ROC curve, from (0, 0) to (1, 1); scikit-learn's, without dropping collinear ones.
+    """All points of scikit-learn's ROC curve, from (0, 0) to (1, 1), collinear ones included.
 
     Args:
-        labels: 1 (member, generated) or 0 of each text [N].
-        scores: A number a text [N]; a larger one speaks for 1.
+        labels: The label of each text [N], 1 (member, generated) or 0.
+        scores: The score of each text [N]; a larger one indicates label 1.
 
     Returns:
         FPR and TPR of every point.
@@ -251,7 +255,7 @@ def roc(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return false, true
 
 
-def _share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: choose a share from 0 to 1, such as 0.05 for 5 %")
 
@@ -260,10 +264,10 @@ def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarr
     """Labels as booleans and scores as float64, [N] each."""
     truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if truth.ndim != 1 or truth.shape != values.shape:
-        raise ValueError(f"labels has shape {truth.shape}, scores {values.shape}: pass one of each a text")
-    kinds = set(np.unique(truth).tolist())
-    if kinds != {0, 1}:
-        raise ValueError(f"labels has the values {sorted(kinds)}: both 1 (positive) and 0 are needed, and nothing else")
+        raise ValueError(f"labels has shape {truth.shape}, scores {values.shape}: pass one of each for every text")
+    classes = set(np.unique(truth).tolist())
+    if classes != {0, 1}:
+        raise ValueError(f"labels has the values {sorted(classes)}: pass 1 (positive) and 0, both and no other")
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(f"scores has {bad} values that are not finite: leave those texts out")
     return truth.astype(bool), values

@@ -1,4 +1,4 @@
-"""Floor 1: training for a ranking: losses of areas under curves, their state, and batches with both classes."""
+"""Floor 1: ranking losses, of areas under ROC and precision-recall curves, their state, and batches of both classes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ LOSSES: Registry[type[RankingLoss]] = Registry(
 )
 """Name -> loss."""
 
-_OWN = {"DualSampler": "sampler", "Objective": "objective", "RankingLoss": "base"}
+_HOMES = {"DualSampler": "sampler", "Objective": "objective", "RankingLoss": "base"}
 
 
 def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
     """A ranking loss by name.
 
     Args:
-        loss: A name of `LOSSES`, with options behind it if wanted: 'tpauc_kl', 'pauc_cvar:beta=0.1'; an object is
-            returned as it is.
+        loss: A name of `LOSSES`, with options if any: 'tpauc_kl', 'pauc_cvar:beta=0.1'; a `RankingLoss` is returned
+            unchanged.
         options: Further options of the loss.
 
     Returns:
@@ -49,12 +49,12 @@ def get(loss: str | RankingLoss, **options: Any) -> RankingLoss:
     return loss if isinstance(loss, RankingLoss) else LOSSES.build(loss, **options)
 
 
-__all__ = sorted(("LOSSES", *LOSSES.exported, *_OWN, "get"))
+__all__ = sorted(("LOSSES", *LOSSES.exported, *_HOMES, "get"))
 
 
 def __getattr__(name: str) -> Any:
     if name in LOSSES.exported:
         return LOSSES[LOSSES.exported[name]]
-    if name in _OWN:
-        return getattr(import_module(f".{_OWN[name]}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     return renamed.attribute(__name__, name)

@@ -2,12 +2,12 @@
 
     p_ij = (v_i - u_i 1[y_j = 1]) / u_i^2
 
-j runs over all of a batch; u_i averages E_j l_ij and v_i the same over its positives alone. The value of a batch that
-repeats is 0 while its gradient is not: it is no measure of progress, log the AP itself.
+j runs over all rows of a batch; u_i averages E_j l_ij, and v_i the same over the batch's positives alone. On a batch
+that repeats, the value of the loss is 0 but its gradient is not: to measure progress, log the AP itself.
 
 Source: SOAP of Qi et al. 2021, Stochastic Optimization of Areas Under Precision-Recall Curves with Provable
 Convergence, NeurIPS, arXiv:2104.08736.
-Relations: the losses of AUC weigh a pair alike wherever its positive stands; AP looks at the top of the ranking.
+Relations: the losses of AUC weigh a pair regardless of its positive's rank; AP emphasizes the top of the ranking.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class AP(Pairwise):
     """A surrogate of the area under the precision-recall curve."""
 
     gamma: float = 0.9
-    """How far a batch moves u_i and v_i, in (0, 1]."""
+    """Weight of a batch in the moving averages u_i and v_i, in (0, 1]."""
     ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
-        """u and v of a positive."""
+        """u and v of each positive."""
         return {"u": torch.zeros(rows), "v": torch.zeros(rows)}
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:
-        """State first, then the loss."""
+        """The loss at the new state."""
         losses = self.pairs(pos, torch.cat([pos, neg]))
         positive = torch.arange(losses.shape[1], device=losses.device) < len(pos)
         fixed = losses.detach()

@@ -5,10 +5,10 @@
 It is minimized over a and b and maximized over alpha >= 0; a, b, alpha are the state. After a batch,
 `a <- (1 - gamma) a + gamma E_i h_i`, b likewise, `alpha <- (1 - gamma) alpha + gamma (m + b - a)`, at least 0.
 
-Source: Yuan et al. 2021, Large-scale Robust Deep AUC Maximization, ICCV, arXiv:2012.03173; the updates are PESG's,
-plain, of learning rate gamma / 2.
-Relations: at its saddle point it is the classes' variances and a squared hinge of the distance of their means from the
-margin; it is the one loss of AUC that remembers nothing of rows.
+Source: Yuan et al. 2021, Large-scale Robust Deep AUC Maximization, ICCV, arXiv:2012.03173; the updates are plain PESG
+steps with learning rate gamma / 2.
+Relations: at its saddle point it is the variances of the classes plus a squared hinge of the margin and the distance
+of their means; it is the only loss of AUC without state for each row.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class AUCM(Bounded):
     """The saddle-point form of the area under the ROC curve."""
 
     gamma: float = 0.2
-    """How far a batch moves the state, in (0, 1]."""
+    """Weight of a batch in the moving averages, in (0, 1]."""
     ranges: ClassVar[dict[str, str]] = Bounded.ranges | {"gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
-        """Three scalars."""
+        """The scalars a, b and alpha."""
         return {"a": torch.zeros(()), "b": torch.zeros(()), "alpha": torch.zeros(())}
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:

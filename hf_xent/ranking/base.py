@@ -1,20 +1,20 @@
-"""What ranking losses share: losses of scores h and labels that raise the area under a ROC or precision-recall curve.
+"""The base of ranking losses, which raise the area under a ROC or precision-recall curve of scores h and labels.
 
 i runs over the positives of a batch, j over its negatives (over all for AP); l_ij = surrogate(margin, h_i - h_j), where
 
     squared_hinge  max(m - t, 0)^2      hinge  max(m - t, 0)      squared  (m - t)^2      logistic  log(1 + exp(-m t))
 
-A loss is mean_ij p_ij l_ij with weights p that carry no gradient and lean on a state: numbers s_i, u_i of each positive
-training row and scalars, moving averages over the batches it was in. Exponentials stay logarithms throughout,
+A loss is mean_ij p_ij l_ij with weights p that carry no gradient and depend on a state: numbers s_i, u_i of each
+positive training row, and scalars, which are moving averages over the batches. Exponentials are kept as logarithms,
 
     log u <- logaddexp(log(1 - gamma) + log u, log gamma + logmeanexp_j l_ij / lambda)
 
-so that raw logits of any size are fine. By default h = sigmoid(logit), in [0, 1] as the published margins expect.
+so that logits of any size do not overflow. By default h = sigmoid(logit), in [0, 1] as the published margins expect.
 
-The averages start from zero without a correction, as published: first values are 1/gamma of what they settle to, or
-with `first_touch` that itself.
+The averages start from zero without a bias correction, as published: a row's first value is gamma times that of its
+batch, or, with `first_touch`, equal to it.
 
-Source: the formulas of LibAUC 2.0.1 (Yuan et al., KDD 2023), written anew; the papers stand at each loss. Two changes:
+Source: the formulas of LibAUC 2.0.1 (Yuan et al., KDD 2023), reimplemented; each loss names its paper. Two changes:
 AUCM is its documented version 2, where the code misplaces a parenthesis; a batch of one class is a zero loss, not nan.
 """
 
@@ -39,12 +39,12 @@ SURROGATES: dict[str, Callable[[float, Tensor], Tensor]] = {
     "squared": lambda margin, t: (margin - t).square(),
     "logistic": lambda margin, t: F.softplus(-margin * t),
 }
-"""Name -> loss of a pair, of the margin and t = h_i - h_j."""
+"""Name -> loss of a pair, a function of the margin and t = h_i - h_j."""
 
 
 @dataclass(frozen=True)
 class RankingLoss:
-    """What a ranking loss is: `state` says what it remembers, `step` is one batch."""
+    """A ranking loss: `state` is its state before the first batch, `step` computes the loss of one batch."""
 
     ranges: ClassVar[dict[str, str]] = {}
     """The interval of each option that is a number; the others are True or False, or check themselves."""
@@ -59,11 +59,11 @@ class RankingLoss:
                 check_flag(self, option.name)
 
     def state(self, rows: int) -> State:
-        """What the loss remembers before the first batch: scalars, and tensors [rows] with one entry a training row."""
+        """The state before the first batch: scalars, and tensors [rows] with one entry for each training row."""
         return {}
 
     def scores(self, logits: Tensor) -> Tensor:
-        """h, of logits in any shape."""
+        """h, from logits of any shape."""
         return logits
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:
@@ -73,7 +73,7 @@ class RankingLoss:
 
 @dataclass(frozen=True)
 class Bounded(RankingLoss):
-    """Losses of scores in [0, 1] that ask for a margin."""
+    """Losses of scores in [0, 1] that require a margin."""
 
     margin: float = 1.0
     """m: how far a positive should be above a negative."""
@@ -88,7 +88,7 @@ class Bounded(RankingLoss):
 
 @dataclass(frozen=True)
 class Pairwise(Bounded):
-    """Losses of pairs."""
+    """Losses that are a sum over pairs."""
 
     surrogate: str = "squared_hinge"
     """Loss of a pair: 'squared_hinge', 'hinge', 'squared' or 'logistic' (there the margin is a scale)."""

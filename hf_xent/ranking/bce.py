@@ -1,11 +1,11 @@
-"""Binary cross-entropy of single rows: no ranking, the baseline.
+"""Binary cross-entropy of single rows: the baseline, which does not rank.
 
     loss = mean -w y log h - (1 - y) log(1 - h)
 
-h = sigmoid(logit); w is `pos_weight`. A batch needs no pairs, so one of a single class is learned from too.
+h = sigmoid(logit); w is `pos_weight`. It needs no pairs, so a batch of a single class contributes too.
 
 Source: the logarithmic score (Good 1952, Rational Decisions), weighted as by `torch.nn.BCEWithLogitsLoss`.
-Relations: the others compare positives with negatives, and leave the level of the scores free.
+Relations: the other losses compare positives with negatives, and do not depend on the level of the scores.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class BCE(RankingLoss):
     """`mean -w y log h - (1 - y) log(1 - h)` of the logits."""
 
     pos_weight: float = 1.0
-    """w, of positives; the number of negatives over that of positives balances them."""
+    """w, the weight of positives; the number of negatives over that of positives balances the classes."""
     ranges: ClassVar[dict[str, str]] = {"pos_weight": "(0, inf)"}
     both: ClassVar[bool] = False
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:
-        """Without state."""
-        count = max(1, len(pos) + len(neg))  # no row is a zero loss
+        """The loss; there is no state."""
+        count = max(1, len(pos) + len(neg))  # the loss of no rows is 0
         return (self.pos_weight * F.softplus(-pos).sum() + F.softplus(neg).sum()) / count, state

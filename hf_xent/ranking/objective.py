@@ -1,4 +1,4 @@
-"""A ranking loss with what it remembers: state as buffers, moved in training alone."""
+"""A ranking loss with its state, kept in buffers that change in training alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class Objective(nn.Module):
     objective = Objective(ranking.get("tpauc_kl"), rows=len(dataset))
     loss = objective(logits, labels, index)            # all [B]; index: the rows' numbers in the training set
 
-    State moves only in training mode with gradients on. A row that is twice in a batch gets the mean of its new states.
+    The state changes only in training mode with gradients enabled. A row that is twice in a batch gets the mean of its
+    new states.
 
     Args:
-        loss: A ranking loss, as `hf_xent.ranking.get` makes it.
+        loss: A ranking loss, as `hf_xent.ranking.get` returns it.
         rows: The number of training rows.
     """
 
@@ -34,14 +35,14 @@ class Objective(nn.Module):
         self,
         logits: Tensor,  # [B]
         labels: Tensor,  # [B], 1 or 0
-        index: Tensor | None = None,  # [B]; None if the loss remembers nothing of rows
+        index: Tensor | None = None,  # [B]; None if the loss has no state for each row
     ) -> Tensor:
-        """The loss of a batch; without both classes a zero that is connected to the logits, with a warning.
+        """The loss of a batch; if a class is missing, a zero that is connected to the logits, with a warning.
 
         Args:
-            logits: Of label 1 [B].
+            logits: The logits of label 1 [B].
             labels: 1 or 0 [B].
-            index: The rows' numbers in the training set [B]; None if the loss remembers nothing of rows.
+            index: The rows' numbers in the training set [B]; None if the loss has no state for each row.
 
         Returns:
             The loss, a scalar.
@@ -59,18 +60,18 @@ class Objective(nn.Module):
         pos, neg = scores[positive], scores[~positive]
         if self.loss.both and not (len(pos) and len(neg)):
             warnings.warn(
-                f"a batch has {len(pos)} positives and {len(neg)} negatives: nothing to learn, use a DualSampler",
+                f"a batch has {len(pos)} positives and {len(neg)} negatives, so its loss is 0: use a DualSampler",
                 stacklevel=2,
             )
             return scores[:0].sum()  # not scores.sum() * 0, which infinite logits make nan
         buffers = dict(self.named_buffers())
         if index is None and any(buffer.ndim for buffer in buffers.values()):
-            raise ValueError("index is None but the loss remembers each training row: pass the rows' numbers [B]")
+            raise ValueError("index is None but the loss has a state for each row: pass the rows' numbers [B]")
         rows = None if index is None else index[positive].long()  # uint8 would be a mask
-        loss, new = self.loss.step(pos, neg, {name: x[rows] if x.ndim else x for name, x in buffers.items()})
+        loss, new_state = self.loss.step(pos, neg, {name: x[rows] if x.ndim else x for name, x in buffers.items()})
         if self.training and torch.is_grad_enabled():
             for name, buffer in buffers.items():
-                value = new[name].detach().to(buffer)
+                value = new_state[name].detach().to(buffer)
                 if rows is None or not buffer.ndim:
                     buffer.copy_(value)
                 else:

@@ -3,7 +3,7 @@
     p_ij = 1[l_ij > s_i] / beta,  then  s_i <- s_i - eta (1 - E_j 1[l_ij > s_i] / beta)
 
 Source: SOPA of Zhu et al. 2022, When AUC meets DRO, ICML, arXiv:2203.00176.
-Relations: PAUCDRO looks at the largest l_ij softly, without a threshold.
+Relations: PAUCDRO weighs the largest l_ij smoothly, without a threshold.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class PAUCCVaR(Pairwise):
     """The conditional value at risk of each positive's pairs."""
 
     beta: float = 0.2
-    """The largest FPR of the area, the share of negatives that count."""
+    """The largest FPR of the area: the share of the negatives that count."""
     eta: float = 0.1
     """Step size of the thresholds s_i."""
     ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"beta": "(0, 1]", "eta": "(0, inf)"}
 
     def state(self, rows: int) -> State:
-        """s, the threshold of a positive."""
+        """s, the threshold of each positive."""
         return {"s": torch.zeros(rows)}
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:

@@ -1,4 +1,4 @@
-"""One-way partial AUC, soft: a small lambda looks at the largest l_ij of a positive, a large one at all.
+"""One-way partial AUC, smooth: a small lambda weighs only the largest l_ij of a positive, a large one all of them.
 
     u_i <- (1 - gamma) u_i + gamma E_j exp(l_ij / lambda),  p_ij = exp(l_ij / lambda) / u_i
 
@@ -24,17 +24,17 @@ class PAUCDRO(Pairwise):
     lam: float = 1.0
     """lambda: temperature over a positive's pairs."""
     gamma: float = 0.9
-    """How far a batch moves u_i, in (0, 1]."""
+    """Weight of a batch in the moving averages u_i, in (0, 1]."""
     first_touch: bool = False
-    """u_i (and w) start at their first value instead of 0."""
+    """Whether u_i (and w) start at their first value instead of 0."""
     ranges: ClassVar[dict[str, str]] = Pairwise.ranges | {"lam": "(0, inf)", "gamma": "(0, 1]"}
 
     def state(self, rows: int) -> State:
-        """log u of a positive."""
+        """log u of each positive."""
         return {"log_u": torch.full((rows,), -torch.inf)}
 
     def step(self, pos: Tensor, neg: Tensor, state: State) -> tuple[Tensor, State]:
-        """State first, then the loss."""
+        """The loss at the new state."""
         losses = self.pairs(pos, neg)
         tilted = losses.detach() / self.lam
         log_u = moving_average(state["log_u"], logmeanexp(tilted), self.gamma, self.first_touch)

@@ -1,7 +1,7 @@
 """Batches with both classes.
 
-    positives a batch n+ = max(1, floor(rate B)), negatives n- = B - n+
-    batches an epoch     = max(positives // n+, negatives // n-)
+    positives in a batch n+ = max(1, floor(rate B)), negatives n- = B - n+
+    batches in an epoch     = max(positives // n+, negatives // n-)
 
 Both classes are drawn without replacement; the smaller one is shuffled again when it is used up.
 
@@ -22,14 +22,14 @@ from ..options.ranges import is_integer, is_number
 class DualSampler(Sampler[int]):
     """Row numbers, batch by batch, each with the same number of positives: for `DataLoader(batch_size=batch_size)`.
 
-    Ranks take whole batches in turn, as accelerate deals them, so every rank's batch has both classes. The order
+    Ranks take whole batches in turn, as accelerate distributes them, so every rank's batch has both classes. The order
     depends on `seed` and the epoch (`set_epoch`) alone; torch's global generator is not touched.
 
     Args:
         labels: 1 or 0 of every row of the data set [N].
-        batch_size: Rows a batch, 2 at least.
-        rate: Share of positives in a batch, in (0, 1); at least one is.
-        seed: Of the order.
+        batch_size: Number of rows in a batch, at least 2.
+        rate: Share of positives in a batch, in (0, 1); a batch has at least one.
+        seed: Seed of the order.
 
     Raises:
         ValueError: A class is missing, or a batch has no room for both.
@@ -40,7 +40,7 @@ class DualSampler(Sampler[int]):
         self.positives, self.negatives = positive.nonzero().squeeze(-1), (~positive).nonzero().squeeze(-1)
         if not (len(self.positives) and len(self.negatives)):
             raise ValueError(
-                f"labels has {len(self.positives)} positives and {len(self.negatives)} negatives: both are needed"
+                f"labels has {len(self.positives)} positives and {len(self.negatives)} negatives: pass both"
             )
         if not (is_integer(batch_size) and batch_size >= 2 and is_number(rate, "(0, 1)")):
             raise ValueError(f"batch_size is {batch_size}, rate {rate}: choose batch_size >= 2 and 0 < rate < 1")
@@ -53,7 +53,7 @@ class DualSampler(Sampler[int]):
         return self.batches * (self.num_pos + self.num_neg)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
+        """Sets the epoch, on which the order of the rows depends."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -51,6 +51,7 @@ MODULES = {
 """Old module -> new one, both without the name of the package."""
 
 NAMES: dict[str, str] = {
+    "cli.detect._scored": "experiments.scoring.score_in_chunks",
     "bench.inputs.export": "bench.inputs.write_activations",
     "bench.inputs.exported": "bench.inputs.read_activations",
     "bench.publish": "bench.pages.write_page",

@@ -16,7 +16,7 @@ METHODS = {
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),
 }
-"""File -> the names it offers: the one place that a new trainer is written down in."""
+"""File -> the public names in it; a new trainer is registered here and nowhere else."""
 
 _FILES = {name: f".{file}" for file, names in METHODS.items() for name in names}
 _FILES["PatchCallback"] = "..callbacks.patching"

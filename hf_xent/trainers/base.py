@@ -1,11 +1,11 @@
-"""What all trainers here share: a configuration of their own, no options without an effect, and means in the log.
+"""The base of all trainers here: checks of their configurations, refusals of options without effect, means in the log.
 
-args      has to be of the trainer's `config_class`, or of a class made from it; the configuration of another trainer is
-          refused, also that of a parent
+args      must be an instance of the trainer's `config_class` or of a subclass; the configuration of another trainer is
+          refused, even that of a parent class
 options   that a trainer cannot honor are declared with the reason, and are refused by name when the trainer is made
-means     are of what training and evaluation steps note. A forward pass outside of them, as in a callback, leaves
-          nothing behind. In training they are logged since the last log; of an evaluation they are reported under its
-          prefix (`eval`, `test`, or `eval_` and the name of one of several sets), by `evaluate` and `predict` alike
+means     are taken over what training and evaluation steps record. A forward pass outside of a step, as in a callback,
+          is not recorded. In training each log has the means since the last one; `evaluate` and `predict` report those
+          of an evaluation under its prefix (`eval`, `test`, or `eval_` and the name of one of several data sets)
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .means import Sums
 from .refusals import refuse_arguments, refuse_options
 from .rows import IDS, check_rows
 
-Mixin: Any = object  # its methods call those of a trainer that stands after it, which type checkers cannot know
+Mixin: Any = object  # a mixin's methods call those of the trainer after it in the bases, unknown to type checkers
 Config = TypeVar("Config")
 
 
 class Options(Mixin):
     """Goes before the configuration of transformers or TRL in a class's bases: checks the fields that we declare.
 
-    A flag has to be True or False, text has to be text, a number finite or in its interval; None is taken where the
-    annotation has it. The three tables are about the fields of the class; those of its parents are added.
+    A flag has to be True or False, text a string, and a number finite or in its interval; None is allowed where the
+    annotation allows it. The three tables describe the fields of the class; those of its parents are added.
 
     Raises:
         ValueError: A field has another value, or is set where its method does not read it.
@@ -44,19 +44,18 @@ class Options(Mixin):
     """Field -> the values of the field `method` under which it has an effect."""
 
     def __post_init__(self) -> None:
-        kinds = [kind for kind in reversed(type(self).__mro__) if kind.__module__.startswith(f"{__package__}.")]
-        ranges, choices, read_by = (_merged(kinds, table) for table in ("ranges", "choices", "read_by"))
-        for name, annotation in {
-            name: x for kind in kinds for name, x in inspect.get_annotations(kind).items()
-        }.items():
-            kind, *optional = annotation.split(" | ")
+        classes = [cls for cls in reversed(type(self).__mro__) if cls.__module__.startswith(f"{__package__}.")]
+        ranges, choices, read_by = (_merged(classes, table) for table in ("ranges", "choices", "read_by"))
+        annotations = {name: text for cls in classes for name, text in inspect.get_annotations(cls).items()}
+        for name, annotation in annotations.items():
+            type_name, *optional = annotation.split(" | ")
             if optional and getattr(self, name) is None:
                 continue
-            if kind in ("float", "int"):
-                (check_number if kind == "float" else check_integer)(self, name, ranges.get(name, "(-inf, inf)"))
-            elif kind in ("bool", "str"):
-                (check_flag if kind == "bool" else check_text)(self, name)
-        if hasattr(super(), "__post_init__"):  # alone it has none
+            if type_name in ("float", "int"):
+                (check_number if type_name == "float" else check_integer)(self, name, ranges.get(name, "(-inf, inf)"))
+            elif type_name in ("bool", "str"):
+                (check_flag if type_name == "bool" else check_text)(self, name)
+        if hasattr(super(), "__post_init__"):  # not where no other configuration follows in the bases
             super().__post_init__()
         for name, values in choices.items():
             if getattr(self, name) not in values:
@@ -70,44 +69,47 @@ class Options(Mixin):
 class Method(Mixin):
     """Goes before a transformers or TRL trainer in a class's bases; see the module's docstring.
 
-    What a class declares here is added to what its parents do.
+    What a class declares in these attributes is added to what its parents declare.
     """
 
     config_class: type
     columns: Mapping[str, str] = dict.fromkeys(("input_ids", "attention_mask", "labels"), IDS)
-    """Columns that have a value in every row, where they are there, and what the values are."""
+    """Column -> what its values are. Where a data set has the column, every row has to have a value."""
     means: tuple[str, ...] = ()
-    """Names of what `_note` is told that are logged as means."""
+    """Names of the quantities recorded by `_note` that are logged as means."""
     counts: tuple[str, ...] = ()
-    """Names of what `_note` is told that are logged as totals."""
+    """Names of the quantities recorded by `_note` that are logged as totals."""
     refused_options: Mapping[str, str] = {}
     """Field of the configuration -> why it has to stay at its default."""
     refused_arguments: Mapping[str, str] = {}
-    """Keyword of the trainer -> why it cannot be given."""
+    """Keyword of the trainer -> why it cannot be passed."""
     averages_items = False
     """Whether the loss is a mean over a batch's items, not a sum over the tokens of all batches of a step."""
-    _in_training: bool | None = None  # in which kind of step we are, if in one
+    _in_training: bool | None = None  # True in a training step, False in an evaluation step, None outside of steps
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._sums = {True: Sums(), False: Sums()}  # by kind of step
-        if kwargs.get("data_collator") is not None:  # which may know what to do with any value
+        self._sums = {True: Sums(), False: Sums()}  # whether of training steps -> sums
+        if kwargs.get("data_collator") is not None:  # a collator of the user's may accept any value
             self.columns = {}
-        held_out = kwargs.get("eval_dataset")
-        sets = held_out if isinstance(held_out, dict) else {"eval_dataset": held_out}
-        for name, dataset in {"train_dataset": kwargs.get("train_dataset"), **sets}.items():
+        eval_dataset = kwargs.get("eval_dataset")
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in {"train_dataset": kwargs.get("train_dataset"), **eval_sets}.items():
             if dataset is not None:
                 check_rows(name, dataset, self.columns)
         super().__init__(*args, **kwargs)
-        if self.averages_items:  # training_step is then to divide by the number of accumulated batches
+        if self.averages_items:  # training_step then divides by the number of accumulated batches
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
 
     @classmethod
     def configured(cls, args: Config | None, arguments: Mapping[str, Any] | None = None) -> Config:
-        """`args`, or the defaults for None; what the trainer cannot honor of these and of its keywords is refused.
+        """Checks a configuration, and refuses the options and keywords that the trainer cannot honor.
 
         Args:
-            args: A `config_class`, or a class made from it.
-            arguments: Keywords that the trainer is made with.
+            args: An instance of `config_class` or of a subclass; None stands for the defaults.
+            arguments: The keywords that the trainer is made with.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: A configuration of another class, or an option or keyword that is declared as refused.
@@ -116,8 +118,8 @@ class Method(Mixin):
             args = cls.config_class(output_dir="out")
         elif not cls._accepts(args):
             raise ValueError(
-                f"args is a {type(args).__name__}: {cls.__name__} takes a hf_xent.{cls.config_class.__name__}, with"
-                " the fields of its own method"
+                f"args is a {type(args).__name__}: {cls.__name__} takes a hf_xent.{cls.config_class.__name__}, which"
+                " has the options of its method"
             )
         refuse_arguments(arguments or {}, _merged(cls.__mro__[::-1], "refused_arguments"))
         refuse_options(args, _merged(cls.__mro__[::-1], "refused_options"))
@@ -125,19 +127,19 @@ class Method(Mixin):
 
     @classmethod
     def _accepts(cls, args: Any) -> bool:
-        """Whether a configuration is of the trainer's classes, or made from them alone."""
-        kinds: list[type] = [vars(kind)["config_class"] for kind in cls.__mro__ if "config_class" in vars(kind)]
-        known = {kind for config in kinds for kind in config.__mro__}
-        of_others = [k for k in type(args).__mro__ if k.__module__.startswith(f"{__package__}.") and k not in known]
-        return not of_others and all(isinstance(args, kind) for kind in kinds)
+        """Whether a configuration is an instance of all configuration classes of the trainer, and of no other's."""
+        configs: list[type] = [vars(base)["config_class"] for base in cls.__mro__ if "config_class" in vars(base)]
+        known = {base for config in configs for base in config.__mro__}
+        of_others = [x for x in type(args).__mro__ if x.__module__.startswith(f"{__package__}.") and x not in known]
+        return not of_others and all(isinstance(args, config) for config in configs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the stock trainer; what is noted counts as training."""
+        """As the stock trainer; what the step records counts as training."""
         with self._step(training=True):
             return super().training_step(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock trainer; what is noted counts as evaluation."""
+        """As the stock trainer; what the step records counts as evaluation."""
         with self._step(training=False):
             return super().prediction_step(*args, **kwargs)
 
@@ -145,13 +147,13 @@ class Method(Mixin):
         """As the stock trainer.
 
         Raises:
-            ValueError: What is no data set, or a name that none has.
+            ValueError: `eval_dataset` is not a data set, or is a name that none of the trainer's data sets has.
         """
-        known = [*self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
-        if isinstance(eval_dataset, str) and eval_dataset not in known:
+        names = [*self.eval_dataset] if isinstance(self.eval_dataset, dict) else []
+        if isinstance(eval_dataset, str) and eval_dataset not in names:
             raise ValueError(
                 f"eval_dataset is {eval_dataset!r}: pass a data set, or the name of one that the trainer has"
-                f" ({', '.join(map(str, known)) or 'none'})"
+                f" ({', '.join(map(str, names)) or 'none'})"
             )
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             check_rows("eval_dataset", eval_dataset, self.columns)
@@ -161,7 +163,7 @@ class Method(Mixin):
         """As the stock trainer.
 
         Raises:
-            ValueError: What is no data set.
+            ValueError: `test_dataset` is not a data set.
         """
         check_rows("test_dataset", test_dataset, self.columns)
         return super().get_test_dataloader(test_dataset)
@@ -176,11 +178,11 @@ class Method(Mixin):
     ) -> Any:
         """As the stock trainer, with the means of this evaluation under its prefix."""
         self._sums[False] = Sums()
-        self._pop_trl_means()  # of passes over data that no log has come after, such as predict's
+        self._pop_trl_means()  # left by passes over data that no log followed, such as those of `predict`
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {**self._pop_trl_means(), **self._means(False)}
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        output.metrics.update({name: value for name, value in named.items() if name not in output.metrics})
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        output.metrics.update({name: value for name, value in prefixed.items() if name not in output.metrics})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -190,9 +192,9 @@ class Method(Mixin):
         super().log(logs, *args, **kwargs)
 
     def _pop_trl_means(self) -> dict[str, float]:
-        """What TRL's trainers keep of an evaluation for the next log, where it would be called eval_ in any case."""
+        """Takes the means that TRL's trainers keep for the next log, where their prefix would always be eval_."""
         means: dict[str, float] = {}
-        for attribute in ("_metrics", "_stored_metrics"):  # the second one in its experimental trainers
+        for attribute in ("_metrics", "_stored_metrics"):  # the second one in TRL's experimental trainers
             values = getattr(self, attribute, {}).get("eval", {})
             means |= {name.removeprefix("eval_"): float(sum(x)) / len(x) for name, x in values.items() if len(x)}
             values.clear()
@@ -207,14 +209,14 @@ class Method(Mixin):
             self._in_training = outer
 
     def _note(self, name: str, total: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a total over `count` things to a mean or a count, within a step; elsewhere nothing happens."""
+        """Adds a total over `count` items to a mean or a count; it has an effect only within a step."""
         if self._in_training is not None:
             self._sums[self._in_training].add(name, total, count, self.accelerator.device)
 
     def _means(self, training: bool) -> dict[str, float]:
-        """Means and counts since the last call, over all processes; none of those of nothing."""
+        """Means and counts since the last call, over all processes; those without any items are left out."""
         means, counts = (
-            list(dict.fromkeys(name for kind in type(self).__mro__ for name in vars(kind).get(table, ())))
+            list(dict.fromkeys(name for cls in type(self).__mro__ for name in vars(cls).get(table, ())))
             for table in ("means", "counts")
         )
         sums = self._sums[training].take(means + counts, self.accelerator)
@@ -222,6 +224,6 @@ class Method(Mixin):
         return averages | {name: int(sums[name][0]) for name in counts if sums[name][1]}
 
 
-def _merged(kinds: Iterable[type], table: str) -> dict[str, Any]:
-    """What classes declare in a table of a name, later ones over earlier ones."""
-    return {key: value for kind in kinds for key, value in vars(kind).get(table, {}).items()}
+def _merged(classes: Iterable[type], table: str) -> dict[str, Any]:
+    """Merges the table of this name that classes declare; later classes take precedence."""
+    return {key: value for cls in classes for key, value in vars(cls).get(table, {}).items()}

@@ -1,4 +1,4 @@
-"""What a training step reads: the labels of a batch, and the hidden states behind a model's lazy logits."""
+"""The inputs of a loss in a training step: the labels of a batch, and the hidden states of a model's lazy logits."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
 
 
 def targets(inputs: Mapping[str, Any]) -> Tensor:
-    """What every position of a batch has to predict, -100 for nothing. Raises: ValueError if it has no labels."""
+    """The token that each position of a batch has to predict, or -100. Raises: ValueError if it has no labels."""
     refuse_unlabeled(inputs)
     labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
     return next_token_labels(labels) if shifted is None else token_ids(shifted)  # type: ignore[arg-type]
 
 
 def lazy(logits: Any, length: int, method: str) -> LazyLogits:
-    """Logits of sequences of a length that are not computed yet: a method reads hidden states off them.
+    """The lazy logits of the last `length` positions, from which `method` (its name) reads the hidden states.
 
-    Those of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for others.
+    Positions of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for logits
+    that are already computed.
     """
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         raise ValueError(
-            f"the logits are a {type(logits).__name__} with values, but {method} reads hidden states off lazy ones:"
-            " train without torch_compile, without an offloaded or sharded head or an adapter on it, and see hf-xent"
-            " check"
+            f"the logits are a {type(logits).__name__} that is already computed, but {method} reads the hidden states"
+            " of lazy logits: train without torch_compile, without an offloaded or sharded head or an adapter on it,"
+            " and see hf-xent check"
         )
     last: Any = logits[:, -length:] if logits.shape[1] > length else logits
     return last

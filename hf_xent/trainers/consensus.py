@@ -1,6 +1,6 @@
-"""F2C's vote over the formats of an item, and its divergences: of scores and log-probabilities, without a model.
+"""F2C's vote over the formats of an item and its divergences, from scores and log-probabilities, without a model.
 
-K formats, C answers, T tokens of an answer, V tokens of the vocabulary; see `hf_xent.trainers.f2c` for the method
+K formats, C answers, T tokens of an answer, V tokens of the vocabulary; see `hf_xent.trainers.f2c` for the method.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """What a vote decides: the formats J is over, and who aligns to whom."""
+    """The result of a vote: the formats that J is taken over, and the students that align with the teachers."""
 
     agreeing: tuple[int, ...]
     teachers: tuple[int, ...] = ()
@@ -53,14 +53,14 @@ def mixture(logp: Tensor, valid: Tensor) -> Tensor:
 
 
 def agreement(logp: Tensor, valid: Tensor) -> Tensor:
-    """J over all formats given: the mean of 1/2 [KL(M || P_k) + KL(P_k || M)] over their valid tokens."""
+    """J over all formats of logp: the mean of 1/2 [KL(M || P_k) + KL(P_k || M)] over their valid tokens."""
     mean = mixture(logp, valid)
     divergences = ((mean.exp() - logp.exp()) * (mean - logp)).sum(-1) / 2
     return torch.where(valid, divergences, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def alignment(teachers: tuple[Tensor, Tensor], students: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of KL(sg[M] || P_s) over tokens both sides have, and their number; each side is (logp, valid)."""
+    """Sum of KL(sg[M] || P_s) over the tokens that both sides have, and their number; each side is (logp, valid)."""
     mean = mixture(*teachers).detach()
     logp, valid = students
     valid = valid & teachers[1].any(0)

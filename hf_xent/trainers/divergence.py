@@ -1,4 +1,4 @@
-"""Divergences between the distributions of passes of a model, as statistics of hidden states: no logits are kept."""
+"""Divergences between the distributions that several passes of a model predict, computed without keeping logits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..ops.request import Request
 def disagreement(
     passes: list[Payload], labels: Tensor, *, temperature: float = 1.0, version: str = "v1", **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """NoiseFiT's soft cross-entropy and consistency of a clean and two noisy passes, in the shape of labels.
+    """NoiseFiT's soft cross-entropy and consistency of a clean and two noisy passes, each in the shape of labels.
 
         soft = 1/2 sum_i KL(p_T || p_i)        consistency = KL(p_2 || p_1)
 
-    Of version 'v2', both at the temperature on both sides, times T^2, with p_T and p_2 constant. Options as
-    `vocab_stats`.
+    In version 'v2' both sides of both terms have the temperature T, the terms are multiplied by T^2, and p_T and p_2
+    are constants. The options are those of `vocab_stats`.
     """
     clean, *students = passes
     (hidden, head), other, factor = clean, students[1], 1.0
@@ -37,12 +37,12 @@ def disagreement(
 
 
 def divergence(p: Payload, q: Payload, labels: Tensor, **options: Any) -> Tensor:
-    """`losses.kl.divergence` of two passes, both differentiated, with options as `vocab_stats` takes them."""
+    """`losses.kl.divergence` of two passes, with gradients for both; the options are those of `vocab_stats`."""
     return kl.divergence(p, q, labels, Request(**options))
 
 
 def _expected_logit(p: Payload, others: list[Payload], labels: Tensor, request: Request) -> Tensor:
-    """The mean of p's expected logits over the others, which share a head."""
+    """The mean over the others, which share a head, of their expected logits under p."""
     head = others[0][1]
     if head.softcap is None:  # logits are linear in the hidden states: one reduction for all
         others = [(torch.stack([hidden for hidden, _ in others]).mean(0), head)]

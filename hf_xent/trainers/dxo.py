@@ -1,16 +1,16 @@
-"""Deep X-risk optimization (DXO): a classifier trained for what matters at few false alarms, not for accuracy.
+"""Deep X-risk optimization (DXO): a classifier trained for its ranking at low false positive rates, not for accuracy.
 
 The loss is one of `hf_xent.ranking`, over pairs of a positive (label 1) and a negative: by default tpAUC-KL, of the
 two-way partial AUC. What differs from training under cross-entropy:
 
-    batches    `sampling_rate` of every batch are positives (DualSampler); None shuffles, as BCE alone is trained
-    state      moving averages, one a training row: saved in checkpoints, resumed, never moved by evaluation
-    ranks      scores of all ranks make the pairs, so two ranks of B rows are one of 2 B, and their states are equal
+    batches    a share `sampling_rate` of every batch is positive (DualSampler); None shuffles all rows, as for BCE
+    state      a moving average for each training row: saved in checkpoints, resumed, not changed by evaluation
+    ranks      pairs are made of the scores of all ranks: two ranks of B rows equal one of 2 B, and share their state
     stages     updates before `warm_start` are under BCE, at `learning_rate`; the later ones at `dxo_learning_rate`
     selection  evaluation reports `tpauc` (FPR <= max_fpr, TPR >= min_tpr), by which checkpoints are compared
 
-Pairs do not reach over micro-batches: `gradient_accumulation_steps` averages losses, it does not add pairs. The loss of
-evaluation is BCE whatever trains, comparable between losses and defined for any batch.
+Pairs are made within a micro-batch: `gradient_accumulation_steps` averages losses, it does not add pairs. The loss of
+evaluation is BCE whichever loss trains: it is comparable between losses and defined for any batch.
 
 The defaults of loss, rate, and selection are those of the published DACTYL detector; its optimizer, SOTAs of LibAUC, is
 Adam with gradients clamped to 1, so AdamW without weight decay here. The two stages follow LibAUC's advice (BCE first,
@@ -18,7 +18,7 @@ then a smaller learning rate); DACTYL's own small classifiers may or may not hav
 is below BCE for small encoders.
 
 Source: Thorat and Caines 2025, arXiv:2508.00619; Yuan et al. 2023, LibAUC, KDD.
-Data: a `datasets.Dataset` with what the model takes and `labels` (or `label`), 0 or 1.
+Data: a `datasets.Dataset` with the model's inputs and `labels` (or `label`), 0 or 1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class DXOConfig(Options, Tokenless, TrainingArguments):
     """`transformers.TrainingArguments` and the options of DXO.
 
     Raises:
-        ValueError: A field has a value out of its range or of another type, or `dxo_learning_rate` has no warm start.
+        ValueError: A field has a value out of its range or of another type, or `dxo_learning_rate` is set without a
+            warm start.
     """
 
     ranges: ClassVar[dict[str, str]] = {
@@ -76,13 +77,14 @@ class DXOConfig(Options, Tokenless, TrainingArguments):
         default=0.5, metadata={"help": "Share of positives in every batch; None shuffles all rows."}
     )
     warm_start: float = field(
-        default=0.0, metadata={"help": "Updates under BCE before the loss; a share of all of them if below 1."}
+        default=0.0,
+        metadata={"help": "Number of updates under BCE before those under the loss; below 1, a share of all updates."},
     )
     dxo_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate after the warm start; default: no change."}
+        default=None, metadata={"help": "Learning rate after the warm start; None does not change it."}
     )
-    max_fpr: float = field(default=0.05, metadata={"help": "FPR up to which evaluation's pauc and tpauc reach."})
-    min_tpr: float = field(default=0.8, metadata={"help": "TPR above which evaluation's tpauc is."})
+    max_fpr: float = field(default=0.05, metadata={"help": "Largest FPR of pauc and tpauc in evaluation."})
+    min_tpr: float = field(default=0.8, metadata={"help": "Smallest TPR of tpauc in evaluation."})
     metric_for_best_model: str | None = field(
         default="tpauc", metadata={"help": "tpauc, pauc, auroc, ap, tpr_1, tpr_5, loss or one of compute_metrics."}
     )
@@ -104,19 +106,20 @@ class DXOTrainer(Method, Carded, Trainer):
 
     A model of one label is set to `problem_type="multi_label_classification"`, so that its pipeline applies a sigmoid
     (by default transformers takes it for a regression). Evaluation reports `auroc`, `ap`, `pauc`, `tpauc`, `tpr_1` and
-    `tpr_5` (TPR at 1 % and 5 % FPR) beside what `compute_metrics` gives.
+    `tpr_5` (TPR at 1 % and 5 % FPR) beside the metrics of `compute_metrics`.
 
     Args:
         model: A classifier of sequences.
         args: The configuration; `DXOConfig(output_dir="out")` if it is left out.
-        loss: Registry name or `hf_xent.ranking.RankingLoss`, which goes before `args.loss`.
-        train_dataset: A `datasets.Dataset` with what the model takes and a column `labels` (or `label`), 0 or 1.
+        loss: Registry name or `hf_xent.ranking.RankingLoss`; it takes precedence over `args.loss`.
+        train_dataset: A `datasets.Dataset` with the model's inputs and a column `labels` (or `label`), 0 or 1.
         compute_metrics: More metrics, as for `transformers.Trainer`.
         **kwargs: As for `transformers.Trainer`. Sets for evaluation have the same columns as `train_dataset`.
 
     Raises:
-        ValueError: A model of more labels or that is no classifier, a data set that is none or has no column of labels
-            0 and 1, the configuration of another trainer, or options that do not fit.
+        ValueError: A model with more than two labels or that is not a classifier, an object that is not a data set, a
+            data set without a column of labels 0 and 1, the configuration of another trainer, or options that do not
+            fit.
 
     Source: Thorat and Caines 2025, arXiv:2508.00619; Yuan et al. 2023, LibAUC, KDD.
     """
@@ -127,7 +130,7 @@ class DXOTrainer(Method, Carded, Trainer):
     refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS}
     refused_options: Mapping[str, str] = {
         "label_smoothing_factor": "DXO's losses compare scores and have no labels to smooth: leave it 0",
-        "batch_eval_metrics": "a ranking's metrics are those of all rows at once: set it to False",
+        "batch_eval_metrics": "ranking metrics are computed over all rows at once: set it to False",
     }
     averages_items = True
 
@@ -149,7 +152,7 @@ class DXOTrainer(Method, Carded, Trainer):
             train_dataset = numbered(train_dataset, "train_dataset")
         eval_sets = kwargs.get("eval_dataset")
         for name, dataset in eval_sets.items() if isinstance(eval_sets, dict) else [("eval_dataset", eval_sets)]:
-            if isinstance(dataset, Dataset):  # of others, batches are checked
+            if isinstance(dataset, Dataset):  # others are checked batch by batch
                 check_labels(dataset, name)
         self._more_metrics = compute_metrics
         super().__init__(model=model, args=args, train_dataset=train_dataset, compute_metrics=self._measure, **kwargs)
@@ -161,7 +164,7 @@ class DXOTrainer(Method, Carded, Trainer):
 
     @staticmethod
     def _prepare_model(model: Any) -> None:
-        """Raises: ValueError for what is no classifier of one or two labels."""
+        """Sets the problem type. Raises: ValueError for a model that is not a classifier of one or two labels."""
         inner = inner_of(model)
         if "labels" not in inspect.signature(inner.forward).parameters or not hasattr(inner, "config"):
             raise ValueError(NO_CLASSIFIER.format(type(inner).__name__))
@@ -176,7 +179,7 @@ class DXOTrainer(Method, Carded, Trainer):
         """BCE in evaluation and the warm start, else the loss, over the scores of all ranks.
 
         Raises:
-            ValueError: A batch has labels other than 0 and 1 or none, or the model's logits are not of texts.
+            ValueError: A batch has no labels or others than 0 and 1, or the model's logits are not one row per text.
         """
         inputs = dict(inputs)
         labels, index = inputs.pop("labels", None), inputs.pop(ROW, None)
@@ -199,24 +202,24 @@ class DXOTrainer(Method, Carded, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def warm_steps(self, total: int) -> int:
-        """Updates under BCE, of `total`."""
+        """The number of updates under BCE, out of `total`."""
         share = self.args.warm_start
         return math.ceil(share * total) if share < 1 else int(share)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As `Trainer`, times dxo_learning_rate / learning_rate after the warm start.
+        """As `Trainer`; after the warm start the learning rate is scaled by dxo_learning_rate / learning_rate.
 
         Raises:
-            ValueError: The warm start is all of the training, or the schedule is no function of the step.
+            ValueError: The warm start takes all updates, or the schedule is not a function of the step.
         """
-        new = self.lr_scheduler is None
+        is_new = self.lr_scheduler is None
         if 0 < num_training_steps <= self.warm_steps(num_training_steps):
             raise ValueError(
-                f"warm_start is {self.args.warm_start}, and training has {num_training_steps} updates: its loss would"
-                " never be used, choose less or loss='bce'"
+                f"warm_start is {self.args.warm_start}, and training has {num_training_steps} updates: the loss after"
+                " it would never be used, choose a shorter one or loss='bce'"
             )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if new and self.args.dxo_learning_rate is not None:
+        if is_new and self.args.dxo_learning_rate is not None:
             if not isinstance(scheduler, LambdaLR):
                 raise ValueError(
                     f"lr_scheduler_type is {self.args.lr_scheduler_type}: dxo_learning_rate needs one that is a"
@@ -255,7 +258,7 @@ class DXOTrainer(Method, Carded, Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As `Trainer`; labels that are all -1 or None stand for none.
+        """As `Trainer`; a column of labels that are all -1 or None counts as missing.
 
         Raises:
             ValueError: Other labels are not 0 or 1.
@@ -272,7 +275,7 @@ class DXOTrainer(Method, Carded, Trainer):
         labels, more_metrics = labels.reshape(-1), self._more_metrics
         more = more_metrics(prediction) if more_metrics else {}
         if len(set(labels.tolist())) < 2:
-            warnings.warn("the data has one class only: no metric of its ranking", stacklevel=2)
+            warnings.warn("the data has one class only: ranking metrics are undefined and left out", stacklevel=2)
             return more
         return {**ranking_metrics(labels, scores, self.args.max_fpr, self.args.min_tpr), **more}
 

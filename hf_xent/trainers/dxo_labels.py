@@ -1,4 +1,4 @@
-"""The labels of a data set for DXO, 0 or 1 in one column: checked before training, and its rows numbered."""
+"""The data sets of DXO: labels, 0 or 1 in one column, are checked before training, and rows are numbered."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transformers import TrainerCallback
 from ..ranking import DualSampler
 
 ROW = "row_index"
-"""The column of a row's number, by which the loss finds its moving average."""
+"""The column of a row's number, by which the loss finds the row's moving average."""
 LABELS = ("labels", "label")
-"""What a column of labels may be called: transformers' collators know these."""
+"""The names that a column of labels may have: transformers' collators know these."""
 
 
 def check_labels(dataset: Any, name: str) -> str:
-    """The column of a data set's labels. Raises: ValueError for no `Dataset`, no or several columns, other values."""
+    """The name of the column of labels. Raises: ValueError if it is not a `Dataset` with one column of 0 and 1."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name} is a {type(dataset).__name__}: DXO numbers its rows and draws them by class, pass a"
-            " datasets.Dataset (for rows in memory Dataset.from_list)"
+            f"{name} is a {type(dataset).__name__}, but DXO numbers the rows and draws them by class: pass a"
+            " datasets.Dataset (for rows in memory, Dataset.from_list)"
         )
     columns = [column for column in LABELS if column in dataset.column_names]
     if len(columns) != 1:
         raise ValueError(
-            f"{name} has the columns {', '.join(dataset.column_names)}: one of them has to be named labels (or label),"
-            " only one, and be 0 or 1; see Dataset.rename_column and remove_columns"
+            f"{name} has the columns {', '.join(dataset.column_names)}: exactly one of them has to be named labels (or"
+            " label), with values 0 and 1; see Dataset.rename_column and remove_columns"
         )
     wrong = [value for value in dataset[columns[0]] if _scalar(value) not in (0, 1)]
     if wrong:
@@ -42,14 +42,14 @@ def labels_of(dataset: Any, name: str) -> list[int]:
 
 
 def numbered(dataset: Any, name: str) -> Dataset:
-    """A data set with the number of every row. Raises: ValueError, as `check_labels`."""
+    """Adds a column with the number of every row. Raises: ValueError, as `check_labels`."""
     check_labels(dataset, name)
-    plain = dataset.remove_columns({ROW} & {*dataset.column_names})
-    return plain.add_column(ROW, list(range(len(dataset))))
+    unnumbered = dataset.remove_columns({ROW} & {*dataset.column_names})
+    return unnumbered.add_column(ROW, list(range(len(dataset))))
 
 
 def without_unknown(dataset: Dataset, name: str) -> Dataset:
-    """A data set without columns of labels that are all -1 or None. Raises: ValueError for others but 0 and 1."""
+    """Removes columns of labels that are all -1 or None. Raises: ValueError for other labels than 0 and 1."""
     columns = {*LABELS} & {*dataset.column_names}
     unknown = [column for column in columns if all(_scalar(value) in (-1, None) for value in dataset[column])]
     dataset = dataset.remove_columns(unknown)
@@ -59,7 +59,7 @@ def without_unknown(dataset: Dataset, name: str) -> Dataset:
 
 
 class SamplerEpochs(TrainerCallback):
-    """Tells the sampler the epoch: accelerate does not where ranks resume in the middle of one."""
+    """Sets the sampler's epoch, which accelerate does not do where ranks resume in the middle of one."""
 
     sampler: DualSampler | None = None
 
@@ -70,6 +70,6 @@ class SamplerEpochs(TrainerCallback):
 
 
 def _scalar(value: Any) -> Any:
-    """A label out of a list or tensor of one."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # of data sets with a format
+    """A label as a number, also from a list or tensor that has it as its only element."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # a data set with a format has arrays
     return value[0] if isinstance(value, list) and len(value) == 1 else value

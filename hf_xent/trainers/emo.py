@@ -1,12 +1,12 @@
 """Training under the earth mover's distance to the label, mixed with cross-entropy (EMO).
 
 The objective is the registry's `emo` (`hf_xent.losses.EMO`); this trainer makes its options fields of the
-configuration, and takes the cost from another model's head if asked. The method's baselines run in it unchanged, for
-fair comparison: `EMOConfig(loss="tailr:gamma=1e-7, w_min=0.2")`, `"mixce:eta=0.1"`, `"cross_entropy"`.
+configuration, and reads the cost from another model's head if `cost` names one. The method's baselines run in it
+unchanged, for fair comparison: `EMOConfig(loss="tailr:gamma=1e-7, w_min=0.2")`, `"mixce:eta=0.1"`, `"cross_entropy"`.
 
 Defaults are those of the authors' language-modeling experiments (their `gpt2.py`): emo1 without a clamp, over a frozen
 copy of the pretrained head. Their package clamps the ratio at 3 (`ratio_clamp=3.0`; the logged loss is then below the
-NLL), their instruction tuning takes the current head (`cost="current", gt_detach=True`).
+NLL); their instruction tuning uses the current head (`cost="current", gt_detach=True`).
 
 Source: Ren, Wu, Zhu 2024, arXiv:2310.04691; variants as in the authors' code, github.com/DRSY/EMO.
 Data: as for `XentTrainer`.
@@ -43,23 +43,25 @@ class EMOConfig(XentConfig):
     )
     variant: str = field(
         default="emo1",
-        metadata={"help": "'emo1' leans on cross-entropy, 'emo2' on the distance, 'emo' is the distance alone."},
+        metadata={
+            "help": "'emo1' has the value of the cross-entropy, 'emo2' twice that of the distance; 'emo' is the"
+            " distance alone."
+        },
     )
     cost: str = field(
         default="frozen",
         metadata={
-            "help": "Embeddings whose cosines are the cost: 'frozen' (a copy of the head as given), 'current' (the head"
+            "help": "Embeddings whose cosines are the cost: 'frozen' (a copy of the initial head), 'current' (the head"
             " at every step), or a model (Hub id or path) of the same vocabulary, of any hidden size."
         },
     )
     gt_detach: bool = field(
         default=False,
-        metadata={
-            "help": "Add the label's probability, without gradient, to the distance: it changes the ratio alone."
-        },
+        metadata={"help": "Add the label's probability, without gradient, to the distance: only the ratio changes."},
     )
     ratio_clamp: float | None = field(
-        default=None, metadata={"help": "Upper bound of emo1's ratio of cross-entropy to distance; 3.0 in the package."}
+        default=None,
+        metadata={"help": "Upper bound of emo1's ratio of cross-entropy to distance; 3.0 in the authors' package."},
     )
 
 
@@ -70,13 +72,13 @@ class EMOTrainer(XentTrainer):
 
     Args:
         model: The pretrained causal LM, also when resuming: `cost="frozen"` copies its head.
-        args: The configuration. A plain `XentConfig` that asks for no loss is taken too: EMO with its defaults.
-        loss: Registry name or `hf_xent.losses.Loss` of a baseline, which goes before `args.loss`.
-        **kwargs: As for `XentTrainer`, data sets too.
+        args: The configuration. A plain `XentConfig` without a loss is accepted too: it trains EMO with its defaults.
+        loss: Registry name or `hf_xent.losses.Loss` of a baseline; it takes precedence over `args.loss`.
+        **kwargs: As for `XentTrainer`, including the data sets.
 
     Raises:
-        ValueError: Options that EMO does not take or a baseline does not read, or a cost whose vocabulary is not the
-            model's; and what `XentTrainer` refuses.
+        ValueError: Options that EMO does not take or a baseline does not read, a cost whose vocabulary is not the
+            model's, or what `XentTrainer` refuses.
 
     Source: Ren, Wu, Zhu 2024, arXiv:2310.04691.
     """
@@ -85,7 +87,7 @@ class EMOTrainer(XentTrainer):
 
     @classmethod
     def _accepts(cls, args: Any) -> bool:
-        """As `Method`; a plain `XentConfig` is taken too, if it asks for no loss."""
+        """As `Method`; a plain `XentConfig` is accepted too, if its loss is the default or EMO."""
         plain = type(args) is XentConfig and args.loss in (XentConfig.loss, "emo")
         return plain or super()._accepts(args)
 

@@ -1,8 +1,8 @@
-"""Flip-flop consistency (F2C): unlabeled items asked in K formats, trained towards what most formats answer.
+"""Flip-flop consistency (F2C): a model is trained on unlabeled items in K formats towards the answer of most formats.
 
 Each step scores every answer in every format (mean log-probability l_kc of its tokens, evaluation mode, no gradient).
-Format k answers y_k = argmax_c l_kc; a label that more than half of the formats answer is the consensus y*, without
-one an item contributes nothing. Then, over the K sequences of prompt and consensus answer,
+Format k answers y_k = argmax_c l_kc; a label that more than half of the formats answer is the consensus y*. An item
+without a consensus contributes nothing. Then, over the K sequences of prompt and consensus answer,
 
     loss = (lambda CCE + beta J + w A) / C        CCE = mean_k -l_k,y*
 
@@ -10,14 +10,14 @@ one an item contributes nothing. Then, over the K sequences of prompt and consen
     J        agreement, 1/2 [KL(M || P_k) + KL(P_k || M)] over the teachers, gradient into M too (the authors' "JSD")
     A        alignment, KL(sg[M] || P_s) of the teachers' mixture and every student
     teachers those k of the min(top_k, M - 1) largest margins l_k,y* - max_c l_kc among the M formats that answer y*;
-             students are all other formats. With fewer than two teachers there is CCE alone; if all formats agree and
-             the median margin reaches `threshold`, J is over all of them and A is not there.
+             students are all other formats. With fewer than two teachers the loss is CCE alone; if all formats agree
+             and the median margin reaches `threshold`, J is over all of them and A is left out.
     w        w_min + (w_max - w_min) sigmoid((mean teacher l - mean student l) / weight_temperature), a constant
 
 Only answer tokens go through the head. The loss of a step is the mean over its items, skipped ones included: the
 authors' code sums over the accumulated items instead, which their optimizer hides and their gradient clipping does not.
 `method="cce"` trains CCE alone, `method="swarm"` the authors' other baseline, KL(sg[M] || P_k) over all formats for
-every answer, without a vote. An even number of margins has the mean of the two in the middle as its median.
+every answer, without a vote. The median of an even number of margins is the mean of the two in the middle.
 
 A majority can be wrong: evaluation reports F1, label marginals and the constant predictor beside the agreement.
 
@@ -79,16 +79,18 @@ class F2CConfig(Options, Tokenless, TrainingArguments):
     agreement_weight: float = field(default=0.35, metadata={"help": "beta, of the teachers' agreement."})
     alignment_min: float = field(default=0.05, metadata={"help": "w_min, the least weight of the alignment."})
     alignment_max: float = field(default=0.35, metadata={"help": "w_max, its greatest weight."})
-    weight_temperature: float = field(default=2.2, metadata={"help": "Of the sigmoid between the two."})
+    weight_temperature: float = field(
+        default=2.2, metadata={"help": "Temperature of the sigmoid between the least and the greatest weight."}
+    )
     threshold: float = field(
         default=1.4, metadata={"help": "Median margin (nats) above which all formats are teachers."}
     )
-    top_k: int = field(default=3, metadata={"help": "Teachers at most."})
+    top_k: int = field(default=3, metadata={"help": "The largest number of teachers."})
     group_answers: bool = field(
         default=False, metadata={"help": "Compare only formats whose answer has the same tokens ('Yes' with 'Yes')."}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Rows are prompts and answers of all formats."}
+        default=False, metadata={"help": "False, since rows have the prompts and answers of all formats."}
     )
     label_names: list[str] | None = field(default_factory=lambda: ["gold"], metadata={"help": "True labels, if any."})
 
@@ -115,11 +117,11 @@ class F2CTrainer(Method, Carded, Trainer):
         args: The configuration; `F2CConfig(output_dir="out")` if it is left out.
         **kwargs: As for `transformers.Trainer`. Rows of the data sets have the columns `prompts` and `answers`, and
             `gold` if the right answer is known, as `hf_xent.data.PromptFormats.build` makes them. A
-            `processing_class` gives the token that pads.
+            `processing_class` provides the padding token.
 
     Raises:
         ValueError: Options that do not fit, the configuration of another trainer, a model that cannot be patched, an
-            encoder and decoder, or compilation; in training, rows that are no items.
+            encoder and decoder, or compilation; in training, rows without prompts and answers.
 
     Source: Hejabi et al. 2025, arXiv:2510.14242.
     """
@@ -130,8 +132,8 @@ class F2CTrainer(Method, Carded, Trainer):
     refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT, "compute_loss_func": OWN_LOSS}
     refused_options: Mapping[str, str] = {
         "label_smoothing_factor": "F2C has no labels to smooth: leave it 0",
-        "batch_eval_metrics": "consistency is reported of all items at once: set it to False",
-        "use_liger_kernel": "Liger takes the place of the forward that is patched: set it to False",
+        "batch_eval_metrics": "consistency is computed over all items at once: set it to False",
+        "use_liger_kernel": "Liger would replace the forward that is patched: set it to False",
     }
     averages_items = True
     _signature_columns: Any
@@ -182,7 +184,7 @@ class F2CTrainer(Method, Carded, Trainer):
         return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
 
     def _term(self, pick: tuple[int, int], logp: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
-        """The loss of an item and answer, before the division by C, from its rows [K, T, V] and tokens [K, T]."""
+        """The loss of one item and answer, before the division by C, from logp [K, T, V] at its tokens [K, T]."""
         args, valid = self.args, targets != -100
         if args.method == "swarm":
             total, count = alignment((logp, valid), (logp, valid))
@@ -234,7 +236,7 @@ class F2CTrainer(Method, Carded, Trainer):
     def _rows(
         self, model: nn.Module, inputs: dict[str, Any], picks: list[tuple[int, int]], formats: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [n, K, T, V] at the tokens of n answers (item, label), and these tokens, -100 beyond."""
+        """Log-probabilities [n, K, T, V] at the tokens of n answers (item, label), and the tokens, padded by -100."""
         items, labels = ([pick[i] for pick in picks] for i in (0, 1))
         chosen = {name: inputs[name][items, formats, labels] for name in ("input_ids", "attention_mask", "answers")}
         shape = chosen["answers"].shape[:2]
@@ -247,7 +249,9 @@ class F2CTrainer(Method, Carded, Trainer):
         position = (first[:, None] + torch.arange(length, device=ids.device)).clamp(max=ids.shape[1] - 2)
         inside = torch.arange(length, device=ids.device) < predicts.sum(-1, keepdim=True)
         targets = torch.where(inside, answers[:, 1:].gather(1, position), -100)
-        rows: Any = logits[torch.arange(len(ids), device=ids.device)[:, None], position]  # only these meet the head
+        rows: Any = logits[
+            torch.arange(len(ids), device=ids.device)[:, None], position
+        ]  # only these go through the head
         head: Head = rows.head
         logp = head.logits(rows.hidden).log_softmax(-1)
         return logp.unflatten(0, shape), targets.unflatten(0, shape)
@@ -287,5 +291,5 @@ def __getattr__(name: str) -> Any:
 
 
 def _concatenated(parts: Any) -> np.ndarray:
-    """What evaluation gathers as one array, which `eval_do_concat_batches=False` leaves in parts."""
+    """The arrays that evaluation gathered as one; `eval_do_concat_batches=False` leaves them in parts."""
     return np.concatenate(parts) if isinstance(parts, list) else np.asarray(parts)

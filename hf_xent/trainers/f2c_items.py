@@ -1,4 +1,4 @@
-"""F2C's items, asked in several formats each: as a batch, and the true labels that evaluation reads."""
+"""Batches of F2C's items, each asked in several formats, and checks of the true labels that evaluation reads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ class ItemCollator:
     pad: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; `gold` [B] if a row has one, as a list if a value is no number.
+        """The batch, with `gold` [B] if a row has one, as a list if a value is not a number.
 
-        Raises: ValueError for rows that are no items, and answers without tokens.
+        Raises:
+            ValueError: A row has no prompts or answers, or an answer has no tokens.
         """
         for row in rows:
             columns = [name for name, value in row.items() if value is not None]
             if not {"prompts", "answers"} <= {*columns}:
                 raise ValueError(
-                    f"a row has {', '.join(columns) or 'None alone'}: F2C needs prompts and answers, as"
+                    f"a row has {', '.join(columns) or 'no values'}: F2C needs prompts and answers, as"
                     " hf_xent.data.PromptFormats.build makes them"
                 )
             if not all(answer for answers in row["answers"] for answer in answers):
@@ -43,7 +44,7 @@ class ItemCollator:
 
 
 def number_of(gold: Any) -> int | None:
-    """The number of an answer, -1 for one that is not known, None for what is no number."""
+    """The number of an answer, -1 where it is not known, and None for a value that is not a number."""
     if gold is None or gold != gold:  # pandas writes nan for None
         return -1
     try:
@@ -53,7 +54,7 @@ def number_of(gold: Any) -> int | None:
 
 
 def check_gold(gold: Tensor | list[Any] | None, choices: int) -> None:
-    """Raises: ValueError for a `gold` that is not the number of one of so many answers."""
+    """Raises: ValueError for a `gold` that is neither -1 nor the number of one of the `choices` answers."""
     values: Iterable[Any] = [] if gold is None else gold.tolist() if isinstance(gold, Tensor) else gold
     wrong = [value for value in values if number_of(value) not in range(-1, choices)]
     if wrong:

@@ -3,10 +3,10 @@
     recipe = hf_xent.trainers.ln_recipes.RECIPES["gpt2-large"]
     model, tokenizer = recipe.load()                                      # from the Hub, bfloat16, without dropout
     trainer = hf_xent.LNRemovalTrainer(model, recipe.config("out"), train_dataset=blocks)
-    trainer.train()                                                       # out/checkpoint-600 is what they released
+    trainer.train()                                                       # they released out/checkpoint-600
 
-`blocks`: 1024 tokens each, packed from OpenWebText with an end of text after every document. One optimizer step is half
-a million tokens. The vanilla control is `hf_xent.XentTrainer` with the same configuration.
+`blocks`: 1024 tokens each, packed from OpenWebText with an end-of-text token after every document. One optimizer step
+is half a million tokens. The vanilla control is `hf_xent.XentTrainer` with the same configuration.
 
 Source: Baroni et al. 2025, arXiv:2507.02559, table of hyperparameters, with their code.
 """
@@ -45,7 +45,7 @@ class Recipe:
         return AutoModelForCausalLM.from_pretrained(self.model, **options), AutoTokenizer.from_pretrained(self.model)
 
     def config(self, output_dir: str, **options: Any) -> LNRemovalConfig:
-        """What `LNRemovalTrainer` takes; options override it."""
+        """The configuration for `LNRemovalTrainer`; options override its fields."""
         from .ln_removal import LNRemovalConfig
 
         paper: dict[str, Any] = {

@@ -3,20 +3,20 @@
     loss = cross-entropy + lambda mean_t (sigma_t - sigma*)^2 + mu mean_n Var_t log sigma_n,t
 
 sigma_t is the divisor of the final norm at a token, before or after its removal; sigma*, a constant, is its mean over
-the tokens that are neither the first of a sequence nor an end of text: exactly those two are pulled towards the others,
-whose divisor is to serve for all. The mean is over all tokens of a forward pass that are no padding; a pass of nothing
-but padding has a term of zero. Under accumulation a pass counts by its share of the step's labels, so that one without
-labels counts for nothing.
+the tokens that are neither the first of a sequence nor an end of text. So the divisors of exactly these two kinds are
+pulled towards that of the others, which is to serve for all. The mean is over the tokens of a forward pass that are not
+padding; a pass of padding alone has a term of zero. Under accumulation a pass counts by its share of the step's labels,
+so one without labels does not count.
 
-mu, 0 unless given, is ours: it makes the divisors of every norm n alike, removed or not, whatever their size. It is for
-models with massive activations, where a first token's residual is many times as long as the others' and one divisor
-cannot serve both (in SmolLM2-135M 170 times, and a gated MLP squares it); removals then start when it has come down.
-Once they have started, a pass whose term is above `spread_limit` is left out: one of its tokens has exploded, from one
-gated MLP to the next, and its gradient would undo the model.
+mu, 0 by default, is our addition: it makes the divisors of every norm n alike, removed or not, whatever their size. It
+is for models with massive activations, where a first token's residual is many times as long as the others' and one
+divisor cannot serve both (in SmolLM2-135M 170 times, and a gated MLP squares it); removals then start once the term has
+fallen. After that, a pass whose term is above `spread_limit` is left out: the hidden state of one of its tokens has
+exploded, growing from one gated MLP to the next, and its gradient would destroy the model.
 
-Removals happen at the beginning of their steps. What was removed and every sigma are buffers of the model, so that a
-checkpoint in the middle of the schedule goes on as if it had not stopped. lambda 0.1 is the authors' for the two
-smaller sizes; `hf_xent.ln_free.recipe` has their numbers by size.
+Removals happen at the beginning of their steps. The removals and every sigma are buffers of the model, so a run that
+resumes from a checkpoint in the middle of the schedule continues as if it had not stopped. lambda 0.1 is the authors'
+for the two smaller sizes; `hf_xent.trainers.ln_recipes` has their numbers by size.
 
 Source: Baroni et al. 2025, arXiv:2507.02559, with the authors' code, github.com/submarat/removing-layer-norm.
 Data: as for `XentTrainer`; with padding, an `attention_mask`.
@@ -59,22 +59,22 @@ class LNRemovalConfig(RemovalOptions, XentConfig):
         "sigma_momentum": "[0, 1]",
     }
 
-    sigma_weight: float = field(default=0.1, metadata={"help": "lambda; 0 is a control."})
+    sigma_weight: float = field(default=0.1, metadata={"help": "lambda, the weight of the sigma term; 0 is a control."})
     spread_weight: float = field(
         default=0.0,
         metadata={
-            "help": "mu, on the variance of the logarithms of every norm's divisors: 100 for models with massive"
-            " activations."
+            "help": "mu, the weight of the variance of the logarithms of every norm's divisors: 100 for models with"
+            " massive activations."
         },
     )
     spread_limit: float = field(
         default=math.inf,
         metadata={
-            "help": "A forward pass in which the variance is larger is left out once removal has begun: a token has"
-            " exploded in it. 0.05 for models with massive activations."
+            "help": "Once removal has begun, a forward pass with a larger variance is left out: the hidden state of one"
+            " of its tokens has exploded. 0.05 for models with massive activations."
         },
     )
-    sigma_momentum: float = field(default=0.9, metadata={"help": "Of every norm's running sigma."})
+    sigma_momentum: float = field(default=0.9, metadata={"help": "Momentum of every norm's running sigma."})
     sigma_median: bool = field(
         default=False,
         metadata={
@@ -85,17 +85,17 @@ class LNRemovalConfig(RemovalOptions, XentConfig):
 
 
 def check_options(args: LNRemovalConfig) -> None:
-    """Raises: ValueError for options that would have no effect, or not the one that is meant."""
+    """Raises: ValueError for options that would have no effect, or another than the intended one."""
     if args.spread_limit < math.inf and not args.spread_weight:
         raise ValueError(
-            f"spread_limit is {args.spread_limit} and spread_weight 0: set both, it is a limit of that term"
+            f"spread_limit is {args.spread_limit} but spread_weight is 0: set both, the limit is one of that term"
         )
     if args.use_liger_kernel:
-        raise ValueError("use_liger_kernel is True: Liger would put its norms over the removable ones, leave it out")
+        raise ValueError("use_liger_kernel is True, but Liger would replace the removable norms: set it to False")
     if args.neftune_noise_alpha:
         raise ValueError(
-            f"neftune_noise_alpha is {args.neftune_noise_alpha}: sigmas would be frozen at those of noised embeddings,"
-            " which only training has, leave it out"
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}, but the sigmas would be frozen at those of noisy"
+            " embeddings, which exist in training only: set it to None"
         )
 
 
@@ -106,16 +106,16 @@ class LNRemovalTrainer(XentTrainer):
 
     Logged: `norms`, how many sites are left, `loss_sigma` and `loss_spread`, the auxiliary terms before their weights,
     means over forward passes since the last log, and `exploded`, how many of these were left out if there is a limit;
-    all of them over all processes. Evaluation is the loss alone. Of evaluations, and so of checkpoints for
-    `load_best_model_at_end`, those without norms compete.
+    all of them over all processes. Evaluation is the loss alone. Only evaluations without norms compete to be the best,
+    and so do their checkpoints for `load_best_model_at_end`.
 
-    What is saved is what training goes on from: stock weights, sigmas and removals. `hf_xent.ln_free.load` reads it, a
-    stock class would normalize again: `save_model` and `push_to_hub` leave a card that says so.
+    A saved model has what training resumes from: stock weights, sigmas and removals. `hf_xent.ln_free.load` reads it; a
+    stock class would normalize again, so `save_model` and `push_to_hub` write a card that says so.
 
     Args:
         model: A causal LM with norms that `hf_xent.ln_free` knows. It is wrapped and patched.
         args: The configuration; `LNRemovalConfig(output_dir="out")` if it is left out.
-        schedule: When the norms go; it goes before `args.schedule`.
+        schedule: When each norm is removed; it takes precedence over `args.schedule`.
         **kwargs: As for `XentTrainer`.
 
     Raises:
@@ -137,7 +137,7 @@ class LNRemovalTrainer(XentTrainer):
         args.check_schedule(schedule)
         check_options(args)
         refuse_encoder_decoder(model)
-        head_of(model)  # refuses what is no language model
+        head_of(model)  # raises for a model that is not a language model
         wrap(model, momentum=args.sigma_momentum, median=args.sigma_median)
         if args.sigma_weight and all(norm.sites != FINAL for norm in fake_norms(model).values()):
             raise ValueError(
@@ -159,7 +159,7 @@ class LNRemovalTrainer(XentTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The loss, and in training the auxiliary terms."""
-        if num_items_in_batch is not None:  # none in the whole step: a zero, not 0 / 0
+        if num_items_in_batch is not None:  # without labels in the whole step the loss is 0, not 0 / 0
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         if not model.training or not self._weights:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -168,7 +168,7 @@ class LNRemovalTrainer(XentTrainer):
         explodes = self._explodes(terms.get("spread"))
         if self.args.spread_limit < math.inf:
             self._note("exploded", float(explodes))
-        if explodes:  # no backward through what is infinite: it would be 0 * inf
+        if explodes:  # a backward through infinite values would give 0 * inf
             loss = sum(0.0 * p.sum() for p in model.parameters() if p.requires_grad)
             terms.clear()
         share = self._share(inputs, num_items_in_batch)
@@ -202,7 +202,7 @@ class LNRemovalTrainer(XentTrainer):
             yield "spread", spread_term(list(spreads.values()), mask)
 
     def _share(self, inputs: dict[str, Any], num_items: Tensor | None) -> Tensor:
-        """The part of the step's labels that a forward pass has, as its loss has been scaled; 0 if there are none."""
+        """The share of the step's labels that a forward pass has, scaled as its loss is; 0 without labels."""
         count = (targets(inputs) != -100).sum()
         if num_items is None:
             return count.clamp(max=1)
@@ -216,13 +216,13 @@ class LNRemovalTrainer(XentTrainer):
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As transformers, among evaluations without norms: a better one before is not what training is for."""
+        """As transformers, but only among evaluations without norms: a better model with norms is not the goal."""
         if any(not site.removed for site in sites(self.model)):
             return False
         return super()._determine_best_metric(metrics, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers, and a card beside it unless there is one: a stock class would put the norms back."""
+        """As transformers; also writes a card unless there is one, as a stock class would put the norms back."""
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
         if not _internal_call and self.is_world_process_zero() and not (folder / "README.md").exists():
@@ -230,7 +230,7 @@ class LNRemovalTrainer(XentTrainer):
 
 
 def sigma_term(spread: Tensor, ids: Tensor, mask: Tensor | None, end: int | list[int] | None) -> Tensor:
-    """mean (sigma_t - sigma*)^2 of divisors [B, T] over tokens that are no padding; `end`: end-of-text ids."""
+    """mean (sigma_t - sigma*)^2 of divisors [B, T] over tokens that are not padding; `end`: end-of-text ids."""
     keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     kept = spread[keep]
     if not kept.numel():
@@ -243,7 +243,7 @@ def sigma_term(spread: Tensor, ids: Tensor, mask: Tensor | None, end: int | list
 
 
 def spread_term(spreads: list[Tensor], mask: Tensor | None) -> Tensor:
-    """Mean over norms of the variance of log sigma_t, divisors [B, T] each, over tokens that are no padding."""
+    """Mean over norms of the variance of log sigma_t, divisors [B, T] each, over tokens that are not padding."""
     logs = torch.stack([spread.to(spreads[0].device) for spread in spreads]).log()
     logs = logs.flatten(1) if mask is None else logs[:, mask.bool()]
     return logs.var(-1, correction=0).mean() if logs.numel() else logs.sum()

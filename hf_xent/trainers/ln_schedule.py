@@ -13,7 +13,7 @@ from ..ln_free.schedule import END, START, Schedule
 from .base import Options
 
 SHARES = {"scaled": ("start", "end", "taper"), "at_once": ("start", "taper")}
-"""Schedule -> which of the options `removal_...` it takes; those of the paper take none."""
+"""Schedule -> which of the options `removal_...` it takes; the schedules of the paper take none."""
 
 
 @dataclass
@@ -30,35 +30,48 @@ class RemovalOptions(Options):
         default="scaled",
         metadata={
             "help": "'scaled' to the model's depth and the number of steps; 'gpt2', 'gpt2-medium', 'gpt2-large' or"
-            " 'gpt2-xl' as in the paper; 'at_once', a control unless it takes `removal_taper`."
+            " 'gpt2-xl' as in the paper; 'at_once' for all norms at one step, a control unless `removal_taper` is set."
         },
     )
     removal_start: float = field(
         default=START, metadata={"help": "Share of the steps before the first removal, for 'scaled' and 'at_once'."}
     )
-    removal_end: float = field(default=END, metadata={"help": "Share before the last removal, for 'scaled'."})
+    removal_end: float = field(
+        default=END, metadata={"help": "Share of the steps before the last removal, for 'scaled'."}
+    )
     removal_taper: float = field(
         default=0.0,
-        metadata={"help": "Share of the steps that a norm's removal takes, for 'scaled' and 'at_once'; 0 is a switch."},
+        metadata={
+            "help": "Share of the steps over which a norm is removed, for 'scaled' and 'at_once'; 0 removes it at once."
+        },
     )
 
     def check_schedule(self, schedule: Schedule | None = None) -> None:
-        """Raises: ValueError for an option that the schedule (a given one, or the one named) does not take."""
+        """Checks the options against a schedule, by default the one that is named.
+
+        Raises:
+            ValueError: An option is set that the schedule does not take, or `schedule` is not a `Schedule`.
+        """
         if not isinstance(schedule, Schedule | None):
             raise ValueError(f"schedule is {schedule!r}: pass a Schedule, or name one in the configuration")
         taken = () if schedule is not None else SHARES.get(self.schedule, ())
         defaults = {field.name: field.default for field in fields(RemovalOptions)}
-        kind = f"the schedule is {self.schedule!r}" if schedule is None else "a schedule of its own was given"
+        reason = f"the schedule is {self.schedule!r}" if schedule is None else "a Schedule was passed"
         for name in ("start", "end", "taper"):
             value = getattr(self, f"removal_{name}")
             if name not in taken and value != defaults[f"removal_{name}"]:
-                kind = (
-                    "a schedule of its own was given" if schedule is not None else f"the schedule is {self.schedule!r}"
-                )
-                raise ValueError(f"removal_{name} is {value}, but {kind}, which does not take it: drop it")
+                raise ValueError(f"removal_{name} is {value}, but {reason}, which does not take it: leave it out")
 
     def schedule_for(self, model: nn.Module, steps: int) -> Schedule:
-        """The schedule that is named. Raises: ValueError for an unknown name, or shares of the steps out of range."""
+        """The schedule that the configuration names.
+
+        Args:
+            model: The model whose norms are removed.
+            steps: The number of optimizer steps of the training.
+
+        Raises:
+            ValueError: The name is unknown, or the shares of the steps are out of range.
+        """
         if self.schedule not in SHARES:
             return Schedule.named(self.schedule)
         last = self.removal_start if self.schedule == "at_once" else self.removal_end
@@ -79,19 +92,19 @@ class LNRemovalCallback(TrainerCallback):
     Wrap the model (`hf_xent.ln_free.wrap`) before the trainer resumes from a checkpoint.
 
     Args:
-        schedule: When the norms go; without it, as the trainer's `LNRemovalConfig` says.
+        schedule: When each norm is removed; without it, as the trainer's `LNRemovalConfig` says.
     """
 
     def __init__(self, schedule: Schedule | None = None):
         self._preset = self.schedule = schedule
-        self._initial_shares: dict[str, float] | None = None  # when a training began that has not ended
+        self._initial_shares: dict[str, float] | None = None  # removed shares when the current training began
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Settle the schedule for this number of steps.
+        """Fixes the schedule for this number of steps.
 
-        A training that begins again from its first step, as `auto_find_batch_size` makes it, has its norms again.
+        If the training starts over at its first step, as with `auto_find_batch_size`, the norms are restored first.
 
         Raises:
             ValueError: The schedule does not fit the model or the steps, or there is none.
@@ -112,13 +125,13 @@ class LNRemovalCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What was removed stays so."""
+        """Keeps the norms removed."""
         self._initial_shares = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove what is due."""
+        """Removes the norms that are due at this step."""
         assert self.schedule is not None
         for site, share in self.schedule.due(state.global_step).items():
             remove(kwargs["model"], site, share)

@@ -1,4 +1,4 @@
-"""Totals and counts of what the steps of a training or an evaluation note, over all processes."""
+"""Totals and counts of what the steps of a training or an evaluation record, over all processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Sums:
         return name in self._pairs
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float, device: torch.device) -> None:
-        """Add a total over `count` things."""
+        """Adds a total over `count` items."""
         pair = torch.stack([torch.as_tensor(x, device=device).detach().to(_wide(device)) for x in (total, count)])
         self._pairs[name] = self._pairs[name] + pair if name in self._pairs else pair
 
     def take(self, names: Sequence[str], accelerator: Any) -> dict[str, tuple[float, float]]:
-        """Name -> (total, count) over all processes, which have to ask for the same names; begins anew."""
+        """Name -> (total, count) over all processes, which have to pass the same names; then starts from zero."""
         pairs, self._pairs = self._pairs, {}
         if not names:
             return {}

@@ -1,12 +1,12 @@
-"""Adaptive Gaussian noise on the hidden states of a few layers, and how strong it is there: NoiseFiT's.
+"""NoiseFiT's adaptive Gaussian noise on the hidden states of a few layers, and its strength in every layer.
 
 Per element of a layer's output h, the noise has standard deviation
 
     s . mad . exp(-beta |h - med| / mad) . exp(min(var / mean var, log 5))      s = sigma^power std(h)
 
-(median, median deviation and variance over the features of a token; std and mean over all tokens that are no padding;
-no gradient). It grows with the square of the activations, and so does not mean the same in every layer: `strengths`
-tells what it comes to.
+(median, median deviation and variance over the features of a token; std and mean over all tokens that are not padding;
+no gradient). The noise grows with the square of the activations, so its strength relative to them differs from layer to
+layer: `strengths` measures it.
 
 Source: Khadangi et al. 2025, arXiv:2504.03302, with the authors' code, github.com/akhadangi/NoiseFiT.
 """
@@ -27,30 +27,30 @@ from ..system import renamed
 
 BETA = 0.1  # how fast the noise of a feature falls with its distance from the token's median
 LARGEST_FACTOR = 5.0
-PASSES = 10  # noise drawings a layer's signal-to-noise ratio is a mean over
+PASSES = 10  # noise samples over which a layer's signal-to-noise ratio is averaged
 
 
 @torch.no_grad()
 def noise_scale(h: Tensor, sigma: float, mask: Tensor | None = None) -> Tensor:
     """The standard deviation of the noise on every element of h [B, T, H]; `mask` [B, T] is 0 at padding.
 
-    Medians are torch's: of an even number of elements the lower one of the two in the middle.
+    Medians are torch's: for an even number of elements, the lower one of the two in the middle.
     """
     h, keep = h.float(), _kept(h, mask)
     variance = h.var(-1, keepdim=True)
-    uneven = variance / (variance[keep].mean() + 1e-6)
+    relative_variance = variance / (variance[keep].mean() + 1e-6)
     median = h.median(-1, keepdim=True).values
     distance = (h - median).abs()
     deviation = torch.maximum(distance.median(-1, keepdim=True).values, 1e-6 * h.norm(dim=-1, keepdim=True))
-    factor = uneven.clamp(max=math.log(LARGEST_FACTOR)).exp()  # the exponent: exp of a large ratio would overflow
+    factor = relative_variance.clamp(max=math.log(LARGEST_FACTOR)).exp()  # clamped before exp, which could overflow
     return sigma * h[keep].std() * deviation * torch.exp(-BETA * distance / (deviation + 1e-6)) * factor
 
 
 @contextmanager
 def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None, dim: int = 0) -> Iterator[None]:
-    """Noise on the last two thirds of the layers' outputs, in training mode; `mask` [B, T] is that of one third.
+    """Adds noise to the last two thirds of the layers' outputs in training mode; `mask` [B, T] is that of one third.
 
-    `dim` is where the thirds follow each other: 0, or 1 in a packed batch.
+    `dim` is the dimension along which the thirds are concatenated: 0, or 1 in a packed batch.
     """
 
     def disturb(layer: nn.Module, _: Any, output: Any) -> Any:
@@ -72,7 +72,7 @@ def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None, dim: int =
 
 @dataclass(frozen=True)
 class Strength:
-    """How noise compares with the output of a layer that it goes onto."""
+    """How strong noise is, relative to the output of the layer to which it is added."""
 
     ratio: float  # mean |h| / mean |noise|, the signal-to-noise ratio
     share: float  # standard deviation of the noise / of h
@@ -80,7 +80,7 @@ class Strength:
 
 @torch.no_grad()
 def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float, mask: Tensor | None) -> list[Strength]:
-    """Of noise under s = sigma std(h), a layer each, on the clean outputs of one forward pass."""
+    """The strength in each layer of noise with s = sigma std(h), on the clean outputs of one forward pass."""
     measured: dict[int, Strength] = {}  # by layer
 
     def measure(index: int, output: Any) -> None:
@@ -104,14 +104,14 @@ def strengths(layers: list[nn.Module], forward: Callable[[], Any], sigma: float,
 
 
 def _kept(h: Tensor, mask: Tensor | None) -> Tensor:
-    """True where a token is no padding; the virtual tokens that prompt tuning puts before a sequence are none."""
+    """True where a token is not padding, so also at the virtual tokens that prompt tuning puts before a sequence."""
     if mask is None:
         return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
     return pad(mask.bool(), (h.shape[1] - mask.shape[1], 0), value=True)
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden states of a layer's output: it is them, or a tuple that begins with them."""
+    """The hidden states in a layer's output, which is a tensor, or a tuple that begins with them."""
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -1,30 +1,31 @@
-"""Noise-augmented fine-tuning (NoiseFiT): cross-entropy, and agreement between clean and noisy passes.
+"""Noise-augmented fine-tuning (NoiseFiT): cross-entropy, and divergences between clean and noisy passes.
 
     loss = alpha CE(p) + (1 - alpha) 1/2 sum_i KL(p_T || p_i) + lambda KL(p_2 || p_1)
 
 p is the softmax of a clean pass (p_T at temperature T), p_1 and p_2 those of passes with Gaussian noise on the outputs
-of a few layers, adapted to them (`hf_xent.trainers.noise`). The layers are chosen once, on the first batch, by the
-signal-to-noise ratio that noise under s = sigma std(h) would have there.
+of a few layers, scaled to them (`hf_xent.trainers.noise`). The layers are chosen once, on the first batch, by the
+signal-to-noise ratio that noise with s = sigma std(h) would have there.
 
 Clean and noisy passes are the thirds of one batch: one forward and one backward, as DDP and activation checkpointing
-want them. Only the selected layers' outputs in the last two thirds get noise, and only within a training step. All
+require. Only the selected layers' outputs in the last two thirds get noise, and only within a training step. All
 divergences are statistics of hidden states under one head (`vocab_stats` with a payload); no logits are kept.
 
-Where the authors' code and paper leave a choice: `sigma_power` is 2, since the code applies sigma twice when training
-(and once when measuring layers); the masks of the divergences are shifted to the predicted tokens, where the code uses
-the unshifted ones; `version="v2"` is their later script (teacher and second pass detached, temperature on both sides
-with a factor T^2; its lambda is 0.05). `method="rdrop"` trains R-Drop in the same trainer (two passes, no noise):
+Where the authors' code and paper differ or leave a choice: `sigma_power` is 2, since the code applies sigma twice in
+training (and once when it measures layers); the masks of the divergences are shifted to the predicted tokens, whereas
+the code does not shift them; `version="v2"` is their later script (teacher and second pass detached, temperature on
+both sides with a factor T^2; its lambda is 0.05). `method="rdrop"` trains R-Drop in the same trainer (two passes, no
+noise):
 CE_1 / 2 + CE_2 / 2 + rdrop_weight (KL(1 || 2) + KL(2 || 1)) / 2. NEFTune is transformers' own
 `neftune_noise_alpha=5` on any trainer. With sigma 0 and no dropout the loss is alpha CE.
 
 Defaults are the authors' recipe: learning rate 5e-5 with a cosine schedule, 4 rows x 4 accumulated, 5 epochs (their
 script also stops at 1000 steps), and the adapter `lora_config()` on a frozen model, which they load in 4 bits. They
-train on prompt and response; here labels say what is trained on.
+train on prompt and response; here the labels decide.
 
 Source: Khadangi et al. 2025, arXiv:2504.03302, with the authors' code, github.com/akhadangi/NoiseFiT; R-Drop: Liang et
 al. 2021, arXiv:2106.14448.
-Data: as for `XentTrainer`; a packed batch (one row with position ids and without a mask, as of
-`DataCollatorWithFlattening`) has its passes one after the other in the row.
+Data: as for `XentTrainer`; in a packed batch (one row with position ids and without a mask, as
+`DataCollatorWithFlattening` makes it) the passes follow each other in the row.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class NoiseFiTConfig(XentConfig):
     }
     read_by: ClassVar[dict[str, tuple[str, ...]]] = {
         "rdrop_weight": ("rdrop",),
-        **dict.fromkeys(  # where the noise would go does no harm under R-Drop, and stays
+        **dict.fromkeys(  # without the options that choose layers: R-Drop accepts them, though they have no effect
             ("noise_std", "sigma_power", "ce_weight", "consistency_weight", "temperature", "version"), ("noisefit",)
         ),
     }
@@ -83,16 +84,18 @@ class NoiseFiTConfig(XentConfig):
         default="largest",
         metadata={"help": "'largest' or 'lowest' signal-to-noise ratio, or layers by number: '0,3,5'."},
     )
-    num_noise_layers: int = field(default=3, metadata={"help": "How many layers get noise, where they are not given."})
-    ce_weight: float = field(default=0.5, metadata={"help": "alpha."})
-    consistency_weight: float = field(default=0.1, metadata={"help": "lambda; 0.05 in version v2."})
-    temperature: float = field(default=1.0, metadata={"help": "T."})
-    version: str = field(default="v1", metadata={"help": "'v1' as the paper, 'v2' as the authors' later script."})
-    rdrop_weight: float = field(default=1.0, metadata={"help": "Of the divergences divergence, under method 'rdrop'."})
+    num_noise_layers: int = field(default=3, metadata={"help": "How many layers get noise, unless they are listed."})
+    ce_weight: float = field(default=0.5, metadata={"help": "alpha, the weight of the cross-entropy."})
+    consistency_weight: float = field(
+        default=0.1, metadata={"help": "lambda, the weight of the consistency of noisy passes; 0.05 in version v2."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "T, the temperature of the divergences."})
+    version: str = field(default="v1", metadata={"help": "'v1' as in the paper, 'v2' as in the authors' later script."})
+    rdrop_weight: float = field(default=1.0, metadata={"help": "Weight of the divergences, under method 'rdrop'."})
     learning_rate: float = field(default=5e-5, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of the learning rate."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows a step and device."})
-    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Steps an update."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per step and device."})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Steps per update."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs, unless max_steps is given."})
 
 
@@ -108,12 +111,12 @@ class NoiseFiTTrainer(XentTrainer):
 
         loss = alpha CE(p) + (1 - alpha) 1/2 sum_i KL(p_T || p_i) + lambda KL(p_2 || p_1)
 
-    Evaluation is plain cross-entropy, without noise. The chosen layers are in `noise_layers`, and with the share of
-    their standard deviation that the noise has, in the log. Logged beside what `XentTrainer` logs: `divergence`,
-    KL(clean || noisy) in nats a token; dropout alone makes some (compare with sigma 0).
+    Evaluation is plain cross-entropy, without noise. The chosen layers are in `noise_layers`, and in the log, with the
+    standard deviation of the noise as a share of theirs. Logged beside what `XentTrainer` logs: `divergence`,
+    KL(clean || noisy) in nats per token; dropout alone causes some (compare with sigma 0).
 
     Args:
-        model: A causal LM whose layers are in a list. It is patched.
+        model: A causal LM with a list of layers. It is patched.
         args: The configuration; `NoiseFiTConfig(output_dir="out")` if it is left out.
         **kwargs: As for `XentTrainer`, but neither `loss` nor `compute_loss_func`.
 
@@ -148,9 +151,9 @@ class NoiseFiTTrainer(XentTrainer):
         return objective
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """A step with noise on the chosen layers, from forward to the end of backward (which may compute it again)."""
+        """A step with noise on the chosen layers until backward ends, since that may recompute the forward pass."""
         if self.noise_layers is None:
-            earlier = [entry for entry in self.state.log_history if "noise_layer_0" in entry]  # of a resumed run
+            earlier = [entry for entry in self.state.log_history if "noise_layer_0" in entry]  # the run is resumed
             logged = earlier[-1] if earlier else self._choose_layers(model, self._prepare_inputs(dict(inputs)))
             self.noise_layers = [int(value) for name, value in logged.items() if name.startswith("noise_layer_")]
         layers = layers_of(self.model) if self.noise_layers else []
@@ -178,13 +181,13 @@ class NoiseFiTTrainer(XentTrainer):
         passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies, int(in_row))]
         loss = self._hybrid(passes, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # as Trainer does: DDP averages what counts all ranks' tokens
+            loss = loss * self.accelerator.num_processes  # as Trainer does, since DDP averages over the ranks
         return (loss, output) if return_outputs else loss
 
     def _hybrid(self, passes: list[Payload], labels: Tensor, num_items: Tensor | None) -> Tensor:
         args, state = self.args, patch_state(self.model)
         tokens = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
-        tokens = tokens.clamp(min=1)  # a step without labels is a zero
+        tokens = tokens.clamp(min=1)  # a step without labels has loss 0
 
         def cross_entropy(hidden_and_head: Payload, observe: tuple[str, ...] = ()) -> Tensor:
             loss, stats = CrossEntropy().compute(
@@ -207,9 +210,9 @@ class NoiseFiTTrainer(XentTrainer):
         return args.ce_weight * cross_entropy(passes[0], state.observe) + divergences.sum() / tokens
 
     def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
-        """The layers to disturb, ascending: given, or by the signal-to-noise ratio of one batch in evaluation mode.
+        """Chooses the layers that get noise: those listed, or by the signal-to-noise ratio in evaluation mode.
 
-        Also how large the noise is there; all as it is logged, which is where a resumed run finds its layers.
+        Returns the layers, ascending, and the strength of their noise, as logged: a resumed run reads them in the log.
         """
         args, layers = self.args, layers_of(self.model)
         listed = self._listed_layers(len(layers))
@@ -226,11 +229,13 @@ class NoiseFiTTrainer(XentTrainer):
         return logged
 
     def _listed_layers(self, count: int) -> list[int] | None:
-        """What `noise_layers` lists, or None where it tells how to choose. Raises: ValueError for what does not fit."""
+        """The layers that `noise_layers` lists, or None if it names a criterion. Raises: ValueError if none fit."""
         args = self.args
         if args.noise_layers in ("largest", "lowest"):
             if not 1 <= args.num_noise_layers <= count:
-                raise ValueError(f"num_noise_layers is {args.num_noise_layers}: the model has {count} layers")
+                raise ValueError(
+                    f"num_noise_layers is {args.num_noise_layers}: the model has {count} layers, choose 1 to {count}"
+                )
             return None
         try:
             chosen = sorted({int(number) for number in args.noise_layers.split(",")})
@@ -245,5 +250,5 @@ class NoiseFiTTrainer(XentTrainer):
 
 
 def _inputs_and_labels(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What a model takes of a batch, and the label of every position. Raises: ValueError if it has no labels."""
+    """The model's inputs in a batch, and the label of every position. Raises: ValueError if it has no labels."""
     return {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}, targets(inputs)

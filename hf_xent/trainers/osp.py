@@ -13,22 +13,23 @@ policy as it was before the first round. The tokens trained on are the tokens sa
 number of pairs.
 
 A round's pairs are kept in `output_dir/_pairs/` (which `push_to_hub` leaves out: they quote the prompts) and are read
-again by a run that resumes within the round; `trainer.pairs(r)` gives them, as a data set with the columns of TRL's
+again by a run that resumes within the round; `trainer.pairs(r)` returns them, as a data set with the columns of TRL's
 DPO, `preference_prob`, the judge's `chosen_score` and `rejected_score`, token ids, and the prompt's other columns.
 
 Sampling goes through `generate`; for an engine such as vLLM pass `generate=`, a function like
-`hf_xent.generation.sampling.responses` (none is built in: its weights have to follow the
-policy's, which we could not try here).
-With several processes the main one samples and judges while the others wait; they read the pairs from a shared folder.
-A run that is stopped while it samples makes that round's pairs again. There is no online mode: TRL's GRPO, which could
-sample for it, shuffles samples one by one and splits them into micro-batches, so the two of a pair part; every sample
-would have to carry its partner along, and the loss, which takes an advantage a sample, be replaced whole.
+`hf_xent.generation.sampling.responses` (none is built in: the engine's weights have to follow the policy's, which this
+project could not test). With several processes the main one samples and judges while the others wait; they read the
+pairs from a shared folder. A run that is stopped while it samples makes that round's pairs again. There is no online
+mode on top of TRL's GRPO: it shuffles single samples and splits them into micro-batches, which separates the two
+answers of a pair. Every sample would have to carry its partner along, and the loss, which takes one advantage for each
+sample, would have to be replaced.
 
-The paper's K, temperature, judge prompt, beta and pairing scheme are not known to us: all defaults are ours.
+The paper's K, temperature, judge prompt, beta and pairing scheme are not published: all defaults are ours.
 
 Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103; a re-implementation from the
 description, no code is published.
-Data: `prompt` (text, or messages for a chat template) and any other columns, which judges see; evaluation as SPCE.
+Data: `prompt` (text, or messages for a chat template) and any other columns, which judges see; for evaluation, the data
+of SPCE.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ from ..generation import sampling as generation
 from ..generation.judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
 from ..models.contexts import eval_mode
 from ..system.files import write_atomically
-from .osp_data import EpochCallback, Round, check_prompts, encode_prompts, like
+from .osp_data import EpochCallback, Round, answer_like, check_prompts, encode_prompts
 from .refusals import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 
 Generate = Callable[..., list[list[int]]]
-"""`(model, prompts, *, tokens, seed, temperature) -> token ids`, with the end token if it came; 0 means greedy."""
+"""`(model, prompts, *, tokens, seed, temperature) -> token ids`, the end token included; temperature 0 is greedy."""
 
 
 @dataclass
@@ -78,18 +79,18 @@ class OSPConfig(SPCEConfig):
         "pairs": (*SCHEMES,),
     }
 
-    num_generations: int = field(default=4, metadata={"help": "K, answers sampled for a prompt."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest answer, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the samples; no top-k, no nucleus."})
-    generation_batch_size: int = field(default=32, metadata={"help": "Answers sampled at a time."})
+    num_generations: int = field(default=4, metadata={"help": "K, the number of answers sampled for each prompt."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of an answer, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; there is no top-k or top-p."})
+    generation_batch_size: int = field(default=32, metadata={"help": "Number of answers sampled at a time."})
     judge: str = field(
         default="policy", metadata={"help": "'policy', as it is in each round, or 'reference', as it was before."}
     )
     baseline: str = field(
         default="sample",
         metadata={
-            "help": "What answers are compared with: 'sample', the first one; 'greedy', one more that is decoded"
-            " greedily; 'given', the column 'baseline'."
+            "help": "The answer that others are compared with: 'sample', the first sample; 'greedy', one more answer,"
+            " decoded greedily; 'given', the column 'baseline'."
         },
     )
     pairs: str = field(default="best_worst", metadata={"help": "Ranks to pair: 'best_worst', 'adjacent' or 'all'."})
@@ -98,13 +99,13 @@ class OSPConfig(SPCEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        later = "pairs are made on the way: set it to"
+        reason = "the pairs are made during training: set it to"
         refuse_options(
             self,
             {
-                "precompute_ref_log_probs": f"{later} False",
-                "dataloader_persistent_workers": f"{later} False, or workers keep the first round's",
-                "train_sampling_strategy": f"{later} 'random'",
+                "precompute_ref_log_probs": f"{reason} False",
+                "dataloader_persistent_workers": f"{reason} False, or workers keep the first round's",
+                "train_sampling_strategy": f"{reason} 'random'",
             },
         )
 
@@ -120,11 +121,11 @@ class OSPTrainer(SPCETrainer):
 
     Args:
         model: A causal LM, or its Hub id or path.
-        ref_model: The reference of the loss; without it, the model as it is given here (or without its adapter).
+        ref_model: The reference of the loss; without it, a copy of the model as passed (or the one without adapter).
         args: The configuration; `OSPConfig(output_dir="out")` if it is left out.
-        judge: Any `hf_xent.generation.judging.Judge`, which goes before `args.judge`; a `ModelJudge` without a model is
-            the policy with other options.
-        generate: What samples the answers, a function like `hf_xent.generation.sampling.responses`.
+        judge: Any `hf_xent.generation.judging.Judge`; it takes precedence over `args.judge`. A `ModelJudge` without a
+            model asks the model that `args.judge` names, with options of its own.
+        generate: The function that samples the answers, such as `hf_xent.generation.sampling.responses`.
         **kwargs: As for `trl.DPOTrainer`. Rows of `train_dataset` have the column `prompt`, `baseline` under
             `baseline="given"`, and any others, which judges see; those of `eval_dataset` are as for `SPCETrainer`.
 
@@ -169,8 +170,11 @@ class OSPTrainer(SPCETrainer):
     def pairs(self, number: int) -> Dataset:
         """The pairs of a round, from `output_dir`.
 
+        Args:
+            number: The round, counted from 0.
+
         Raises:
-            ValueError: They are not there.
+            ValueError: `output_dir` does not have the pairs of this round.
         """
         if not self._folder(number).is_dir():
             raise ValueError(f"no pairs of round {number} in {self._folder(number)}: start the run from its beginning")
@@ -180,16 +184,16 @@ class OSPTrainer(SPCETrainer):
         return Path(self.args.output_dir) / "_pairs" / f"round-{number}"
 
     def begin_epoch(self, epoch: int, resumed: bool) -> None:
-        """Makes the pairs of the round that an epoch begins; one that is `resumed` within its round reads them."""
+        """Makes the pairs of the round that begins with an epoch; an epoch within its round, or resumed, reads them."""
         number, earlier_epochs = divmod(epoch, self.args.round_epochs)
-        within = earlier_epochs > 0 or resumed
-        if within and self.train_dataset.number == number:
+        round_has_begun = earlier_epochs > 0 or resumed
+        if round_has_begun and self.train_dataset.number == number:
             return
-        if not within:
+        if not round_has_begun:
             with self.accelerator.main_process_first():
                 if self.accelerator.is_main_process:
                     pairs = self._make_pairs(number)
-                    shutil.rmtree(self._folder(number), ignore_errors=True)  # of an earlier run
+                    shutil.rmtree(self._folder(number), ignore_errors=True)  # left by an earlier run
                     write_atomically(self._folder(number), pairs.save_to_disk)
         self.train_dataset.number, self.train_dataset.rows = number, self.pairs(number)
 
@@ -205,7 +209,7 @@ class OSPTrainer(SPCETrainer):
             for chosen, rejected, p in ranked_pairs(scores[start : start + count], args.pairs, args.strength_eps):
                 pair = {"preference_prob": p, "round": number, "prompt_ids": prompts[start]}
                 for side, i in (("chosen", start + chosen), ("rejected", start + rejected)):
-                    pair |= {side: like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
+                    pair |= {side: answer_like(rows[i]["prompt"], texts[i]), f"{side}_ids": answers[i]}
                     pair[f"{side}_score"] = scores[i]
                 pairs.append({**rows[start], **pair})
         self._report("judge/strength", np.mean([pair["preference_prob"] for pair in pairs]))
@@ -215,7 +219,7 @@ class OSPTrainer(SPCETrainer):
         return Dataset.from_list(pairs)
 
     def _sample(self, prompts: list[list[int]], number: int, temperature: float) -> list[list[int]]:
-        """Answers, in batches that are each seeded by the run's seed, the round and their place."""
+        """Samples answers; each batch is seeded by the run's seed, the round and the index of its first prompt."""
         args, size = self.args, self.args.generation_batch_size
         answers: list[list[int]] = []
         with torch.no_grad(), eval_mode(self.model):
@@ -231,7 +235,7 @@ class OSPTrainer(SPCETrainer):
         return self._tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def _scores(self, rows: list[dict[str, Any]], texts: list[str], number: int) -> list[float]:
-        """p_i of every answer: one comparison with its prompt's baseline, none for a baseline among the samples."""
+        """p_i of every answer, from one comparison with its prompt's baseline; 1/2 if it is the baseline itself."""
         count, baseline = self.args.num_generations, self.args.baseline
         if baseline == "given":
             baselines = [row["baseline"] for row in rows]
@@ -254,7 +258,7 @@ class OSPTrainer(SPCETrainer):
 
     @contextmanager
     def _judging(self) -> Iterator[Judge]:
-        """The judge, while the model it asks is what it should be."""
+        """Yields the judge; its model is the policy or the reference, as configured, until the context ends."""
         judge, policy = self.judge, self.args.judge == "policy"
         if not isinstance(judge, ModelJudge):
             yield judge
@@ -268,4 +272,4 @@ class OSPTrainer(SPCETrainer):
             yield judge
 
     def _report(self, name: str, value: Any) -> None:
-        self._metrics["train"][name].append(float(value))  # TRL's, in the next log
+        self._metrics["train"][name].append(float(value))  # TRL puts these in the next log

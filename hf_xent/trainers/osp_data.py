@@ -1,4 +1,4 @@
-"""What OSP trains on: prompts as token ids, and a data set whose rows are the pairs of the round that is under way."""
+"""The training data of OSP: prompts as token ids, and a data set whose rows are the pairs of the current round."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 
 class Round(RowsByNumber):
-    """The pairs of the round that is under way; their number is known before they are."""
+    """The pairs of the current round; how many there are is known before they are made."""
 
     def __init__(self, length: int):
-        self.length, self.number = length, -1
+        self.length, self.number = length, -1  # the number of the round; -1 before the first one
         self.rows: Dataset | None = None
 
     def __len__(self) -> int:
@@ -26,7 +26,7 @@ class Round(RowsByNumber):
 
 
 class EpochCallback(TrainerCallback):
-    """Calls `begin(epoch, resumed)` before an epoch's batches: `resumed` if it goes on after a checkpoint."""
+    """Calls `begin(epoch, resumed)` before an epoch's batches; `resumed` if training resumes within the epoch."""
 
     def __init__(self, begin: Callable[[int, bool], None]):
         self.begin = begin
@@ -38,21 +38,21 @@ class EpochCallback(TrainerCallback):
 
 
 def check_prompts(dataset: Any, columns: tuple[str, ...]) -> None:
-    """Raises: ValueError for a training set that is no `datasets.Dataset` with these columns."""
+    """Raises: ValueError unless the training set is a `datasets.Dataset` with these columns."""
     if not isinstance(dataset, Dataset) or not set(columns) <= set(dataset.column_names):
         raise ValueError(f"train_dataset has to be a datasets.Dataset with the columns {', '.join(columns)}")
 
 
 def encode_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None, max_new_tokens: int) -> Dataset:
-    """A data set with the tokens of its prompts. Raises: ValueError for a prompt that leaves no room for an answer."""
-    room = float("inf") if max_length is None else max_length - max_new_tokens
+    """Adds the token ids of the prompts. Raises: ValueError for a prompt that leaves no room for an answer."""
+    longest = float("inf") if max_length is None else max_length - max_new_tokens
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         ids = encoded(row["prompt"], tokenizer)
-        if len(ids) > room:
+        if len(ids) > longest:
             raise ValueError(
                 f"a prompt has {len(ids)} tokens, with max_new_tokens {max_new_tokens} more than max_length"
-                f" {max_length}: {row['prompt']!r}"
+                f" {max_length}: raise it or drop the prompt {row['prompt']!r}"
             )
         return {"prompt_ids": ids}
 
@@ -60,11 +60,11 @@ def encode_prompts(dataset: Dataset, tokenizer: Any, max_length: int | None, max
 
 
 def encoded(prompt: Any, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt, text or messages. Raises: ValueError for content that is no text."""
+    """The token ids of a prompt, text or messages. Raises: ValueError for content that is not text."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     wrong = [message for message in prompt if not isinstance(message["content"], str)]
-    if wrong:  # judges read text, and generation here is of text alone
+    if wrong:  # judges read text, and answers are sampled for text alone
         raise ValueError(
             f"a message of a prompt has content of type {type(wrong[0]['content']).__name__}: OSP takes text, give the"
             " content as a string and leave tool calls out"
@@ -72,6 +72,6 @@ def encoded(prompt: Any, tokenizer: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
-def like(prompt: Any, text: str) -> Any:
-    """An answer in the form of its prompt."""
+def answer_like(prompt: Any, text: str) -> Any:
+    """An answer in the form of its prompt: text, or a message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

@@ -1,4 +1,4 @@
-"""Several passes of a model over one batch as one forward pass: its inputs, several times over."""
+"""Several passes of a model over one batch, run as one forward pass over repeated inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def packed(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch is one row of sequences that their position ids tell apart."""
+    """Whether a batch is one row of several sequences, which only its position ids separate."""
     ids = inputs.get("input_ids")
     return (
         isinstance(ids, Tensor)
@@ -21,10 +21,11 @@ def packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def repeated(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
-    """A model's inputs with the batch several times over; what is no tensor with rows stays as it is.
+    """A model's inputs with the batch repeated; values other than tensors with rows are not changed.
 
     Rows are repeated, or, in a packed batch, the sequences of its row: attention kernels look for packing in single
-    rows only. The copies' ends (`cu_seq_lens_q`, `cu_seq_lens_k`) and numbers (`seq_idx`) go on counting.
+    rows only. The sequence ends (`cu_seq_lens_q`, `cu_seq_lens_k`) and numbers (`seq_idx`) of a copy continue those of
+    the copy before.
     """
     in_row = packed(inputs)
     width = inputs["input_ids"].shape[1] if in_row else 0

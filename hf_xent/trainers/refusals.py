@@ -1,4 +1,4 @@
-"""What a trainer cannot honor is refused by name when the trainer is made, not after hours of training."""
+"""Refusals of options that a trainer cannot honor: by name, when the trainer is made, not after hours of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from ..patching.heads import inner_of
 
-NO_MODEL_INIT = "the model is patched once, as it is given: pass model"
+NO_MODEL_INIT = "the model is patched once, when the trainer is made: pass model instead"
 OWN_LOSS = "the trainer computes its own loss: use XentTrainer, or the method's own options"
 
 
@@ -38,7 +38,7 @@ def refuse_compilation(model: nn.Module | None, args: Any, reason: str) -> None:
 
 
 def refuse_encoder_decoder(model: Any) -> None:
-    """Raises: ValueError for a model whose labels are another sequence than its inputs; and for what is none."""
+    """Raises: ValueError for an encoder-decoder, whose labels are another sequence than its inputs, or for no model."""
     inner: Any = inner_of(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the data sets of a trainer have to be; refused before training, in words of the data."""
+"""Checks of a trainer's data sets before training; their messages name the data set, the column and the row."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ IDS, TEXT = "token ids, as a tokenizer makes them", "text or messages"
 
 
 def check_rows(name: str, dataset: Any, columns: Mapping[str, str]) -> None:
-    """Refuse what is no data set, has no rows, or lacks a value. `columns`: what their values are, if they are there.
+    """Refuses an object that is not a data set, one without rows, and one with a row that lacks a value.
 
-    Of streams and data sets of torch the rows are not looked at. Raises: ValueError.
+    `columns` maps a column to what its values are; those that the data set does not have are skipped, and rows of
+    streams and of torch data sets are not checked. Raises: ValueError.
     """
-    kind = type(dataset).__name__
-    if isinstance(dataset, str | Path | Mapping) or kind == "DataFrame":
+    type_name = type(dataset).__name__
+    if isinstance(dataset, str | Path | Mapping) or type_name == "DataFrame":
         raise ValueError(
-            f"{name} is a {kind}: pass a data set of rows, such as a datasets.Dataset (of a DatasetDict one split, as"
-            " dataset['train']; of a table Dataset.from_pandas or from_dict)"
+            f"{name} is a {type_name}: pass a data set of rows, such as a datasets.Dataset (of a DatasetDict pass one"
+            " split, as dataset['train']; of a table, Dataset.from_pandas or from_dict)"
         )
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"{name} has no rows: give it some, or leave it out")
@@ -28,20 +29,20 @@ def check_rows(name: str, dataset: Any, columns: Mapping[str, str]) -> None:
     if not isinstance(first, Mapping):
         return
     for column in (column for column in columns if column in first):
-        if _may_lack(dataset, column):
+        if _may_have_none(dataset, column):
             missing = [i for i, row in enumerate(dataset) if row.get(column) is None]
             if missing:
                 raise ValueError(
                     f"{name} has None in column {column}, row {missing[0]}: give a value in every row, or filter the"
                     " row out"
                 )
-        value, what = first[column], columns[column]
-        if not (isinstance(value, str | list) if what == TEXT else _is_ids(value)):
-            raise ValueError(f"{name} has a {type(value).__name__} in column {column}: give {what}")
+        value, expected = first[column], columns[column]
+        if not (isinstance(value, str | list) if expected == TEXT else _is_ids(value)):
+            raise ValueError(f"{name} has a {type(value).__name__} in column {column}: give {expected}")
 
 
-def _may_lack(dataset: Any, column: str) -> bool:
-    """Whether there may be a None; without looking at the rows if a table counts them."""
+def _may_have_none(dataset: Any, column: str) -> bool:
+    """Whether a column may have a None; a table counts them, so its rows are not read."""
     return isinstance(dataset, list) or (column in dataset.column_names and dataset.data.column(column).null_count > 0)
 
 

@@ -1,29 +1,29 @@
-"""Preference training with soft labels (SPCE), which also gives cDPO, a weight for every pair, and PSO's weighting.
+"""Preference training with soft labels (SPCE); also cDPO, a weight for every pair, and PSO's weighting.
 
-DPO knows that one answer is better, not by how much. With p = P(chosen > rejected), the margin Delta between the two,
+DPO uses which answer is better, but not by how much. With p = P(chosen > rejected), the margin Delta between the two,
 the pair's weight w and z = beta Delta,
 
     loss = w [ -p log sigmoid(z) - (1 - p) log sigmoid(-z) ] = w [ DPO + (1 - p) z ]          method="spce"
     loss = w |2p - 1| [ -log sigmoid(z) ]                      with -z for z if p < 1/2       method="pso"
 
-whose gradient by Delta, w beta (sigmoid(z) - p), is zero at the finite margin logit(p) / beta. p = 1 is DPO, p = 1/2
-pulls the margin to 0, and exchanging the answers together with p and 1 - p changes nothing. `label_smoothing` eps makes
-p into p (1 - eps) + (1 - p) eps: without the column that is cDPO, which TRL's own `sigmoid` loss ignores.
+whose gradient in Delta, w beta (sigmoid(z) - p), is zero at the finite margin logit(p) / beta. p = 1 is DPO, p = 1/2
+pulls the margin to 0, and exchanging the answers together with p and 1 - p changes nothing. `label_smoothing` eps turns
+p into p (1 - eps) + (1 - p) eps: for p = 1 that is cDPO, whereas TRL's `sigmoid` loss ignores the option.
 
 Delta is what TRL computes: the difference of the scores of its f-divergence (log-ratios for the reverse KL), of whole
-answers (`ld_alpha` included), or per token for `sigmoid_norm`. TRL's step runs as it is; what is added to its loss is
+answers (`ld_alpha` included), or per token for `sigmoid_norm`. TRL's step runs unchanged; to its loss is added
 
     mean over pairs of (v - 1) softplus(-z) + v (1 - q) z         q the label and v the weight of a pair, as above
 
 so it is TRL's to the last bit for q = v = 1. The mean is over pairs, not over their weights: a batch's scale follows w.
-Losses of TRL's other types have another form for the label and are refused, all but `sft` in a mixture; it stays as it
-is, without weights. So is WPO (`use_weighting`).
+TRL's other loss types depend on the label in another form and are refused, except `sft` in a mixture, which is added
+without weights. WPO (`use_weighting`) is refused too.
 
 Source: Zhai et al. 2024, Online Self-Preferring Language Models, arXiv:2405.14103 names the loss; Mitchell 2023, A note
-on DPO with noisy preferences (cDPO); Rafailov et al. 2023, arXiv:2305.18290 (DPO). Re-implementations: of SPCE only the
-description was at hand, of PSO (SIGIR 2025) that strength reweights pairs; |2p - 1| is our choice.
+on DPO with noisy preferences (cDPO); Rafailov et al. 2023, arXiv:2305.18290 (DPO). Re-implementations: of SPCE from its
+description, of PSO (SIGIR 2025) from the statement that strength reweights pairs; |2p - 1| is our choice.
 Data: columns of TRL's DPO (prompt, chosen, rejected; text or conversations), and `preference_prob` in [0, 1] and
-`weight` >= 0, both optional and 1 where they are not there.
+`weight` >= 0, both optional and 1 where they are missing.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ COLUMNS = {"preference_prob": 1.0, "weight": torch.finfo(torch.float32).max}
 """Column of the dataset -> its largest value; the smallest is 0."""
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 SOFT = ("sigmoid", "sigmoid_norm")
-"""TRL's loss types that are a cross-entropy, so have a soft label."""
+"""TRL's loss types that are a cross-entropy, so that the label can be soft."""
 
 
 @dataclass
 class SPCEConfig(Options, Tokenless, DPOConfig):
-    """`trl.DPOConfig`, whose `label_smoothing` counts here, and the way strength enters the loss.
+    """`trl.DPOConfig`, whose `label_smoothing` has an effect here, and the way strength enters the loss.
 
     Raises:
-        ValueError: A field has a value out of its range or of another type, or `loss_type` is none with soft labels.
+        ValueError: A field has a value out of its range or of another type, or `loss_type` has no soft labels.
     """
 
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"method": ("spce", "pso")}
@@ -77,7 +77,7 @@ class SPCEConfig(Options, Tokenless, DPOConfig):
         known = {*SOFT, "sft"}
         if not set(SOFT) & set(self.loss_type) or not set(self.loss_type) <= known:
             raise ValueError(
-                f"loss_type is {self.loss_type}: soft labels are for {' and '.join(SOFT)}, which may be mixed with sft;"
+                f"loss_type is {self.loss_type}: only {' and '.join(SOFT)} have soft labels, and may be mixed with sft;"
                 " use trl.DPOTrainer for the others"
             )
         if self.use_weighting:
@@ -89,16 +89,16 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
 
         loss = w [ -p log sigmoid(z) - (1 - p) log sigmoid(-z) ]          z = beta Delta
 
-    All of DPO stays: reference model or precomputed log-probabilities, adapters, accumulation, vision models. Model and
-    reference are patched, so nothing of the size tokens x vocabulary is made. Logged beside DPO's metrics:
-    `rewards/brier`, the mean of (sigmoid(beta Delta) - preference_prob)^2, 1/4 for a model that knows nothing.
+    DPO's features all work: reference model or precomputed log-probabilities, adapters, accumulation, vision models.
+    Model and reference are patched, so no tensor of the size tokens x vocabulary is made. Logged beside DPO's metrics:
+    `rewards/brier`, the mean of (sigmoid(beta Delta) - preference_prob)^2, which is 1/4 for margin 0 and hard labels.
 
     Args:
         model: A causal LM, or its Hub id or path.
-        ref_model: The reference; without it, the model as it is given here (or without its adapter).
+        ref_model: The reference; without it, a copy of the model as passed (or the one without adapter).
         args: The configuration; `SPCEConfig(output_dir="out")` if it is left out.
         **kwargs: As for `trl.DPOTrainer`. Rows of the data sets have TRL's columns `prompt`, `chosen` and `rejected`,
-            and `preference_prob` in [0, 1] and `weight` >= 0, both 1 where they are not there.
+            and `preference_prob` in [0, 1] and `weight` >= 0, both 1 where they are missing.
 
     Raises:
         ValueError: Options that do not fit, the configuration of another trainer, a data set without its columns, a
@@ -142,7 +142,7 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
             reference = self.model if self.ref_model is None else self.ref_model
             inputs |= zip(REFERENCE, self.compute_ref_log_probs(reference, inputs), strict=True)
         recorder = Recorder(model)
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True  # in either case they are now
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True  # the inputs have them in either case
         try:
             result = super()._compute_loss(recorder, inputs, return_outputs)
         finally:
@@ -152,7 +152,7 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
         return (loss, *outputs) if return_outputs else loss
 
     def _correction(self, recorder: Recorder, inputs: dict[str, Any], columns: dict[str, Tensor]) -> Tensor:
-        """What soft labels and weights add to TRL's loss, from the forward pass that TRL made."""
+        """The term that soft labels and weights add to TRL's loss, from the forward pass that TRL made."""
         policy = self.compute_ref_log_probs(recorder.replay, inputs)  # TRL's sums over tokens, of the policy's output
         score = scores_of(self.f_divergence_type, self.f_alpha_divergence_coef)
         scores = [score(logp - inputs[name]) for logp, name in zip(policy, REFERENCE, strict=True)]
@@ -160,11 +160,11 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
         label, weight = self._targets(preference, columns.get("weight", torch.ones_like(scores[0])))
         lengths = inputs["completion_mask"].sum(1).clamp(min=1).chunk(2)
         total = torch.zeros_like(scores[0])
-        for kind, share in zip(self.loss_types, self.loss_weights, strict=True):
-            if kind in SOFT:
-                units = lengths if kind == "sigmoid_norm" else (1, 1)
-                z = self.beta * (scores[0] / units[0] - scores[1] / units[1])
-                total = total + share * ((weight - 1) * F.softplus(-z) + weight * (1 - label) * z)
+        for loss_type, loss_weight in zip(self.loss_types, self.loss_weights, strict=True):
+            if loss_type in SOFT:
+                divisors = lengths if loss_type == "sigmoid_norm" else (1, 1)
+                z = self.beta * (scores[0] / divisors[0] - scores[1] / divisors[1])
+                total = total + loss_weight * ((weight - 1) * F.softplus(-z) + weight * (1 - label) * z)
         self._record_brier(z.detach(), preference)
         return total.mean()
 
@@ -174,13 +174,13 @@ class SPCETrainer(Method, Streamed, DPOTrainer):
         return (p, weight) if self.args.method == "spce" else ((p >= 0.5).to(p), weight * (2 * p - 1).abs())
 
     def _record_brier(self, z: Tensor, preference: Tensor) -> None:
-        """Among TRL's own metrics, which are means over forward passes."""
+        """Adds the Brier score to TRL's metrics, which are means over forward passes."""
         errors = self.accelerator.gather_for_metrics((z.sigmoid() - preference).square())
         self._metrics["train" if self.model.training else "eval"]["rewards/brier"].append(errors.mean().item())
 
 
 class Recorder:
-    """Stands in for a model: calls it, and can give its first output again."""
+    """Stands in for a model: calls it, keeps its first output, and can return that again."""
 
     def __init__(self, model: Any):
         self.model, self.output = model, None
@@ -192,7 +192,7 @@ class Recorder:
         return output
 
     def replay(self, *args: Any, **kwargs: Any) -> Any:
-        """The first output, whatever is asked."""
+        """The first output, whatever the arguments."""
         return self.output
 
 
@@ -209,7 +209,7 @@ class WithColumns:
 
 
 def checked(name: str, values: Iterable[Any]) -> Tensor:
-    """A column of SPCE as a tensor. Raises: ValueError for what is no number, or out of its range."""
+    """A column of SPCE as a tensor. Raises: ValueError for a value that is not a number, or out of its range."""
     column = list(values)
     wrong = [value for value in column if not (_is_number(value) and 0 <= value <= COLUMNS[name])]
     if wrong:
@@ -227,7 +227,7 @@ def scores_of(divergence: str, alpha: float) -> Callable[[Tensor], Tensor]:
         return lambda r: 1 - torch.exp(-r)
     if divergence == "js_divergence":
         return lambda r: math.log(2) + F.logsigmoid(r)
-    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:  # at 1 the reverse KL, to TRL as well
+    if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:  # at 1 TRL takes the reverse KL
         return lambda r: (torch.exp(((alpha - 1) * r).clamp(max=80)) - 1) / (alpha - 1)
     return lambda r: r
 

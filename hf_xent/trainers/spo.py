@@ -1,29 +1,29 @@
-"""Preference training that also learns how much of a preferred answer's content is there (SPO).
+"""Preference training that also learns to tell how much of an answer's key content is missing (SPO).
 
 A preference loss says which answer is better; the degree loss asks the model to tell an answer from the same answer
 with less of its key content. Answer y becomes y_0 = y, y_1, ..., y_(N-1), of which growing shares of the key phrases
-are removed (`hf_xent.data.rake`); a linear head on the hidden state h_j of (prompt, y_j) guesses j:
+are removed (`hf_xent.data.rake`); a linear head on the hidden state h_j of (prompt, y_j) predicts j:
 
     loss = alignment loss + gamma_w mean L(chosen) + gamma_l mean L(rejected)        L(y) = mean_j l(h_j, j)
     l    = -log softmax(W h_j + b)_j                                                 degree_head="classes"
          = mean over k = 1 .. N-1 of BCE(sigmoid(w h_j + b_k), 1[j >= k])            degree_head="ordinal" (CORAL)
 
-The alignment loss is whatever the trainer's is: `SPO` goes before any TRL trainer of preferences in a class's bases.
+The alignment loss is that of the trainer: `SPO` goes before any of TRL's preference trainers in a class's bases.
 
     class SPOKTOConfig(SPOOptions, KTOConfig): ...     (a dataclass)
     class SPOKTOTrainer(SPO, KTOTrainer): ...          gamma_w for desirable completions, gamma_l for the others
 
 It works with `DPOTrainer` and every loss type of it (`SPOTrainer`), `SPCETrainer`, `KTOTrainer`, and TRL's experimental
-ORPO and CPO. Texts and conversations, adapters and full fine-tuning; not images. Answers are cut on their text and
-tokenized as batches are made; they are cut at `max_length`, as TRL cuts them. Of messages in parts the text parts are
-cut; tool calls stay as they are, and an answer without any text has no degree loss.
+ORPO and CPO, on texts and conversations, for adapters and full fine-tuning, but not on images. Key phrases are removed
+from the text of an answer, which is tokenized as batches are made and truncated at `max_length`, as TRL does. They are
+removed from the text parts of messages; tool calls are not changed, and an answer without text has no degree loss.
 
-The head starts at zero (L = ln N, or ln 2 for the ordinal one), and trains with the model but is no part of it:
-checkpoints have it in a file of its own, `_degree_head.safetensors`, which resuming reads and which a push leaves out,
-as all names with an underscore; `push_degree_head` drops the underscore.
+The head starts at zero (L = ln N, or ln 2 for the ordinal one), and trains with the model but is not part of it:
+checkpoints have it in a separate file, `_degree_head.safetensors`, which resuming reads and which a push leaves out, as
+it does all names that begin with an underscore; `push_degree_head` drops the underscore.
 
 Source: Li et al. 2024, Self-supervised Preference Optimization, arXiv:2409.17791 (Findings of EMNLP). Re-implementation
-from descriptions: N, shares, pooling, heads, both gammas and the sides they are for are our choices, all options here.
+from descriptions: N, shares, pooling, heads, both gammas and their sides are our choices, and all of them are options.
 CORAL: Cao et al. 2020, arXiv:1901.07884.
 Data: as the alignment trainer's, with its text columns: prompt, and chosen and rejected, or completion.
 """
@@ -49,10 +49,10 @@ from .refusals import refuse_compilation
 from .streamed import ANSWERS, Streamed
 from .variants import Variants
 
-KEY = "spo"  # of the degree task's tensors in a batch
+KEY = "spo"  # the key of the degree task's tensors in a batch
 NAME = "degree_head"
 TEXTS = ("prompt", "chosen", "rejected", "completion", "tools", "chat_template_kwargs")
-"""Columns that variants are made of."""
+"""The columns from which variants are made."""
 
 
 @dataclass
@@ -77,23 +77,26 @@ class SPOOptions(Options):
 
     degrees: int = field(default=3, metadata={"help": "N, the variants of an answer, the answer itself included."})
     max_removed: float = field(
-        default=0.75, metadata={"help": "Share of key phrases the last variant lacks; those between are evenly spaced."}
+        default=0.75,
+        metadata={"help": "Share of key phrases that the last variant lacks; the other shares are evenly spaced."},
     )
     key_content: str = field(
-        default="rake", metadata={"help": "What is removed: 'rake', the best phrases first, or 'random', the control."}
+        default="rake",
+        metadata={"help": "Phrases that are removed: 'rake', the best ones first, or 'random', the control."},
     )
     pooling: str = field(
-        default="last", metadata={"help": "Hidden state: of the 'last' token, or the 'mean' over the answer's tokens."}
+        default="last",
+        metadata={"help": "Hidden state that the head reads: of the 'last' token, or the 'mean' over the answer's."},
     )
     degree_head: str = field(default="classes", metadata={"help": "'classes' (softmax) or 'ordinal' (CORAL)."})
     two_heads: bool = field(default=False, metadata={"help": "One head each for chosen and rejected answers."})
     gamma_w: float = field(default=0.1, metadata={"help": "Weight of the degree loss of chosen answers."})
     gamma_l: float = field(default=0.1, metadata={"help": "Weight of the degree loss of rejected answers."})
-    push_degree_head: bool = field(default=False, metadata={"help": "Push the head beside the model too."})
+    push_degree_head: bool = field(default=False, metadata={"help": "Push the head with the model too."})
 
     @property
     def shares(self) -> list[float]:
-        """Share of the key phrases that every variant lacks."""
+        """The share of the key phrases that each variant lacks."""
         return [self.max_removed * j / (self.degrees - 1) for j in range(self.degrees)]
 
 
@@ -107,8 +110,8 @@ class SPO(Method, Streamed):
 
         loss = alignment loss + gamma_w mean L(chosen) + gamma_l mean L(rejected)
 
-    See the module's docstring. Logged: `degree_loss`, before its weights, and `degree_accuracy`; the same with `eval_`.
-    With both gammas 0 it is the alignment trainer, to the last bit.
+    See the module's docstring. Logged: `degree_loss`, before its weights, and `degree_accuracy`; in evaluation, the
+    same with `eval_`. With both gammas 0 it is the alignment trainer, to the last bit.
 
     Args:
         *args: As for the alignment trainer.
@@ -133,7 +136,8 @@ class SPO(Method, Streamed):
         config = kwargs.get("args") or next((x for x in args if isinstance(x, TrainingArguments)), None)
         if config is None:
             raise ValueError(
-                f"args is None: {type(self).__name__} takes a configuration made of hf_xent.SPOOptions and TRL's"
+                f"args is None: {type(self).__name__} takes a configuration whose class derives from hf_xent.SPOOptions"
+                " and TRL's configuration"
             )
         self.configured(config, kwargs)
         model = args[0] if args else kwargs.get("model")
@@ -152,7 +156,7 @@ class SPO(Method, Streamed):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEXTS]))
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As the alignment trainer, which knows nothing of variants."""
+        """As the alignment trainer; the variants are no input of its models."""
         return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
 
     def compute_loss(
@@ -175,9 +179,9 @@ class SPO(Method, Streamed):
         with lazily(model):  # lazy logits carry the head's hidden states [R, T, D], and are never computed
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         hidden = lazy(logits, input_ids.shape[1], "SPO").hidden
-        losses, guesses = self.degree_head(hidden, answer, degree, side)
+        losses, predictions = self.degree_head(hidden, answer, degree, side)
         self._note("degree_loss", losses.sum(), len(losses))
-        self._note("degree_accuracy", (guesses == degree).sum(), len(losses))
+        self._note("degree_accuracy", (predictions == degree).sum(), len(losses))
         return (losses * weight).sum()
 
     @property
@@ -209,7 +213,7 @@ class SPOTrainer(SPO, DPOTrainer):
 
     Args:
         model: A causal LM, or its Hub id or path.
-        ref_model: The reference; without it, the model as it is given here (or without its adapter).
+        ref_model: The reference; without it, a copy of the model as passed (or the one without adapter).
         args: The configuration; `SPOConfig(output_dir="out")` if it is left out.
         **kwargs: As for `trl.DPOTrainer`. Rows of the data sets have TRL's columns `prompt`, `chosen` and `rejected`.
 
@@ -227,7 +231,7 @@ class SPOTrainer(SPO, DPOTrainer):
 
 
 class DegreeHead(nn.Module):
-    """Guesses how much of an answer is missing from its hidden state, in float32; one head, or one for each side."""
+    """Predicts from the hidden state of an answer how much of it is missing, in float32; one head, or one per side."""
 
     def __init__(self, size: int, options: SPOOptions):
         super().__init__()
@@ -243,15 +247,16 @@ class DegreeHead(nn.Module):
         degree: Tensor,  # [R]
         side: Tensor,  # [R], 0 chosen, 1 rejected
     ) -> tuple[Tensor, Tensor]:
-        """Losses and guessed degrees [R]."""
-        which = side.clamp(max=self.sides - 1)
+        """Losses and predicted degrees, [R] each."""
+        head = side.clamp(max=self.sides - 1)
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self._pool(hidden.float(), answer)
-            z = torch.einsum("rd,rnd->rn", pooled, self.weight[which].float()) + self.bias[which].float()
+            logits = torch.einsum("rd,rnd->rn", pooled, self.weight[head].float()) + self.bias[head].float()
         if not self.ordinal:
-            return F.cross_entropy(z, degree, reduction="none"), z.argmax(-1)
-        above = degree[:, None] > torch.arange(z.shape[1], device=z.device)
-        return F.binary_cross_entropy_with_logits(z, above.float(), reduction="none").mean(-1), (z > 0).sum(-1)
+            return F.cross_entropy(logits, degree, reduction="none"), logits.argmax(-1)
+        above = (degree[:, None] > torch.arange(logits.shape[1], device=logits.device)).float()
+        losses = F.binary_cross_entropy_with_logits(logits, above, reduction="none").mean(-1)
+        return losses, (logits > 0).sum(-1)
 
     def _pool(self, hidden: Tensor, answer: Tensor) -> Tensor:
         if self.pooling == "mean":

@@ -1,4 +1,4 @@
-"""Answers with growing shares of their key phrases removed, as a batch: what SPO's degree loss is taken on."""
+"""Batches of answers with growing shares of their key phrases removed: the input of SPO's degree loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Variants:
 
     inner: Callable[[list[dict[str, Any]]], dict[str, Any]]
     tokenizer: Any
-    options: Any  # with those of SPOOptions
+    options: Any  # a configuration with the fields of SPOOptions
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The batch; without variants where no answer has a weight."""
+        """The batch, without `spo` where no answer has a weight."""
         batch = self.inner(rows)
         variants = [variant for row in rows for variant in self._variants(row)]
         if not variants:
@@ -52,7 +52,7 @@ class Variants:
         before = self._ids(prompt, empty, add_generation_prompt=True, **template)
         for variant in self._cut(answer):
             tokens = self._ids(prompt, variant, **template)[:limit]
-            yield tokens, min(_common(before, tokens), len(tokens) - 1)
+            yield tokens, min(_common_prefix_length(before, tokens), len(tokens) - 1)
 
     def _ids(self, prompt: Any, answer: Any, **template: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -61,9 +61,9 @@ class Variants:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _cut(self, answer: Any) -> list[Any]:
-        """The answer with growing shares of its key phrases removed; of a conversation, all text of all messages."""
+        """The answer with growing shares of its key phrases removed; in a conversation, of the text of each message."""
         if isinstance(answer, str):
-            end = self.tokenizer.eos_token or ""  # TRL has added it: no key content
+            end = self.tokenizer.eos_token or ""  # TRL has added it; it is not key content
             body = answer.removesuffix(end)
             shuffled = self.options.key_content == "random"
             texts = rake.without(body, self.options.shares, shuffled=shuffled)
@@ -85,13 +85,13 @@ def _has_text(answer: Any) -> bool:
 
 
 def _template(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row tells its chat template, as TRL reads it."""
+    """The arguments that a row has for its chat template, read as TRL reads them."""
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     return {**({"tools": tools} if tools else {}), **(row.get("chat_template_kwargs") or {})}
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix."""
+def _common_prefix_length(one: list[int], other: list[int]) -> int:
+    """How many elements two lists share from their beginning."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

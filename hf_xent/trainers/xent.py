@@ -1,7 +1,7 @@
 """Training of causal LMs without logits, under any registered loss.
 
-What changes with respect to `transformers.Trainer`: the model is patched, and what its loss already knew about the
-tokens (entropy, accuracy, perplexity) is logged.
+What changes with respect to `transformers.Trainer`: the model is patched, and the statistics of the tokens that its
+loss computes anyway (entropy, accuracy, perplexity) are logged.
 
 Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with a language-modeling collator.
 """
@@ -45,13 +45,13 @@ class XentConfig(Options, Tokenless, TrainingArguments):
     )
     memory_budget: int | None = field(
         default=None,
-        metadata={"help": "Bytes of logits alive at a time; default: half a byte a number in the head."},
+        metadata={"help": "Bytes of logits that are held at a time; default: half a byte for each number in the head."},
     )
     tail: float = field(
         default=0.0,
         metadata={
-            "help": "Relative error allowed to the gradient of the logits by compressing unlikely tokens, such as 1e-3;"
-            " 0 is exact. For losses of log p alone."
+            "help": "Relative error allowed in the gradient of the logits by compressing unlikely tokens, such as 1e-3;"
+            " 0 is exact. For losses that depend on log p alone."
         },
     )
 
@@ -65,22 +65,21 @@ class XentTrainer(Method, Carded, Trainer):
     `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
     last log; the same of every evaluation, under its prefix.
 
-    A loss that takes something from the pretrained head (EMO's frozen cost) takes it from `model` as it is given here,
-    so give the pretrained model also when resuming. `label_smoothing_factor` is streamed too, for cross-entropy.
-    Trainers of one method derive from this one: they name their configuration and override `_objective` or
-    `compute_loss`.
+    A loss that depends on the pretrained head (EMO's frozen cost) reads it from `model` as it is passed here, so pass
+    the pretrained model also when resuming. `label_smoothing_factor` is streamed too, for cross-entropy. Trainers of
+    one method derive from this one: they name their configuration and override `_objective` or `compute_loss`.
 
     Args:
-        model: A causal LM (`AutoModelForCausalLM`, or an adapter of peft's around one). It is patched.
+        model: A causal LM (`AutoModelForCausalLM`, or a PEFT model around one). It is patched.
         args: The configuration; `XentConfig(output_dir="out")` if it is left out.
-        loss: Registry name or `hf_xent.losses.Loss`, which goes before `args.loss`.
+        loss: Registry name or `hf_xent.losses.Loss`; it takes precedence over `args.loss`.
         **kwargs: As for `transformers.Trainer`. Rows of the data sets have `input_ids` and `labels`, or `input_ids`
-            alone with a collator that makes the labels. A `compute_loss_func` gets lazy logits: what it asks of them
-            (`F.cross_entropy`) is streamed, and logged if it is a cross-entropy.
+            alone with a collator that makes the labels. A `compute_loss_func` gets lazy logits: what it computes from
+            them (`F.cross_entropy`) is streamed, and logged if it is a cross-entropy.
 
     Raises:
-        ValueError: An unknown loss, the configuration of another trainer, options without effect, a data set that is
-            none, or a model that cannot be patched; in training, a batch without labels.
+        ValueError: An unknown loss, the configuration of another trainer, options without effect, an object that is not
+            a data set, or a model that cannot be patched; in training, a batch without labels.
     """
 
     config_class: type[XentConfig] = XentConfig
@@ -88,7 +87,7 @@ class XentTrainer(Method, Carded, Trainer):
     refused_arguments: Mapping[str, str] = {"model_init": NO_MODEL_INIT}
     _warned = False
     _passes = 0  # forward passes of training since one that is known to have had a label
-    _labelled: torch.Tensor | None = None  # the number of labels in the last step, if its loss was streamed
+    _label_count: torch.Tensor | None = None  # the number of labels in the last step, if its loss was streamed
 
     def __init__(
         self,
@@ -104,14 +103,14 @@ class XentTrainer(Method, Carded, Trainer):
             raise ValueError(
                 f"compute_loss_func is given and loss is {self.objective!r}: one of them would have no effect, pass one"
             )
-        self._refuse(model, args)
+        self._refuse_other_losses(model, args)
         patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
         super().__init__(model=model, args=args, **kwargs)
-        self.label_smoother = None  # part of the objective: transformers' own needs the logits
+        self.label_smoother = None  # smoothing is part of the objective; the smoother of transformers needs the logits
 
     @classmethod
     def _objective(cls, args: XentConfig, loss: str | Loss | None) -> Loss:
-        """The loss that arguments ask for; what a trainer of one method overrides."""
+        """Returns the loss that the arguments name; a trainer of one method overrides this."""
         objective = losses.get(loss or args.loss)
         if args.label_smoothing_factor and isinstance(objective, CrossEntropy):
             return CrossEntropy(label_smoothing=args.label_smoothing_factor, z_loss=objective.z_loss)
@@ -122,12 +121,12 @@ class XentTrainer(Method, Carded, Trainer):
             )
         return objective
 
-    def _refuse(self, model: torch.nn.Module, args: XentConfig) -> None:
-        """Raises: ValueError for what would take the loss out of our hands."""
+    def _refuse_other_losses(self, model: torch.nn.Module, args: XentConfig) -> None:
+        """Raises: ValueError for options under which Liger or a compiled model would compute the loss."""
         if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
             raise ValueError(
-                "use_liger_kernel is True, but Liger's fused loss takes the place of the forward that is patched: set"
-                " it to False, or liger_kernel_config={'fused_linear_cross_entropy': False}"
+                "use_liger_kernel is True, but Liger's fused loss would replace the forward that is patched: set it to"
+                " False, or liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
         if self.objective != CrossEntropy():
             refuse_compilation(model, args, f"{self.objective!r} needs the hidden states before them")
@@ -144,43 +143,43 @@ class XentTrainer(Method, Carded, Trainer):
         if self.compute_loss_func is None:
             refuse_unlabeled(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
-        with lazily(model):  # it is called without the labels
-            return super().compute_loss(model, dict(inputs), *args, **kwargs)  # which are taken out of the inputs
+        with lazily(model):  # Trainer takes the labels out of the inputs, and calls the model without them
+            return super().compute_loss(model, dict(inputs), *args, **kwargs)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`; the loss of no labels is NaN, as it is of a model: transformers leaves it out of the mean."""
+        """As `Trainer`; without labels the loss is NaN, as a stock model's: transformers leaves it out of the mean."""
         loss, *outputs = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and self._labelled is not None and self.compute_loss_func is None:
-            loss = torch.where(self._labelled.to(loss.device) > 0, loss, torch.nan)
+        if loss is not None and self._label_count is not None and self.compute_loss_func is None:
+            loss = torch.where(self._label_count.to(loss.device) > 0, loss, torch.nan)
         return (loss, *outputs)
 
     @contextmanager
     def _step(self, *, training: bool) -> Iterator[None]:
         state = patch_state(self.model)
-        state.sums.clear()  # what forward passes outside of steps have left
-        self._labelled = None
+        state.sums.clear()  # forward passes outside of steps may have left some
+        self._label_count = None
         with super()._step(training=training):
             yield
             for sums in state.sums.values():
                 self._passes += training
-                self._labelled = sums["tokens"]
+                self._label_count = sums["tokens"]
                 for name, key in zip(XentTrainer.means, ("nll", "correct", "entropy"), strict=True):
                     self._note(name, sums[key], sums["tokens"])
         state.sums.clear()
 
     def _means(self, training: bool) -> dict[str, float]:
-        """Means over tokens, perplexity first; a warning if there are none."""
-        counted = "nll" in self._sums[training]
+        """Means over tokens, perplexity first; warns if there are none."""
+        recorded = "nll" in self._sums[training]
         means = super()._means(training)
         nll = means.pop("nll", None)
         if nll is not None:
             self._passes = 0 if training else self._passes
             return {"perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()), **means}
-        if not counted and training and self.compute_loss_func is None:
+        if not recorded and training and self.compute_loss_func is None:
             self._warn(
                 f"no loss was computed without logits, and no perplexity is logged: {patch_state(self.model).why_dense}"
             )
-        elif counted and (self._passes > 1 or not training):  # a single batch may well be masked
+        elif recorded and (self._passes > 1 or not training):  # all labels of a single batch may be masked
             self._warn(
                 f"no token has a label {'since the last log' if training else 'in this evaluation'} (every label is"
                 " -100), so there is no perplexity and nothing to learn: check what the data collator masks"
@@ -188,7 +187,7 @@ class XentTrainer(Method, Carded, Trainer):
         return means
 
     def _warn(self, text: str) -> None:
-        """Warn, once a trainer."""
+        """Warns, once per trainer."""
         if not self._warned:
             self._warned = True
             warnings.warn(text, stacklevel=2)

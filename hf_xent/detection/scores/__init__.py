@@ -1,8 +1,8 @@
-"""Scores of texts from the statistics of their tokens: one file a score or family, one line each in `SCORES`.
+"""Scores of texts from the statistics of their tokens: one file per score or family, and one line each in `SCORES`.
 
 For the scored tokens i = 1..n of a text, logp_i = log p(x_i | x_<i), H_i the entropy and s_i^2 the variance of log p
-under p. `hf_xent.detection.SCORES.table()` lists every score's formula and source; `min_k_percent.py` is the model of a
-new one. A file is not named like a score: `scores.min_k` is the function.
+under p. `hf_xent.detection.SCORES.table()` lists every score's formula and source; `min_k_percent.py` is an example for
+a new one. A file must not have the name of a score: `scores.min_k` is the function.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCORES: Registry[Score] = Registry(
 """Name -> score."""
 
 SECOND_MODEL = ("reference", "cross_payload", "cross_moments")
-"""What a score can need that takes a second model."""
+"""The inputs of a score that take a second model."""
 
 
 def get(score: str) -> Score:
@@ -46,12 +46,12 @@ def get(score: str) -> Score:
         score: 'loss', 'min_k:k=0.1', 'dc_pdd:a=0.1'.
 
     Returns:
-        The score, which is called with the statistics of texts and what it `needs`.
+        The score, which is called with the statistics of texts and the inputs that it `needs`.
 
     Raises:
         ValueError: For an unknown name, an option that the score does not have, or a value outside of its range.
     """
-    SCORES.find(score.partition(":")[0])  # of an unknown name `build` would say that an object can be passed
+    SCORES.find(score.partition(":")[0])  # for an unknown name, `build` would advise to pass an object
     try:
         return SCORES.build(score)
     except ValueError as error:
@@ -59,19 +59,19 @@ def get(score: str) -> Score:
 
 
 def sweep(name: str, **values: Sequence[Any]) -> list[str]:
-    """One score for each value of one option; all of them cost one forward.
+    """The names of one score with each value of an option; `TextScorer` needs one forward pass for all of them.
 
         sweep("dc_pdd", a=(0.01, 0.1))          ['dc_pdd:a=0.01', 'dc_pdd:a=0.1']
 
     Args:
         name: A name in `SCORES`.
-        **values: The option, and its values.
+        **values: One option, and its values.
 
     Returns:
-        Names with options, as `TextScorer` takes them.
+        Names with options, as for `TextScorer`.
 
     Raises:
-        ValueError: For none, or more than one option.
+        ValueError: For no option, or more than one.
     """
     if len(values) != 1:
         raise ValueError(f"sweep of {name!r} is over {', '.join(values) or 'nothing'}: name one option")

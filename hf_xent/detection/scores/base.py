@@ -1,4 +1,4 @@
-"""What a score is: a function of the statistics of texts, its direction, and what it reads and needs.
+"""A score: a function of the statistics of texts, its direction, the statistics it reads and the inputs it needs.
 
 `stats` are [B, T] with a mask, so padding may be anywhere; a score is [B] in float64, NaN for a text without a scored
 token. The function's keyword defaults are the options; parameters without a default are what the score needs beside the
@@ -23,15 +23,15 @@ VARIANCE_FLOOR = 1e-9  # nats^2
 
 
 class Range(NamedTuple):
-    """What an option may be."""
+    """The values that an option may have."""
 
     interval: str
-    """As '(0, 1]'."""
+    """Such as '(0, 1]'."""
     hint: str
-    """The same in words, after 'choose'."""
+    """The same in words, to follow 'choose' in a message."""
 
     def check(self, option: str, value: Any) -> None:
-        """Raises: ValueError for a value outside of the interval, or one that is no number."""
+        """Raises: ValueError for a value that is outside of the interval or not a number."""
         if not is_number(value, self.interval):
             raise ValueError(f"{option} is {value!r}: choose {self.hint}")
 
@@ -41,12 +41,12 @@ class Score:
     """A registered score.
 
     Args:
-        of: The function: (stats, what it needs ..., options) -> [B].
-        higher_is: 'positive' if a larger score speaks for the positive class (a member of the training set; text
+        of: The function: (stats, inputs it needs ..., options) -> [B].
+        higher_is: 'positive' if a larger score indicates the positive class (a member of the training set; text
             written by a machine), else 'negative'.
         uses: The statistics it reads beside `logp`.
-        options: Values of its options, where they are not the defaults.
-        ranges: What its options may be.
+        options: Values of its options that differ from the defaults.
+        ranges: Option -> the values it may have.
     """
 
     of: Callable[..., Tensor]
@@ -56,12 +56,12 @@ class Score:
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("__module__", "__name__", "__doc__"):  # it goes by its function, in help and in a registry's table
+        for name in ("__module__", "__name__", "__doc__"):  # help and a registry's table show those of its function
             object.__setattr__(self, name, getattr(self.of, name, None))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What the function takes beside the statistics: the names of its parameters without a default."""
+        """The function's inputs beside the statistics: the names of its parameters without a default."""
         parameters = list(inspect.signature(self.of).parameters.values())[1:]
         return tuple(p.name for p in parameters if p.default is p.empty)
 
@@ -86,12 +86,12 @@ class Score:
         return self.of(stats, *needed, **{**self.options, **named})
 
     def oriented(self, values: Any) -> np.ndarray:
-        """Values of this score turned so that larger speaks for the positive class."""
+        """Values of this score, negated if need be, so that larger ones indicate the positive class."""
         return np.asarray(values, dtype=np.float64) * (1 if self.higher_is == "positive" else -1)
 
 
 def score(higher_is: str, uses: tuple[str, ...] = (), **ranges: Range) -> Callable[[Callable[..., Tensor]], Score]:
-    """Makes a `Score` of the function below; ranges by option."""
+    """Decorator that makes a function a `Score`; `ranges` has a range by option."""
     return lambda function: Score(function, higher_is, uses, ranges=ranges)
 
 

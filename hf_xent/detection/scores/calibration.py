@@ -1,4 +1,4 @@
-"""Loss against that under a reference model, which tells how hard a text is for a model that has not seen it."""
+"""Loss compared with that of a reference model, which measures how hard a text is for a model that has not seen it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .likelihood import loss
 
 @score(higher_is="negative")
 def reference(stats: Stats, reference: Stats) -> Tensor:
-    """Loss over the loss under a reference model, as DC-PDD compares.
+    """Loss divided by the loss under a reference model, the ratio that DC-PDD's paper compares with.
 
         loss / loss under the reference model
 

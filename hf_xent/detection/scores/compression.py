@@ -1,4 +1,4 @@
-"""Loss against how well zlib compresses a text: a text that is easy for anyone says nothing of the model."""
+"""Loss compared with the size of the compressed text: a low loss on easily compressed text is no evidence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .likelihood import loss
 
 @score(higher_is="negative")
 def zlib(stats: Stats, texts: Sequence[str]) -> Tensor:
-    """Loss over the bytes of the compressed text.
+    """Loss divided by the number of bytes of the compressed text.
 
         loss / bytes of zlib(text)
 

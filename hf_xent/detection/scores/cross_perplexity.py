@@ -1,4 +1,4 @@
-"""Binoculars: how surprising a text is, against how surprising one model's predictions are to another."""
+"""Binoculars: how surprising a text is, relative to how surprising one model's predictions are to another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .likelihood import loss
 
 @score(higher_is="negative")
 def binoculars(stats: Stats, cross_payload: Stats) -> Tensor:
-    """Loss over the cross-entropy from the reference model, the observer.
+    """Loss divided by the cross-entropy of the model under the reference model, the observer.
 
         loss / mean_i -sum_v p_reference(v) log p(v)
 

@@ -1,4 +1,4 @@
-"""Curvature of the log-probability: text of a model lies higher than alternatives that the model would draw.
+"""Curvature of the log-probability: a model's text is more probable than alternatives that the model would sample.
 
 The variance of a text is at least 1e-9.
 """
@@ -26,7 +26,7 @@ def fast_detect(stats: Stats) -> Tensor:
 
 @score(higher_is="positive")
 def fast_detect_pair(stats: Stats, cross_moments: tuple[Tensor, Tensor]) -> Tensor:
-    """Curvature where alternatives are drawn from a reference model.
+    """Curvature with alternatives that are sampled from a reference model.
 
         sum_i (logp_i - mu_i) / sqrt(sum_i s_i^2)          mu_i, s_i^2 of log p under the reference model's softmax
 

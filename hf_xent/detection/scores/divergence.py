@@ -1,7 +1,7 @@
 """DC-PDD: how far the model's probabilities are from the frequencies of tokens in a corpus.
 
-The cap a = 0.01 is its authors' default, and what the score does depends on it more than on anything else: never choose
-it on the labels it is judged by.
+The cap a = 0.01 is its authors' default, and the score depends on it more than on anything else: never choose it on the
+labels that evaluate the score.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def dc_pdd(stats: Stats, frequencies: Tensor, a: float = 0.01) -> Tensor:
 
 def first_occurrences(labels: Tensor, mask: Tensor) -> Tensor:
     """Where a text has a token for the first time, [B, T]."""
-    ranked, order = torch.where(mask, labels, -1).sort(dim=-1, stable=True)  # equal tokens stay in their order
-    fresh = torch.ones_like(mask)
-    fresh[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
-    return torch.zeros_like(mask).scatter(-1, order, fresh) & mask
+    ranked, order = torch.where(mask, labels, -1).sort(dim=-1, stable=True)  # equal tokens keep their order
+    is_first = torch.ones_like(mask)
+    is_first[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    return torch.zeros_like(mask).scatter(-1, order, is_first) & mask

@@ -1,4 +1,4 @@
-"""The likelihood of a text: models find what they were trained on, and what models write, more probable."""
+"""The likelihood of a text: models assign more probability to texts they were trained on, and to texts of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss against that of the lower-cased text: a memorized text loses more when its letters change."""
+"""Loss compared with that of the lower-cased text: the loss of a memorized text rises more if its letters change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .likelihood import loss
 
 @score(higher_is="positive")
 def lowercase(stats: Stats, lowered: Stats) -> Tensor:
-    """Loss of the lower-cased text over the loss.
+    """Loss of the lower-cased text divided by the loss.
 
         loss(lower-cased text) / loss
 

@@ -37,7 +37,7 @@ def min_k_pp(stats: Stats, k: float = 0.2) -> Tensor:
 
 
 def lowest(values: Tensor, mask: Tensor, k: float) -> Tensor:
-    """Mean of the int(k n) lowest values of each text, of one at least. Raises: ValueError for k outside of (0, 1]."""
+    """Mean of the max(1, int(k n)) lowest values of each text. Raises: ValueError for k outside of (0, 1]."""
     SHARE.check("k", k)
     n = mask.sum(-1, keepdim=True)
     count = (k * n.double()).long().clamp(min=1).minimum(n)

@@ -16,13 +16,13 @@ import evaluate
 
 
 def path(name: str) -> Path:
-    """The folder of a module.
+    """The folder of a metric's module.
 
     Args:
         name: A metric's name, such as 'tpr_at_fpr'.
 
     Returns:
-        What `evaluate.load` takes.
+        The folder, for `evaluate.load`.
 
     Raises:
         ValueError: An unknown name.
@@ -35,7 +35,7 @@ def path(name: str) -> Path:
 
 
 def wrap(metric: Callable[..., float]) -> type[evaluate.Metric]:
-    """A metric as a module of `evaluate`.
+    """Makes a metric a module of `evaluate`.
 
     Args:
         metric: A function of labels, scores and options.
@@ -49,9 +49,11 @@ def wrap(metric: Callable[..., float]) -> type[evaluate.Metric]:
 
     class Wrapped(evaluate.Metric):
         def _info(self) -> Any:
-            about = inspect.getdoc(metric) or ""
-            inputs = "predictions: a score a text, larger for label 1; references: labels 0 and 1"
-            return evaluate.MetricInfo(description=about, citation="", inputs_description=inputs, features=features)
+            description = inspect.getdoc(metric) or ""
+            inputs = "predictions: the score of each text, larger for label 1; references: labels 0 and 1"
+            return evaluate.MetricInfo(
+                description=description, citation="", inputs_description=inputs, features=features
+            )
 
         def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, float]:
             return {metric.__name__: metric(references, predictions, **options)}
