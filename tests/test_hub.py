@@ -462,9 +462,7 @@ def sample(repo, card):
     ours = mirostat.generate(model, IDS, **options)
     mask = torch.ones_like(IDS)
     model.generation_config.update(max_length=None, eos_token_id=None)
-    shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})[
-        "outputs"
-    ]
+    shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})["ids"]
     return theirs, ours, shown.shape[1]
 
 
