@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_xent import cli
 from hf_xent.cli import options, output
-from hf_xent.experiments.fields import described
+from hf_xent.experiments.fields import option
 from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
@@ -86,7 +86,7 @@ def test_a_tail_is_taken_and_a_wrong_one_refused_early(model_folder, text_file, 
 def test_resume_gives_the_same_losses(model_folder, text_file, tmp_path):
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2)
     losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
-    with pytest.raises(ValueError, match=r"nothing to resume: checkpoint-3 .* is at step 3 of 3, ask for more steps"):
+    with pytest.raises(ValueError, match=r"nothing to resume: checkpoint-3 .* is at step 3 of 3, choose more steps"):
         small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
     shutil.rmtree(tmp_path / "checkpoint-3")
     small_run(model_folder, text_file, tmp_path, "--save-steps", 2, "--resume")
@@ -247,17 +247,17 @@ def test_help_explains_every_option_and_has_an_example():
 def test_fields_of_a_dataclass_become_options():
     @dataclass(frozen=True)
     class Settings:
-        name: str = described("Its name.", "x")
-        size: int = described("Its size.", 2, min=1)
-        flag: bool = described("Off unless asked for.", False)
-        keep: bool = described("On unless refused.", True)
+        name: str = option("Its name.", "x")
+        size: int = option("Its size.", 2, min=1)
+        flag: bool = option("Off unless asked for.", False)
+        keep: bool = option("On unless refused.", True)
         model: str = "tiny"
 
     seen = []
     app = typer.Typer(rich_markup_mode=None)
 
     @app.command()
-    @options.takes(Settings, positional=("name",), model=options.Model)
+    @options.options_from(Settings, positional=("name",), model=options.Model)
     def command(settings: Settings, more: str = "m", as_json: options.Json = False) -> None:
         seen.append((settings, more))
         print("noise")
@@ -291,7 +291,7 @@ import sys
 from typer.testing import CliRunner
 from hf_xent import cli
 from hf_xent.cli import options, output
-from hf_xent.experiments.fields import described
+from hf_xent.experiments.fields import option
 for arguments in {calls!r}:
     result = CliRunner().invoke(cli.app, arguments)
     loaded = [name for name in {heavy!r} if name in sys.modules]
@@ -461,8 +461,8 @@ def test_generate_refuses_what_has_no_effect_and_what_has_no_place(model_folder,
     tiny("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer(TEXT).save_pretrained(tmp_path)
     for arguments, message in (
-        (("x", "--rate", 0.5), "rate is Mirostat's, which needs a target"),
-        (("x", "--version", 1), "version is Mirostat's"),
+        (("x", "--rate", 0.5), "rate is an option of Mirostat, which needs a target"),
+        (("x", "--version", 1), "version is an option of Mirostat"),
         (("x", "--temperature", 0), r"temperature is 0\.0"),
         (("x", "--temperature", "nan"), "temperature is nan"),
         (("x", "--target", "nan"), "target is nan: choose a positive number"),

@@ -199,7 +199,7 @@ def test_copies_are_read_as_they_stand(tmp_path, wikimia):
 
 def test_options_that_say_nothing_to_a_set_are_refused(patentmia):
     for name, path, options, message in (
-        ("pydoc:x", None, {}, "pydoc has no configurations, 'x' was asked for"),
+        ("pydoc:x", None, {}, "pydoc has no configurations, but the source names 'x'"),
         ("patentmia:x", patentmia, {}, "PatentMIA has no configurations"),
         ("pydoc", None, {"revision": "main"}, "revision is 'main', but pydoc is not read from the Hub"),
         ("patentmia", patentmia, {"revision": "main"}, "PatentMIA is not read from the Hub"),

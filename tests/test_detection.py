@@ -856,7 +856,7 @@ def test_cli_refuses_early(folder):
         (("--label", "kind"), "positive is '1' but column 'kind' has human, machine"),
         (("--column", "nonesuch"), "has no column 'nonesuch'"),
         (("--scores", "nonesuch"), "score is 'nonesuch'"),
-        (("--scores", " ; "), "scores is ' ; ': name one at least"),
+        (("--scores", " ; "), "scores is ' ; ': name at least one"),
         (("--scores", "min_k:k=20"), "k is 20: choose a share"),
         (("--dtype", "int8"), "dtype is 'int8': choose auto, float32"),
         (("--output", folder), "give it one of the suffixes"),
@@ -870,10 +870,14 @@ def test_cli_refuses_early(folder):
         with pytest.raises(ValueError, match=message):
             invoke("detect", "members", texts, "--model", "nothing/here", "--output", folder / "s.csv", *arguments)
     for name, arguments, message in (
-        ("taken.csv", ("--scores", "perplexity; loss"), "has a column 'loss' already"),
-        ("taken.csv", ("--scores", "min_k:k=0.1"), "has a column 'min_k:k=0.1' already"),
+        ("taken.csv", ("--scores", "perplexity; loss"), "already has a column 'loss'"),
+        ("taken.csv", ("--scores", "min_k:k=0.1"), "already has a column 'min_k:k=0.1'"),
         ("in", ("--output", folder / "in" / "s.csv"), r"s.csv, which is \(in\) the source"),
-        ("few.csv", ("--label", "label"), "label 'label' tells 1 texts from 2: 2 of each class are needed"),
+        (
+            "few.csv",
+            ("--label", "label"),
+            "label 'label' has 1 positive and 2 negative texts: 2 of each class are needed",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             invoke(

@@ -253,7 +253,7 @@ def test_command_line(tmp_path):
         result = invoke("convert", tmp_path / source, tmp_path / to, "--to", to, "--json")
         assert json.loads(result.stdout)["parity"] < 1e-4
         assert "<!-- loads . -->" in (tmp_path / to / "README.md").read_text()
-    with pytest.raises(ValueError, match="the model's own folder: choose another"):
+    with pytest.raises(ValueError, match="the folder of the model: choose another"):
         invoke("convert", tmp_path / "true", tmp_path / "true", "--to", "eps-trick")
     result = invoke("verify", tmp_path / "true", "--against", tmp_path / "trained", "--json")
     found = json.loads(result.stdout)
@@ -264,7 +264,7 @@ def test_command_line(tmp_path):
     assert invoke("verify", tmp_path / "stock").exit_code == 1
     with pytest.raises(ValueError, match="--to is 'onnx'"):
         invoke("convert", tmp_path / "true", tmp_path / "x", "--to", "onnx")
-    with pytest.raises(ValueError, match=r"eps is 1000000\.0, which a true model does not have"):
+    with pytest.raises(ValueError, match=r"eps is 1000000\.0, but a 'true' model has no epsilon"):
         invoke("convert", tmp_path / "trained", tmp_path / "x", "--to", "true", "--eps", "1e6")
     with pytest.raises(ValueError, match=r"eps is 0\.0: choose a positive number"):
         invoke("convert", tmp_path / "trained", tmp_path / "x", "--to", "eps-trick", "--eps", "0")

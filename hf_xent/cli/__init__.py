@@ -1,4 +1,4 @@
-"""`hf-xent`: one file a subject. Heavy imports are inside the commands, so that `--help` is quick."""
+"""The command line `hf-xent`, one file for each subject. Heavy imports are inside the commands, for a fast `--help`."""
 
 from .app import app, main
 from .bench import bench, report

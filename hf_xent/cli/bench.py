@@ -1,4 +1,4 @@
-"""`hf-xent bench` and `hf-xent report`: measure, and show what was measured."""
+"""`hf-xent bench` and `hf-xent report`: run the benchmark, and write pages of its results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bench(
         str, Option(help="Comma-separated names; all by default. 'dense' always runs, since the others are compared.")
     ] = "",
     repeats: Annotated[int, Option(help="Timed iterations of each contestant.", min=1)] = 10,
-    threads: Annotated[int | None, Option(help="Threads of torch [default: torch's own].", min=1)] = None,
+    threads: Annotated[int | None, Option(help="Threads of torch [default: torch's choice].", min=1)] = None,
     output: Annotated[Path, Option(help="Folder for CSV files, pages and plots.")] = RESULTS,
     export: Annotated[
         Path | None,
@@ -66,7 +66,7 @@ def bench(
 
 
 def _measure(configs: list[BenchConfig], output: Path, as_json: bool) -> None:
-    """Run every config; its rows are written and shown before the next one starts."""
+    """Run every config; the rows of each are written and shown before the next one starts."""
     from dataclasses import asdict
 
     from ..bench import progress, run, to_csv, write_page
@@ -88,7 +88,7 @@ def _export(configs: list[BenchConfig], path: Path, as_json: bool) -> None:
     from ..bench import inputs
 
     if len(configs) > 1:
-        raise ValueError(f"export is {path}, one file, but {len(configs)} shapes or dtypes are asked for: name one")
+        raise ValueError(f"export is {path}, one file, but {len(configs)} shapes or dtypes are given: give one")
     [config] = configs
     inputs.write_activations(replace(config, device="cpu"), path)
     line = f"{_written([path])} ({path.stat().st_size / 1e6:.0f} MB); the license of {config.model} applies to it"
@@ -111,8 +111,8 @@ def _table(rows: list[Any]) -> Table:
     for name in ("", "ms", "/ dense", "/ mm", "MiB", "/ logits", "dX err", "dW err"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
+    def number(value: float | None, spec: str) -> str:
+        return "" if value is None else format(value, spec)
 
     for row in rows:
         time = number(row.time_ms, ".0f") if row.status == "ok" else f"[bold red]{row.status}[/]"
@@ -133,7 +133,7 @@ def report(
 ) -> None:
     """Write the pages, plots and README table of benchmark results.
 
-    All are made again from the CSV files that `hf-xent bench` wrote.
+    All of them are generated anew from the CSV files that `hf-xent bench` wrote.
 
     Example: hf-xent report benchmarks/results --readme README.md
     """

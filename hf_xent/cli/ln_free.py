@@ -22,7 +22,9 @@ def convert(
     output: Annotated[Path, Argument(help="Folder for the converted model and its tokenizer.")],
     to: Annotated[
         str,
-        Option(help="'eps-trick', which stock classes load, or 'true', which has no norms and a class of its own."),
+        Option(
+            help="'eps-trick', which stock classes load, or 'true', which has no norms and needs a class of hf_xent."
+        ),
     ] = "true",
     eps: Annotated[
         float | None,
@@ -33,7 +35,7 @@ def convert(
 ) -> None:
     """Write an LN-free model in another form.
 
-    A card for `hf-xent publish` is written beside it, and how far its logits differ is printed.
+    A card for `hf-xent publish` is written beside it, and the difference of the logits is printed.
 
     Example: hf-xent ln-free convert out/ln_free out/true --to true
     """
@@ -44,19 +46,19 @@ def convert(
     if to not in ("eps-trick", "true"):
         raise ValueError(f"--to is {to!r}: choose 'eps-trick' or 'true'")
     if to == "true" and eps is not None:
-        raise ValueError(f"eps is {eps}, which a true model does not have: leave it out")
+        raise ValueError(f"eps is {eps}, but a 'true' model has no epsilon: leave it out")
     check_dtype(dtype)
     if output.exists() and Path(model).exists() and output.samefile(model):
-        raise ValueError(f"output is {str(output)!r}, the model's own folder: choose another")
-    kind = getattr(torch, dtype)
+        raise ValueError(f"output is {str(output)!r}, which is the folder of the model: choose another")
+    torch_dtype = getattr(torch, dtype)
     with err.status(f"converting {model}"):
         loaded, tokenizer = ln_free.load(model, torch.float32)
-        true = ln_free.form_of(loaded) == "true"
+        form = ln_free.form_of(loaded)
         if to == "true":
-            converted = (loaded if true else ln_free.to_true(loaded)).to(kind)
+            converted = (loaded if form == "true" else ln_free.to_true(loaded)).to(torch_dtype)
         else:
-            source = loaded if true or ln_free.form_of(loaded) == "removable" else ln_free.to_true(loaded)
-            converted = ln_free.to_eps_trick(source, 1e12 if eps is None else eps, kind)
+            source = loaded if form in ("true", "removable") else ln_free.to_true(loaded)
+            converted = ln_free.to_eps_trick(source, 1e12 if eps is None else eps, torch_dtype)
         error, size = ln_free.parity(loaded, converted)
         ln_free.save(converted, tokenizer, output)
     summary = {"from": model, "to": to, "output": str(output), "dtype": dtype, "parity": error, "logits": size}
@@ -73,7 +75,7 @@ def verify(
 ) -> None:
     """Check that nothing in a model normalizes its hidden states.
 
-    KV cache and padding have to change nothing, too. The exit code is 1 if a check fails.
+    The KV cache and padding must not change the results either. The exit code is 1 if a check fails.
 
     Example: hf-xent ln-free verify out/true --against out/ln_free
     """
@@ -95,7 +97,9 @@ def verify(
 def report(
     model: Model,
     original: Annotated[str | None, Option(help="The model before fine-tuning.")] = None,
-    vanilla: Annotated[str | None, Option(help="The control: fine-tuned on the same data, norms kept.")] = None,
+    vanilla: Annotated[
+        str | None, Option(help="The control: a model fine-tuned on the same data with its norms kept.")
+    ] = None,
     text: Text = "pydoc",
     split: Split = None,
     sequences: Annotated[int, Option(help="How many sequences of the text, from its start.", min=1)] = 64,
@@ -117,7 +121,7 @@ def report(
 
     tokenizer = load(model)[1]
     if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer, which text needs: save one into its folder")
+        raise ValueError(f"{model} has no tokenizer, but the text has to be tokenized: save one into its folder")
     rows = data.pack(data.load_text(text, split=split), tokenizer, block_size=length)
     blocks = torch.tensor(list(rows["input_ids"])[:sequences])
     analyses = {}

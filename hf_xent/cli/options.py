@@ -1,6 +1,6 @@
-"""Options that commands share, each written once; and options made of the fields of a dataclass.
+"""Options that several commands share, and options that are generated from the fields of a dataclass.
 
-@takes(Run, positional=("loss",), model=Model, dtype=DType)
+@options_from(Run, positional=("loss",), model=Model, dtype=DType)
 def train(run: Run, as_json: Json = False) -> None: ...
 """
 
@@ -43,20 +43,20 @@ Json = Annotated[
 
 
 def check_dtype(dtype: str, *more: str) -> None:
-    """Raises: ValueError for what is no name of a dtype that models are loaded in."""
+    """Raises: ValueError if `dtype` is not the name of a dtype that models can be loaded in."""
     if dtype not in (*DTYPES, *more):
         raise ValueError(f"dtype is {dtype!r}: choose {', '.join([*more, *DTYPES[:-1]])} or {DTYPES[-1]}")
 
 
-def takes(
+def options_from(
     settings: type, positional: tuple[str, ...] = (), **shared: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for each field of a dataclass; the command gets the instance as its first argument.
+    """Give a command an option for each field of a dataclass; its first argument is then the instance.
 
     Args:
-        settings: The dataclass; a field's metadata are arguments of `typer.Option` (`help`, `min`, `max`).
+        settings: The dataclass; the metadata of a field are arguments of `typer.Option` (`help`, `min`, `max`).
         positional: The fields that are given without a name, in this order.
-        shared: Field -> the option type of this file, or of the command's, that takes the place of its metadata.
+        shared: Field -> an annotated option type, which replaces the metadata of the field.
     """
 
     def parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
@@ -74,14 +74,14 @@ def takes(
         signature = inspect.Signature([*(parameter(f, hints[f.name]) for f in fields(settings)), *others])
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        run.__signature__ = signature  # type: ignore[attr-defined]  # what typer reads, as inspect documents it
+        run.__signature__ = signature  # type: ignore[attr-defined]  # typer reads it, as inspect documents
         return run
 
     return wrap
 
 
 def _option(field: Field[Any], positional: bool) -> Any:
-    """An argument, or an option; a switch that is off by default has no name to turn it off."""
+    """The argument or option of a field; a switch that is off by default has no `--no-` form."""
     if positional:
         return Argument(**field.metadata)
     names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []

@@ -1,4 +1,4 @@
-"""What commands print: one result, for people or as JSON, on standard output; progress and errors beside it."""
+"""The output of commands: one result on standard output, as text or JSON; progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STDOUT: ContextVar[TextIO] = ContextVar("standard output before it was redirect
 
 
 def redirect_for_json(context: typer.Context, as_json: bool) -> bool:
-    """The callback of --json: what libraries print on the way goes to standard error."""
+    """The callback of --json: output that libraries print meanwhile goes to standard error."""
     if as_json:
         _STDOUT.set(sys.stdout)
         context.with_resource(redirect_stdout(sys.stderr))
@@ -30,18 +30,18 @@ def emit(result: Any, *shown: RenderableType, as_json: bool) -> None:
     """Print a command's result, once.
 
     Args:
-        result: What --json prints.
-        shown: What is printed without it: tables, and lines with rich's markup, which stay as long as they are.
+        result: The object that --json prints.
+        shown: Printed without --json: tables, and lines with the markup of rich, which are not wrapped.
         as_json: Whether --json was given.
     """
     if as_json:
         print(json.dumps(result), file=_STDOUT.get())
         return
     for part in shown:
-        line = isinstance(part, str)
-        out.print(part, highlight=not line, soft_wrap=line)
+        is_line = isinstance(part, str)
+        out.print(part, highlight=not is_line, soft_wrap=is_line)
 
 
 def literal(text: str) -> str:
-    """Text that rich must not read as markup."""
+    """The text with its brackets escaped, so that rich does not read them as markup."""
     return text.replace("[", r"\[")

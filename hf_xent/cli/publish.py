@@ -1,4 +1,4 @@
-"""`hf-xent publish`: a folder with its card to the Hub, or a look at what would go there."""
+"""`hf-xent publish`: push a folder with its card to the Hub, or show what would be pushed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .output import emit, err
 
 
 def publish(
-    folder: Annotated[Path, Argument(help="A folder with README.md: what training or `hf-xent data export` wrote.")],
+    folder: Annotated[Path, Argument(help="A folder with README.md, as written by training or `hf-xent data export`.")],
     repo_id: Annotated[str, Option(help="Repository on the Hub, as user/name; it is created if it does not exist.")],
     kind: Annotated[str, Option("--type", help="What the repository holds: model or dataset.")] = "model",
     license: Annotated[str | None, Option(help="License for the card, if it does not have the right one.")] = None,
@@ -29,7 +29,7 @@ def publish(
 ) -> None:
     """Publish a model or dataset with its card on the Hub.
 
-    The card is checked offline, then the files are sent, then the card, and at last all is seen to have arrived.
+    The card is checked offline, then the files are sent, then the card; at the end their arrival is verified.
 
     Log in with `hf auth login` or set HF_TOKEN. After an interruption, run the command again: it resumes.
 

