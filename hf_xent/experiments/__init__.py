@@ -1,1 +1,1 @@
-"""Floor 4: runs that are measured and compared: fine-tuning arms, scores of texts, studies over seeds; and pictures."""
+"""Floor 4: experiments that are measured and compared: fine-tuning runs, scores of texts, studies over seeds, plots."""

@@ -1,7 +1,7 @@
 """Two arms of a fine-tuning run side by side: the stock loss and ours, each in its own process.
 
-The processes take their steps in turn, so that whatever else the machine does slows both alike; each reads its own peak
-of memory. Same seed, same batches, same optimizer: only the loss differs.
+The processes take their steps in turn, so that other load on the machine slows both alike; each measures its own peak
+of memory. Seed, batches and optimizer are the same: only the loss differs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Report = Callable[[str, int | str], None]
 
 
 def side_by_side(run: Run, report: Report = lambda arm, progress: None) -> list[Outcome]:
-    """Train a run under the stock loss and under its own, one step of each in turn.
+    """Train a run with the stock loss and with `run.loss`, one step of each in turn.
 
     Args:
         run: The run that both arms share.
@@ -29,24 +29,24 @@ def side_by_side(run: Run, report: Report = lambda arm, progress: None) -> list[
         The outcomes of STOCK and PATCHED, in this order.
 
     Raises:
-        RuntimeError: If an arm failed, with its message.
+        RuntimeError: If an arm failed; the message is that of its error.
     """
     remedy = "try a smaller batch_size"
     workers = {arm: Worker(f"the {arm} run", _serve, run, arm, remedy=remedy) for arm in (STOCK, PATCHED)}
-    patience = 0.0  # seconds that a run has to clean up after itself, once the other has failed
+    grace = 0.0  # seconds that a process gets to clean up; none once the other one has failed
     try:
         outcomes = _take_turns(workers, report)
-        patience = 30.0
+        grace = 30.0
         return outcomes
     finally:
         for worker in workers.values():
-            worker.close(patience)
+            worker.close(grace)
 
 
 def _take_turns(workers: dict[str, Worker], report: Report) -> list[Outcome]:
-    """Let one arm step at a time: the next arm may go only after this one's next message has come."""
+    """Let one arm step at a time: the next arm goes on only after the next message of this one has arrived."""
     messages: dict[str, tuple[str, Any]] = {}
-    while len(messages) < len(workers):  # both load at the same time, and messages are read as they come
+    while len(messages) < len(workers):  # both load at the same time, and messages are read as they arrive
         for arm, worker in workers.items():
             if arm not in messages and worker.pipe in wait([w.pipe for a, w in workers.items() if a not in messages]):
                 _receive(arm, worker, messages, report)
@@ -74,7 +74,7 @@ def _receive(arm: str, worker: Worker, messages: dict[str, tuple[str, Any]], rep
 
 
 def _serve(pipe: Any, run: Run, arm: str) -> None:
-    """Train one arm in its own process, and wait for the parent's word before each step."""
+    """Train one arm in this process, and wait for a message of the parent before each step."""
     from ..bench.memory import return_large_blocks
 
     return_large_blocks()
@@ -87,5 +87,5 @@ def _serve(pipe: Any, run: Run, arm: str) -> None:
         pipe.send(("outcome", asdict(fit(run, arm, before_step, lambda phase: pipe.send(("phase", phase))))))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the parent has ended, or is about to
-    except Exception as error:  # whatever it is, the parent reports it
+    except Exception as error:  # the parent reports any error
         pipe.send(("error", f"{type(error).__name__}: {error}"))

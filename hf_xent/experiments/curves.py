@@ -1,4 +1,4 @@
-"""Pictures of experiments: loss and memory of fine-tuning runs against steps, and ROC curves of scores."""
+"""Plots of experiments: loss and memory of fine-tuning runs against steps, and ROC curves of scores."""
 
 from __future__ import annotations
 
@@ -34,24 +34,26 @@ def draw_training(outcomes: list[Outcome], path: Path, title: str) -> Path:
 def draw_roc(scores: Mapping[str, np.ndarray], labels: np.ndarray, metrics: Mapping[str, Any], path: Path) -> Path:
     """Write a PNG of the ROC curve of each score; returns its path.
 
-    The axis of false positives is logarithmic, since detectors are judged at its left end.
+    The axis of false positives is logarithmic, since detectors are compared at low false positive rates.
 
     Args:
         scores: Score -> its values [N]; a text with NaN is left out.
         labels: 1 for the positive class, 0 for the other, NaN for neither, [N].
-        metrics: Score -> numbers that have its `auroc`, for the legend.
+        metrics: Score -> its metrics, of which the legend shows `auroc`.
         path: The file to write.
     """
     from ..detection import get  # lazy: the figures of training need no scores
     from ..metrics.ranking import roc
 
     figure, [axis] = panels(1, 5.2, 4.4)
-    least = 1 / max(2, int((labels == 0).sum()))
+    smallest_rate = 1 / max(2, int((labels == 0).sum()))
     for name, values in scores.items():
         kept = np.isfinite(values) & np.isfinite(labels)
         false, true = roc(labels[kept], get(name).oriented(values)[kept])
-        axis.step(np.maximum(false, least / 2), true, where="post", label=f"{name} ({metrics[name]['auroc']:.3f})")
-    chance = np.geomspace(least / 2, 1)
+        axis.step(
+            np.maximum(false, smallest_rate / 2), true, where="post", label=f"{name} ({metrics[name]['auroc']:.3f})"
+        )
+    chance = np.geomspace(smallest_rate / 2, 1)
     axis.plot(chance, chance, color="#8a8f98", linestyle=":", label="chance (0.500)")
     axis.set(xscale="log", xlabel="false positive rate", ylabel="true positive rate", title="ROC (AUROC)")
     axis.legend(frameon=False, fontsize=8)

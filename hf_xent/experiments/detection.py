@@ -1,4 +1,4 @@
-"""A detection run as data: which texts are scored with which model and scores, and where the scores go."""
+"""A detection run as data: its texts, models and scores, and the file that the scores are written to."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..detection.scores import SECOND_MODEL
-from .fields import described
+from .fields import option
 
 DEFAULT_CORPUS = "pydoc"
 
 
 class Task(StrEnum):
-    """The question that is asked of each text."""
+    """The question that a detection run answers for each text."""
 
     members = "members"
     generated = "generated"
 
 
 CLASSES = {Task.members: ("member", "non-member"), Task.generated: ("generated", "human")}
-"""The positive class of a task, and the other."""
+"""Task -> the names of its positive and its negative class."""
 DEFAULTS = {
     Task.members: ("loss", "zlib", "lowercase", "min_k", "min_k_pp", "dc_pdd"),
     Task.generated: ("loss", "min_k_pp", "fast_detect"),
@@ -31,50 +31,48 @@ WITH_REFERENCE = {Task.members: ("reference",), Task.generated: ("fast_detect_pa
 class Detection:
     """Everything a detection run depends on; each field is an option of `hf-xent detect`.
 
-    `scores` of None are those of the task: DEFAULTS and, with a `reference`, WITH_REFERENCE too.
+    If `scores` is None, they are the DEFAULTS of the task and, with a `reference`, also its WITH_REFERENCE.
     """
 
     task: Task
     source: str  # any source of `hf_xent.data.load_text`
     model: str = "smollm2"  # the model that scores: a packaged one, or any Hub id or path of a causal LM
-    reference: str | None = described(
+    reference: str | None = option(
         "A second model with the same vocabulary, for scores that compare the two models.", None
     )
-    scores: str | None = described(
+    scores: str | None = option(
         "Scores with their options, ';' between them: 'min_k:k=0.1; dc_pdd' [default: by task].", None
     )
     column: str = "text"  # the column that holds the text
     split: str | None = None  # of the data set, such as 'train[:1000]'
-    label: str | None = described("Column of labels; adds metrics, a ROC plot and the blind baseline.", None)
-    positive: str | None = described(
+    label: str | None = option("Column of labels; adds metrics, a ROC plot and the blind baseline.", None)
+    positive: str | None = option(
         "The label of members or generated texts; all others are negative [default: 1].", None
     )
-    corpus: str | None = described(
+    corpus: str | None = option(
         f"Where dc_pdd counts token frequencies, as SOURCE; a Hub id is streamed [default: {DEFAULT_CORPUS}].", None
     )
-    documents: int | None = described("How many documents of the corpus are counted [default: all].", None, min=1)
-    batch_size: int = described("Texts per forward pass.", 16, min=1)
-    max_tokens: int = described("How many tokens of a text are scored, from its start.", 512, min=1)
-    dtype: str = "auto"  # the models': float32, bfloat16, float16, or as saved
-    resamples: int | None = described(
-        "How many resamples the bootstrap intervals are taken over [default: 1000].", None, min=1
-    )
-    output: str = described(
+    documents: int | None = option("How many documents of the corpus are counted [default: all].", None, min=1)
+    batch_size: int = option("Texts per forward pass.", 16, min=1)
+    max_tokens: int = option("How many tokens of a text are scored, from its start.", 512, min=1)
+    dtype: str = "auto"  # of the models: float32, bfloat16, float16, or as saved
+    resamples: int | None = option("Number of resamples for the bootstrap intervals [default: 1000].", None, min=1)
+    output: str = option(
         "File for the rows with their scores: .csv, .parquet, .json or .jsonl.", "out/detect/scores.csv"
     )
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The scores, each once. Raises: ValueError if none is named."""
+        """The scores without duplicates. Raises: ValueError if none is named."""
         if self.scores is None:
             return DEFAULTS[self.task] + (WITH_REFERENCE[self.task] if self.reference else ())
         names = tuple(dict.fromkeys(name.strip() for name in self.scores.split(";") if name.strip()))
         if not names:
-            raise ValueError(f"scores is {self.scores!r}: name one at least, such as 'loss; min_k:k=0.1'")
+            raise ValueError(f"scores is {self.scores!r}: name at least one, such as 'loss; min_k:k=0.1'")
         return names
 
     def check(self) -> None:
-        """Refuse what needs no data to be refused.
+        """Check the options that can be checked without the data.
 
         Raises:
             ValueError: For an unknown score, and for an option that would have no effect.

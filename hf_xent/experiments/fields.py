@@ -1,4 +1,4 @@
-"""Fields of a dataclass that explain themselves, so that a command line can be made of them."""
+"""Fields of a dataclass with a help text, from which a command line can be generated."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from dataclasses import field
 from typing import Any
 
 
-def described(help: str, default: Any, **limits: int) -> Any:
-    """A field with a help text; `min` and `max` are the least and the largest number it may be."""
+def option(help: str, default: Any, **limits: int) -> Any:
+    """A dataclass field with a help text; `min` and `max` are the smallest and the largest number allowed."""
     return field(default=default, metadata={"help": help, **limits})

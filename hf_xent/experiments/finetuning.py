@@ -10,7 +10,7 @@ from typing import Any
 
 from ..losses import LOSSES
 from ..models.quiet import quiet_loading
-from .fields import described
+from .fields import option
 
 STOCK, PATCHED = "stock", "hf_xent"
 """The arms: the model's own loss under transformers' `Trainer`, and the run's loss under `XentTrainer`."""
@@ -18,42 +18,42 @@ STOCK, PATCHED = "stock", "hf_xent"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one fine-tuning run depends on; each field is an option of `hf-xent train`."""
+    """All settings of a fine-tuning run; each field is an option of `hf-xent train`."""
 
-    loss: str = described(f"The loss, with options if any, such as 'focal:gamma=3': {LOSSES.names()}.", "cross_entropy")
+    loss: str = option(f"The loss, with options if any, such as 'focal:gamma=3': {LOSSES.names()}.", "cross_entropy")
     model: str = "smollm2"  # a packaged model, or any Hub id or path of a causal LM
     dataset: str = "pydoc"  # any source of `hf_xent.data.load_text`
     split: str | None = None  # of the dataset, such as 'train[:10%]'
     column: str = "text"  # the column that holds the text
-    steps: int = described("Optimizer steps.", 30, min=1)
-    batch_size: int = described("Blocks per forward pass.", 4, min=1)
-    accumulation: int = described("Forward passes per optimizer step.", 1, min=1)
-    block_size: int = described("Tokens per block.", 192, min=2)
-    learning_rate: float = described("Peak learning rate of AdamW, decayed linearly.", 2e-5)
-    lora: int = described(
+    steps: int = option("Optimizer steps.", 30, min=1)
+    batch_size: int = option("Blocks per forward pass.", 4, min=1)
+    accumulation: int = option("Forward passes per optimizer step.", 1, min=1)
+    block_size: int = option("Tokens per block.", 192, min=2)
+    learning_rate: float = option("Peak learning rate of AdamW, decayed linearly.", 2e-5)
+    lora: int = option(
         "Rank of LoRA adapters on all linear layers but the head, the rest frozen; 0 trains all weights.", 0, min=0
     )
-    gradient_checkpointing: bool = described(
+    gradient_checkpointing: bool = option(
         "Compute each layer's activations again in the backward pass instead of keeping them.", False
     )
-    eval_blocks: int = described("Blocks held out for evaluation.", 4, min=1)
-    seed: int = described("Seed of batches, dropout and everything else.", 0, min=0, max=2**32 - 1)
-    dtype: str = "float32"  # the model's: float32, bfloat16 or float16
-    memory_budget: int | None = described(
-        "Bytes of logits alive at a time [default: half a byte for each number in the head].", None
+    eval_blocks: int = option("Blocks held out for evaluation.", 4, min=1)
+    seed: int = option("Seed of batches, dropout and everything else.", 0, min=0, max=2**32 - 1)
+    dtype: str = "float32"  # of the model: float32, bfloat16 or float16
+    memory_budget: int | None = option(
+        "Bytes of logits in memory at a time [default: half a byte for each number in the head].", None
     )
-    tail: float = described(
+    tail: float = option(
         "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact.", 0.0
     )
-    output: str = described("Folder for the model, its checkpoints, results.json and curves.png.", "out/train")
-    save_steps: int = described("Write a checkpoint after every so many steps; 0 writes none.", 0, min=0)
-    resume: bool = described("Go on from the newest checkpoint in the output folder.", False)
-    save: bool = described("Save the fine-tuned model (never with --compare).", True)
+    output: str = option("Folder for the model, its checkpoints, results.json and curves.png.", "out/train")
+    save_steps: int = option("Write a checkpoint after every so many steps; 0 writes none.", 0, min=0)
+    resume: bool = option("Resume from the newest checkpoint in the output folder.", False)
+    save: bool = option("Save the fine-tuned model (never with --compare).", True)
 
 
 @dataclass
 class Outcome:
-    """What a run measured; one number a step where it is a list."""
+    """The measurements of a run; lists have one number for each step."""
 
     arm: str
     losses: list[float]
@@ -119,7 +119,7 @@ def fit(
 
 
 def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
-    """The trainer of an arm, with model and text."""
+    """The trainer of an arm, with its model and text."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from ..models import loading
@@ -140,12 +140,12 @@ def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
         trainer: Trainer = XentTrainer(model, config, **options)
     else:
         trainer = Trainer(model, TrainingArguments(**_arguments(run)), **options)
-    trainer.remove_callback(PrinterCallback)  # progress and numbers are the caller's to show
+    trainer.remove_callback(PrinterCallback)  # the caller shows progress and numbers
     return trainer
 
 
 def _adapted(model: Any, rank: int) -> Any:
-    """The model with everything frozen but LoRA adapters of this rank."""
+    """The model with LoRA adapters of this rank; all other weights are frozen."""
     from peft import LoraConfig, get_peft_model
 
     # all linear layers but the output embedding; the strength alpha / rank = 2 of PEFT's own examples
@@ -154,7 +154,7 @@ def _adapted(model: Any, rank: int) -> Any:
 
 
 def _checkpoint(run: Run) -> str | None:
-    """The newest checkpoint to go on from; a finished one is refused, since Trainer would take one step too many."""
+    """The newest checkpoint; a finished one is refused, since Trainer would take one step too many."""
     from transformers.trainer_utils import get_last_checkpoint
 
     if not run.resume:
@@ -165,20 +165,20 @@ def _checkpoint(run: Run) -> str | None:
     step = int(checkpoint.rsplit("-", 1)[1])
     if step >= run.steps:
         raise ValueError(
-            f"nothing to resume: {Path(checkpoint).name} in {run.output} is at step {step} of {run.steps}, ask for more"
-            " steps"
+            f"nothing to resume: {Path(checkpoint).name} in {run.output} is at step {step} of {run.steps}, choose"
+            " more steps"
         )
     return checkpoint
 
 
 def _blocks(run: Run, tokenizer: Any) -> tuple[Any, Any]:
-    """Blocks of the text to train on, and those held out."""
+    """The blocks of text to train on, and the held-out blocks."""
     from ..data import load_text, pack
 
     blocks = pack(load_text(run.dataset, run.split, run.column), tokenizer, run.block_size, run.column)
     if len(blocks) < 2:
         raise ValueError(
-            f"dataset {run.dataset!r} makes {len(blocks)} block of {run.block_size} tokens: 2 are needed, choose a"
+            f"dataset {run.dataset!r} fills {len(blocks)} blocks of {run.block_size} tokens, but 2 are needed: choose a"
             " smaller block_size"
         )
     held_out = min(run.eval_blocks, len(blocks) // 2)
@@ -191,7 +191,7 @@ def _arguments(run: Run) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
-    # transformers 5.23 renamed the option; older versions know the old name alone
+    # transformers 5.23 renamed the option; older versions know only the old name
     names = {field.name for field in fields(TrainingArguments)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return {
@@ -208,14 +208,14 @@ def _arguments(run: Run) -> dict[str, Any]:
         "save_steps": run.save_steps or 500,
         "seed": run.seed,
         "use_cpu": not torch.accelerator.is_available(),
-        "bf16": False,  # the dtype of the run is the model's
+        "bf16": False,  # the run uses the dtype of the model
         "report_to": [],
         "disable_tqdm": True,
     }
 
 
 def _watch(before_step: Callable[[int], None]) -> Any:
-    """A callback that calls `before_step`, and reads time and memory of every optimizer step."""
+    """A callback that calls `before_step`, and measures time and memory of every optimizer step."""
     from transformers import TrainerCallback
 
     from ..bench.memory import PeakMemory

@@ -1,4 +1,4 @@
-"""Labels of texts in a column of a data set, as the two classes that scores are to tell apart."""
+"""Labels in a column of a data set, as the two classes that scores have to separate."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ def binary_labels(rows: Any, column: str, label: str, positive: str, least: int 
     """
     if label not in rows.column_names:
         raise ValueError(f"label is {label!r}: choose one of {', '.join(rows.column_names)}")
-    words = [normalized(value) for value in rows[label]]
-    labels = np.array([np.nan if word is None else float(word == normalized(positive)) for word in words])
+    names = [normalized(value) for value in rows[label]]
+    labels = np.array([np.nan if name is None else float(name == normalized(positive)) for name in names])
     with_text = labels[[bool(text and text.strip()) for text in rows[column]]]
-    counts = [int((with_text == kind).sum()) for kind in (1, 0)]
+    counts = [int((with_text == value).sum()) for value in (1, 0)]
     if not max(counts) or not min(counts):
-        kinds = ", ".join(sorted({word for word in words if word is not None})[:5]) or "no labels"
+        labels_in_column = ", ".join(sorted({name for name in names if name is not None})[:5]) or "no labels"
         raise ValueError(
-            f"positive is {positive!r} but column {label!r} has {kinds}: both classes are needed, and --positive names"
-            " the label of one"
+            f"positive is {positive!r}, but column {label!r} has {labels_in_column}: both classes are"
+            " needed, name the label of one with --positive"
         )
     if min(counts) < least:
-        raise ValueError(f"label {label!r} tells {counts[0]} texts from {counts[1]}: {least} of each class are needed")
+        raise ValueError(
+            f"label {label!r} has {counts[0]} positive and {counts[1]} negative texts: {least} of each class are needed"
+        )
     return labels
 
 
 def normalized(value: Any) -> str | None:
-    """A label as it is compared: True, 1, 1.0 and '1' are one, as are 'Yes' and 'yes'.
+    """A label in a form that can be compared: True, 1, 1.0 and '1' are equal, as are 'Yes' and 'yes'.
 
-    A missing label (None, NaN, a cell that is empty or has nan) is None.
+    A missing label (None, NaN, an empty cell or the word nan) is None.
     """
     text = "" if value is None else str(value).strip().casefold()
     text = {"true": "1", "false": "0", "nan": ""}.get(text, text)

@@ -1,4 +1,4 @@
-"""What fine-tuning runs measured: every number as JSON, and the few by which runs are compared."""
+"""Results of fine-tuning runs: all numbers as JSON, and a summary by which runs are compared."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_results(folder: Path, run: Run, outcomes: list[Outcome]) -> Path:
 
 
 def summarize(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
-    """The numbers of one arm, or of two and what ours saves beside the stock loss.
+    """A summary of one arm, or of both with the time and memory that ours saves over the stock loss.
 
     Args:
-        run: What was run.
-        outcomes: One outcome, or those of STOCK and PATCHED.
+        run: The settings of the run.
+        outcomes: One outcome, or those of STOCK and PATCHED in this order.
 
     Returns:
         `model`, `dataset`, `loss`, `steps`, and `runs`: arm -> its losses (nats per token), `seconds_per_step` (the
@@ -64,5 +64,5 @@ def _numbers(outcome: Outcome) -> dict[str, float]:
 
 
 def _steady(seconds: list[float]) -> list[float]:
-    """Without the first step, which also allocates gradients and the optimizer's state."""
+    """The seconds without those of the first step, which also allocates gradients and the optimizer's state."""
     return seconds[1:] or seconds

@@ -1,12 +1,12 @@
-"""Scores of a data set's texts, written beside its rows; an interrupted run goes on where it stopped.
+"""Score the texts of a data set, and write the scores beside its rows; an interrupted run resumes where it stopped.
 
     run = Detection(Task.members, "texts.jsonl", label="member")
-    texts = read(run)                               # what cannot be used is refused here, before anything long begins
+    texts = read(run)                               # unusable input is refused here, before any long computation
     scores = run_scorer(run, load_scorer(run), texts, console)
     summary = summarize(run, texts, scores)
 
-Until all texts are scored, a draft beside the output keeps the scores: a line of settings, then one for every CHUNK
-batches.
+Until all texts are scored, a draft file beside the output keeps the scores: a line of settings, then a line for every
+CHUNK batches.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from .curves import draw_roc
 from .detection import CLASSES, DEFAULT_CORPUS, Detection, Task
 from .labels import binary_labels
 
-CHUNK = 4  # batches between two writes of what is done
-JSON = {"double_precision": 15, "date_format": "iso"}  # pandas rounds to ten places, and makes numbers of dates
+CHUNK = 4  # batches between two writes to the draft
+JSON = {
+    "double_precision": 15,
+    "date_format": "iso",
+}  # by default pandas rounds to ten places, and writes dates as numbers
 WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".csv": ("to_csv", {}),
     ".parquet": ("to_parquet", {}),
@@ -43,30 +46,30 @@ WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Texts(NamedTuple):
-    """The rows of a data set and their labels [N], if it has any: 1, 0, or NaN for a missing one."""
+    """The rows of a data set and their labels [N], if it has any: 1, 0, or NaN for a missing label."""
 
     rows: Any
     labels: np.ndarray | None
 
 
 def read(run: Detection) -> Texts:
-    """The texts of a run and their labels.
+    """Read the texts of a run and their labels.
 
     Raises:
-        ValueError: If there is no such text or label, if a class has too few texts, or if the output would write over
+        ValueError: If there is no such text or label, if a class has too few texts, or if the output would overwrite
             the source.
     """
     rows = load_text(run.source, run.split, run.column)
     _check_output(Path(run.output), run.source, rows.column_names, run.names)
     if run.label is None:
         return Texts(rows, None)
-    least = 2 if run.task is Task.members else 1  # the blind baseline of membership needs two
+    least = 2 if run.task is Task.members else 1  # the blind baseline for membership needs two
     positive = "1" if run.positive is None else run.positive
     return Texts(rows, binary_labels(rows, run.column, run.label, positive, least))
 
 
 def load_scorer(run: Detection) -> TextScorer:
-    """The run's models, and its scores over them."""
+    """Load the models of a run, and build a scorer with its scores."""
     model, tokenizer = load(run.model, run.dtype)
     reference = load(run.reference, run.dtype)[0] if run.reference else None
     corpus = CountedText(DEFAULT_CORPUS if run.corpus is None else run.corpus, documents=run.documents)
@@ -77,7 +80,7 @@ def load_scorer(run: Detection) -> TextScorer:
 
 
 def run_scorer(run: Detection, scorer: TextScorer, texts: Texts, console: Console) -> dict[str, np.ndarray]:
-    """Score the texts of a run and write them to its output; the console shows how far it is."""
+    """Score the texts of a run and write the rows with their scores to its output; the console shows the progress."""
     column, output = texts.rows[run.column], Path(run.output)
     settings = json.dumps([scorer.fingerprint(), _digest(column), run.batch_size])
     draft = output.with_name(f".{output.name}.partial")
@@ -90,15 +93,15 @@ def run_scorer(run: Detection, scorer: TextScorer, texts: Texts, console: Consol
 def score_in_chunks(
     scorer: TextScorer, texts: Any, settings: str, draft: Path, console: Console | None = None
 ) -> dict[str, np.ndarray]:
-    """Scores of texts; those that an interrupted call with the same settings left in `draft` are not computed again.
+    """Score texts; scores that an interrupted call with the same settings left in `draft` are not computed again.
 
-    The first chunk is scored again and has to come out alike: settings do not tell of the device and of versions.
+    The first chunk is scored again and has to agree, since the settings do not include the device and versions.
 
     Args:
-        scorer: Gives the scores of a list of texts.
+        scorer: Computes the scores of a list of texts.
         texts: The texts, N of them.
-        settings: What scores depend on, on one line; a draft that was made under other settings is begun anew.
-        draft: The file that keeps the scores of finished chunks; it is left there.
+        settings: The settings that scores depend on, on one line; a draft with other settings is discarded.
+        draft: The file that keeps the scores of finished chunks; it is not deleted.
         console: Where the progress bar is drawn.
 
     Returns:
@@ -108,7 +111,7 @@ def score_in_chunks(
     lines = draft.read_text().splitlines() if draft.exists() else []
     chunks = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [settings] else []
     step = CHUNK * scorer.batch_size
-    if chunks and not _alike(scorer(texts[:step]), chunks[0]):
+    if chunks and not _agree(scorer(texts[:step]), chunks[0]):
         chunks = []
     draft.write_text("\n".join([settings, *map(json.dumps, chunks), ""]))
     todo = range(len(chunks) * step, len(texts), step)
@@ -121,11 +124,11 @@ def score_in_chunks(
 
 
 def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Means of the scores and their directions; with labels also metrics, beside a plot of the ROC curves.
+    """Summarize the scores by means and directions; with labels also by metrics, and draw the ROC curves.
 
     Returns:
         `task`, `texts`, `scores` (the output), `means`, `higher_is` and `unscored`; with labels `metrics` as
-        `hf_xent.detection.evaluate` gives them, `plot` and `unlabeled`.
+        `hf_xent.detection.evaluate` returns them, `plot` and `unlabeled`.
     """
     classes = dict(zip(("positive", "negative"), CLASSES[run.task], strict=True))
     summary: dict[str, Any] = {
@@ -146,31 +149,33 @@ def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> di
 
 
 def _check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
-    """Refuse what would fail, or lose something, only when everything is scored."""
+    """Refuse an output that could not be written, or would overwrite data, after everything is scored."""
     if output.suffix.lower() not in WRITERS:
         raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder: name a file")
-    place = expanded_path(source)
-    if os.path.exists(place) and output.resolve().is_relative_to(place.resolve()):  # it would be read the next time
+    source_path = expanded_path(source)
+    if os.path.exists(source_path) and output.resolve().is_relative_to(
+        source_path.resolve()
+    ):  # the next run would read it as a source
         raise ValueError(f"output is {output}, which is (in) the source: name another file")
     if taken := [name for name in names if name in columns]:
         raise ValueError(
-            f"{source} has a column {taken[0]!r} already, and the score of that name is to be written beside it: rename"
+            f"{source} already has a column {taken[0]!r}, but the score of that name would be written beside it: rename"
             " or remove the column, or leave the score out"
         )
 
 
 def _digest(texts: Iterable[Any]) -> str:
-    """A hash of the texts, whatever file they are in."""
+    """A hash of the texts, which does not depend on their file."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(json.dumps(text).encode())
     return digest.hexdigest()
 
 
-def _alike(scores: dict[str, np.ndarray], before: dict[str, list[float]]) -> bool:
-    """Whether scores are the same up to rounding, which is of the size of the largest: some are differences."""
+def _agree(scores: dict[str, np.ndarray], before: dict[str, list[float]]) -> bool:
+    """Whether scores agree up to rounding, relative to the largest value of each: some scores are differences."""
     if scores.keys() != before.keys() or any(len(scores[name]) != len(before[name]) for name in scores):
         return False
     sizes = {name: np.nan_to_num(np.abs(values)).max(initial=0.0) for name, values in scores.items()}
@@ -178,21 +183,21 @@ def _alike(scores: dict[str, np.ndarray], before: dict[str, list[float]]) -> boo
 
 
 def _write_rows(rows: Any, scores: dict[str, np.ndarray], output: Path) -> None:
-    """Write the rows with a column for each score, in one step."""
+    """Write the rows with a column for each score; the file is replaced atomically."""
     for name, values in scores.items():
         rows = rows.add_column(name, values)
     method, options = WRITERS[output.suffix.lower()]
     if not options.get("lines", True):
-        options = {**options, "batch_size": len(rows)}  # one list cannot be written in parts
+        options = {**options, "batch_size": len(rows)}  # a single JSON list cannot be written in parts
 
     def write(draft: Path) -> None:
-        with draft.open("wb") as file:  # opened here: `datasets` would take a name for a pattern
+        with draft.open("wb") as file:  # opened here, since `datasets` would read a name as a pattern
             getattr(rows, method)(file, **options)
 
     replace_atomically(output, write)
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean over the texts that have a score, if any has."""
+    """The mean over the texts that have a score, or None if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else None

@@ -1,15 +1,15 @@
-"""A comparison over seeds: arms against a baseline, resumable run by run, with a table of differences and a card.
+"""A comparison over seeds: arms against a baseline, with a table of differences and a card. It resumes run by run.
 
     study = Study("EMO", ("perplexity", "entropy"), baseline="cross-entropy", output=Path("out/emo"), seeds=3)
-    for arm, seed in study.runs(ARMS):                    # what results.json does not have yet, behind a progress bar
+    for arm, seed in study.runs(ARMS):                    # the runs that results.json does not have yet
         study.record(arm, seed, perplexity=23.5, entropy=3.02)
     study.report("What was run, and what it shows.")
 
-Every arm sees the same seeds, so differences to the baseline are taken seed by seed. Their 95 % interval is Student's,
+Every arm runs with the same seeds, so differences to the baseline are taken seed by seed, with Student's 95 % interval,
 
-    mean_s(x_s - b_s) +- t_{0.975, n-1} sd_s(x_s - b_s) / sqrt(n)        over the n seeds both have
+    mean_s(x_s - b_s) +- t_{0.975, n-1} sd_s(x_s - b_s) / sqrt(n)        over the n seeds that both have
 
-which three seeds make wide: it covers what the seed draws (data, order, noise), nothing else.
+which is wide for three seeds. It covers what the seed determines (data, order, noise), nothing else.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Study:
 
     Args:
         name: The title of the progress bar, the table and the card.
-        metrics: The columns of the table; a run may record others beside them.
+        metrics: The columns of the table; a run may record other metrics, too.
         baseline: The arm that the others are compared with.
-        output: The folder of `results.json` and the card; results that are there already are read.
+        output: The folder of `results.json` and the card; existing results are read.
         seeds: How many seeds each arm runs with, from 0.
         settings: What all runs share. Results on disk that were obtained under other settings are refused, not mixed.
 
     Raises:
-        ValueError: If `results.json` is there and cannot be read, or has other settings.
+        ValueError: If `results.json` exists but cannot be read, or has other settings.
     """
 
     name: str
@@ -67,13 +67,14 @@ class Study:
             raise ValueError(f"{self.file} holds no results of a study ({error!r}): move it away") from error
         if settings != json.loads(json.dumps(self.settings)):
             raise ValueError(
-                f"{self.file} has results under {settings}, asked for are {self.settings}: choose another output folder"
+                f"{self.file} has results under the settings {settings}, but this study has {self.settings}: choose"
+                " another output folder"
             )
         self.results = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in results.items()}
 
     @property
     def file(self) -> Path:
-        """Where results are kept; it is written again after every run."""
+        """The file of the results; it is written again after every run."""
         return self.output / "results.json"
 
     def runs(self, arms: Iterable[str]) -> Iterator[tuple[str, int]]:
@@ -93,7 +94,7 @@ class Study:
 
         Args:
             arm: The arm that was run.
-            seed: The seed it was run with; an earlier result of both is replaced.
+            seed: The seed it was run with; an earlier result of this arm and seed is replaced.
             metrics: Metric -> number.
         """
         self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
@@ -101,14 +102,14 @@ class Study:
         replace_atomically(self.file, lambda draft: draft.write_text(text))
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
-        """Seed -> the number of an arm's metric; empty if the arm does not have it."""
+        """Seed -> the value of a metric for an arm; empty if the arm does not have the metric."""
         return {seed: row[metric] for seed, row in self.results.get(arm, {}).items() if metric in row}
 
     def difference(self, arm: str, metric: str) -> tuple[float, float] | None:
         """Mean difference to the baseline over the seeds that both have, and half the width of its 95 % interval.
 
         Returns:
-            (mean, half), with NaN for half if there is one common seed; None if there is none, or for the baseline.
+            (mean, half width); the half width is NaN if there is one common seed. None for the baseline or without one.
         """
         values, reference = self.values(arm, metric), self.values(self.baseline, metric)
         gaps = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
@@ -119,7 +120,7 @@ class Study:
         return mean(gaps), half
 
     def cell(self, arm: str, metric: str) -> str:
-        """The text of a cell: mean, standard deviation over seeds in brackets, then the difference and its interval."""
+        """The text of a cell: the mean, the standard deviation over seeds, then the difference and its interval."""
         values = list(self.values(arm, metric).values())
         if not values:
             return ""
@@ -139,7 +140,7 @@ class Study:
 
         Args:
             text: What was run and what it shows, in Markdown.
-            front_matter: Fields of the card's head (`license`, `base_model`, `datasets` ...), as the Hub names them.
+            front_matter: Fields of the card's front matter (`license`, `base_model` ...), as the Hub names them.
 
         Returns:
             The results: arm -> seed -> metric -> number.
@@ -149,7 +150,7 @@ class Study:
             table.add_row(arm, *(self.cell(arm, metric) for metric in self.metrics))
         console.print(table)
         tags = ["hf_xent", *front_matter.pop("tags", [])]
-        head = ModelCardData(library_name="transformers", tags=tags, **front_matter)
+        card_data = ModelCardData(library_name="transformers", tags=tags, **front_matter)
         self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "README.md").write_text(render("study", head, study=self, text=text), encoding="utf-8")
+        (self.output / "README.md").write_text(render("study", card_data, study=self, text=text), encoding="utf-8")
         return self.results
