@@ -1,6 +1,6 @@
-"""Floor 4: the benchmark. `run(BenchConfig(...))` gives rows, `to_csv` keeps them, `write_page` makes a page of them.
+"""Floor 4: the benchmark. `run(BenchConfig(...))` returns rows, `to_csv` saves them, `write_page` writes their page.
 
-`hf_xent.bench.memory.PeakMemory` and the contestants stand alone.
+`PeakMemory` and the contestants can also be used on their own.
 """
 
 from typing import Any

@@ -1,19 +1,19 @@
-"""Inputs of any shape whose softmax thins out as a real model's does: `generate(N, V, D, like="gemma3-270m")`.
+"""Inputs of any shape whose softmax has the tail of a real model: `generate(N, V, D, like="gemma3-270m")`.
 
     logits  z_tj = b_j + x_t . v_j                    hidden = [x_t + c],  weight = [v_j + b_j / (c D)]
-    b_j     Gaussian in the column's rank             the unigram: which columns are ever likely
-    x_t     sum_k beta_tk v_jk + noise                CANDIDATES columns a token boosts, drawn from softmax(pick b)
+    b_j     Gaussian in the rank of the column        the unigram: which columns are likely at all
+    x_t     sum_k beta_tk v_jk + noise                CANDIDATES columns that a token boosts, drawn from softmax(pick b)
     beta_tk max(0, peak_t - decline log k)            the peak of the softmax: a power law in k
 
-x_t and v_j have zero mean over D, so that the constant direction carries b alone, as the large mean of real hidden
-states does. |x_t|^2 / D, the variance of a token's logits given b, is (noise e^(spread g))^2 whatever the boosts: a
-lognormal temperature. Labels are drawn from softmax(z / temperature), which gives them the measured mean -log p.
+x_t and v_j have zero mean over D, so that the constant direction carries only b, like the large mean of real hidden
+states. |x_t|^2 / D, the variance of a token's logits given b, is (noise e^(spread g))^2 for all boosts, a
+lognormal temperature. Labels are drawn from softmax(z / temperature), so that their mean -log p is the measured one.
 
-What is held fixed for other shapes: numbers of columns, not shares. b is that of the first V ranks of the fitted
+Other shapes keep the numbers of likely columns, not their shares. b is that of the first V ranks of the fitted
 model's vocabulary, since a larger vocabulary adds rare columns: over 1023 tokens of the same text SmolLM2 with V=49152
-keeps 9752 columns at 2^-12, Gemma with V=262144 keeps 9813. Columns beyond its vocabulary are as idle as its last one.
-Logits do not depend on D, but for the overlap of random directions, of variance 1/D: below MIN_WIDTH that of the
-boosted columns leaves too little for the noise.
+keeps 9752 columns at 2^-12, Gemma with V=262144 keeps 9813. Columns beyond this vocabulary are as unlikely as its last.
+Logits do not depend on D, except through the overlap of random directions, of variance 1/D: below MIN_WIDTH the overlap
+of the boosted columns leaves too little variance for the noise.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-CANDIDATES = 32  # boosted columns a token
-CONSTANT = 4.0  # c: the mean of hidden, about that of its deviations
+CANDIDATES = 32  # boosted columns per token
+CONSTANT = 4.0  # c: the mean of the hidden states, about as large as their deviations
 MIN_WIDTH = 256
-ROWS_BYTES = 256 << 20  # of logits alive while labels are drawn
+ROWS_BYTES = 256 << 20  # of logits in memory while labels are drawn
 
 
 @dataclass(frozen=True)
 class Law:
-    """The parameters of one model's softmax; logits in nats."""
+    """The parameters of the softmax of one model; logits are in nats."""
 
     vocab: int
-    """V of the model: the ranks that `unigram` was fitted over."""
+    """V of the model: the number of ranks that `unigram` was fitted over."""
     unigram: float
     """Standard deviation of b over the model's vocabulary."""
     order: float
@@ -43,17 +43,17 @@ class Law:
     noise: float
     """Standard deviation of a token's logits given b."""
     spread: float
-    """Standard deviation of its logarithm over tokens."""
+    """Standard deviation over tokens of the logarithm of that standard deviation."""
     peak: float
     """Mean boost of a token's first candidate."""
     peak_spread: float
-    """Its standard deviation over tokens: from certain tokens to open ones."""
+    """Standard deviation of that boost over tokens: some are nearly certain, others are open."""
     decline: float
-    """What the k-th candidate loses of it, times log k."""
+    """The boost of the k-th candidate is smaller by this number times log k."""
     pick: float
     """Candidates are drawn from softmax(pick b): 0 for any column, 1 for the unigram."""
     temperature: float
-    """Of the softmax that labels are drawn from: above 1 where text surprises a model more than its entropy says."""
+    """Temperature of the softmax that labels are drawn from; above 1 if the mean -log p of text exceeds the entropy."""
 
 
 # Fitted to `tail_curves.json` by Nelder-Mead and rounded by hand: to log2 of columns and mass for chunks of 256 tokens
@@ -69,9 +69,21 @@ DEFAULT_LAW = "gemma3-270m"
 def generate(
     N: int, V: int, D: int, like: str = DEFAULT_LAW, seed: int = 0, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, D] and weight [V, D] in float32, and labels [N], on the CPU; `device` is where labels are drawn.
+    """Generate inputs of a shape with the softmax of a real model.
 
-    Raises: ValueError for a model without a law or a width below MIN_WIDTH.
+    Args:
+        N: Number of tokens.
+        V: Size of the vocabulary.
+        D: Hidden size, MIN_WIDTH or more.
+        like: The model whose softmax is imitated, a key of LAWS.
+        seed: Seed of all draws.
+        device: The device that labels are drawn on.
+
+    Returns:
+        hidden [N, D] and weight [V, D] in float32, and labels [N], on the CPU.
+
+    Raises:
+        ValueError: For a model without a law, or a width below MIN_WIDTH.
     """
     if like not in LAWS:
         raise ValueError(f"no calibration {like!r}: choose among {', '.join(LAWS)}")
@@ -88,7 +100,7 @@ def generate(
 
 
 def _unigram(V: int, law: Law, generator: Generator) -> Tensor:
-    """b [V]: the law's first V ranks, in an order that its `order` correlates with the index."""
+    """b [V]: the first V ranks of the law, in an order whose correlation with the index is `law.order`."""
     rank = torch.arange(V)
     b = law.unigram * _normal_score(rank.clamp(max=law.vocab - 1), law.vocab)
     index = law.order * _normal_score(rank, V) + (1 - law.order**2) ** 0.5 * torch.randn(V, generator=generator)
@@ -106,22 +118,22 @@ def _centered(rows: int, D: int, generator: Generator) -> Tensor:
 
 
 def _deviations(N: int, weight: Tensor, unigram: Tensor, law: Law, generator: Generator) -> Tensor:
-    """x [N, D]: each token's candidates, and noise for what they leave of its variance."""
+    """x [N, D]: the boosted candidates of each token, and noise with the remaining variance."""
     D = weight.shape[1]
     scale = law.noise * torch.exp(law.spread * torch.randn(N, 1, generator=generator))
     peak = law.peak + law.peak_spread * torch.randn(N, 1, generator=generator)
     boosts = (peak - law.decline * torch.arange(1, CANDIDATES + 1).log()).clamp_min(0)
-    drawn = (law.pick * unigram).softmax(0).multinomial(boosts.numel(), replacement=True, generator=generator)
-    x = F.embedding_bag(drawn.view_as(boosts), weight, per_sample_weights=boosts, mode="sum")
-    left = (scale.square() - x.square().mean(1, keepdim=True)).clamp_min(0).sqrt()
-    return x.add_(_centered(N, D, generator).mul_(left))
+    candidates = (law.pick * unigram).softmax(0).multinomial(boosts.numel(), replacement=True, generator=generator)
+    x = F.embedding_bag(candidates.view_as(boosts), weight, per_sample_weights=boosts, mode="sum")
+    noise_scale = (scale.square() - x.square().mean(1, keepdim=True)).clamp_min(0).sqrt()
+    return x.add_(_centered(N, D, generator).mul_(noise_scale))
 
 
 def _labels(hidden: Tensor, weight: Tensor, law: Law, generator: Generator, device: str) -> Tensor:
-    """One draw a token from softmax(z / temperature), by its cumulative sum: the draws do not depend on the device."""
+    """Draw one label per token from softmax(z / temperature), by its cumulative sum; the device does not matter."""
     V, labels = len(weight), []
     head, draws = weight.to(device), torch.rand(len(hidden), 1, generator=generator)
     for rows, draw in zip(*(x.split(max(1, ROWS_BYTES // (4 * V))) for x in (hidden, draws)), strict=True):
-        below = F.linear(rows.to(device), head).div_(law.temperature).softmax(-1).cumsum(-1)
-        labels.append(torch.searchsorted(below, draw.to(device) * below[:, -1:]).clamp_max(V - 1)[:, 0].cpu())
+        cumulative = F.linear(rows.to(device), head).div_(law.temperature).softmax(-1).cumsum(-1)
+        labels.append(torch.searchsorted(cumulative, draw.to(device) * cumulative[:, -1:]).clamp_max(V - 1)[:, 0].cpu())
     return torch.cat(labels)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: `BenchConfig`, and the names and shapes of the inputs it may choose."""
+"""The settings of a benchmark: `BenchConfig`, and the names of the inputs that it can choose."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .contestants import CONTESTANTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "random"
-CALIBRATED = "calibrated"  # alone, or with ':' and the model it is calibrated to
-SHAPED = (CALIBRATED, RANDOM)  # in a model's place: inputs whose shape is chosen
-EXPORTED = ".safetensors"  # the suffix of files that hold a model's activations
+CALIBRATED = "calibrated"  # alone, or followed by ':' and the model that it is calibrated to
+SHAPED = (CALIBRATED, RANDOM)  # generated inputs of a chosen shape, given in place of a model
+EXPORTED = ".safetensors"  # the suffix of files with the activations of a model
 
 
 def shaped(source: str) -> bool:
-    """Whether a config's model, or a row's source, is one of SHAPED, alone or with more words after it."""
+    """Whether a config's model, or a row's source, is one of SHAPED, alone or followed by more words."""
     return re.split("[: ]", source)[0] in SHAPED
 
 
@@ -26,17 +26,17 @@ class BenchConfig:
     """The inputs of a benchmark, its contestants, and how often they run.
 
     Raises:
-        ValueError: For a dtype, device or contestant that there is not, and for numbers below 1.
+        ValueError: For an unknown dtype, device or contestant, and for numbers below 1.
     """
 
     model: str = "smollm2"
     """The model whose activations are used: 'smollm2' (packaged), a Hub id, a path, or a file that
-    `inputs.write_activations` wrote. Or inputs of a chosen shape: 'calibrated' ('calibrated:smollm2'), whose softmax is
-    as peaked as a real model's and leaves as few columns likely, or 'random'."""
+    `inputs.write_activations` wrote. Or inputs of a chosen shape: 'calibrated' ('calibrated:smollm2'), whose softmax
+    has the peaks and the tail of that of a real model, or 'random'."""
     data: str = "pydoc"
-    """Text the activations come from: any source of `hf_xent.data.load_text`."""
+    """The text that the activations are computed on: any source of `hf_xent.data.load_text`."""
     tokens: int = 1024
-    """Positions, N."""
+    """Number of tokens, N."""
     vocab: int = 4096
     """Vocabulary V of 'random' and 'calibrated'."""
     width: int = 64
@@ -46,11 +46,11 @@ class BenchConfig:
     contestants: tuple[str, ...] = ()
     """Names among CONTESTANTS; empty for all. 'dense' always runs, since the others are compared with it."""
     repeats: int = 10
-    """Timed iterations of each."""
+    """Timed iterations of each contestant."""
     warmup: int = 2
     """Untimed iterations before them."""
     patience: float = 60.0
-    """Seconds after which a contestant with 3 timed iterations is not asked again."""
+    """Seconds after which a contestant with 3 timed iterations is not timed any further."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """'cpu' or 'cuda'."""
     threads: int = field(default_factory=torch.get_num_threads)
@@ -69,6 +69,6 @@ class BenchConfig:
 
     @property
     def shape(self) -> str:
-        """The inputs, in a few words."""
+        """A short description of the inputs."""
         chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
         return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"

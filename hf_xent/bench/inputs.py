@@ -1,11 +1,11 @@
-"""What is measured on: real activations before a model's head with that head and next-token labels, or generated ones.
+"""The inputs of a benchmark: hidden states, a head and next-token labels, from a real model or generated.
 
-Real ones come from a model, or from a file that `write_activations` wrote where the model was. Generated ones are
+Real ones come from a model, or from a file that `write_activations` wrote on another machine. Generated ones are
 'calibrated' to a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's
 threshold.
 
-The truth is torch's own cross-entropy and its gradients, in float64 for float32 inputs where that is affordable
-(float32 otherwise), row chunk by row chunk, saved once for all contestants.
+The truth is torch's cross-entropy with its gradients, in float64 for float32 inputs where that is affordable (float32
+otherwise). It is computed in chunks of rows, and saved once for all contestants.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from ..system.files import replace_atomically
 from .calibrated import DEFAULT_LAW, generate
 from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, BenchConfig
 
-BLOCK = 512  # tokens a document block: long enough for realistic contexts
-# Floating-point operations of a float64 truth on a CPU: two minutes on two idle cores. A float32 truth is no judge of
-# float32 contestants: it errs as dense torch does, and only dense torch agrees with it.
+BLOCK = 512  # tokens per block of text: long enough for realistic contexts
+# Floating-point operations of a float64 truth on a CPU: two minutes on two idle cores. A float32 truth cannot
+# judge float32 contestants: it has the errors of dense torch, and only dense torch agrees with it.
 AFFORDABLE = 1e13
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a table says about the inputs."""
+    """The shape, dtype and source of the inputs, as tables show them."""
 
     N: int
     V: int
@@ -60,7 +60,7 @@ class Facts:
 
 
 def prepare(config: BenchConfig, folder: Path) -> Facts:
-    """Inputs and truth as safetensors in `folder`, for the contestants' processes."""
+    """Write inputs and truth as safetensors into `folder`, for the processes of the contestants."""
     dtype = DTYPES[config.dtype]
     tensors, source = _source(config)
     hidden, weight, labels = tensors["hidden"].to(dtype), tensors["weight"].to(dtype), tensors["labels"]
@@ -70,7 +70,7 @@ def prepare(config: BenchConfig, folder: Path) -> Facts:
 
 
 def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[str, Tensor]:
-    """Loss, hidden and weight gradient in float32 on the CPU, from torch in the widest affordable dtype."""
+    """Loss and gradients of hidden and weight in float32 on the CPU, from torch in the widest affordable dtype."""
     N, (V, D) = len(hidden), weight.shape
     affordable = device != "cpu" or 6 * N * V * D <= AFFORDABLE
     dtype = torch.float64 if hidden.dtype == torch.float32 and affordable else torch.float32
@@ -87,7 +87,7 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[s
 
 
 def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
-    """float32 tensors hidden and weight, the labels, and what a table calls them."""
+    """The float32 tensors hidden and weight, the labels, and the name of their source in tables."""
     kind, _, like = config.model.partition(":")
     if config.model == RANDOM:
         return _random(config.tokens, config.vocab, config.width), RANDOM
@@ -108,22 +108,22 @@ def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
 
 
 def activations(config: BenchConfig) -> dict[str, Tensor]:
-    """float32 tensors of the first `tokens` positions; cached for the embedded model, which cannot change."""
+    """float32 tensors of the first `tokens` positions; cached for the packaged model, which cannot change."""
     if config.model != DEFAULT or config.data not in DATASETS:
         return collect(config)
-    # pydoc's wording goes with Python's version
+    # the text of pydoc depends on the version of Python
     name = f"{config.model}-{config.data}-python{platform.python_version()}"
     path = cache_folder() / "bench" / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}.safetensors"
     tensors = load_file(path) if path.is_file() else None
     if tensors is None or len(tensors["labels"]) < config.tokens:
         tensors = collect(config)
-        replace_atomically(path, partial(save_file, tensors))  # another run may be reading
+        replace_atomically(path, partial(save_file, tensors))  # another run may be reading the file
     return {name: x if name == "weight" else x[: config.tokens].clone() for name, x in tensors.items()}
 
 
 @torch.no_grad()
 def collect(config: BenchConfig) -> dict[str, Tensor]:
-    """Hidden states that enter the model's head over text, the head's weight, and each position's next token.
+    """Collect the hidden states that enter the head of a model on a text, the weight of the head, and the next tokens.
 
     The head's bias, scale and softcap are left out: every contestant computes the plain loss of `hidden @ weight.T`.
 
@@ -131,7 +131,7 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
         `hidden` [N, D] and `weight` [V, D] in float32, `labels` [N], on the CPU.
 
     Raises:
-        ValueError: If the model has no output head, or the text fewer positions than `config.tokens`.
+        ValueError: If the model has no output head, or the text has fewer positions than `config.tokens`.
     """
     model, tokenizer = load(config.model, dtype="float32")
     head = model.eval().to(config.device).get_output_embeddings()
@@ -155,7 +155,7 @@ def collect(config: BenchConfig) -> dict[str, Tensor]:
 
 
 def write_activations(config: BenchConfig, path: Path) -> None:
-    """Write real activations to a small file, which `BenchConfig(model=path)` takes where the model cannot be had.
+    """Write real activations to a small file, which `BenchConfig(model=path)` reads on machines without the model.
 
     The head is written as int8 with a scale for each row, hidden states as float16. int8 moves the tail curves of
     SmolLM2 and Gemma by less than 1 %. The model's license applies to the file.
@@ -181,17 +181,17 @@ def write_activations(config: BenchConfig, path: Path) -> None:
 
 
 def read_activations(path: Path, tokens: int) -> tuple[dict[str, Tensor], str]:
-    """Read what `write_activations` wrote.
+    """Read a file that `write_activations` wrote.
 
     Args:
         path: The file.
         tokens: How many positions are read, from the first.
 
     Returns:
-        `hidden` [N, D] and `weight` [V, D] dequantized to float32 and `labels` [N]; and what a table calls them.
+        `hidden` [N, D] and `weight` [V, D] dequantized to float32, `labels` [N]; and the name of their source.
 
     Raises:
-        ValueError: If the file is not whole, holds something else, or has fewer positions.
+        ValueError: If the file is incomplete, holds something else, or has fewer positions.
     """
     try:
         opened = safe_open(path, "pt")

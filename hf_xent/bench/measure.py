@@ -1,10 +1,10 @@
-"""The benchmark: gate first, then one iteration of each contestant in turn.
+"""The benchmark: check the gradients first, then time one iteration of each contestant in turn.
 
-Every contestant has its own process and must pass the gate before it is timed: its gradients' relative errors against
-the truth may be at most twice those of dense torch in the same dtype (or 1e-5, or an approximate contestant's own
-tolerance). Then memory, warm-up, and rounds: in each, the parent asks every contestant for one iteration, so a loaded
-machine slows all alike and the ratios to dense and to the bare matmuls are taken within the round. Where memory is
-short, contestants run in groups, each of which has these two.
+Every contestant has its own process and must pass a gate before it is timed: the relative errors of its gradients may
+be at most twice those of dense torch in the same dtype (or 1e-5, or the tolerance of an approximate contestant). Then
+come memory, warm-up and rounds. In a round the parent requests one iteration of every contestant, so that a loaded
+machine slows all alike, and takes the ratios to dense and to the bare matmuls. Where memory is short, contestants run
+in groups, each of which includes these two.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .inputs import Facts, prepare
 from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
 from .worker import Errors, Failed, Remote
 
-Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
-REFERENCES = (BASE, FLOOR)  # in every group: the others' times are held against theirs
+Report = Callable[[str, int, int], None]  # the current step, steps done, steps in total
+REFERENCES = (BASE, FLOOR)  # in every group: the times of the others are compared with theirs
 PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
 ATOL = 1e-5
 
@@ -36,13 +36,13 @@ def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
 
     Args:
         config: The inputs, the contestants, and how often they run.
-        report: Called as `report(what, steps_done, steps_in_all)` before every step.
+        report: Called as `report(step, steps_done, steps_in_total)` before every step.
 
     Returns:
-        One row for each contestant, in the registry's order. What a contestant raises becomes its row's note.
+        One row for each contestant, in the registry's order. An error of a contestant becomes the note of its row.
 
     Raises:
-        ValueError: For inputs that cannot be had.
+        ValueError: For inputs that cannot be loaded or generated.
     """
     names = [name for name in CONTESTANTS if name == BASE or not config.contestants or name in config.contestants]
     with tempfile.TemporaryDirectory(prefix="hf_xent-bench-") as folder:
@@ -53,13 +53,13 @@ def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
         finally:
             for entry in entries.values():
                 entry.close()
-        where = environment(config.device, config.threads)
-        return [_row(entry, session, where) for entry in entries.values()]
+        measured_on = environment(config.device, config.threads)
+        return [_row(entry, session, measured_on) for entry in entries.values()]
 
 
 @dataclass
 class _Entry:
-    """What is known of a contestant so far."""
+    """The measurements of one contestant so far."""
 
     name: str
     contestant: Contestant
@@ -72,7 +72,7 @@ class _Entry:
     ratios: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REFERENCES})
 
     def stop(self, status: str, note: str) -> None:
-        """Measure it no further: its row has this status and note."""
+        """End the measurement of this contestant; its row has this status and note."""
         self.status, self.note = status, note
         self.close()
 
@@ -83,7 +83,7 @@ class _Entry:
 
 
 class _Session:
-    """One run: its inputs, its tolerances, its order of events."""
+    """One run: its inputs, its tolerances and its steps."""
 
     def __init__(self, config: BenchConfig, folder: Path, names: list[str], report: Report):
         self.config, self.folder, self.report = config, folder, report
@@ -93,16 +93,16 @@ class _Session:
         self.facts: Facts = prepare(config, folder)
         if config.device == "cuda":
             torch.cuda.empty_cache()
-        least = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
-        self.tolerance = {"hidden": least, "weight": least}  # where dense itself cannot run
+        minimum = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
+        self.tolerance = {"hidden": minimum, "weight": minimum}  # used if dense itself cannot run
 
     def step(self, text: str, steps: int = 1) -> None:
-        """Report what is done next, and count its steps as done."""
+        """Report the next step, and count its steps as done."""
         self.report(text, self.done, self.total)
         self.done += steps
 
     def measure(self, entries: dict[str, _Entry]) -> None:
-        """Everything, entry by entry and round by round."""
+        """Measure all entries, group by group."""
         references = [entry for name, entry in entries.items() if name in REFERENCES]
         self.start(references)
         errors = entries[BASE].errors
@@ -119,7 +119,7 @@ class _Session:
         self.report("done", self.total, self.total)
 
     def group_size(self) -> int:
-        """How many contestants fit beside dense: each holds its inputs and, one at a time, gradients and scratch."""
+        """How many contestants fit into memory beside dense: each holds its inputs, and one at a time iterates."""
         free = self.free()
         iteration = 2 * self.facts.weight_bytes + 3 * self.facts.logits_bytes
         return max(1, int((0.8 * free - iteration) // (PROCESS_BYTES + self.facts.weight_bytes)))
@@ -129,7 +129,7 @@ class _Session:
         return torch.cuda.mem_get_info()[0] if self.config.device == "cuda" else psutil.virtual_memory().available
 
     def start(self, group: list[_Entry]) -> None:
-        """Start the processes, all at once; then gate, memory and warm-up one by one."""
+        """Start the processes, all at once; then run gate, warm-up and memory one by one."""
         config = self.config
         for entry in group:
             reason = entry.contestant.available(config.device) or self.too_large(entry.contestant)
@@ -146,12 +146,12 @@ class _Session:
                     entry.stop(FAILED, str(error))
 
     def too_large(self, contestant: Contestant) -> str | None:
-        """Why a dense method is not tried: a process killed for memory may not be the guilty one."""
+        """The reason to skip a dense method: if memory runs out, the system may kill the process of another one."""
         need, free = contestant.logits * self.facts.logits_bytes, self.free()
-        return f"needs about {need >> 30} GiB for the logits, {free >> 30} GiB are free" if need > free else None
+        return f"needs about {need >> 30} GiB for the logits, but {free >> 30} GiB are free" if need > free else None
 
     def gate(self, entry: _Entry, remote: Remote) -> None:
-        """Errors of every setting; the fastest correct one goes on to memory and warm-up."""
+        """Check every setting; the fastest correct one is used, warmed up, and its memory measured."""
         settings = entry.contestant.settings(self.config.device, self.facts.dtype, self.facts.N)
         trials: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
         exempt = entry.name == BASE or not entry.contestant.gated
@@ -162,21 +162,21 @@ class _Session:
             entry.stop(WRONG, label)
             return
         remote.ask("use", settings[label])
-        if trials[label][1] < self.config.patience / 20:  # a longer iteration does not feel the cold
+        if trials[label][1] < self.config.patience / 20:  # a warm-up does not matter for longer iterations
             remote.ask("warm", self.config.warmup)
-        if entry.contestant.gated:  # the floor is there for its time alone
+        if entry.contestant.gated:  # of the floor only the time is measured
             entry.memory = remote.ask("memory")
 
     def passes(self, contestant: Contestant, errors: Errors) -> bool:
-        """Whether both gradients are within the contestant's tolerance; nan is not."""
+        """Whether the errors of both gradients are within the tolerance; NaN is not."""
         return all(errors[name] <= bound for name, bound in self.allowed(contestant).items())
 
     def allowed(self, contestant: Contestant) -> Errors:
-        """The errors its gradients may have: its own tolerance, where that is more than the run's."""
+        """The largest allowed errors of its gradients: its tolerance or that of the run, whichever is larger."""
         return {name: max(bound, contestant.tolerance) for name, bound in self.tolerance.items()}
 
     def rounds(self, group: list[_Entry]) -> None:
-        """Time one iteration of each in every round; the order shifts, so that none always follows the same one."""
+        """Time one iteration of each in every round; the order rotates, so that none always follows the same one."""
         spent = {entry.name: 0.0 for entry in group}
         for number in range(self.config.repeats):
             shift = number % len(group)
@@ -197,11 +197,11 @@ class _Session:
                         entry.ratios[name].append(times[entry.name] / times[name])
 
 
-def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
+def _row(entry: _Entry, session: _Session, measured_on: dict[str, Any]) -> Row:
     facts, errors = session.facts, entry.errors or {}
     median = statistics.median(entry.times) if entry.status == OK and entry.times else None
     memory = entry.memory if entry.status == OK else None
-    ratios = {name: statistics.median(each) for name, each in entry.ratios.items() if each and median is not None}
+    ratios = {name: statistics.median(values) for name, values in entry.ratios.items() if values and median is not None}
     allowed = session.allowed(entry.contestant) if entry.contestant.gated else {}
     return Row(
         contestant=entry.name,
@@ -225,7 +225,7 @@ def _row(entry: _Entry, session: _Session, where: dict[str, Any]) -> Row:
         D=facts.D,
         dtype=session.config.dtype,
         source=facts.source,
-        **where,
+        **measured_on,
     )
 
 

@@ -1,7 +1,7 @@
-"""How many bytes a block of code needs beyond what was there: `PeakMemory`. This file imports neither torch nor numpy.
+"""The additional memory that a block of code needs: `PeakMemory`. This file imports neither torch nor numpy.
 
-CUDA: the allocator's own high-water mark. Linux: the kernel's (VmHWM), reset by writing 5 to /proc/self/clear_refs, so
-that no allocation is missed. Elsewhere: a thread that reads the resident set every millisecond.
+CUDA: the peak that the allocator records. Linux: the peak that the kernel records (VmHWM), reset by writing 5 to
+/proc/self/clear_refs, so that no allocation is missed. Elsewhere: a thread reads the resident set every millisecond.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Context manager; after the block, `peak` is the most memory in use, `extra` what of it came on top, in bytes.
+    """Context manager; after the block, `peak` is the peak memory in use, `extra` its increase from the start, bytes.
 
         with PeakMemory() as memory:
             loss.backward()
         print(memory.extra >> 20, "MiB")
 
-    What the block leaves allocated counts: subtract it for the transient part alone.
+    Memory that the block leaves allocated counts: subtract it to get the transient part.
 
     Args:
-        device: As torch takes it. Any device but CUDA means the memory of this process, other threads' included.
+        device: A device or its name, as in torch. For all but CUDA, the memory of this process with all threads counts.
     """
 
     def __init__(self, device: Any = "cpu"):
@@ -59,14 +59,14 @@ def _meter(device: str) -> _Meter:
         return _Cuda(device)
     try:
         CLEAR_REFS.write_text("5")
-    except OSError:  # no Linux, or a sandbox that forbids it
+    except OSError:  # not Linux, or a sandbox that forbids it
         return _Sampler()
     return _Kernel()
 
 
 class _Cuda:
     def __init__(self, device: str):
-        import torch  # whoever measures a CUDA device has it loaded
+        import torch  # lazy: a measurement on CUDA has it loaded anyway
 
         self.cuda, self.device = torch.cuda, device
 
@@ -84,7 +84,7 @@ class _Kernel:
     def start(self) -> int:
         _trim()
         CLEAR_REFS.write_text("5")
-        return self.stop()  # the mark itself, not VmRSS: both ends from one counter
+        return self.stop()  # VmHWM and not VmRSS, so that both readings come from one counter
 
     def stop(self) -> int:
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
@@ -113,13 +113,13 @@ class _Sampler:
 
 
 def _trim() -> None:
-    """Give freed heap back, so that an allocation served from it is seen as growth (glibc alone has this call)."""
+    """Return freed heap to the system, so that later allocations count as growth (only glibc has this call)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def return_large_blocks(threshold: int = 1 << 20) -> None:
-    """From now on, freed blocks of more than `threshold` bytes go back to the system (glibc alone has this call).
+    """From now on, return freed blocks of more than `threshold` bytes to the system (only glibc has this call).
 
     By default glibc may keep freed blocks of up to 32 MiB in its heap, where the gaps between those still in use count
     as memory of the process; with activation checkpointing they can outweigh all activations.

@@ -1,4 +1,4 @@
-"""What readers see of the rows: a page for each device, and the table of the README, made from the CSV files alone."""
+"""Pages of results: one page for each device and the table of the README, generated from the CSV files."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ def markdown(rows: Iterable[Row]) -> str:
 def update_readme(readme: Path, folder: Path) -> None:
     """Put the table of the results in `folder` between the two markers of a README.
 
-    Its links are relative; where those of the old table were absolute, which PyPI needs, they stay below that address.
+    Links to the pages are relative, or absolute if those of the old table were: PyPI needs absolute links.
 
     Raises:
-        ValueError: There is no such file, no markers in it, or no results of a real model.
+        ValueError: If the file does not exist or has no markers, or there are no results of a real model.
     """
     if not readme.is_file():
-        raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table shall be")
-    head, opened, rest = readme.read_text(encoding="utf-8").partition(OPEN)
-    old, closed, tail = rest.partition(CLOSE)
+        raise ValueError(f"{readme} does not exist: name a file that has {OPEN} and {CLOSE} where the table belongs")
+    head, opened, remainder = readme.read_text(encoding="utf-8").partition(OPEN)
+    old, closed, tail = remainder.partition(CLOSE)
     if not (opened and closed):
-        raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where it shall be")
+        raise ValueError(f"{readme} has no table to replace: put {OPEN} and {CLOSE} where the table belongs")
     absolute = re.search(r"\]\((https?://\S+)/[^/)]+\.md\)", old)
     pages = absolute[1] if absolute else Path(os.path.relpath(folder, readme.parent)).as_posix()
     rows = [row for path in sorted(folder.glob("*.csv")) for row in from_csv(path)]
@@ -80,7 +80,7 @@ def update_readme(readme: Path, folder: Path) -> None:
 
 
 def summary(rows: Iterable[Row], pages: str) -> str:
-    """The README's table, with the rule that selects its rows; `pages` is where it links to."""
+    """The README's table, with the rule that selects its rows; `pages` is the address of the pages that it links to."""
     sections = largest(rows)
     if not sections:
         raise ValueError("no results of a real model: run `hf-xent bench` first, without --model random")
@@ -91,7 +91,7 @@ def summary(rows: Iterable[Row], pages: str) -> str:
 
 
 def largest(rows: Iterable[Row]) -> list[list[Row]]:
-    """What the README shows: of each device and dtype, the rows of a real model's largest inputs, N * V, that ran."""
+    """The rows of the README: for each device and dtype, those of the largest inputs (N * V) of a real model."""
     sections: dict[tuple[str, int], dict[tuple[object, ...], list[Row]]] = {}
     for row in _ordered(rows):
         if row.real and row.dtype in README_DTYPES and row.status in (OK, WRONG):
@@ -106,7 +106,7 @@ def _size(group: list[Row]) -> tuple[int, ...]:
 
 
 def _ordered(rows: Iterable[Row]) -> list[Row]:
-    """In the registry's order, whenever measured; contestants it no longer has come last."""
+    """The rows in the order of CONTESTANTS; contestants that it no longer has come last."""
     order = {name: index for index, name in enumerate(CONTESTANTS)}
     return sorted(rows, key=lambda row: order.get(row.contestant, len(order)))
 
@@ -119,16 +119,16 @@ def _title(row: Row) -> str:
 
 
 def _legend(rows: Iterable[Row]) -> str:
-    """What the contestants are, in a sentence."""
+    """A sentence that describes the contestants of the rows."""
     names = dict.fromkeys(row.contestant for row in rows)
     known = [f"*{name}*: {CONTESTANTS[name].about}" for name in names if name in CONTESTANTS]
     return "; ".join(known) + "."
 
 
 def _section(row: Row, pages: str) -> list[str]:
-    """The line above those of one input: which input, a cell a fact."""
-    where = f"[{row.device}]({pages}/{stem(row.device)}.md): {row.source}"
-    facts = (where, f"N={row.N}", f"V={row.V}", f"D={row.D}", row.dtype, f"{row.threads} threads")
+    """The line above the rows of one input, with a cell for each fact about it."""
+    device = f"[{row.device}]({pages}/{stem(row.device)}.md): {row.source}"
+    facts = (device, f"N={row.N}", f"V={row.V}", f"D={row.D}", row.dtype, f"{row.threads} threads")
     return [f"*{fact}*" for fact in facts]
 
 

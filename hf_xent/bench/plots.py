@@ -1,4 +1,4 @@
-"""Time and memory against the number of tokens and against the vocabulary, as PNG."""
+"""Plots of time and memory against the number of tokens and against the vocabulary, as PNG."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def draw(rows: Iterable[Row], target: Path) -> list[Path]:
 
 
 def longest(rows: Iterable[Row], axis: str) -> list[Row]:
-    """The rows that differ in `axis` alone and take the most values there; none where nothing takes two.
+    """The rows that differ only in `axis` and have the most values there; empty if there are fewer than two values.
 
-    Of several, real inputs before made-up ones, then the largest.
+    Among equally long series, real inputs are preferred to generated ones, then the largest shape.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -47,7 +47,7 @@ def _figure(series: list[Row], axis: str, path: Path) -> Path:
     for panel, (field, (title, unit)) in zip(axes, PANELS.items(), strict=True):
         _panel(panel, series, axis, field)
         panel.set(xlabel=AXES[axis][1], ylabel=unit, title=title)
-    # the left panel has everyone: the floor has a time and no memory
+    # the left panel shows all contestants: the floor has a time, but no memory
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     row = series[0]
     fixed = f"V={row.V}" if axis == "N" else f"N={row.N}"
@@ -56,12 +56,12 @@ def _figure(series: list[Row], axis: str, path: Path) -> Path:
 
 
 def _panel(panel: Any, series: list[Row], axis: str, field: str) -> None:
-    """A line a contestant on logarithmic axes, over a guide of slope 1."""
+    """Draw a line for each contestant on logarithmic axes, above a guide of slope 1."""
     values = sorted({getattr(row, axis) for row in series})
     lowest = []
     for name in dict.fromkeys(row.contestant for row in series):
         points = [(getattr(row, axis), getattr(row, field)) for row in series if row.contestant == name]
-        points = [(x, y) for x, y in points if y]  # a logarithm has no place for what needs nothing
+        points = [(x, y) for x, y in points if y]  # logarithmic axes cannot show 0
         if points:
             panel.plot(*zip(*points, strict=True), label=name, markersize=4, **_style(name))
             lowest.append(min(y * values[0] / x for x, y in points))
@@ -78,7 +78,7 @@ def _panel(panel: Any, series: list[Row], axis: str, field: str) -> None:
 
 
 def _style(name: str) -> dict[str, Any]:
-    """The same look for a contestant in every figure: ours warm and thick."""
+    """The style of a contestant, the same in every figure; ours have warm colors and thick lines."""
     ours = name.startswith("hf_xent")
     family = [other for other in CONTESTANTS if other.startswith("hf_xent") == ours]
     index = family.index(name) if name in family else len(family)

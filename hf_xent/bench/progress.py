@@ -13,7 +13,7 @@ from .measure import Report
 
 @contextmanager
 def progress(title: str = "") -> Iterator[Report]:
-    """A bar for the time of the block: `with progress("first of two") as report: rows = run(config, report)`."""
+    """Show a progress bar during the block: `with progress("first of two") as report: rows = run(config, report)`."""
     texts = (TextColumn(title, markup=False), TextColumn("{task.description:<40.40}"))
     columns = (*texts, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:

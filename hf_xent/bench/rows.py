@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "trl", "triton", "hf_xent")
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant on one input. Numbers are None where there is none: 'wrong' has no time, 'absent' nothing."""
+    """One contestant on one input. Missing numbers are None: 'wrong' has no time, 'absent' no number."""
 
     contestant: str
     status: str
@@ -50,11 +50,11 @@ class Row:
     weight_error: float | None = None
     """Relative error of the weight gradient, Frobenius norm."""
     hidden_tolerance: float | None = None
-    """What the gate allowed `hidden_error` to be."""
+    """The largest `hidden_error` that the gate allowed."""
     weight_tolerance: float | None = None
-    """What the gate allowed `weight_error` to be."""
+    """The largest `weight_error` that the gate allowed."""
     note: str = ""
-    """The chosen setting, or why there are no numbers."""
+    """The chosen setting, or the reason for missing numbers."""
     N: int = 0
     V: int = 0
     D: int = 0
@@ -72,17 +72,17 @@ class Row:
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """What contestants that can be compared share."""
+        """The fields that rows must share to be compared."""
         return (self.source, self.N, self.V, self.D, self.dtype, self.device, self.threads)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a newer row must share with an older one to replace it."""
+        """The fields that a newer row must share with an older one to replace it."""
         return (self.contestant, *self.inputs)
 
     @property
     def real(self) -> bool:
-        """Whether the inputs are a model's."""
+        """Whether the inputs come from a model, and are not generated."""
         return not shaped(self.source)
 
 
@@ -101,23 +101,23 @@ def device_name(device: str) -> str:
 
 
 def to_csv(rows: Iterable[Row], folder: Path | str) -> list[Path]:
-    """Write rows into the CSV files of their devices; earlier rows stay unless measured again.
+    """Write rows into the CSV files of their devices; earlier rows are kept unless they were measured again.
 
     Args:
-        rows: Rows of any devices.
+        rows: Rows of one or more devices.
         folder: The folder of the files, `<device>.csv`.
 
     Returns:
         The paths of the files.
 
     Raises:
-        ValueError: If such a file is there and holds no benchmark results.
+        ValueError: If such a file exists but holds no benchmark results.
     """
     return [_write_csv(path, merged) for path, merged in _files(rows, Path(folder)).items()]
 
 
 def stem(device: str) -> str:
-    """The name of a device's files, without what follows the dot."""
+    """The name of a device's files without their suffix."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
@@ -136,7 +136,7 @@ def from_csv(path: Path | str) -> list[Row]:
 
 
 def _files(rows: Iterable[Row], folder: Path) -> dict[Path, list[Row]]:
-    """Path of a CSV file -> the rows it shall hold: those it has, each replaced by its newer measurement."""
+    """Path of a CSV file -> the rows to write: the existing ones, or their newer measurements, and new ones."""
     files: dict[Path, dict[tuple[Any, ...], Row]] = {}
     for row in rows:
         path = folder / f"{stem(row.device)}.csv"
@@ -153,7 +153,7 @@ def _write_csv(path: Path, rows: list[Row]) -> Path:
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
 
-    return replace_atomically(path, write)  # a sweep that is stopped here loses nothing
+    return replace_atomically(path, write)  # if a sweep is interrupted here, no row is lost
 
 
 def _parse(text: str, kind: str) -> Any:
@@ -170,12 +170,12 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The commit of the source tree, '+' appended where it was edited since; '' for an installed package."""
+    """The commit of the source tree, with '+' if the files differ from it; '' for an installed package."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        process = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=True)
+        return process.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != package.parent:

@@ -1,4 +1,4 @@
-"""A sweep: the runs of several shapes and dtypes, from comma-separated lists."""
+"""Sweeps: the configs of several shapes and dtypes, from comma-separated lists."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from .config import SHAPED, BenchConfig, shaped
 
 
 def sweep(tokens: str, vocab: str | None, dtype: str, **same: Any) -> list[BenchConfig]:
-    """Every combination of comma-separated lists; all are checked before the first runs.
+    """Configs of all combinations of comma-separated lists; all are checked before the first one runs.
 
     Args:
         tokens: Numbers of tokens, as in '512,1024'.
         vocab: Vocabularies of 'calibrated' or 'random' inputs; None for the default one.
         dtype: Names of dtypes.
-        same: The options of `BenchConfig` that all share.
+        same: The other options of `BenchConfig`, which all configs share.
 
     Returns:
         The configs, by dtype, then by vocabulary, then by tokens.
 
     Raises:
-        ValueError: For what is no list of whole numbers, and for vocabularies of a model that has its own.
+        ValueError: If `tokens` or `vocab` is not a list of whole numbers, or `vocab` is given for a real model.
     """
     model = same.get("model", BenchConfig.model)
     if vocab is not None and not shaped(model):

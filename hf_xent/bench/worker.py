@@ -1,7 +1,7 @@
-"""A contestant's own process: `serve` runs in it, `Remote` is the parent's handle on it.
+"""The process of a contestant: `serve` runs in it, and `Remote` is the handle of the parent process.
 
-Separate processes keep allocators, compilers and libraries of one contestant out of another's numbers; the parent asks
-for one iteration at a time, so that what else happens on the machine meets all alike.
+In separate processes, allocators, compilers and libraries of one contestant do not affect another. The parent requests
+one iteration at a time, so that other load on the machine slows all alike.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from .memory import PeakMemory
 
 LOG = logging.getLogger(__name__)
 Errors = dict[str, float]  # relative to the truth: loss, hidden (its gradient), weight (its gradient)
-
-
 SMALL = 32 << 20  # bytes of inputs below which an iteration takes milliseconds
 
 
@@ -35,7 +33,7 @@ class Failed(RuntimeError):
 
 
 class Remote:
-    """The parent's handle: `ask(method)` waits for the answer, or raises Failed with the contestant's reason."""
+    """The handle of the parent: `ask(method)` waits for the answer, or raises Failed with the contestant's error."""
 
     def __init__(self, name: str, contestant: Contestant, folder: Path, device: str, threads: int):
         self.name, self.contestant = name, contestant
@@ -44,7 +42,7 @@ class Remote:
             self.worker = Worker(f"bench {name}", serve, contestant, folder, device, threads)
 
     def ask(self, method: str, *args: Any) -> Any:
-        """The answer to 'check', 'use', 'warm', 'time' or 'memory', as methods of `_Job` give it."""
+        """The result of a method of `_Job`: 'check', 'use', 'warm', 'time' or 'memory'."""
         try:
             self.worker.send((method, args))
             succeeded, answer = self.worker.receive()
@@ -61,10 +59,10 @@ class Remote:
 
 @contextmanager
 def _environment(**defaults: str) -> Iterator[None]:
-    """Variables that the processes started in the block inherit, unless the user has set them.
+    """Set environment variables for the processes started in the block, unless the user has set them.
 
-    OpenMP's waiting threads spin for some milliseconds by default, as users have it; on cores shared with anything else
-    they keep the working thread of another process from running, and iterations of milliseconds take ten times as long.
+    By default, waiting threads of OpenMP spin for some milliseconds. On shared cores this keeps the working thread of
+    another process from running, and iterations of milliseconds take ten times as long.
     """
     added = [name for name in defaults if name not in os.environ]
     os.environ.update({name: defaults[name] for name in added})
@@ -87,25 +85,25 @@ def serve(pipe: Connection, contestant: Contestant, folder: Path, device: str, t
         try:
             job = job or _Job(contestant, folder, device)
             pipe.send((True, getattr(job, method)(*args)))
-        except Exception as error:  # whatever a contestant raises becomes its row's note
+        except Exception as error:  # any error of a contestant becomes the note of its row
             LOG.debug("%s failed", method, exc_info=True)
             text = str(error).strip().split("\n")[0]
             pipe.send((False, f"{type(error).__name__}: {text}"[:200]))
 
 
 class _Job:
-    """One contestant over its own copy of the inputs. Gradients are dropped after every answer."""
+    """One contestant with its own copy of the inputs. Gradients are deleted after every answer."""
 
     def __init__(self, contestant: Contestant, folder: Path, device: str):
         self.contestant, self.folder, self.device = contestant, folder, device
-        # cloned: safetensors maps files lazily, and page faults must not count as the contestant's time or memory
+        # copied: safetensors maps files lazily, and page faults must not count as time or memory of the contestant
         inputs = {name: x.to(device, copy=True) for name, x in load_file(folder / "inputs.safetensors").items()}
         self.labels = inputs["labels"]
         self.hidden, self.weight = inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()
         self.setting: dict[str, Any] = {}
 
     def check(self, settings: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Errors, float]]:
-        """Errors and seconds of every setting; where there is a choice, the best of two warm iterations counts."""
+        """Errors and seconds of every setting; of several settings, each has the faster of two warm iterations."""
         truth = load_file(self.folder / "truth.safetensors", device=self.device) if self.contestant.gated else {}
         checked = {}
         for label, setting in settings.items():
@@ -118,11 +116,11 @@ class _Job:
         return checked
 
     def use(self, setting: dict[str, Any]) -> None:
-        """The setting of all iterations from here."""
+        """Use a setting in all iterations from now on."""
         self.setting = setting
 
     def warm(self, iterations: int) -> None:
-        """Iterations that nobody times."""
+        """Run iterations without returning their times."""
         for _ in range(iterations):
             self._timed()
         self._drop()
@@ -130,7 +128,7 @@ class _Job:
     def time(self) -> float:
         """Seconds of one iteration."""
         if self.device == "cuda":
-            self._timed()  # the allocator's pool was handed back to the others: fill it again, and wake the clocks
+            self._timed()  # refill the allocator's pool, which was freed for the others, and raise the clock rate
         seconds, _ = self._timed()
         self._drop()
         return seconds
@@ -169,7 +167,7 @@ class _Job:
 
 
 def _error(result: torch.Tensor | None, truth: torch.Tensor) -> float:
-    """Relative error in the Frobenius norm; a missing gradient is all wrong."""
+    """Relative error in the Frobenius norm; infinite for a missing gradient."""
     if result is None or result.shape != truth.shape:
         return math.inf
     norm = torch.linalg.vector_norm
