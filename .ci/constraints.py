@@ -1,7 +1,7 @@
 """Renew a file of constraints from `pip freeze` on standard input: `pip freeze | python .ci/constraints.py FILE`.
 
-Sections, comments and order stay. A pin takes the version that is installed and goes where nothing is installed under
-its name; what is new joins the last section, which is in alphabetical order.
+Sections, comments and order stay. A pin gets the installed version, and is removed if the package is not installed;
+new packages are added to the last section, which is in alphabetical order.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import sys
 from pathlib import Path
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;#]+)")
-OF_ANOTHER_BUILD = ("nvidia-", "cuda-")  # what torch with CUDA asks for by exact version itself
+OF_ANOTHER_BUILD = ("nvidia-", "cuda-")  # torch with CUDA requires their exact versions itself
 
 
 def canonical(name: str) -> str:
-    """A project's name as indexes compare it."""
+    """The normalized name of a project, as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pins(text: str) -> dict[str, tuple[str, str]]:
-    """Canonical name -> (name, version), the version without its build: 2.13.0+cpu is 2.13.0."""
+    """Canonical name -> (name, version), the version without its local part: 2.13.0+cpu is 2.13.0."""
     matches = filter(None, map(PIN.match, text.splitlines()))
-    found = {canonical(name): (name, version.partition("+")[0]) for name, version in (m.groups() for m in matches)}
-    return {key: pin for key, pin in found.items() if not key.startswith(OF_ANOTHER_BUILD)}
+    versions = {canonical(name): (name, version.partition("+")[0]) for name, version in (m.groups() for m in matches)}
+    return {key: pin for key, pin in versions.items() if not key.startswith(OF_ANOTHER_BUILD)}
 
 
 def renewed(text: str, freeze: str) -> str:
-    """The file with the versions of `pip freeze`."""
+    """The text of the file with the versions of `pip freeze`."""
     installed = pins(freeze)
     lines = []
     for line in text.splitlines():

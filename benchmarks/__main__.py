@@ -1,4 +1,4 @@
-"""`python -m benchmarks`, in the repository's root: measurements that `hf-xent bench` leaves out, and their pages."""
+"""`python -m benchmarks`, run in the root of the repository: measurements beyond `hf-xent bench`, and their pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def curves(
     data: Text = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens.", min=max(tails.CHUNKS))] = 2044,
 ) -> None:
-    """Measure the tail curves of the packaged models that `calibrated` inputs are held to."""
+    """Measure the tail curves of the packaged models, to which `calibrated` inputs are fitted."""
     configs = {name: BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED}
     entries = {name: tails.measure(name, data, inputs.activations(config)) for name, config in configs.items()}
     output.write_text(tails.text(entries) + "\n", encoding="utf-8")
@@ -37,7 +37,7 @@ def tail(
     data: Text = "pydoc",
     tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 1024,
 ) -> None:
-    """Measure the gradient error of the sparse tail on the packaged models, beside dropping and bfloat16 rounding."""
+    """Compare the gradient error of the sparse tail on the packaged models with dropping the tail and with bfloat16."""
     configs = [BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED]
     output.write_text(compression.page(configs), encoding="utf-8")
     print(f"written: {output}")
@@ -51,8 +51,8 @@ def costs(
     tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 512,
     repeats: Annotated[int, Option(help="Rounds.", min=1)] = 5,
 ) -> None:
-    """Measure what EMO, NoiseFiT and other objectives cost beside cross-entropy, in time and memory."""
-    from benchmarks import objectives  # lazy: trainers load transformers' Trainer, and what that loads
+    """Measure the time and memory of EMO, NoiseFiT and other objectives relative to cross-entropy."""
+    from benchmarks import objectives  # lazy: trainers import transformers' Trainer with its dependencies
 
     config = BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu")
     output.write_text(objectives.page(config), encoding="utf-8")
@@ -64,10 +64,10 @@ def dpo_step(
     model: Model = "smollm2",
     pairs: Annotated[int, Option(help="Pairs in the batch.", min=1)] = 8,
     tokens: Annotated[int, Option(help="Tokens of prompt and answer.", min=2)] = 256,
-    prompt: Annotated[int, Option(help="How many of these tokens are the prompt's.", min=1)] = 64,
+    prompt: Annotated[int, Option(help="How many of these tokens belong to the prompt.", min=1)] = 64,
     rounds: Annotated[int, Option(help="Timed steps of each side.", min=1)] = 5,
 ) -> None:
-    """Measure memory and time of one DPO step, TRL's own and the patched trainer's, each in its own process."""
+    """Measure memory and time of one DPO step of TRL's trainer and of the patched one, each in its own process."""
     print(dpo.table(dpo.run(dpo.Shape(model, pairs, tokens, prompt), rounds)))
 
 

@@ -1,4 +1,4 @@
-"""What the sparse tail does to a gradient, measured: beside dropping the same columns, and beside bfloat16 rounding."""
+"""Gradient errors of the sparse tail, compared with those of dropping the same columns and of bfloat16 rounding."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ COLUMNS = (
 
 def page(configs: list[BenchConfig]) -> str:
     """A Markdown page with one table for each config's activations."""
-    where = environment("cpu", torch.get_num_threads())
-    facts = ", ".join(f"{name} {where[name]}" for name in PACKAGES if where[name])
-    facts = f"{facts}, commit {where['commit']}, {where['date'][:10]}"
+    measured_on = environment("cpu", torch.get_num_threads())
+    facts = ", ".join(f"{name} {measured_on[name]}" for name in PACKAGES if measured_on[name])
+    facts = f"{facts}, commit {measured_on['commit']}, {measured_on['date'][:10]}"
     parts = [PAGE.format(facts=facts, tokens=configs[0].tokens)]
     for config in configs:
         tensors, source = activations(config), f"{config.model} on {config.data}"
@@ -58,12 +58,12 @@ def page(configs: list[BenchConfig]) -> str:
 
 
 def _lines(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
-    every = torch.arange(len(weight))
-    exact = _dense(hidden, weight, labels, every)
+    all_columns = torch.arange(len(weight))
+    exact = _dense(hidden, weight, labels, all_columns)
     problem = Problem(hidden, Head(weight), labels, frozenset({"lse", "target"}), memory_budget=256 << 20)
-    one = torch.ones(len(labels))
+    ones = torch.ones(len(labels))
     survey = chunked.survey(
-        problem, lambda rows, values: {"lse": one[rows], "target": -one[rows]}, [slice(0, len(labels))]
+        problem, lambda rows, values: {"lse": ones[rows], "target": -ones[rows]}, [slice(0, len(labels))]
     )
     lines = []
     for tail in TAILS:
@@ -83,15 +83,15 @@ def _lines(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[str]:
 
 @torch.no_grad()
 def _dense(hidden: Tensor, weight: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of dense torch that see the columns `kept` alone."""
+    """Gradients of dense torch to which only the columns `kept` contribute."""
     dh, dw = torch.empty_like(hidden), torch.zeros_like(weight)
-    inside = torch.zeros(len(weight), dtype=torch.bool)
-    inside[kept] = True
+    is_kept = torch.zeros(len(weight), dtype=torch.bool)
+    is_kept[kept] = True
     for i in range(0, len(hidden), CHUNK):
         h, y = hidden[i : i + CHUNK], labels[i : i + CHUNK]
         dz = F.linear(h, weight).softmax(-1)
         dz[torch.arange(len(y)), y] -= 1
-        dz.mul_(inside).div_(len(labels))
+        dz.mul_(is_kept).div_(len(labels))
         dh[i : i + CHUNK] = dz @ weight
         dw.addmm_(dz.T, h)
     return dh, dw
@@ -107,8 +107,11 @@ def _line(
     cells = [name, f"{columns:.1%}"]
     for i, truth in enumerate(exact):
         error = _error(gradients[i], truth)
-        worse = None if dropped is None else _error(dropped[i], truth)
-        cells += [f"{error:.1e}", *(("", "") if worse is None else (f"{worse:.1e}", f"{worse / error:.1f}"))]
+        dropped_error = None if dropped is None else _error(dropped[i], truth)
+        cells += [
+            f"{error:.1e}",
+            *(("", "") if dropped_error is None else (f"{dropped_error:.1e}", f"{dropped_error / error:.1f}")),
+        ]
     tokens = (gradients[0] - exact[0]).norm(dim=-1) / exact[0].norm(dim=-1)
     return f"| {' | '.join([*cells, f'{tokens.median():.1e}', f'{tokens.max():.1e}'])} |\n"
 

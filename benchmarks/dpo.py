@@ -1,9 +1,9 @@
-"""One DPO step, TRL's own against the same step without logits: `python -m benchmarks dpo`.
+"""One DPO step of TRL compared with the same step without logits: `python -m benchmarks dpo`.
 
 Each side has its own process, a policy and a reference model in float32, and one batch of real text: forward of both
-models, loss, backward. The first step of each is its warm-up and gives its memory (what the step adds to the two
-models, the gradients included); then the parent asks for one step of each in turn, so that what else happens on the
-machine meets both alike, and the time is the median of the ratios within a round. Loss and gradient norm must agree.
+models, loss, backward. The first step of each side is its warm-up, in which its memory is measured (the increase over
+the two models, with the gradients). Then the parent requests one step of each in turn, so that other load on the
+machine slows both alike, and takes the median of the ratios within a round. Loss and gradient norm must agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_xent.system.processes import Worker
 
 SIDES = ("TRL", "hf_xent")
 REMEDY = "try fewer pairs"
-RTOL = 1e-3  # float32 sums of thousands of log-probabilities, in another order
+RTOL = 1e-3  # float32 sums of thousands of log-probabilities in different orders
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Step:
 
 
 def run(shape: Shape, rounds: int) -> dict[str, list[Step]]:
-    """The warm-up and `rounds` timed steps of both sides. Raises: RuntimeError if they do not agree."""
+    """Run a warm-up and `rounds` timed steps of both sides. Raises: RuntimeError if they do not agree."""
     threads = torch.get_num_threads()
     workers = {side: Worker(f"the run of {side}", _serve, side, shape, threads, remedy=REMEDY) for side in SIDES}
     steps: dict[str, list[Step]] = {side: [] for side in SIDES}
@@ -71,7 +71,7 @@ def _check_agreement(ours: Step, stock: Step) -> None:
 
 
 def table(measured: dict[str, list[Step]]) -> str:
-    """Markdown: memory of the first step, times of the others, and the ratios to TRL."""
+    """A Markdown table: memory of the first step, times of the others, and the ratios to TRL."""
     lines = ["| | extra memory, MiB | seconds a step | memory / TRL | time / TRL |", "|---|---|---|---|---|"]
     base = measured["TRL"]
     for side, steps in measured.items():
@@ -109,16 +109,16 @@ def _trainer(side: str, name: str, folder: str) -> Any:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.mul_(1.01)
-    kind, config = (DPOTrainer, DPOConfig) if side == "TRL" else (SPCETrainer, SPCEConfig)
-    arguments = config(output_dir=folder, report_to="none", use_cpu=True, bf16=False)
+    trainer_class, config_class = (DPOTrainer, DPOConfig) if side == "TRL" else (SPCETrainer, SPCEConfig)
+    arguments = config_class(output_dir=folder, report_to="none", use_cpu=True, bf16=False)
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    trainer = kind(model, reference, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    trainer.current_gradient_accumulation_steps = 1  # set by `train`, which is not called
+    trainer = trainer_class(model, reference, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps = 1  # usually set by `train`, which is not called
     return trainer
 
 
 def _batch(shape: Shape) -> dict[str, torch.Tensor]:
-    """Pairs of real text, chosen answers first; both answers of a pair have the same prompt."""
+    """A batch of pairs of real text, chosen answers first; both answers of a pair have the same prompt."""
     _, tokenizer = loading.load(shape.model)
     blocks = data.pack(data.load_text("pydoc", split="train[:30%]"), tokenizer, block_size=shape.tokens)
     ids = torch.tensor(blocks["input_ids"][: 2 * shape.pairs])

@@ -1,9 +1,9 @@
-"""What training objectives cost beside cross-entropy: time and memory of a loss and its gradients, on real activations.
+"""Time and memory of training objectives relative to cross-entropy, for a loss and its gradients on real activations.
 
 Two tables: the head alone (loss, gradients of hidden states and of the head's weight), and whole training steps of the
 model. In each round every objective runs once, all in one process, so that a loaded machine slows all alike; times are
-medians of ratios to cross-entropy's within a round. Memory is what a run needs beyond what was there: for the head
-without its gradients, for steps with everything the objective keeps (EMO's frozen cost).
+medians of the ratios to cross-entropy within a round. Memory is the increase during a run: for the head without its
+gradients, for training steps with everything that the objective keeps (such as the frozen cost of EMO).
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as
 
 @dataclass
 class Cost:
-    """What one objective took, a number for each round."""
+    """The cost of one objective, with one number for each round."""
 
-    ratios: list[float] = field(default_factory=list)  # of times, to cross-entropy's in the same round
+    ratios: list[float] = field(default_factory=list)  # of its time to that of cross-entropy in the same round
     sizes: list[int] = field(default_factory=list)  # bytes
 
     @property
     def time(self) -> float:
-        """The median ratio."""
+        """The median of the ratios."""
         return statistics.median(self.ratios)
 
     @property
     def memory(self) -> int:
-        """The least size: what the allocator happens to keep only adds."""
+        """The smallest size, since memory that the allocator happens to keep only adds to it."""
         return min(self.sizes)
 
 
@@ -81,32 +81,32 @@ def page(config: BenchConfig) -> str:
     hidden, weight, labels = (tensors[name] for name in ("hidden", "weight", "labels"))
     head = run_rounds(head_measures(hidden, weight, labels), config.repeats)
     steps = run_rounds(step_measures(config), config.repeats)
-    where = environment("cpu", torch.get_num_threads())
-    facts = ", ".join(f"{name} {where[name]}" for name in PACKAGES if where[name])
-    whole = steps[BASE].memory or float("nan")  # of a model so small that its step shows in no measurement
+    measured_on = environment("cpu", torch.get_num_threads())
+    facts = ", ".join(f"{name} {measured_on[name]}" for name in PACKAGES if measured_on[name])
+    base_memory = steps[BASE].memory or float("nan")  # NaN for a model too small to measure
     return PAGE.format(
-        facts=f"{where['device']}, {facts}, commit {where['commit']}, {where['date'][:10]}",
+        facts=f"{measured_on['device']}, {facts}, commit {measured_on['commit']}, {measured_on['date'][:10]}",
         source=f"{config.model} on {config.data}: V={len(weight)}, D={weight.shape[1]}",
         tokens=len(labels),
-        threads=where["threads"],
+        threads=measured_on["threads"],
         repeats=config.repeats,
         logits=3 * len(labels) * len(weight) * 4 / 2**20,
         weight=weight.nbytes / 2**20,
         head="".join(f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} |\n" for name, cost in head.items()),
         steps="".join(
-            f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} | {cost.memory / whole:.2f} |\n"
+            f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} | {cost.memory / base_memory:.2f} |\n"
             for name, cost in steps.items()
         ),
     )
 
 
 def run_rounds(measures: dict[str, Measure], rounds: int) -> dict[str, Cost]:
-    """Costs of all in `rounds` rounds, after one that does not count."""
+    """Costs of all objectives in `rounds` rounds, after one warm-up round."""
     costs = {name: Cost() for name in measures}
     for number in range(rounds + 1):
-        round_ = {name: measure() for name, measure in measures.items()}
-        for name, (seconds, size) in round_.items() if number else ():
-            costs[name].ratios.append(seconds / round_[BASE][0])
+        measured = {name: measure() for name, measure in measures.items()}
+        for name, (seconds, size) in measured.items() if number else ():
+            costs[name].ratios.append(seconds / measured[BASE][0])
             costs[name].sizes.append(size)
     return costs
 
@@ -122,20 +122,20 @@ def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, M
             seconds = perf_counter() - started
         return seconds, max(0, memory.extra - sum(x.grad.nbytes for x in (h, w) if x.grad is not None))
 
-    def noisefit(h: Tensor, head: Head) -> Tensor:  # with the authors' weights
+    def noisefit(h: Tensor, head: Head) -> Tensor:  # with the weights of its authors
         passes = [(part, head) for part in h.chunk(3)]
         soft, consistency = disagreement(passes, labels)
         return 0.5 * CrossEntropy()(*passes[0], labels) + (0.5 * soft + 0.1 * consistency).mean()
 
-    def of(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Measure]:
+    def measures_of(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Measure]:
         return {name: lambda: run(loss, hidden), FROZEN.format(name): lambda: run(loss, hidden, trains=False)}
 
     measures: dict[str, Measure] = {}
     for name, loss in OBJECTIVES.items():
         bound = loss.bind(weight)
-        measures |= of(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
+        measures |= measures_of(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
     noise = 0.01 * hidden.std() * torch.randn(2, *hidden.shape, generator=torch.Generator().manual_seed(0))
-    return measures | of(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
+    return measures | measures_of(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
 
 
 def step_measures(config: BenchConfig) -> dict[str, Measure]:
@@ -146,7 +146,7 @@ def step_measures(config: BenchConfig) -> dict[str, Measure]:
     ids = torch.tensor(blocks[: max(1, config.tokens // 256)]["input_ids"])
 
     def run(loss: Loss) -> tuple[float, int]:
-        with PeakMemory() as memory, patched(model, loss):  # in this order, since what a patch freezes counts
+        with PeakMemory() as memory, patched(model, loss):  # in this order, since tensors that a patch freezes count
             started = perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()
             seconds = perf_counter() - started

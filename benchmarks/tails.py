@@ -1,8 +1,8 @@
-"""How thin a model's softmax is: what a gradient filter at threshold eps keeps and what it loses, measured.
+"""The tail of a model's softmax, measured: the shares that a gradient filter at threshold eps keeps and drops.
 
-Random activations tell nothing about a filter: their probabilities lie all below the threshold or all above.
-`tail_curves.json` beside this file holds the curves of two real models, statistics only, which `calibrated.generate`
-is held to; `python -m benchmarks curves` measures them again.
+Random activations say nothing about a filter: their probabilities are either all below the threshold or all above it.
+`tail_curves.json` beside this file holds the curves of two real models (only statistics), to which
+`calibrated.generate` was fitted; `python -m benchmarks curves` measures them again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_xent.ops import Head, vocab_stats
 FILE = Path(__file__).with_name("tail_curves.json")
 LOG2_EPS = range(-8, -21, -1)
 EPS = tuple(2.0**k for k in LOG2_EPS)
-CHUNKS = (256, 1023)  # tokens: the largest probability of a column grows with the tokens it is taken over
+CHUNKS = (256, 1023)  # tokens: the largest probability of a column grows with their number
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TILE = 128  # tokens and columns of a block, as fused kernels tile the logits
 
@@ -37,13 +37,13 @@ def tail_curve(
     eps: tuple[float, ...] = EPS,
     chunk: int = 256,
 ) -> dict[str, list[float]]:
-    """Three shares a threshold, of the softmax of `hidden @ weight.T` in chunks of `chunk` tokens.
+    """Three shares for each threshold, of the softmax of `hidden @ weight.T` in chunks of `chunk` tokens.
 
         columns: columns whose largest probability over the chunk exceeds eps, of V
         mass:    probability in the other columns, mean over tokens
         blocks:  blocks of TILE tokens and TILE columns that hold a probability above eps, of all
 
-    Chunks count by their tokens (the last may be ragged). Memory: TILE rows of logits.
+    Chunks are weighted by their tokens (the last may be shorter). Memory: TILE rows of logits.
     """
     totals = torch.zeros(2, len(eps), dtype=torch.float64)
     blocks = []
@@ -61,7 +61,7 @@ def tail_curve(
 
 
 def _tile(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Every column's largest probability and, in float64, its sum over a few tokens, both [V]."""
+    """The largest probability of every column and, in float64, the sum over a few tokens, both [V]."""
     logits = F.linear(hidden, weight).float()
     p = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
     return p.amax(0), p.sum(0, dtype=torch.float64)
@@ -85,7 +85,7 @@ def curves() -> dict[str, dict[str, Any]]:
 
 
 def measure(name: str, data: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """One entry of the file: curves and spread of a packaged model's activations, and where they come from."""
+    """One entry of the file: curves and spread of the activations of a packaged model, and their provenance."""
     hidden, weight, labels = (tensors[key] for key in ("hidden", "weight", "labels"))
     package = PACKAGED[name].package
     return {
@@ -104,7 +104,7 @@ def measure(name: str, data: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def text(value: Any, indent: str = "") -> str:
-    """JSON with one line for every dictionary or value that holds no further dictionary."""
+    """JSON with one line for every value without a dictionary inside it."""
     if not (isinstance(value, dict) and any(isinstance(x, dict) for x in value.values())):
         return json.dumps(value)
     lines = [f"{indent} {json.dumps(key)}: {text(x, indent + ' ')}" for key, x in value.items()]
