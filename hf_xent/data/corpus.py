@@ -97,7 +97,9 @@ class Corpus:
     def _check(self, source: Source) -> None:
         """Raises: ValueError for options that have no meaning for this dataset."""
         if source.config and not self.configured:
-            raise ValueError(f"{self.title} has no configurations, {source.config!r} was asked for: leave it out")
+            raise ValueError(
+                f"{self.title} has no configurations, but the source names {source.config!r}: leave it out"
+            )
         if source.revision is not None and (source.path is not None or self.repo is None):
             raise ValueError(
                 f"revision is {source.revision!r}, but {self.title} is not read from the Hub: leave it out"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..system import renamed
 from .scores import SCORES, get, sweep
 
-if TYPE_CHECKING:  # loaded when they are first asked for: the names of the scores need no torch
+if TYPE_CHECKING:  # loaded on first access: the names of the scores need no torch
     from .counts import CountedText, frequencies
     from .evaluation import BLIND, blind, evaluate
     from .scorer import TextScorer, score

@@ -27,7 +27,7 @@ def load(model: str, dtype: Any = "auto") -> tuple[Any, Any]:
 
     Raises:
         ImportError: A packaged model's package is not installed.
-        ValueError: There is no such model, or its weights are broken.
+        ValueError: If there is no such model, or its weights are broken.
     """
     from transformers import AutoModelForCausalLM  # here, since the import takes seconds
 

@@ -22,7 +22,7 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
 
     Raises:
         ImportError: The package of a packaged model is missing; the message has the command that installs it.
-        ValueError: There is no such model, its weights are broken, or no tokenizer is beside it.
+        ValueError: If there is no such model, its weights are broken, or no tokenizer is beside it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: it takes seconds
 

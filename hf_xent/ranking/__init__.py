@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Registry
 from ..system import renamed
 
-if TYPE_CHECKING:  # loaded when they are first asked for, as the losses are: a list of their names needs no torch
+if TYPE_CHECKING:  # loaded on first access, as the losses are: a list of their names needs no torch
     from .base import RankingLoss
     from .objective import Objective as Objective
     from .sampler import DualSampler as DualSampler

@@ -1,4 +1,4 @@
-"""Floor 3: trainers, one file a method. A file is loaded when one of its names is asked for: TRL's take seconds."""
+"""Floor 3: trainers, one file for each method, loaded on first access to one of its names: TRL's take seconds."""
 
 from importlib import import_module
 from typing import Any

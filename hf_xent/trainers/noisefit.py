@@ -122,7 +122,7 @@ class NoiseFiTTrainer(XentTrainer):
 
     Raises:
         ValueError: Options that do not fit, another loss than plain cross-entropy, an encoder and decoder, or
-            compilation; in training, a model whose layers cannot be found or are fewer than asked for.
+            compilation; in training, a model whose layers cannot be found or are fewer than `num_noise_layers`.
 
     Source: Khadangi et al. 2025, arXiv:2504.03302; R-Drop: Liang et al. 2021, arXiv:2106.14448.
     """

@@ -156,7 +156,7 @@ class SPO(Method, Streamed):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TEXTS]))
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        """As the alignment trainer; the variants are no input of its models."""
+        """As in the alignment trainer; the variants are not an input of its models."""
         return super().compute_ref_log_probs(model, {k: x for k, x in inputs.items() if k != KEY})
 
     def compute_loss(

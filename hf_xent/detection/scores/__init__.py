@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...registry import Registry
 
-if TYPE_CHECKING:  # loaded when a score is first asked for: help texts that list the names need no torch
+if TYPE_CHECKING:  # loaded on first access to a score: help texts that list the names need no torch
     from .base import Score as Score
 
 SCORES: Registry[Score] = Registry(

@@ -1,4 +1,4 @@
-"""Loss compared with the size of the compressed text: a low loss on easily compressed text is no evidence."""
+"""Loss compared with the size of the compressed text: a low loss on easily compressed text is not evidence."""
 
 from __future__ import annotations
 
