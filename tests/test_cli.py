@@ -319,7 +319,7 @@ def test_help_and_listings_load_no_heavy_library():
         (("train", "--compare", "--save-steps", "2"), "save_steps is given with compare"),
         (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
         (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
-        (("losses", "--json", "--markdown"), "markdown and json are given"),
+        (("losses", "--json", "--markdown"), "markdown and json are both given"),
         (("check", ""), "model is '', which is empty: give the folder of a checkpoint"),
         (("check", __file__), "test_cli.py', which is a file: give the folder"),
         (("check", "--dtype", "int8"), "dtype is 'int8': choose auto, float32"),
@@ -402,20 +402,20 @@ def test_a_config_file_sets_options_and_the_command_line_goes_before_it(model_fo
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: {stepz: 3}", r"runs.yaml, train has 'stepz': choose among .*steps"),
-        ("trian: {steps: 3}", r"runs.yaml has 'trian': choose among .*train"),
-        ("train: 3", r"runs.yaml, train has 3: give names and values"),
-        ("train: {", r"which is no YAML file"),
+        ("train: {stepz: 3}", r"runs.yaml, train has the unknown name 'stepz': choose among .*steps"),
+        ("trian: {steps: 3}", r"runs.yaml has the unknown name 'trian': choose among .*train"),
+        ("train: 3", r"runs.yaml, train holds 3: give names with values"),
+        ("train: {", r"which is not a readable YAML file"),
     ],
 )
 def test_a_config_file_with_errors_is_refused(text, message, tmp_path):
     (tmp_path / "runs.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         invoke("--config", tmp_path / "runs.yaml", "losses")
-    with pytest.raises(ValueError, match="which is no YAML file"):
+    with pytest.raises(ValueError, match="which is not a readable YAML file"):
         invoke("--config", tmp_path / "nowhere.yaml", "losses")
     (tmp_path / "runs.yaml").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"runs.yaml, which is no YAML file"):
+    with pytest.raises(ValueError, match=r"runs.yaml, which is not a readable YAML file"):
         invoke("--config", tmp_path / "runs.yaml", "losses")
 
 
