@@ -853,7 +853,7 @@ def test_cli_refuses_early(folder):
     for arguments, message in (
         (("--output", "scores.xls"), "output is scores.xls: give it one of the suffixes .csv"),
         (("--label", "nonesuch"), "label is 'nonesuch': choose one of text, kind"),
-        (("--label", "kind"), "positive is '1' but column 'kind' has human, machine"),
+        (("--label", "kind"), "positive is '1', but column 'kind' has human, machine"),
         (("--column", "nonesuch"), "has no column 'nonesuch'"),
         (("--scores", "nonesuch"), "score is 'nonesuch'"),
         (("--scores", " ; "), "scores is ' ; ': name at least one"),
