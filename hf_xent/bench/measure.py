@@ -3,8 +3,8 @@
 Every contestant has its own process and must pass a gate before it is timed: the relative errors of its gradients
 against the truth may be at most twice those of dense torch in the same dtype (or 1e-5, or the tolerance of an
 approximate contestant). Then come warm-up, memory and rounds. In a round the parent requests one iteration of every
-contestant, so that a loaded machine slows all alike, and takes the ratios to dense and to the bare matmuls. Where memory
-is short, contestants run in groups, each of which includes dense and the matmuls.
+contestant, so that a loaded machine slows all alike, and takes the ratios to dense and to the bare matmuls. Where
+memory is short, contestants run in groups, each of which includes dense and the matmuls.
 """
 
 from __future__ import annotations
