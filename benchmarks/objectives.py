@@ -47,12 +47,12 @@ mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as
 
 ## The head: loss and gradients
 
-| objective | time, of cross-entropy's | MiB beyond the gradients |
+| objective | time / cross-entropy | MiB beyond the gradients |
 |---|---:|---:|
 {head}
 ## A training step of the model
 
-| objective | time, of cross-entropy's | MiB beyond the weights | of cross-entropy's |
+| objective | time / cross-entropy | MiB beyond the weights | memory / cross-entropy |
 |---|---:|---:|---:|
 {steps}"""
 

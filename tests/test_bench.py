@@ -205,7 +205,7 @@ def test_the_readme_shows_the_largest_real_inputs_of_each_device() -> None:
     assert largest([half, wrong, small, large, *unfit, there]) == [[there], [large, wrong], [half]]
     assert largest([large, wide]) == [[large]] and largest([small, wide]) == [[wide]]
     text = summary([half, wrong, small, large, *unfit, there], "some/where")
-    assert "in float32 and bfloat16, with everyone" in text
+    assert "in float32 and bfloat16, with every contestant that ran" in text
     assert "| *[GPU](some/where/gpu.md): m on t* | *N=20* | *V=100* | *D=8* | *float32* | *1 threads* |" in text
     assert "| **hf_xent** | wrong | 2 |  | 1.0e-06 | 1.0e-06 |" in text and "N=90" not in text
     with pytest.raises(ValueError, match="no results of a real model: run `hf-xent bench`"):

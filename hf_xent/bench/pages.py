@@ -31,7 +31,7 @@ gives its fastest setting.
 
 README = """\
 Mean cross-entropy and both gradients. Of each device, the table has the largest inputs (N times V) from a real model,
-in {dtypes}, with everyone who ran; who fails the correctness gate is `wrong` and gets no time.
+in {dtypes}, with every contestant that ran; one that fails the correctness gate is `wrong` and has no time.
 Peak memory is what an iteration needs beyond inputs and gradients, also as a share of the [N, V] logits; errors are
 relative to torch in the widest affordable dtype.
 """
