@@ -441,7 +441,7 @@ def test_checkpoints_with_former_keys_load(tmp_path, rows):
     options = {"save_strategy": "steps", "save_steps": 6, "removal_start": 0.1, "removal_end": 0.6}
     straight = fit(tmp_path, rows, **options)
     folder, step = tmp_path / "checkpoint-6", Schedule.scaled(straight.model, 12, start=0.1, end=0.6).due(5)
-    state = load_file(folder / "model.safetensors")
+    state = {key: x.clone() for key, x in load_file(folder / "model.safetensors").items()}  # the file is written anew
     former = with_former_keys(state)
     assert sum(key.endswith(".gone") for key in former) == 5 and former.keys() != state.keys()
     save_file(former, folder / "model.safetensors", {"format": "pt"})

@@ -780,6 +780,8 @@ def test_on_logits_in_low_precision_is_no_worse_than_torch(name, options, dtype)
 @without_teacher
 def test_on_logits_under_torch_func(name, options):
     """Reverse mode and forward mode give what a backward does."""
+    if name == "eisl" and torch.__version__ < "2.10":
+        pytest.skip("torch 2.9 cannot read the runs of valid tokens under torch.func")
     loss, logits, labels = classes(name, options)
     value, z, along = partial(loss.on_logits, labels=labels), logits.detach(), torch.randn_like(logits)
     expected = torch.autograd.grad(value(logits), logits)[0]
