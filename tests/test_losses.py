@@ -35,7 +35,7 @@ from hf_xent.ops.request import Request
 from support.oracle import assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6
-SETTINGS = {  # at least two of every registered loss
+SETTINGS = {  # more than the defaults, with which every registered loss is tried
     "cross_entropy": [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}],
     "focal": [{}, {"gamma": 0.0}, {"gamma": 0.5}],
     "comp_sum": [{}, {"tau": 0.0}, {"tau": 0.5}, {"tau": 1.0}, {"tau": 2.0}],
@@ -55,7 +55,7 @@ SETTINGS = {  # at least two of every registered loss
     "reverse_kl": [{}, {"temperature": 2.0}],
     "jsd": [{}, {"beta": 0.1, "temperature": 2.0}],
 }
-CASES = [(name, options) for name, found in SETTINGS.items() for options in found]
+CASES = [(name, options) for name in LOSSES for options in SETTINGS.get(name, [{}])]
 every = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=[f"{n}-{','.join(f'{k}={v}' for k, v in o.items())}" for n, o in CASES]
 )
@@ -115,8 +115,8 @@ def at(loss, p_y):
 # --- every entry of the registry -------------------------------------------------------------------------------------
 
 
-def test_settings_cover_the_registry():
-    assert set(SETTINGS) == set(LOSSES)
+def test_settings_are_of_registered_losses():
+    assert set(SETTINGS) <= set(LOSSES) and all({} in found for found in SETTINGS.values())
 
 
 @every
