@@ -21,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from .system import renamed
+
 T = TypeVar("T")
 _SECTION = re.compile(r"^([A-Z]\w+):(.*?)(?=\n\n|\n[A-Z]\w+:|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -65,6 +67,22 @@ class Registry(MutableMapping[str, T], Generic[T]):
         """The names under which the package offers its entries: object -> entry, for `__all__` and `__getattr__`."""
         written = {name: entry for name, entry in self.entries.items() if isinstance(entry, str)}
         return {entry.partition(":")[2]: name for name, entry in written.items()}
+
+    def attribute(self, name: str, file_of: Mapping[str, str]) -> Any:
+        """What the package offers under a name, loaded now, for its `__getattr__`.
+
+        Args:
+            name: The name of an entry's object, or another one.
+            file_of: Other public name -> the file that has it, without its ending.
+
+        Raises:
+            AttributeError: The package has and had no such name.
+        """
+        if name in self.exported:
+            return self[self.exported[name]]
+        if name in file_of:
+            return getattr(import_module(f".{file_of[name]}", self.package), name)
+        return renamed.attribute(self.package, name)
 
     def names(self) -> str:
         """All names in one line, for help texts and messages."""

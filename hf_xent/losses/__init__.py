@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
@@ -70,8 +69,4 @@ __all__ = sorted(("LOSSES", *LOSSES.exported, *_OTHER_NAMES, "get", "table"))
 
 
 def __getattr__(name: str) -> Any:
-    if name in LOSSES.exported:
-        return LOSSES[LOSSES.exported[name]]
-    if name in _OTHER_NAMES:
-        return getattr(import_module(f".{_OTHER_NAMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return LOSSES.attribute(name, _OTHER_NAMES)

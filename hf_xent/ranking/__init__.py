@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
-from ..system import renamed
 
 if TYPE_CHECKING:  # loaded on first access, as the losses are: a list of their names needs no torch
     from .base import RankingLoss
@@ -53,8 +51,4 @@ __all__ = sorted(("LOSSES", *LOSSES.exported, *_HOMES, "get"))
 
 
 def __getattr__(name: str) -> Any:
-    if name in LOSSES.exported:
-        return LOSSES[LOSSES.exported[name]]
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    return renamed.attribute(__name__, name)
+    return LOSSES.attribute(name, _HOMES)

@@ -82,8 +82,4 @@ def sweep(name: str, **values: Sequence[Any]) -> list[str]:
 def __getattr__(name: str) -> Any:
     if name in SCORES.exported:
         return SCORES[SCORES.exported[name]].of
-    if name == "Score":
-        from .base import Score
-
-        return Score
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return SCORES.attribute(name, {"Score": "base"})
