@@ -111,6 +111,14 @@ def test_entries_are_imported_when_they_are_asked_for(registry):
         registry.find("e")
 
 
+def test_a_package_offers_its_entries_and_what_other_files_have(registry):
+    others = {"Base": "base"}
+    assert registry.attribute("PI", others) == 3.14 and registry.attribute("Square", others) is registry["square"]
+    assert registry.attribute("Base", others) in registry["square"].__mro__
+    with pytest.raises(AttributeError, match="module 'family_of_tests' has no attribute 'Root'"):
+        registry.attribute("Root", others)
+
+
 def test_instances_have_the_options_that_are_written(registry):
     square = registry.build("square:limit=3, scale=-inf")
     assert (square.limit, square.scale) == (3, float("-inf")) and square == registry.build(

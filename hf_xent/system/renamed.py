@@ -173,7 +173,5 @@ def _warn(old: str, new: str) -> None:
 
 def _is_intermediate(frame: FrameType) -> bool:
     """Whether a frame is this file's, the import system's, or that of a `__getattr__`, or a registry's `attribute`."""
-    code = frame.f_code
-    return (
-        code.co_filename == __file__ or "importlib" in code.co_filename or code.co_name in ("__getattr__", "attribute")
-    )
+    file, function = frame.f_code.co_filename, frame.f_code.co_name
+    return file == __file__ or "importlib" in file or function in ("__getattr__", "attribute")
