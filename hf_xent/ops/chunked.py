@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
-from .tiles import add_columns, add_label_term_, concatenate, dlogits_, fold, strips
+from .tiles import _triton, add_columns, add_label_term_, concatenate, dlogits_, fold, strips
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
@@ -52,7 +53,8 @@ def backward(
     for cols in panels:
         z, pay = buffers.load(all_rows, cols)
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
-        out.push(all_rows, cols, z, pay, coef)
+        factor = row_factor(coef, problem.head) if coef.plain and problem.head.softcap is None else None
+        out.push(all_rows, cols, z, pay, coef, factor)
     return out.finish()
 
 
@@ -66,22 +68,46 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > MAX_LOW_PRECISION_SUMS:
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
-    buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [all_columns]), []
-    plain = problem.head.softcap is None and set(uses) <= {"lse", "target"}
+    out, parts = _Gradients(problem, chunks, [all_columns]), []
+    plain, size = set(uses) <= {"lse", "target"}, problem.head.vocabulary
+    if plain and (epilogue := _epilogue(problem)):
+        e = epilogue.rows_of(problem.hidden, problem.head.size, max((r.stop - r.start for r in chunks), default=0))
+        for rows in chunks:
+            values, coef, factor = _visit_in_matmul(epilogue, problem, rows, e[: rows.stop - rows.start], upstream)
+            out.push(rows, all_columns, e[: rows.stop - rows.start], None, coef, factor)
+            parts.append(values)
+        return concatenate(parts, problem), out.finish()
+    buffers = _Buffers(problem, chunks)
+    plain = plain and problem.head.softcap is None
     for rows in chunks:
         z, pay = buffers.load(rows)
         local = fold(problem, rows, (z, pay), keep=True, softmax=plain)
         values = merge_ranks(problem, local, rows)
-        coef = coefficients(values, upstream(rows, values), problem.head.vocabulary)
+        coef = coefficients(values, upstream(rows, values), size)
         if plain:
             if values is not local:  # the softmax in z is over this rank's columns
                 coef = replace(coef, a=coef.a * (local["lse"] - values["lse"]).exp())
             add_label_term_(z, problem.label_columns[rows], coef)
         else:
             dlogits_(problem, (z, pay), problem.label_columns[rows], values["lse"], coef)
-        out.push(rows, all_columns, z, pay, coef)
+        factor = row_factor(coef, problem.head) if plain else None
+        out.push(rows, all_columns, z, pay, coef, factor)
         parts.append(values)
     return concatenate(parts, problem), out.finish()
+
+
+def _visit_in_matmul(
+    epilogue: ModuleType, problem: Problem, rows: slice, e: Tensor, upstream: Upstream
+) -> tuple[dict[str, Tensor], Coefficients, Tensor]:
+    """Statistics of one chunk, its coefficients and the row factor of its gradient, which is left in `e`."""
+    head, labels = problem.head, problem.label_columns[rows]
+    columns = labels if head.shard is None else labels.clamp(0, head.size - 1)
+    sums = epilogue.exponentials(problem.hidden[rows], head, columns, problem.outputs, e)
+    values = merge_ranks(problem, sums.values, rows)
+    coef = coefficients(values, upstream(rows, values), head.vocabulary)
+    if values is not sums.values:  # the sums are over this rank's columns
+        coef = replace(coef, a=coef.a * (sums.values["lse"] - values["lse"]).exp())
+    return values, coef, epilogue.add_label_term_(e, head, labels, coef, sums)
 
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
@@ -107,6 +133,15 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
                 add_columns(p[overlap], a[overlap], energy[0], sums)
     coef = Coefficients(a=torch.cat([c.a for c in coefs]), o=torch.cat([c.o for c in coefs]))
     return Survey(concatenate(parts, problem), coef, energy[0], mass)
+
+
+def _epilogue(problem: Problem) -> ModuleType | None:
+    """The module whose matmul computes the softmax, where the GPU, the dtype and the head allow it."""
+    if not problem.hidden.is_cuda or problem.payload is not None or not _triton():
+        return None
+    from .gpu import epilogue  # imported here: triton is optional, and slow to import
+
+    return epilogue if problem.outputs <= epilogue.OUTPUTS and epilogue.supports(problem.hidden, problem.head) else None
 
 
 class _Buffers:
@@ -152,12 +187,11 @@ class _Gradients:
         allocate = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
         return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
-    def push(self, rows: slice, cols: slice, dz: Tensor, dpay: Tensor | None, coef: Coefficients) -> None:
-        """Apply the chain rule of the head to one tile. For plain coefficients `dz` lacks the row factor a * scale."""
-        head, factor = self.problem.head, None
-        if coef.plain and head.softcap is None:
-            factor = row_factor(coef, head)
-        self._add_head("", rows, cols, dz, factor, self.problem.hidden, head)
+    def push(
+        self, rows: slice, cols: slice, dz: Tensor, dpay: Tensor | None, coef: Coefficients, factor: Tensor | None
+    ) -> None:
+        """Apply the chain rule of the head to one tile; `factor` [n, 1], if any, is left out of the rows of `dz`."""
+        self._add_head("", rows, cols, dz, factor, self.problem.hidden, self.problem.head)
         if dpay is not None and self.problem.payload is not None and coef.d is not None:
             self._add_head("payload_", rows, cols, dpay, None, *self.problem.payload)
 

@@ -1,0 +1,180 @@
+"""The softmax in the matmul's epilogue, interpreted on the CPU, against dense torch in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_xent.losses import CrossEntropy, Focal
+from hf_xent.ops import Head, chunked, vocab_loss
+from hf_xent.ops.problem import Problem
+from support.oracle import Polynomial, assert_close_at_scale, assert_no_worse, gradients, make
+
+epilogue = pytest.importorskip("hf_xent.ops.gpu.epilogue", reason="needs triton")
+CE = ("lse", "target")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch, device: str) -> list[int]:
+    """`chunked` takes the kernels on the CPU too, where they are interpreted; returns the heights of their chunks."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("with a GPU the Triton kernels are compiled: they do not run on the CPU")
+    heights: list[int] = []
+
+    def module(problem: Problem):
+        fits = problem.outputs <= epilogue.OUTPUTS and problem.payload is None
+        return epilogue if fits and epilogue.supports(problem.hidden, problem.head) else None
+
+    real = epilogue.exponentials
+
+    def counted(hidden, *args):
+        heights.append(len(hidden))
+        return real(hidden, *args)
+
+    monkeypatch.setattr(chunked, "_epilogue", module)
+    monkeypatch.setattr(epilogue, "exponentials", counted)
+    return heights
+
+
+def solved(case, loss, **options):
+    total, stats = vocab_loss(
+        loss, case.tensors["hidden"], case.head, case.labels, token_weight=case.weight, impl="chunked", **options
+    )
+    return total, stats, gradients(total, case.leaves)
+
+
+def verify(case, **options):
+    loss = Polynomial(CE)
+    _, stats, grads = solved(case, loss, **options)
+    true_values, true_grads = case.to(torch.float64).solve(loss)
+    torch_values, torch_grads = case.solve(loss)
+    for name in (*CE, *options.get("observe", ())):
+        value = stats.values[name][stats.mask]
+        if name == "top":
+            assert torch.equal(value, true_values[name])
+        else:
+            assert_no_worse(value, torch_values[name], true_values[name])
+    for grad, plain, truth in zip(grads, torch_grads, true_grads, strict=True):
+        assert_no_worse(grad, plain, truth)
+
+
+@pytest.mark.parametrize(("N", "V", "D"), [(21, 203, 24), (16, 64, 16), (1, 333, 64), (37, 1, 64), (5, 300, 56)])
+@pytest.mark.parametrize("head", [{}, {"bias": False}, {"scale": -0.6}, {"softcap": 3.0, "scale": 0.7}])
+def test_values_and_gradients(device: str, everywhere: list[int], N: int, V: int, D: int, head: dict) -> None:
+    case = make(N, V, D, device=device, dtype=torch.bfloat16, **head)
+    verify(case)
+    assert everywhere
+
+
+@pytest.mark.parametrize("budget", [1, 40_000])
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_several_chunks_ignored_labels_and_frozen_tensors(
+    device: str, everywhere: list[int], budget: int, frozen: str
+) -> None:
+    case = make(40, 300, 24, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1).frozen(frozen)
+    verify(case, observe=("entropy", "top"), memory_budget=40 * 300 * 2 // (2 if budget > 1 else 16))
+    assert len(everywhere) > 1
+
+
+def one_hot(labels: list[int], D: int = 16, device: str = "cpu") -> torch.Tensor:
+    """Hidden states whose product with an identity head is 1 at the label."""
+    return torch.eye(D, dtype=torch.bfloat16, device=device)[labels]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy, of the rows that are computed again
+@pytest.mark.parametrize("softcap", [None, 150.0])
+def test_rows_far_from_their_label_are_computed_again(device: str, softcap: float | None) -> None:
+    """The label's logit is 0, another one is 40, 100, 140, 256 or as far below."""
+    heights = torch.tensor([40, 100, 140, 256, -100, -256], dtype=torch.bfloat16, device=device)
+    hidden = (heights[:, None] * one_hot([3] * 6, device=device)).requires_grad_()
+    weight = torch.eye(80, 16, dtype=torch.bfloat16, device=device).requires_grad_()
+    labels = torch.arange(5, 11, device=device)
+    total, stats = vocab_loss(
+        CrossEntropy(), hidden, Head(weight, softcap=softcap), labels, observe=("entropy", "top"), impl="chunked"
+    )
+    grads = gradients(total, [hidden, weight])
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    z = h @ w.T if softcap is None else softcap * torch.tanh(h @ w.T / softcap)
+    truth = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    torch.testing.assert_close(stats.nll.double(), truth, rtol=1e-6, atol=1e-5)
+    p = z.softmax(-1)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=1e-4)
+    assert torch.equal(stats.top, z.argmax(-1))
+    for found, want in zip(grads, torch.autograd.grad(truth.sum(), [h, w]), strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_banned_tokens_and_a_banned_label(device: str) -> None:
+    case = make(9, 70, 16, device=device, dtype=torch.bfloat16).frozen("bias")
+    case.tensors["bias"].data[20:60] = -float("inf")
+    case.labels[:] = torch.arange(9, device=device)
+    verify(case, observe=("top",))
+    labels = torch.full_like(case.labels, 30)
+    total, stats = vocab_loss(CrossEntropy(), case.tensors["hidden"], case.head, labels, impl="chunked")
+    assert stats.nll.eq(float("inf")).all() and not total.isnan()
+
+
+def test_weights_of_zero_and_losses_of_the_logit_alone(device: str) -> None:
+    """Rows without a softmax part: an upstream gradient of zero, and a loss that only the label's logit enters."""
+    case = make(12, 90, 16, device=device, dtype=torch.bfloat16)
+    case.weight[::2] = 0
+    verify(case)
+    total, _, grads = solved(case, Polynomial(("target",)))
+    truth = case.to(torch.float64).solve(Polynomial(("target",)))[1]
+    for grad, plain, want in zip(grads, case.solve(Polynomial(("target",)))[1], truth, strict=True):
+        assert_no_worse(grad, plain, want)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), Focal(gamma=2.0)])
+def test_gradients_are_closer_to_the_truth_than_those_of_dense_torch(device: str, loss) -> None:
+    """Logits are not rounded to bfloat16: for logits of a real model's size the error of dense torch is a multiple."""
+    hidden = (3 * torch.randn(48, 32, device=device)).bfloat16().requires_grad_()
+    weight = torch.randn(400, 32, device=device).bfloat16().requires_grad_()
+    labels = torch.randint(400, (48,), device=device)
+
+    def answer(h, w):
+        return gradients(loss.on_logits(h @ w.T, labels), [h, w])
+
+    ours = gradients(loss(hidden, Head(weight), labels), [hidden, weight])
+    truth = answer(*(x.detach().double().requires_grad_() for x in (hidden, weight)))
+    for found, plain, want in zip(ours, answer(hidden, weight), truth, strict=True):
+        error, torchs = ((x.double() - want).norm() / want.norm() for x in (found, plain))
+        assert error < 0.5 * torchs
+
+
+def test_copies_of_the_best_column_and_the_largest_column_of_the_last_tile(device: str) -> None:
+    hidden = one_hot([2, 3, 4], device=device)
+    weight = torch.zeros(100, 16, dtype=torch.bfloat16, device=device)
+    weight[[40, 70], 2] = 3.0
+    weight[99, 3] = 5.0
+    weight[[0, 17], 4] = 2.0
+    sums = epilogue.exponentials(
+        hidden, Head(weight), torch.zeros(3, dtype=torch.int64, device=device), frozenset({"lse", "target", "top"}),
+        epilogue.rows_of(hidden, 100, 3),
+    )  # fmt: skip
+    assert sums.values["top"].tolist() == [40, 99, 0]
+
+
+@pytest.mark.parametrize(("change", "supported"), [
+    (lambda h, w: (h, w), True),
+    (lambda h, w: (h.float(), w.float()), False),
+    (lambda h, w: (h, w.T.contiguous().T), False),
+    (lambda h, w: (h[:, :12].contiguous(), w[:, :12].contiguous()), False),
+])  # fmt: skip
+def test_operands_that_the_matmul_cannot_read_are_left_to_stored_rows(change, supported: bool) -> None:
+    hidden, weight = change(torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16))
+    assert epilogue.supports(hidden, Head(weight)) is supported
+    assert not epilogue.supports(hidden, Head(weight, adapter=weight))
+
+
+def test_sums_of_a_transposed_product(device: str) -> None:
+    accumulate = pytest.importorskip("hf_xent.ops.gpu.accumulate", reason="needs triton")
+    x, y, total = (torch.randn(*shape, device=device).bfloat16() for shape in ((37, 56), (37, 24), (56, 24)))
+    want = total.double() + x.double().T @ y.double()
+    plain = total.clone().addmm_(x.T, y)
+    assert accumulate.supports(x, y, total)
+    accumulate.add_matmul(x, y, total)
+    assert_no_worse(total, plain, want)
