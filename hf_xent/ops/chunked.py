@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ MAX_LOW_PRECISION_SUMS = 16
 
 def forward(problem: Problem) -> dict[str, Tensor]:
     """Every requested statistic, [N] each."""
+    if matmuls := _matmuls(problem):
+        parts = [_exponentials(matmuls, problem, rows, None).values for rows in problem.rows()]
+        return concatenate(parts, problem)
     buffers = _Buffers(problem, problem.rows())
     parts = [fold(problem, rows, buffers.load(rows), keep=False) for rows in problem.rows()]
     return concatenate(parts, problem)
@@ -48,8 +52,16 @@ def backward(
     have no column here. The softmax mass of the columns is added to `share` [N], if any (plain coefficients only).
     """
     all_rows, panels = slice(0, len(problem.labels)), problem.columns()
-    buffers, out = _Buffers(problem, [all_rows], panels), _Gradients(problem, [all_rows], panels)
+    out = _Gradients(problem, [all_rows], panels)
     coef, labels = coefficients(values, grads, problem.head.vocabulary), problem.label_columns
+    if matmuls := _matmuls(problem):
+        buffer = matmuls.rows_of(problem.hidden, _longest(panels), len(labels))
+        for cols in panels:
+            dz = buffer[:, : cols.stop - cols.start]
+            matmuls.dlogits(problem.hidden, problem.head[cols], labels - cols.start, values["lse"], coef, dz, share)
+            out.push(all_rows, cols, dz, None, coef, None)
+        return out.finish()
+    buffers = _Buffers(problem, [all_rows], panels)
     for cols in panels:
         z, pay = buffers.load(all_rows, cols)
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
@@ -70,11 +82,17 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = _Gradients(problem, chunks, [all_columns]), []
     plain, size = set(uses) <= {"lse", "target"}, problem.head.vocabulary
-    if plain and (epilogue := _epilogue(problem)):
-        e = epilogue.rows_of(problem.hidden, problem.head.size, max((r.stop - r.start for r in chunks), default=0))
+    if plain and (matmuls := _matmuls(problem)):
+        buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
         for rows in chunks:
-            values, coef, factor = _visit_in_matmul(epilogue, problem, rows, e[: rows.stop - rows.start], upstream)
-            out.push(rows, all_columns, e[: rows.stop - rows.start], None, coef, factor)
+            e = buffer[: rows.stop - rows.start]
+            sums = _exponentials(matmuls, problem, rows, e)
+            values = merge_ranks(problem, sums.values, rows)
+            coef = coefficients(values, upstream(rows, values), size)
+            if values is not sums.values:  # the sums are over this rank's columns
+                coef = replace(coef, a=coef.a * (sums.values["lse"] - values["lse"]).exp())
+            factor = matmuls.add_label_term_(e, problem.head, problem.label_columns[rows], coef, sums)
+            out.push(rows, all_columns, e, None, coef, factor)
             parts.append(values)
         return concatenate(parts, problem), out.finish()
     buffers = _Buffers(problem, chunks)
@@ -96,37 +114,40 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     return concatenate(parts, problem), out.finish()
 
 
-def _visit_in_matmul(
-    epilogue: ModuleType, problem: Problem, rows: slice, e: Tensor, upstream: Upstream
-) -> tuple[dict[str, Tensor], Coefficients, Tensor]:
-    """Statistics of one chunk, its coefficients and the row factor of its gradient, which is left in `e`."""
-    head, labels = problem.head, problem.label_columns[rows]
-    columns = labels if head.shard is None else labels.clamp(0, head.size - 1)
-    sums = epilogue.exponentials(problem.hidden[rows], head, columns, problem.outputs, e)
-    values = merge_ranks(problem, sums.values, rows)
-    coef = coefficients(values, upstream(rows, values), head.vocabulary)
-    if values is not sums.values:  # the sums are over this rank's columns
-        coef = replace(coef, a=coef.a * (sums.values["lse"] - values["lse"]).exp())
-    return values, coef, epilogue.add_label_term_(e, head, labels, coef, sums)
+def _exponentials(matmuls: ModuleType, problem: Problem, rows: slice, e: Tensor | None) -> Any:
+    """`matmuls.exponentials` of one chunk."""
+    columns = problem.label_columns[rows]
+    if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
+        columns = columns.clamp(0, problem.head.size - 1)
+    return matmuls.exponentials(problem.hidden[rows], problem.head, columns, problem.outputs, e)
+
+
+def _longest(slices: list[slice]) -> int:
+    return max((s.stop - s.start for s in slices), default=0)
 
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     """Statistics, coefficients, and the sums over every column that `tail` needs, in one visit."""
-    buffers = _Buffers(problem, problem.rows())
+    matmuls, buffers = _matmuls(problem), _Buffers(problem, problem.rows())
     dtype, size = wide(problem.hidden.dtype), problem.head.size
     energy, mass = (problem.hidden.new_zeros(count, size, dtype=dtype) for count in (1, len(groups)))
     unit = problem.hidden.new_zeros((), dtype=dtype)
     parts, coefs = [], []
     for rows in problem.rows():
-        p, _ = buffers.load(rows)
-        parts.append(fold(problem, rows, (p, None), keep=True, softmax=True))
-        coefs.append(coefficients(parts[-1], upstream(rows, parts[-1]), size))
+        if matmuls:
+            p = buffers.tile(rows)
+            values, _, _, divisor = _exponentials(matmuls, problem, rows, p)
+        else:
+            p, divisor = buffers.load(rows)[0], 1.0
+            values = fold(problem, rows, (p, None), keep=True, softmax=True)
+        parts.append(values)
+        coefs.append(coefficients(values, upstream(rows, values), size))
         a = coefs[-1].a.abs()
         largest = torch.maximum(unit, a.amax())
         shrink = torch.where(largest > 0, unit / largest, 1.0)  # converts the sums so far to the new unit
         energy *= shrink**2
         mass *= shrink
-        unit, a = largest, a / torch.where(largest > 0, largest, 1.0)
+        unit, a = largest, a / torch.where(largest > 0, largest, 1.0) / divisor
         for group, sums in zip(groups, mass, strict=True):
             overlap = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
             if overlap.start < overlap.stop:
@@ -135,13 +156,23 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     return Survey(concatenate(parts, problem), coef, energy[0], mass)
 
 
-def _epilogue(problem: Problem) -> ModuleType | None:
-    """The module whose matmul computes the softmax, where the GPU, the dtype and the head allow it."""
-    if not problem.hidden.is_cuda or problem.payload is not None or not _triton():
-        return None
-    from .gpu import epilogue  # imported here: triton is optional, and slow to import
+def _matmuls(problem: Problem) -> ModuleType | None:
+    """The matmuls with the softmax in their epilogue, where the GPU and the problem allow them; else None.
 
-    return epilogue if problem.outputs <= epilogue.OUTPUTS and epilogue.supports(problem.hidden, problem.head) else None
+    The answer is the same for a problem's statistics and for its gradients, which must be of the same logits: here these
+    are not rounded, in the stored rows they are.
+    """
+    kernels = _matmul_kernels(problem.hidden.device)
+    return kernels if kernels and kernels.supports(problem) else None
+
+
+def _matmul_kernels(device: torch.device) -> ModuleType | None:
+    """The module of these matmuls on a GPU with Triton; else None."""
+    if device.type != "cuda" or not _triton():
+        return None
+    from .gpu import matmuls  # imported here: triton is optional, and slow to import
+
+    return matmuls
 
 
 class _Buffers:

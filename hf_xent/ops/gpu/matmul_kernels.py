@@ -1,51 +1,19 @@
-"""The softmax in the epilogue of the logits' matmul: E = exp(z - c) in bfloat16, straight from float32 accumulators.
+"""Raw Triton kernels of matmuls that work on their accumulators; `matmuls` allocates, checks and launches them.
 
-For a loss of log p_y alone, dz = a (p - r 1_y) = a / l (E - l r 1_y) with l = sum_j E_tj: the normalizer joins the row
-factor, which scales [N, D] side matrices, and one entry per row is corrected. No pass over [n, V] is left: the matmul
-writes E once, and the two matmuls of the gradients read it. Logits are never rounded to bfloat16.
+    _exp_matmul        E = exp(z - c) of the logits z, and sums over tiles of columns
+    _dlogits_matmul    the gradient of the products, where the statistics are known
+    _add_matmul        total += x^T y by additions in memory
 
-    c = z_y + MARGIN    known before the matmul, from one dot product per row
-    E                   representable while max z - z_y < 128 nats, since bfloat16 has the range of float32; rows where a
-                        tile's maximum says otherwise are computed again about their maximum, in the kernel that folds
-                        the tiles' sums
-    softcap             E holds p times the slope of the softcap, which the chain rule multiplies by; the sums do not
-
-Shapes: n tokens of a chunk, D hidden, V vocabulary, T tiles of columns.
-Source: this project. Exponentials with an offset per row and tile are in quack's linear cross-entropy.
+Shapes: n tokens of a chunk, D hidden, V vocabulary, T tiles of columns. A tile is [BT, BV], its matmul takes steps BD.
+Numerics: accumulators and all that is computed from them are float32; E, the gradient and the total are bfloat16.
+The tensors of a matmul are descriptors, for the copy engine of Hopper and later GPUs.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
-from functools import cache
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..algebra import Coefficients, State, finish
-from ..head import Head
-from .kernels import _activate, _bfloat16
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # Triton before 3.4
-    TensorDescriptor = None
-
-OUTPUTS = frozenset({"lse", "target", "entropy", "top"})  # the statistics that the epilogue sums up
-MARGIN = 40.0  # nats from the label's logit to the offset: p_j / p_y may span e^-47 to e^128
-FAR = 80.0  # nats from the offset beyond which a row is computed again
-
-
-class Tiles(NamedTuple):
-    """How the matmul is tiled and compiled: tiles [rows, columns], steps of `depth`, columns of tiles per group."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    group: int
+from .kernels import _activate, _bfloat16, _chain
 
 
 @triton.jit
@@ -85,7 +53,7 @@ def _exponentials(raw, B, offset, cols, V, scale, CAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=("n",))
 def _exp_matmul(
-    H, W, E,  # descriptors of [n, D], [V, D], [n, V]
+    H, W, E,  # descriptors of [n, D], [V, D], [n, V]; E may be None
     B, OFFSET, L, M, S1, TOP,  # [V] or None, [n], [n, T] each; S1 and TOP may be None
     n, V, D, scale: tl.float64, CAP: tl.constexpr,
     DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
@@ -110,7 +78,8 @@ def _exp_matmul(
         # one half of the columns after the other: both at once would not fit the registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BT, 2, BV // 2)), (0, 2, 1)))
         u, e, sloped = _exponentials(left, B, offset, cols, V, scale, CAP)
-        E.store([i * BT, j * BV], _bfloat16(sloped, ROUND))
+        if E is not None:
+            E.store([i * BT, j * BV], _bfloat16(sloped, ROUND))
         total = tl.sum(e, 1)
         m = tl.max(u, 1)
         if S1 is not None:
@@ -119,7 +88,8 @@ def _exp_matmul(
             top = tl.min(tl.where(u == m[:, None], cols[None, :], V), 1)
         cols += BV // 2
         u, e, sloped = _exponentials(right, B, offset, cols, V, scale, CAP)
-        E.store([i * BT, j * BV + BV // 2], _bfloat16(sloped, ROUND))
+        if E is not None:
+            E.store([i * BT, j * BV + BV // 2], _bfloat16(sloped, ROUND))
         total += tl.sum(e, 1)
         right_m = tl.max(u, 1)
         if S1 is not None:
@@ -138,7 +108,7 @@ def _exp_matmul(
 
 @triton.jit
 def _fold_tiles(
-    H, W, B, E, OFFSET, L, M, S1, TOP,  # [n, D], [V, D], [V] or None, [n, V], [n], [n, T] each
+    H, W, B, E, OFFSET, L, M, S1, TOP,  # [n, D], [V, D], [V] or None, [n, V] or None, [n], [n, T] each
     TOTAL, MOMENT, BEST,  # [n] each: the sums over the tiles of L and S1, and the arg max
     T, V, D, stride_h, stride_w, stride_e, scale: tl.float64, CAP: tl.constexpr,
     FAR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
@@ -171,7 +141,8 @@ def _fold_tiles(
                 w = tl.load(W + where, mask=(cols < V)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
                 acc += tl.sum(w * h[None, :], 1)
             u, e, sloped = _exponentials(acc[None, :], B, tl.zeros((1,), tl.float32) + offset, cols, V, scale, CAP)
-            tl.store(E + row * stride_e + cols[None, :], _bfloat16(sloped, ROUND), mask=(cols < V)[None, :])
+            if E is not None:
+                tl.store(E + row * stride_e + cols[None, :], _bfloat16(sloped, ROUND), mask=(cols < V)[None, :])
             tl.store(L + row * T + tile, tl.sum(e))
             if S1 is not None:
                 tl.store(S1 + row * T + tile, tl.sum(e * tl.maximum(u, -1e4)))
@@ -218,91 +189,79 @@ def _label_term(
         tl.store(e_row + label, _bfloat16(entry, ROUND))
 
 
-INTERPRETED = not isinstance(_exp_matmul, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
-# benchmarks/results/h200: of the tiles tried there, these were the fastest at every height of a chunk.
-TILES = Tiles(16, 32, 16, 1, 1, 2) if INTERPRETED else Tiles(128, 256, 64, 8, 3, 8)
-DEPTH, BLOCK = (16, 8) if INTERPRETED else (32, 1024)
+@triton.jit
+def _dlogits(raw, B, lse, labels, cols, V, GA, GB, GC, GS, GO, rows, row_in, scale, CAP: tl.constexpr):
+    """The gradient of a tile of products by the formula in `algebra`, and the softmax p."""
+    if B is not None:
+        raw += tl.load(B + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    z = _activate(raw, scale, CAP, tl.float32)
+    logp = z - lse[:, None]
+    p = tl.where(cols[None, :] < V, tl.exp(logp), 0.0)
+    g = tl.load(GA + rows, mask=row_in, other=0.0)[:, None]
+    if GB is not None or GC is not None:
+        logp = tl.maximum(logp, -1e4)  # 0 * -inf of a banned token
+    if GB is not None:
+        g += tl.load(GB + rows, mask=row_in, other=0.0)[:, None] * logp
+    if GC is not None:
+        g += tl.load(GC + rows, mask=row_in, other=0.0)[:, None] * logp * logp
+    dz = p * g
+    if GS is not None:
+        dz += tl.load(GS + rows, mask=row_in, other=0.0)[:, None]
+    dz += tl.where(cols[None, :] == labels[:, None], tl.load(GO + rows, mask=row_in, other=0.0)[:, None], 0.0)
+    return _chain(dz, z, scale, CAP, tl.float32), p
 
 
-class Exponentials(NamedTuple):
-    """What the visit of a chunk leaves beside E: the statistics, and [n] each for `add_label_term_`."""
-
-    values: dict[str, Tensor]
-    target: Tensor
-    offset: Tensor
-    total: Tensor
-
-
-def supports(hidden: Tensor, head: Head) -> bool:
-    """Whether the matmul can read these operands: bfloat16 in rows that the copy engine of Hopper and later reads."""
-    if TensorDescriptor is None or hidden.dtype != torch.bfloat16 or head.adapter is not None:
-        return False
-    if not INTERPRETED and (hidden.device.type != "cuda" or torch.cuda.get_device_capability(hidden.device) < (9, 0)):
-        return False
-    return all(x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (hidden, head.weight))
-
-
-def rows_of(hidden: Tensor, size: int, count: int) -> Tensor:
-    """Uninitialized rows [count, size] whose stride the copy engine can write."""
-    return hidden.new_empty(count, -(-size // 64) * 64)[:, :size]
-
-
-def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[str], e: Tensor) -> Exponentials:
-    """Write E [n, V] to `e`, and return the statistics of its rows; labels [n] are in [0, V)."""
-    n, features = hidden.shape
-    tiles = triton.cdiv(head.size, TILES.columns)
-    new = lambda *shape, dtype=torch.float32: hidden.new_empty(shape, dtype=dtype)  # noqa: E731
-    target, offset, total = new(n), new(n), new(n)
-    sums, maxima = new(n, tiles), new(n, tiles)
-    moments = new(n, tiles) if "entropy" in outputs else None
-    top = new(n, tiles, dtype=torch.int32) if "top" in outputs else None
-    moment, best = (None if x is None else x.new_empty(n) for x in (moments, top))
-    bias = None if head.bias is None else head.bias.contiguous()
-    cap, scale, labels = None if head.softcap is None else float(head.softcap), float(head.scale), labels.contiguous()
-    strides = hidden.stride(0), head.weight.stride(0)
-    programs = triton.cdiv(n, TILES.rows) * tiles
-    programs = min(programs, 3 if INTERPRETED else _multiprocessors(hidden.device))
-    with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        _label_logits[(n,)](
-            hidden, head.weight, bias, labels, target, offset, features, *strides, scale,
-            CAP=cap, MARGIN=MARGIN, BD=16 if INTERPRETED else 512, num_warps=1,
-        )  # fmt: skip
-        _exp_matmul[(programs,)](
-            TensorDescriptor.from_tensor(hidden, [TILES.rows, TILES.depth]),
-            TensorDescriptor.from_tensor(head.weight, [TILES.columns, TILES.depth]),
-            TensorDescriptor.from_tensor(e, [TILES.rows, TILES.columns // 2]),
-            bias, offset, sums, maxima, moments, top, n, head.size, features, scale, CAP=cap,
-            # Triton's interpreter takes bfloat16 for integers; products of bfloat16 are exact in float32
-            DOT=tl.float32 if INTERPRETED else tl.bfloat16,
-            BT=TILES.rows, BV=TILES.columns, BD=TILES.depth, GROUP=TILES.group, PROGRAMS=programs,
-            FLATTEN=not INTERPRETED, ROUND=INTERPRETED, num_warps=TILES.warps, num_stages=TILES.stages,
-        )  # fmt: skip
-        _fold_tiles[(n,)](
-            hidden, head.weight, bias, e, offset, sums, maxima, moments, top, total, moment, best,
-            tiles, head.size, features, *strides, e.stride(0), scale, CAP=cap,
-            FAR=FAR, BV=TILES.columns, BD=DEPTH, BLOCK=BLOCK, ROUND=INTERPRETED, num_warps=4,
-        )  # fmt: skip
-    state = State(m=offset, l=total, s1=moment, top=None if best is None else best.long())
-    values = finish(state, target, head.size)
-    return Exponentials({name: values[name] for name in outputs}, target, offset, total)
+@triton.jit(do_not_specialize=("n",))
+def _dlogits_matmul(
+    H, W, DZ,  # descriptors of [n, D], [V, D], [n, V]
+    B, Y, LSE, GA, GB, GC, GS, GO, L,  # [V] or None, [n] each; GB, GC and GS may be None; [n, T] or None
+    n, V, D, scale: tl.float64, CAP: tl.constexpr,
+    DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """As `_exp_matmul`, where the statistics are known: the gradient of the products, and sums of p over tiles."""
+    row_blocks = tl.cdiv(n, BT)
+    col_blocks = tl.cdiv(V, BV)
+    width = GROUP * row_blocks
+    for tile in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=FLATTEN):
+        first = tile // width * GROUP
+        size = tl.minimum(col_blocks - first, GROUP)
+        i = (tile % width) // size
+        j = first + (tile % width) % size
+        acc = tl.zeros((BT, BV), tl.float32)
+        for d in range(0, D, BD):
+            acc = tl.dot(H.load([i * BT, d]).to(DOT), W.load([j * BV, d]).to(DOT).T, acc)
+        rows = i * BT + tl.arange(0, BT)
+        row_in = rows < n
+        lse = tl.load(LSE + rows, mask=row_in, other=0.0)
+        labels = tl.load(Y + rows, mask=row_in, other=-1)
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BT, 2, BV // 2)), (0, 2, 1)))
+        cols = j * BV + tl.arange(0, BV // 2)
+        dz, p = _dlogits(left, B, lse, labels, cols, V, GA, GB, GC, GS, GO, rows, row_in, scale, CAP)
+        DZ.store([i * BT, j * BV], _bfloat16(dz, ROUND))
+        total = tl.sum(p, 1)
+        cols += BV // 2
+        dz, p = _dlogits(right, B, lse, labels, cols, V, GA, GB, GC, GS, GO, rows, row_in, scale, CAP)
+        DZ.store([i * BT, j * BV + BV // 2], _bfloat16(dz, ROUND))
+        if L is not None:
+            tl.store(L + rows.to(tl.int64) * col_blocks + j, total + tl.sum(p, 1), mask=row_in)
 
 
-def add_label_term_(e: Tensor, head: Head, labels: Tensor, coef: Coefficients, sums: Exponentials) -> Tensor:
-    """Turn E [n, V] into the gradient of the raw products up to a factor per row, and return that factor [n, 1].
-
-    A label outside [0, V) has no entry here. Where a is 0 and o is not, the row becomes o 1_y, with the factor 1.
-    """
-    factor = torch.empty_like(sums.total)
-    with torch.cuda.device_of(e):
-        _label_term[(len(e),)](
-            e, labels.contiguous(), coef.a.contiguous(), coef.o.contiguous(), sums.target, sums.offset, sums.total,
-            factor, head.size, e.stride(0), float(head.scale),
-            CAP=None if head.softcap is None else float(head.softcap), BV=64 if INTERPRETED else 4096, ROUND=INTERPRETED,
-            num_warps=4,
-        )  # fmt: skip
-    return factor[:, None]
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@triton.jit(do_not_specialize=("n",))
+def _add_matmul(
+    X, Y, TOTAL,  # descriptors of [n, V], [n, D], [V, D]
+    n, V, D, DOT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """Every program walks tiles [BV, BD]; all of D comes first, so that the columns of x stay in the cache."""
+    blocks = tl.cdiv(D, BD)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(V, BV) * blocks, PROGRAMS, flatten=FLATTEN):
+        i = tile // blocks * BV
+        j = tile % blocks * BD
+        acc = tl.zeros((BV, BD), tl.float32)
+        for t in range(0, n, BT):
+            acc = tl.dot(X.load([t, i]).to(DOT).T, Y.load([t, j]).to(DOT), acc)
+        if ATOMIC:
+            TOTAL.atomic_add([i, j], acc.to(TOTAL.dtype))
+        else:  # Triton's interpreter has no reduction through descriptors, and runs one program at a time
+            TOTAL.store([i, j], _bfloat16(TOTAL.load([i, j]).to(tl.float32) + acc, True))

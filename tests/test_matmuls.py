@@ -9,10 +9,9 @@ import torch
 
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head, chunked, vocab_loss
-from hf_xent.ops.problem import Problem
 from support.oracle import Polynomial, assert_close_at_scale, assert_no_worse, gradients, make
 
-epilogue = pytest.importorskip("hf_xent.ops.gpu.epilogue", reason="needs triton")
+matmuls = pytest.importorskip("hf_xent.ops.gpu.matmuls", reason="needs triton")
 CE = ("lse", "target")
 
 
@@ -23,18 +22,14 @@ def everywhere(monkeypatch: pytest.MonkeyPatch, device: str) -> list[int]:
         pytest.skip("with a GPU the Triton kernels are compiled: they do not run on the CPU")
     heights: list[int] = []
 
-    def module(problem: Problem):
-        fits = problem.outputs <= epilogue.OUTPUTS and problem.payload is None
-        return epilogue if fits and epilogue.supports(problem.hidden, problem.head) else None
-
-    real = epilogue.exponentials
+    real = matmuls.exponentials
 
     def counted(hidden, *args):
         heights.append(len(hidden))
         return real(hidden, *args)
 
-    monkeypatch.setattr(chunked, "_epilogue", module)
-    monkeypatch.setattr(epilogue, "exponentials", counted)
+    monkeypatch.setattr(chunked, "_matmul_kernels", lambda device: matmuls)
+    monkeypatch.setattr(matmuls, "exponentials", counted)
     return heights
 
 
@@ -151,9 +146,9 @@ def test_copies_of_the_best_column_and_the_largest_column_of_the_last_tile(devic
     weight[[40, 70], 2] = 3.0
     weight[99, 3] = 5.0
     weight[[0, 17], 4] = 2.0
-    sums = epilogue.exponentials(
+    sums = matmuls.exponentials(
         hidden, Head(weight), torch.zeros(3, dtype=torch.int64, device=device), frozenset({"lse", "target", "top"}),
-        epilogue.rows_of(hidden, 100, 3),
+        matmuls.rows_of(hidden, 100, 3),
     )  # fmt: skip
     assert sums.values["top"].tolist() == [40, 99, 0]
 
@@ -166,15 +161,13 @@ def test_copies_of_the_best_column_and_the_largest_column_of_the_last_tile(devic
 ])  # fmt: skip
 def test_operands_that_the_matmul_cannot_read_are_left_to_stored_rows(change, supported: bool) -> None:
     hidden, weight = change(torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(32, 16, dtype=torch.bfloat16))
-    assert epilogue.supports(hidden, Head(weight)) is supported
-    assert not epilogue.supports(hidden, Head(weight, adapter=weight))
+    assert matmuls.readable(hidden, weight) is supported
 
 
 def test_sums_of_a_transposed_product(device: str) -> None:
-    accumulate = pytest.importorskip("hf_xent.ops.gpu.accumulate", reason="needs triton")
     x, y, total = (torch.randn(*shape, device=device).bfloat16() for shape in ((37, 56), (37, 24), (56, 24)))
     want = total.double() + x.double().T @ y.double()
     plain = total.clone().addmm_(x.T, y)
-    assert accumulate.supports(x, y, total)
-    accumulate.add_matmul(x, y, total)
+    assert matmuls.supports(x, y, total)
+    matmuls.add_matmul(x, y, total)
     assert_no_worse(total, plain, want)
