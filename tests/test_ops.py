@@ -25,6 +25,7 @@ from hf_xent.ops import (
     State,
     Stats,
     algebra,
+    chunked,
     dense_stats,
     map_logits,
     merge,
@@ -32,6 +33,7 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
+from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
 from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 
@@ -752,8 +754,68 @@ def test_no_logits_are_ever_allocated(impl, device, mode, uses):
 def test_default_budget_grows_with_the_head():
     """Half a byte a number, and at least what keeps a matmul busy."""
     small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
-    assert default_budget(small) == 256 << 20 and default_budget(large) == (1 << 20) * 1024 * 4 // 8
-    assert default_budget(Head(torch.zeros(2, 2))) == 24 << 20
+    assert default_budget(small, 8192, 4) == 256 << 20 and default_budget(large, 64, 4) == 390_000_000
+    assert default_budget(large, 4096, 4) == 4096 // 16 * (1 << 20) * 4
+    expanded = Head(torch.zeros(1, 1).expand(1 << 20, 1024))  # on a CPU, where the tokens change nothing
+    for tokens in (0, 64, 1 << 20):
+        assert default_budget(expanded, tokens, 4) == (1 << 20) * 1024 * 4 // 8
+        assert default_budget(Head(torch.zeros(2, 2)), tokens, 4) == 24 << 20
+
+
+def planned(N, V, D, *, dtype=torch.bfloat16, device="meta", payload=False, budget=None):
+    """The problem of a call with the default budget, on a device that holds no numbers."""
+    hidden, weight = torch.empty(N, D, dtype=dtype, device=device), torch.empty(V, D, dtype=dtype, device=device)
+    head, labels = Head(weight), torch.empty(N, dtype=torch.int64, device=device)
+    budget = Request(memory_budget=budget).budget(head, N, dtype.itemsize * (2 if payload else 1))
+    second = (hidden, head) if payload else None
+    return Problem(hidden, head, labels, frozenset({"lse", "target"}), second, memory_budget=budget)
+
+
+PLANS = {  # N, V, D: rows of all chunks but the last
+    (8192, 256000, 2304): 512,
+    (16384, 248320, 2048): 1024,
+    (8192, 151936, 2048): 768,
+    (8192, 128256, 4096): 1024,
+    (16383, 248320, 2048): 1024,
+    (100_000, 50257, 768): 6272,
+    (3000, 262144, 1152): 512,
+    (1500, 262144, 1152): 512,
+    (300, 262144, 1152): 300,
+}
+
+
+@pytest.mark.parametrize("shape", PLANS, ids=str)
+@pytest.mark.parametrize("payload", [False, True])
+def test_chunks_on_a_gpu_are_whole_tiles_and_never_too_many(shape, payload):
+    """One visit of the logits, and at most a sixteenth of them, or 400 MB, in memory."""
+    N, V, D = shape
+    problem = planned(N, V, D, payload=payload)
+    heights = [rows.stop - rows.start for rows in problem.rows()]
+    assert sum(heights) == N and len(heights) <= chunked.MAX_LOW_PRECISION_SUMS
+    assert all(height % 128 == 0 for height in heights[:-1]) and set(heights[:-1]) <= {heights[0]}
+    assert payload or heights[0] == PLANS[shape]
+    sixteenth = -(-N // (16 * 128)) * 128
+    assert max(heights) * V * 2 * (1 + payload) <= max(4e8, sixteenth * V * 2 * (1 + payload))
+
+
+def test_pieces():
+    """Few, about equal and multiples of 16 where that fits; with tiles, whole tiles above all."""
+    lengths = lambda *plan: [part.stop - part.start for part in pieces(*plan)]  # noqa: E731
+    assert lengths(100, 40) == [34, 34, 32]
+    assert lengths(100, 48) == [48, 48, 4] and lengths(0, 5) == [] and lengths(7, 1) == [1] * 7
+    assert lengths(1000, 300, 128) == [256, 256, 256, 232]  # not 250 each
+    assert lengths(1000, 600, 128) == [512, 488]
+    assert lengths(1000, 1000, 128) == [1000] and lengths(1000, 2000, 128) == [1000]
+    assert lengths(1000, 100, 128) == lengths(1000, 100)  # not even one tile fits
+    assert lengths(1000, 130, 128) == [128] * 7 + [104]
+
+
+def test_plans_on_a_cpu_know_no_tiles():
+    """The same chunks as ever: multiples of 16 at best."""
+    problem = planned(1000, 50, 4, dtype=torch.float32, device="cpu", budget=300 * 50 * 4)
+    assert problem.rows() == pieces(1000, 300) and problem.rows()[0].stop == 256
+    problem = planned(1000, 50, 4, dtype=torch.float32, device="cpu", budget=250 * 50 * 4)
+    assert problem.rows()[0].stop == 250
 
 
 # ---- Stats ----------------------------------------------------------------------------------------------------------
