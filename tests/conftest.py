@@ -40,6 +40,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=DEVICES[1:])
+def gpu(request: pytest.FixtureRequest) -> str:
+    """A CUDA device, for what no other device can do; a test that asks for it runs nowhere else."""
+    return request.param
+
+
 @pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest, device: str) -> str:
     """Every backend; Triton is compiled where there is a GPU and interpreted where there is none."""

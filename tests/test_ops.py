@@ -35,6 +35,7 @@ from hf_xent.ops import (
 from hf_xent.ops.algebra import finish
 from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
+from hf_xent.ops.rows import Rows, refuse_capture
 from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 
 MODES = ("recompute", "eager")
@@ -1001,6 +1002,54 @@ def test_errors_of_the_other_doors():
     message = r"hidden is torch\.float64 but weight torch\.float32: cast one of them$"
     with torch.autocast("cpu"), pytest.raises(ValueError, match=message):
         vocab_stats(**arguments(hidden=torch.randn(4, 3).double()))
+
+
+@pytest.mark.parametrize("ignore", [(), (0, 3), (5,), range(6)], ids=str)
+def test_labels_are_read_on_the_host_once(device, monkeypatch, ignore):
+    """Which labels are valid, and their range, in one transfer; ids outside of the vocabulary are refused."""
+    labels = torch.tensor([4, 0, 6, 2, 6, 1], device=device)
+    labels[list(ignore)] = -100
+    hidden, head = torch.arange(6.0, device=device)[:, None], Head(torch.ones(7, 1, device=device))
+    looks = []
+    for name in ("tolist", "item", "nonzero", "__int__", "__bool__", "__index__", "__float__"):
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda x, real=real, name=name: looks.append(name) or real(x))
+    rows = Rows(hidden, head, labels, -100)
+    monkeypatch.undo()
+    assert looks == ["tolist"]
+    kept = [i for i in range(6) if i not in ignore]
+    assert rows.hidden.flatten().tolist() == kept and (rows.index is None) == (not ignore)
+    assert rows.flat.tolist() == labels[kept].tolist()
+    for wrong in (7, -1):
+        labels[1] = wrong
+        found = rf"\[{labels[labels != -100].min()}, {labels.max()}\]"
+        message = rf"labels range over {found} but the head has 7 tokens: pass ids in \[0, 6\], or ignore_index=-100"
+        with pytest.raises(ValueError, match=message):
+            Rows(hidden, head, labels, -100)
+
+
+def test_a_graph_is_not_captured(monkeypatch):
+    """The host reads the labels: one error that says so, in place of CUDA's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    vocab_stats(**arguments())  # nothing is captured on a CPU
+    with pytest.raises(RuntimeError, match="read on the host: capture the model up to its hidden states"):
+        refuse_capture(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_capture(torch.device("cuda"))
+
+
+def test_a_capture_is_refused_and_leaves_the_device_usable(gpu):
+    hidden, head = torch.randn(4, 3, device=gpu), Head(torch.randn(7, 3, device=gpu))
+    labels = torch.zeros(4, dtype=torch.int64, device=gpu)
+    want = F.cross_entropy(hidden @ head.weight.T, labels)
+    for call in (
+        lambda: vocab_loss(CrossEntropy(), hidden, head, labels),
+        lambda: dense_stats(hidden @ head.weight.T, labels),
+    ):
+        with pytest.raises(RuntimeError, match="read on the host"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros_like(hidden)  # a graph that records nothing warns
+            call()
+        torch.testing.assert_close(vocab_stats(hidden, head, labels).nll.mean(), want)
 
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)

@@ -13,7 +13,7 @@ from .dispatch import TokenLoss, stream_loss, stream_stats
 from .head import Head, Payload
 from .higher import under_function_transform
 from .request import Request
-from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
+from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, refuse_capture, token_ids
 from .statistics import STATISTICS, Stats, wide
 
 
@@ -90,6 +90,7 @@ def dense_stats(
         raise ValueError(f"outputs has {unknown[0]!r}: choose among {choices}")
     if labels.device != logits.device:
         raise ValueError(f"labels is on {labels.device} but logits on {logits.device}: move one of them")
+    refuse_capture(labels.device)
     mask = labels != ignored
     z, ids = logits[mask], labels[mask]
     check_ids(ids, z.shape[-1], ignored)
