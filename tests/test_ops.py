@@ -1134,6 +1134,35 @@ def test_other_ignore_index(impl, device):
     assert stats.mask.tolist() == [False, True, True, False, True, True] and not stats.lse[~stats.mask].any()
 
 
+@pytest.fixture
+def deterministic():
+    """torch.use_deterministic_algorithms, set back after the test."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_in_no_fixed_order_are_refused_if_torch_is_told_to(impl, device, mode, deterministic):
+    """impl='triton' raises where it computes gradients, or warns with warn_only; its statistics have a fixed order."""
+    if impl != "triton" and device != "cpu":
+        pytest.skip("cuBLAS asks for an environment variable at its start: test_deterministic_algorithms_on_a_gpu")
+    case = make(5, 9, 4, device=device)
+    deterministic(True)
+    if impl == "triton":
+        with pytest.raises(RuntimeError, match="impl is 'triton', whose gradients are summed in no fixed order"):
+            gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+        with torch.no_grad():
+            vocab_stats(case.tensors["hidden"], case.head, case.labels, impl=impl)
+        deterministic(True, warn_only=True)
+        with pytest.warns(UserWarning, match="choose impl='chunked', or set it with warn_only=True"):
+            found = gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+    else:
+        found = gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+    deterministic(False)
+    torch.testing.assert_close(found, gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves))
+
+
 # ---- Triton without a GPU -------------------------------------------------------------------------------------------
 
 

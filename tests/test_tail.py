@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from hf_xent import losses
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head
 from hf_xent.ops.problem import pieces
-from hf_xent.ops.tail import GROUPS
+from hf_xent.ops.tail import GROUPS, _sums_at_most
 from support.oracle import Largest, assert_close_at_scale, gradients
 
 IMPLS = ("chunked", "triton")
@@ -195,6 +199,54 @@ def test_nan_is_not_hidden_and_no_token_is_zero() -> None:
     assert gradients(CrossEntropy()(hidden, Head(weight), labels, tail=0.01), [hidden])[0][3].isnan().all()
     none = CrossEntropy()(hidden, Head(weight), torch.full_like(labels, -100), tail=0.01)
     assert none == 0 and not gradients(none, [hidden])[0].any()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000])
+def test_running_sums_against_a_bound(device: str, size: int) -> None:
+    terms = torch.rand(size, dtype=torch.float64, device=device).pow(8).sort().values
+    sums, number = terms.cumsum(0), lambda x: torch.tensor(x, dtype=torch.float64, device=device)
+    for at in range(0, size, max(1, size // 10)):
+        for bound in (0.999 * sums[at], 1.001 * sums[at], 1e-30 * sums[at]):
+            assert torch.equal(_sums_at_most(terms, bound), sums <= bound)
+    assert _sums_at_most(terms, number(1e300)).all()
+    assert not _sums_at_most(terms, number(float("nan"))).any()
+    assert not _sums_at_most(terms * 1e300, number(0.0)).any()
+    if size > 1:
+        terms[: size // 2] = 0
+        terms[-1] = float("nan")
+        assert _sums_at_most(terms, number(0.0)).tolist() == [j < size // 2 for j in range(size)]
+
+
+DETERMINISTIC = """
+import torch
+from hf_xent.losses import CrossEntropy
+from hf_xent.ops import Head
+
+torch.use_deterministic_algorithms(True)
+def run(device, tail):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2000, 64, generator=generator, dtype=torch.float64)
+    labels = torch.randint(2000, (300,), generator=generator)
+    hidden = 0.1 * torch.randn(300, 64, generator=generator, dtype=torch.float64) + 0.3 * weight[labels]
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+    loss = CrossEntropy()(leaves[0], Head(leaves[1]), labels.to(device), tail=tail, memory_budget=1_000_000)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+for tail in (0.0, 1e-2):
+    first, second, cpu = run("cuda", tail), run("cuda", tail), run("cpu", tail)
+    for one, other, expected in zip(first, second, cpu):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one.cpu(), expected)
+"""
+
+
+def test_deterministic_algorithms_on_a_gpu(gpu: str) -> None:
+    """No operation is refused, and each run gives the same bits; cuBLAS reads its variable when it starts."""
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC], check=False, capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def can_launch(device: torch.device) -> bool:
     if not works:
         warnings.warn(
             f"Triton cannot run a kernel on {device} ({cause}): slower operations of torch are used in its place."
-            " Triton needs a C compiler, such as gcc, the headers of Python, a cache directory that can be written, and a GPU"
-            " that it supports",
+            " Triton needs a C compiler, such as gcc, the headers of Python, a cache directory that can be written, and"
+            " a GPU that it supports",
             RuntimeWarning,
             stacklevel=2,
         )

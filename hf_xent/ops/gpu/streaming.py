@@ -11,6 +11,7 @@ Source: tiles that live in registers only, as in Wijmans et al. 2024, Cut Your L
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ def backward(
     }
     sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in tensors.items()}
     if len(problem.labels) and sums:
+        _alert_not_deterministic()
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
         operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
         operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous(), "SHARE": share}
@@ -127,6 +129,18 @@ def _check(problem: Problem) -> Blocks:
     if dtype not in DTYPES:
         raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
     return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem)
+
+
+def _alert_not_deterministic() -> None:
+    """What torch does for operations whose sums have no fixed order, if `use_deterministic_algorithms` asks for it."""
+    if torch.are_deterministic_algorithms_enabled():
+        message = (
+            "impl is 'triton', whose gradients are summed in no fixed order, but torch.use_deterministic_algorithms is"
+            " set: choose impl='chunked', or set it with warn_only=True"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _blocks(problem: Problem) -> Blocks:
