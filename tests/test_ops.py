@@ -204,6 +204,31 @@ def test_shapes_and_strides(impl, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_transposed_weight_of_more_than_31_bits(impl, device, mode):
+    """Strides of D reach past 2^31 elements; of the memory between, no page is ever touched."""
+    if device != "cpu" and (impl != "triton" or torch.cuda.mem_get_info()[0] < 6 << 30):
+        pytest.skip("other backends leave this to torch" if impl != "triton" else "needs 6 GB of the device's memory")
+    N, V, D, stride = 4, 5, 3, 1 << 30
+    memory = torch.empty((D - 1) * stride + V, dtype=torch.float16, device=device)
+    weight, small = memory.as_strided((V, D), (1, stride)), torch.randn(V, D).half()
+    weight.copy_(small)
+    hidden, labels = torch.randn(N, D, device=device).half(), torch.randint(V, (N,), device=device)
+    found = []
+    for matrix in (weight, weight.contiguous()):
+        leaves = [hidden.clone().requires_grad_(), matrix.detach().requires_grad_()]
+        head = Head(leaves[1])
+        if mode == "eager":
+            total = CrossEntropy()(leaves[0], head, labels, impl=impl)
+        else:
+            total = vocab_stats(leaves[0], head, labels, outputs=("lse", "target"), impl=impl).nll.mean()
+        found.append([total, *gradients(total, leaves)])
+    truth = [hidden.double().requires_grad_(), weight.double().contiguous().requires_grad_()]
+    total = F.cross_entropy(truth[0] @ truth[1].T, labels)
+    for far, near, true in zip(*found, [total, *torch.autograd.grad(total, truth)], strict=True):
+        assert_no_worse(far, near, true)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_memory_budget_changes_nothing(impl, device, mode):
     """Chunks of one row give what one chunk gives."""
     case, loss = make(7, 20, 6, D2=3, device=device, **SOFT), Polynomial(DIFFERENTIABLE)

@@ -194,11 +194,13 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
     """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second_hidden, second_head = payload or (None, None)
+    weights = [head.weight for head in (problem.head, second_head) if head is not None]
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
         "V": problem.head.size,
         "ACC": accumulator,
+        "INDEX": tl.int32 if all(weight.stride(1) == 1 for weight in weights) else tl.int64,
         "BT": blocks.rows,
         "BV": blocks.columns,
         "BD": blocks.depth,
