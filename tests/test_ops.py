@@ -33,6 +33,8 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
+from hf_xent.ops.chunked import _Buffers
+from hf_xent.ops.matmul import matmul_into
 from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
 from hf_xent.ops.rows import Rows, refuse_capture
@@ -417,7 +419,7 @@ def test_second_derivatives_of_a_sparse_tail_are_exact():
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivatives_stay_lean(mode):
     """No more than a chunk of logits at a time, and the first derivatives of a usual backward are as lean as ever."""
-    N, V = 120, 60
+    N, V = 120, 64  # rows of a GPU's buffer are not padded then
     case = make(N, V, 6, dtype=torch.float32)
     with Largest() as largest:
         total = ours(case, "chunked", Polynomial(), mode, memory_budget=20 * V * 4)[1]
@@ -822,6 +824,55 @@ def test_chunks_on_a_gpu_are_whole_tiles_and_never_too_many(shape, payload):
     assert payload or heights[0] == PLANS[shape]
     sixteenth = -(-N // (16 * 128)) * 128
     assert max(heights) * V * 2 * (1 + payload) <= max(4e8, sixteenth * V * 2 * (1 + payload))
+
+
+def test_rows_of_a_gpu_are_padded_where_its_loads_need_it():
+    """GPT-2's 50257 columns take rows of 50304; multiples of 16 stay as they are, and so does all on a CPU."""
+    for V, stride in ((50257, 50304), (50400, 50400), (131, 192), (48, 48)):
+        problem = planned(300, V, 8, payload=True, budget=200 * V * 4)
+        rows = problem.rows()
+        assert len(rows) == 3
+        for part in rows:
+            for z in _Buffers(problem, rows).load(part):
+                assert z.shape == (part.stop - part.start, V) and z.stride() == (stride, 1)
+    panels = planned(300, 777, 8, budget=300 * 300 * 2)
+    tiles = [
+        _Buffers(panels, [slice(0, 300)], panels.columns()).load(slice(0, 300), cols)[0] for cols in panels.columns()
+    ]
+    assert [(*z.shape, *z.stride()) for z in tiles] == [(300, 256, 256, 1)] * 3 + [(300, 9, 64, 1)]
+    on_cpu = planned(6, 131, 8, device="cpu", payload=True)
+    assert all(z.is_contiguous() for z in _Buffers(on_cpu, on_cpu.rows()).load(slice(0, 6)))
+
+
+@pytest.mark.parametrize("uses", LOSSES, ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("head", ("plain", "bias", "softcap"))
+def test_padded_rows_change_nothing(monkeypatch, device, mode, dtype, uses, head):
+    """What lies between the rows is NaN, and comes into no number."""
+    monkeypatch.setattr(_Buffers, "_stride", lambda self, width: width + 27)
+    payload = 5 if "payload" in uses else None
+    case = make(
+        19, 37, 18, D2=payload, bias=head == "bias", dtype=dtype, device=device, **(SOFT if head == "softcap" else {})
+    )
+    verify(case, "chunked", Polynomial(uses), mode, memory_budget=5 * 37 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", ((7, 300, 5), (128, 64, 33)), ids=str)
+def test_products_for_a_wider_sum(device, dtype, shape):
+    """On a GPU they are not rounded to 16 bits on the way, on a CPU they are what they were."""
+    n, inner, m = shape
+    x, y = (torch.randn(*size, device=device).to(dtype) for size in ((inner, n), (inner, m)))
+    for left in (x.T, x.T.contiguous()):
+        total = torch.full((n, m), float("nan"), device=device)
+        matmul_into(total, left, y, first=True)
+        matmul_into(total, left, y, first=False)
+        exact, rounded = 2 * (left.double() @ y.double()), 2 * (left @ y).float()
+        if device == "cpu":
+            assert torch.equal(total, rounded)
+        else:
+            assert (total - exact).norm() < 0.05 * (rounded - exact).norm()
 
 
 def test_pieces():
