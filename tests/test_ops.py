@@ -1291,7 +1291,7 @@ class Hopper:  # a driver that compiles for a GPU that is not there, and launche
 
 triton.runtime.driver.set_active(Hopper())
 from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head
-from hf_xent.ops.gpu import fused, streaming
+from hf_xent.ops.gpu import fused, scaling, streaming
 from hf_xent.ops.problem import TENSORS, Problem
 
 streaming._check = streaming._blocks
@@ -1307,12 +1307,61 @@ plain, asked = Head(head.weight, head.bias), frozenset({"lse", "target"})
 problem = Problem(hidden, plain, labels, asked, needs=frozenset(TENSORS[:3]))
 streaming.survey(problem, lambda rows, values: {"lse": one, "target": -one}, [slice(0, 160), slice(160, 300)])
 streaming.backward(problem, values, {"lse": one, "target": one}, share=one)
+streaming.forward(Problem(hidden, Head(head.weight), labels, asked))
+problem = Problem(hidden, Head(head.weight.T.contiguous().T), labels, asked, needs=frozenset(TENSORS[:2]))
+streaming.backward(problem, streaming.forward(problem), {"lse": one, "target": one})
 for dtype in (torch.bfloat16, torch.float32, torch.float64):
     z = torch.zeros(300, 1000, dtype=dtype)
     fused.softmax_(z, labels, head)
     fused.softmax_(z, labels, head, lse=one, share=one)
     fused.column_sums(z, one, torch.ones(1000), torch.ones(1000))
+    scaling.scale_unless_one_(z, one[:1])
 """
+
+
+BLOCKS = """
+import torch, triton
+from dataclasses import replace
+
+class Driver:
+    memory = 227 << 10
+    utils = property(lambda self: self)
+    get_device_properties = lambda self, index: {"max_shared_mem": Driver.memory}
+
+triton.runtime.driver.set_active(Driver())
+from hf_xent.ops import Head
+from hf_xent.ops.gpu.streaming import BLOCKS, FORWARD_BLOCKS, PAYLOAD_BLOCKS, SMALL_BLOCKS, _blocks
+from hf_xent.ops.problem import Problem
+
+def problem(dtype, D=32, bias=False, outputs=("lse", "target", "entropy", "top"), turned=False):
+    hidden, weight = torch.empty(4, D, dtype=dtype), torch.empty(48, D, dtype=dtype)
+    weight = weight.T.contiguous().T if turned else weight
+    head = Head(weight, torch.empty(48, dtype=dtype) if bias else None, softcap=3.0)
+    return Problem(hidden, head, torch.zeros(4, dtype=torch.int64), frozenset(outputs))
+
+plain = problem(torch.bfloat16)
+assert _blocks(plain, forward=True) == FORWARD_BLOCKS[2] and FORWARD_BLOCKS[2].columns == 256
+assert _blocks(plain) == BLOCKS[2]
+for heavy in (
+    problem(torch.float16, D=40),
+    problem(torch.float16, bias=True),
+    problem(torch.float16, outputs=("lse", "target", "rank")),
+    problem(torch.float16, turned=True),
+):
+    assert _blocks(heavy, forward=True) == _blocks(heavy) == BLOCKS[2]
+assert _blocks(problem(torch.float32), forward=True) == BLOCKS[4]
+second = replace(plain, payload=(plain.hidden, plain.head))
+assert _blocks(second, forward=True) == _blocks(second) == PAYLOAD_BLOCKS[2]
+Driver.memory = 99 << 10
+for any_ in (plain, second):
+    assert _blocks(any_, forward=True) == _blocks(any_) == SMALL_BLOCKS[2]
+"""
+
+
+def test_blocks_of_the_streaming_kernels():
+    """Wide ones for the forward of 16-bit heads where the registers suffice; small ones where the memory does not."""
+    found = python(BLOCKS)
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
 def test_names_that_lived_in_algebra_are_found_where_they_are_now():
@@ -1332,10 +1381,12 @@ def test_kernels_compile_for_hopper(tmp_path):
     found = python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.split("\n")[:3] == ["launched 5 1 1", "launched 5 8 1", "launched 5 8 1"]
-    # the survey's statistics and columns, gradients with the columns' share, then rows, rows and columns a dtype
+    # the survey's statistics and columns, gradients with the columns' share; a forward of wide blocks; one of a
+    # transposed weight and its gradients; then rows, rows, columns and all elements a dtype
     survey = ["launched 3 1 1", "launched 3 8 1", "launched 8 2 1", "launched 3 8 1"]
-    fused = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1"]
-    assert found.stdout.split()[3 * 4 :] == " ".join(survey + 3 * fused).split()
+    plain = ["launched 3 1 1", "launched 3 4 1", "launched 3 1 1", "launched 3 8 1", "launched 3 8 1"]
+    stored = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1", "launched 19 1 1"]
+    assert found.stdout.split()[3 * 4 :] == " ".join(survey + plain + 3 * stored).split()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
