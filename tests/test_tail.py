@@ -21,11 +21,11 @@ from hf_xent.ops.problem import pieces
 from hf_xent.ops.tail import GROUPS, _sums_at_most
 from support.oracle import Largest, assert_close_at_scale, gradients
 
-IMPLS = ("chunked", "triton")
+IMPLS = ("chunked", "triton")  # the reference is exact
 
 
 def peaked(
-    N: int, V: int, D: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
+    N: int, V: int, D: int, *, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as uneven as a trained model's: some certain, some not, and a direction common to all of the head."""
     g = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def peaked(
     labels = torch.randint(V, (N,), generator=g)
     pull = 6 * torch.rand(N, 1, generator=g, dtype=torch.float64)
     hidden = (pull * weight[labels] + 2 * torch.randn(N, D, generator=g, dtype=torch.float64)) / D**0.5
-    return hidden.to(dtype), weight.to(dtype), labels
+    return hidden.to(device, dtype), weight.to(device, dtype), labels.to(device)
 
 
 def compressed(
@@ -47,7 +47,7 @@ def compressed(
     spike = F.one_hot(labels, head.size) * o[:, None]
     dz = a[:, None] * p + spike
     energy = (a[:, None] * p).square().sum(0)
-    total, spent, kept = dz.square().sum(), 0.0, torch.ones(head.size, dtype=torch.bool)
+    total, spent, kept = dz.square().sum(), 0.0, torch.ones(head.size, dtype=torch.bool, device=z.device)
     for j in energy.argsort().tolist():
         spent += float(energy[j])
         if spent > tail**2 * total:
@@ -63,18 +63,22 @@ def compressed(
     return a[:, None] * torch.where(kept, p, rest) + spike, dz, kept
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("N", "V", "D", "budget"),
     [(37, 301, 19, None), (5, 1000, 8, None), (61, 517, 40, 20_000), (3, 64, 4, 1), (1, 97, 5, None)],
 )
-def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: int, D: int, budget: int | None) -> None:
-    hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in peaked(N, V, D))
-    head = Head(weight, torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_() if bias else None, scale=1.3)
+def test_gradients_are_those_of_the_formula(
+    impl: str, device: str, bias: bool, N: int, V: int, D: int, budget: int | None
+) -> None:
+    hidden, weight, labels = peaked(N, V, D, device=device)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    ramp = torch.linspace(-1, 1, V, dtype=torch.float64, device=device).requires_grad_()
+    head = Head(weight, ramp if bias else None, scale=1.3)
     found = CrossEntropy()(hidden, head, labels, tail=0.03, impl=impl, memory_budget=budget)
     exact = F.cross_entropy(head.logits(hidden), labels)
-    ones = torch.full((N,), 1 / N, dtype=torch.float64)
+    ones = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
     with torch.no_grad():
         dz, _, kept = compressed(hidden, head, labels, ones, -ones, 0.03)
     assert torch.allclose(found, exact)
@@ -88,14 +92,14 @@ def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: in
         assert_close_at_scale(got, want, 1e-9)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize(
     "loss", [CrossEntropy(z_loss=0.01), Focal(gamma=2.0), losses.get("tailr"), losses.get("comp_sum:tau=2")]
 )
-def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, loss: losses.Loss) -> None:
-    hidden, weight, labels = peaked(29, 403, 12)
+def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, device: str, loss: losses.Loss) -> None:
+    hidden, weight, labels = peaked(29, 403, 12, device=device)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    token_weight = torch.linspace(-1, 2, 29, dtype=torch.float64)
+    token_weight = torch.linspace(-1, 2, 29, dtype=torch.float64, device=device)
     token_weight[4] = 0
     labels[7] = -100
     kept = labels != -100
@@ -141,9 +145,9 @@ def test_dropping_the_same_columns_is_at_least_twice_as_wrong() -> None:
     assert (found - exact).norm() < 0.5 * (dropped - exact).norm()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
-    hidden, weight, labels = peaked(20, 150, 6)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str, device: str) -> None:
+    hidden, weight, labels = peaked(20, 150, 6, device=device)
     for h, tail in ((1e-4 * hidden, 1e-3), (hidden, 1e-12)):
         h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
         found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), [h, w])
@@ -153,9 +157,9 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, dtype: torch.dtype) -> None:
-    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, device: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype, device=device)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     truth = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
     wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), [h, w])
