@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,6 +19,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 IMPLS = ("reference", "chunked", "triton")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
+
+# What the package's extras bring, by the names that are imported: `make venv` installs all of it.
+EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "psutil", "scipy", "sklearn", "trl")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A file that imports a missing extra is skipped: the kernels' tests need torch and transformers alone."""
+    report = yield
+    cause = report.call.excinfo.value if report.failed and report.call.excinfo else None  # type: ignore[attr-defined]
+    while cause is not None:
+        name = (getattr(cause, "name", None) or "").partition(".")[0]
+        if isinstance(cause, ModuleNotFoundError) and name in EXTRAS and find_spec(name) is None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: needs {name}, which is not installed")
+        cause = cause.__cause__ or cause.__context__
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +57,12 @@ def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     """Every device there is."""
+    return request.param
+
+
+@pytest.fixture(params=DEVICES[1:])
+def gpu(request: pytest.FixtureRequest) -> str:
+    """A CUDA device, for what no other device can do; a test that asks for it runs nowhere else."""
     return request.param
 
 

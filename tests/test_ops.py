@@ -25,6 +25,7 @@ from hf_xent.ops import (
     State,
     Stats,
     algebra,
+    chunked,
     dense_stats,
     map_logits,
     merge,
@@ -32,7 +33,11 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
+from hf_xent.ops.chunked import _Buffers
+from hf_xent.ops.matmul import matmul_into
+from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
+from hf_xent.ops.rows import Rows, refuse_capture
 from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
 
 MODES = ("recompute", "eager")
@@ -198,6 +203,31 @@ def test_shapes_and_strides(impl, device):
     wanted = torch.autograd.grad(flat.nll.sum() + flat.entropy.sum(), (case.tensors["hidden"], case.tensors["weight"]))
     torch.testing.assert_close(found[0].reshape(12, 18), wanted[0])
     torch.testing.assert_close(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_transposed_weight_of_more_than_31_bits(impl, device, mode):
+    """Strides of D reach past 2^31 elements; of the memory between, no page is ever touched."""
+    if device != "cpu" and (impl != "triton" or torch.cuda.mem_get_info()[0] < 6 << 30):
+        pytest.skip("other backends leave this to torch" if impl != "triton" else "needs 6 GB of the device's memory")
+    N, V, D, stride = 4, 5, 3, 1 << 30
+    memory = torch.empty((D - 1) * stride + V, dtype=torch.float16, device=device)
+    weight, small = memory.as_strided((V, D), (1, stride)), torch.randn(V, D).half()
+    weight.copy_(small)
+    hidden, labels = torch.randn(N, D, device=device).half(), torch.randint(V, (N,), device=device)
+    found = []
+    for matrix in (weight, weight.contiguous()):
+        leaves = [hidden.clone().requires_grad_(), matrix.detach().requires_grad_()]
+        head = Head(leaves[1])
+        if mode == "eager":
+            total = CrossEntropy()(leaves[0], head, labels, impl=impl)
+        else:
+            total = vocab_stats(leaves[0], head, labels, outputs=("lse", "target"), impl=impl).nll.mean()
+        found.append([total, *gradients(total, leaves)])
+    truth = [hidden.double().requires_grad_(), weight.double().contiguous().requires_grad_()]
+    total = F.cross_entropy(truth[0] @ truth[1].T, labels)
+    for far, near, true in zip(*found, [total, *torch.autograd.grad(total, truth)], strict=True):
+        assert_no_worse(far, near, true)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -737,7 +767,7 @@ def test_torch_linear_cross_entropy(impl, device, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_logits_are_ever_allocated(impl, device, mode, uses):
     """Forward and backward stay below N V elements; the dense backend shows that the meter works."""
-    N, V = 120, 60
+    N, V = 120, 64  # rows of a GPU's buffer are not padded then
     case = make(N, V, 6, D2=3 if "payload" in uses else None, dtype=torch.float32, device=device)
     with Largest() as largest:
         total = ours(case, impl, Polynomial(uses), mode, outputs=FORWARD_ONLY, memory_budget=20 * V * 4)[1]
@@ -752,8 +782,117 @@ def test_no_logits_are_ever_allocated(impl, device, mode, uses):
 def test_default_budget_grows_with_the_head():
     """Half a byte a number, and at least what keeps a matmul busy."""
     small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
-    assert default_budget(small) == 256 << 20 and default_budget(large) == (1 << 20) * 1024 * 4 // 8
-    assert default_budget(Head(torch.zeros(2, 2))) == 24 << 20
+    assert default_budget(small, 8192, 4) == 256 << 20 and default_budget(large, 64, 4) == 390_000_000
+    assert default_budget(large, 4096, 4) == 4096 // 16 * (1 << 20) * 4
+    expanded = Head(torch.zeros(1, 1).expand(1 << 20, 1024))  # on a CPU, where the tokens change nothing
+    for tokens in (0, 64, 1 << 20):
+        assert default_budget(expanded, tokens, 4) == (1 << 20) * 1024 * 4 // 8
+        assert default_budget(Head(torch.zeros(2, 2)), tokens, 4) == 24 << 20
+
+
+def planned(N, V, D, *, dtype=torch.bfloat16, device="meta", payload=False, budget=None):
+    """The problem of a call with the default budget, on a device that holds no numbers."""
+    hidden, weight = torch.empty(N, D, dtype=dtype, device=device), torch.empty(V, D, dtype=dtype, device=device)
+    head, labels = Head(weight), torch.empty(N, dtype=torch.int64, device=device)
+    budget = Request(memory_budget=budget).budget(head, N, dtype.itemsize * (2 if payload else 1))
+    second = (hidden, head) if payload else None
+    return Problem(hidden, head, labels, frozenset({"lse", "target"}), second, memory_budget=budget)
+
+
+PLANS = {  # N, V, D: rows of all chunks but the last
+    (8192, 256000, 2304): 512,
+    (16384, 248320, 2048): 1024,
+    (8192, 151936, 2048): 768,
+    (8192, 128256, 4096): 1024,
+    (16383, 248320, 2048): 1024,
+    (100_000, 50257, 768): 6272,
+    (3000, 262144, 1152): 512,
+    (1500, 262144, 1152): 512,
+    (300, 262144, 1152): 300,
+}
+
+
+@pytest.mark.parametrize("shape", PLANS, ids=str)
+@pytest.mark.parametrize("payload", [False, True])
+def test_chunks_on_a_gpu_are_whole_tiles_and_never_too_many(shape, payload):
+    """One visit of the logits, and at most a sixteenth of them, or 400 MB, in memory."""
+    N, V, D = shape
+    problem = planned(N, V, D, payload=payload)
+    heights = [rows.stop - rows.start for rows in problem.rows()]
+    assert sum(heights) == N and len(heights) <= chunked.MAX_LOW_PRECISION_SUMS
+    assert all(height % 128 == 0 for height in heights[:-1]) and set(heights[:-1]) <= {heights[0]}
+    assert payload or heights[0] == PLANS[shape]
+    sixteenth = -(-N // (16 * 128)) * 128
+    assert max(heights) * V * 2 * (1 + payload) <= max(4e8, sixteenth * V * 2 * (1 + payload))
+
+
+def test_rows_of_a_gpu_are_padded_where_its_loads_need_it():
+    """GPT-2's 50257 columns take rows of 50304; multiples of 16 stay as they are, and so does all on a CPU."""
+    for V, stride in ((50257, 50304), (50400, 50400), (131, 192), (48, 48)):
+        problem = planned(300, V, 8, payload=True, budget=200 * V * 4)
+        rows = problem.rows()
+        assert len(rows) == 3
+        for part in rows:
+            for z in _Buffers(problem, rows).load(part):
+                assert z.shape == (part.stop - part.start, V) and z.stride() == (stride, 1)
+    panels = planned(300, 777, 8, budget=300 * 300 * 2)
+    tiles = [
+        _Buffers(panels, [slice(0, 300)], panels.columns()).load(slice(0, 300), cols)[0] for cols in panels.columns()
+    ]
+    assert [(*z.shape, *z.stride()) for z in tiles] == [(300, 256, 256, 1)] * 3 + [(300, 9, 64, 1)]
+    on_cpu = planned(6, 131, 8, device="cpu", payload=True)
+    assert all(z.is_contiguous() for z in _Buffers(on_cpu, on_cpu.rows()).load(slice(0, 6)))
+
+
+@pytest.mark.parametrize("uses", LOSSES, ids="+".join)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("head", ("plain", "bias", "softcap"))
+def test_padded_rows_change_nothing(monkeypatch, device, mode, dtype, uses, head):
+    """What lies between the rows is NaN, and comes into no number."""
+    monkeypatch.setattr(_Buffers, "_stride", lambda self, width: width + 27)
+    payload = 5 if "payload" in uses else None
+    case = make(
+        19, 37, 18, D2=payload, bias=head == "bias", dtype=dtype, device=device, **(SOFT if head == "softcap" else {})
+    )
+    verify(case, "chunked", Polynomial(uses), mode, memory_budget=5 * 37 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", ((7, 300, 5), (128, 64, 33)), ids=str)
+def test_products_for_a_wider_sum(device, dtype, shape):
+    """On a GPU they are not rounded to 16 bits on the way, on a CPU they are what they were."""
+    n, inner, m = shape
+    x, y = (torch.randn(*size, device=device).to(dtype) for size in ((inner, n), (inner, m)))
+    for left in (x.T, x.T.contiguous()):
+        total = torch.full((n, m), float("nan"), device=device)
+        matmul_into(total, left, y, first=True)
+        matmul_into(total, left, y, first=False)
+        exact, rounded = 2 * (left.double() @ y.double()), 2 * (left @ y).float()
+        if device == "cpu":
+            assert torch.equal(total, rounded)
+        else:
+            assert (total - exact).norm() < 0.05 * (rounded - exact).norm()
+
+
+def test_pieces():
+    """Few, about equal and multiples of 16 where that fits; with tiles, whole tiles above all."""
+    lengths = lambda *plan: [part.stop - part.start for part in pieces(*plan)]  # noqa: E731
+    assert lengths(100, 40) == [34, 34, 32]
+    assert lengths(100, 48) == [48, 48, 4] and lengths(0, 5) == [] and lengths(7, 1) == [1] * 7
+    assert lengths(1000, 300, 128) == [256, 256, 256, 232]  # not 250 each
+    assert lengths(1000, 600, 128) == [512, 488]
+    assert lengths(1000, 1000, 128) == [1000] and lengths(1000, 2000, 128) == [1000]
+    assert lengths(1000, 100, 128) == lengths(1000, 100)  # not even one tile fits
+    assert lengths(1000, 130, 128) == [128] * 7 + [104]
+
+
+def test_plans_on_a_cpu_know_no_tiles():
+    """The same chunks as ever: multiples of 16 at best."""
+    problem = planned(1000, 50, 4, dtype=torch.float32, device="cpu", budget=300 * 50 * 4)
+    assert problem.rows() == pieces(1000, 300) and problem.rows()[0].stop == 256
+    problem = planned(1000, 50, 4, dtype=torch.float32, device="cpu", budget=250 * 50 * 4)
+    assert problem.rows()[0].stop == 250
 
 
 # ---- Stats ----------------------------------------------------------------------------------------------------------
@@ -941,6 +1080,54 @@ def test_errors_of_the_other_doors():
         vocab_stats(**arguments(hidden=torch.randn(4, 3).double()))
 
 
+@pytest.mark.parametrize("ignore", [(), (0, 3), (5,), range(6)], ids=str)
+def test_labels_are_read_on_the_host_once(device, monkeypatch, ignore):
+    """Which labels are valid, and their range, in one transfer; ids outside of the vocabulary are refused."""
+    labels = torch.tensor([4, 0, 6, 2, 6, 1], device=device)
+    labels[list(ignore)] = -100
+    hidden, head = torch.arange(6.0, device=device)[:, None], Head(torch.ones(7, 1, device=device))
+    looks = []
+    for name in ("tolist", "item", "nonzero", "__int__", "__bool__", "__index__", "__float__"):
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda x, real=real, name=name: looks.append(name) or real(x))
+    rows = Rows(hidden, head, labels, -100)
+    monkeypatch.undo()
+    assert looks == ["tolist"]
+    kept = [i for i in range(6) if i not in ignore]
+    assert rows.hidden.flatten().tolist() == kept and (rows.index is None) == (not ignore)
+    assert rows.flat.tolist() == labels[kept].tolist()
+    for wrong in (7, -1):
+        labels[1] = wrong
+        found = rf"\[{labels[labels != -100].min()}, {labels.max()}\]"
+        message = rf"labels range over {found} but the head has 7 tokens: pass ids in \[0, 6\], or ignore_index=-100"
+        with pytest.raises(ValueError, match=message):
+            Rows(hidden, head, labels, -100)
+
+
+def test_a_graph_is_not_captured(monkeypatch):
+    """The host reads the labels: one error that says so, in place of CUDA's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    vocab_stats(**arguments())  # nothing is captured on a CPU
+    with pytest.raises(RuntimeError, match="read on the host: capture the model up to its hidden states"):
+        refuse_capture(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_capture(torch.device("cuda"))
+
+
+def test_a_capture_is_refused_and_leaves_the_device_usable(gpu):
+    hidden, head = torch.randn(4, 3, device=gpu), Head(torch.randn(7, 3, device=gpu))
+    labels = torch.zeros(4, dtype=torch.int64, device=gpu)
+    want = F.cross_entropy(hidden @ head.weight.T, labels)
+    for call in (
+        lambda: vocab_loss(CrossEntropy(), hidden, head, labels),
+        lambda: dense_stats(hidden @ head.weight.T, labels),
+    ):
+        with pytest.raises(RuntimeError, match="read on the host"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros_like(hidden)  # a graph that records nothing warns
+            call()
+        torch.testing.assert_close(vocab_stats(hidden, head, labels).nll.mean(), want)
+
+
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
 
 
@@ -1023,6 +1210,35 @@ def test_other_ignore_index(impl, device):
     assert stats.mask.tolist() == [False, True, True, False, True, True] and not stats.lse[~stats.mask].any()
 
 
+@pytest.fixture
+def deterministic():
+    """torch.use_deterministic_algorithms, set back after the test."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_in_no_fixed_order_are_refused_if_torch_is_told_to(impl, device, mode, deterministic):
+    """impl='triton' raises where it computes gradients, or warns with warn_only; its statistics have a fixed order."""
+    if impl != "triton" and device != "cpu":
+        pytest.skip("cuBLAS asks for an environment variable at its start: test_deterministic_algorithms_on_a_gpu")
+    case = make(5, 9, 4, device=device)
+    deterministic(True)
+    if impl == "triton":
+        with pytest.raises(RuntimeError, match="impl is 'triton', whose gradients are summed in no fixed order"):
+            gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+        with torch.no_grad():
+            vocab_stats(case.tensors["hidden"], case.head, case.labels, impl=impl)
+        deterministic(True, warn_only=True)
+        with pytest.warns(UserWarning, match="choose impl='chunked', or set it with warn_only=True"):
+            found = gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+    else:
+        found = gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves)
+    deterministic(False)
+    torch.testing.assert_close(found, gradients(ours(case, impl, Polynomial(), mode)[1], case.leaves))
+
+
 # ---- Triton without a GPU -------------------------------------------------------------------------------------------
 
 
@@ -1075,7 +1291,7 @@ class Hopper:  # a driver that compiles for a GPU that is not there, and launche
 
 triton.runtime.driver.set_active(Hopper())
 from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head
-from hf_xent.ops.gpu import fused, streaming
+from hf_xent.ops.gpu import fused, scaling, streaming
 from hf_xent.ops.problem import TENSORS, Problem
 
 streaming._check = streaming._blocks
@@ -1091,12 +1307,61 @@ plain, asked = Head(head.weight, head.bias), frozenset({"lse", "target"})
 problem = Problem(hidden, plain, labels, asked, needs=frozenset(TENSORS[:3]))
 streaming.survey(problem, lambda rows, values: {"lse": one, "target": -one}, [slice(0, 160), slice(160, 300)])
 streaming.backward(problem, values, {"lse": one, "target": one}, share=one)
+streaming.forward(Problem(hidden, Head(head.weight), labels, asked))
+problem = Problem(hidden, Head(head.weight.T.contiguous().T), labels, asked, needs=frozenset(TENSORS[:2]))
+streaming.backward(problem, streaming.forward(problem), {"lse": one, "target": one})
 for dtype in (torch.bfloat16, torch.float32, torch.float64):
     z = torch.zeros(300, 1000, dtype=dtype)
     fused.softmax_(z, labels, head)
     fused.softmax_(z, labels, head, lse=one, share=one)
     fused.column_sums(z, one, torch.ones(1000), torch.ones(1000))
+    scaling.scale_unless_one_(z, one[:1])
 """
+
+
+BLOCKS = """
+import torch, triton
+from dataclasses import replace
+
+class Driver:
+    memory = 227 << 10
+    utils = property(lambda self: self)
+    get_device_properties = lambda self, index: {"max_shared_mem": Driver.memory}
+
+triton.runtime.driver.set_active(Driver())
+from hf_xent.ops import Head
+from hf_xent.ops.gpu.streaming import BLOCKS, FORWARD_BLOCKS, PAYLOAD_BLOCKS, SMALL_BLOCKS, _blocks
+from hf_xent.ops.problem import Problem
+
+def problem(dtype, D=32, bias=False, outputs=("lse", "target", "entropy", "top"), turned=False):
+    hidden, weight = torch.empty(4, D, dtype=dtype), torch.empty(48, D, dtype=dtype)
+    weight = weight.T.contiguous().T if turned else weight
+    head = Head(weight, torch.empty(48, dtype=dtype) if bias else None, softcap=3.0)
+    return Problem(hidden, head, torch.zeros(4, dtype=torch.int64), frozenset(outputs))
+
+plain = problem(torch.bfloat16)
+assert _blocks(plain, forward=True) == FORWARD_BLOCKS[2] and FORWARD_BLOCKS[2].columns == 256
+assert _blocks(plain) == BLOCKS[2]
+for heavy in (
+    problem(torch.float16, D=40),
+    problem(torch.float16, bias=True),
+    problem(torch.float16, outputs=("lse", "target", "rank")),
+    problem(torch.float16, turned=True),
+):
+    assert _blocks(heavy, forward=True) == _blocks(heavy) == BLOCKS[2]
+assert _blocks(problem(torch.float32), forward=True) == BLOCKS[4]
+second = replace(plain, payload=(plain.hidden, plain.head))
+assert _blocks(second, forward=True) == _blocks(second) == PAYLOAD_BLOCKS[2]
+Driver.memory = 99 << 10
+for any_ in (plain, second):
+    assert _blocks(any_, forward=True) == _blocks(any_) == SMALL_BLOCKS[2]
+"""
+
+
+def test_blocks_of_the_streaming_kernels():
+    """Wide ones for the forward of 16-bit heads where the registers suffice; small ones where the memory does not."""
+    found = python(BLOCKS)
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
 def test_names_that_lived_in_algebra_are_found_where_they_are_now():
@@ -1116,22 +1381,25 @@ def test_kernels_compile_for_hopper(tmp_path):
     found = python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.split("\n")[:3] == ["launched 5 1 1", "launched 5 8 1", "launched 5 8 1"]
-    # the survey's statistics and columns, gradients with the columns' share, then rows, rows and columns a dtype
+    # the survey's statistics and columns, gradients with the columns' share; a forward of wide blocks; one of a
+    # transposed weight and its gradients; then rows, rows, columns and all elements a dtype
     survey = ["launched 3 1 1", "launched 3 8 1", "launched 8 2 1", "launched 3 8 1"]
-    fused = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1"]
-    assert found.stdout.split()[3 * 4 :] == " ".join(survey + 3 * fused).split()
+    plain = ["launched 3 1 1", "launched 3 4 1", "launched 3 1 1", "launched 3 8 1", "launched 3 8 1"]
+    stored = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1", "launched 19 1 1"]
+    assert found.stdout.split()[3 * 4 :] == " ".join(survey + plain + 3 * stored).split()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("budget", [None, 1500])
-def test_an_adapter_is_the_last_columns_of_a_wider_matrix(impl, dtype, frozen, budget):
+def test_an_adapter_is_the_last_columns_of_a_wider_matrix(impl, device, dtype, frozen, budget):
     """Against the same head in one piece: statistics, a loss of them all, and cross-entropy, exact and with a tail."""
     torch.manual_seed(0)
-    hidden = torch.randn(9, 20).to(dtype).requires_grad_()
-    weight = torch.randn(53, 16).to(dtype).requires_grad_(not frozen)
-    adapter = torch.randn(53, 4).to(dtype).requires_grad_()
-    bias, labels = torch.randn(53).to(dtype).requires_grad_(), torch.randint(53, (9,))
+    hidden, weight, adapter, bias = (
+        torch.randn(*shape).to(device, dtype).requires_grad_() for shape in ((9, 20), (53, 16), (53, 4), (53,))
+    )
+    weight.requires_grad_(not frozen)
+    labels = torch.randint(53, (9,)).to(device)
     labels[2] = -100
     whole = torch.cat([weight, adapter], 1).detach().requires_grad_()
     pieces, joined = Head(weight, bias, 0.7, adapter=adapter), Head(whole, bias, 0.7)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +18,14 @@ from hf_xent import losses
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head
 from hf_xent.ops.problem import pieces
-from hf_xent.ops.tail import GROUPS
+from hf_xent.ops.tail import GROUPS, _sums_at_most
 from support.oracle import Largest, assert_close_at_scale, gradients
 
-IMPLS = ("chunked", "triton")
+IMPLS = ("chunked", "triton")  # the reference is exact
 
 
 def peaked(
-    N: int, V: int, D: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
+    N: int, V: int, D: int, *, dtype: torch.dtype = torch.float64, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as uneven as a trained model's: some certain, some not, and a direction common to all of the head."""
     g = torch.Generator().manual_seed(seed)
@@ -31,7 +35,7 @@ def peaked(
     labels = torch.randint(V, (N,), generator=g)
     pull = 6 * torch.rand(N, 1, generator=g, dtype=torch.float64)
     hidden = (pull * weight[labels] + 2 * torch.randn(N, D, generator=g, dtype=torch.float64)) / D**0.5
-    return hidden.to(dtype), weight.to(dtype), labels
+    return hidden.to(device, dtype), weight.to(device, dtype), labels.to(device)
 
 
 def compressed(
@@ -43,7 +47,7 @@ def compressed(
     spike = F.one_hot(labels, head.size) * o[:, None]
     dz = a[:, None] * p + spike
     energy = (a[:, None] * p).square().sum(0)
-    total, spent, kept = dz.square().sum(), 0.0, torch.ones(head.size, dtype=torch.bool)
+    total, spent, kept = dz.square().sum(), 0.0, torch.ones(head.size, dtype=torch.bool, device=z.device)
     for j in energy.argsort().tolist():
         spent += float(energy[j])
         if spent > tail**2 * total:
@@ -59,18 +63,22 @@ def compressed(
     return a[:, None] * torch.where(kept, p, rest) + spike, dz, kept
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("N", "V", "D", "budget"),
     [(37, 301, 19, None), (5, 1000, 8, None), (61, 517, 40, 20_000), (3, 64, 4, 1), (1, 97, 5, None)],
 )
-def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: int, D: int, budget: int | None) -> None:
-    hidden, weight, labels = (x.requires_grad_() if x.is_floating_point() else x for x in peaked(N, V, D))
-    head = Head(weight, torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_() if bias else None, scale=1.3)
+def test_gradients_are_those_of_the_formula(
+    impl: str, device: str, bias: bool, N: int, V: int, D: int, budget: int | None
+) -> None:
+    hidden, weight, labels = peaked(N, V, D, device=device)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    ramp = torch.linspace(-1, 1, V, dtype=torch.float64, device=device).requires_grad_()
+    head = Head(weight, ramp if bias else None, scale=1.3)
     found = CrossEntropy()(hidden, head, labels, tail=0.03, impl=impl, memory_budget=budget)
     exact = F.cross_entropy(head.logits(hidden), labels)
-    ones = torch.full((N,), 1 / N, dtype=torch.float64)
+    ones = torch.full((N,), 1 / N, dtype=torch.float64, device=device)
     with torch.no_grad():
         dz, _, kept = compressed(hidden, head, labels, ones, -ones, 0.03)
     assert torch.allclose(found, exact)
@@ -84,14 +92,14 @@ def test_gradients_are_those_of_the_formula(impl: str, bias: bool, N: int, V: in
         assert_close_at_scale(got, want, 1e-9)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
 @pytest.mark.parametrize(
     "loss", [CrossEntropy(z_loss=0.01), Focal(gamma=2.0), losses.get("tailr"), losses.get("comp_sum:tau=2")]
 )
-def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, loss: losses.Loss) -> None:
-    hidden, weight, labels = peaked(29, 403, 12)
+def test_any_loss_of_log_p_with_weights_of_either_sign(impl: str, device: str, loss: losses.Loss) -> None:
+    hidden, weight, labels = peaked(29, 403, 12, device=device)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    token_weight = torch.linspace(-1, 2, 29, dtype=torch.float64)
+    token_weight = torch.linspace(-1, 2, 29, dtype=torch.float64, device=device)
     token_weight[4] = 0
     labels[7] = -100
     kept = labels != -100
@@ -137,9 +145,9 @@ def test_dropping_the_same_columns_is_at_least_twice_as_wrong() -> None:
     assert (found - exact).norm() < 0.5 * (dropped - exact).norm()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
-    hidden, weight, labels = peaked(20, 150, 6)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str, device: str) -> None:
+    hidden, weight, labels = peaked(20, 150, 6, device=device)
     for h, tail in ((1e-4 * hidden, 1e-3), (hidden, 1e-12)):
         h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
         found = gradients(CrossEntropy()(h, Head(w), labels, tail=tail, impl=impl), [h, w])
@@ -149,9 +157,9 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", IMPLS)
-def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, dtype: torch.dtype) -> None:
-    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype)
+@pytest.mark.parametrize("impl", IMPLS, indirect=True)
+def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, device: str, dtype: torch.dtype) -> None:
+    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype, device=device)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     truth = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
     wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), [h, w])
@@ -195,6 +203,54 @@ def test_nan_is_not_hidden_and_no_token_is_zero() -> None:
     assert gradients(CrossEntropy()(hidden, Head(weight), labels, tail=0.01), [hidden])[0][3].isnan().all()
     none = CrossEntropy()(hidden, Head(weight), torch.full_like(labels, -100), tail=0.01)
     assert none == 0 and not gradients(none, [hidden])[0].any()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1000])
+def test_running_sums_against_a_bound(device: str, size: int) -> None:
+    terms = torch.rand(size, dtype=torch.float64, device=device).pow(8).sort().values
+    sums, number = terms.cumsum(0), lambda x: torch.tensor(x, dtype=torch.float64, device=device)
+    for at in range(0, size, max(1, size // 10)):
+        for bound in (0.999 * sums[at], 1.001 * sums[at], 1e-30 * sums[at]):
+            assert torch.equal(_sums_at_most(terms, bound), sums <= bound)
+    assert _sums_at_most(terms, number(1e300)).all()
+    assert not _sums_at_most(terms, number(float("nan"))).any()
+    assert not _sums_at_most(terms * 1e300, number(0.0)).any()
+    if size > 1:
+        terms[: size // 2] = 0
+        terms[-1] = float("nan")
+        assert _sums_at_most(terms, number(0.0)).tolist() == [j < size // 2 for j in range(size)]
+
+
+DETERMINISTIC = """
+import torch
+from hf_xent.losses import CrossEntropy
+from hf_xent.ops import Head
+
+torch.use_deterministic_algorithms(True)
+def run(device, tail):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2000, 64, generator=generator, dtype=torch.float64)
+    labels = torch.randint(2000, (300,), generator=generator)
+    hidden = 0.1 * torch.randn(300, 64, generator=generator, dtype=torch.float64) + 0.3 * weight[labels]
+    leaves = [x.to(device).requires_grad_() for x in (hidden, weight)]
+    loss = CrossEntropy()(leaves[0], Head(leaves[1]), labels.to(device), tail=tail, memory_budget=1_000_000)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+for tail in (0.0, 1e-2):
+    first, second, cpu = run("cuda", tail), run("cuda", tail), run("cpu", tail)
+    for one, other, expected in zip(first, second, cpu):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one.cpu(), expected)
+"""
+
+
+def test_deterministic_algorithms_on_a_gpu(gpu: str) -> None:
+    """No operation is refused, and each run gives the same bits; cuBLAS reads its variable when it starts."""
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(Path(__file__).parents[1])}
+    found = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC], check=False, capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

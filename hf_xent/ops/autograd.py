@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import higher, reference, tail
+from .gpu.launch import can_launch
 from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks, reduce_from_ranks
 from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS
@@ -143,10 +144,23 @@ class _Eager(torch.autograd.Function):
         elif upstream.device.type != "cpu" or upstream != 1:
             # unless the graph is kept for another backward, its buffers can be scaled in place
             keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [None if g is None else (g * upstream if keep_graph else g.mul_(upstream)) for g in grads]
+            grads = [None if g is None else _scaled(g, upstream, in_place=not keep_graph) for g in grads]
         elif torch._C._autograd._get_current_graph_task_keep_graph():
             grads = [None if g is None else g.clone() for g in grads]  # the next backward would add to these
         return None, None, None, None, *grads
+
+
+def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    """grad * factor, a tensor with one element; with Triton, in place, where that is 1 nothing is read or written."""
+    if grad.is_contiguous() and _has_triton(factor):
+        from .gpu.scaling import scale_unless_one_  # imported here: triton is optional
+
+        return scale_unless_one_(grad if in_place else grad.clone(), factor)
+    return grad.mul_(factor) if in_place else grad * factor
+
+
+def _has_triton(x: Tensor) -> bool:
+    return x.is_cuda and can_launch(x.device)
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:

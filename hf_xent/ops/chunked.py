@@ -31,6 +31,9 @@ from .tiles import _triton, add_columns, add_label_term_, concatenate, dlogits_,
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
 # 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more).
 MAX_LOW_PRECISION_SUMS = 16
+# Rows of logits whose length is a multiple of LOADED numbers are aligned for the widest loads of a GPU, and so are they
+# for its matmuls; others, such as the 50257 of GPT-2, are padded to a multiple of PADDED, a line of its cache.
+LOADED, PADDED = 16, 64
 
 
 def forward(problem: Problem) -> dict[str, Tensor]:
@@ -181,19 +184,28 @@ class _Buffers:
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice] | None = None):
         self.problem = problem
         cols = cols or [slice(0, problem.head.size)]
-        size = max((r.stop - r.start for r in rows), default=0) * max(c.stop - c.start for c in cols)
+        size = max((r.stop - r.start for r in rows), default=0) * self._stride(max(c.stop - c.start for c in cols))
         self.z = problem.hidden.new_empty(size)
         self.pay = None if problem.payload is None else problem.payload[0].new_empty(size)
 
     def load(self, rows: slice, cols: slice | None = None) -> tuple[Tensor, Tensor | None]:
         """The raw products (before scale and softcap) of a tile; they overwrite those of the previous tile."""
         problem, cols = self.problem, cols or slice(0, self.problem.head.size)
-        shape = (rows.stop - rows.start, cols.stop - cols.start)
-        count = shape[0] * shape[1]
-        z = project(problem.hidden[rows], problem.head[cols], self.z[:count].view(shape))
+        z = project(problem.hidden[rows], problem.head[cols], self._tile(self.z, rows, cols))
         if problem.payload is None or self.pay is None:
             return z, None
-        return z, project(problem.payload[0][rows], problem.payload[1][cols], self.pay[:count].view(shape))
+        return z, project(problem.payload[0][rows], problem.payload[1][cols], self._tile(self.pay, rows, cols))
+
+    def _tile(self, memory: Tensor, rows: slice, cols: slice) -> Tensor:
+        """The beginning of the memory in the shape of a tile."""
+        count, width = rows.stop - rows.start, cols.stop - cols.start
+        stride = self._stride(width)
+        return memory[: count * stride].view(count, stride)[:, :width]
+
+    def _stride(self, width: int) -> int:
+        """From one row of a tile to the next: rows of a GPU begin where its widest loads and stores can."""
+        loose = self.problem.hidden.device.type == "cpu" or width % LOADED == 0
+        return width if loose else -(-width // PADDED) * PADDED
 
 
 class _Gradients:

@@ -169,13 +169,14 @@ def _problem(
     computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = _payload(rows, payload)
+    itemsize = rows.hidden.element_size() * (1 if payload is None else 2)
     problem = Problem(
         hidden=rows.hidden.contiguous(),
         head=head,
         labels=rows.flat,
         outputs=frozenset(computed),
         payload=payload,
-        memory_budget=request.budget(head),
+        memory_budget=request.budget(head, len(rows.flat), itemsize),
     )
     grad_enabled = torch.is_grad_enabled()
     tensors = zip(TENSORS, problem.tensors, strict=True)

@@ -13,7 +13,7 @@ from .dispatch import TokenLoss, stream_loss, stream_stats
 from .head import Head, Payload
 from .higher import under_function_transform
 from .request import Request
-from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, token_ids
+from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, refuse_capture, token_ids
 from .statistics import STATISTICS, Stats, wide
 
 
@@ -43,7 +43,8 @@ def vocab_stats(
             head's logits under the first head's softmax.
         ignore_index: The label of positions to ignore.
         impl: 'reference', 'chunked' or 'triton' (default: the environment's HF_XENT_IMPL, else 'chunked').
-        memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB).
+        memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB; on
+            a GPU 256 MiB to 390 MB, or a sixteenth of all logits if that is more).
 
     Returns:
         Statistics shaped like labels, nats; ignored positions hold 0.
@@ -89,6 +90,7 @@ def dense_stats(
         raise ValueError(f"outputs has {unknown[0]!r}: choose among {choices}")
     if labels.device != logits.device:
         raise ValueError(f"labels is on {labels.device} but logits on {logits.device}: move one of them")
+    refuse_capture(labels.device)
     mask = labels != ignored
     z, ids = logits[mask], labels[mask]
     check_ids(ids, z.shape[-1], ignored)
@@ -178,7 +180,8 @@ def map_logits(
         return function(*part) if under_function_transform() else checkpoint(function, *part, use_reentrant=False)
 
     row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs memory too
-    step = max(1, Request(memory_budget=memory_budget).budget(head) // row)
+    budget = Request(memory_budget=memory_budget).budget(head, len(hidden), hidden.element_size())
+    step = max(1, budget // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]

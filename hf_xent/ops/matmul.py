@@ -48,7 +48,7 @@ def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
     """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype."""
     if total.dtype != x.dtype:
-        product = torch.mm(x, y)
+        product = _wide_product(x, y, total.dtype)
         total.copy_(product) if first else total.add_(product)
     elif first and x.dtype == torch.float32 and len(x) <= FEW_ROWS and x.device.type == "cpu":
         # for few rows and a long inner dimension, a CPU's BLAS computes the transpose a tenth faster
@@ -57,3 +57,10 @@ def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.mm(x, y, out=total)
     else:
         total.addmm_(x, y)
+
+
+def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ y of 16-bit matrices in `dtype`: where torch can do so, not rounded to 16 bits before it joins a sum."""
+    if x.is_cuda and torch.version.hip is None and dtype == torch.float32:
+        return torch.mm(x, y, out_dtype=dtype)
+    return torch.mm(x, y)

@@ -16,6 +16,9 @@ from torch import Tensor
 from .head import Head, Payload
 
 ALIGNMENT = 16  # of rows or columns: matmul kernels work on multiples of it
+TILE = (
+    128  # rows or columns of a tile in the matmul kernels of accelerators; what exceeds whole tiles costs a tile more
+)
 TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
 Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
 """(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once per chunk, in order."""
@@ -63,11 +66,17 @@ class Problem:
     def rows(self) -> list[slice]:
         """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""
         shard = self.head.shard
-        return pieces(len(self.labels), self._fitting(self.head.size if shard is None else shard.width))
+        most = self._fitting(self.head.size if shard is None else shard.width)
+        return pieces(len(self.labels), most, self._tile)
 
     def columns(self) -> list[slice]:
         """Column panels whose logits (and payload) for all tokens fit the memory budget."""
-        return pieces(self.head.size, self._fitting(len(self.labels)))
+        return pieces(self.head.size, self._fitting(len(self.labels)), self._tile)
+
+    @property
+    def _tile(self) -> int:
+        """What the length of chunks and panels should be a multiple of, or 0 on a CPU, which has no such tiles."""
+        return 0 if self.hidden.device.type == "cpu" else TILE
 
     def _fitting(self, length: int) -> int:
         """How many rows or columns of `length` logits fit the memory budget."""
@@ -75,12 +84,16 @@ class Problem:
         return max(1, self.memory_budget // max(1, bytes_each))
 
 
-def pieces(count: int, most: int) -> list[slice]:
+def pieces(count: int, most: int, tile: int = 0) -> list[slice]:
     """The range 0..count in as few slices of at most `most` as possible.
 
-    They are about equally long, since a short one would run slowly, and multiples of ALIGNMENT if that fits.
+    They are about equally long, since a short one would run slowly, and multiples of ALIGNMENT if that fits. If `most`
+    holds a `tile`, whole tiles come first: all slices but the last are multiples of it, also where that takes more.
     """
     step = -(-count // max(1, -(-count // most))) or 1
-    aligned = -(-step // ALIGNMENT) * ALIGNMENT
-    step = aligned if aligned <= most else step
+    if tile and step < count and tile <= most:
+        step = min(-(-step // tile), most // tile) * tile
+    else:
+        aligned = -(-step // ALIGNMENT) * ALIGNMENT
+        step = aligned if aligned <= most else step
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import chunked, reference
 from .head import Head
+from .problem import TILE
 
 IMPLS = ("reference", "chunked", "triton")
 
@@ -26,7 +27,7 @@ class Request:
     impl: str | None = None
     """'reference', 'chunked' or 'triton'; None is the environment's HF_XENT_IMPL, else 'chunked'."""
     memory_budget: int | None = None
-    """Bytes of logits in memory at a time; None is `default_budget` of the head."""
+    """Bytes of logits in memory at a time; None is `default_budget`."""
     tail: float = 0.0
     """Relative error allowed in the gradient of the logits (`hf_xent.ops.tail`); 0 is exact."""
     unreduced: bool = False
@@ -43,23 +44,38 @@ class Request:
             return streaming
         return {"reference": reference, "chunked": chunked}[name]
 
-    def budget(self, head: Head) -> int:
-        """The bytes of logits in memory at a time. Raises: ValueError if `memory_budget` is not a positive number."""
+    def budget(self, head: Head, tokens: int, itemsize: int) -> int:
+        """The bytes of logits in memory at a time, which by default depend on what `default_budget` takes.
+
+        Raises: ValueError if `memory_budget` is not a positive number.
+        """
         budget: Any = self.memory_budget
         if budget is None:
-            return default_budget(head)
+            return default_budget(head, tokens, itemsize)
         number = float(budget) if isinstance(budget, Real) else math.nan
         if not 0 < number < math.inf:
             raise ValueError(f"memory_budget is {budget!r}: pass a positive number of bytes")
         return max(1, int(number))
 
 
-def default_budget(head: Head) -> int:
+def default_budget(head: Head, tokens: int, itemsize: int) -> int:
     """Bytes of logits in memory at a time: half a byte per number in the head, so that they are small beside it.
 
     That is an eighth of a float32 head and gives D / 8 rows per chunk; a 16-bit head gets twice the rows, which its
-    matmuls need. At least 24 MiB on a CPU (128 float32 rows of a 49k vocabulary: below that matmuls slow down), 256 MiB
-    elsewhere (not yet measured there).
+    matmuls need. At least 24 MiB on a CPU: 128 float32 rows of a 49k vocabulary; below that matmuls slow down.
+
+    Elsewhere between 256 MiB and 390 MB, unless that would cut the tokens into more chunks than weight gradients are
+    summed over in their own dtype: then as much as so many chunks take, in whole tiles of rows.
+
+    Args:
+        head: The head; of one that is split over ranks, the widest part counts, so that all ranks agree.
+        tokens: How many rows of logits there are.
+        itemsize: Bytes per token and entry of the vocabulary: of a logit, and of the payload's if there is one.
     """
-    rows = head.size if head.shard is None else head.shard.width  # the same on all ranks
-    return max((24 if head.weight.device.type == "cpu" else 256) << 20, rows * head.weight.shape[1] // 2)
+    size = head.size if head.shard is None else head.shard.width
+    half = size * head.weight.shape[1] // 2
+    if head.weight.device.type == "cpu":
+        return max(24 << 20, half)
+    rows = -(-tokens // chunked.MAX_LOW_PRECISION_SUMS)
+    tiled = min(tokens, -(-rows // TILE) * TILE)
+    return max(tiled * size * itemsize, min(max(256 << 20, half), 390_000_000))

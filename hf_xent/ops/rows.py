@@ -34,13 +34,10 @@ class Rows:
             raise ValueError(f"labels is on {labels.device} but hidden on {hidden.device}: move one of them")
         self.labels = labels
         self.mask = labels != ignored
-        flat = labels.reshape(-1)
-        index = self.mask.reshape(-1).nonzero().squeeze(-1)
-        self.index = None if len(index) == flat.numel() else index
+        self.index = _index(labels.reshape(-1), self.mask.reshape(-1), head.vocabulary, ignored)
         self.hidden = autocast(self.select(hidden, trailing=1))
         self.head = autocast_head(head, hidden)
         self.flat = self.select(labels)
-        check_ids(self.flat, head.vocabulary, ignored)
 
     def select(self, x: Tensor, trailing: int = 0) -> Tensor:
         """The valid rows of a tensor in the shape of labels, with `trailing` more dimensions."""
@@ -61,6 +58,31 @@ class Rows:
         count = self.labels.numel()
         full = {name: value.new_zeros(count).index_copy(0, self.index, value) for name, value in values.items()}
         return Stats({name: value.reshape(shape) for name, value in full.items()}, self.labels, self.mask)
+
+
+def _index(labels: Tensor, valid: Tensor, size: int, ignored: int) -> Tensor | None:
+    """The positions of the valid labels, both [N], or None if all are; raises a ValueError as `check_ids` does.
+
+    A GPU is waited for once: for three numbers, from which the shapes of all that follows are known.
+    """
+    refuse_capture(labels.device)
+    if not len(labels):
+        return None
+    bounds = torch.iinfo(labels.dtype)
+    lows, highs = (torch.where(valid, labels, other) for other in (bounds.max, bounds.min))
+    count, low, high = torch.stack([valid.sum(), lows.amin(), highs.amax()]).tolist()
+    if count:
+        _check_range(low, high, size, ignored)
+    return None if count == len(labels) else torch.nonzero_static(valid, size=count).squeeze(-1)
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise a RuntimeError that names the remedy while a CUDA graph is captured: the host must read the labels."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the loss is in the capture of a CUDA graph, but the number of valid labels is read on the host: capture"
+            " the model up to its hidden states, and compute the loss outside of the graph"
+        )
 
 
 def token_ids(labels: Tensor) -> Tensor:
@@ -89,7 +111,13 @@ def ignored_id(ignore_index: int) -> int:
 
 def check_ids(ids: Tensor, size: int, ignored: int) -> None:
     """Raise a ValueError that names the remedy if ids are outside of a vocabulary of `size` tokens."""
-    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if ids.numel():
+        low, high = torch.stack([ids.amin(), ids.amax()]).tolist()
+        _check_range(low, high, size, ignored)
+
+
+def _check_range(low: int, high: int, size: int, ignored: int) -> None:
+    """The same for the lowest and the highest id."""
     if low < 0 or high >= size:
         raise ValueError(
             f"labels range over [{low}, {high}] but the head has {size} tokens: pass ids in [0, {size - 1}], or"

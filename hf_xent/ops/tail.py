@@ -63,11 +63,24 @@ def select_columns(survey: Survey, problem: Problem) -> Tensor:
     a, o = coef.a / unit, coef.o / unit
     # |dz|^2 of a row: the energy of a p, but the label's entry is a p_y + o
     total = energy.sum() + (2 * a * o * (values["target"] - values["lse"]).exp() + o**2).sum()
-    negligible = energy.cumsum(0) <= problem.tail**2 * total  # NaN keeps every column
+    negligible = _sums_at_most(energy, problem.tail**2 * total)
     keep = torch.ones_like(negligible)
     keep[order] = ~negligible
     keep[problem.labels] = True
     return keep.nonzero().squeeze(-1)
+
+
+def _sums_at_most(energy: Tensor, bound: Tensor) -> Tensor:
+    """Which running sums of `energy` [V] >= 0 are at most `bound`, both float64; none from a NaN on, or if that is one.
+
+    The sums are of integers, in units of 2^-40 of the bound: those of floats have no fixed order on a GPU, which torch
+    refuses under `use_deterministic_algorithms`. A term counts as twice the bound at most, so that no sum of fewer than
+    2^22 terms overflows; the roundings of so many are at most two millionths of the bound together.
+    """
+    unit = 2.0**40
+    tiny = torch.finfo(energy.dtype).tiny  # a bound of 0 is kept by terms of 0 alone
+    terms = (energy / bound.clamp(min=tiny) * unit).clamp(max=2 * unit).nan_to_num(nan=2 * unit)
+    return terms.round().long().cumsum(0) <= unit
 
 
 def _upstream(coef: Coefficients) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ is a compile-time constant, so that what was not requested costs nothing.
 Numerics: ACC (float32; float64 for float64 inputs) holds logits, states and sums. dz is rounded to the inputs' dtype
 for its matmuls, as dense autograd rounds it. DOT is the dtype of tl.dot's operands.
 Indexing: a row or column is widened to 64 bits before it is multiplied by a stride: V D exceeds 2^31 in large heads.
+INDEX is the dtype that a place in D is multiplied by its stride in: 64 bits unless that stride is 1.
 """
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
@@ -22,7 +23,7 @@ def _product(
     H, rows, row_in, stride_h,  # [N, D], [BT], [BT]
     W, B, cols, col_in, stride_wv, stride_wd,  # [V, D], [V] or None, [BV], [BV]
     D,
-    ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One tile [BT, BV] of raw logits; zero outside the masks, except for the bias."""
     h_row = H + rows.to(tl.int64)[:, None] * stride_h
@@ -31,7 +32,7 @@ def _product(
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         h = tl.load(h_row + d[None, :], mask=row_in[:, None] & (d < D)[None, :], other=0.0)
-        w = tl.load(w_col + d[:, None] * stride_wd, mask=col_in[None, :] & (d < D)[:, None], other=0.0)
+        w = tl.load(w_col + d.to(INDEX)[:, None] * stride_wd, mask=col_in[None, :] & (d < D)[:, None], other=0.0)
         acc = tl.dot(h.to(DOT), w.to(DOT), acc, input_precision="ieee", out_dtype=ACC)
     if B is not None:
         acc += tl.load(B + cols, mask=col_in, other=0.0).to(ACC)[None, :]
@@ -76,7 +77,7 @@ def _target_fwd(
     H, W, B, Y, TARGET,  # [N, D], [V, D], [V] or None, [N], [N]
     N, D, stride_h, stride_wv, stride_wd,
     scale: tl.float64, CAP: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The label's logit [N]: the diagonal of the tile (BT tokens) x (their BT labels).
 
@@ -86,7 +87,9 @@ def _target_fwd(
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     row_in = rows < N
     labels = tl.load(Y + rows, mask=row_in, other=0)
-    raw = _product(H, rows, row_in, stride_h, W, B, labels, row_in, stride_wv, stride_wd, D, ACC, DOT, BT, BT, BD)
+    raw = _product(
+        H, rows, row_in, stride_h, W, B, labels, row_in, stride_wv, stride_wd, D, ACC, DOT, INDEX, BT, BT, BD
+    )
     z = _activate(raw, scale, CAP, ACC)
     diagonal = tl.arange(0, BT)[:, None] == tl.arange(0, BT)[None, :]
     tl.store(TARGET + rows, tl.sum(tl.where(diagonal, z, 0.0), 1), mask=row_in)
@@ -100,7 +103,7 @@ def _stats_fwd(
     D2, stride_h2, stride_wv2, stride_wd2,
     scale: tl.float64, scale2: tl.float64, CAP: tl.constexpr, CAP2: tl.constexpr,
     share,  # columns a split walks, a multiple of BV
-    ACC: tl.constexpr, DOT: tl.constexpr, DOT2: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, DOT2: tl.constexpr, INDEX: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state of BT rows over one split of the vocabulary. Grid: (row blocks, splits).
@@ -125,7 +128,9 @@ def _stats_fwd(
     for start in range(begin, end, BV):
         cols = start + tl.arange(0, BV)
         col_in = cols < V
-        raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
+        raw = _product(
+            H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, INDEX, BT, BV, BD
+        )
         z = tl.where(col_in[None, :], _activate(raw, scale, CAP, ACC), float("-inf"))
         tile_m = tl.max(z, 1)
         new_m = tl.maximum(m, tile_m)
@@ -153,8 +158,9 @@ def _stats_fwd(
             sq = factor * factor * sq + tl.sum(e * e, 1)
         if SP is not None:
             raw2 = _product(
-                H2, rows, row_in, stride_h2, W2, B2, cols, col_in, stride_wv2, stride_wd2, D2, ACC, DOT2, BT, BV, BD
-            )
+                H2, rows, row_in, stride_h2, W2, B2, cols, col_in, stride_wv2, stride_wd2, D2, ACC, DOT2, INDEX, BT,
+                BV, BD,
+            )  # fmt: skip
             sp = factor * sp + tl.sum(e * _activate(raw2, scale2, CAP2, ACC), 1)
         l = factor * l + tl.sum(e, 1)
         m = new_m
@@ -181,7 +187,7 @@ def _stats_fwd(
 def _push(
     dz, H, W, DH, DW,  # [BT, BV], [N, D], [V, D], [N, D] or None, [V, D] or None
     rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd,
-    ACC: tl.constexpr, DOT: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's dH = dz W and dW = dz^T H to the sums [N, D] and [V, D]; nothing to do for a tile of zeros."""
     if tl.sum((dz != 0).to(tl.int32)) > 0:
@@ -192,7 +198,7 @@ def _push(
             row_mask = row_in[:, None] & (d < D)
             col_mask = col_in[:, None] & (d < D)
             if DH is not None:
-                w = tl.load(W + col * stride_wv + d * stride_wd, mask=col_mask, other=0.0).to(DOT)
+                w = tl.load(W + col * stride_wv + d.to(INDEX) * stride_wd, mask=col_mask, other=0.0).to(DOT)
                 dh = tl.dot(dz.to(DOT), w, input_precision="ieee", out_dtype=ACC)
                 tl.atomic_add(DH + row * D + d, dh.to(DH.dtype.element_ty), mask=row_mask, sem="relaxed")
             if DW is not None:
@@ -210,7 +216,7 @@ def _stats_bwd(
     N, V, D, stride_h, stride_wv, stride_wd,
     D2, stride_h2, stride_wv2, stride_wd2,
     scale: tl.float64, scale2: tl.float64, CAP: tl.constexpr, CAP2: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, DOT2: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, DOT2: tl.constexpr, INDEX: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile, recomputed. Grid: (row blocks, column blocks)."""
@@ -218,7 +224,7 @@ def _stats_bwd(
     cols = tl.program_id(1) * BV + tl.arange(0, BV)
     row_in = rows < N
     col_in = cols < V
-    raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
+    raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, INDEX, BT, BV, BD)
     z = _activate(raw, scale, CAP, ACC)
     lse = tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
     # outside the masks z - lse is not a logp: its exponential could be infinite, and inf times a loaded zero is NaN
@@ -235,7 +241,7 @@ def _stats_bwd(
     if GD is not None:
         d = tl.load(GD + rows, mask=row_in, other=0.0)[:, None]
         raw2 = _product(
-            H2, rows, row_in, stride_h2, W2, B2, cols, col_in, stride_wv2, stride_wd2, D2, ACC, DOT2, BT, BV, BD
+            H2, rows, row_in, stride_h2, W2, B2, cols, col_in, stride_wv2, stride_wd2, D2, ACC, DOT2, INDEX, BT, BV, BD
         )
         pay = _activate(raw2, scale2, CAP2, ACC)
         g += d * pay
@@ -257,10 +263,11 @@ def _stats_bwd(
         low2 = dpay.to(H2.dtype.element_ty)
         if DH2 is not None or DW2 is not None:
             _push(
-                low2, H2, W2, DH2, DW2, rows, row_in, cols, col_in, D2, stride_h2, stride_wv2, stride_wd2, ACC, DOT2, BD
-            )
+                low2, H2, W2, DH2, DW2, rows, row_in, cols, col_in, D2, stride_h2, stride_wv2, stride_wd2, ACC, DOT2,
+                INDEX, BD,
+            )  # fmt: skip
     if DH is not None or DW is not None:
-        _push(low, H, W, DH, DW, rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd, ACC, DOT, BD)
+        _push(low, H, W, DH, DW, rows, row_in, cols, col_in, D, stride_h, stride_wv, stride_wd, ACC, DOT, INDEX, BD)
 
 
 @triton.jit(do_not_specialize=("N",))
@@ -270,7 +277,7 @@ def _survey(
     N, V, D, stride_h, stride_wv, stride_wd,
     scale: tl.float64, CAP: tl.constexpr,
     step,  # tokens of a group
-    ACC: tl.constexpr, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Sums over a group's tokens, one per column: of (a p)^2 and of a p, a >= 0. Grid: (column blocks, groups)."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -282,7 +289,9 @@ def _survey(
     for start in range(begin, end, BT):
         rows = start + tl.arange(0, BT)
         row_in = rows < end
-        raw = _product(H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, BT, BV, BD)
+        raw = _product(
+            H, rows, row_in, stride_h, W, B, cols, col_in, stride_wv, stride_wd, D, ACC, DOT, INDEX, BT, BV, BD
+        )
         lse = tl.load(LSE + rows, mask=row_in, other=0.0)[:, None]
         a = tl.load(GA + rows, mask=row_in, other=0.0)[:, None]
         z = tl.where(row_in[:, None] & col_in[None, :], _activate(raw, scale, CAP, ACC) - lse, float("-inf"))

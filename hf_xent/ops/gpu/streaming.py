@@ -11,6 +11,7 @@ Source: tiles that live in registers only, as in Wijmans et al. 2024, Cut Your L
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -49,9 +50,14 @@ class Blocks(NamedTuple):
 
 # By bytes of an element: the largest blocks that spill no registers on sm_90 (they also compile for sm_75 to sm_120).
 BLOCKS = {2: Blocks(128, 128, 64, 8, 3), 4: Blocks(64, 64, 16, 8, 2), 8: Blocks(32, 32, 16, 4, 2)}
+# The forward holds no gradient and has registers for more columns, so that it reads the hidden states less often. With
+# more than these statistics, a bias, or rows that cannot be loaded 16 numbers at a time, it would spill some.
+FORWARD_BLOCKS = BLOCKS | {2: Blocks(128, 256, 64, 8, 3)}
+FORWARD_OUTPUTS = frozenset({"lse", "target", "entropy", "top"})
 PAYLOAD_BLOCKS = BLOCKS | {2: Blocks(64, 128, 64, 8, 3)}  # a tile of the payload is held beside that of the logits
 SMALL_BLOCKS = BLOCKS | {2: Blocks(64, 64, 32, 8, 2)}
-# Bytes of shared memory a program of BLOCKS[2] needs: A100, Hopper and B200 have them, GeForce cards do not.
+# Bytes of shared memory a program of BLOCKS[2] or FORWARD_BLOCKS[2] needs: A100, Hopper and B200 have them, GeForce
+# cards do not.
 LARGE_SHARED_MEMORY = 160 << 10
 INTERPRETER_BLOCKS = Blocks(16, 32, 16, 1, 1)  # small, so that tests of a few rows visit several tiles
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -63,7 +69,7 @@ STATE_OF = {"entropy": ("s1",), "variance": ("s1", "s2"), "payload": ("sp",), "l
 
 def forward(problem: Problem) -> dict[str, Tensor]:
     """Every requested statistic, [N] each."""
-    blocks = _check(problem)
+    blocks = _check(problem, forward=True)
     count, size = len(problem.labels), problem.head.size
     splits, share = _splits(problem, blocks)
     states = _empty_states(problem, splits)
@@ -91,6 +97,7 @@ def backward(
     }
     sums = {name: torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for name, t in tensors.items()}
     if len(problem.labels) and sums:
+        _alert_not_deterministic()
         grid = (triton.cdiv(len(problem.labels), blocks.rows), triton.cdiv(problem.head.size, blocks.columns))
         operands = _operands(problem, None if coef.d is None else problem.payload, blocks)
         operands |= {**_gradient_pointers(coef, sums), "LSE": values["lse"].contiguous(), "SHARE": share}
@@ -116,8 +123,8 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     return Survey(values, Coefficients(a=coef.a, o=coef.o), energy.sum(0), mass)
 
 
-def _check(problem: Problem) -> Blocks:
-    """The kernels' blocks. Raises: ValueError if they cannot run on these tensors."""
+def _check(problem: Problem, *, forward: bool = False) -> Blocks:
+    """The blocks of the forward's kernels, or of all others. Raises: ValueError if they cannot run on these tensors."""
     device, dtype = problem.hidden.device, problem.hidden.dtype
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -126,16 +133,39 @@ def _check(problem: Problem) -> Blocks:
         )
     if dtype not in DTYPES:
         raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
-    return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem)
+    return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem, forward=forward)
 
 
-def _blocks(problem: Problem) -> Blocks:
+def _alert_not_deterministic() -> None:
+    """What torch does for operations whose sums have no fixed order, if `use_deterministic_algorithms` asks for it."""
+    if torch.are_deterministic_algorithms_enabled():
+        message = (
+            "impl is 'triton', whose gradients are summed in no fixed order, but torch.use_deterministic_algorithms is"
+            " set: choose impl='chunked', or set it with warn_only=True"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _blocks(problem: Problem, *, forward: bool = False) -> Blocks:
     """The blocks for the problem's dtype and the GPU's shared memory."""
-    table = BLOCKS if problem.payload is None else PAYLOAD_BLOCKS
     index = problem.hidden.device.index or 0
-    if triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"] < LARGE_SHARED_MEMORY:
+    memory = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    if memory < LARGE_SHARED_MEMORY:
         table = SMALL_BLOCKS
+    elif problem.payload is not None:
+        table = PAYLOAD_BLOCKS
+    else:
+        table = FORWARD_BLOCKS if forward and _is_light(problem) else BLOCKS
     return table[problem.hidden.element_size()]
+
+
+def _is_light(problem: Problem) -> bool:
+    """Whether the forward needs few enough registers for FORWARD_BLOCKS."""
+    matrices = (problem.hidden, problem.head.weight)
+    aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in matrices)
+    return aligned and problem.outputs <= FORWARD_OUTPUTS and problem.head.bias is None
 
 
 def _splits(problem: Problem, blocks: Blocks) -> tuple[int, int]:
@@ -180,11 +210,13 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
     """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second_hidden, second_head = payload or (None, None)
+    weights = [head.weight for head in (problem.head, second_head) if head is not None]
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
         "V": problem.head.size,
         "ACC": accumulator,
+        "INDEX": tl.int32 if all(weight.stride(1) == 1 for weight in weights) else tl.int64,
         "BT": blocks.rows,
         "BV": blocks.columns,
         "BD": blocks.depth,
