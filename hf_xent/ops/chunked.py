@@ -5,7 +5,8 @@ dz in place of z and two matmuls; a panel's weight gradient is written once, in 
 Eager: the gradient is computed while a row chunk exists, three matmuls in all; weight gradients are summed over chunks.
 
 A loss of log p_y alone has dz = a (p - r 1_y): the rows of p stay unscaled in the buffer, `a` scales the [N, D] side
-matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V].
+matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V] in torch; with kernels,
+which compute p again as they read, the gradient is a pass of its own for every loss.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
-from .tiles import add_columns, add_label_term_, concatenate, dlogits_, fold, strips
+from .tiles import add_columns, add_label_term_, concatenate, dlogits_, fold, has_kernels, strips
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
@@ -68,12 +69,13 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     buffers, out, parts = _Buffers(problem, chunks), _Gradients(problem, chunks, [all_columns]), []
     plain = problem.head.softcap is None and set(uses) <= {"lse", "target"}
+    softmax = plain and not has_kernels(buffers.z)  # a kernel computes p again as it reads
     for rows in chunks:
         z, pay = buffers.load(rows)
-        local = fold(problem, rows, (z, pay), keep=True, softmax=plain)
+        local = fold(problem, rows, (z, pay), keep=True, softmax=softmax)
         values = merge_ranks(problem, local, rows)
         coef = coefficients(values, upstream(rows, values), problem.head.vocabulary)
-        if plain:
+        if softmax:
             if values is not local:  # the softmax in z is over this rank's columns
                 coef = replace(coef, a=coef.a * (local["lse"] - values["lse"]).exp())
             add_label_term_(z, problem.label_columns[rows], coef)
@@ -90,10 +92,10 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     dtype, size = wide(problem.hidden.dtype), problem.head.size
     energy, mass = (problem.hidden.new_zeros(count, size, dtype=dtype) for count in (1, len(groups)))
     unit = problem.hidden.new_zeros((), dtype=dtype)
-    parts, coefs = [], []
+    parts, coefs, softmax = [], [], not has_kernels(buffers.z)
     for rows in problem.rows():
-        p, _ = buffers.load(rows)
-        parts.append(fold(problem, rows, (p, None), keep=True, softmax=True))
+        z, _ = buffers.load(rows)
+        parts.append(fold(problem, rows, (z, None), keep=True, softmax=softmax))
         coefs.append(coefficients(parts[-1], upstream(rows, parts[-1]), size))
         a = coefs[-1].a.abs()
         largest = torch.maximum(unit, a.amax())
@@ -102,9 +104,10 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
         mass *= shrink
         unit, a = largest, a / torch.where(largest > 0, largest, 1.0)
         for group, sums in zip(groups, mass, strict=True):
-            overlap = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
+            overlap = slice(max(0, group.start - rows.start), max(0, min(len(z), group.stop - rows.start)))
             if overlap.start < overlap.stop:
-                add_columns(p[overlap], a[overlap], energy[0], sums)
+                lse = parts[-1]["lse"][overlap]
+                add_columns(problem.head, z[overlap], lse, a[overlap], energy[0], sums)
     coef = Coefficients(a=torch.cat([c.a for c in coefs]), o=torch.cat([c.o for c in coefs]))
     return Survey(concatenate(parts, problem), coef, energy[0], mass)
 
