@@ -288,6 +288,16 @@ def test_column_sums_add_up(device, dtype, n):
     torch.testing.assert_close(mass, weighted.sum(0), check_dtype=False, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [0, 11])
+def test_rows_add_up(device, dtype, n):
+    rows, weights = rows_of(n, 77, dtype, device), torch.randn(n, device=device).to(wide(dtype))
+    total = torch.ones(77, device=device, dtype=wide(dtype))
+    fused.add_rows(total, rows, weights)
+    expected = 1 + (weights.double()[:, None] * rows.double()).sum(0)
+    torch.testing.assert_close(total, expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
 # ---- through the public functions -----------------------------------------------------------------------------------
 
 
@@ -436,34 +446,38 @@ def observing(loss: CrossEntropy, *names: str) -> Callable[..., Tensor]:
     return lambda hidden, head, labels, **options: loss.compute(hidden, head, labels, observe=names, **options)[0]
 
 
-COSTS = {  # bytes per logit in a dtype of two bytes: forward and backward
-    "plain": (CrossEntropy(), None, (2, 4)),
-    "softcap": (CrossEntropy(), 30.0, (2, 4)),
-    "label smoothing": (CrossEntropy(label_smoothing=0.1), None, (2, 4)),
-    "log_sum_sq observed": (observing(CrossEntropy(), "log_sum_sq", "entropy", "top", "rank"), None, (2, 4)),
-    "recomputed": (stats_loss("lse", "target"), None, (2, 4)),
-    "entropy bonus": (stats_loss("lse", "target", "entropy"), None, (2, 4)),
-    "every gradient": (stats_loss("lse", "target", "mean", "entropy", "variance"), 30.0, (2, 4)),
-    "emo": (emo_loss, None, (4, 8)),
+COSTS = {  # bytes per logit in a dtype of two bytes: statistics, gradients, and sums for a bias
+    "plain": (CrossEntropy(), None, (2, 4, 2)),
+    "softcap": (CrossEntropy(), 30.0, (2, 4, 2)),
+    "label smoothing": (CrossEntropy(label_smoothing=0.1), None, (2, 4, 2)),
+    "log_sum_sq observed": (observing(CrossEntropy(), "log_sum_sq", "entropy", "top", "rank"), None, (2, 4, 2)),
+    "recomputed": (stats_loss("lse", "target"), None, (2, 4, 2)),
+    "entropy bonus": (stats_loss("lse", "target", "entropy"), None, (2, 4, 2)),
+    "every gradient": (stats_loss("lse", "target", "mean", "entropy", "variance"), 30.0, (2, 4, 2)),
+    "emo": (emo_loss, None, (4, 8, 2)),
 }
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("name", COSTS)
-def test_logits_are_read_twice_and_written_once(monkeypatch, device, bytes_per_logit, name):
+def test_logits_are_read_twice_and_written_once(monkeypatch, device, bytes_per_logit, name, bias):
     """Whatever the loss: no operation of torch but matmuls touches the logits of a chunk, or those of the payload."""
-    loss, softcap, (forward, backward) = COSTS[name]
+    loss, softcap, (forward, backward, sums) = COSTS[name]
     N, V, D = 8, 128, 2  # a chunk of four rows has more numbers than the weight
-    hidden, weight = (torch.randn(*shape, device=device).half().requires_grad_() for shape in ((N, D), (V, D)))
-    labels = torch.randint(V, (N,), device=device)
+    hidden, weight, shift = (
+        torch.randn(*shape, device=device).half().requires_grad_() for shape in ((N, D), (V, D), (V,))
+    )
+    labels, head = torch.randint(V, (N,), device=device), Head(weight, shift if bias else None, softcap=softcap)
     budget = 4 * V * 2 * (2 if name == "emo" else 1)
     with Touched(4 * V) as touched:
-        loss(hidden, Head(weight, softcap=softcap), labels, memory_budget=budget).backward()
+        loss(hidden, head, labels, memory_budget=budget).backward()
     assert touched.found == []
-    assert bytes_per_logit(N * V) == {"_row_statistics": forward, "_row_gradients": backward}
+    moved = {"_row_statistics": forward, "_row_gradients": backward} | ({"_column_sums": sums} if bias else {})
+    assert bytes_per_logit(N * V) == moved
     assert weight.grad.isfinite().all() and weight.grad.any()
     monkeypatch.setattr(tiles, "_kernels", lambda z: None)
     with Touched(4 * V) as touched:
-        loss(hidden, Head(weight, softcap=softcap), labels, memory_budget=budget).backward()
+        loss(hidden, head, labels, memory_budget=budget).backward()
     assert {"sub_", "copy_"} & set(touched.found)  # in torch they are seen
 
 

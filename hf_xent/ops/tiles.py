@@ -4,6 +4,7 @@
     dlogits_         raw products -> their gradient dz
     add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), which differs in one entry per row
     add_columns      p, or raw products -> sums over tokens, for the sparse tail
+    add_rows         dz -> its sum over tokens, for the bias
 
 Functions whose names end in _ write over their argument. On a GPU with Triton, `gpu.fused` reads the logits once for
 each of the first two, and for the sums of the tail; p is never written there.
@@ -176,6 +177,14 @@ def add_columns(head: Head, z: Tensor, lse: Tensor, a: Tensor, energy: Tensor, m
     for span, strip in strips(z):
         mass.addmv_(strip.T, a[span])
         energy.addmv_(strip.square().T, a[span] ** 2)
+
+
+def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """total [V] += sum_t weights_t rows_tj, in the dtype of total, which is that of statistics."""
+    if (kernels := _kernels(rows)) is not None:
+        return kernels.add_rows(total, rows, weights)
+    for span, strip in strips(rows):
+        total.addmv_(strip.T, weights[span].to(total.dtype))
 
 
 def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:

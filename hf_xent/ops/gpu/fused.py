@@ -3,6 +3,7 @@
     statistics    raw products -> any statistics                                1 read
     dlogits_      raw products -> their gradient, in place                      1 read, 1 write
     column_sums   raw products and lse -> sums over tokens, for the sparse tail 1 read
+    add_rows      gradients -> their sum over tokens, for a bias                1 read
 
 Shapes: z [n, V] of any stride between rows, and so the payload's products. Numerics: as in `statistics`; z keeps its
 dtype.
@@ -84,12 +85,33 @@ def dlogits_(
 
 def column_sums(head: Head, z: Tensor, lse: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
     """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, for raw products z and weights a [n]."""
+    _sum_columns(head, z, lse, a, energy, mass)
+
+
+def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """total [V] += sum_t weights_t rows_tj, in the dtype of total."""
+    _sum_columns(None, rows, None, weights, None, total)
+
+
+def _sum_columns(
+    head: Head | None, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor | None, mass: Tensor
+) -> None:
+    """Launch the kernel over columns; without a head z is summed as it is."""
     columns = INTERPRETER_COLUMNS if INTERPRETED else SUMS.bytes // z.element_size()
     operands = {
-        "Z": z, "LSE": lse.contiguous(), "GA": a.contiguous(), "ENERGY": energy, "MASS": mass,
-        "n": len(z), "V": z.shape[1], "stride": z.stride(0), "scale": float(head.scale), "CAP": head.softcap,
-        "ACC": DTYPES[wide(z.dtype)], "BT": INTERPRETER_ROWS if INTERPRETED else SUM_ROWS,
-    }  # fmt: skip
+        "Z": z,
+        "LSE": None if lse is None else lse.contiguous(),
+        "GA": a.contiguous(),
+        "ENERGY": energy,
+        "MASS": mass,
+        "n": len(z),
+        "V": z.shape[1],
+        "stride": z.stride(0),
+        "scale": 1.0 if head is None else float(head.scale),
+        "CAP": None if head is None else head.softcap,
+        "ACC": DTYPES[wide(z.dtype)],
+        "BT": INTERPRETER_ROWS if INTERPRETED else SUM_ROWS,
+    }
     _launch(row_kernels._column_sums, triton.cdiv(z.shape[1], columns), operands, SUMS)
 
 

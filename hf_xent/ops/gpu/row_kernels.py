@@ -3,6 +3,7 @@
     _row_statistics   z -> the moments of every row, as `algebra.State` has them             1 read
     _row_gradients    z -> dz in its place, and so for the payload                           1 read, 1 write
     _column_sums      z and lse -> sums over tokens, for the sparse tail                     1 read
+                      dz -> its sum over tokens, for the bias                                1 read
 
 The first two have one row per program, which keeps one sum per lane and adds them up once, at the end: a tile costs
 neither a barrier nor a rescaling, and the loads of later tiles are under way while one is worked on. The moments can do
@@ -179,12 +180,12 @@ def _row_gradients(
 @triton.jit(do_not_specialize=("n",))
 def _column_sums(
     Z,  # [n, V]
-    LSE, GA,  # [n] each
-    ENERGY, MASS,  # [V] each
+    LSE, GA,  # [n] each; LSE or None
+    ENERGY, MASS,  # [V] each; ENERGY or None
     n, V, stride, scale: tl.float64, CAP: tl.constexpr,
     ACC: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BV columns per program, all rows: no other program writes there."""
+    """Sums of a p and (a p)^2, or of a z without LSE. BV columns per program: no other program writes there."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     energy = tl.zeros((BT, BV), ACC)
     mass = tl.zeros((BT, BV), ACC)
@@ -192,12 +193,16 @@ def _column_sums(
         rows = start + tl.arange(0, BT)
         inside = (rows < n)[:, None] & (cols < V)[None, :]
         a = tl.load(GA + rows, mask=rows < n, other=0.0).to(ACC)[:, None]
-        lse = tl.load(LSE + rows, mask=rows < n, other=0.0).to(ACC)[:, None]
         offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        z = _activate(tl.load(Z + offsets, mask=inside, other=0.0).to(ACC), scale, CAP, ACC)
-        x = a * tl.exp(tl.where(inside, z - lse, float("-inf")))
-        energy += x * x
-        mass += x
+        z = tl.load(Z + offsets, mask=inside, other=0.0).to(ACC)
+        if LSE is not None:
+            lse = tl.load(LSE + rows, mask=rows < n, other=0.0).to(ACC)[:, None]
+            logp = _activate(z, scale, CAP, ACC) - lse
+            z = tl.exp(tl.where(inside, logp, float("-inf")))
+        mass += a * z
+        if ENERGY is not None:
+            energy += a * z * (a * z)
     col_in = cols < V
-    tl.store(ENERGY + cols, tl.load(ENERGY + cols, mask=col_in, other=0.0) + tl.sum(energy, 0), mask=col_in)
+    if ENERGY is not None:
+        tl.store(ENERGY + cols, tl.load(ENERGY + cols, mask=col_in, other=0.0) + tl.sum(energy, 0), mask=col_in)
     tl.store(MASS + cols, tl.load(MASS + cols, mask=col_in, other=0.0) + tl.sum(mass, 0), mask=col_in)
