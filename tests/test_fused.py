@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_xent.losses import EMO, CrossEntropy, Focal
-from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head, chunked, tiles, vocab_loss, vocab_stats
+from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head, chunked, ranks, tiles, vocab_loss, vocab_stats
 from hf_xent.ops.algebra import Coefficients, row_factor
 from hf_xent.ops.problem import Problem
 from hf_xent.ops.statistics import wide
@@ -47,7 +47,8 @@ def problem_of(
     """A problem whose heads have the shape of z and no matrix: the products are there already."""
     V, hidden = z.shape[1], z.new_empty(len(z), 1)
     second = (hidden, Head(z.new_empty(V, 1), scale=-1.3, softcap=2.0 if head.get("softcap") else None))
-    return Problem(hidden, Head(z.new_empty(V, 1), **head), labels, frozenset(outputs), second if payload else None)
+    first, needs = Head(z.new_empty(V, 1), **head), frozenset({"hidden", "payload_hidden"})
+    return Problem(hidden, first, labels, frozenset(outputs), second if payload else None, needs=needs)
 
 
 def logits_of(problem: Problem, z: Tensor, pay: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -272,6 +273,48 @@ def test_dead_rows_and_banned_tokens_leave_no_nan(device, softcap):
     torch.testing.assert_close(z, expected)
 
 
+def test_a_payload_without_gradient_is_left_alone(device):
+    z, pay, labels = (
+        torch.randn(2, 70, device=device),
+        torch.randn(2, 70, device=device),
+        torch.tensor([3, 69]).to(device),
+    )
+    problem, coef = problem_of(z, labels), random_coefficients("aod", 2, torch.float32, device)
+    frozen, results = replace(problem, needs=frozenset({"hidden"})), []
+    for one in (problem, frozen):
+        dz, dpay = z.clone(), pay.clone()
+        fused.dlogits_(one, (dz, dpay), labels, z.logsumexp(-1), coef)
+        results.append((dz, dpay))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[1][1], pay) and not torch.equal(results[0][1], pay)
+
+
+def test_two_ranks_make_a_row(device):
+    """Each has half of the columns, and one of them the label: statistics, then gradients from those of whole rows."""
+    z, pay = (3 * torch.randn(4, 160, device=device, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([5, 79, 80, 159], device=device)
+    outputs = tuple(name for name in STATISTICS if name not in ("rank", "top"))
+    parts = []
+    for start in (0, 80):
+        columns = labels - start
+        cut = [x[:, start : start + 80] for x in (z, pay)]
+        found = fused.statistics(problem_of(cut[0], labels, outputs), *cut, columns.clamp(0, 79))
+        found["target"] = torch.where((columns >= 0) & (columns < 80), found["target"], 0.0)
+        found["mean"] = found["mean"] / 2
+        parts.append(found)
+    merged = ranks._whole_rows({name: torch.stack([part[name] for part in parts]) for name in outputs})
+    expected = statistics(z, labels, -1.3 * pay)
+    for name in outputs:
+        torch.testing.assert_close(merged[name], expected[name])
+    whole, coef = problem_of(z, labels), random_coefficients("abcdso", 4, torch.float64, device)
+    truth = dense_gradients(whole, z, pay, labels, coef)
+    for start in (0, 80):
+        cut = [x[:, start : start + 80].clone() for x in (z, pay)]
+        fused.dlogits_(problem_of(cut[0], labels), (cut[0], cut[1]), labels - start, merged["lse"], coef)
+        for ours, all_columns in zip(cut, truth, strict=True):
+            torch.testing.assert_close(ours, all_columns[:, start : start + 80])
+
+
 # ---- the sparse tail's sums -----------------------------------------------------------------------------------------
 
 
@@ -418,10 +461,11 @@ def bytes_per_logit(monkeypatch) -> Callable[[int], dict[str, float]]:
     launch = fused._launch
 
     def count(kernel, programs, operands, block):
-        tensors = [operands[name] for name in ("Z", "PAY") if operands.get(name) is not None]
-        once = sum(t.numel() * t.element_size() for t in tensors)
-        written = kernel is fused.row_kernels._row_gradients
-        moved[kernel.__name__] = moved.get(kernel.__name__, 0) + once * (2 if written else 1)
+        z, pay, gradients = operands["Z"], operands.get("PAY"), kernel is fused.row_kernels._row_gradients
+        total = z.nbytes * (2 if gradients else 1)
+        if pay is not None:
+            total += pay.nbytes * (2 if gradients and operands["BOTH"] else 1)
+        moved[kernel.__name__] = moved.get(kernel.__name__, 0) + total
         launch(kernel, programs, operands, block)
 
     monkeypatch.setattr(fused, "_launch", count)
@@ -436,6 +480,11 @@ def stats_loss(*outputs: str) -> Callable[..., Tensor]:
         return sum(getattr(stats, name).sum() for name in outputs)
 
     return loss
+
+
+def payload_loss(hidden: Tensor, head: Head, labels: Tensor, **options: int) -> Tensor:
+    payload = (hidden.square(), Head(head.weight, softcap=head.softcap))
+    return vocab_stats(hidden, head, labels, outputs=("payload",), payload=payload, **options).payload.sum()
 
 
 def emo_loss(hidden: Tensor, head: Head, labels: Tensor, **options: int) -> Tensor:
@@ -454,7 +503,8 @@ COSTS = {  # bytes per logit in a dtype of two bytes: statistics, gradients, and
     "recomputed": (stats_loss("lse", "target"), None, (2, 4, 2)),
     "entropy bonus": (stats_loss("lse", "target", "entropy"), None, (2, 4, 2)),
     "every gradient": (stats_loss("lse", "target", "mean", "entropy", "variance"), 30.0, (2, 4, 2)),
-    "emo": (emo_loss, None, (4, 8, 2)),
+    "payload": (payload_loss, 30.0, (4, 8, 2)),
+    "payload without gradient": (emo_loss, None, (4, 6, 2)),
 }
 
 
@@ -468,7 +518,7 @@ def test_logits_are_read_twice_and_written_once(monkeypatch, device, bytes_per_l
         torch.randn(*shape, device=device).half().requires_grad_() for shape in ((N, D), (V, D), (V,))
     )
     labels, head = torch.randint(V, (N,), device=device), Head(weight, shift if bias else None, softcap=softcap)
-    budget = 4 * V * 2 * (2 if name == "emo" else 1)
+    budget = 4 * V * 2 * (2 if "payload" in name else 1)
     with Touched(4 * V) as touched:
         loss(hidden, head, labels, memory_budget=budget).backward()
     assert touched.found == []

@@ -105,7 +105,7 @@ def dlogits_(
     coef: Coefficients,
     share: Tensor | None = None,
 ) -> None:
-    """Raw products -> their gradient (divided by a, for plain coefficients), and so for the payload's, in place.
+    """Raw products -> their gradient (divided by a, for plain coefficients), and so for the payload's if it has one.
 
     `labels` count from the tile's first column. The softmax mass of the columns is added to `share` [n], if any.
     """

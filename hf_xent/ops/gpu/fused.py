@@ -69,7 +69,7 @@ def dlogits_(
     coef: Coefficients,
     share: Tensor | None = None,
 ) -> None:
-    """`tiles.dlogits_`, which says what the arguments are."""
+    """`tiles.dlogits_`, which says what the arguments are; a payload without gradient is left as it is."""
     z, pay = products
     numbers = {"GA": coef.a, "GB": coef.b, "GC": coef.c, "GD": coef.d, "GS": coef.s, "GO": coef.o}
     pay = None if coef.d is None else pay
@@ -78,6 +78,7 @@ def dlogits_(
         "LSE": lse.contiguous(),
         "SHARE": share,
         "FACTORED": coef.plain and problem.head.softcap is None,
+        "BOTH": any(name.startswith("payload") for name in problem.needs),
         **{name: None if number is None else number.contiguous() for name, number in numbers.items()},
     }
     _launch(row_kernels._row_gradients, len(z), operands, LIGHT if pay is None else HEAVY)

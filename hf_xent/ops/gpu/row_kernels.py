@@ -118,32 +118,38 @@ def _row_statistics(
 
 
 @triton.jit
+def _number(G, row, ACC: tl.constexpr):
+    """A coefficient of the row; zero if its pointer is None."""
+    number = tl.full((), 0.0, ACC)
+    if G is not None:
+        number = tl.load(G + row).to(ACC)
+    return number
+
+
+@triton.jit
 def _row_gradients(
     Z, PAY, Y, LSE,  # [n, V], [n, V] or None, [n], [n]; labels outside [0, V) have no column here
     GA, GB, GC, GD, GS, GO,  # coefficients [n]; all but GA and GO or None for zero
     SHARE,  # [n] gains sum_j p_tj, or None
     V, stride, stride2, scale: tl.float64, scale2: tl.float64, CAP: tl.constexpr, CAP2: tl.constexpr,
-    FACTORED: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    FACTORED: tl.constexpr, BOTH: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of one row. With FACTORED it lacks the factor a * scale, or the scale where a is 0."""
+    """The gradient of one row, and with BOTH that of the payload, which is left as it is otherwise.
+
+    With FACTORED the gradient lacks the factor a * scale, or the scale where a is 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     z_row = Z + row * stride
     label = tl.load(Y + row).to(tl.int32)
     lse = tl.load(LSE + row).to(ACC)
-    a = tl.load(GA + row).to(ACC)
-    o = tl.load(GO + row).to(ACC)
+    a, b, c = _number(GA, row, ACC), _number(GB, row, ACC), _number(GC, row, ACC)
+    d, s, o = _number(GD, row, ACC), _number(GS, row, ACC), _number(GO, row, ACC)
     no_softmax = a == 0
     if FACTORED:
         o = tl.where(no_softmax, o, o / tl.where(no_softmax, 1.0, a))
-    if GB is not None:
-        b = tl.load(GB + row).to(ACC)
-    if GC is not None:
-        c = tl.load(GC + row).to(ACC)
+    pay_row = z_row  # not read without its coefficient
     if GD is not None:
         pay_row = PAY + row * stride2
-        d = tl.load(GD + row).to(ACC)
-    if GS is not None:
-        s = tl.load(GS + row).to(ACC)
     total = tl.zeros((BV,), ACC)
     for start in tl.range(0, V, BV, num_stages=STAGES):
         cols = start + tl.arange(0, BV)
@@ -164,8 +170,9 @@ def _row_gradients(
             if GD is not None:
                 pay = _tile(pay_row, cols, V, scale2, CAP2, ACC)
                 g = g + d * pay
-                dpay = _chain(d * p, pay, scale2, CAP2, ACC)
-                tl.store(pay_row + cols, dpay.to(PAY.dtype.element_ty), mask=cols < V)
+                if BOTH:
+                    dpay = _chain(d * p, pay, scale2, CAP2, ACC)
+                    tl.store(pay_row + cols, dpay.to(PAY.dtype.element_ty), mask=cols < V)
             dz = p * g
             if GS is not None:
                 dz += s
