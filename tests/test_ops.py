@@ -1291,8 +1291,10 @@ class Hopper:  # a driver that compiles for a GPU that is not there, and launche
 
 triton.runtime.driver.set_active(Hopper())
 from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head
+from hf_xent.ops.algebra import Coefficients
 from hf_xent.ops.gpu import fused, scaling, streaming
 from hf_xent.ops.problem import TENSORS, Problem
+from hf_xent.ops.statistics import wide
 
 streaming._check = streaming._blocks
 torch.cuda.get_device_properties = lambda device: type("Properties", (), {"multi_processor_count": 132})
@@ -1311,10 +1313,14 @@ streaming.forward(Problem(hidden, Head(head.weight), labels, asked))
 problem = Problem(hidden, Head(head.weight.T.contiguous().T), labels, asked, needs=frozenset(TENSORS[:2]))
 streaming.backward(problem, streaming.forward(problem), {"lse": one, "target": one})
 for dtype in (torch.bfloat16, torch.float32, torch.float64):
-    z = torch.zeros(300, 1000, dtype=dtype)
-    fused.softmax_(z, labels, head)
-    fused.softmax_(z, labels, head, lse=one, share=one)
-    fused.column_sums(z, one, torch.ones(1000), torch.ones(1000))
+    z, n = torch.zeros(300, 1000, dtype=dtype), torch.ones(300, dtype=wide(dtype))
+    capped = Problem(z, head, labels, frozenset(STATISTICS), (z, head))
+    fused.statistics(capped, z, z, labels)
+    fused.dlogits_(capped, (z, z), labels, n, Coefficients(n, n, n, n, n, n))
+    fused.statistics(problem, z, None, labels)
+    fused.dlogits_(problem, (z, None), labels, n, Coefficients(n, n), n)
+    sums = torch.ones(1000, dtype=wide(dtype))
+    fused.column_sums(plain, z, n, n, sums, sums)
     scaling.scale_unless_one_(z, one[:1])
 """
 
@@ -1382,11 +1388,11 @@ def test_kernels_compile_for_hopper(tmp_path):
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.split("\n")[:3] == ["launched 5 1 1", "launched 5 8 1", "launched 5 8 1"]
     # the survey's statistics and columns, gradients with the columns' share; a forward of wide blocks; one of a
-    # transposed weight and its gradients; then rows, rows, columns and all elements a dtype
+    # transposed weight and its gradients; then four times rows, columns and all elements, a dtype
     survey = ["launched 3 1 1", "launched 3 8 1", "launched 8 2 1", "launched 3 8 1"]
     plain = ["launched 3 1 1", "launched 3 4 1", "launched 3 1 1", "launched 3 8 1", "launched 3 8 1"]
-    stored = ["launched 300 1 1", "launched 300 1 1", "launched 2 1 1", "launched 19 1 1"]
-    assert found.stdout.split()[3 * 4 :] == " ".join(survey + plain + 3 * stored).split()
+    stored = [4 * ["launched 300 1 1"] + [f"launched {columns} 1 1", "launched 19 1 1"] for columns in (4, 8, 16)]
+    assert found.stdout.split()[3 * 4 :] == " ".join(sum(stored, survey + plain)).split()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

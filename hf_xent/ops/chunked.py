@@ -5,12 +5,13 @@ dz in place of z and two matmuls; a panel's weight gradient is written once, in 
 Eager: the gradient is computed while a row chunk exists, three matmuls in all; weight gradients are summed over chunks.
 
 A loss of log p_y alone has dz = a (p - r 1_y): the rows of p stay unscaled in the buffer, `a` scales the [N, D] side
-matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V].
+matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V] in torch; with kernels,
+which compute p again as they read, the gradient is a pass of its own for every loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
-from .tiles import _triton, add_columns, add_label_term_, concatenate, dlogits_, fold, strips
+from .tiles import _triton, add_columns, add_label_term_, add_rows, concatenate, dlogits_, fold, has_kernels
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
@@ -100,12 +101,13 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
         return concatenate(parts, problem), out.finish()
     buffers = _Buffers(problem, chunks)
     plain = plain and problem.head.softcap is None
+    softmax = plain and not has_kernels(buffers.z)  # a kernel computes p again as it reads
     for rows in chunks:
         z, pay = buffers.load(rows)
-        local = fold(problem, rows, (z, pay), keep=True, softmax=plain)
+        local = fold(problem, rows, (z, pay), keep=True, softmax=softmax)
         values = merge_ranks(problem, local, rows)
         coef = coefficients(values, upstream(rows, values), size)
-        if plain:
+        if softmax:
             if values is not local:  # the softmax in z is over this rank's columns
                 coef = replace(coef, a=coef.a * (local["lse"] - values["lse"]).exp())
             add_label_term_(z, problem.label_columns[rows], coef)
@@ -131,18 +133,11 @@ def _longest(slices: list[slice]) -> int:
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     """Statistics, coefficients, and the sums over every column that `tail` needs, in one visit."""
-    matmuls, buffers = _matmuls(problem), _Buffers(problem, problem.rows())
     dtype, size = wide(problem.hidden.dtype), problem.head.size
     energy, mass = (problem.hidden.new_zeros(count, size, dtype=dtype) for count in (1, len(groups)))
     unit = problem.hidden.new_zeros((), dtype=dtype)
     parts, coefs = [], []
-    for rows in problem.rows():
-        if matmuls:
-            p = buffers.tile(rows)
-            values, _, _, divisor = _exponentials(matmuls, problem, rows, p)
-        else:
-            p, divisor = buffers.load(rows)[0], 1.0
-            values = fold(problem, rows, (p, None), keep=True, softmax=True)
+    for rows, values, z, lse, divisor in _softmax_rows(problem):
         parts.append(values)
         coefs.append(coefficients(values, upstream(rows, values), size))
         a = coefs[-1].a.abs()
@@ -152,11 +147,32 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
         mass *= shrink
         unit, a = largest, a / torch.where(largest > 0, largest, 1.0) / divisor
         for group, sums in zip(groups, mass, strict=True):
-            overlap = slice(max(0, group.start - rows.start), max(0, min(len(p), group.stop - rows.start)))
+            overlap = slice(max(0, group.start - rows.start), max(0, min(len(z), group.stop - rows.start)))
             if overlap.start < overlap.stop:
-                add_columns(p[overlap], a[overlap], energy[0], sums)
+                offset = None if lse is None else lse[overlap]
+                add_columns(problem.head, z[overlap], offset, a[overlap], energy[0], sums)
     coef = Coefficients(a=torch.cat([c.a for c in coefs]), o=torch.cat([c.o for c in coefs]))
     return Survey(concatenate(parts, problem), coef, energy[0], mass)
+
+
+def _softmax_rows(
+    problem: Problem,
+) -> Iterator[tuple[slice, dict[str, Tensor], Tensor, Tensor | None, Tensor | float]]:
+    """Chunk by chunk: rows, their statistics, z, lse and divisor, of which p = e^(z - lse) / divisor; z / divisor without lse."""
+    chunks = problem.rows()
+    if matmuls := _matmuls(problem):
+        buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
+        for rows in chunks:
+            e = buffer[: rows.stop - rows.start]
+            sums = _exponentials(matmuls, problem, rows, e)
+            yield rows, sums.values, e, None, sums.total
+        return
+    buffers = _Buffers(problem, chunks)
+    softmax = not has_kernels(buffers.z)
+    for rows in chunks:
+        z, _ = buffers.load(rows)
+        values = fold(problem, rows, (z, None), keep=True, softmax=softmax)
+        yield rows, values, z, None if softmax else values["lse"], 1.0
 
 
 def _matmuls(problem: Problem) -> ModuleType | None:
@@ -255,8 +271,7 @@ class _Gradients:
         if prefix + "bias" in self.sums:
             db = self.sums[prefix + "bias"][cols]
             ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor
-            for span, strip in strips(dz):
-                db.addmv_(strip.T, ones[span].squeeze(-1).to(db.dtype))
+            add_rows(db, dz, ones.squeeze(-1))
 
     def finish(self) -> dict[str, Tensor]:
         """The sums, each in the dtype of the tensor that it is the gradient of."""

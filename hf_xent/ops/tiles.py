@@ -3,9 +3,11 @@
     fold             raw products -> statistics, and p in place of the products if `softmax` is set
     dlogits_         raw products -> their gradient dz
     add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), which differs in one entry per row
-    add_columns      p -> sums over tokens, for the sparse tail
+    add_columns      p, or raw products -> sums over tokens, for the sparse tail
+    add_rows         dz -> its sum over tokens, for the bias
 
-Functions whose names end in _ write over their argument. On a GPU with Triton, `gpu.fused` does the same in one pass.
+Functions whose names end in _ write over their argument. On a GPU with Triton, `gpu.fused` reads the logits once for
+each of the first two, and for the sums of the tail; p is never written there.
 Shapes: n tokens of the tile, V columns. A strip is processed in the dtype of statistics.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .algebra import Coefficients, State, finish
+from .head import Head
 from .problem import Problem
 from .statistics import wide
 
@@ -30,15 +33,16 @@ STRIP_BYTES, GPU_STRIP_BYTES = 4 << 20, 64 << 20
 def fold(
     problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
 ) -> dict[str, Tensor]:
-    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be lost."""
+    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be lost.
+
+    `softmax` is for tiles without kernels: `has_kernels` tells.
+    """
     z, pay = products
     labels = problem.label_columns[rows]
     if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
         labels = labels.clamp(0, problem.head.size - 1)
-    kernels = _kernels(z) if pay is None and problem.head.softcap is None else None
-    if kernels and problem.outputs <= kernels.OUTPUTS:
-        values = kernels.softmax_(z, labels, problem.head, overwrite=softmax)
-        return {name: values[name] for name in problem.outputs}
+    if (kernels := _kernels(z)) is not None:
+        return kernels.statistics(problem, z, pay, labels)
     parts, scratch = [], z.dtype != wide(z.dtype)
     for span, strip in strips(z):
         strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[span]))
@@ -101,16 +105,14 @@ def dlogits_(
     coef: Coefficients,
     share: Tensor | None = None,
 ) -> None:
-    """Raw products -> their gradient (divided by a, for plain coefficients), and so for the payload's, in place.
+    """Raw products -> their gradient (divided by a, for plain coefficients), and so for the payload's if it has one.
 
     `labels` count from the tile's first column. The softmax mass of the columns is added to `share` [n], if any.
     """
     z, pay = products
-    plain = coef.plain and problem.head.softcap is None
-    if plain and (kernels := _kernels(z)):
-        kernels.softmax_(z, labels, problem.head, lse=lse, share=share)
-        return add_label_term_(z, labels, coef)
-    if not plain:
+    if (kernels := _kernels(z)) is not None:
+        return kernels.dlogits_(problem, products, labels, lse, coef, share)
+    if not (coef.plain and problem.head.softcap is None):
         for span in _spans(z):
             _dlogits_strip_(problem, z[span], None if pay is None else pay[span], lse[span], labels[span], coef[span])
         return
@@ -156,7 +158,7 @@ def add_label_term_(p: Tensor, labels: Tensor, coef: Coefficients) -> None:
     `algebra.row_factor` multiplies by a later, and by 1 where a is 0.
     """
     no_softmax = coef.a == 0
-    if p.device.type != "cpu" or bool(no_softmax.any()):
+    if p.device.type != "cpu" or bool(no_softmax.any()):  # asking an accelerator would wait for it
         p.mul_(~no_softmax[:, None])  # dz has no softmax part there
     columns, term = _label_term(labels, p.shape[1], torch.where(no_softmax, coef.o, coef.o / coef.a))
     rows = torch.arange(len(labels), device=p.device)
@@ -168,14 +170,21 @@ def _label_term(labels: Tensor, size: int, value: Tensor) -> tuple[Tensor, Tenso
     return labels.clamp(0, size - 1), torch.where((labels >= 0) & (labels < size), value, 0.0)
 
 
-def add_columns(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
-    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj."""
-    if kernels := _kernels(p):
-        kernels.column_sums(p, a, energy, mass)
-        return
-    for span, strip in strips(p):
+def add_columns(head: Head, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor, mass: Tensor) -> None:
+    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, for rows of p, or with `lse` of raw products."""
+    if (kernels := _kernels(z)) is not None:
+        return kernels.column_sums(head, z, lse, a, energy, mass)
+    for span, strip in strips(z):
         mass.addmv_(strip.T, a[span])
         energy.addmv_(strip.square().T, a[span] ** 2)
+
+
+def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """total [V] += sum_t weights_t rows_tj, in the dtype of total, which is that of statistics."""
+    if (kernels := _kernels(rows)) is not None:
+        return kernels.add_rows(total, rows, weights)
+    for span, strip in strips(rows):
+        total.addmv_(strip.T, weights[span].to(total.dtype))
 
 
 def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -198,6 +207,11 @@ def _spans(z: Tensor) -> Iterator[slice]:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(wide(x.dtype))
+
+
+def has_kernels(z: Tensor) -> bool:
+    """Whether one pass over the raw products gives what takes several in torch, so that p need not be kept."""
+    return _kernels(z) is not None
 
 
 def _kernels(z: Tensor) -> ModuleType | None:

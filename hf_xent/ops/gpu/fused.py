@@ -1,141 +1,144 @@
-"""Triton kernels over stored logits: what `tiles` does strip by strip in torch, in one pass per tile on a GPU.
+"""What `tiles` does to stored logits strip by strip in torch, in one pass each on a GPU; the kernels: `row_kernels`.
 
-    softmax_      raw products -> softmax, in place, and the statistics of the rows      2 reads, 1 write
-    column_sums   softmax -> sums over tokens, for the sparse tail                       1 read
+    statistics    raw products -> any statistics                                1 read
+    dlogits_      raw products -> their gradient, in place                      1 read, 1 write
+    column_sums   raw products and lse -> sums over tokens, for the sparse tail 1 read
+    add_rows      gradients -> their sum over tokens, for a bias                1 read
 
-Shapes: z [n, V] of any stride between rows. Numerics: as in `statistics`; z keeps its dtype.
+Shapes: z [n, V] of any stride between rows, and so the payload's products. Numerics: as in `statistics`; z keeps its
+dtype.
 """
 
-# No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..algebra import Coefficients, State, finish
 from ..head import Head
+from ..problem import Problem
 from ..statistics import wide
+from . import row_kernels
+from .streaming import DTYPES, INTERPRETED, STATE_OF
 
-OUTPUTS = frozenset({"lse", "target", "entropy", "top"})  # what a pass over stored rows computes
+# How far the maximum may be from the label's logit, nats, before a row is read again. Sums of e^u stay in float32's
+# range up to 60, those of e^2u up to 30; moments of u lose digits with its power.
+REACH = {"log_sum_sq": 30.0, "entropy": 16.0, "variance": 4.0}
+FARTHEST = 60.0
 
 
-def softmax_(
-    z: Tensor,
+class Block(NamedTuple):
+    """How much a program holds at a time, and how it is compiled: `stages` tiles are loaded ahead of their use."""
+
+    bytes: int  # of logits
+    warps: int
+    stages: int
+
+
+# Not tuned: no GPU has run them yet.
+LIGHT, HEAVY = Block(8192, 8, 3), Block(4096, 8, 4)  # rows with few sums per lane, and with many or a payload
+SUMS, SUM_ROWS = Block(512, 8, 3), 32  # of one row; rows of a tile
+INTERPRETER_COLUMNS, INTERPRETER_ROWS = 64, 4  # small, so that tests of a few rows visit several tiles
+
+
+def statistics(problem: Problem, z: Tensor, pay: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    """The problem's statistics of rows of raw products; `labels` [n] are columns of z."""
+    n, dtype = len(z), wide(z.dtype)
+    wanted = {"m", "l"}.union(*(STATE_OF.get(name, ()) for name in problem.outputs))
+    floats = {name: z.new_empty(n, dtype=dtype) for name in sorted(wanted)}
+    integers = {name: labels.new_empty(n) for name in ("top", "rank") if name in problem.outputs}
+    state, target = State(**floats, **integers), z.new_empty(n, dtype=dtype)
+    heavy = len(floats) + len(integers) > 3 or "sp" in wanted
+    reach = min((REACH[name] for name in REACH if name in problem.outputs), default=FARTHEST)
+    moments = {name.upper(): getattr(state, name) for name in ("m", "l", "s1", "s2", "sp", "sq", "sz", "top", "rank")}
+    operands = _operands(problem, z, pay if "sp" in wanted else None)
+    operands |= {"Y": labels.contiguous(), "TARGET": target, "REACH": reach, **moments}
+    _launch(row_kernels._row_statistics, n, operands, HEAVY if heavy else LIGHT)
+    values = finish(state, target, z.shape[1])
+    return {name: values[name] for name in problem.outputs}
+
+
+def dlogits_(
+    problem: Problem,
+    products: tuple[Tensor, Tensor | None],
     labels: Tensor,
-    head: Head,
-    *,
-    overwrite: bool = True,
-    lse: Tensor | None = None,
+    lse: Tensor,
+    coef: Coefficients,
     share: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The OUTPUTS of rows of raw products; with `overwrite` their softmax takes their place.
+) -> None:
+    """`tiles.dlogits_`, which says what the arguments are; a payload without gradient is left as it is."""
+    z, pay = products
+    numbers = {"GA": coef.a, "GB": coef.b, "GC": coef.c, "GD": coef.d, "GS": coef.s, "GO": coef.o}
+    pay = None if coef.d is None else pay
+    operands = _operands(problem, z, pay) | {
+        "Y": labels.contiguous(),
+        "LSE": lse.contiguous(),
+        "SHARE": share,
+        "FACTORED": coef.plain and problem.head.softcap is None,
+        "BOTH": any(name.startswith("payload") for name in problem.needs),
+        **{name: None if number is None else number.contiguous() for name, number in numbers.items()},
+    }
+    _launch(row_kernels._row_gradients, len(z), operands, LIGHT if pay is None else HEAVY)
 
-    `lse` [n], if any, is that of a larger vocabulary of which these are some columns. It is used in place of the rows'
-    own; no statistics are returned, and the sums of the rows are added to `share` [n], if any.
-    """
-    dtype = wide(z.dtype)
-    known = lse is not None
-    values = {name: z.new_empty(0 if known else len(z), dtype=dtype) for name in ("target", "entropy")}
-    values["top"] = labels.new_empty(0 if known else len(z))
-    lse = z.new_empty(len(z), dtype=dtype) if lse is None else lse.contiguous()
-    if len(z):
+
+def column_sums(head: Head, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor, mass: Tensor) -> None:
+    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, for raw products z or, without `lse`, rows of p."""
+    _sum_columns(head, z, lse, a, energy, mass)
+
+
+def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
+    """total [V] += sum_t weights_t rows_tj, in the dtype of total."""
+    _sum_columns(None, rows, None, weights, None, total)
+
+
+def _sum_columns(
+    head: Head | None, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor | None, mass: Tensor
+) -> None:
+    """Launch the kernel over columns; without a head z is summed as it is."""
+    columns = INTERPRETER_COLUMNS if INTERPRETED else SUMS.bytes // z.element_size()
+    operands = {
+        "Z": z,
+        "LSE": None if lse is None else lse.contiguous(),
+        "GA": a.contiguous(),
+        "ENERGY": energy,
+        "MASS": mass,
+        "n": len(z),
+        "V": z.shape[1],
+        "stride": z.stride(0),
+        "scale": 1.0 if head is None else float(head.scale),
+        "CAP": None if head is None else head.softcap,
+        "ACC": DTYPES[wide(z.dtype)],
+        "BT": INTERPRETER_ROWS if INTERPRETED else SUM_ROWS,
+    }
+    _launch(row_kernels._column_sums, triton.cdiv(z.shape[1], columns), operands, SUMS)
+
+
+def _operands(problem: Problem, z: Tensor, pay: Tensor | None) -> dict[str, Any]:
+    """The operands that both kernels over rows take, by parameter name."""
+    second = None if pay is None or problem.payload is None else problem.payload[1]
+    return {
+        "Z": z,
+        "PAY": pay,
+        "V": z.shape[1],
+        "stride": z.stride(0),
+        "stride2": 0 if pay is None else pay.stride(0),
+        "scale": float(problem.head.scale),
+        "scale2": 1.0 if second is None else float(second.scale),
+        "CAP": problem.head.softcap,
+        "CAP2": None if second is None else second.softcap,
+        "ACC": DTYPES[wide(z.dtype)],
+    }
+
+
+def _launch(kernel: Any, programs: int, operands: dict[str, Any], block: Block) -> None:
+    """Run a kernel on the operands it takes, with fused multiply-add, for which Triton's default varies."""
+    z = operands["Z"]
+    columns = INTERPRETER_COLUMNS if INTERPRETED else block.bytes // z.element_size()
+    operands |= {"BV": columns, "STAGES": block.stages}
+    if programs and len(z):
         with torch.cuda.device_of(z):  # Triton launches on the current device
-            _softmax_rows[(len(z),)](
-                z, labels.contiguous(), lse, values["target"], values["entropy"], values["top"], share,
-                z.shape[1], z.stride(0), float(head.scale),
-                OVERWRITE=overwrite, KNOWN=known, ACC=_accumulator(dtype), BV=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
-    return {} if known else {"lse": lse, **values}
-
-
-def column_sums(p: Tensor, a: Tensor, energy: Tensor, mass: Tensor) -> None:
-    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, for rows p [n, V] and weights a [n]."""
-    with torch.cuda.device_of(p):
-        _column_sums[(triton.cdiv(p.shape[1], COLUMNS),)](
-            p, a.contiguous(), energy, mass, len(p), p.shape[1], p.stride(0),
-            ACC=_accumulator(energy.dtype), BT=ROWS, BV=COLUMNS, num_warps=SUM_WARPS,
-        )  # fmt: skip
-
-
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-@triton.jit
-def _softmax_rows(
-    Z,  # [n, V]
-    Y, LSE, TARGET, ENTROPY, TOP, SHARE,  # [n] each; SHARE or None
-    V, stride, scale: tl.float64,
-    OVERWRITE: tl.constexpr, KNOWN: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """One row per program. The fold is that of `kernels._stats_fwd`, for stored logits."""
-    row = tl.program_id(0).to(tl.int64)
-    z_row = Z + row * stride
-    factor = tl.full((1,), scale, ACC)
-    if KNOWN:
-        lse = tl.load(LSE + row)
-    else:
-        m = tl.full((1,), float("-inf"), ACC)
-        l = tl.zeros((1,), ACC)
-        s1 = tl.zeros((1,), ACC)
-        top = tl.zeros((1,), tl.int64)
-        # read before the reductions below, where all warps synchronize: later, another warp may have written p there
-        tl.store(TARGET + row, tl.load(z_row + tl.load(Y + row)).to(ACC) * tl.sum(factor, 0))
-        for start in range(0, V, BV):
-            cols = start + tl.arange(0, BV)
-            z = tl.load(z_row + cols, mask=cols < V, other=0.0).to(ACC) * factor
-            z = tl.where(cols < V, z, float("-inf"))
-            tile_m = tl.max(z, 0, keep_dims=True)
-            first = tl.min(tl.where(z == tile_m, cols, V), 0, keep_dims=True)
-            top = tl.where((tile_m > m) & (first < V), first, top)
-            new_m = tl.maximum(m, tile_m)
-            origin = tl.where(new_m == float("-inf"), 0.0, new_m)
-            u = z - origin
-            e = tl.exp(u)
-            delta = tl.maximum(m - origin, -1e4)
-            s1 = tl.exp(delta) * (s1 + delta * l) + tl.sum(e * tl.maximum(u, -1e4), 0, keep_dims=True)
-            l = tl.exp(delta) * l + tl.sum(e, 0, keep_dims=True)
-            m = new_m
-        lse = tl.sum(m + tl.log(l), 0)
-        tl.store(LSE + row, lse)
-        tl.store(ENTROPY + row, tl.sum(tl.log(l) - s1 / l, 0))
-        tl.store(TOP + row, tl.sum(top, 0))
-    if OVERWRITE:
-        total = tl.zeros((1,), ACC)
-        for start in range(0, V, BV):
-            cols = start + tl.arange(0, BV)
-            z = tl.load(z_row + cols, mask=cols < V, other=0.0).to(ACC) * factor
-            p = tl.where(cols < V, tl.exp(z - lse), 0.0)
-            total += tl.sum(p, 0, keep_dims=True)
-            tl.store(z_row + cols, p.to(Z.dtype.element_ty), mask=cols < V)
-        if SHARE is not None:
-            tl.store(SHARE + row, tl.load(SHARE + row) + tl.sum(total, 0))
-
-
-@triton.jit(do_not_specialize=("n",))
-def _column_sums(
-    P,  # [n, V]
-    A,  # [n]
-    ENERGY, MASS,  # [V] each
-    n, V, stride, ACC: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """BV columns per program, all rows: no other program writes there."""
-    cols = tl.program_id(0) * BV + tl.arange(0, BV)
-    col_in = cols < V
-    energy = tl.zeros((BV,), ACC)
-    mass = tl.zeros((BV,), ACC)
-    for start in range(0, n, BT):
-        rows = start + tl.arange(0, BT)
-        row_in = rows < n
-        a = tl.load(A + rows, mask=row_in, other=0.0)[:, None]
-        offsets = rows.to(tl.int64)[:, None] * stride + cols[None, :]
-        x = a * tl.load(P + offsets, mask=row_in[:, None] & col_in[None, :], other=0.0).to(ACC)
-        energy += tl.sum(x * x, 0)
-        mass += tl.sum(x, 0)
-    tl.store(ENERGY + cols, tl.load(ENERGY + cols, mask=col_in, other=0.0) + energy, mask=col_in)
-    tl.store(MASS + cols, tl.load(MASS + cols, mask=col_in, other=0.0) + mass, mask=col_in)
-
-
-INTERPRETED = not isinstance(_softmax_rows, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
-# Columns a row's program holds at a time; rows and columns of a tile of the sums. Not tuned: no GPU has run them yet.
-BLOCK, ROWS, COLUMNS = (64, 4, 32) if INTERPRETED else (8192, 16, 512)
-WARPS, SUM_WARPS = (1, 1) if INTERPRETED else (16, 8)
+            arguments = {name: operands[name] for name in kernel.arg_names}
+            kernel[(programs,)](**arguments, num_warps=block.warps, enable_fp_fusion=True)

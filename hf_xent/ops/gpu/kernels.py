@@ -41,12 +41,12 @@ def _product(
 
 @triton.jit
 def _activate(raw, scale, CAP: tl.constexpr, ACC: tl.constexpr):
-    """Scale and softcap; tanh is computed from e^(-2|x|) <= 1, which cannot overflow."""
+    """Scale and softcap, for a tile of any shape; tanh is computed from e^(-2|x|) <= 1, which cannot overflow."""
     # the scale is passed as float64 and rounded once here: a float64 factor would make the whole tile float64
     if CAP is None:
-        z = raw * tl.full((1, 1), scale, ACC)
+        z = raw * tl.full((), scale, ACC)
     else:
-        x = raw * tl.full((1, 1), scale / CAP, ACC)
+        x = raw * tl.full((), scale / CAP, ACC)
         t = tl.exp(-2 * tl.abs(x))
         y = (1 - t) / (1 + t)
         z = CAP * tl.where(x < 0, -y, y)
@@ -66,7 +66,7 @@ def _bfloat16(x, ROUND: tl.constexpr):
 @triton.jit
 def _chain(dz, z, scale, CAP: tl.constexpr, ACC: tl.constexpr):
     """Gradient of the raw product from the gradient of the activated logit z."""
-    dz = dz * tl.full((1, 1), scale, ACC)
+    dz = dz * tl.full((), scale, ACC)
     if CAP is not None:
         dz *= 1 - (z / CAP) * (z / CAP)
     return dz
