@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.ops import Head, chunked, vocab_loss
+from hf_xent.ops import Head, chunked, vocab_loss, vocab_stats
 from support.oracle import Polynomial, assert_close_at_scale, assert_no_worse, gradients, make
 
 matmuls = pytest.importorskip("hf_xent.ops.gpu.matmuls", reason="needs triton")
@@ -71,6 +71,45 @@ def test_several_chunks_ignored_labels_and_frozen_tensors(
     case = make(40, 300, 24, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1).frozen(frozen)
     verify(case, observe=("entropy", "top"), memory_budget=40 * 300 * 2 // (2 if budget > 1 else 16))
     assert len(everywhere) > 1
+
+
+@pytest.mark.parametrize("head", [{}, {"bias": False}, {"scale": -0.6}, {"softcap": 3.0, "scale": 0.7}])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_statistics_and_their_gradients_in_two_visits(
+    device: str, everywhere: list[int], head: dict[str, float], rows: int
+) -> None:
+    """Any function of the statistics, an entropy among them; the columns come in panels."""
+    case = make(40, 300, 24, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1, **head)
+    loss = Polynomial(("lse", "target", "entropy"))
+    stats = vocab_stats(
+        case.tensors["hidden"], case.head, case.labels, outputs=("lse", "target", "entropy", "top"), impl="chunked",
+        memory_budget=rows * 300 * 2,
+    )  # fmt: skip
+    grads = gradients((loss.of(stats) * case.weight)[stats.mask].sum(), case.leaves)
+    true_values, true_grads = case.to(torch.float64).solve(loss)
+    torch_values, torch_grads = case.solve(loss)
+    for name in loss.uses:
+        assert_no_worse(stats.values[name][stats.mask], torch_values[name], true_values[name])
+    for grad, plain, truth in zip(grads, torch_grads, true_grads, strict=True):
+        assert_no_worse(grad, plain, truth)
+    assert everywhere
+
+
+@pytest.mark.parametrize("tail", [1e-3, 0.03])
+def test_the_sparse_tail(device: str, everywhere: list[int], tail: float) -> None:
+    hidden = (2 * torch.randn(60, 32, device=device)).bfloat16().requires_grad_()
+    weight = torch.randn(400, 32, device=device).bfloat16().requires_grad_()
+    labels = torch.randint(400, (60,), device=device)
+
+    def answer(h, w, **options):
+        total, _ = vocab_loss(CrossEntropy(), h, Head(w), labels, impl="chunked", **options)
+        return gradients(total, [h, w])
+
+    truth = answer(*(x.detach().double().requires_grad_() for x in (hidden, weight)), tail=tail)
+    everywhere.clear()
+    for found, want in zip(answer(hidden, weight, tail=tail), truth, strict=True):
+        assert (found.double() - want).norm() < 0.01 * want.norm()
+    assert everywhere
 
 
 def one_hot(labels: list[int], D: int = 16, device: str = "cpu") -> torch.Tensor:
@@ -168,6 +207,6 @@ def test_sums_of_a_transposed_product(device: str) -> None:
     x, y, total = (torch.randn(*shape, device=device).bfloat16() for shape in ((37, 56), (37, 24), (56, 24)))
     want = total.double() + x.double().T @ y.double()
     plain = total.clone().addmm_(x.T, y)
-    assert matmuls.supports(x, y, total)
+    assert matmuls.readable(x, y, total)
     matmuls.add_matmul(x, y, total)
     assert_no_worse(total, plain, want)

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from .algebra import Coefficients, coefficients, row_factor
+from .gpu.launch import can_launch
 from .head import Head
 from .matmul import matmul_into, project
 from .problem import TENSORS, Problem, Upstream
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
-from .tiles import _triton, add_columns, add_label_term_, add_rows, concatenate, dlogits_, fold, has_kernels
+from .tiles import add_columns, add_label_term_, add_rows, concatenate, dlogits_, fold, has_kernels
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
@@ -158,7 +159,7 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
 def _softmax_rows(
     problem: Problem,
 ) -> Iterator[tuple[slice, dict[str, Tensor], Tensor, Tensor | None, Tensor | float]]:
-    """Chunk by chunk: rows, their statistics, z, lse and divisor, of which p = e^(z - lse) / divisor; z / divisor without lse."""
+    """Chunk by chunk: rows, statistics, z, lse and divisor, with p = e^(z - lse); without lse, p = z / divisor."""
     chunks = problem.rows()
     if matmuls := _matmuls(problem):
         buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
@@ -187,7 +188,7 @@ def _matmuls(problem: Problem) -> ModuleType | None:
 
 def _matmul_kernels(device: torch.device) -> ModuleType | None:
     """The module of these matmuls on a GPU with Triton; else None."""
-    if device.type != "cuda" or not _triton():
+    if device.type != "cuda" or not can_launch(device):
         return None
     from .gpu import matmuls  # imported here: triton is optional, and slow to import
 
@@ -261,9 +262,8 @@ class _Gradients:
         for name, (matrix, features) in head.matrices.items():
             if prefix + "hidden" in self.sums:
                 dh = self.sums[prefix + "hidden"][rows, features]
-                matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
-                if factor is not None and cols == self.last_panel:
-                    dh.mul_(factor)
+                last = factor if cols == self.last_panel else None
+                matmul_into(dh, dz, matrix[cols], first=cols.start == 0, factor=last)
             if prefix + name in self.sums:
                 side = hidden[rows, features]
                 side = side if factor is None else (side * factor).to(hidden.dtype)

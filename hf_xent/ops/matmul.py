@@ -45,8 +45,14 @@ def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight[whole:].T, out=out[:, whole:])
 
 
-def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
-    """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype."""
+def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool, factor: Tensor | None = None) -> None:
+    """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype.
+
+    The rows of the result are multiplied by `factor` [n, 1], if any.
+    """
+    if first and factor is not None and total.dtype == x.dtype and _has_wide_products(x, factor.dtype):
+        torch.mul(_wide_product(x, y, factor.dtype), factor, out=total)  # the only rounding
+        return
     if total.dtype != x.dtype:
         product = _wide_product(x, y, total.dtype)
         total.copy_(product) if first else total.add_(product)
@@ -57,10 +63,15 @@ def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.mm(x, y, out=total)
     else:
         total.addmm_(x, y)
+    if factor is not None:
+        total.mul_(factor)
+
+
+def _has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies these 16-bit matrices into `dtype`."""
+    return x.is_cuda and torch.version.hip is None and x.dtype != dtype == torch.float32
 
 
 def _wide_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """x @ y of 16-bit matrices in `dtype`: where torch can do so, not rounded to 16 bits before it joins a sum."""
-    if x.is_cuda and torch.version.hip is None and dtype == torch.float32:
-        return torch.mm(x, y, out_dtype=dtype)
-    return torch.mm(x, y)
+    return torch.mm(x, y, out_dtype=dtype) if _has_wide_products(x, dtype) else torch.mm(x, y)

@@ -14,13 +14,13 @@ Shapes: n tokens of the tile, V columns. A strip is processed in the dtype of st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .algebra import Coefficients, State, finish
+from .gpu.launch import can_launch
 from .head import Head
 from .problem import Problem
 from .statistics import wide
@@ -216,13 +216,8 @@ def has_kernels(z: Tensor) -> bool:
 
 def _kernels(z: Tensor) -> ModuleType | None:
     """The module with one pass over the logits in place of several, on a GPU with Triton; else None."""
-    return _triton() if z.is_cuda else None
-
-
-@cache
-def _triton() -> ModuleType | None:
-    try:
-        from .gpu import fused  # imported here: triton is optional, and slow to import
-    except ImportError:
+    if not z.is_cuda or not can_launch(z.device):
         return None
+    from .gpu import fused  # imported here: triton is optional, and slow to import
+
     return fused
