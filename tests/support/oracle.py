@@ -155,10 +155,10 @@ def make(
         tensors |= {"payload_hidden": leaf(N, D2), "payload_weight": leaf(V, D2, gain=D2**-0.5)}
         if bias:
             tensors["payload_bias"] = leaf(V)
-    labels = torch.randint(V, (N,), device=device)
+    labels, weight = torch.randint(V, (N,)).to(device), torch.rand(N)  # the same numbers on every device
     if ignore is not None:
         labels[ignore(torch.arange(N, device=device))] = -100
-    return Case(tensors, labels, torch.rand(N, device=device), **options)
+    return Case(tensors, labels, weight.to(device), **options)
 
 
 class Largest(TorchDispatchMode):
