@@ -51,9 +51,9 @@ def problem_of(
     return Problem(hidden, first, labels, frozenset(outputs), second if payload else None, needs=needs)
 
 
-def logits_of(problem: Problem, z: Tensor, pay: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The logits of both heads in another dtype, leaves of a graph beside the raw products' own."""
-    return problem.head.activate(z.to(dtype)), problem.payload[1].activate(pay.to(dtype))
+def dense_statistics(problem: Problem, z: Tensor, pay: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every statistic from dense logits in a dtype."""
+    return statistics(problem.head.activate(z.to(dtype)), labels, problem.payload[1].activate(pay.to(dtype)))
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -77,10 +77,7 @@ def test_every_statistic(device, dtype, n, V, scale, softcap):
     problem = problem_of(z, labels, scale=scale, softcap=softcap)
     found = fused.statistics(problem, z, pay, labels)
     assert torch.equal(z, left[0]) and torch.equal(pay, left[1]) and set(found) == set(STATISTICS)
-    truth, same = (
-        statistics(wide_z, labels, wide_pay)
-        for wide_z, wide_pay in (logits_of(problem, z, pay), logits_of(problem, z, pay, wide(dtype)))
-    )
+    truth, same = (dense_statistics(problem, z, pay, labels, d) for d in (torch.float64, wide(dtype)))
     for name, value in found.items():
         assert value.dtype == (torch.int64 if name in ("top", "rank") else wide(dtype))
         if dtype == torch.float64 or name in ("top", "rank"):
@@ -271,6 +268,29 @@ def test_dead_rows_and_banned_tokens_leave_no_nan(device, softcap):
         expected[0, 0] = -1.0
     fused.dlogits_(problem, (z, None), labels, problem.head.activate(z).logsumexp(-1), coef)
     torch.testing.assert_close(z, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("odd", [0, 3])
+@pytest.mark.parametrize(("outputs", "names"), [(("lse", "target"), "ao"), (STATISTICS, "abcdso")], ids=["few", "all"])
+def test_rows_of_several_tiles(device, dtype, odd, outputs, names):
+    """Also on a GPU, whose tiles are long; rows of odd length are loaded in another way there."""
+    V = (320 if fused.INTERPRETED else 4 * fused.LIGHT.bytes // dtype.itemsize + 1600) + odd
+    z, pay = ((3 * torch.randn(3, V, device=device)).to(dtype) for _ in range(2))
+    labels = torch.tensor([V - 1, 7, V // 2], device=device)
+    z[1, V - 100] = 200.0  # the second row is read again
+    z[2, V // 2] = 12.0
+    problem = problem_of(z, labels, outputs, scale=0.7)
+    found = fused.statistics(problem, z, pay, labels)
+    truth, same = (dense_statistics(problem, z, pay, labels, d) for d in (torch.float64, wide(dtype)))
+    for name, value in found.items():
+        assert_no_worse(value, same[name], truth[name], what=name)
+    coef, lse = random_coefficients(names, 3, wide(dtype), device), truth["lse"].to(wide(dtype))
+    expected = dense_gradients(problem, z.double(), pay.double(), labels, replace_dtype(coef, torch.float64))
+    expected = (expected[0] / row_factor(coef, problem.head) if coef.plain else expected[0]), expected[1]
+    fused.dlogits_(problem, (z, pay), labels, lse, coef)
+    for ours, true in zip((z, pay) if "d" in names else (z,), expected, strict=False):
+        assert_no_worse(ours, rounded(true, dtype), true, factor=1.5)
 
 
 def test_a_payload_without_gradient_is_left_alone(device):

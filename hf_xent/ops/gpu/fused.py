@@ -31,7 +31,7 @@ FARTHEST = 60.0
 
 
 class Block(NamedTuple):
-    """How much a program holds at a time, and how it is compiled: `stages` tiles are loaded ahead of their use."""
+    """How much a program works on at a time, and how it is compiled: `stages` tiles are in memory, or on their way."""
 
     bytes: int  # of logits
     warps: int
