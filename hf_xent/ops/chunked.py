@@ -179,8 +179,8 @@ def _softmax_rows(
 def _matmuls(problem: Problem) -> ModuleType | None:
     """The matmuls with the softmax in their epilogue, where the GPU and the problem allow them; else None.
 
-    The answer is the same for a problem's statistics and for its gradients, which must be of the same logits: here these
-    are not rounded, in the stored rows they are.
+    The answer is the same for a problem's statistics and for its gradients, which must be of the same logits: these
+    matmuls do not round them, stored rows do.
     """
     kernels = _matmul_kernels(problem.hidden.device)
     return kernels if kernels and kernels.supports(problem) else None

@@ -85,7 +85,7 @@ def dlogits_(
 
 
 def column_sums(head: Head, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor, mass: Tensor) -> None:
-    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, for raw products z or, without `lse`, rows of p."""
+    """energy [V] += sum_t (a_t p_tj)^2 and mass [V] += sum_t a_t p_tj, of raw products z, or of p without `lse`."""
     _sum_columns(head, z, lse, a, energy, mass)
 
 

@@ -6,9 +6,9 @@ normalizer joins the row factor, which scales [N, D] side matrices, and one entr
 already, the matmul writes dz itself. Logits are never rounded to bfloat16.
 
     c = z_y + MARGIN    known before the matmul, from one dot product per row
-    E                   representable while max z - z_y < 128 nats, since bfloat16 has the range of float32; rows where a
-                        tile's maximum says otherwise are computed again about their maximum, in the kernel that folds
-                        the tiles' sums
+    E                   representable while max z - z_y < 128 nats, since bfloat16 has the range of float32; rows where
+                        a tile's maximum says otherwise are computed again about their maximum, in the kernel that
+                        folds the tiles' sums
     softcap             E holds p times the slope of the softcap, which the chain rule multiplies by; the sums do not
 
 Shapes: n tokens of a chunk, D hidden, V vocabulary, T tiles of columns.
@@ -89,9 +89,7 @@ def rows_of(hidden: Tensor, size: int, count: int) -> Tensor:
     return hidden.new_empty(count, -(-size // 64) * 64)[:, :size]
 
 
-def exponentials(
-    hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[str], e: Tensor | None
-) -> Exponentials:
+def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[str], e: Tensor | None) -> Exponentials:
     """The statistics of rows of logits, whose E [n, V] is written to `e`, if any; labels [n] are in [0, V)."""
     n, features = hidden.shape
     tiles = triton.cdiv(head.size, TILES.columns)
@@ -157,7 +155,7 @@ def dlogits(
             *(None if x is None else x.contiguous() for x in numbers), sums, n, head.size, features, scale, CAP=cap,
             BT=TILES.rows, BV=TILES.columns, BD=TILES.depth, GROUP=TILES.group, ROUND=INTERPRETED, **options,
         )  # fmt: skip
-    if share is not None:
+    if share is not None and sums is not None:
         share += sums.sum(1)
 
 
