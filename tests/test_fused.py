@@ -110,8 +110,11 @@ def test_a_label_far_below_the_top(device, dtype, outputs, gap):
     problem = problem_of(z, labels, outputs, payload="payload" in outputs)
     found = fused.statistics(problem, z, pay, labels)
     truth, same = (statistics(z.to(d), labels, -1.3 * pay.to(d)) for d in (torch.float64, dtype))
+    one_addition = float(z.abs().sum()) * torch.finfo(dtype).eps / z.shape[1]  # its rounding, in the mean of a row
     for name, value in found.items():
-        assert_no_worse(value, same[name], truth[name], atol=1e-12 if dtype == torch.float64 else 1e-5, what=name)
+        atol = 1e-12 if dtype == torch.float64 else 1e-5
+        atol = max(atol, one_addition) if name == "mean" else atol
+        assert_no_worse(value, same[name], truth[name], atol=atol, what=name)
 
 
 @pytest.mark.parametrize("V", [1, 64, 150])

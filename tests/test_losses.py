@@ -920,3 +920,33 @@ def test_errors_of_calls(loss, call, message):
     p = problem()
     with pytest.raises(ValueError, match=message):
         loss(p.hidden, p.head, p.labels, **call)
+
+
+class Squared(CrossEntropy):
+    """A loss with another formula, which inherits that its gradients were constants."""
+
+    def of(self, stats):
+        return stats.nll**2
+
+
+@pytest.mark.parametrize(
+    "loss", [CrossEntropy(), CrossEntropy(label_smoothing=0.2), CrossEntropy(z_loss=0.1), Squared()]
+)
+@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.5), None])
+def test_gradients_that_are_constants_are_those_of_the_graph(monkeypatch, loss, weight):
+    """A linear loss skips the graph of every chunk; values, gradients and the losses of tokens stay what they are."""
+    assert loss.linear is (loss in (CrossEntropy(), CrossEntropy(label_smoothing=0.2)) and type(loss) is CrossEntropy)
+    hidden = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    head = Head(torch.randn(30, 8, dtype=torch.float64, requires_grad=True))
+    labels = torch.randint(30, (50,))
+    labels[::7] = -100
+    weight = torch.rand(50) if weight is None else weight
+
+    def answer():
+        total, stats = vocab_loss(loss, hidden, head, labels, token_weight=weight, memory_budget=30 * 8 * 9)
+        return total.detach(), stats.loss, *torch.autograd.grad(total, [hidden, head.weight])
+
+    found = answer()
+    monkeypatch.setattr(type(loss), "linear", False, raising=False)
+    for value, want in zip(found, answer(), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-14)

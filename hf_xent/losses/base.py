@@ -25,6 +25,7 @@ class Loss:
     """Base of every objective. Subclasses are frozen dataclasses; their fields are their hyper-parameters."""
 
     uses: tuple[str, ...] = ("lse", "target")  # the statistics that `of` differentiates, exactly these
+    linear = False  # whether `of` is linear in these statistics, so that its gradients are constants
     needs_teacher = False  # whether `teacher=(hidden, head)` must be passed
 
     def of(self, stats: Stats) -> Tensor:

@@ -43,6 +43,11 @@ class CrossEntropy(Loss):
         """The statistics that it differentiates: `mean` only with label smoothing."""
         return ("lse", "target", "mean") if self.label_smoothing else ("lse", "target")
 
+    @property
+    def linear(self) -> bool:  # type: ignore[override]  # likewise
+        """Whether its gradients are constants: without z-loss, unless a subclass has another formula."""
+        return not self.z_loss and type(self).of is CrossEntropy.of
+
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]."""
         loss = stats.nll

@@ -125,9 +125,9 @@ def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None
     a = g_lse - g_H H + g_V (2H + H^2 - Var) - g_pay payload     b = -g_H + 2 g_V (1 + H)     c = g_V
     d = g_pay     s = g_mean / V     o = g_target
     """
-    zero = torch.zeros_like(values["lse"])
     g = {name: grad for name, grad in grads.items() if grad is not None}
-    a, o, b = g.get("lse", zero), g.get("target", zero), None
+    a, o = (g[name] if name in g else torch.zeros_like(values["lse"]) for name in ("lse", "target"))
+    b = None
     if "entropy" in g:
         a, b = a - g["entropy"] * values["entropy"], -g["entropy"]
     if "variance" in g:

@@ -31,8 +31,9 @@ from .tiles import add_columns, add_label_term_, add_rows, concatenate, dlogits_
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
-# 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more).
-MAX_LOW_PRECISION_SUMS = 16
+# 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more). A GPU may take more, since its matmuls
+# do not round the logits: 0.76 for 16 chunks of 8192 realistic tokens of Gemma 2's shape (benchmarks/results/h200).
+MAX_LOW_PRECISION_SUMS, GPU_LOW_PRECISION_SUMS = 16, 32
 # Rows of logits whose length is a multiple of LOADED numbers are aligned for the widest loads of a GPU, and so are they
 # for its matmuls; others, such as the 50257 of GPT-2, are padded to a multiple of PADDED, a line of its cache.
 LOADED, PADDED = 16, 64
@@ -82,7 +83,8 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > MAX_LOW_PRECISION_SUMS:
+    most = MAX_LOW_PRECISION_SUMS if problem.hidden.device.type == "cpu" else GPU_LOW_PRECISION_SUMS
+    if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > most:
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = _Gradients(problem, chunks, [all_columns]), []
@@ -201,7 +203,8 @@ class _Buffers:
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice] | None = None):
         self.problem = problem
         cols = cols or [slice(0, problem.head.size)]
-        size = max((r.stop - r.start for r in rows), default=0) * self._stride(max(c.stop - c.start for c in cols))
+        self.stride = self._stride(_longest(cols))
+        size = _longest(rows) * self.stride
         self.z = problem.hidden.new_empty(size)
         self.pay = None if problem.payload is None else problem.payload[0].new_empty(size)
 
@@ -216,7 +219,7 @@ class _Buffers:
     def _tile(self, memory: Tensor, rows: slice, cols: slice) -> Tensor:
         """The beginning of the memory in the shape of a tile."""
         count, width = rows.stop - rows.start, cols.stop - cols.start
-        stride = self._stride(width)
+        stride = width if memory.device.type == "cpu" else self.stride
         return memory[: count * stride].view(count, stride)[:, :width]
 
     def _stride(self, width: int) -> int:
@@ -262,11 +265,12 @@ class _Gradients:
         for name, (matrix, features) in head.matrices.items():
             if prefix + "hidden" in self.sums:
                 dh = self.sums[prefix + "hidden"][rows, features]
-                last = factor if cols == self.last_panel else None
-                matmul_into(dh, dz, matrix[cols], first=cols.start == 0, factor=last)
+                matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
+                if factor is not None and cols == self.last_panel:
+                    dh.mul_(factor)
             if prefix + name in self.sums:
                 side = hidden[rows, features]
-                side = side if factor is None else (side * factor).to(hidden.dtype)
+                side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
                 matmul_into(self.sums[prefix + name][cols], dz.T, side, first=rows.start == 0)
         if prefix + "bias" in self.sums:
             db = self.sums[prefix + "bias"][cols]

@@ -44,7 +44,7 @@ def vocab_stats(
         ignore_index: The label of positions to ignore.
         impl: 'reference', 'chunked' or 'triton' (default: the environment's HF_XENT_IMPL, else 'chunked').
         memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB; on
-            a GPU 256 MiB to 390 MB, or a sixteenth of all logits if that is more).
+            a GPU 395 MB, or a thirty-second of all logits if that is more).
 
     Returns:
         Statistics shaped like labels, nats; ignored positions hold 0.

@@ -50,26 +50,21 @@ def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, weight[whole:].T, out=out[:, whole:])
 
 
-def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool, factor: Tensor | None = None) -> None:
-    """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype.
-
-    The rows of the result are multiplied by `factor` [n, 1], if any.
-    """
-    if first and factor is not None and total.dtype == x.dtype and _has_wide_products(x, factor.dtype):
-        torch.mul(_wide_product(x, y, factor.dtype), factor, out=total)  # the only rounding
-        return
+def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
+    """total = x @ y for the first product, total += x @ y for others; a wider total is added to in its own dtype."""
     if total.dtype != x.dtype:
         product = _wide_product(x, y, total.dtype)
         total.copy_(product) if first else total.add_(product)
     elif first and x.dtype == torch.float32 and len(x) <= FEW_ROWS and x.device.type == "cpu":
         # for few rows and a long inner dimension, a CPU's BLAS computes the transpose a tenth faster
         total.copy_(torch.mm(y.T, x.T).T)
+    elif x.stride(1) == 1 and (whole := _whole(len(y), x)):
+        matmul_into(total, x[:, :whole], y[:whole], first=first)
+        total.addmm_(x[:, whole:], y[whole:])
     elif first:
         torch.mm(x, y, out=total)
     else:
         total.addmm_(x, y)
-    if factor is not None:
-        total.mul_(factor)
 
 
 def _has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:

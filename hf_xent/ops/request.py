@@ -13,6 +13,8 @@ from . import chunked, reference
 from .head import Head
 from .problem import TILE
 
+# Bytes. The taller the chunks the faster (benchmarks/results/h200), but all beyond the gradients is to fit 400 MB.
+GPU_BUDGET = 395_000_000
 IMPLS = ("reference", "chunked", "triton")
 
 
@@ -64,8 +66,8 @@ def default_budget(head: Head, tokens: int, itemsize: int) -> int:
     That is an eighth of a float32 head and gives D / 8 rows per chunk; a 16-bit head gets twice the rows, which its
     matmuls need. At least 24 MiB on a CPU: 128 float32 rows of a 49k vocabulary; below that matmuls slow down.
 
-    Elsewhere between 256 MiB and 390 MB, unless that would cut the tokens into more chunks than weight gradients are
-    summed over in their own dtype: then as much as so many chunks take, in whole tiles of rows.
+    Elsewhere GPU_BUDGET, unless that would cut the tokens into more chunks than weight gradients are summed over in
+    their own dtype: then as much as so many chunks take, in whole tiles of rows.
 
     Args:
         head: The head; of one that is split over ranks, the widest part counts, so that all ranks agree.
@@ -73,9 +75,8 @@ def default_budget(head: Head, tokens: int, itemsize: int) -> int:
         itemsize: Bytes per token and entry of the vocabulary: of a logit, and of the payload's if there is one.
     """
     size = head.size if head.shard is None else head.shard.width
-    half = size * head.weight.shape[1] // 2
     if head.weight.device.type == "cpu":
-        return max(24 << 20, half)
-    rows = -(-tokens // chunked.MAX_LOW_PRECISION_SUMS)
+        return max(24 << 20, size * head.weight.shape[1] // 2)
+    rows = -(-tokens // chunked.GPU_LOW_PRECISION_SUMS)
     tiled = min(tokens, -(-rows // TILE) * TILE)
-    return max(tiled * size * itemsize, min(max(256 << 20, half), 390_000_000))
+    return max(tiled * size * itemsize, GPU_BUDGET)

@@ -2,10 +2,9 @@
 
     _exp_matmul        E = exp(z - c) of the logits z, and sums over tiles of columns
     _dlogits_matmul    the gradient of the products, where the statistics are known
-    _add_matmul        total += x^T y by additions in memory
 
 Shapes: n tokens of a chunk, D hidden, V vocabulary, T tiles of columns. A tile is [BT, BV], its matmul takes steps BD.
-Numerics: accumulators and all that is computed from them are float32; E, the gradient and the total are bfloat16.
+Numerics: accumulators and all that is computed from them are float32; E and the gradient are bfloat16.
 The tensors of a matmul are descriptors, for the copy engine of Hopper and later GPUs.
 """
 
@@ -109,7 +108,7 @@ def _exp_matmul(
 @triton.jit
 def _fold_tiles(
     H, W, B, E, OFFSET, L, M, S1, TOP,  # [n, D], [V, D], [V] or None, [n, V] or None, [n], [n, T] each
-    TOTAL, MOMENT, BEST,  # [n] each: the sums over the tiles of L and S1, and the arg max
+    TOTAL, LSE, ENTROPY, BEST,  # [n] each: the sum over the tiles of L, and the statistics
     T, V, D, stride_h, stride_w, stride_e, scale: tl.float64, CAP: tl.constexpr,
     FAR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
@@ -154,9 +153,12 @@ def _fold_tiles(
         total += tl.load(L + row * T + tiles, mask=tiles < T, other=0.0)
         if S1 is not None:
             moment += tl.load(S1 + row * T + tiles, mask=tiles < T, other=0.0)
-    tl.store(TOTAL + row, tl.sum(total, 0))
+    total = tl.sum(total, 0)
+    log_l = tl.log(total)  # the statistics as `algebra.finish` computes them
+    tl.store(TOTAL + row, total)
+    tl.store(LSE + row, tl.load(OFFSET + row) + log_l)
     if S1 is not None:
-        tl.store(MOMENT + row, tl.sum(moment, 0))
+        tl.store(ENTROPY + row, log_l - tl.sum(moment, 0) / total)
 
 
 @triton.jit
@@ -245,23 +247,3 @@ def _dlogits_matmul(
         DZ.store([i * BT, j * BV + BV // 2], _bfloat16(dz, ROUND))
         if L is not None:
             tl.store(L + rows.to(tl.int64) * col_blocks + j, total + tl.sum(p, 1), mask=row_in)
-
-
-@triton.jit(do_not_specialize=("n",))
-def _add_matmul(
-    X, Y, TOTAL,  # descriptors of [n, V], [n, D], [V, D]
-    n, V, D, DOT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, ATOMIC: tl.constexpr,
-):  # fmt: skip
-    """Every program walks tiles [BV, BD]; all of D comes first, so that the columns of x stay in the cache."""
-    blocks = tl.cdiv(D, BD)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(V, BV) * blocks, PROGRAMS, flatten=FLATTEN):
-        i = tile // blocks * BV
-        j = tile % blocks * BD
-        acc = tl.zeros((BV, BD), tl.float32)
-        for t in range(0, n, BT):
-            acc = tl.dot(X.load([t, i]).to(DOT).T, Y.load([t, j]).to(DOT), acc)
-        if ATOMIC:
-            TOTAL.atomic_add([i, j], acc.to(TOTAL.dtype))
-        else:  # Triton's interpreter has no reduction through descriptors, and runs one program at a time
-            TOTAL.store([i, j], _bfloat16(TOTAL.load([i, j]).to(tl.float32) + acc, True))

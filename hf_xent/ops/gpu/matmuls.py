@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..algebra import Coefficients, State, finish
+from ..algebra import Coefficients
 from ..head import Head
 from ..problem import Problem
 from . import matmul_kernels as kernels
@@ -47,13 +47,12 @@ class Tiles(NamedTuple):
     depth: int
     warps: int
     stages: int
-    group: int = 1  # columns of tiles that programs at work together share
+    group: int  # columns of tiles that programs at work together share
 
 
 INTERPRETED = not isinstance(kernels._exp_matmul, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
-# benchmarks/results/h200: of the tiles tried there, these were the fastest at every height of a chunk.
-TILES = Tiles(16, 32, 16, 1, 1, 2) if INTERPRETED else Tiles(128, 256, 64, 8, 3, 8)
-ADD_TILES = Tiles(16, 16, 16, 1, 1) if INTERPRETED else Tiles(128, 128, 64, 8, 4)
+# The fastest of those tried in benchmarks/results/h200, at every height of a chunk.
+TILES = Tiles(16, 32, 16, 1, 1, 2) if INTERPRETED else Tiles(128, 256, 64, 8, 3, 4)
 DEPTH, BLOCK, COLUMNS = (16, 8, 64) if INTERPRETED else (32, 1024, 4096)
 # Triton's interpreter takes bfloat16 for integers; products of bfloat16 are exact in float32
 DOT = tl.float32 if INTERPRETED else tl.bfloat16
@@ -86,18 +85,19 @@ def readable(*matrices: Tensor) -> bool:
 
 def rows_of(hidden: Tensor, size: int, count: int) -> Tensor:
     """Uninitialized rows [count, size] whose stride the copy engine can write."""
-    return hidden.new_empty(count, -(-size // 64) * 64)[:, :size]
+    stride = size if size % 8 == 0 else -(-size // 64) * 64
+    return hidden.new_empty(count, stride)[:, :size]
 
 
 def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[str], e: Tensor | None) -> Exponentials:
     """The statistics of rows of logits, whose E [n, V] is written to `e`, if any; labels [n] are in [0, V)."""
     n, features = hidden.shape
     tiles = triton.cdiv(head.size, TILES.columns)
-    target, offset, total = hidden.new_empty(3, n, dtype=torch.float32)
+    target, offset, total, lse, entropy = hidden.new_empty(5, n, dtype=torch.float32)
     sums, maxima = hidden.new_empty(2, n, tiles, dtype=torch.float32)
     moments = torch.empty_like(sums) if "entropy" in outputs else None
     top = labels.new_empty(n, tiles, dtype=torch.int32) if "top" in outputs else None
-    moment, best = (None if x is None else x.new_empty(n) for x in (moments, top))
+    best = None if top is None else labels.new_empty(n)
     bias, scale, cap = _activation(head)
     strides = hidden.stride(0), head.weight.stride(0)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
@@ -112,12 +112,11 @@ def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[
             BT=TILES.rows, BV=TILES.columns, BD=TILES.depth, GROUP=TILES.group, **options,
         )  # fmt: skip
         kernels._fold_tiles[(n,)](
-            hidden, head.weight, bias, e, offset, sums, maxima, moments, top, total, moment, best,
+            hidden, head.weight, bias, e, offset, sums, maxima, moments, top, total, lse, entropy, best,
             tiles, head.size, features, *strides, 0 if e is None else e.stride(0), scale, CAP=cap, ROUND=INTERPRETED,
             FAR=FAR, BV=TILES.columns, BD=DEPTH, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-    state = State(m=offset, l=total, s1=moment, top=None if best is None else best.long())
-    values = finish(state, target, head.size)
+    values = {"lse": lse, "target": target, "entropy": entropy, "top": best}
     return Exponentials({name: values[name] for name in outputs}, target, offset, total)
 
 
@@ -157,19 +156,6 @@ def dlogits(
         )  # fmt: skip
     if share is not None and sums is not None:
         share += sums.sum(1)
-
-
-def add_matmul(x: Tensor, y: Tensor, total: Tensor) -> None:
-    """total [V, D] += x^T y for x [n, V] and y [n, D], by additions in memory: no total is read."""
-    (n, size), features, tile = x.shape, y.shape[1], ADD_TILES
-    with torch.cuda.device_of(x):
-        programs, options = _launch(x, tile, triton.cdiv(size, tile.rows) * triton.cdiv(features, tile.columns))
-        kernels._add_matmul[programs](
-            TensorDescriptor.from_tensor(x, [tile.depth, tile.rows]),
-            TensorDescriptor.from_tensor(y, [tile.depth, tile.columns]),
-            TensorDescriptor.from_tensor(total, [tile.rows, tile.columns]),
-            n, size, features, BV=tile.rows, BD=tile.columns, BT=tile.depth, ATOMIC=not INTERPRETED, **options,
-        )  # fmt: skip
 
 
 def _activation(head: Head) -> tuple[Tensor | None, float, float | None]:
