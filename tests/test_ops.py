@@ -780,7 +780,7 @@ def test_no_logits_are_ever_allocated(impl, device, mode, uses):
 
 
 def test_default_budget_grows_with_the_head():
-    """Half a byte a number, and at least what keeps a matmul busy; on a GPU the same for all, but in 32 chunks at most."""
+    """Half a byte a number, and at least what keeps a matmul busy; on a GPU one budget, and at most 32 chunks."""
     small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
     assert default_budget(small, 8192, 4) == default_budget(large, 64, 4) == 395_000_000
     assert default_budget(large, 8192, 4) == 8192 // 32 * (1 << 20) * 4

@@ -54,16 +54,6 @@ def _activate(raw, scale, CAP: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _bfloat16(x, ROUND: tl.constexpr):
-    """x in bfloat16. Triton's interpreter truncates, so that it needs the rounding to the nearest even beforehand."""
-    if ROUND:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
 def _chain(dz, z, scale, CAP: tl.constexpr, ACC: tl.constexpr):
     """Gradient of the raw product from the gradient of the activated logit z."""
     dz = dz * tl.full((), scale, ACC)

@@ -12,7 +12,17 @@ The tensors of a matmul are descriptors, for the copy engine of Hopper and later
 import triton
 import triton.language as tl
 
-from .kernels import _activate, _bfloat16, _chain
+from .kernels import _activate, _chain
+
+
+@triton.jit
+def _bfloat16(x, ROUND: tl.constexpr):
+    """x in bfloat16. Triton's interpreter truncates, so that it needs the rounding to the nearest even beforehand."""
+    if ROUND:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
 
 
 @triton.jit
