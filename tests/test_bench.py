@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from hf_xent import bench
 from hf_xent.bench import CONTESTANTS, BenchConfig, Contestant, PeakMemory, Row, measure, memory
-from hf_xent.bench.contestants import BASE, FLOOR, iterate, matmul_outputs, matmuls
+from hf_xent.bench.contestants import BASE, FLOOR
 from hf_xent.bench.inputs import truth
+from hf_xent.bench.methods import iterate, matmul_outputs, matmuls
 from hf_xent.bench.pages import largest, summary
 from hf_xent.bench.plots import longest
 from hf_xent.bench.rows import shaped

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..system.figures import panels, save
 from .contestants import CONTESTANTS
+from .objectives import PLAIN
 from .rows import OK, Row
 
 AXES = {"N": ("tokens", "tokens N"), "V": ("vocabulary", "vocabulary V")}  # field of Row -> file name, label
@@ -18,7 +19,7 @@ OTHERS = ("#30343b", "#8a8f98", "#b9bdc4", "#1f77b4", "#6baed6", "#2ca02c", "#94
 
 def draw(rows: Iterable[Row], target: Path) -> list[Path]:
     """For each dtype, `<target>-<dtype>-tokens.png` and `-vocabulary.png` where these vary; returns their paths."""
-    fine = [row for row in rows if row.status == OK]
+    fine = [row for row in rows if row.status == OK and row.objective == PLAIN]
     paths = []
     for dtype in sorted({row.dtype for row in fine}):
         for axis, (name, _) in AXES.items():
