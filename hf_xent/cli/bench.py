@@ -134,10 +134,7 @@ def _measure_shared(configs: list[BenchConfig], output: Path, limit: float | Non
     with progress() as report:
         for new_rows in run_shared(configs, journal, report, float("inf") if limit is None else limit):
             if new_rows:
-                files = [
-                    journal.path,
-                    *(file for path in to_csv(new_rows, output) for file in (path, *write_page(path))),
-                ]
+                files = [path, *(file for table in to_csv(new_rows, output) for file in (table, *write_page(table)))]
                 rows += new_rows
                 if not as_json:
                     out.print(_table(new_rows))
