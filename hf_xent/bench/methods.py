@@ -86,11 +86,14 @@ def cut(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tenso
     return linear_cross_entropy(hidden, weight, labels, **options)
 
 
-def quack(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Quack's chunked linear cross-entropy: the forward computes the gradients, three matmuls."""
+def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Quack's chunked linear cross-entropy, with its default chunks.
+
+    The forward computes the gradients, three matmuls.
+    """
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return chunked_linear_cross_entropy(hidden, weight, labels, **options)
+    return chunked_linear_cross_entropy(hidden, weight, labels)
 
 
 @torch.no_grad()

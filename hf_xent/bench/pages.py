@@ -22,12 +22,13 @@ Made by `hf-xent report` from [{csv}]({csv}), to which `hf-xent bench` adds what
 
 Times are of the mean loss and both gradients: the median iteration (interquartile range), and its ratios to dense torch
 and to the three bare matmuls. On a CPU each contestant has a process, and ratios are medians over rounds. On a GPU
-contestants share a few processes: dense and its ratio are of medians of one run, and the matmuls are measured in the
-contestant's process, just before and just after it. Peak memory is what an iteration needs beyond inputs and
-gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype, in the
-Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as dense's
-and more than its own tolerance. The note of an `absent` or `failed` contestant gives the reason; the note of any other
-gives its fastest setting.
+contestants share a few processes: dense is measured once for each input, its time is that of all ratios to it, and the
+matmuls are measured in the contestant's process, just before and just after it. Objectives beyond cross-entropy have
+tables of their own, where dense torch computes them from float32 logits. Peak memory is what an iteration needs beyond
+inputs and gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype,
+in the Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as
+dense's and more than its own tolerance. The note of an `absent` or `failed` contestant gives the reason; the note of
+any other gives its fastest setting.
 
 {legend}
 """

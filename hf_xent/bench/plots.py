@@ -57,7 +57,8 @@ def _bars(rows: list[Row], path: Path) -> Path:
         panel.set_yticks(range(len(known)), known)
         panel.invert_yaxis()
         panel.grid(axis="x", alpha=0.25)
-    axes[1].set_xscale("log")
+    if any(row.peak_mib for row in rows):  # a logarithmic axis needs a number
+        axes[1].set_xscale("log")
     axes[0].axvline(1, color="#9aa0a6", ls="--", lw=1)
     axes[1].set_yticklabels([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(shapes), frameon=False)

@@ -77,8 +77,6 @@ def bench(
 
     Gradients are checked first; a contestant whose gradients are wrong gets no time.
 
-    Example: hf-xent bench --model random --vocab 32000,128000 --width 512 --dtype bfloat16
-
     Example: hf-xent bench --model calibrated --shapes 8192x256000x2304 --dtype bfloat16 --objectives all
     """
     from ..bench import sweep
