@@ -224,3 +224,39 @@ def test_calibrated_inputs_name_their_source() -> None:
         ("calibrated to gemma3-270m", 37, 301, 256, "bfloat16", "ok")
     ] * 2
     assert found[1].hidden_tolerance == 2 * found[0].hidden_error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's compiler is full of them
+def test_every_input_is_compiled_for() -> None:
+    """Torch compiles one function for eight inputs; then it would run what was not compiled, and say so in a log."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    for V in range(300, 305):
+        hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
+        labels = torch.randint(V, (5,))
+        for objective in ("cross-entropy", "softcap"):
+            method = CONTESTANTS["dense compiled"].method(objective)
+            assert method is not None
+            loss = iterate(method, hidden, weight, labels)
+            torch.testing.assert_close(loss, truth(hidden, weight, labels, "cpu", objective)["loss"])
+    assert counters["stats"]["unique_graphs"] == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_shared_processes_on_a_gpu(tmp_path: Path) -> None:
+    """Inputs drawn there, the matmuls beside each contestant, memory by the allocator, objectives, and the journal."""
+    config = BenchConfig("calibrated", tokens=600, vocab=5000, width=256, dtype="bfloat16", repeats=3, device="cuda")
+    names = (FLOOR, "dense float32 logits", "hf_xent", "hf_xent recompute")
+    configs = [replace(config, contestants=names, objective=objective) for objective in OBJECTIVES]
+    journal = Journal(tmp_path / "gpu.jsonl")
+    found = measured(configs, journal)
+    assert {row.contestant for row in found[0]} == {BASE, *names}
+    for row in (row for group in found for row in group):
+        assert row.status == "ok" and row.device == torch.cuda.get_device_name(), f"{row.contestant}: {row.note}"
+        assert row.time_ms and row.time_ratio and row.matmul_ratio
+        assert row.contestant == FLOOR or (row.peak_mib is not None and row.hidden_error < 0.05)
+    assert measured(configs, Journal(journal.path)) == found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,11 +45,14 @@ def dense_float32(hidden: Tensor, weight: Tensor, labels: Tensor, objective: str
 
 def compiled(hidden: Tensor, weight: Tensor, labels: Tensor, objective: str = PLAIN, chunked: bool = False) -> Tensor:
     """Plain torch under torch.compile, default mode; or with Inductor's automatic chunks."""
-    return _compile(objective, chunked)(hidden, weight, labels)
+    return _compile(objective, chunked, hidden.shape, weight.shape, hidden.dtype)(hidden, weight, labels)
 
 
-@cache
-def _compile(objective: str, chunked: bool) -> Method:
+@lru_cache(maxsize=1)
+def _compile(objective: str, chunked: bool, *inputs: object) -> Method:
+    """A function that is compiled for these inputs, the only one that there is: torch gives up on the ninth of one."""
+    torch._dynamo.reset()
+
     def other(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return dense_float32(hidden, weight, labels, objective)
 
