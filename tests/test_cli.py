@@ -225,6 +225,8 @@ def test_bench_on_a_gpu_keeps_rows_as_they_come(tmp_path, monkeypatch):
     assert [row.N for row in bench.from_csv(tmp_path / "h-200.csv")] == [4, 7] and (tmp_path / "h-200.md").is_file()
     again = invoke(*options)
     assert "h-200.jsonl has 2 rows; those of this commit are not measured again, delete the file" in again.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as on a machine without it
+    assert "no page" in invoke(*options).stderr
     with pytest.raises(ValueError, match="limit is 9, but only on a GPU"):
         invoke("bench", "--device", "cpu", "--limit", 9)
 

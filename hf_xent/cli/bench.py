@@ -13,7 +13,7 @@ from .options import Json, Text
 from .output import emit, err, out
 
 if TYPE_CHECKING:
-    from ..bench import BenchConfig
+    from ..bench import BenchConfig, Row
 
 RESULTS = Path("benchmarks/results")
 
@@ -113,7 +113,7 @@ def _measure(configs: list[BenchConfig], output: Path, as_json: bool) -> None:
 
 
 def _measure_shared(configs: list[BenchConfig], output: Path, limit: float | None, as_json: bool) -> None:
-    """Run all configs in shared processes; rows are in the journal as they come, pages are written after each shape."""
+    """Run all configs in shared processes; rows are in the journal as they come, and in tables after each shape."""
     from dataclasses import asdict
 
     from ..bench import Journal, progress, run_shared, to_csv, write_page
@@ -128,14 +128,20 @@ def _measure_shared(configs: list[BenchConfig], output: Path, limit: float | Non
             highlight=False,
             soft_wrap=True,
         )
-    rows, files = [], [path]
+    rows: list[Row] = []
+    tables: list[Path] = []
     with progress() as report:
         for new_rows in run_shared(configs, journal, report, float("inf") if limit is None else limit):
             if new_rows:
-                files = [path, *(file for table in to_csv(new_rows, output) for file in (table, *write_page(table)))]
                 rows += new_rows
+                tables = to_csv(new_rows, output)
                 if not as_json:
                     out.print(_table(new_rows))
+    files = [path, *tables]
+    try:
+        files += [file for table in tables for file in write_page(table)]
+    except ImportError as error:  # a machine with a GPU may be without matplotlib
+        err.print(f"no page: {one_line(error)}; run `hf-xent report` where it is installed", soft_wrap=True)
     emit([asdict(row) for row in rows], _written(files), as_json=as_json)
 
 
