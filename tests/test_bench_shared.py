@@ -232,7 +232,7 @@ def test_every_input_is_compiled_for() -> None:
     """Torch compiles one function for eight inputs; then it would run what was not compiled, and say so in a log."""
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     for V in range(300, 305):
         hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)

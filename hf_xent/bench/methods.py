@@ -51,7 +51,7 @@ def compiled(hidden: Tensor, weight: Tensor, labels: Tensor, objective: str = PL
 @lru_cache(maxsize=1)
 def _compile(objective: str, chunked: bool, *inputs: object) -> Method:
     """A function that is compiled for these inputs, the only one that there is: torch gives up on the ninth of one."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def other(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return dense_float32(hidden, weight, labels, objective)
