@@ -217,6 +217,7 @@ def test_bench_on_a_gpu_keeps_rows_as_they_come(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench, "run_shared", run_shared)
     monkeypatch.setattr(rows, "device_name", lambda device: "H 200")
+    monkeypatch.chdir(tmp_path)
     options = ("bench", "--device", "cuda", "--model", "random", "--shapes", "4x5x6,7x8x9", "--output", tmp_path)
     result = invoke(*options, "--limit", 9, "--json")
     assert [(row["N"], row["V"], row["D"]) for row in json.loads(result.stdout)] == [(4, 5, 6), (7, 8, 9)]
@@ -225,6 +226,10 @@ def test_bench_on_a_gpu_keeps_rows_as_they_come(tmp_path, monkeypatch):
     assert [row.N for row in bench.from_csv(tmp_path / "h-200.csv")] == [4, 7] and (tmp_path / "h-200.md").is_file()
     again = invoke(*options)
     assert "h-200.jsonl has 2 rows; those of this commit are not measured again, delete the file" in again.stderr
+    (tmp_path / "h-200.csv").unlink()  # as if the run had been killed
+    written = json.loads(invoke("report", tmp_path, "--json").stdout)["written"]
+    assert [Path(file).name for file in written] == ["h-200.md", "h-200-float32-shapes.png"]
+    assert [row.N for row in bench.from_csv(tmp_path / "h-200.csv")] == [4, 7]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as on a machine without it
     assert "no page" in invoke(*options).stderr
     with pytest.raises(ValueError, match="limit is 9, but only on a GPU"):

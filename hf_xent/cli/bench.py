@@ -197,12 +197,15 @@ def report(
 ) -> None:
     """Write the pages, plots and README table of benchmark results.
 
-    All of them are generated anew from the CSV files that `hf-xent bench` wrote.
+    All of them are generated anew from the CSV files that `hf-xent bench` wrote; rows of a run on a GPU that was killed
+    before it wrote its CSV file are added from its .jsonl file.
 
     Example: hf-xent report benchmarks/results --readme README.md
     """
-    from ..bench import update_readme, write_page
+    from ..bench import Journal, to_csv, update_readme, write_page
 
+    for path in sorted(folder.glob("*.jsonl")):
+        to_csv(Journal(path).rows.values(), folder)
     files = [file for path in sorted(folder.glob("*.csv")) for file in write_page(path)]
     if not files:
         raise ValueError(f"no results in {folder}: run `hf-xent bench` first, or name the folder that has them")
