@@ -51,8 +51,13 @@ report: venv  ## the tables of README.md, and the pages and plots of benchmarks/
 	.venv/bin/hf-xent losses --markdown | .venv/bin/python .ci/between.py README.md losses
 	.venv/bin/hf-xent report $(ARGS)
 
-gpu: venv  ## run the tests that need a GPU
+# The heads of Gemma 2 2B, TRL's own benchmark, Qwen3 1.7B and Llama 3 8B.
+SHAPES = 8192x256000x2304,16384x248320x2048,8192x151936x2048,8192x128256x4096
+BENCH ?=
+
+gpu: venv  ## run the tests that need a GPU, then time four shapes there (ARGS="-k fused"; BENCH="--limit 600")
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m gpu $(ARGS)
+	$(MAKE) bench ARGS="--device cuda --model calibrated --dtype bfloat16 --shapes $(SHAPES) --objectives all $(BENCH)"
 
 # Not part of .ci/run: this torch comes with its CUDA libraries, several GB. Old releases warn of what newer ones have
 # mended, so here warnings are no errors.

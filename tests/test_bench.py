@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from hf_xent import bench
 from hf_xent.bench import CONTESTANTS, BenchConfig, Contestant, PeakMemory, Row, measure, memory
-from hf_xent.bench.contestants import BASE, FLOOR, iterate, matmul_outputs, matmuls
+from hf_xent.bench.contestants import BASE, FLOOR
 from hf_xent.bench.inputs import truth
+from hf_xent.bench.methods import iterate, matmul_outputs, matmuls
 from hf_xent.bench.pages import largest, summary
-from hf_xent.bench.plots import longest
+from hf_xent.bench.plots import draw, longest
 from hf_xent.bench.rows import shaped
 
 TINY = BenchConfig(model="random", tokens=37, vocab=301, width=16, repeats=2, warmup=1, device="cpu", threads=1)
@@ -196,6 +197,19 @@ def test_plots_leave_out_what_has_no_number(tmp_path: Path) -> None:
     assert [file.name for file in bench.write_page(path)] == ["gpu.md", "gpu-float32-tokens.png"]
 
 
+def test_shapes_that_differ_in_all_numbers_stand_side_by_side(tmp_path: Path) -> None:
+    shapes = ({}, {"N": 4, "V": 50, "D": 4})
+    rows = [
+        replace(made(2, 100, name), matmul_ratio=1.5, **shape) for shape in shapes for name in (BASE, FLOOR, "hf_xent")
+    ]
+    rows += [replace(row, objective="softcap") for row in rows]
+    [path] = bench.to_csv(rows, tmp_path)
+    page, plot = bench.write_page(path)
+    assert plot.name == "gpu-float32-shapes.png" and f"]({plot.name})" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+    assert draw([row for row in rows if row.objective == "softcap"], tmp_path / "x") == []
+
+
 def test_the_readme_shows_the_largest_real_inputs_of_each_device() -> None:
     small, large, wide = made(10, 100), made(20, 100), made(5, 300)
     half = made(2, 50, dtype="bfloat16")
@@ -247,6 +261,14 @@ def test_a_sweep_is_every_combination() -> None:
     assert {c.repeats for c in configs} == {3}
     assert bench.sweep("7", None, "float32") == [BenchConfig(tokens=7)]
     assert configs[0].shape == "random, float32, N=32, V=100, D=64"
+    shapes = bench.sweep(
+        None, None, "float32", model="random", shapes="9x8x7, 6x5x4", objectives="softcap,cross-entropy"
+    )
+    assert [(c.tokens, c.vocab, c.width, c.objective) for c in shapes] == [
+        (*size, objective) for size in ((9, 8, 7), (6, 5, 4)) for objective in ("softcap", "cross-entropy")
+    ]
+    assert shapes[0].shape == "random, float32, N=9, V=8, D=7, softcap"
+    assert [c.objective for c in bench.sweep(None, None, "float32", objectives="all")] == list(bench.OBJECTIVES)
     assert BenchConfig(tokens=7).shape == "smollm2, float32, N=7"
 
 
@@ -256,6 +278,21 @@ def test_a_sweep_is_every_combination() -> None:
 )
 def test_what_counts_as_real(source: str, made_up: bool) -> None:
     assert shaped(source) == made_up and made(1, 1, source=source).real != made_up
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shapes": "5x6"}, "shapes is '5x6': give tokens x vocabulary x width"),
+        ({"shapes": "5x6x7", "width": 3}, "shapes is '5x6x7', but tokens, vocab or width is given, too"),
+        ({"shapes": "5x0x7"}, "vocab is 0: give a positive number"),
+        ({"shapes": "5x6x7", "model": "smollm2"}, "shapes is '5x6x7', but smollm2 has its own"),
+        ({"objectives": "mse"}, "objective is 'mse': choose one of cross-entropy, softcap"),
+    ],
+)
+def test_shapes_and_objectives_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.sweep(None, None, "float32", **{"model": "random", **options})
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,48 @@ def test_a_stopped_sweep_keeps_what_it_measured_and_report_makes_the_rest(tmp_pa
         invoke("report", "kept", "--readme", "README.md")
 
 
+def test_bench_on_a_gpu_keeps_rows_as_they_come(tmp_path, monkeypatch):
+    """Its processes replaced by rows nobody measured: those of the journal, the table and the page are written."""
+    from hf_xent import bench
+    from hf_xent.bench import rows
+
+    limits = []
+
+    def run_shared(configs, journal, report, limit):
+        limits.append(limit)
+        for config in configs:
+            shape = {"N": config.tokens, "V": config.vocab, "D": config.width, "dtype": config.dtype}
+            row = bench.Row("dense", "ok", time_ms=1.0, source="random", device="H 200", **shape)
+            journal.append(row)
+            yield [row]
+
+    monkeypatch.setattr(bench, "run_shared", run_shared)
+    monkeypatch.setattr(rows, "device_name", lambda device: "H 200")
+    monkeypatch.chdir(tmp_path)
+    options = ("bench", "--device", "cuda", "--model", "random", "--shapes", "4x5x6,7x8x9", "--output", tmp_path)
+    result = invoke(*options, "--limit", 9, "--json")
+    assert [(row["N"], row["V"], row["D"]) for row in json.loads(result.stdout)] == [(4, 5, 6), (7, 8, 9)]
+    assert limits == [9] and "delete the file" not in result.stderr
+    assert len((tmp_path / "h-200.jsonl").read_text().splitlines()) == 2
+    assert [row.N for row in bench.from_csv(tmp_path / "h-200.csv")] == [4, 7] and (tmp_path / "h-200.md").is_file()
+    again = invoke(*options)
+    assert "h-200.jsonl has 2 rows; those of this commit are not measured again, delete the file" in again.stderr
+    (tmp_path / "h-200.csv").unlink()  # as if the run had been killed
+    written = json.loads(invoke("report", tmp_path, "--json").stdout)["written"]
+    assert [Path(file).name for file in written] == ["h-200.md", "h-200-float32-shapes.png"]
+    assert [row.N for row in bench.from_csv(tmp_path / "h-200.csv")] == [4, 7]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as on a machine without it
+    assert "no page" in invoke(*options).stderr
+    with pytest.raises(ValueError, match="limit is 9, but only on a GPU"):
+        invoke("bench", "--device", "cpu", "--limit", 9)
+
+
+def test_the_command_line_runs_where_it_is_not_installed():
+    command = [sys.executable, "-m", "hf_xent.cli", "bench", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert "--shapes" in result.stdout
+
+
 @pytest.mark.parametrize("text", ["", "x,y\n1,2\n"])
 def test_tables_of_others_are_no_results(text, tmp_path):
     (tmp_path / "others.csv").write_text(text)

@@ -117,7 +117,7 @@ def test_labels_follow_the_tempered_softmax(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(calibrated, "ROWS_BYTES", 4 * 12 * 1000)  # several chunks
     law = replace(calibrated.LAWS["smollm2"], temperature=2.0)
     hidden, weight = torch.randn(1, 6), torch.randn(12, 6)
-    labels = calibrated._labels(hidden.expand(20000, 6), weight, law, torch.Generator().manual_seed(0), "cpu")
+    labels = calibrated._labels(hidden.expand(20000, 6), weight, law, torch.Generator().manual_seed(0))
     p = (hidden @ weight.T / 2).softmax(-1)[0]
     torch.testing.assert_close(labels.bincount(minlength=12) / 20000, p, rtol=0, atol=4 * math.sqrt(0.25 / 20000))
 

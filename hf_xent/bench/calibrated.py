@@ -77,33 +77,41 @@ def generate(
         D: Hidden size, MIN_WIDTH or more.
         like: The model whose softmax is imitated, a key of LAWS.
         seed: Seed of all draws.
-        device: The device that labels are drawn on.
+        device: The device of all draws; the same seed gives other numbers on another kind of device.
 
     Returns:
-        hidden [N, D] and weight [V, D] in float32, and labels [N], on the CPU.
+        hidden [N, D] and weight [V, D] in float32, and labels [N], on the device.
 
     Raises:
         ValueError: For a model without a law, or a width below MIN_WIDTH.
     """
+    check_shape(D, like)
+    law, generator = LAWS[like], torch.Generator(device).manual_seed(seed)
+    unigram = _unigram(V, law, generator)
+    weight = _centered(V, D, generator).mul_(D**-0.5)
+    hidden = _deviations(N, weight, unigram, law, generator).add_(CONSTANT)
+    weight += (unigram / (CONSTANT * D))[:, None]
+    return hidden, weight, _labels(hidden, weight, law, generator)
+
+
+def check_shape(D: int, like: str) -> None:
+    """Raises: ValueError for a model without a law, or a width below MIN_WIDTH."""
     if like not in LAWS:
         raise ValueError(f"no calibration {like!r}: choose among {', '.join(LAWS)}")
     if D < MIN_WIDTH:
         raise ValueError(
             f"width is {D}: calibrated inputs need {MIN_WIDTH} or more, narrower heads have no room for peaks"
         )
-    law, generator = LAWS[like], torch.Generator().manual_seed(seed)
-    unigram = _unigram(V, law, generator)
-    weight = _centered(V, D, generator).mul_(D**-0.5)
-    hidden = _deviations(N, weight, unigram, law, generator).add_(CONSTANT)
-    weight += (unigram / (CONSTANT * D))[:, None]
-    return hidden, weight, _labels(hidden, weight, law, generator, device)
 
 
 def _unigram(V: int, law: Law, generator: Generator) -> Tensor:
     """b [V]: the first V ranks of the law, in an order whose correlation with the index is `law.order`."""
-    rank = torch.arange(V)
+    device = generator.device
+    rank = torch.arange(V, device=device)
     b = law.unigram * _normal_score(rank.clamp(max=law.vocab - 1), law.vocab)
-    index = law.order * _normal_score(rank, V) + (1 - law.order**2) ** 0.5 * torch.randn(V, generator=generator)
+    index = law.order * _normal_score(rank, V) + (1 - law.order**2) ** 0.5 * torch.randn(
+        V, generator=generator, device=device
+    )
     return b[index.argsort(descending=True)]
 
 
@@ -113,27 +121,27 @@ def _normal_score(rank: Tensor, count: int) -> Tensor:
 
 
 def _centered(rows: int, D: int, generator: Generator) -> Tensor:
-    x = torch.randn(rows, D, generator=generator)
+    x = torch.randn(rows, D, generator=generator, device=generator.device)
     return x.sub_(x.mean(1, keepdim=True))
 
 
 def _deviations(N: int, weight: Tensor, unigram: Tensor, law: Law, generator: Generator) -> Tensor:
     """x [N, D]: the boosted candidates of each token, and noise with the remaining variance."""
-    D = weight.shape[1]
-    scale = law.noise * torch.exp(law.spread * torch.randn(N, 1, generator=generator))
-    peak = law.peak + law.peak_spread * torch.randn(N, 1, generator=generator)
-    boosts = (peak - law.decline * torch.arange(1, CANDIDATES + 1).log()).clamp_min(0)
+    D, device = weight.shape[1], generator.device
+    scale = law.noise * torch.exp(law.spread * torch.randn(N, 1, generator=generator, device=device))
+    peak = law.peak + law.peak_spread * torch.randn(N, 1, generator=generator, device=device)
+    boosts = (peak - law.decline * torch.arange(1, CANDIDATES + 1, device=device).log()).clamp_min(0)
     candidates = (law.pick * unigram).softmax(0).multinomial(boosts.numel(), replacement=True, generator=generator)
     x = F.embedding_bag(candidates.view_as(boosts), weight, per_sample_weights=boosts, mode="sum")
     noise_scale = (scale.square() - x.square().mean(1, keepdim=True)).clamp_min(0).sqrt()
     return x.add_(_centered(N, D, generator).mul_(noise_scale))
 
 
-def _labels(hidden: Tensor, weight: Tensor, law: Law, generator: Generator, device: str) -> Tensor:
-    """Draw one label per token from softmax(z / temperature), by its cumulative sum; the device does not matter."""
+def _labels(hidden: Tensor, weight: Tensor, law: Law, generator: Generator) -> Tensor:
+    """Draw one label per token from softmax(z / temperature), by its cumulative sum."""
     V, labels = len(weight), []
-    head, draws = weight.to(device), torch.rand(len(hidden), 1, generator=generator)
+    draws = torch.rand(len(hidden), 1, generator=generator, device=hidden.device)
     for rows, draw in zip(*(x.split(max(1, ROWS_BYTES // (4 * V))) for x in (hidden, draws)), strict=True):
-        cumulative = F.linear(rows.to(device), head).div_(law.temperature).softmax(-1).cumsum(-1)
-        labels.append(torch.searchsorted(cumulative, draw.to(device) * cumulative[:, -1:]).clamp_max(V - 1)[:, 0].cpu())
+        cumulative = F.linear(rows, weight).div_(law.temperature).softmax(-1).cumsum(-1)
+        labels.append(torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_max(V - 1)[:, 0])
     return torch.cat(labels)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .contestants import CONTESTANTS
+from .contestants import BASE, CONTESTANTS
+from .objectives import OBJECTIVES, PLAIN
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RANDOM = "random"
@@ -26,7 +27,7 @@ class BenchConfig:
     """The inputs of a benchmark, its contestants, and how often they run.
 
     Raises:
-        ValueError: For an unknown dtype, device or contestant, and for numbers below 1.
+        ValueError: For an unknown dtype, device, objective or contestant, and for numbers below 1.
     """
 
     model: str = "smollm2"
@@ -43,6 +44,8 @@ class BenchConfig:
     """Hidden size D of 'random' and 'calibrated'."""
     dtype: str = "float32"
     """'float32', 'bfloat16' or 'float16'."""
+    objective: str = PLAIN
+    """What is minimized, a name among OBJECTIVES; contestants that do not have it are left out."""
     contestants: tuple[str, ...] = ()
     """Names among CONTESTANTS; empty for all. 'dense' always runs, since the others are compared with it."""
     repeats: int = 10
@@ -50,7 +53,8 @@ class BenchConfig:
     warmup: int = 2
     """Untimed iterations before them."""
     patience: float = 60.0
-    """Seconds after which a contestant with 3 timed iterations is not timed any further."""
+    """Seconds after which a contestant with 3 timed iterations is not timed any further; in a shared process, after
+    which it is given up."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     """'cpu' or 'cuda'."""
     threads: int = field(default_factory=torch.get_num_threads)
@@ -61,6 +65,8 @@ class BenchConfig:
             raise ValueError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}: choose 'cpu' or 'cuda'")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
         if unknown := [name for name in self.contestants if name not in CONTESTANTS]:
             raise ValueError(f"no contestant {unknown[0]!r}: choose among {', '.join(CONTESTANTS)}")
         for name in ("tokens", "vocab", "width", "repeats", "threads"):
@@ -71,4 +77,11 @@ class BenchConfig:
     def shape(self) -> str:
         """A short description of the inputs."""
         chosen = f", V={self.vocab}, D={self.width}" if shaped(self.model) else ""
-        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}"
+        other = "" if self.objective == PLAIN else f", {self.objective}"
+        return f"{self.model}, {self.dtype}, N={self.tokens}{chosen}{other}"
+
+    @property
+    def names(self) -> list[str]:
+        """The contestants that have the objective, in the registry's order; dense is always among them."""
+        chosen = [name for name in CONTESTANTS if name == BASE or not self.contestants or name in self.contestants]
+        return [name for name in chosen if CONTESTANTS[name].method(self.objective) is not None]

@@ -1,16 +1,11 @@
-"""The methods that are measured: mean cross-entropy of `hidden @ weight.T` with labels, one small function each.
-
-The function of a contestant returns the scalar loss with its graph; `iterate` adds the backward. All get these leaves:
-hidden [N, D] and weight [V, D] in the run's dtype, labels [N] without ignored positions. FLOOR has neither a
-loss nor gradients: it is the matmuls that every method needs.
-"""
+"""The methods that are measured, by name: `CONTESTANTS`; where each can run, and the settings it may choose from."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,100 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses.cross_entropy import CrossEntropy
-from ..ops import Head, map_logits, vocab_stats
+from . import methods
+from .methods import Method
+from .objectives import CAP, CAPPED, PLAIN, REWARDED, SMOOTHED, SMOOTHING
 
-Method = Callable[..., Tensor]
 Outputs = Callable[[Tensor, Tensor], dict[str, Tensor]]  # hidden, weight -> the tensors that the function writes to
-
-
-def iterate(loss: Method, hidden: Tensor, weight: Tensor, labels: Tensor, **setting: Any) -> Tensor:
-    """One iteration: the detached loss, with fresh gradients in `hidden.grad` and `weight.grad`."""
-    hidden.grad = weight.grad = None
-    value = loss(hidden, weight, labels, **setting)
-    if value.requires_grad:  # all but the floor
-        value.backward()
-    return value.detach()
-
-
-def dense(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Plain torch: all logits at once, in the inputs' dtype."""
-    return F.cross_entropy(F.linear(hidden, weight), labels)
-
-
-def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Plain torch under torch.compile, default mode."""
-    return _compile()(hidden, weight, labels)
-
-
-@cache
-def _compile() -> Method:
-    return torch.compile(dense, dynamic=False)
-
-
-def torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Torch's chunked loss (since 2.13); without options, torch chooses the chunks ('auto')."""
-    return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions(**options))
-
-
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """TRL's fused head as its trainers call it, with log-probabilities as its only output."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    # bias, targets, temperature, vocabulary tile (as trl.trainer.utils sets it), softcap, scale, outputs
-    return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ())[0].mean()
-
-
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
-
-
-def cut(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Apple's cut cross-entropy, default implementation: its gradients leave out entries below its filter."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, labels)
-
-
-def quack(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Quack's chunked linear cross-entropy, default chunks: the forward computes the gradients, three matmuls."""
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(hidden, weight, labels)
-
-
-@torch.no_grad()
-def matmuls(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, logits: Tensor, hidden_out: Tensor, weight_out: Tensor
-) -> Tensor:
-    """The three matrix products of the shape and nothing else: a lower bound for the time of a loss with gradients."""
-    torch.mm(hidden, weight.T, out=logits)
-    torch.mm(logits, weight, out=hidden_out)
-    torch.mm(logits.T, hidden, out=weight_out)
-    return hidden.detach()[0, 0]  # a scalar, as for the others; a view of the logits would keep all of them alive
-
-
-def matmul_outputs(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that `matmuls` writes to, filled so that the first access to a memory page is not timed."""
-    sizes = {"logits": (len(hidden), len(weight)), "hidden_out": hidden.shape, "weight_out": weight.shape}
-    return {name: hidden.new_ones(size) for name, size in sizes.items()}
-
-
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor, impl: str = "chunked", tail: float = 0.0) -> Tensor:
-    """Our loss as `patch` uses it: exact gradients with three matmuls, or compressed ones with little more than one."""
-    return CrossEntropy()(hidden, Head(weight), labels, impl=impl, tail=tail)
-
-
-def recompute(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Our loss for any function of the statistics: the backward recomputes the logits, four matmuls."""
-    return vocab_stats(hidden, Head(weight), labels, outputs=("lse", "target"), impl="chunked").nll.mean()
-
-
-def mapped(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Our loss for functions of whole rows of logits, in checkpointed chunks."""
-    return map_logits(lambda z, y: F.cross_entropy(z, y, reduction="none"), hidden, Head(weight), labels).mean()
 
 
 def _runs_anywhere(device: str) -> str | None:
@@ -123,6 +29,14 @@ def _needs_compiler(device: str) -> str | None:
     if device != "cpu" or any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
         return None
     return "torch.compile needs a C++ compiler on a CPU"
+
+
+def _needs_auto_chunker(device: str) -> str | None:
+    if device != "cuda":
+        return "runs on CUDA alone"
+    from torch._inductor import config  # not imported with torch, and slow
+
+    return None if hasattr(config, "auto_chunker") else f"Inductor's chunks need torch 2.11, here {torch.__version__}"
 
 
 def _needs_torch_2_13(device: str) -> str | None:
@@ -179,46 +93,139 @@ class Contestant:
     tolerance: float = field(default=0.0, kw_only=True)  # allowed relative gradient error; 0: as exact as dense
     outputs: Outputs | None = field(default=None, kw_only=True)  # of the floor only: allocated before its time starts
 
+    group: str = field(default="peers", kw_only=True)  # of GROUPS: those that share a process on a GPU
+    objectives: Mapping[str, Method] = field(default_factory=dict, kw_only=True)  # functions of objectives but PLAIN
+
     @property
     def gated(self) -> bool:
         """Whether its gradients are checked; the floor has none."""
         return self.outputs is None
 
+    def method(self, objective: str) -> Method | None:
+        """Its function for an objective, or None if it has none."""
+        return self.loss if objective == PLAIN else self.objectives.get(objective)
+
+
+def for_objective(contestant: Contestant, objective: str) -> Contestant:
+    """The contestant with its function for an objective that it has; dense objectives hold float32 logits, too."""
+    method = contestant.method(objective)
+    assert method is not None
+    logits = contestant.logits if objective == PLAIN or not (contestant.logits and contestant.gated) else FLOAT32_LOGITS
+    return replace(contestant, loss=method, logits=logits)
+
 
 BASE, FLOOR = "dense", "three matmuls"
+GROUPS = ("dense", "hf_xent", "peers")  # in the order in which they run
+FLOAT32_LOGITS = 10  # 16-bit [N, V] tensors that an objective of float32 logits has in memory at once
+OTHERS = (CAPPED, SMOOTHED, REWARDED)
 
 CONTESTANTS: dict[str, Contestant] = {
-    BASE: Contestant(dense, logits=3, about="plain torch, all logits at once"),
-    "dense compiled": Contestant(compiled, _needs_compiler, logits=2, about="the same under `torch.compile`"),
+    BASE: Contestant(
+        methods.dense,
+        logits=3,
+        group="dense",
+        objectives={name: partial(methods.dense_float32, objective=name) for name in OTHERS},
+        about="plain torch, all logits at once",
+    ),
+    "dense float32 logits": Contestant(
+        methods.dense_float32, logits=8, group="dense", about="the same from float32 logits, as transformers' own loss"
+    ),
+    "dense compiled": Contestant(
+        methods.compiled,
+        _needs_compiler,
+        logits=2,
+        group="dense",
+        objectives={name: partial(methods.compiled, objective=name) for name in OTHERS},
+        about="*dense* under `torch.compile`",
+    ),
+    "dense compiled chunks": Contestant(
+        partial(methods.compiled, chunked=True),
+        _needs_auto_chunker,
+        group="dense",
+        about="the same under `TORCHINDUCTOR_AUTO_CHUNKER=1`",
+    ),
     FLOOR: Contestant(
-        matmuls, outputs=matmul_outputs, logits=1, about="the matrix products alone, no softmax between them"
+        methods.matmuls,
+        outputs=methods.matmul_outputs,
+        logits=1,
+        group="dense",
+        objectives=dict.fromkeys(OTHERS, methods.matmuls),
+        about="the matrix products alone, no softmax between them",
     ),
-    "torch chunked": Contestant(torch_chunked, _needs_torch_2_13, about="`F.linear_cross_entropy`, default options"),
+    "torch chunked": Contestant(
+        methods.torch_chunked, _needs_torch_2_13, group="dense", about="`F.linear_cross_entropy`, default options"
+    ),
     "torch chunked tuned": Contestant(
-        torch_chunked, _needs_torch_2_13, _torch_settings, about="`F.linear_cross_entropy`, best chunk size by hand"
+        methods.torch_chunked,
+        _needs_torch_2_13,
+        _torch_settings,
+        group="dense",
+        about="`F.linear_cross_entropy`, best chunk size by hand",
     ),
-    "trl": Contestant(trl, _needs_trl_kernel, about="TRL's fused head"),
-    "liger": Contestant(liger, partial(_needs_cuda, "liger_kernel"), about="Liger's fused linear cross-entropy"),
+    "trl": Contestant(methods.trl, _needs_trl_kernel, about="TRL's fused head"),
+    "liger": Contestant(
+        methods.liger,
+        partial(_needs_cuda, "liger_kernel"),
+        objectives={
+            CAPPED: partial(methods.liger, softcap=CAP),
+            SMOOTHED: partial(methods.liger, label_smoothing=SMOOTHING),
+        },
+        about="Liger's fused linear cross-entropy",
+    ),
+    "liger float32": Contestant(
+        partial(methods.liger, accum_dtype=torch.float32),
+        partial(_needs_cuda, "liger_kernel"),
+        about="the same with a float32 accumulator of the weight gradient",
+    ),
     # By default it leaves out gradient tiles whose entries are all below its filter (2^-12 in bfloat16): by design its
     # error depends on the data and may exceed twice that of dense. Its authors state no bound; we allow one percent.
     "cut_cross_entropy": Contestant(
-        cut,
+        methods.cut,
         partial(_needs_cuda, "cut_cross_entropy"),
         tolerance=1e-2,
+        objectives={CAPPED: partial(methods.cut, softcap=CAP)},
         about="Apple's, with its default gradient filter",
     ),
-    "quack": Contestant(quack, partial(_needs_cuda, "quack"), about="Quack's chunked linear cross-entropy"),
-    "hf_xent": Contestant(eager, about="this package, as `patch` uses it"),
+    "cut_cross_entropy exact": Contestant(
+        partial(methods.cut, filter_eps=None),
+        partial(_needs_cuda, "cut_cross_entropy"),
+        objectives={CAPPED: partial(methods.cut, filter_eps=None, softcap=CAP)},
+        about="the same without a filter",
+    ),
+    "quack": Contestant(
+        methods.quack,
+        partial(_needs_cuda, "quack"),
+        about="Quack's chunked linear cross-entropy, default chunks",
+    ),
+    "hf_xent": Contestant(
+        methods.eager,
+        group="hf_xent",
+        objectives={
+            CAPPED: partial(methods.eager, softcap=CAP),
+            SMOOTHED: partial(methods.eager, loss=CrossEntropy(label_smoothing=SMOOTHING)),
+            REWARDED: partial(methods.eager, loss=methods.EntropyBonus()),
+        },
+        about="this package, as `patch` uses it",
+    ),
     "hf_xent tail": Contestant(
-        eager,
+        methods.eager,
         settings=_tail_settings,
         tolerance=3e-3,
+        group="hf_xent",
         about="with the sparse tail, at the largest setting within its tolerance",
     ),
-    "hf_xent recompute": Contestant(recompute, about="for any loss on top of the statistics"),
-    "hf_xent triton": Contestant(
-        partial(eager, impl="triton"), partial(_needs_cuda, "triton"), about="with the Triton kernels"
+    "hf_xent recompute": Contestant(
+        methods.recompute,
+        group="hf_xent",
+        objectives={REWARDED: methods.recompute_bonus},
+        about="for any loss on top of the statistics",
     ),
-    "hf_xent map_logits": Contestant(mapped, about="for functions of whole rows of logits"),
+    "hf_xent triton": Contestant(
+        partial(methods.eager, impl="triton"),
+        partial(_needs_cuda, "triton"),
+        group="hf_xent",
+        about="with the Triton kernels",
+    ),
+    "hf_xent map_logits": Contestant(methods.mapped, group="hf_xent", about="for functions of whole rows of logits"),
 }
 """Name -> contestant, in the order of the result tables; ratios are to BASE and to FLOOR."""

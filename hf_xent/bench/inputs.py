@@ -4,7 +4,7 @@ Real ones come from a model, or from a file that `write_activations` wrote on an
 'calibrated' to a real model's softmax, or 'random': uniform labels, and probabilities far below any gradient filter's
 threshold.
 
-The truth is torch's cross-entropy with its gradients, in float64 for float32 inputs where that is affordable (float32
+The truth is torch's loss with its gradients, in float64 for float32 inputs where that is affordable (float32
 otherwise). It is computed in chunks of rows, and saved once for all contestants.
 """
 
@@ -29,13 +29,15 @@ from ..models.loading import load
 from ..models.packaged import DEFAULT
 from ..system import renamed
 from ..system.files import replace_atomically
-from .calibrated import DEFAULT_LAW, generate
-from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, BenchConfig
+from .calibrated import DEFAULT_LAW, check_shape, generate
+from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, SHAPED, BenchConfig
+from .objectives import OBJECTIVES, PLAIN
 
 BLOCK = 512  # tokens per block of text: long enough for realistic contexts
 # Floating-point operations of a float64 truth on a CPU: two minutes on two idle cores. A float32 truth cannot
 # judge float32 contestants: it has the errors of dense torch, and only dense torch agrees with it.
 AFFORDABLE = 1e13
+TRUTH_BYTES = 256 << 20  # of logits at a time on a CPU; a GPU takes eight times as much
 
 
 @dataclass(frozen=True)
@@ -65,32 +67,60 @@ def prepare(config: BenchConfig, folder: Path) -> Facts:
     tensors, source = _source(config)
     hidden, weight, labels = tensors["hidden"].to(dtype), tensors["weight"].to(dtype), tensors["labels"]
     save_file({"hidden": hidden, "weight": weight, "labels": labels}, folder / "inputs.safetensors")
-    save_file(truth(hidden, weight, labels, config.device), folder / "truth.safetensors")
+    found = truth(hidden, weight, labels, config.device, config.objective)
+    save_file({name: x.cpu() for name, x in found.items()}, folder / "truth.safetensors")
     return Facts(len(hidden), len(weight), weight.shape[1], dtype, source)
 
 
-def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str) -> dict[str, Tensor]:
-    """Loss and gradients of hidden and weight in float32 on the CPU, from torch in the widest affordable dtype."""
+def shaped_facts(config: BenchConfig) -> Facts | None:
+    """The facts of inputs of a chosen shape, before they are drawn; None for those of a model.
+
+    Raises:
+        ValueError: If they cannot be drawn.
+    """
+    kind, _, like = config.model.partition(":")
+    if kind not in SHAPED:
+        return None
+    if kind == CALIBRATED:
+        check_shape(config.width, like or DEFAULT_LAW)
+    source = f"{CALIBRATED} to {like or DEFAULT_LAW}" if kind == CALIBRATED else RANDOM
+    return Facts(config.tokens, config.vocab, config.width, DTYPES[config.dtype], source)
+
+
+def on_device(config: BenchConfig) -> tuple[dict[str, Tensor], Facts]:
+    """The tensors hidden, weight and labels on the config's device and in its dtype, and their facts; no file is made.
+
+    Random and calibrated inputs are drawn on the device.
+    """
+    dtype = DTYPES[config.dtype]
+    tensors, source = _source(config)
+    cast = {name: x.to(config.device, None if name == "labels" else dtype) for name, x in tensors.items()}
+    V, D = cast["weight"].shape
+    return cast, Facts(len(cast["hidden"]), V, D, dtype, source)
+
+
+def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str, objective: str = PLAIN) -> dict[str, Tensor]:
+    """Loss and gradients of hidden and weight in float32 on the device, from torch in the widest affordable dtype."""
     N, (V, D) = len(hidden), weight.shape
     affordable = device != "cpu" or 6 * N * V * D <= AFFORDABLE
     dtype = torch.float64 if hidden.dtype == torch.float32 and affordable else torch.float32
     hidden, weight = (x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight))
     labels, total = labels.to(device), torch.zeros((), device=device, dtype=dtype)
-    rows = max(1, (256 << 20) // (V * dtype.itemsize))
+    rows = max(1, (TRUTH_BYTES if device == "cpu" else 8 * TRUTH_BYTES) // (V * dtype.itemsize))
     for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        loss = F.cross_entropy(F.linear(h, weight), y, reduction="sum") / N
+        loss = OBJECTIVES[objective].on_logits(F.linear(h, weight), y).sum() / N
         loss.backward()
         total += loss.detach()
     assert hidden.grad is not None and weight.grad is not None
     results = {"loss": total, "hidden": hidden.grad, "weight": weight.grad}
-    return {name: x.float().cpu().contiguous() for name, x in results.items()}
+    return {name: x.float().contiguous() for name, x in results.items()}
 
 
 def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
     """The float32 tensors hidden and weight, the labels, and the name of their source in tables."""
     kind, _, like = config.model.partition(":")
     if config.model == RANDOM:
-        return _random(config.tokens, config.vocab, config.width), RANDOM
+        return _random(config.tokens, config.vocab, config.width, config.device), RANDOM
     if kind == CALIBRATED:
         like = like or DEFAULT_LAW
         tensors = generate(config.tokens, config.vocab, config.width, like, device=config.device)
@@ -100,11 +130,12 @@ def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
     return activations(config), f"{config.model} on {config.data}"
 
 
-def _random(N: int, V: int, D: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator)
-    weight = torch.randn(V, D, generator=generator) * D**-0.5
-    return {"hidden": hidden, "weight": weight, "labels": torch.randint(V, (N,), generator=generator)}
+def _random(N: int, V: int, D: int, device: str = "cpu") -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator, device=device)
+    weight = torch.randn(V, D, generator=generator, device=device) * D**-0.5
+    labels = torch.randint(V, (N,), generator=generator, device=device)
+    return {"hidden": hidden, "weight": weight, "labels": labels}
 
 
 def activations(config: BenchConfig) -> dict[str, Tensor]:

@@ -9,26 +9,23 @@ memory is short, contestants run in groups, each of which includes dense and the
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 
 from .config import BenchConfig
-from .contestants import BASE, CONTESTANTS, FLOOR, Contestant
+from .contestants import BASE, CONTESTANTS, Contestant, for_objective
 from .inputs import Facts, prepare
-from .rows import ABSENT, FAILED, OK, WRONG, Row, environment
-from .worker import Errors, Failed, Remote
+from .measured import REFERENCES, Errors, Measured, allowed, passes, to_row, tolerance
+from .memory import free_bytes
+from .rows import ABSENT, FAILED, WRONG, Row, environment
+from .worker import Failed, Remote, start
 
 Report = Callable[[str, int, int], None]  # the current step, steps done, steps in total
-REFERENCES = (BASE, FLOOR)  # in every group: the times of the others are compared with theirs
 PROCESS_BYTES = 900 << 20  # a process with torch and a trainer library loaded; on CUDA, its context
-ATOL = 1e-5
 
 
 def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
@@ -44,32 +41,27 @@ def run(config: BenchConfig, report: Report | None = None) -> list[Row]:
     Raises:
         ValueError: For inputs that cannot be loaded or generated.
     """
-    names = [name for name in CONTESTANTS if name == BASE or not config.contestants or name in config.contestants]
+    names = config.names
     with tempfile.TemporaryDirectory(prefix="hf_xent-bench-") as folder:
         session = _Session(config, Path(folder), names, report or (lambda text, done, total: None))
-        entries = {name: _Entry(name, CONTESTANTS[name]) for name in names}
+        entries = {name: _Entry(name, for_objective(CONTESTANTS[name], config.objective)) for name in names}
         try:
             session.measure(entries)
         finally:
             for entry in entries.values():
                 entry.close()
         measured_on = environment(config.device, config.threads)
-        return [_row(entry, session, measured_on) for entry in entries.values()]
+        bounds, facts = session.tolerance, session.facts
+        return [to_row(e.name, e.contestant, e, bounds, facts, config, measured_on) for e in entries.values()]
 
 
 @dataclass
-class _Entry:
-    """The measurements of one contestant so far."""
+class _Entry(Measured):
+    """The measurements of one contestant so far, and its process."""
 
     name: str
     contestant: Contestant
-    status: str = OK
-    note: str = ""
     remote: Remote | None = None
-    errors: Errors | None = None
-    memory: int | None = None
-    times: list[float] = field(default_factory=list)
-    ratios: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REFERENCES})
 
     def stop(self, status: str, note: str) -> None:
         """End the measurement of this contestant; its row has this status and note."""
@@ -93,8 +85,7 @@ class _Session:
         self.facts: Facts = prepare(config, folder)
         if config.device == "cuda":
             torch.cuda.empty_cache()
-        minimum = ATOL if self.facts.dtype == torch.float32 else 2 * torch.finfo(self.facts.dtype).eps
-        self.tolerance = {"hidden": minimum, "weight": minimum}  # used if dense itself cannot run
+        self.tolerance = tolerance(self.facts.dtype, None)  # used if dense itself cannot run
 
     def step(self, text: str, steps: int = 1) -> None:
         """Report the next step, and count its steps as done."""
@@ -107,11 +98,11 @@ class _Session:
         self.start(references)
         errors = entries[BASE].errors
         if errors is not None:
-            self.tolerance = {name: max(2 * errors[name], ATOL) for name in self.tolerance}
+            self.tolerance = tolerance(self.facts.dtype, errors)
         others = [entry for name, entry in entries.items() if name not in REFERENCES]
         size = self.group_size()
-        for start in range(0, max(1, len(others)), size):
-            group = others[start : start + size]
+        for first in range(0, max(1, len(others)), size):
+            group = others[first : first + size]
             self.start(group)
             self.rounds([*references, *group])
             for entry in group:
@@ -126,7 +117,7 @@ class _Session:
 
     def free(self) -> int:
         """Bytes free on the device."""
-        return torch.cuda.mem_get_info()[0] if self.config.device == "cuda" else psutil.virtual_memory().available
+        return free_bytes(self.config.device)
 
     def start(self, group: list[_Entry]) -> None:
         """Start the processes, all at once; then run gate, warm-up and memory one by one."""
@@ -136,7 +127,7 @@ class _Session:
             if reason:
                 entry.stop(ABSENT, reason)
             else:
-                entry.remote = Remote(entry.name, entry.contestant, self.folder, config.device, config.threads)
+                entry.remote = start(entry.name, entry.contestant, self.folder, config.device, config.threads)
         for entry in group:
             self.step(f"{entry.name}: gate, memory, warm-up", 2)
             if entry.remote is not None:
@@ -154,8 +145,9 @@ class _Session:
         """Check every setting; the fastest correct one is used, warmed up, and its memory measured."""
         settings = entry.contestant.settings(self.config.device, self.facts.dtype, self.facts.N)
         trials: dict[str, tuple[Errors, float]] = remote.ask("check", settings)
+        bounds = allowed(entry.contestant, self.tolerance)
         exempt = entry.name == BASE or not entry.contestant.gated
-        correct = [label for label in trials if exempt or self.passes(entry.contestant, trials[label][0])]
+        correct = [label for label in trials if exempt or passes(trials[label][0], bounds)]
         label = min(correct or trials, key=lambda label: trials[label][1])
         entry.errors, entry.note = trials[label][0] or None, label
         if not correct:
@@ -166,14 +158,6 @@ class _Session:
             remote.ask("warm", self.config.warmup)
         if entry.contestant.gated:  # of the floor only the time is measured
             entry.memory = remote.ask("memory")
-
-    def passes(self, contestant: Contestant, errors: Errors) -> bool:
-        """Whether the errors of both gradients are within the tolerance; NaN is not."""
-        return all(errors[name] <= bound for name, bound in self.allowed(contestant).items())
-
-    def allowed(self, contestant: Contestant) -> Errors:
-        """The largest allowed errors of its gradients: its tolerance or that of the run, whichever is larger."""
-        return {name: max(bound, contestant.tolerance) for name, bound in self.tolerance.items()}
 
     def rounds(self, group: list[_Entry]) -> None:
         """Time one iteration of each in every round; the order rotates, so that none always follows the same one."""
@@ -195,42 +179,3 @@ class _Session:
                 for name in REFERENCES:
                     if entry.name in times and name in times:
                         entry.ratios[name].append(times[entry.name] / times[name])
-
-
-def _row(entry: _Entry, session: _Session, measured_on: dict[str, Any]) -> Row:
-    facts, errors = session.facts, entry.errors or {}
-    median = statistics.median(entry.times) if entry.status == OK and entry.times else None
-    memory = entry.memory if entry.status == OK else None
-    ratios = {name: statistics.median(values) for name, values in entry.ratios.items() if values and median is not None}
-    allowed = session.allowed(entry.contestant) if entry.contestant.gated else {}
-    return Row(
-        contestant=entry.name,
-        status=entry.status,
-        time_ms=None if median is None else 1e3 * median,
-        iqr_ms=None if median is None else 1e3 * _iqr(entry.times),
-        repeats=len(entry.times),
-        tokens_per_s=None if median is None else facts.N / median,
-        time_ratio=ratios.get(BASE),
-        matmul_ratio=ratios.get(FLOOR),
-        peak_mib=None if memory is None else memory / 2**20,
-        peak_ratio=None if memory is None else memory / facts.logits_bytes,
-        loss_error=errors.get("loss"),
-        hidden_error=errors.get("hidden"),
-        weight_error=errors.get("weight"),
-        hidden_tolerance=allowed.get("hidden"),
-        weight_tolerance=allowed.get("weight"),
-        note=entry.note,
-        N=facts.N,
-        V=facts.V,
-        D=facts.D,
-        dtype=session.config.dtype,
-        source=facts.source,
-        **measured_on,
-    )
-
-
-def _iqr(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return high - low

@@ -1,4 +1,4 @@
-"""The additional memory that a block of code needs: `PeakMemory`. This file imports neither torch nor numpy.
+"""The additional memory that a block of code needs: `PeakMemory`. Importing this file imports neither torch nor numpy.
 
 CUDA: the peak that the allocator records. Linux: the peak that the kernel records (VmHWM), reset by writing 5 to
 /proc/self/clear_refs, so that no allocation is missed. Elsewhere: a thread reads the resident set every millisecond.
@@ -116,6 +116,17 @@ def _trim() -> None:
     """Return freed heap to the system, so that later allocations count as growth (only glibc has this call)."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_bytes(device: str) -> int:
+    """Bytes free on the device, 'cpu' or 'cuda'."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def return_large_blocks(threshold: int = 1 << 20) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .contestants import CONTESTANTS
+from .objectives import OBJECTIVES, PLAIN
 from .plots import draw
 from .rows import OK, PACKAGES, WRONG, Row, from_csv, stem
 
@@ -19,12 +20,15 @@ PAGE = """\
 
 Made by `hf-xent report` from [{csv}]({csv}), to which `hf-xent bench` adds what it measures.
 
-Times are of mean cross-entropy and both gradients: the median iteration (interquartile range), and medians over rounds
-of its ratio to dense torch and to the three bare matmuls. Peak memory is what an iteration needs beyond inputs and
-gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype, in the
-Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as dense's
-and more than its own tolerance. The note of an `absent` or `failed` contestant gives the reason; the note of any other
-gives its fastest setting.
+Times are of the mean loss and both gradients: the median iteration (interquartile range), and its ratios to dense torch
+and to the three bare matmuls. On a CPU each contestant has a process, and ratios are medians over rounds. On a GPU
+contestants share a few processes: dense is measured once for each input, its time is that of all ratios to it, and the
+matmuls are measured in the contestant's process, just before and just after it. Objectives beyond cross-entropy have
+tables of their own, where dense torch computes them from float32 logits. Peak memory is what an iteration needs beyond
+inputs and gradients, also as a share of the [N, V] logits. Errors are relative to torch in the widest affordable dtype,
+in the Frobenius norm. A contestant is `wrong`, and gets no time, where its gradients err more than twice as much as
+dense's and more than its own tolerance. The note of an `absent` or `failed` contestant gives the reason; the note of
+any other gives its fastest setting.
 
 {legend}
 """
@@ -54,7 +58,7 @@ def write_page(path: Path) -> list[Path]:
 def markdown(rows: Iterable[Row]) -> str:
     """The rows as Markdown, one table for each input and environment."""
     groups: dict[str, list[Row]] = {}
-    for row in sorted(_ordered(rows), key=lambda row: (row.dtype, row.source, row.D, row.V, row.N)):
+    for row in sorted(_ordered(rows), key=_place):
         groups.setdefault(_title(row), []).append(row)
     return "\n".join(f"{title}\n\n{_table(COLUMNS, map(_cells, group))}" for title, group in groups.items())
 
@@ -94,7 +98,7 @@ def largest(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows of the README: for each device and dtype, those of the largest inputs (N * V) of a real model."""
     sections: dict[tuple[str, int], dict[tuple[object, ...], list[Row]]] = {}
     for row in _ordered(rows):
-        if row.real and row.dtype in README_DTYPES and row.status in (OK, WRONG):
+        if row.real and row.objective == PLAIN and row.dtype in README_DTYPES and row.status in (OK, WRONG):
             section = sections.setdefault((row.device, README_DTYPES.index(row.dtype)), {})
             section.setdefault(row.inputs, []).append(row)
     return [max(groups.values(), key=_size) for _, groups in sorted(sections.items())]
@@ -111,10 +115,17 @@ def _ordered(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: order.get(row.contestant, len(order)))
 
 
+def _place(row: Row) -> tuple[object, ...]:
+    """Where a row's table is on the page: other objectives follow cross-entropy on the same inputs."""
+    return (row.dtype, row.source, row.D, row.V, row.N, row.objective != PLAIN, row.objective)
+
+
 def _title(row: Row) -> str:
     versions = ", ".join(f"{name} {getattr(row, name)}" for name in PACKAGES if getattr(row, name))
     commit = f", commit {row.commit}" if row.commit else ""
     shape = f"{row.source}: N={row.N}, V={row.V}, D={row.D}, {row.dtype}"
+    if row.objective != PLAIN:
+        shape += f"; {OBJECTIVES[row.objective].about if row.objective in OBJECTIVES else row.objective}"
     return f"## {shape}\n\n{row.threads} threads; {versions}{commit}; {row.date[:10]}."
 
 

@@ -17,9 +17,11 @@ import torch
 from ..system.files import replace_atomically
 from ..system.machine import cpu_name
 from .config import shaped
+from .objectives import PLAIN
 
 OK, WRONG, ABSENT, FAILED = "ok", "wrong", "absent", "failed"
-PACKAGES = ("torch", "transformers", "trl", "triton", "hf_xent")
+PEERS = ("liger_kernel", "cut_cross_entropy", "quack_kernels")
+PACKAGES = ("torch", "transformers", "trl", "triton", *PEERS, "hf_xent")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ class Row:
     D: int = 0
     dtype: str = ""
     source: str = ""
+    objective: str = PLAIN
     device: str = ""
     threads: int = 0
     torch: str = ""
     transformers: str = ""
     trl: str = ""
     triton: str = ""
+    liger_kernel: str = ""
+    cut_cross_entropy: str = ""
+    quack_kernels: str = ""
     hf_xent: str = ""
     commit: str = ""
     date: str = ""
@@ -73,7 +79,7 @@ class Row:
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The fields that rows must share to be compared."""
-        return (self.source, self.N, self.V, self.D, self.dtype, self.device, self.threads)
+        return (self.source, self.N, self.V, self.D, self.dtype, self.objective, self.device, self.threads)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -180,6 +186,6 @@ def _commit() -> str:
     try:
         if Path(git("rev-parse", "--show-toplevel")) != package.parent:
             return ""  # a virtual environment inside another repository
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "hf_xent") else "")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", str(package)) else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from ..system.processes import Ended, Worker
-from .contestants import Contestant, iterate
+from .contestants import Contestant
+from .measured import Errors
 from .memory import PeakMemory
+from .methods import iterate
 
 LOG = logging.getLogger(__name__)
-Errors = dict[str, float]  # relative to the truth: loss, hidden (its gradient), weight (its gradient)
 SMALL = 32 << 20  # bytes of inputs below which an iteration takes milliseconds
 
 
@@ -35,16 +37,16 @@ class Failed(RuntimeError):
 class Remote:
     """The handle of the parent: `ask(method)` waits for the answer, or raises Failed with the contestant's error."""
 
-    def __init__(self, name: str, contestant: Contestant, folder: Path, device: str, threads: int):
-        self.name, self.contestant = name, contestant
-        small = (folder / "inputs.safetensors").stat().st_size < SMALL
-        with _environment(**({"OMP_WAIT_POLICY": "PASSIVE"} if small else {})):
-            self.worker = Worker(f"bench {name}", serve, contestant, folder, device, threads)
+    def __init__(self, worker: Worker):
+        self.worker = worker
 
-    def ask(self, method: str, *args: Any) -> Any:
-        """The result of a method of `_Job`: 'check', 'use', 'warm', 'time' or 'memory'."""
+    def ask(self, method: str, *args: Any, seconds: float | None = None) -> Any:
+        """The result of a method of the process's job. After `seconds` without an answer the process is killed."""
         try:
             self.worker.send((method, args))
+            if not self.worker.pipe.poll(seconds):
+                self.worker.process.kill()
+                raise Failed(f"gave no answer within {seconds:g} s")
             succeeded, answer = self.worker.receive()
         except Ended as error:
             raise Failed(f"its process died with exit code {error.exitcode} (-9: out of memory)") from error
@@ -55,6 +57,13 @@ class Remote:
     def close(self) -> None:
         """End the process."""
         self.worker.close()
+
+
+def start(name: str, contestant: Contestant, folder: Path, device: str, threads: int) -> Remote:
+    """Start the process of a contestant, whose job has the methods 'check', 'use', 'warm', 'time' and 'memory'."""
+    small = (folder / "inputs.safetensors").stat().st_size < SMALL
+    with _environment(**({"OMP_WAIT_POLICY": "PASSIVE"} if small else {})):
+        return Remote(Worker(f"bench {name}", serve, contestant, folder, device, threads))
 
 
 @contextmanager
@@ -75,15 +84,20 @@ def _environment(**defaults: str) -> Iterator[None]:
 
 def serve(pipe: Connection, contestant: Contestant, folder: Path, device: str, threads: int) -> None:
     """Answer the parent until it closes the pipe."""
-    job = None
     torch.set_num_threads(threads)
+    answer(pipe, partial(_Job, contestant, folder, device))
+
+
+def answer(pipe: Connection, make_job: Callable[[], object]) -> None:
+    """Call the job's methods that the parent names, until it closes the pipe; errors are answers, too."""
+    job = None
     while True:
         try:
             method, args = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            job = job or _Job(contestant, folder, device)
+            job = job or make_job()
             pipe.send((True, getattr(job, method)(*args)))
         except Exception as error:  # any error of a contestant becomes the note of its row
             LOG.debug("%s failed", method, exc_info=True)
@@ -111,7 +125,7 @@ class _Job:
             trials = [self._timed() for _ in range(3 if len(settings) > 1 else 1)]
             seconds, loss = min(trials[-2:], key=lambda trial: trial[0])
             results = {"loss": loss, "hidden": self.hidden.grad, "weight": self.weight.grad}
-            checked[label] = ({name: _error(results[name], truth[name]) for name in truth}, seconds)
+            checked[label] = ({name: relative_error(results[name], truth[name]) for name in truth}, seconds)
             self._drop()
         return checked
 
@@ -166,7 +180,7 @@ class _Job:
             torch.cuda.empty_cache()  # the next contestant is another process on the same device
 
 
-def _error(result: torch.Tensor | None, truth: torch.Tensor) -> float:
+def relative_error(result: torch.Tensor | None, truth: torch.Tensor) -> float:
     """Relative error in the Frobenius norm; infinite for a missing gradient."""
     if result is None or result.shape != truth.shape:
         return math.inf

@@ -13,7 +13,7 @@ from .options import Json, Text
 from .output import emit, err, out
 
 if TYPE_CHECKING:
-    from ..bench import BenchConfig
+    from ..bench import BenchConfig, Row
 
 RESULTS = Path("benchmarks/results")
 
@@ -27,16 +27,41 @@ def bench(
         ),
     ] = "smollm2",
     data: Text = "pydoc",
-    tokens: Annotated[str, Option(help="Number of tokens, N; several, as in '512,1024', for a sweep.")] = "1024",
+    tokens: Annotated[
+        str | None, Option(help="Number of tokens, N; several, as in '512,1024', for a sweep [default: 1024].")
+    ] = None,
     vocab: Annotated[
         str | None, Option(help="Vocabulary of 'calibrated' and 'random', or several for a sweep [default: 4096].")
     ] = None,
-    width: Annotated[int, Option(help="Hidden size of 'calibrated' (256 or more) and 'random'.", min=1)] = 64,
+    width: Annotated[
+        int | None, Option(help="Hidden size of 'calibrated' (256 or more) and 'random' [default: 64].", min=1)
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        Option(
+            help="Shapes of 'calibrated' and 'random', N x V x D, in place of these: 8192x256000x2304,8192x9999x512."
+        ),
+    ] = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16, or several for a sweep.")] = "float32",
     contestants: Annotated[
         str, Option(help="Comma-separated names; all by default. 'dense' always runs, since the others are compared.")
     ] = "",
+    objectives: Annotated[
+        str, Option(help="cross-entropy, softcap, label smoothing or entropy bonus; several, or 'all'.")
+    ] = "cross-entropy",
     repeats: Annotated[int, Option(help="Timed iterations of each contestant.", min=1)] = 10,
+    device: Annotated[
+        str | None,
+        Option(
+            help="cpu, or cuda, where contestants share processes and a killed run goes on [default: cuda if there]."
+        ),
+    ] = None,
+    patience: Annotated[
+        float, Option(help="Seconds for a contestant: on a CPU of timed iterations, on a GPU in all.")
+    ] = 60.0,
+    limit: Annotated[
+        float | None, Option(help="On a GPU: seconds after which no further contestant starts; run again to go on.")
+    ] = None,
     threads: Annotated[int | None, Option(help="Threads of torch [default: torch's choice].", min=1)] = None,
     output: Annotated[Path, Option(help="Folder for CSV files, pages and plots.")] = RESULTS,
     export: Annotated[
@@ -52,17 +77,22 @@ def bench(
 
     Gradients are checked first; a contestant whose gradients are wrong gets no time.
 
-    Example: hf-xent bench --model random --vocab 32000,128000 --width 512 --dtype bfloat16
+    Example: hf-xent bench --model calibrated --shapes 8192x256000x2304 --dtype bfloat16 --objectives all
     """
     from ..bench import sweep
 
-    options: dict[str, Any] = {} if threads is None else {"threads": threads}
+    options: dict[str, Any] = {"model": model, "data": data, "repeats": repeats, "patience": patience}
+    options |= {name: value for name, value in (("threads", threads), ("device", device)) if value is not None}
     options["contestants"] = tuple(name.strip() for name in contestants.split(",") if name.strip())
-    configs = sweep(tokens, vocab, dtype, model=model, data=data, width=width, repeats=repeats, **options)
-    if export is None:
-        _measure(configs, output, as_json)
-    else:
+    configs = sweep(tokens, vocab, dtype, width=width, shapes=shapes, objectives=objectives, **options)
+    if export is not None:
         _export(configs, export, as_json)
+    elif configs[0].device == "cuda":
+        _measure_shared(configs, output, limit, as_json)
+    elif limit is not None:
+        raise ValueError(f"limit is {limit:g}, but only on a GPU can a run be cut short: leave it out, or shorten it")
+    else:
+        _measure(configs, output, as_json)
 
 
 def _measure(configs: list[BenchConfig], output: Path, as_json: bool) -> None:
@@ -79,6 +109,39 @@ def _measure(configs: list[BenchConfig], output: Path, as_json: bool) -> None:
         rows += new_rows
         if not as_json:
             out.print(_table(new_rows))
+    emit([asdict(row) for row in rows], _written(files), as_json=as_json)
+
+
+def _measure_shared(configs: list[BenchConfig], output: Path, limit: float | None, as_json: bool) -> None:
+    """Run all configs in shared processes; rows are in the journal as they come, and in tables after each shape."""
+    from dataclasses import asdict
+
+    from ..bench import Journal, progress, run_shared, to_csv, write_page
+    from ..bench.rows import device_name, stem
+
+    path = output / f"{stem(device_name(configs[0].device))}.jsonl"
+    journal = Journal(path)
+    if journal.rows:
+        err.print(
+            f"{path} has {len(journal.rows)} rows; those of this commit are not measured again, delete the file"
+            " to start over",
+            highlight=False,
+            soft_wrap=True,
+        )
+    rows: list[Row] = []
+    tables: list[Path] = []
+    with progress() as report:
+        for new_rows in run_shared(configs, journal, report, float("inf") if limit is None else limit):
+            if new_rows:
+                rows += new_rows
+                tables = to_csv(new_rows, output)
+                if not as_json:
+                    out.print(_table(new_rows))
+    files = [path, *tables]
+    try:
+        files += [file for table in tables for file in write_page(table)]
+    except ImportError as error:  # a machine with a GPU may be without matplotlib
+        err.print(f"no page: {one_line(error)}; run `hf-xent report` where it is installed", soft_wrap=True)
     emit([asdict(row) for row in rows], _written(files), as_json=as_json)
 
 
@@ -101,8 +164,9 @@ def _written(files: list[Path]) -> str:
 
 def _table(rows: list[Any]) -> Table:
     first = rows[0]
+    shape = f"N={first.N}, V={first.V}, D={first.D}, {first.dtype}"
     table = Table(
-        title=f"{first.source}: N={first.N}, V={first.V}, D={first.D}, {first.dtype}, {first.device}",
+        title=f"{first.source}: {shape}, {first.objective}, {first.device}",
         caption="extra memory beyond the gradients; ratios to the times of dense torch and the bare matmuls (mm), and"
         " to the size of the logits",
         collapse_padding=True,  # eighty columns are enough
@@ -133,12 +197,15 @@ def report(
 ) -> None:
     """Write the pages, plots and README table of benchmark results.
 
-    All of them are generated anew from the CSV files that `hf-xent bench` wrote.
+    All of them are generated anew from the CSV files that `hf-xent bench` wrote; rows of a run on a GPU that was killed
+    before it wrote its CSV file are added from its .jsonl file.
 
     Example: hf-xent report benchmarks/results --readme README.md
     """
-    from ..bench import update_readme, write_page
+    from ..bench import Journal, to_csv, update_readme, write_page
 
+    for path in sorted(folder.glob("*.jsonl")):
+        to_csv(Journal(path).rows.values(), folder)
     files = [file for path in sorted(folder.glob("*.csv")) for file in write_page(path)]
     if not files:
         raise ValueError(f"no results in {folder}: run `hf-xent bench` first, or name the folder that has them")
