@@ -31,8 +31,8 @@ from .tiles import add_columns, add_label_term_, add_rows, concatenate, dlogits_
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
-# 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more). A GPU takes more, since its matmuls do
-# not round the logits: 0.76 for 16 chunks of 8192 realistic tokens of Gemma 2's shape (benchmarks/results/h200).
+# 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more). A GPU takes more, since its matmuls
+# do not round the logits: 0.76 for 16 chunks of 8192 realistic tokens, Gemma 2's shape (benchmarks/results/h200).
 MAX_LOW_PRECISION_SUMS, GPU_LOW_PRECISION_SUMS = 16, 32
 # Rows of logits whose length is a multiple of LOADED numbers are aligned for the widest loads of a GPU, and so are they
 # for its matmuls; others, such as the 50257 of GPT-2, are padded to a multiple of PADDED, a line of its cache.

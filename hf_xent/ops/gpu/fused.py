@@ -38,9 +38,10 @@ class Block(NamedTuple):
     stages: int
 
 
-# Not tuned: no GPU has run them yet.
-LIGHT, HEAVY = Block(8192, 8, 3), Block(4096, 8, 4)  # rows with few sums per lane, and with many or a payload
-SUMS, SUM_ROWS = Block(512, 8, 3), 32  # of one row; rows of a tile
+# The fastest of those tried on an H200 (benchmarks/results/h200), over 512 rows of 256000 bfloat16 logits.
+LIGHT, HEAVY = Block(8192, 8, 3), Block(4096, 8, 4)  # statistics: few sums per lane; many or a payload (not tuned)
+GRADIENTS = Block(4096, 8, 4)
+SUMS, SUM_ROWS = Block(256, 4, 3), 32  # of one row; rows of a tile
 INTERPRETER_COLUMNS, INTERPRETER_ROWS = 64, 4  # small, so that tests of a few rows visit several tiles
 
 
@@ -51,7 +52,7 @@ def statistics(problem: Problem, z: Tensor, pay: Tensor | None, labels: Tensor) 
     floats = {name: z.new_empty(n, dtype=dtype) for name in sorted(wanted)}
     integers = {name: labels.new_empty(n) for name in ("top", "rank") if name in problem.outputs}
     state, target = State(**floats, **integers), z.new_empty(n, dtype=dtype)
-    heavy = len(floats) + len(integers) > 3 or "sp" in wanted
+    heavy = len(floats) + len(integers) > 5 or "sp" in wanted
     reach = min((REACH[name] for name in REACH if name in problem.outputs), default=FARTHEST)
     moments = {name.upper(): getattr(state, name) for name in ("m", "l", "s1", "s2", "sp", "sq", "sz", "top", "rank")}
     operands = _operands(problem, z, pay if "sp" in wanted else None)
@@ -81,7 +82,7 @@ def dlogits_(
         "BOTH": any(name.startswith("payload") for name in problem.needs),
         **{name: None if number is None else number.contiguous() for name, number in numbers.items()},
     }
-    _launch(row_kernels._row_gradients, len(z), operands, LIGHT if pay is None else HEAVY)
+    _launch(row_kernels._row_gradients, len(z), operands, GRADIENTS)
 
 
 def column_sums(head: Head, z: Tensor, lse: Tensor | None, a: Tensor, energy: Tensor, mass: Tensor) -> None:
