@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from benchmarks import compression, dpo, tails
+from benchmarks import compression, dpo, first_gpu, tails
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
 from hf_xent.cli.options import Model, Text
@@ -28,6 +28,15 @@ def curves(
     configs = {name: BenchConfig(model=name, data=data, tokens=tokens, device="cpu") for name in PACKAGED}
     entries = {name: tails.measure(name, data, inputs.activations(config)) for name, config in configs.items()}
     output.write_text(tails.text(entries) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command("first-gpu")
+def first_gpu_page(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/h200.md"),
+) -> None:
+    """Make the page of the first measurements on a GPU from their raw lines."""
+    output.write_text(first_gpu.page(), encoding="utf-8")
     print(f"written: {output}")
 
 
