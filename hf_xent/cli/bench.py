@@ -16,16 +16,32 @@ if TYPE_CHECKING:
     from ..bench import BenchConfig, Row
 
 RESULTS = Path("benchmarks/results")
+Source = Annotated[
+    str,
+    Option(
+        help="The model whose activations are used: 'smollm2', a Hub id or path, or a file that --export wrote; or,"
+        " with --vocab and --width, 'calibrated' (a softmax like Gemma's; 'calibrated:smollm2') or 'random'."
+    ),
+]
+Shapes = Annotated[
+    str | None,
+    Option(help="Shapes of 'calibrated' and 'random', N x V x D, in place of these: 8192x256000x2304,8192x9999x512."),
+]
+Device = Annotated[
+    str | None,
+    Option(help="cpu, or cuda, where contestants share processes and a killed run goes on [default: cuda if there]."),
+]
+Export = Annotated[
+    Path | None,
+    Option(
+        help="Measure nothing: write the model's head (int8) and activations (float16) to this .safetensors file,"
+        " which --model takes on another machine."
+    ),
+]
 
 
 def bench(
-    model: Annotated[
-        str,
-        Option(
-            help="The model whose activations are used: 'smollm2', a Hub id or path, or a file that --export wrote; or,"
-            " with --vocab and --width, 'calibrated' (a softmax like Gemma's; 'calibrated:smollm2') or 'random'."
-        ),
-    ] = "smollm2",
+    model: Source = "smollm2",
     data: Text = "pydoc",
     tokens: Annotated[
         str | None, Option(help="Number of tokens, N; several, as in '512,1024', for a sweep [default: 1024].")
@@ -36,12 +52,7 @@ def bench(
     width: Annotated[
         int | None, Option(help="Hidden size of 'calibrated' (256 or more) and 'random' [default: 64].", min=1)
     ] = None,
-    shapes: Annotated[
-        str | None,
-        Option(
-            help="Shapes of 'calibrated' and 'random', N x V x D, in place of these: 8192x256000x2304,8192x9999x512."
-        ),
-    ] = None,
+    shapes: Shapes = None,
     dtype: Annotated[str, Option(help="float32, bfloat16 or float16, or several for a sweep.")] = "float32",
     contestants: Annotated[
         str, Option(help="Comma-separated names; all by default. 'dense' always runs, since the others are compared.")
@@ -50,12 +61,7 @@ def bench(
         str, Option(help="cross-entropy, softcap, label smoothing or entropy bonus; several, or 'all'.")
     ] = "cross-entropy",
     repeats: Annotated[int, Option(help="Timed iterations of each contestant.", min=1)] = 10,
-    device: Annotated[
-        str | None,
-        Option(
-            help="cpu, or cuda, where contestants share processes and a killed run goes on [default: cuda if there]."
-        ),
-    ] = None,
+    device: Device = None,
     patience: Annotated[
         float, Option(help="Seconds for a contestant: on a CPU of timed iterations, on a GPU in all.")
     ] = 60.0,
@@ -64,13 +70,7 @@ def bench(
     ] = None,
     threads: Annotated[int | None, Option(help="Threads of torch [default: torch's choice].", min=1)] = None,
     output: Annotated[Path, Option(help="Folder for CSV files, pages and plots.")] = RESULTS,
-    export: Annotated[
-        Path | None,
-        Option(
-            help="Measure nothing: write the model's head (int8) and activations (float16) to this .safetensors file,"
-            " which --model takes on another machine."
-        ),
-    ] = None,
+    export: Export = None,
     as_json: Json = False,
 ) -> None:
     """Time loss and gradients against dense torch and other libraries.
