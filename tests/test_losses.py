@@ -932,7 +932,7 @@ class Squared(CrossEntropy):
 @pytest.mark.parametrize(
     "loss", [CrossEntropy(), CrossEntropy(label_smoothing=0.2), CrossEntropy(z_loss=0.1), Squared()]
 )
-@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.5), None])
+@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.5, dtype=torch.float32), None])
 def test_gradients_that_are_constants_are_those_of_the_graph(monkeypatch, loss, weight):
     """A linear loss skips the graph of every chunk; values, gradients and the losses of tokens stay what they are."""
     assert loss.linear is (loss in (CrossEntropy(), CrossEntropy(label_smoothing=0.2)) and type(loss) is CrossEntropy)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hf_xent.losses import CrossEntropy, Focal
-from hf_xent.ops import Head, chunked, vocab_loss, vocab_stats
-from support.oracle import Polynomial, assert_no_worse, gradients, make
+from hf_xent.ops import Head, chunked, ranks, vocab_loss, vocab_stats
+from hf_xent.ops.algebra import Coefficients
+from support.oracle import Polynomial, assert_no_worse, gradients, make, statistics
 
 matmuls = pytest.importorskip("hf_xent.ops.gpu.matmuls", reason="needs triton")
 CE = ("lse", "target")
@@ -108,6 +109,42 @@ def test_the_sparse_tail(device: str, everywhere: list[int], tail: float) -> Non
     for found, want in zip(answer(hidden, weight, tail=tail), truth, strict=True):
         assert (found.double() - want).norm() < 0.01 * want.norm()
     assert everywhere
+
+
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.7}], ids=["plain", "softcap"])
+def test_two_ranks_make_a_row(device: str, head: dict[str, float]) -> None:
+    """Each has half of the columns, and one of them the label; gradients are those of whole rows, in both visits."""
+    case = make(6, 160, 24, device=device, dtype=torch.bfloat16, **head)
+    case.labels[:] = torch.tensor([5, 79, 80, 159, 0, 100], device=device)
+    hidden, labels, outputs = case.tensors["hidden"].detach(), case.labels, frozenset({"lse", "target", "entropy"})
+    a, o = torch.rand(2, 6, device=device)
+    halves = [case.head.detach()[start : start + 80] for start in (0, 80)]
+    e = [matmuls.rows_of(hidden, 80, 6) for _ in halves]
+    local = [
+        matmuls.exponentials(hidden, half, (labels - start).clamp(0, 79), outputs, rows)
+        for half, start, rows in zip(halves, (0, 80), e, strict=True)
+    ]
+    values = [{**part.values} for part in local]
+    for part, start in zip(values, (0, 80), strict=True):
+        part["target"] = torch.where((labels >= start) & (labels < start + 80), part["target"], 0.0)
+    merged = ranks._whole_rows({name: torch.stack([part[name] for part in values]) for name in outputs})
+    raw = (hidden.double() @ case.head.weight.detach().double().T + case.head.bias.detach().double()).requires_grad_()
+    z = case.head.activate(raw)
+    truth = statistics(z.detach(), labels)
+    for name in outputs:
+        torch.testing.assert_close(merged[name].double(), truth[name], rtol=1e-5, atol=1e-5)
+    total = (a * z.logsumexp(-1) + o * z.gather(1, labels[:, None])[:, 0]).sum()
+    want = torch.autograd.grad(total, raw)[0]
+    for half, sums, rows, start in zip(halves, local, e, (0, 80), strict=True):
+        share = (sums.values["lse"] - merged["lse"]).exp()
+        factor = matmuls.add_label_term_(rows, half, labels - start, Coefficients(a * share, o), sums)
+        columns = want[:, start : start + 80]
+        torch.testing.assert_close((rows * factor).double(), columns, rtol=6e-3, atol=1e-5)
+        mass = torch.zeros(6, device=device)
+        dz = matmuls.rows_of(hidden, 80, 6)
+        matmuls.dlogits(hidden, half, labels - start, merged["lse"], Coefficients(a, o), dz, mass)
+        torch.testing.assert_close(dz.double(), columns, rtol=6e-3, atol=1e-5)
+        torch.testing.assert_close(mass, share, rtol=1e-5, atol=1e-6)
 
 
 def one_hot(labels: list[int], D: int = 16, device: str = "cpu") -> torch.Tensor:

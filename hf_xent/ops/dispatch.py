@@ -136,8 +136,9 @@ class _LinearSum(_WeightedSum):
         with torch.enable_grad():
             one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool)))
         slopes = torch.autograd.grad(one.sum(), list(leaves.values()))
-        tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
-        self.slopes = {name: tokens * float(slope) for name, slope in zip(leaves, slopes, strict=True)}
+        with torch.no_grad():
+            tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
+            self.slopes = {name: (tokens * float(x)).to(dtype) for name, x in zip(leaves, slopes, strict=True)}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.seen.append({name: values[name] for name in self.uses})
