@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from numbers import Real
 from types import ModuleType
 from typing import Any, Protocol
@@ -29,7 +30,8 @@ class TokenLoss(Protocol):
     """What `vocab_loss` requires of a loss: the names of the statistics it differentiates, and a function of them."""
 
     uses: tuple[str, ...]
-    # `linear`, if there is such an attribute: whether `of` is linear in these statistics, whatever the labels
+    # `linear`, if there is such an attribute: whether `of` is linear in these statistics, whatever the labels; such a
+    # loss can be hashed, as frozen dataclasses can
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N], nats."""
@@ -131,14 +133,10 @@ class _LinearSum(_WeightedSum):
     def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         super().__init__(loss, problem, weight)
         self.seen: list[dict[str, Tensor]] = []
-        dtype, labels = wide(problem.hidden.dtype), problem.labels.new_zeros(1, device="cpu")
-        leaves = {name: torch.zeros(1, dtype=dtype, requires_grad=True) for name in self.uses}
-        with torch.enable_grad():
-            one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool)))
-        slopes = torch.autograd.grad(one.sum(), list(leaves.values()))
+        dtype = wide(problem.hidden.dtype)
         with torch.no_grad():
             tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
-            self.slopes = {name: (tokens * float(x)).to(dtype) for name, x in zip(leaves, slopes, strict=True)}
+            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in _slopes(loss).items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.seen.append({name: values[name] for name in self.uses})
@@ -151,6 +149,17 @@ class _LinearSum(_WeightedSum):
         losses, weight = self._losses(slice(None), values)
         self.parts = [losses]
         return (losses * weight).sum()
+
+
+@lru_cache(maxsize=64)
+def _slopes(loss: TokenLoss) -> dict[str, float]:
+    """The derivative of a linear loss by each of its statistics."""
+    leaves = {name: torch.zeros(1, dtype=torch.float64, requires_grad=True) for name in loss.uses}
+    labels = torch.zeros(1, dtype=torch.int64)
+    with torch.enable_grad():
+        one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool)))
+    slopes = torch.autograd.grad(one.sum(), list(leaves.values()))
+    return {name: float(slope) for name, slope in zip(leaves, slopes, strict=True)}
 
 
 def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
