@@ -157,8 +157,8 @@ def _slopes(loss: TokenLoss) -> dict[str, float]:
     leaves = {name: torch.zeros(1, dtype=torch.float64, requires_grad=True) for name in loss.uses}
     labels = torch.zeros(1, dtype=torch.int64)
     with torch.enable_grad():
-        one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool)))
-    slopes = torch.autograd.grad(one.sum(), list(leaves.values()))
+        one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool))).sum()
+    slopes = torch.autograd.grad(one, list(leaves.values()))
     return {name: float(slope) for name, slope in zip(leaves, slopes, strict=True)}
 
 
