@@ -13,7 +13,7 @@ SHAPES = {  # name in the raw lines: N, V, D
     "qwen3": (8192, 151936, 2048),
     "llama3": (8192, 128256, 4096),
 }
-COMMITS = {1: "9cec539", 2: "c93034e"}
+COMMITS = {1: "9cec539", 2: "c93034e", 3: "45d3f66"}
 PLAIN = ("three matmuls", "quack", "cut_cross_entropy", "cut exact", "liger", "liger float32 accumulator")
 HEIGHTS = (512, 768, 1024, 1536, 2048)
 OBJECTIVES = {  # key in the second run: what it is
@@ -51,8 +51,8 @@ def _loss(name: str, run: int, row: dict[str, Any]) -> list[str]:
     return [name, str(run), f"{row['ms']:.1f}", f"{row.get('ratio', 1):.2f}", memory, *shown]
 
 
-def _losses(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """A table for each shape: peers and the old kernels in the first run, the new kernels in the second."""
+def _losses(first: dict[str, Any], second: dict[str, Any], third: dict[str, Any]) -> str:
+    """A table for each shape: peers and the old kernels in the first run, the new kernels in the others."""
     header = ["", "run", "ms", "/ matmuls", "MB", "hidden error", "weight error"]
     parts = []
     for shape, (N, V, D) in SHAPES.items():
@@ -60,22 +60,24 @@ def _losses(first: dict[str, Any], second: dict[str, Any]) -> str:
         for name in ("hf_xent", "hf_xent recompute", "hf_xent tail=1e-3", "hf_xent tail=3e-4"):
             if (row := first.get(f"{shape}/{name}")) and row["ok"]:
                 rows.append(_loss(f"{name}, before", 1, row))
-        for key, row in second.items():
-            if key.startswith(f"{shape}/") and row["ok"] and "add" not in key:
+        for run, lines in ((2, second), (3, third)):
+            for key, row in lines.items():
                 setting = key.partition("/")[2].replace(" dw=cublas", "")
-                if shape == "gemma2" and setting.removesuffix(" stored") in OBJECTIVES:
-                    continue  # in a table of their own
-                rows.append(_loss(f"**hf_xent**, {OBJECTIVES.get(setting, setting)}", 2, row))
+                others = shape == "gemma2" and setting.removesuffix(" stored") in OBJECTIVES  # in a table of their own
+                if key.startswith(f"{shape}/") and row["ok"] and "add" not in key and not others:
+                    rows.append(_loss(f"**hf_xent**, {OBJECTIVES.get(setting, setting)}", run, row))
         parts.append(f"### {N} tokens, vocabulary {V}, width {D}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
 
 
-def _objectives(first: dict[str, Any], second: dict[str, Any]) -> str:
+def _objectives(first: dict[str, Any], second: dict[str, Any], third: dict[str, Any]) -> str:
     header = ["", "run", "ms", "/ matmuls", "MB"]
     names = {"softcap dense": "dense, softcap 30", "smoothing dense": "dense, label smoothing 0.1"}
     before = ("softcap hf_xent", "smoothing hf_xent", "entropy bonus hf_xent")
     rows = [_loss(names.get(name, f"{name}, before"), 1, first[f"gemma2/{name}"])[:5] for name in (*names, *before)]
-    rows += [_loss(f"**hf_xent**, {name}", 2, second[f"gemma2/{key}"])[:5] for key, name in OBJECTIVES.items()]
+    for run, lines in ((2, second), (3, third)):
+        measured = {key: lines[f"gemma2/{key}"] for key in OBJECTIVES if f"gemma2/{key}" in lines}
+        rows += [_loss(f"**hf_xent**, {OBJECTIVES[key]}", run, row)[:5] for key, row in measured.items()]
     return table(header, rows)
 
 
@@ -108,7 +110,7 @@ def _passes(second: dict[str, Any]) -> str:
 
 def _correct() -> str:
     parts = []
-    for run in COMMITS:
+    for run in (1, 2):
         rows = read(f"correct-{run}.jsonl")
         bad = [key for key, row in rows.items() if not row.get("ok")]
         parts.append(f"Run {run}: {len(rows) - len(bad)} of {len(rows)} rows pass. The others: {', '.join(bad)}.")
@@ -118,8 +120,17 @@ def _correct() -> str:
 def page() -> str:
     """The whole page."""
     env = json.loads((FOLDER / "env.json").read_text(encoding="utf-8"))
-    first, second = read("time-1.jsonl"), read("tune-2.jsonl")
-    odd = {key: row for key, row in second.items() if key.startswith("gpt2/")}
+    first, second, third = read("time-1.jsonl"), read("tune-2.jsonl"), read("tune-3.jsonl")
+    odd = [
+        [f"{key.partition('/')[2]}, run {run}", f"{row['ms']:.2f}", *(f"{error:.1e}" for error in row["errors"][1:])]
+        for run, lines in ((2, second), (3, third))
+        for key, row in lines.items()
+        if key.startswith("gpt2/")
+    ]
+    steps = [
+        [key, f"{row['ms']:.1f}", f"{row['min_ms']:.1f} to {row['max_ms']:.1f}", f"{row['peak_MB'] / 1e3:.1f}"]
+        for key, row in read("step-3.jsonl").items()
+    ]
     machine = (
         f"{env['gpu']['name']}, driver {env['smi'].splitlines()[1].split(', ')[2]}, torch {env['torch']}, Triton"
         f" {env['triton']}, transformers {env['transformers']}; Liger 0.8.5, cut-cross-entropy"
@@ -130,17 +141,12 @@ def page() -> str:
     text = (Path(__file__).parent / "first_gpu.md").read_text(encoding="utf-8")
     return text.format(
         machine=machine,
-        losses=_losses(first, second),
-        objectives=_objectives(first, second),
+        losses=_losses(first, second, third),
+        objectives=_objectives(first, second, third),
+        steps=table(["", "ms", "range", "GB"], steps),
         anatomy=_anatomy(read("anatomy-1.jsonl")),
         passes=_passes(second),
         correct=_correct(),
-        odd=table(
-            ["4096 tokens, vocabulary 50257, width 768", "ms", "hidden error", "weight error"],
-            [
-                [key.partition("/")[2], f"{row['ms']:.2f}", *(f"{error:.1e}" for error in row["errors"][1:])]
-                for key, row in odd.items()
-            ],
-        ),
+        odd=table(["4096 tokens, vocabulary 50257, width 768", "ms", "hidden error", "weight error"], odd),
         **{f"commit_{run}": commit for run, commit in COMMITS.items()},
     )

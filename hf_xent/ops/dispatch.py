@@ -152,7 +152,7 @@ class _LinearSum(_WeightedSum):
 
 
 @lru_cache(maxsize=64)
-def _slopes(loss: TokenLoss) -> dict[str, float]:
+def _slopes(loss: Any) -> dict[str, float]:
     """The derivative of a linear loss by each of its statistics."""
     leaves = {name: torch.zeros(1, dtype=torch.float64, requires_grad=True) for name in loss.uses}
     labels = torch.zeros(1, dtype=torch.int64)
