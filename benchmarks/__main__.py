@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from benchmarks import compression, dpo, first_gpu, tails
+from benchmarks import compression, dpo, first_gpu, roofline, tails
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
 from hf_xent.cli.options import Model, Text
@@ -78,6 +78,13 @@ def dpo_step(
 ) -> None:
     """Measure memory and time of one DPO step of TRL's trainer and of the patched one, each in its own process."""
     print(dpo.table(dpo.run(dpo.Shape(model, pairs, tokens, prompt), rounds)))
+
+
+@app.command(name="roofline")
+def roofline_page(output: Annotated[Path, Option(help="The Markdown file to write.")] = roofline.FILE) -> None:
+    """Estimate the time and memory of this and other designs on four GPUs, beside what was measured on one of them."""
+    output.write_text(roofline.page(), encoding="utf-8")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class _LinearSum(_WeightedSum):
         dtype = wide(problem.hidden.dtype)
         with torch.no_grad():
             tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
-            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in _slopes(loss).items()}
+            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in _slopes(cast(Any, loss)).items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.seen.append({name: values[name] for name in self.uses})

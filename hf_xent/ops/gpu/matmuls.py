@@ -77,10 +77,14 @@ def readable(*matrices: Tensor) -> bool:
     """Whether the copy engine of Hopper and later GPUs reads these: bfloat16, rows aligned to 16 bytes."""
     if TensorDescriptor is None or any(x.dtype != torch.bfloat16 for x in matrices):
         return False
-    device = matrices[0].device
-    if not INTERPRETED and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0)):
-        return False
-    return all(x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in matrices)
+    return (INTERPRETED or _has_copy_engine(matrices[0].device)) and all(
+        x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in matrices
+    )
+
+
+@cache
+def _has_copy_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def rows_of(hidden: Tensor, size: int, count: int) -> Tensor:
