@@ -72,10 +72,10 @@ same plans would cost at these rates, not that the kernels run there or reach th
 
 Run 1 ([time-1.jsonl](h200/time-1.jsonl)) is of commit 9cec539, run 2 ([tune-2.jsonl](h200/tune-2.jsonl)) of c93034e,
 which visited plans of more than {run_2} chunks twice, run 3 ([tune-3.jsonl](h200/tune-3.jsonl)) of 45d3f66; all are of
-an H200. A plan is the number of chunks and the rows of the first. The mean absolute error of the estimated time is {error:.1%} over {count} measured lines, beside the three
-matmuls, whose rate the model was given; that of the memory is {memory_error:.1%} for designs that store logits. On
-average the estimate is {bias:.1%} below the measured time: a roofline leaves out whatever is slower than it has to be.
-By design:
+an H200. A plan is the number of chunks and the rows of the first. The mean absolute error of the estimated time is
+{error:.1%} over {count} measured lines, beside the three matmuls, whose rate the model was given; that of the memory is
+{memory_error:.1%} for designs that store logits. On average the estimate is {bias:.1%} below the measured time: a
+roofline leaves out whatever is slower than it has to be. By design:
 
 {groups}
 {lines}

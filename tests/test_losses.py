@@ -30,6 +30,7 @@ from hf_xent.losses import (
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
 from hf_xent.ops import STATISTICS, Head, Stats, vocab_loss, vocab_stats
+from hf_xent.ops.dispatch import _unit
 from hf_xent.ops.request import Request
 from support.oracle import assert_close_at_scale, assert_no_worse
 
@@ -950,3 +951,14 @@ def test_gradients_that_are_constants_are_those_of_the_graph(monkeypatch, loss, 
     monkeypatch.setattr(type(loss), "linear", False, raising=False)
     for value, want in zip(found, answer(), strict=True):
         torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "weight", [0.3, 1 / 8190, 4.0, 0.0, torch.tensor([0.1, -0.7, 0.0]), torch.zeros(3), torch.empty(0)]
+)
+def test_float16_gradients_are_scaled_by_a_power_of_two(weight):
+    """What token weights are divided by, and gradients multiplied by, rounds nothing; it is within a factor of 2."""
+    unit = float(_unit(weight, torch.float16))
+    largest = float(torch.as_tensor(weight).abs().max()) if torch.as_tensor(weight).numel() else 0.0
+    assert math.frexp(unit)[0] == 0.5 and (unit <= largest < 2 * unit or (unit == 1 and largest == 0))
+    assert _unit(weight, torch.bfloat16) == 1

@@ -163,16 +163,19 @@ def _slopes(loss: Any) -> dict[str, float]:
 
 
 def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-    """The largest token weight: float16 gradients are divided by it until a GradScaler's factor multiplies them.
+    """The largest token weight, rounded down to a power of two: float16 gradients are divided by it at first.
 
-    Weights of 1 / (number of tokens) would push them below float16's range originals they could be scaled up.
+    Weights of 1 / (number of tokens) would push them below the range of float16, and a GradScaler's factor, which comes
+    later, could not bring them back. Multiplying by a power of two rounds nothing.
     """
     if dtype != torch.float16:
         return 1.0
     if not isinstance(weight, Tensor):
-        return abs(weight) or 1.0
-    largest = weight.detach().abs().amax() if weight.numel() else weight.new_ones(())
-    return torch.where(largest == 0, 1.0, largest)
+        return 2.0 ** (math.frexp(weight)[1] - 1) if weight else 1.0
+    largest = (
+        weight.detach().abs().amax().to(torch.float32) if weight.numel() else weight.new_ones((), dtype=torch.float32)
+    )
+    return torch.where(largest == 0, 1.0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1))
 
 
 def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
