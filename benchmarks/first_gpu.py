@@ -141,6 +141,7 @@ def page() -> str:
     text = (Path(__file__).parent / "first_gpu.md").read_text(encoding="utf-8")
     return text.format(
         machine=machine,
+        contest="[NVIDIA H200](nvidia-h200.md)",
         losses=_losses(first, second, third),
         objectives=_objectives(first, second, third),
         steps=table(["", "ms", "range", "GB"], steps),
