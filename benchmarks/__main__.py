@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from benchmarks import compression, dpo, tails
+from benchmarks import kernels as compilation
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
 from hf_xent.cli.options import Model, Text
@@ -69,6 +70,15 @@ def dpo_step(
 ) -> None:
     """Measure memory and time of one DPO step of TRL's trainer and of the patched one, each in its own process."""
     print(dpo.table(dpo.run(dpo.Shape(model, pairs, tokens, prompt), rounds)))
+
+
+@app.command()
+def kernels(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/kernels.md"),
+) -> None:
+    """Compile every kernel variant for GPUs that need not be there, and list registers, spills and shared memory."""
+    output.write_text(compilation.page(), encoding="utf-8")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

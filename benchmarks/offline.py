@@ -54,7 +54,7 @@ def compiled(target: str, selection: str, cache: Path) -> list[dict[str, Any]]:
         cache: A folder for Triton's cache.
 
     Returns:
-        A record for every kernel. One that does not compile or does not fit has "error" in place of all else.
+        A record for every kernel; one that does not compile or does not fit has its name and "error" only.
 
     Raises:
         RuntimeError: If the process fails.
@@ -94,10 +94,13 @@ def main(name: str, selection: str) -> None:
         launches.clear()
         try:
             call()
-        except Exception as error:  # whatever a compiler raises; the variants that follow are of interest all the same
-            print(json.dumps({"variant": variant, "error": f"{type(error).__name__}: {error}"}), flush=True)
+        except Exception:  # whatever a compiler raises; the variants that follow are of interest all the same
+            if not launches or "error" not in launches[-1]:
+                raise
         for launch in launches:
-            if id(launch["compiled"]) not in seen:  # Triton returns the same object for the same variant of a kernel
+            if "error" in launch:
+                print(json.dumps({"variant": variant, **launch}), flush=True)
+            elif id(launch["compiled"]) not in seen:  # Triton returns the same object for the same variant of a kernel
                 seen.add(id(launch["compiled"]))
                 print(json.dumps({"variant": variant, **_described(**launch)}), flush=True)
 
@@ -132,7 +135,11 @@ def _install(target: Target, launches: list[dict[str, Any]]) -> None:
 
     def recorded(self: Any, *args: Any, **options: Any) -> Any:
         start = time.perf_counter()
-        kernel = run(self, *args, **options)
+        try:
+            kernel = run(self, *args, **options)
+        except Exception as error:
+            launches.append({"kernel": self.__name__, "error": f"{type(error).__name__}: {error}"})
+            raise
         seconds = time.perf_counter() - start
         launches.append({"kernel": self.__name__, "compiled": kernel, "grid": grids.pop(), "seconds": seconds})
         return kernel
