@@ -116,6 +116,7 @@ def other_matmuls() -> Variants:
     yield "matmul label term, bias and softcap", lambda: label_term(capped)
     many = Coefficients(a=one, o=one, b=one, c=one, s=one)
     yield "matmul gradients, share of the columns", lambda: matmul_gradients(odd, Coefficients(one, one), share=one)
+    yield "matmul gradients, share and softcap", lambda: matmul_gradients(capped, Coefficients(one, one), share=one)
     yield "matmul gradients, all coefficients", lambda: matmul_gradients(odd, many)
     yield "matmul gradients, bias and softcap", lambda: matmul_gradients(capped, many)
 

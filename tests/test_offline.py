@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import kernels
 from benchmarks.offline import TARGETS, compiled, disassemblers
 from hf_xent.ops import Head
 from hf_xent.ops.problem import Problem
@@ -30,6 +31,7 @@ SPILLS = {
     "matmul exponentials, softcap": 33,
     "matmul exponentials, bias and softcap": 2,
     "matmul exponentials, all, odd sizes": 46,
+    "matmul gradients, share and softcap": 89,
     "matmul gradients, bias and softcap": 23,
 }
 # Variants that this Triton does not compile: its pass `triton-nvidia-optimize-tmem-layouts` fails.
@@ -38,6 +40,7 @@ REFUSED = {
         "bf16 matmul exponentials, softcap",
         "bf16 matmul exponentials, bias and softcap",
         "bf16 matmul exponentials, all, odd sizes",
+        "bf16 matmul gradients, share and softcap",
     }
 }
 # The grid of each kernel of a plain variant on a GPU with 132 multiprocessors: 300 rows, 16384 columns, and 256 hidden.
@@ -139,3 +142,22 @@ def test_blocks_of_the_streaming_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     device_with(99 << 10)
     for small in (plain, second):
         assert chosen(small) == (streaming.SMALL_BLOCKS[2], streaming.SMALL_BLOCKS[2])
+
+
+def test_page_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table for each dtype, with a column for each GPU; a variant that one of them cannot compile is marked."""
+    taken = {"registers": 120, "spills": 3, "shared": 1536, "matrix": {"HGMMA": 4}}
+    fits = {"variant": "bf16 streaming forward", "kernel": "_stats_fwd", **taken}
+    less = {"variant": "fp32 scaling", "kernel": "_scale_unless_one", **taken, "spills": 0, "matrix": {}}
+    fails = {"variant": "bf16 streaming forward", "kernel": "_stats_fwd", "error": "RuntimeError: no"}
+    records = {"sm_80": [fits], "sm_90": [fits, less], "sm_100": [fails], "gfx942": []}
+    monkeypatch.setattr(kernels, "disassemblers", lambda: Path("bin"))
+    monkeypatch.setattr(kernels, "compiled", lambda target, selection, cache: records[target])
+    text = kernels.page()
+    cell = "120 regs, 3 spilled, 1.5 KiB, 4 HGMMA"
+    assert f"\n## bf16\n\n| variant | kernel | {' | '.join(TARGETS)} |\n" in text
+    assert f"\n| streaming forward | `_stats_fwd` | {cell} | {cell} | fails |  |\n" in text
+    assert "\n## fp32\n" in text and "\n| scaling | `_scale_unless_one` |  | 120 regs, 1.5 KiB |  |  |\n" in text
+    monkeypatch.setattr(kernels, "disassemblers", lambda: None)
+    with pytest.raises(RuntimeError, match="install triton from PyPI"):
+        kernels.page()
