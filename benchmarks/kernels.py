@@ -19,8 +19,11 @@ Made by `python -m benchmarks kernels`; triton {triton}, torch {torch}.
 No number on this page is a time, and none was found on a GPU: every kernel variant was compiled for each GPU without
 one. A cell has the registers of a thread, its spilled stores (of AMD's compiler, its spilled registers) where there are
 any, the shared memory of a program in KiB, and the matrix instructions of the program; `fails` is a variant that this
-Triton does not compile for this GPU. A program may have {limits}. Cells are empty where a variant is not launched: the
-matmuls with an epilogue need the copy engine of sm_90 and later. [The test]({test}) holds the spills.
+Triton does not compile for this GPU. Cells are empty where a variant launches a kernel of a line above, or none: the
+matmuls with an epilogue need the copy engine of sm_90 and later.
+
+A program may have {limits}.
+[The test]({test}) holds this, and the spills on sm_90.
 """
 TEST = "https://github.com/hf-xent/hf_xent/blob/main/tests/test_offline.py"
 
