@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from benchmarks import compression, dpo, first_gpu, roofline, tails
+from benchmarks import kernels as compilation
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
 from hf_xent.cli.options import Model, Text
@@ -84,6 +85,15 @@ def dpo_step(
 def roofline_page(output: Annotated[Path, Option(help="The Markdown file to write.")] = roofline.FILE) -> None:
     """Estimate the time and memory of this and other designs on four GPUs, beside what was measured on one of them."""
     output.write_text(roofline.page(), encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command()
+def kernels(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/kernels.md"),
+) -> None:
+    """Compile every kernel variant for GPUs that need not be there, and list registers, spills and shared memory."""
+    output.write_text(compilation.page(), encoding="utf-8")
     print(f"written: {output}")
 
 

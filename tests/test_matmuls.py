@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hf_xent.losses import CrossEntropy, Focal
 from hf_xent.ops import Head, chunked, ranks, vocab_loss, vocab_stats
 from hf_xent.ops.algebra import Coefficients
+from hf_xent.ops.problem import Problem
 from support.oracle import Polynomial, assert_no_worse, gradients, make, statistics
 
 matmuls = pytest.importorskip("hf_xent.ops.gpu.matmuls", reason="needs triton")
@@ -237,3 +242,95 @@ def test_operands_that_the_matmul_cannot_read_are_left_to_stored_rows(device: st
     zeros = [torch.zeros(*shape, dtype=torch.bfloat16, device=device) for shape in ((4, 16), (32, 16))]
     hidden, weight = change(*zeros)
     assert matmuls.readable(hidden, weight) is supported
+
+
+# Operations that launch nothing: views, allocations and types. `fill_` is what tests do to memory without a value.
+FREE = frozenset({
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "expand", "fill_",
+    "is_same_size", "new_empty", "new_empty_strided", "permute", "promote_types", "reshape", "select", "slice",
+    "split", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+})  # fmt: skip
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")  # wait for a device
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name, backward included; under "kernels" the launches of `matmuls`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        for name, launches in {"exponentials": 3, "add_label_term_": 1, "dlogits": 1}.items():
+            monkeypatch.setattr(matmuls, name, self._uncounted(getattr(matmuls, name), launches))
+
+    def _uncounted(self, function: Any, launches: int) -> Any:
+        def call(*args: Any) -> Any:
+            self.counts["kernels"] += launches
+            with _disable_current_modes():  # the interpreter's own operations are none of a GPU's
+                return function(*args)
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def launches(self) -> int:
+        return sum(count for name, count in self.counts.items() if name not in FREE)
+
+
+def loss_of_chunks(loss: Any, chunks: int, device: str) -> torch.Tensor:
+    """A loss of 64 rows, one of them ignored, in some chunks."""
+    hidden, weight = (torch.randn(64, 16, device=device).bfloat16().requires_grad_() for _ in range(2))
+    labels = torch.randint(64, (64,), device=device)
+    labels[-1] = -100
+    return loss(hidden, Head(weight), labels, memory_budget=64 // chunks * 64 * 2)
+
+
+@pytest.mark.parametrize(("loss", "most"), [(CrossEntropy(), 8), (Focal(gamma=2.0), 40)])
+def test_launches_of_a_further_chunk(
+    device: str, everywhere: list[int], monkeypatch: pytest.MonkeyPatch, loss: Any, most: int
+) -> None:
+    """Four kernels, two matmuls and their row factors; a loss that is not linear has a graph of its own besides."""
+    found = {}
+    for chunks in (2, 4):
+        everywhere.clear()
+        with monkeypatch.context() as patches, Operations(patches) as operations:
+            loss_of_chunks(loss, chunks, device).backward()
+        assert len(everywhere) == chunks
+        found[chunks] = operations.launches
+    assert 6 * 2 <= found[4] - found[2] <= most * 2
+
+
+@pytest.mark.parametrize(("loss", "constants"), [(CrossEntropy(), 2), (Focal(gamma=2.0), 0)])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_the_host_reads_the_device_once(
+    device: str, monkeypatch: pytest.MonkeyPatch, loss: Any, constants: int, chunks: int
+) -> None:
+    """Three numbers of the labels, in one piece; a linear loss reads its constants, which are on the CPU, beside."""
+    lists: list[int] = []
+    real = torch.Tensor.tolist
+
+    def tolist(self: torch.Tensor) -> Any:
+        lists.append(self.numel())
+        return real(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with Operations(monkeypatch) as operations:
+        loss_of_chunks(loss, chunks, device)
+    assert lists == [3]
+    assert sum(operations.counts[name] for name in READS) <= constants
+
+
+@pytest.mark.parametrize(
+    ("capability", "softcap", "supported"),
+    [((8, 0), None, False), ((9, 0), None, True), ((9, 0), 30.0, True), ((10, 0), None, True), ((10, 0), 30.0, False)],
+)
+def test_which_gpus_and_heads_the_matmuls_are_for(monkeypatch, capability, softcap, supported) -> None:
+    """Ampere has no copy engine, and Triton compiles no softcap in the epilogue for Blackwell."""
+    monkeypatch.setattr(matmuls, "INTERPRETED", False)
+    monkeypatch.setattr(matmuls, "_capability", lambda device: capability)
+    hidden, weight = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 16), (32, 16)))
+    labels = torch.zeros(4, dtype=torch.int64)
+    problem = Problem(hidden, Head(weight, softcap=softcap), labels, frozenset({"lse", "target"}))
+    assert matmuls.supports(problem) is supported
