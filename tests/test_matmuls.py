@@ -59,7 +59,7 @@ def verify(case, **options):
         assert_no_worse(grad, plain, truth)
 
 
-@pytest.mark.parametrize(("N", "V", "D"), [(21, 203, 24), (16, 64, 16), (1, 333, 64), (37, 1, 64), (5, 300, 56)])
+@pytest.mark.parametrize(("N", "V", "D"), [(37, 203, 32), (16, 64, 16), (1, 333, 64), (37, 1, 64), (5, 300, 48)])
 @pytest.mark.parametrize("head", [{}, {"bias": False}, {"scale": -0.6}, {"softcap": 3.0, "scale": 0.7}])
 def test_values_and_gradients(device: str, everywhere: list[int], N: int, V: int, D: int, head: dict) -> None:
     case = make(N, V, D, device=device, dtype=torch.bfloat16, **head)
@@ -72,7 +72,7 @@ def test_values_and_gradients(device: str, everywhere: list[int], N: int, V: int
 def test_several_chunks_ignored_labels_and_frozen_tensors(
     device: str, everywhere: list[int], budget: int, frozen: str
 ) -> None:
-    case = make(40, 300, 24, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1).frozen(frozen)
+    case = make(40, 300, 32, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1).frozen(frozen)
     verify(case, observe=("entropy", "top"), memory_budget=40 * 300 * 2 // (2 if budget > 1 else 16))
     assert len(everywhere) > 1
 
@@ -83,7 +83,7 @@ def test_statistics_and_their_gradients_in_two_visits(
     device: str, everywhere: list[int], head: dict[str, float], rows: int
 ) -> None:
     """Any function of the statistics, an entropy among them; the columns come in panels."""
-    case = make(40, 300, 24, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1, **head)
+    case = make(40, 300, 32, device=device, dtype=torch.bfloat16, ignore=lambda rows: rows % 3 == 1, **head)
     loss = Polynomial(("lse", "target", "entropy"))
     stats = vocab_stats(
         case.tensors["hidden"], case.head, case.labels, outputs=("lse", "target", "entropy", "top"), impl="chunked",
@@ -119,7 +119,7 @@ def test_the_sparse_tail(device: str, everywhere: list[int], tail: float) -> Non
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "scale": 0.7}], ids=["plain", "softcap"])
 def test_two_ranks_make_a_row(device: str, head: dict[str, float]) -> None:
     """Each has half of the columns, and one of them the label; gradients are those of whole rows, in both visits."""
-    case = make(6, 160, 24, device=device, dtype=torch.bfloat16, **head)
+    case = make(6, 160, 32, device=device, dtype=torch.bfloat16, **head)
     case.labels[:] = torch.tensor([5, 79, 80, 159, 0, 100], device=device)
     hidden, labels, outputs = case.tensors["hidden"].detach(), case.labels, frozenset({"lse", "target", "entropy"})
     a, o = torch.rand(2, 6, device=device)
