@@ -4,7 +4,7 @@ JOBS ?= 2
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench report gpu docs architecture test-floor constraints release clean
+.PHONY: help venv demo test check bench report gpu kernels docs architecture test-floor constraints release clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,9 +34,9 @@ demo: venv  ## fine-tune SmolLM2-135M with LoRA, stock and patched, and compare 
 	HF_HUB_OFFLINE=1 .venv/bin/hf-xent train --compare --output out/demo $(DEMO) $(ARGS)
 
 # Tiny models gain nothing from threads: several processes of one thread each, which take tests from one another.
-PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -m "not net and not gpu" -n $(JOBS) --dist worksteal
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -m "not net and not gpu and not compilation" -n $(JOBS) --dist worksteal
 
-test: venv  ## run every test that needs neither network nor GPU (JOBS=2 at a time; ARGS="-k lazy")
+test: venv  ## run every test that needs neither network nor GPU nor ten minutes of compilation (JOBS=2 at a time; ARGS="-k lazy")
 	$(call PYTEST,.venv) $(ARGS)
 
 check: venv  ## lint, formatting, types
@@ -58,6 +58,10 @@ BENCH ?=
 gpu: venv  ## run the tests that need a GPU, then time four shapes there (ARGS="-k fused"; BENCH="--limit 600")
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m gpu $(ARGS)
 	$(MAKE) bench ARGS="--device cuda --model calibrated --dtype bfloat16 --shapes $(SHAPES) --objectives all $(BENCH)"
+
+kernels: venv  ## compile every kernel variant for GPUs that are not there, and list what they take (ten minutes)
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -q -m compilation $(ARGS)
+	.venv/bin/python -m benchmarks kernels
 
 # Not part of .ci/run: this torch comes with its CUDA libraries, several GB. Old releases warn of what newer ones have
 # mended, so here warnings are no errors.

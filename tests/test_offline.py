@@ -94,7 +94,7 @@ def test_plain_kernels_compile_for_hopper(tmp_path: Path) -> None:
     check_hopper(kernels)
 
 
-@pytest.mark.slow
+@pytest.mark.compilation
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_compiles(target: str, tmp_path: Path) -> None:
     """Every dtype, option and odd size, for GPUs of two makers."""
