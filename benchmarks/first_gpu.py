@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,10 @@ def read(name: str) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in map(json.loads, lines)}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose first column is text."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+    rule = ["---", *("---:" for _ in columns[1:])]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, rule, *lines))
 
 
 def _loss(name: str, run: int, row: dict[str, Any]) -> list[str]:
@@ -139,7 +141,7 @@ def page() -> str:
         f" {env['mm8192_TFLOPs']:.0f} TFLOP/s."
     )
     text = (Path(__file__).parent / "first_gpu.md").read_text(encoding="utf-8")
-    return text.format(
+    filled = text.format(
         machine=machine,
         contest="[NVIDIA H200](nvidia-h200.md)",
         losses=_losses(first, second, third),
@@ -151,3 +153,4 @@ def page() -> str:
         odd=table(["4096 tokens, vocabulary 50257, width 768", "ms", "hidden error", "weight error"], odd),
         **{f"commit_{run}": commit for run, commit in COMMITS.items()},
     )
+    return re.sub(r"\n{3,}", "\n\n", filled)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from benchmarks import estimates
 from benchmarks.estimates import BEFORE, DESIGNS, EPILOGUES, STORED, Device, Estimate, Shape, matmuls, streamed
+from benchmarks.first_gpu import table
 
 FILE = Path("benchmarks/results/roofline.md")
 FOLDER = Path(__file__).parent / "results" / "h200"
@@ -192,7 +193,7 @@ def _stores(m: Measured) -> bool:
 
 def _devices(gpus: Iterable[Device]) -> str:
     columns = ("GPU", "products, TFLOP/s", "memory, TB/s", "cache, TB/s")
-    return _table(
+    return table(
         columns, ([d.name, f"{d.products / 1e12:.0f}", f"{d.memory / 1e12:.2f}", f"{d.cache / 1e12:.1f}"] for d in gpus)
     )
 
@@ -203,7 +204,7 @@ def _groups(measured: Sequence[Measured]) -> str:
     for m in measured:
         groups.setdefault(m.design, []).append(_error(m))
     columns = ("design", "measured lines", "mean absolute error", "mean error")
-    return _table(
+    return table(
         columns, ([k, str(len(v)), f"{fmean(map(abs, v)):.1%}", f"{fmean(v):+.1%}"] for k, v in groups.items())
     )
 
@@ -211,7 +212,7 @@ def _groups(measured: Sequence[Measured]) -> str:
 def _lines(measured: Iterable[Measured]) -> str:
     """Every measured line beside its estimate."""
     columns = ("design", "shape", "plan", "ms", "measured ms", "error", "MB", "measured MB", "source")
-    return _table(
+    return table(
         columns,
         (
             [
@@ -245,7 +246,7 @@ def _shape(shape: Shape, gpus: Sequence[Device], measured: Sequence[Measured]) -
     columns = ("design", "plan", "MB", first, f"{first}, measured", "source", *others)
     title = f"## {shape.name}: N={shape.N}, V={shape.V}, D={shape.D}"
     about = "Milliseconds, in brackets the ratio to the three matmuls; MB beyond inputs and gradients."
-    return f"{title}\n\n{about}\n\n{_table(columns, lines)}"
+    return f"{title}\n\n{about}\n\n{table(columns, lines)}"
 
 
 def _same_plan(x: Estimate, y: Estimate) -> bool:
@@ -265,9 +266,3 @@ def _time(ms: float, ratio: float | None) -> str:
 
 def _megabytes(count: float) -> str:
     return format(count / 1e6, ".0f")
-
-
-def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text."""
-    rule = ["---", *("---:" for _ in columns[1:])]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, rule, *lines))

@@ -5,8 +5,9 @@ dz in place of z and two matmuls; a panel's weight gradient is written once, in 
 Eager: the gradient is computed while a row chunk exists, three matmuls in all; weight gradients are summed over chunks.
 
 A loss of log p_y alone has dz = a (p - r 1_y): the rows of p stay unscaled in the buffer, `a` scales the [N, D] side
-matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V] in torch; with kernels,
-which compute p again as they read, the gradient is a pass of its own for every loss.
+matrices instead, and one entry per row is corrected. The loss itself costs no pass over [n, V] in torch. On a GPU, if
+`gpu.matmuls` can, the matmul itself writes exponentials or dz; else `gpu.fused` reads the logits once for statistics
+and once for the gradient, for every loss.
 """
 
 from __future__ import annotations
@@ -124,9 +125,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
 
 def _exponentials(matmuls: ModuleType, problem: Problem, rows: slice, e: Tensor | None) -> Any:
     """`matmuls.exponentials` of one chunk."""
-    columns = problem.label_columns[rows]
-    if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
-        columns = columns.clamp(0, problem.head.size - 1)
+    columns = problem.readable_columns[rows]
     return matmuls.exponentials(problem.hidden[rows], problem.head, columns, problem.outputs, e)
 
 

@@ -63,6 +63,11 @@ class Problem:
         """Labels as columns of the head [N]; outside [0, V) if another rank has them."""
         return self.labels if self.head.shard is None else self.labels - self.head.shard.start
 
+    @property
+    def readable_columns(self) -> Tensor:
+        """The same within [0, V), for kernels that read the label's logit; `merge_ranks` drops those of other ranks."""
+        return self.labels if self.head.shard is None else self.label_columns.clamp(0, self.head.size - 1)
+
     def rows(self) -> list[slice]:
         """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""
         shard = self.head.shard

@@ -38,9 +38,7 @@ def fold(
     `softmax` is for tiles without kernels: `has_kernels` tells.
     """
     z, pay = products
-    labels = problem.label_columns[rows]
-    if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
-        labels = labels.clamp(0, problem.head.size - 1)
+    labels = problem.readable_columns[rows]
     if (kernels := _kernels(z)) is not None:
         return kernels.statistics(problem, z, pay, labels)
     parts, scratch = [], z.dtype != wide(z.dtype)

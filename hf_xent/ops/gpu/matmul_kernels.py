@@ -47,6 +47,24 @@ def _label_logits(
 
 
 @triton.jit
+def _place(tile, row_blocks, col_blocks, GROUP: tl.constexpr):
+    """The row block and the column block of a tile: row blocks come first within groups of columns, for the cache."""
+    width = GROUP * row_blocks
+    first = tile // width * GROUP
+    size = tl.minimum(col_blocks - first, GROUP)
+    return (tile % width) // size, first + (tile % width) % size
+
+
+@triton.jit
+def _products(H, W, i, j, D, DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr):
+    """One tile [BT, BV] of raw products, without the bias."""
+    acc = tl.zeros((BT, BV), tl.float32)
+    for d in range(0, D, BD):
+        acc = tl.dot(H.load([i * BT, d]).to(DOT), W.load([j * BV, d]).to(DOT).T, acc)
+    return acc
+
+
+@triton.jit
 def _exponentials(raw, B, offset, cols, V, scale, CAP: tl.constexpr):
     """u = z - c and e^u of a tile of products, and e^u times the softcap's slope."""
     if B is not None:
@@ -68,18 +86,12 @@ def _exp_matmul(
     DOT: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Every program walks tiles [BT, BV]; row blocks come first within groups of columns, which stay in the cache."""
+    """Every program walks tiles [BT, BV], in the order of `_place`."""
     row_blocks = tl.cdiv(n, BT)
     col_blocks = tl.cdiv(V, BV)
-    width = GROUP * row_blocks
     for tile in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=FLATTEN):
-        first = tile // width * GROUP
-        size = tl.minimum(col_blocks - first, GROUP)
-        i = (tile % width) // size
-        j = first + (tile % width) % size
-        acc = tl.zeros((BT, BV), tl.float32)
-        for d in range(0, D, BD):
-            acc = tl.dot(H.load([i * BT, d]).to(DOT), W.load([j * BV, d]).to(DOT).T, acc)
+        i, j = _place(tile, row_blocks, col_blocks, GROUP)
+        acc = _products(H, W, i, j, D, DOT, BT, BV, BD)
         rows = i * BT + tl.arange(0, BT)
         row_in = rows < n
         cols = j * BV + tl.arange(0, BV // 2)
@@ -234,15 +246,9 @@ def _dlogits_matmul(
     """As `_exp_matmul`, where the statistics are known: the gradient of the products, and sums of p over tiles."""
     row_blocks = tl.cdiv(n, BT)
     col_blocks = tl.cdiv(V, BV)
-    width = GROUP * row_blocks
     for tile in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=FLATTEN):
-        first = tile // width * GROUP
-        size = tl.minimum(col_blocks - first, GROUP)
-        i = (tile % width) // size
-        j = first + (tile % width) % size
-        acc = tl.zeros((BT, BV), tl.float32)
-        for d in range(0, D, BD):
-            acc = tl.dot(H.load([i * BT, d]).to(DOT), W.load([j * BV, d]).to(DOT).T, acc)
+        i, j = _place(tile, row_blocks, col_blocks, GROUP)
+        acc = _products(H, W, i, j, D, DOT, BT, BV, BD)
         rows = i * BT + tl.arange(0, BT)
         row_in = rows < n
         lse = tl.load(LSE + rows, mask=row_in, other=0.0)

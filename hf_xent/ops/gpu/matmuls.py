@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 
 
 INTERPRETED = not isinstance(kernels._exp_matmul, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
-# The fastest of those tried in benchmarks/results/h200, at every height of a chunk.
+# Within 1 % of the fastest of those tried at each of four shapes (benchmarks/results/h200).
 TILES = Tiles(16, 32, 16, 1, 1, 2) if INTERPRETED else Tiles(128, 256, 64, 8, 3, 4)
 DEPTH, BLOCK, COLUMNS = (16, 8, 64) if INTERPRETED else (32, 1024, 4096)
 # Triton's interpreter takes bfloat16 for integers; products of bfloat16 are exact in float32

@@ -77,8 +77,7 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     if count:
         operands = {**_operands(problem, problem.payload, blocks), "TARGET": target, "share": share}
         operands |= {f.name.upper(): getattr(states, f.name) for f in fields(State)}
-        if problem.head.shard is not None:  # `merge_ranks` drops the targets of labels that other ranks have
-            operands["Y"] = problem.label_columns.clamp(0, size - 1)
+        operands["Y"] = problem.readable_columns.contiguous()
         row_blocks = triton.cdiv(count, blocks.rows)
         _launch(kernels._target_fwd, (row_blocks,), operands, blocks)
         _launch(kernels._stats_fwd, (row_blocks, splits), operands, blocks)
