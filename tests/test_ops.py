@@ -784,9 +784,10 @@ def test_default_budget_grows_with_the_head():
     small, large = (Head(torch.empty(rows, 1024, device="meta")) for rows in (100, 1 << 20))
     assert default_budget(small, 8192, 4) == default_budget(large, 64, 4) == 395_000_000
     assert default_budget(large, 8192, 4) == 8192 // 32 * (1 << 20) * 4
-    expanded = Head(torch.zeros(1, 1).expand(1 << 20, 1024))  # on a CPU, where the tokens change nothing
-    for tokens in (0, 64, 1 << 20):
-        assert default_budget(expanded, tokens, 4) == (1 << 20) * 1024 * 4 // 8
+    wide, narrow = (Head(torch.zeros(1, 1).expand(1 << 20, D)) for D in (4096, 512))
+    for tokens in (0, 64, 1 << 20):  # on a CPU they change nothing
+        assert default_budget(wide, tokens, 4) == (1 << 20) * 4096 * 4 // 8
+        assert default_budget(narrow, tokens, 4) == 256 * (1 << 20) * 4
         assert default_budget(Head(torch.zeros(2, 2)), tokens, 4) == 24 << 20
 
 

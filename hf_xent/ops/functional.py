@@ -43,8 +43,8 @@ def vocab_stats(
             head's logits under the first head's softmax.
         ignore_index: The label of positions to ignore.
         impl: 'reference', 'chunked' or 'triton' (default: the environment's HF_XENT_IMPL, else 'chunked').
-        memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB; on
-            a GPU 395 MB, or a thirty-second of all logits if that is more).
+        memory_budget: Bytes of logits in memory at a time (default: half a byte per number of the head, >= 24 MiB
+            and >= 256 float32 rows; on a GPU 395 MB, or a thirty-second of all logits if that is more).
 
     Returns:
         Statistics shaped like labels, nats; ignored positions hold 0.

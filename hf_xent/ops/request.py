@@ -64,7 +64,7 @@ def default_budget(head: Head, tokens: int, itemsize: int) -> int:
     """Bytes of logits in memory at a time: half a byte per number in the head, so that they are small beside it.
 
     That is an eighth of a float32 head and gives D / 8 rows per chunk; a 16-bit head gets twice the rows, which its
-    matmuls need. At least 24 MiB on a CPU: 128 float32 rows of a 49k vocabulary; below that matmuls slow down.
+    matmuls need. On a CPU at least 24 MiB, and at least 256 float32 rows or 512 of 16 bits: matmuls of fewer are slower.
 
     Elsewhere GPU_BUDGET, unless that would cut the tokens into more chunks than weight gradients are summed over in
     their own dtype: then as much as so many chunks take, in whole tiles of rows.
@@ -76,7 +76,7 @@ def default_budget(head: Head, tokens: int, itemsize: int) -> int:
     """
     size = head.size if head.shard is None else head.shard.width
     if head.weight.device.type == "cpu":
-        return max(24 << 20, size * head.weight.shape[1] // 2)
+        return max(24 << 20, size * max(1024, head.weight.shape[1] // 2))
     rows = -(-tokens // chunked.GPU_LOW_PRECISION_SUMS)
     tiled = min(tokens, -(-rows // TILE) * TILE)
     return max(tiled * size * itemsize, GPU_BUDGET)

@@ -1,6 +1,7 @@
 """One tile of stored logits in plain torch, in place, in strips that fit the cache: its statistics, then its gradient.
 
-    fold             raw products -> statistics, and p in place of the products if `softmax` is set
+    fold             raw products -> statistics
+    softmax_         raw products -> statistics, and e with p = e / total
     dlogits_         raw products -> their gradient dz
     add_label_term_  p -> dz / a, for a loss of log p_y alone: dz = a (p - r 1_y), which differs in one entry per row
     add_columns      p, or raw products -> sums over tokens, for the sparse tail
@@ -28,62 +29,93 @@ from .statistics import wide
 # A strip and its scratch memory stay in the caches of a CPU; smaller strips would cost more in calls than they save. On
 # accelerators a strip only bounds the scratch memory.
 STRIP_BYTES, GPU_STRIP_BYTES = 4 << 20, 64 << 20
+BLOCK = 512  # columns of which the maximum is looked for at once
 
 
-def fold(
-    problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool, softmax: bool = False
-) -> dict[str, Tensor]:
-    """Statistics of one chunk. `keep` leaves the raw products in place, or p with `softmax`; else they may be lost.
-
-    `softmax` is for tiles without kernels: `has_kernels` tells.
-    """
+def fold(problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool) -> dict[str, Tensor]:
+    """Statistics of one chunk. `keep` leaves the raw products in place; else they may be lost."""
     z, pay = products
-    labels = problem.readable_columns[rows]
     if (kernels := _kernels(z)) is not None:
-        return kernels.statistics(problem, z, pay, labels)
-    parts, scratch = [], z.dtype != wide(z.dtype)
+        return kernels.statistics(problem, z, pay, problem.readable_columns[rows])
+    overwrite = not keep or z.dtype != wide(z.dtype)
+    return concatenate([values for _, values, _, _ in _folds(problem, rows, products, overwrite)], problem)
+
+
+def softmax_(problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None]) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics of one chunk, and e with p = e / total in place of its raw products; total is [n].
+
+    For tiles without kernels: `has_kernels` tells.
+    """
+    z, parts, totals = products[0], [], []
+    for span, values, e, total in _folds(problem, rows, products, overwrite=True):
+        if e.data_ptr() != z[span].data_ptr():
+            z[span] = e
+        parts.append(values)
+        totals.append(total)
+    return concatenate(parts, problem), torch.cat(totals) if totals else z.new_empty(0, dtype=wide(z.dtype))
+
+
+def _folds(
+    problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], overwrite: bool
+) -> Iterator[tuple[slice, dict[str, Tensor], Tensor, Tensor]]:
+    """Strip by strip: its rows, and what `_fold_strip` returns."""
+    (z, pay), labels = products, problem.readable_columns[rows]
     for span, strip in strips(z):
         strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[span]))
-        values, e, l = _fold_strip(problem, strip, labels[span], strip_pay, overwrite=softmax or scratch or not keep)
-        if softmax:
-            torch.div(e, l[:, None], out=e)
-            if e.data_ptr() != z[span].data_ptr():
-                z[span] = e
-        parts.append(values)
-    return concatenate(parts, problem)
+        yield span, *_fold_strip(problem, strip, labels[span], strip_pay, overwrite=overwrite)
 
 
 def _fold_strip(
     problem: Problem, raw: Tensor, labels: Tensor, pay: Tensor | None, *, overwrite: bool
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Statistics of one wide strip, its e^u and their sum; with `overwrite`, e^u takes the place of `raw`.
-
-    torch.softmax would be a little faster, but sums a long row in order: over 262144 columns the error of its float32
-    gradients is 2.5e-5, here it is 2e-6.
-    """
+    """Statistics of one wide strip, and e and total with p = e / total; with `overwrite`, e takes the place of `raw`."""
     outputs = problem.outputs
     z = problem.head.activate(raw)
-    m = z.amax(-1)
+    overwrite = overwrite or z is not raw
+    m, top = _argmax(z) if "top" in outputs else (z.amax(-1), None)
     target = z.gather(-1, labels[:, None])
-    top = z.argmax(-1) if "top" in outputs else None
     rank = (z > target).sum(-1) if "rank" in outputs else None
     sz = z.sum(-1) if "mean" in outputs else None
-    u = z.sub_(m[:, None]) if overwrite or z is not raw else z - m[:, None]
     s1 = s2 = None
-    if outputs & {"entropy", "variance"}:
+    if moments := outputs & {"entropy", "variance"}:
+        u = z.sub_(m[:, None]) if overwrite else z - m[:, None]
         e = u.exp()
         u.clamp_(min=-1e4)  # a banned token (z = -inf) adds nothing: 0 * -1e4, not 0 * -inf
         s1 = torch.linalg.vecdot(e, u)
         s2 = torch.linalg.vecdot(e, u.square_()) if "variance" in outputs else None
-        e = u.copy_(e) if overwrite and u.data_ptr() == raw.data_ptr() else e
+        e = u.copy_(e) if u.data_ptr() == raw.data_ptr() else e
     else:
-        e = u.exp_()
-    l = e.sum(-1)
-    sp = None if pay is None else torch.linalg.vecdot(e, pay)
-    sq = torch.linalg.vecdot(e, e) if "log_sum_sq" in outputs else None
-    state = State(m=m, l=l, s1=s1, s2=s2, sp=sp, sq=sq, sz=sz, top=top, rank=rank)
+        e = torch.softmax(z, -1, out=z) if overwrite else z.softmax(-1)
+    # torch's softmax sums a long row in order: over 262144 columns its normalizer errs by 2.5e-5, this sum by 2e-6
+    total = e.sum(-1)
+    largest = 1.0 if moments else e.amax(-1)
+    state = State(
+        m=m,
+        l=total / largest,
+        s1=s1,
+        s2=s2,
+        sp=None if pay is None else torch.linalg.vecdot(e, pay) / largest,
+        sq=torch.linalg.vecdot(e, e) / largest**2 if "log_sum_sq" in outputs else None,
+        sz=sz,
+        top=top,
+        rank=rank,
+    )
     values = finish(state, target.squeeze(-1), problem.head.size)
-    return {name: values[name] for name in outputs}, e, l
+    return {name: values[name] for name in outputs}, e, total
+
+
+def _argmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum of each row and its first column, by blocks: torch has vector code for amax, but not for argmax."""
+    size = z.shape[1]
+    if size < 2 * BLOCK:
+        return z.amax(-1), z.argmax(-1)
+    whole = size // BLOCK * BLOCK
+    maxima = z[:, :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
+    if whole < size:
+        maxima = torch.cat([maxima, z[:, whole:].amax(-1, keepdim=True)], -1)
+    start = (maxima.argmax(-1, keepdim=True) * BLOCK).clamp(max=size - BLOCK)
+    block = z.gather(-1, start + torch.arange(BLOCK, device=z.device))
+    return maxima.amax(-1), start.squeeze(-1) + block.argmax(-1)
 
 
 def concatenate(parts: list[dict[str, Tensor]], problem: Problem) -> dict[str, Tensor]:
