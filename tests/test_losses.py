@@ -25,12 +25,13 @@ from hf_xent.losses import (
     MixCE,
     ReverseKL,
     TaiLr,
+    TotalVariation,
     sequence,
 )
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
 from hf_xent.ops import STATISTICS, Head, Stats, vocab_loss, vocab_stats
-from hf_xent.ops.dispatch import _unit
+from hf_xent.ops.dispatch import unit_of
 from hf_xent.ops.request import Request
 from support.oracle import assert_close_at_scale, assert_no_worse
 
@@ -54,6 +55,7 @@ SETTINGS = {  # more than the defaults, with which every registered loss is trie
     "forward_kl": [{}, {"temperature": 2.0}],
     "reverse_kl": [{}, {"temperature": 2.0}],
     "jsd": [{}, {"beta": 0.1, "temperature": 2.0}],
+    "total_variation": [{}, {"temperature": 2.0}],
 }
 CASES = [(name, options) for name in LOSSES for options in SETTINGS.get(name, [{}])]
 every = pytest.mark.parametrize(
@@ -580,10 +582,15 @@ def test_tailr_and_mixce_identities():
     torch.testing.assert_close(found, gradients(((-nll).exp().detach() * nll).sum(), p))
 
 
+DIVERGENCES = (ForwardKL(), ReverseKL(), JSD(), TotalVariation())
+
+
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD(), ForwardKL(temperature=3.0), JSD(beta=0.2)], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [ForwardKL(), ReverseKL(), JSD(), ForwardKL(temperature=3.0), JSD(beta=0.2), TotalVariation()], ids=repr
+)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(loss, impl, device):
     p = problem(torch.float32, device)
     found = per_token(loss, p, teacher=(p.hidden, p.head), impl=impl)
@@ -592,7 +599,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(loss, impl, device)
         torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", [ForwardKL(), ReverseKL(), JSD()], ids=repr)
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=repr)
 def test_the_teacher_gets_no_gradient(loss):
     p = problem()
     teacher = problem(labels=p.labels)
@@ -792,7 +799,7 @@ def test_on_logits_under_torch_func(name, options):
 
 def test_on_logits_refuses_what_logits_do_not_say():
     z, labels = torch.randn(4, V), torch.arange(4)
-    for loss in (ForwardKL(), ReverseKL(), JSD()):
+    for loss in DIVERGENCES:
         with pytest.raises(ValueError, match=f"{type(loss).__name__} compares with a teacher"):
             loss.on_logits(z, labels)
     for cost in ("frozen", "current"):
@@ -912,8 +919,11 @@ SHORTER = (torch.zeros(2, 3, 3).double(), Head(torch.ones(V, 3).double()))
         (EMO(), {}, r"cost is 'frozen' but no weight is bound: use loss.bind\(head.weight\), or cost='current'"),
         (EMO(cost=torch.ones(V + 1, 2, dtype=torch.float64)), {}, "cost has 38 rows but the head 37 tokens"),
         (ForwardKL(), {}, r"ForwardKL compares with a teacher: pass teacher=\(hidden, head\)"),
-        *((loss, {"teacher": LARGER}, "teacher's head has 38 tokens") for loss in (ForwardKL(), ReverseKL(), JSD())),
-        *((loss, {"teacher": SHORTER}, r"shape \(2, ") for loss in (ForwardKL(), ReverseKL(), JSD())),
+        *(
+            (loss, {"teacher": LARGER}, "teacher's head has 38 tokens")
+            for loss in DIVERGENCES
+        ),
+        *((loss, {"teacher": SHORTER}, r"shape \(2, ") for loss in DIVERGENCES),
         (Focal(), {"reduction": "average"}, "reduction is 'average': choose 'mean', 'sum' or 'none'"),
     ],
 )
@@ -958,7 +968,7 @@ def test_gradients_that_are_constants_are_those_of_the_graph(monkeypatch, loss, 
 )
 def test_float16_gradients_are_scaled_by_a_power_of_two(weight):
     """What token weights are divided by, and gradients multiplied by, rounds nothing; it is within a factor of 2."""
-    unit = float(_unit(weight, torch.float16))
+    unit = float(unit_of(weight, torch.float16))
     largest = float(torch.as_tensor(weight).abs().max()) if torch.as_tensor(weight).numel() else 0.0
     assert math.frexp(unit)[0] == 0.5 and (unit <= largest < 2 * unit or (unit == 1 and largest == 0))
-    assert _unit(weight, torch.bfloat16) == 1
+    assert unit_of(weight, torch.bfloat16) == 1

@@ -33,7 +33,7 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
-from hf_xent.ops.chunked import _Buffers
+from hf_xent.ops.chunked import Buffers
 from hf_xent.ops.matmul import matmul_into
 from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
@@ -834,15 +834,15 @@ def test_rows_of_a_gpu_are_padded_where_its_loads_need_it():
         rows = problem.rows()
         assert len(rows) == 3
         for part in rows:
-            for z in _Buffers(problem, rows).load(part):
+            for z in Buffers(problem, rows).load(part):
                 assert z.shape == (part.stop - part.start, V) and z.stride() == (stride, 1)
     panels = planned(300, 777, 8, budget=300 * 300 * 2)
     tiles = [
-        _Buffers(panels, [slice(0, 300)], panels.columns()).load(slice(0, 300), cols)[0] for cols in panels.columns()
+        Buffers(panels, [slice(0, 300)], panels.columns()).load(slice(0, 300), cols)[0] for cols in panels.columns()
     ]
     assert [(*z.shape, *z.stride()) for z in tiles] == [(300, 256, 256, 1)] * 3 + [(300, 9, 256, 1)]
     on_cpu = planned(6, 131, 8, device="cpu", payload=True)
-    assert all(z.is_contiguous() for z in _Buffers(on_cpu, on_cpu.rows()).load(slice(0, 6)))
+    assert all(z.is_contiguous() for z in Buffers(on_cpu, on_cpu.rows()).load(slice(0, 6)))
 
 
 @pytest.mark.parametrize("uses", LOSSES, ids="+".join)
@@ -851,7 +851,7 @@ def test_rows_of_a_gpu_are_padded_where_its_loads_need_it():
 @pytest.mark.parametrize("head", ("plain", "bias", "softcap"))
 def test_padded_rows_change_nothing(monkeypatch, device, mode, dtype, uses, head):
     """What lies between the rows is NaN, and comes into no number."""
-    monkeypatch.setattr(_Buffers, "_stride", lambda self, width: width + 27)
+    monkeypatch.setattr(Buffers, "_stride", lambda self, width: width + 27)
     payload = 5 if "payload" in uses else None
     case = make(
         19, 37, 18, D2=payload, bias=head == "bias", dtype=dtype, device=device, **(SOFT if head == "softcap" else {})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats
 from ..ops.dispatch import stream_stats
+from ..ops.pairs import stream_pairs
 from ..ops.request import Request
 from ..options.ranges import check_number
 from .base import Loss, apply_weights
@@ -65,3 +66,28 @@ class Distillation(Loss):
     def student_stats(hidden: Tensor, head: Head, labels: Tensor, request: Request) -> Stats:
         """Detached statistics of the student at temperature 1."""
         return stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
+
+
+@dataclass(frozen=True)
+class RowDivergence(Distillation):
+    """Base of the divergences that need whole rows of both models' logits: `divergence` is all that differs."""
+
+    uses = ()
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence [N] of logits [N, V], differentiable by the student's; banned tokens (-inf) add nothing."""
+        raise NotImplementedError
+
+    def per_token(
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+    ) -> tuple[Tensor, Stats]:
+        """One visit of both models; statistics are the student's at temperature 1."""
+        teacher_hidden, teacher_head = self.frozen_teacher(teacher, head)
+
+        def loss(student: Tensor, teacher: Tensor) -> Tensor:
+            return self.temperature**2 * self.divergence(student / self.temperature, teacher)
+
+        total, stats = stream_pairs(loss, hidden, head, labels, (teacher_hidden, teacher_head), request, weight)
+        if "lse" not in stats.values:  # the rows were mapped
+            stats.values |= self.student_stats(hidden, head, labels, request).values
+        return total, stats

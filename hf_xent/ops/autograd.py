@@ -138,16 +138,18 @@ class _Eager(torch.autograd.Function):
                 return [objective.value(rows, recomputed)]
 
             return None, None, None, None, *higher.gradients(problem, loss_sum, (upstream,))
-        upstream = upstream * objective.unit
-        if not len(labels):  # zeros; upstream is infinite if the caller divided by the number of tokens
-            pass
-        elif upstream.device.type != "cpu" or upstream != 1:
-            # unless the graph is kept for another backward, its buffers can be scaled in place
-            keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-            grads = [None if g is None else _scaled(g, upstream, in_place=not keep_graph) for g in grads]
-        elif torch._C._autograd._get_current_graph_task_keep_graph():
-            grads = [None if g is None else g.clone() for g in grads]  # the next backward would add to these
-        return None, None, None, None, *grads
+        return None, None, None, None, *scaled(grads, upstream * objective.unit, empty=not len(labels))
+
+
+def scaled(grads: list[Tensor | None], upstream: Tensor, *, empty: bool) -> list[Tensor | None]:
+    """Ready gradients times one number, in a backward; `empty` if there are no tokens."""
+    if empty:  # zeros; upstream is infinite if the caller divided by the number of tokens
+        return grads
+    # unless the graph is kept for another backward, its buffers can be scaled in place
+    keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+    if upstream.device.type != "cpu" or upstream != 1:
+        return [None if g is None else _scaled(g, upstream, in_place=not keep_graph) for g in grads]
+    return [None if g is None else g.clone() for g in grads] if keep_graph else grads  # the next would add to these
 
 
 def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:

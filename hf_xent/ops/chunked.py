@@ -12,6 +12,7 @@ and once for the gradient, for every loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
@@ -45,7 +46,7 @@ def forward(problem: Problem) -> dict[str, Tensor]:
     if matmuls := _matmuls(problem):
         parts = [_exponentials(matmuls, problem, rows, None).values for rows in problem.rows()]
         return concatenate(parts, problem)
-    buffers = _Buffers(problem, problem.rows())
+    buffers = Buffers(problem, problem.rows())
     parts = [fold(problem, rows, buffers.load(rows), keep=False) for rows in problem.rows()]
     return concatenate(parts, problem)
 
@@ -59,7 +60,7 @@ def backward(
     have no column here. The softmax mass of the columns is added to `share` [N], if any (plain coefficients only).
     """
     all_rows, panels = slice(0, len(problem.labels)), problem.columns()
-    out = _Gradients(problem, [all_rows], panels)
+    out = Gradients(problem, [all_rows], panels)
     coef, labels = coefficients(values, grads, problem.head.vocabulary), problem.label_columns
     if matmuls := _matmuls(problem):
         buffer = matmuls.rows_of(problem.hidden, _longest(panels), len(labels))
@@ -68,7 +69,7 @@ def backward(
             matmuls.dlogits(problem.hidden, problem.head[cols], labels - cols.start, values["lse"], coef, dz, share)
             out.push(all_rows, cols, dz, None, coef, None)
         return out.finish()
-    buffers = _Buffers(problem, [all_rows], panels)
+    buffers = Buffers(problem, [all_rows], panels)
     for cols in panels:
         z, pay = buffers.load(all_rows, cols)
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
@@ -84,11 +85,10 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    most = MAX_LOW_PRECISION_SUMS if problem.hidden.device.type == "cpu" else GPU_LOW_PRECISION_SUMS
-    if wide(problem.hidden.dtype) != problem.hidden.dtype and len(chunks) > most:
+    if len(chunks) > most_chunks(problem.hidden):
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
-    out, parts = _Gradients(problem, chunks, [all_columns]), []
+    out, parts = Gradients(problem, chunks, [all_columns]), []
     plain, size = set(uses) <= {"lse", "target"}, problem.head.vocabulary
     if plain and (matmuls := _matmuls(problem)):
         buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
@@ -103,7 +103,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
             out.push(rows, all_columns, e, None, coef, factor)
             parts.append(values)
         return concatenate(parts, problem), out.finish()
-    buffers = _Buffers(problem, chunks)
+    buffers = Buffers(problem, chunks)
     plain = plain and problem.head.softcap is None
     softmax = plain and not has_kernels(buffers.z)  # a kernel computes p again as it reads
     for rows in chunks:
@@ -123,6 +123,13 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
         out.push(rows, all_columns, z, pay, coef, factor)
         parts.append(values)
     return concatenate(parts, problem), out.finish()
+
+
+def most_chunks(hidden: Tensor) -> float:
+    """The most chunks whose weight gradients may be summed in their own dtype."""
+    if wide(hidden.dtype) == hidden.dtype:
+        return math.inf
+    return MAX_LOW_PRECISION_SUMS if hidden.device.type == "cpu" else GPU_LOW_PRECISION_SUMS
 
 
 def _exponentials(matmuls: ModuleType, problem: Problem, rows: slice, e: Tensor | None) -> Any:
@@ -171,7 +178,7 @@ def _softmax_rows(
             sums = _exponentials(matmuls, problem, rows, e)
             yield rows, sums.values, e, None, sums.total
         return
-    buffers = _Buffers(problem, chunks)
+    buffers = Buffers(problem, chunks)
     softmax = not has_kernels(buffers.z)
     for rows in chunks:
         z, _ = buffers.load(rows)
@@ -202,7 +209,7 @@ def _matmul_kernels(device: torch.device) -> ModuleType | None:
     return matmuls
 
 
-class _Buffers:
+class Buffers:
     """Preallocated memory for the logits of one tile, and for those of the payload."""
 
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice] | None = None):
@@ -233,7 +240,7 @@ class _Buffers:
         return width if loose else -(-width // PADDED) * PADDED
 
 
-class _Gradients:
+class Gradients:
     """The gradients, accumulated over tiles: the first tile of a row or column writes, the others add.
 
     Rows of the hidden gradient are summed over column panels, in a wide dtype if there are several; columns of the
@@ -256,11 +263,17 @@ class _Gradients:
         return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
     def push(
-        self, rows: slice, cols: slice, dz: Tensor, dpay: Tensor | None, coef: Coefficients, factor: Tensor | None
+        self,
+        rows: slice,
+        cols: slice,
+        dz: Tensor,
+        dpay: Tensor | None = None,
+        coef: Coefficients | None = None,
+        factor: Tensor | None = None,
     ) -> None:
         """Apply the chain rule of the head to one tile; `factor` [n, 1], if any, is left out of the rows of `dz`."""
         self._add_head("", rows, cols, dz, factor, self.problem.hidden, self.problem.head)
-        if dpay is not None and self.problem.payload is not None and coef.d is not None:
+        if dpay is not None and self.problem.payload is not None and coef is not None and coef.d is not None:
             self._add_head("payload_", rows, cols, dpay, None, *self.problem.payload)
 
     def _add_head(

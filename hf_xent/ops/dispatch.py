@@ -49,7 +49,7 @@ def stream_stats(
     """`vocab_stats` with a request for its keywords; `outputs` names the statistics, `request.observe` is not read."""
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
-    problem = _problem(rows, outputs, payload, request, backend)
+    problem = problem_of(rows, outputs, payload, request, backend)
     values = recompute(backend, problem)
     return rows.scatter(values)
 
@@ -68,7 +68,7 @@ def stream_loss(
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = replace(
-        _problem(rows, (*loss.uses, *request.observe), payload, request, backend),
+        problem_of(rows, (*loss.uses, *request.observe), payload, request, backend),
         tail=request.tail,
     )
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
@@ -90,7 +90,7 @@ class _WeightedSum:
     def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         self.loss, self.uses, self.labels = loss, loss.uses, problem.labels
         self.weight = weight if isinstance(weight, Tensor) and weight.ndim else [weight]
-        self.unit = _unit(weight, problem.hidden.dtype)
+        self.unit = unit_of(weight, problem.hidden.dtype)
         self.parts: list[Tensor] = []
         self.sums = [torch.zeros((), dtype=wide(problem.hidden.dtype), device=problem.hidden.device)]
 
@@ -162,7 +162,7 @@ def _slopes(loss: Any) -> dict[str, float]:
     return {name: float(slope) for name, slope in zip(leaves, slopes, strict=True)}
 
 
-def _unit(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+def unit_of(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
     """The largest token weight, rounded down to a power of two: float16 gradients are divided by it at first.
 
     Weights of 1 / (number of tokens) would push them below the range of float16, and a GradScaler's factor, which comes
@@ -195,7 +195,7 @@ def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
         raise ValueError(f"tail is {tail} but the head is split over {head.shard.group.size()} ranks: pass tail=0")
 
 
-def _problem(
+def problem_of(
     rows: Rows, outputs: tuple[str, ...], payload: Payload | None, request: Request, backend: ModuleType
 ) -> Problem:
     """The problem that a backend gets: the operands of these rows, and what it has to compute."""
@@ -212,7 +212,7 @@ def _problem(
         raise ValueError(f"{cause} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
     computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
-        payload = _payload(rows, payload)
+        payload = payload_of(rows, payload)
     itemsize = rows.hidden.element_size() * (1 if payload is None else 2)
     problem = Problem(
         hidden=rows.hidden.contiguous(),
@@ -228,7 +228,7 @@ def _problem(
     return replace(problem, needs=frozenset(needs))
 
 
-def _payload(rows: Rows, payload: Payload) -> Payload:
+def payload_of(rows: Rows, payload: Payload) -> Payload:
     """The valid rows of the payload's hidden states and its head, checked against the first head."""
     hidden, head = payload
     check_head(hidden, head)

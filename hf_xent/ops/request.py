@@ -64,7 +64,7 @@ def default_budget(head: Head, tokens: int, itemsize: int) -> int:
     """Bytes of logits in memory at a time: half a byte per number in the head, so that they are small beside it.
 
     That is an eighth of a float32 head and gives D / 8 rows per chunk; a 16-bit head gets twice the rows, which its
-    matmuls need. On a CPU at least 24 MiB, and at least 256 float32 rows or 512 of 16 bits: matmuls of fewer are slower.
+    matmuls need. On a CPU at least 24 MiB, and at least 256 float32 rows or 512 of 16 bits, of which matmuls are fast.
 
     Elsewhere GPU_BUDGET, unless that would cut the tokens into more chunks than weight gradients are summed over in
     their own dtype: then as much as so many chunks take, in whole tiles of rows.

@@ -68,7 +68,7 @@ def _folds(
 def _fold_strip(
     problem: Problem, raw: Tensor, labels: Tensor, pay: Tensor | None, *, overwrite: bool
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Statistics of one wide strip, and e and total with p = e / total; with `overwrite`, e takes the place of `raw`."""
+    """Statistics of one wide strip, and e and total of p = e / total; with `overwrite`, e takes the place of `raw`."""
     outputs = problem.outputs
     z = problem.head.activate(raw)
     overwrite = overwrite or z is not raw
@@ -217,10 +217,13 @@ def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
         total.addmv_(strip.T, weights[span].to(total.dtype))
 
 
-def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row strips of z, with their rows in a wide dtype: the rows of z, or a copy that the next strip overwrites."""
+def strips(z: Tensor, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """Row strips of z, with their rows in a wide dtype: the rows of z, or a copy that the next strip overwrites.
+
+    Of work that holds several tensors like a strip, `parts` tells how many fit the cache together.
+    """
     scratch = None
-    for span in _spans(z):
+    for span in _spans(z, parts):
         strip = z[span]
         if z.dtype != wide(z.dtype):
             scratch = torch.empty_like(strip, dtype=wide(z.dtype)) if scratch is None else scratch
@@ -228,9 +231,9 @@ def strips(z: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield span, strip
 
 
-def _spans(z: Tensor) -> Iterator[slice]:
+def _spans(z: Tensor, parts: int = 1) -> Iterator[slice]:
     """The rows of each strip."""
-    budget = STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES
+    budget = (STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES) // parts
     step = max(1, budget // (z.shape[1] * 4))
     return (slice(i, i + step) for i in range(0, z.shape[0], step))
 
