@@ -30,10 +30,12 @@ from hf_xent.losses import (
 )
 from hf_xent.losses.base import Loss
 from hf_xent.losses.comp_sum import TANGENT_FROM
-from hf_xent.ops import STATISTICS, Head, Stats, vocab_loss, vocab_stats
+from hf_xent.ops import STATISTICS, Head, Stats, pairs, vocab_loss, vocab_stats
+from hf_xent.ops.chunked import MAX_LOW_PRECISION_SUMS
 from hf_xent.ops.dispatch import unit_of
+from hf_xent.ops.pairs import stream_pairs
 from hf_xent.ops.request import Request
-from support.oracle import assert_close_at_scale, assert_no_worse
+from support.oracle import Largest, assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6
 SETTINGS = {  # more than the defaults, with which every registered loss is tried
@@ -919,10 +921,7 @@ SHORTER = (torch.zeros(2, 3, 3).double(), Head(torch.ones(V, 3).double()))
         (EMO(), {}, r"cost is 'frozen' but no weight is bound: use loss.bind\(head.weight\), or cost='current'"),
         (EMO(cost=torch.ones(V + 1, 2, dtype=torch.float64)), {}, "cost has 38 rows but the head 37 tokens"),
         (ForwardKL(), {}, r"ForwardKL compares with a teacher: pass teacher=\(hidden, head\)"),
-        *(
-            (loss, {"teacher": LARGER}, "teacher's head has 38 tokens")
-            for loss in DIVERGENCES
-        ),
+        *((loss, {"teacher": LARGER}, "teacher's head has 38 tokens") for loss in DIVERGENCES),
         *((loss, {"teacher": SHORTER}, r"shape \(2, ") for loss in DIVERGENCES),
         (Focal(), {"reduction": "average"}, "reduction is 'average': choose 'mean', 'sum' or 'none'"),
     ],
@@ -972,3 +971,35 @@ def test_float16_gradients_are_scaled_by_a_power_of_two(weight):
     largest = float(torch.as_tensor(weight).abs().max()) if torch.as_tensor(weight).numel() else 0.0
     assert math.frexp(unit)[0] == 0.5 and (unit <= largest < 2 * unit or (unit == 1 and largest == 0))
     assert unit_of(weight, torch.bfloat16) == 1
+
+
+# --- whole rows of two models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [JSD(beta=0.3), TotalVariation()], ids=repr)
+def test_whole_rows_of_two_models_are_never_all_in_memory(loss, monkeypatch):
+    """Of 200 tokens no tensor has more than a few rows of the vocabulary, and each is computed once."""
+    p = problem(labels=torch.randint(V, (200,)))
+    rows = []
+    counted = lambda *args: rows.append(len(args[0])) or type(loss).divergence(loss, *args)  # noqa: E731
+    monkeypatch.setattr(pairs, "map_logits", None)  # which would compute them twice
+    object.__setattr__(loss, "divergence", counted)
+    with Largest() as largest:
+        loss(p.hidden, p.head, p.labels, teacher=p.teacher, memory_budget=10 * V * 8).backward()
+    assert sum(rows) == 200 and max(rows) <= 5
+    assert largest.numel <= 200 * D
+
+
+def test_low_precision_sums_of_whole_rows_are_few():
+    """A weight gradient in bfloat16 is rounded at most 16 times, whatever the budget."""
+    hidden, weight = (torch.randn(n, D).bfloat16() for n in (40, V))
+    calls = []
+
+    def divergence(student, teacher):
+        calls.append(len(student))
+        return (student - teacher).square().sum(-1)
+
+    args = hidden.requires_grad_(), Head(weight.requires_grad_()), torch.zeros(40, dtype=torch.long)
+    total, stats = stream_pairs(divergence, *args, (hidden, Head(weight)), Request(("top",), memory_budget=1))
+    assert sum(calls) == 40 and len(calls) <= MAX_LOW_PRECISION_SUMS
+    assert total == 0 and torch.equal(stats.top, args[1].logits(hidden).argmax(-1))

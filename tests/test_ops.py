@@ -29,6 +29,7 @@ from hf_xent.ops import (
     dense_stats,
     map_logits,
     merge,
+    tiles,
     vocab_loss,
     vocab_stats,
 )
@@ -650,6 +651,34 @@ def test_ties(impl, device, dtype):
     z = hidden @ weight[:35].T
     assert torch.equal(stats.top, z.argmax(-1))
     assert torch.equal(stats.rank, 2 * (z > z.gather(1, labels[:, None] % 35)).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", (1, 511, 1023, 1024, 1025, 3 * 512 + 7))
+def test_argmax_by_blocks(size, dtype):
+    """The maximum and its first column, as torch's argmax: ties within and across blocks, NaN, rows of -inf."""
+    z = torch.randint(-3, 4, (64, size)).to(dtype)
+    z[0], z[1, size // 2], z[2, -1], z[3] = -torch.inf, torch.nan, 9.0, 5.0
+    m, top = tiles._argmax(z)
+    assert torch.equal(top, z.argmax(-1))
+    assert torch.equal(m.nan_to_num(nan=99.0), z.amax(-1).nan_to_num(nan=99.0))
+
+
+def test_a_long_row_is_summed_precisely():
+    """Gemma's vocabulary in float32: torch's softmax alone, which sums in order, errs ten times as much."""
+    hidden, weight = torch.randn(4, 3), torch.randn(262144, 3) * 0.1
+    exact = vocab_stats(hidden.double(), Head(weight.double()), torch.arange(4), outputs=("lse",), impl="reference").lse
+    found = vocab_stats(hidden, Head(weight), torch.arange(4), outputs=("lse",), impl="chunked").lse
+    assert (found - exact).abs().max() < 4e-6
+
+
+def test_rows_of_extreme_logits():
+    """Labels whose probability underflows, and a logit that leaves nothing to the others."""
+    weight = torch.tensor([[200.0], [0.0], [-200.0]])
+    hidden = torch.tensor([[1.0], [1.0], [-1.0], [0.0]])
+    labels = torch.tensor([2, 0, 0, 1])
+    nll = vocab_stats(hidden, Head(weight), labels, outputs=("lse", "target"), impl="chunked").nll
+    torch.testing.assert_close(nll, torch.tensor([400.0, 0.0, 400.0, 1.0986123]))
 
 
 # ---- the monoid -----------------------------------------------------------------------------------------------------
