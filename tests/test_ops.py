@@ -34,7 +34,7 @@ from hf_xent.ops import (
     vocab_stats,
 )
 from hf_xent.ops.algebra import finish
-from hf_xent.ops.chunked import Buffers
+from hf_xent.ops.buffers import Buffers
 from hf_xent.ops.matmul import matmul_into
 from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget

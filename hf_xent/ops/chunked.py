@@ -22,23 +22,19 @@ import torch
 from torch import Tensor
 
 from .algebra import Coefficients, coefficients, row_factor
+from .buffers import Buffers, Gradients, longest
 from .gpu.launch import can_launch
-from .head import Head
-from .matmul import matmul_into, project
-from .problem import TENSORS, Problem, Upstream
+from .problem import Problem, Upstream
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
-from .tiles import add_columns, add_label_term_, add_rows, concatenate, dlogits_, fold, has_kernels, softmax_
+from .tiles import add_columns, add_label_term_, concatenate, dlogits_, fold, has_kernels, softmax_
 
 # The most chunks whose weight gradients are summed in the weight's dtype; each rounds the sum again. Measured on 2044
 # real tokens of SmolLM2 in bfloat16, error of the weight gradient over that of dense torch: 1.04 for 4 chunks, 1.12 for
 # 16, 1.20 for 32 (the rounding of the logits and of their gradient matters more). A GPU takes more, since its matmuls
 # do not round the logits: 0.76 for 16 chunks of 8192 realistic tokens, Gemma 2's shape (benchmarks/results/h200).
 MAX_LOW_PRECISION_SUMS, GPU_LOW_PRECISION_SUMS = 16, 32
-# Rows of logits whose length is a multiple of LOADED numbers are aligned for the widest loads of a GPU, and so are they
-# for its matmuls; others, such as the 50257 of GPT-2, are padded to a multiple of PADDED, a line of its cache.
-LOADED, PADDED = 16, 64
 
 
 def forward(problem: Problem) -> dict[str, Tensor]:
@@ -63,7 +59,7 @@ def backward(
     out = Gradients(problem, [all_rows], panels)
     coef, labels = coefficients(values, grads, problem.head.vocabulary), problem.label_columns
     if matmuls := _matmuls(problem):
-        buffer = matmuls.rows_of(problem.hidden, _longest(panels), len(labels))
+        buffer = matmuls.rows_of(problem.hidden, longest(panels), len(labels))
         for cols in panels:
             dz = buffer[:, : cols.stop - cols.start]
             matmuls.dlogits(problem.hidden, problem.head[cols], labels - cols.start, values["lse"], coef, dz, share)
@@ -85,13 +81,14 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    if len(chunks) > most_chunks(problem.hidden):
+    sums = len(chunks) * (2 if "payload_weight" in problem.tied else 1)
+    if sums > most_chunks(problem.hidden):
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = Gradients(problem, chunks, [all_columns]), []
     plain, size = set(uses) <= {"lse", "target"}, problem.head.vocabulary
     if plain and (matmuls := _matmuls(problem)):
-        buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
+        buffer = matmuls.rows_of(problem.hidden, problem.head.size, longest(chunks))
         for rows in chunks:
             e = buffer[: rows.stop - rows.start]
             sums = _exponentials(matmuls, problem, rows, e)
@@ -138,10 +135,6 @@ def _exponentials(matmuls: ModuleType, problem: Problem, rows: slice, e: Tensor 
     return matmuls.exponentials(problem.hidden[rows], problem.head, columns, problem.outputs, e)
 
 
-def _longest(slices: list[slice]) -> int:
-    return max((s.stop - s.start for s in slices), default=0)
-
-
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     """Statistics, coefficients, and the sums over every column that `tail` needs, in one visit."""
     dtype, size = wide(problem.hidden.dtype), problem.head.size
@@ -172,7 +165,7 @@ def _softmax_rows(
     """Chunk by chunk: rows, statistics, z, lse and divisor, with p = e^(z - lse); without lse, p = z / divisor."""
     chunks = problem.rows()
     if matmuls := _matmuls(problem):
-        buffer = matmuls.rows_of(problem.hidden, problem.head.size, _longest(chunks))
+        buffer = matmuls.rows_of(problem.hidden, problem.head.size, longest(chunks))
         for rows in chunks:
             e = buffer[: rows.stop - rows.start]
             sums = _exponentials(matmuls, problem, rows, e)
@@ -207,94 +200,3 @@ def _matmul_kernels(device: torch.device) -> ModuleType | None:
     from .gpu import matmuls  # imported here: triton is optional, and slow to import
 
     return matmuls
-
-
-class Buffers:
-    """Preallocated memory for the logits of one tile, and for those of the payload."""
-
-    def __init__(self, problem: Problem, rows: list[slice], cols: list[slice] | None = None):
-        self.problem = problem
-        cols = cols or [slice(0, problem.head.size)]
-        self.stride = self._stride(_longest(cols))
-        size = _longest(rows) * self.stride
-        self.z = problem.hidden.new_empty(size)
-        self.pay = None if problem.payload is None else problem.payload[0].new_empty(size)
-
-    def load(self, rows: slice, cols: slice | None = None) -> tuple[Tensor, Tensor | None]:
-        """The raw products (before scale and softcap) of a tile; they overwrite those of the previous tile."""
-        problem, cols = self.problem, cols or slice(0, self.problem.head.size)
-        z = project(problem.hidden[rows], problem.head[cols], self._tile(self.z, rows, cols))
-        if problem.payload is None or self.pay is None:
-            return z, None
-        return z, project(problem.payload[0][rows], problem.payload[1][cols], self._tile(self.pay, rows, cols))
-
-    def _tile(self, memory: Tensor, rows: slice, cols: slice) -> Tensor:
-        """The beginning of the memory in the shape of a tile."""
-        count, width = rows.stop - rows.start, cols.stop - cols.start
-        stride = width if memory.device.type == "cpu" else self.stride
-        return memory[: count * stride].view(count, stride)[:, :width]
-
-    def _stride(self, width: int) -> int:
-        """From one row of a tile to the next: rows of a GPU begin where its widest loads and stores can."""
-        loose = self.problem.hidden.device.type == "cpu" or width % LOADED == 0
-        return width if loose else -(-width // PADDED) * PADDED
-
-
-class Gradients:
-    """The gradients, accumulated over tiles: the first tile of a row or column writes, the others add.
-
-    Rows of the hidden gradient are summed over column panels, in a wide dtype if there are several; columns of the
-    weight gradient are summed over row chunks, in the weight's dtype.
-    """
-
-    def __init__(self, problem: Problem, rows: list[slice], cols: list[slice]):
-        self.problem = problem
-        self.last_panel = cols[-1]
-        self.tensors = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
-        self.sums = {name: self._new_sum(name, not rows, len(cols) > 1) for name in problem.needs}
-
-    def _new_sum(self, name: str, empty: bool, several: bool) -> Tensor:
-        """A tensor for one sum; `empty` if there are no rows, `several` if there is more than one column panel."""
-        tensor = self.tensors[name]
-        keep = "weight" in name or name == "adapter" or ("hidden" in name and not several)
-        dtype = tensor.dtype if keep else wide(tensor.dtype)
-        # those of the payload are not written if no upstream gradient reaches it
-        allocate = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
-        return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-
-    def push(
-        self,
-        rows: slice,
-        cols: slice,
-        dz: Tensor,
-        dpay: Tensor | None = None,
-        coef: Coefficients | None = None,
-        factor: Tensor | None = None,
-    ) -> None:
-        """Apply the chain rule of the head to one tile; `factor` [n, 1], if any, is left out of the rows of `dz`."""
-        self._add_head("", rows, cols, dz, factor, self.problem.hidden, self.problem.head)
-        if dpay is not None and self.problem.payload is not None and coef is not None and coef.d is not None:
-            self._add_head("payload_", rows, cols, dpay, None, *self.problem.payload)
-
-    def _add_head(
-        self, prefix: str, rows: slice, cols: slice, dz: Tensor, factor: Tensor | None, hidden: Tensor, head: Head
-    ) -> None:
-        """The same for one of the heads, whose tensors have names with `prefix`; `factor` [n, 1], if any, scales dz."""
-        for name, (matrix, features) in head.matrices.items():
-            if prefix + "hidden" in self.sums:
-                dh = self.sums[prefix + "hidden"][rows, features]
-                matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
-                if factor is not None and cols == self.last_panel:
-                    dh.mul_(factor)
-            if prefix + name in self.sums:
-                side = hidden[rows, features]
-                side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
-                matmul_into(self.sums[prefix + name][cols], dz.T, side, first=rows.start == 0)
-        if prefix + "bias" in self.sums:
-            db = self.sums[prefix + "bias"][cols]
-            ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor
-            add_rows(db, dz, ones.squeeze(-1))
-
-    def finish(self) -> dict[str, Tensor]:
-        """The sums, each in the dtype of the tensor that it is the gradient of."""
-        return {name: total.to(self.tensors[name].dtype) for name, total in self.sums.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import chunked, higher
 from .autograd import scaled
+from .buffers import Buffers, Gradients
 from .dispatch import payload_of, problem_of, unit_of
 from .functional import map_logits
 from .head import Head, Payload
@@ -120,7 +121,7 @@ def _visit(
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """Statistics, losses [N] and the weighted sum's gradients."""
     chunks, columns, alone = _chunks(problem), slice(0, problem.head.size), replace(problem, payload=None)
-    buffers, out = chunked.Buffers(problem, chunks), chunked.Gradients(problem, chunks, [columns])
+    buffers, out = Buffers(problem, chunks), Gradients(problem, chunks, [columns])
     parts, losses = [], [weight.new_empty(0, dtype=problem.payload[0].dtype)]  # type: ignore[index]
     for rows in chunks:
         products, second = buffers.load(rows)
