@@ -16,6 +16,7 @@ from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
 from hf_xent.trainers.noise import noise_scale, strengths
 from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
 from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
+from support.oracle import Allocations
 
 
 @pytest.fixture(scope="module")
@@ -143,16 +144,26 @@ def dense_step(model, inputs, options, chosen):
 def test_disagreement_is_that_of_dense_logits(softcap):
     """With a softcap the logits are not linear in the hidden states, so that two passes have no common mean."""
     hidden = [torch.randn(7, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    head, labels = Head(torch.randn(V, 32, dtype=torch.float64), softcap=softcap), torch.randint(V, (7,))
+    weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((V, 32), (V,)))
+    head, labels, leaves = Head(weight, bias, softcap=softcap), torch.randint(V, (7,)), [*hidden, weight, bias]
     z = [head.logits(h).log_softmax(-1) for h in hidden]
     kl = lambda p, q: F.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # noqa: E731
     expected = (kl(z[0], z[1]) + kl(z[0], z[2])) / 2, kl(z[2], z[1])
     found = disagreement([(h, head) for h in hidden], labels)
     for ours, dense in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, dense)
-        grads = (torch.autograd.grad(x.sum(), hidden, allow_unused=True, retain_graph=True) for x in (ours, dense))
+        grads = (torch.autograd.grad(x.sum(), leaves, allow_unused=True, retain_graph=True) for x in (ours, dense))
         for mine, theirs in zip(*grads, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_disagreement_has_one_weight_gradient_a_call():
+    """One of both noisy passes' lse, and one of each expected logit."""
+    hidden = [torch.randn(7, 30, requires_grad=True) for _ in range(3)]
+    head, labels = Head(torch.randn(V, 30, requires_grad=True)), torch.randint(V, (7,))
+    with Allocations() as made:
+        sum(x.sum() for x in disagreement([(h, head) for h in hidden], labels)).backward()
+    assert made.shapes[V, 30] == 3
 
 
 @pytest.mark.parametrize(

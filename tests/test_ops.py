@@ -39,7 +39,7 @@ from hf_xent.ops.matmul import matmul_into
 from hf_xent.ops.problem import Problem, pieces
 from hf_xent.ops.request import IMPLS, Request, default_budget
 from hf_xent.ops.rows import Rows, refuse_capture
-from support.oracle import Case, Largest, Polynomial, assert_no_worse, gradients, make
+from support.oracle import Allocations, Case, Largest, Polynomial, assert_no_worse, gradients, make
 
 MODES = ("recompute", "eager")
 DTYPES = (torch.float64, torch.float32)
@@ -173,6 +173,46 @@ def test_backends_compute_what_is_needed(impl, device, monkeypatch):
     monkeypatch.setattr(backend, "backward", lambda *problem: found.append(backward(*problem)) or found[-1])
     gradients(ours(case, impl, Polynomial(DIFFERENTIABLE), "recompute")[1], case.leaves)
     assert [set(out) for out in found] == [{"hidden", "bias", "payload_weight", "payload_bias"}]
+
+
+def tied(case: Case) -> Case:
+    """The same problem with a payload whose head has the very tensors of the first."""
+    shared = {f"payload_{name}": case.tensors[name] for name in ("weight", "bias") if name in case.tensors}
+    return replace(case, tensors={**case.tensors, **shared})
+
+
+@pytest.mark.parametrize(
+    "frozen", [(), ("weight",), ("bias",), ("hidden", "bias"), ("hidden", "payload_hidden")], ids=str
+)
+@pytest.mark.parametrize("uses", [("payload",), ("lse",), DIFFERENTIABLE], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_payload_with_the_same_head(impl, device, mode, uses, frozen):
+    """First and second derivatives of several chunks and panels; one gradient serves both heads."""
+    N, V = 9, 50
+    case = tied(make(N, V, 6, D2=6, device=device, ignore=lambda rows: rows == 2, **SOFT).frozen(*frozen))
+    loss, leaves = Polynomial(uses), list(dict.fromkeys(case.leaves))
+    values, weight = case.dense()
+    dense = (loss.of(Stats(values, case.labels, weight != 0)) * weight).sum()
+    total = ours(case, impl, loss, mode, outputs=("payload",), memory_budget=2 * 4 * V * 8)[1]
+    torch.testing.assert_close(gradients(total, leaves, retain_graph=True), gradients(dense, leaves, retain_graph=True))
+    first = [torch.autograd.grad(x, leaves, create_graph=True, allow_unused=True) for x in (total, dense)]
+    penalties = [sum(g.square().sum() for g in grads if g is not None) for grads in first]
+    found, truth = (gradients(penalty, leaves) for penalty in penalties)
+    torch.testing.assert_close(found, truth)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("same", [True, False])
+def test_one_weight_gradient_for_a_payload_with_the_same_head(device, mode, bias, same):
+    """Two heads have two; that the meter counts them shows that it works."""
+    N, V, D = 40, 60, 7
+    case = make(N, V, D, D2=D, bias=bias, dtype=torch.float32, device=device)
+    case = tied(case) if same else case
+    with Allocations() as made:
+        total = ours(case, "chunked", Polynomial(("entropy", "payload")), mode, memory_budget=2 * 8 * V * 4)[1]
+        total.backward()
+    assert made.shapes[V, D] == (1 if same else 2)
 
 
 @pytest.mark.parametrize("mode", MODES)

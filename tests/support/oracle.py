@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -174,4 +175,26 @@ class Largest(TorchDispatchMode):
             # meta tensors have no values, bytes are the interpreter copying its arguments
             if isinstance(tensor, Tensor) and tensor.dtype != torch.uint8 and not tensor.is_meta:
                 self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+class Allocations(TorchDispatchMode):
+    """How many tensors of each shape operations returned, without views and what they wrote in place.
+
+    Sums do not count: autograd adds gradients up in place, except while such a mode watches.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {x.untyped_storage().data_ptr() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
+        out = func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor:
+            return out
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.shapes[tuple(tensor.shape)] += 1
         return out
