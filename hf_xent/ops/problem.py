@@ -19,9 +19,8 @@ ALIGNMENT = 16  # of rows or columns: matmul kernels work on multiples of it
 TILE = (
     128  # rows or columns of a tile in the matmul kernels of accelerators; what exceeds whole tiles costs a tile more
 )
-# The most columns of a panel on a CPU, where wider ones mostly take memory: 49152 at once are 2 % faster for 512 tokens
-# of SmolLM2's head, and 7 % for 16.
-COLUMNS = 4096
+# The most columns of a panel on a CPU: of 1024 tokens, wider ones take memory and no less time
+COLUMNS = 8192
 TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
 Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
 """(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once per chunk, in order."""
