@@ -158,12 +158,12 @@ def test_disagreement_is_that_of_dense_logits(softcap):
 
 
 def test_disagreement_has_one_weight_gradient_a_call():
-    """One of both noisy passes' lse, and one of each expected logit."""
+    """One of each noisy pass's lse, and one of each expected logit, although that has two heads."""
     hidden = [torch.randn(7, 30, requires_grad=True) for _ in range(3)]
     head, labels = Head(torch.randn(V, 30, requires_grad=True)), torch.randint(V, (7,))
     with Allocations() as made:
         sum(x.sum() for x in disagreement([(h, head) for h in hidden], labels)).backward()
-    assert made.shapes[V, 30] == 3
+    assert made.shapes[V, 30] == 4
 
 
 @pytest.mark.parametrize(
@@ -405,8 +405,7 @@ def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
         train_sampling_strategy="sequential", logging_steps=4 // accumulation,
     )  # fmt: skip
     assert all(p.isfinite().all() for p in trainer.model.parameters()) and losses_of(trainer)[0] > 0
-    # noise of a thousandth leaves a divergence of the size of rounding
-    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] > -1e-6
+    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] >= 0
 
 
 @pytest.mark.parametrize(

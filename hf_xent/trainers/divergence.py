@@ -18,8 +18,6 @@ def disagreement(
 ) -> tuple[Tensor, Tensor]:
     """NoiseFiT's soft cross-entropy and consistency of a clean and two noisy passes, each in the shape of labels.
 
-    The noisy passes have one head.
-
         soft = 1/2 sum_i KL(p_T || p_i)        consistency = KL(p_2 || p_1)
 
     In version 'v2' both sides of both terms have the temperature T, the terms are multiplied by T^2, and p_T and p_2
@@ -33,8 +31,7 @@ def disagreement(
         teacher, other = ((hidden.detach(), head.detach()) for hidden, head in (teacher, students[1]))
         factor = temperature**2
     request = Request(**options)
-    both = torch.stack([hidden for hidden, _ in students])  # of one head, so one call and one gradient of its weight
-    first, second = stream_stats(both, students[0][1], labels.expand(2, *labels.shape), ("lse",), request).lse
+    first, second = (stream_stats(*student, labels, ("lse",), request).lse for student in students)
     soft = (first + second) / 2 - _expected_logit(teacher, students, labels, request)
     return factor * soft, factor * (first - _expected_logit(other, students[:1], labels, request))
 
