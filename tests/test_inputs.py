@@ -231,3 +231,14 @@ def test_costs_of_objectives(tmp_path):
     )
     text = objectives.page(config)
     assert text.count("| EMO |") == 2 and "V=90, D=32" in text and "python -m benchmarks objectives" in text
+
+
+def test_tables_tell_no_place_on_the_machine(tmp_path, monkeypatch):
+    """A model or text in a folder goes by the folder's name; names of registries and Hub ids stay."""
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.setattr(inputs, "activations", lambda config: {})
+    for model, data, shown in (
+        (f"{tmp_path}/tiny", "pydoc", "tiny on pydoc"),
+        ("a/b", f"{tmp_path}/tiny/", "a/b on tiny"),
+    ):
+        assert inputs._source(BenchConfig(model=model, data=data))[1] == shown

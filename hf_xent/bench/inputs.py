@@ -127,7 +127,12 @@ def _source(config: BenchConfig) -> tuple[dict[str, Tensor], str]:
         return dict(zip(("hidden", "weight", "labels"), tensors, strict=True)), f"{CALIBRATED} to {like}"
     if config.model.endswith(EXPORTED):
         return read_activations(Path(config.model), config.tokens)
-    return activations(config), f"{config.model} on {config.data}"
+    return activations(config), f"{_shown(config.model)} on {_shown(config.data)}"
+
+
+def _shown(name: str) -> str:
+    """The name of a file or folder without its place on this machine; a name or Hub id as it is."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _random(N: int, V: int, D: int, device: str = "cpu") -> dict[str, Tensor]:
