@@ -405,7 +405,8 @@ def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
         train_sampling_strategy="sequential", logging_steps=4 // accumulation,
     )  # fmt: skip
     assert all(p.isfinite().all() for p in trainer.model.parameters()) and losses_of(trainer)[0] > 0
-    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] >= 0
+    # a number, not nan: noise of a thousandth leaves a difference of float32 numbers near 4.6, which round to 5e-7
+    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] > -1e-6
 
 
 @pytest.mark.parametrize(
