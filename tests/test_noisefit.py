@@ -400,13 +400,14 @@ def test_rows_are_repeated_and_what_has_none_is_not():
 def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
     silent = rows.select(range(8)).map(lambda row: {"labels": [-100] * len(row["labels"])})
     mixed = datasets.concatenate_datasets([silent, rows.select(range(8))])
+    # with the default noise the divergence is of the size of rounding here
+    noise = {"noise_std": 5.0} if method == "noisefit" else {}
     trainer = fit(
         tmp_path, mixed, method=method, max_steps=4 // accumulation, gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="sequential", logging_steps=4 // accumulation,
+        train_sampling_strategy="sequential", logging_steps=4 // accumulation, **noise,
     )  # fmt: skip
     assert all(p.isfinite().all() for p in trainer.model.parameters()) and losses_of(trainer)[0] > 0
-    # a number, not nan: noise of a thousandth leaves a difference of float32 numbers near 4.6, which round to 5e-7
-    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] > -1e-6
+    assert method == "rdrop" or trainer.state.log_history[1]["divergence"] >= 0
 
 
 @pytest.mark.parametrize(
