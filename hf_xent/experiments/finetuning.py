@@ -40,7 +40,7 @@ class Run:
     seed: int = option("Seed of batches, dropout and everything else.", 0, min=0, max=2**32 - 1)
     dtype: str = "float32"  # of the model: float32, bfloat16 or float16
     memory_budget: int | None = option(
-        "Bytes of logits in memory at a time [default: half a byte for each number in the head].", None
+        "Bytes of logits in memory at a time [default: half a byte for each number in the head, or more].", None
     )
     tail: float = option(
         "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact.", 0.0

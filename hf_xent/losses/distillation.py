@@ -82,12 +82,9 @@ class RowDivergence(Distillation):
         self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
-        teacher_hidden, teacher_head = self.frozen_teacher(teacher, head)
 
-        def loss(student: Tensor, teacher: Tensor) -> Tensor:
-            return self.temperature**2 * self.divergence(student / self.temperature, teacher)
+        def loss(student: Tensor, tempered: Tensor) -> Tensor:
+            student = student if self.temperature == 1 else student / self.temperature
+            return self.temperature**2 * self.divergence(student, tempered)
 
-        total, stats = stream_pairs(loss, hidden, head, labels, (teacher_hidden, teacher_head), request, weight)
-        if "lse" not in stats.values:  # the rows were mapped
-            stats.values |= self.student_stats(hidden, head, labels, request).values
-        return total, stats
+        return stream_pairs(loss, hidden, head, labels, self.frozen_teacher(teacher, head), request, weight)

@@ -63,7 +63,7 @@ def backward(
         for cols in panels:
             dz = buffer[:, : cols.stop - cols.start]
             matmuls.dlogits(problem.hidden, problem.head[cols], labels - cols.start, values["lse"], coef, dz, share)
-            out.push(all_rows, cols, dz, None, coef, None)
+            out.push(all_rows, cols, dz)
         return out.finish()
     buffers = Buffers(problem, [all_rows], panels)
     for cols in panels:
@@ -81,8 +81,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    sums = len(chunks) * (2 if "payload_weight" in problem.tied else 1)
-    if sums > most_chunks(problem.hidden):
+    if len(chunks) * (2 if "payload_weight" in problem.tied else 1) > most_chunks(problem.hidden):
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = Gradients(problem, chunks, [all_columns]), []
@@ -97,7 +96,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
             if values is not sums.values:  # the sums are over this rank's columns
                 coef = replace(coef, a=coef.a * (sums.values["lse"] - values["lse"]).exp())
             factor = matmuls.add_label_term_(e, problem.head, problem.label_columns[rows], coef, sums)
-            out.push(rows, all_columns, e, None, coef, factor)
+            out.push(rows, all_columns, e, factor=factor)
             parts.append(values)
         return concatenate(parts, problem), out.finish()
     buffers = Buffers(problem, chunks)

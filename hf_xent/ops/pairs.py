@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from . import chunked, higher
-from .autograd import scaled
+from .autograd import output_names, scaled
 from .buffers import Buffers, Gradients
-from .dispatch import payload_of, problem_of, unit_of
+from .dispatch import payload_of, problem_of, stream_stats, unit_of
 from .functional import map_logits
 from .head import Head, Payload
 from .problem import TENSORS, Problem, pieces
 from .request import Request
 from .rows import Rows
-from .statistics import STATISTICS, Stats
+from .statistics import Stats, wide
 from .tiles import concatenate, fold, strips
 
-PARTS = 8  # of a strip's usual size, since autograd keeps about ten tensors like it
+PARTS = 8  # strips are so many times smaller than others, since autograd keeps about ten tensors like one
 
 RowFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits [n, V], the second model's [n, V]) -> [n], all in the dtype of statistics."""
@@ -56,25 +56,23 @@ def stream_pairs(
     Returns:
         The sum, and the statistics that `request.observe` names beside `lse`, `target` and `loss`.
     """
+    outputs = ("lse", "target", *request.observe)
     rows = Rows(hidden, head, labels, request.ignore_index)
-    problem = problem_of(rows, ("lse", "target", *request.observe), None, request, chunked)
+    problem = problem_of(rows, outputs, None, request, chunked)
     problem = replace(problem, payload=payload_of(rows, (second[0].detach(), second[1].detach())))
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
-    one_visit = head.shard is None and not request.unreduced and not higher.under_function_transform(*problem.tensors)
+    if head.shard is None and not request.unreduced and not higher.under_function_transform(*problem.tensors):
+        unit = unit_of(weight, problem.hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, losses, *values = _PairSum.apply(function, problem, weight / unit, unit, *problem.tensors)
+        return total, rows.scatter({**dict(zip(output_names(problem), values, strict=True)), "loss": losses})
     with torch.autocast(hidden.device.type, enabled=False):
-        if one_visit:
-            unit = unit_of(weight, problem.hidden.dtype)
-            total, losses, *others = _PairSum.apply(function, problem, weight / unit, unit, *problem.tensors)
-            values = dict(zip(_outputs(problem), others, strict=True))
-        else:
-            losses = _mapped(function, problem)
-            total = rows.scatter({"loss": losses * weight}).loss if request.unreduced else (losses * weight).sum()
-            values = {}
-    return total, rows.scatter({**values, "loss": losses.detach()})
-
-
-def _outputs(problem: Problem) -> list[str]:
-    return [name for name in STATISTICS if name in problem.outputs]
+        losses = _mapped(function, problem)
+    total = rows.scatter({"loss": losses * weight}).loss if request.unreduced else (losses * weight).sum()
+    with torch.no_grad():
+        stats = stream_stats(hidden, head, labels, outputs, request)
+    stats.values |= rows.scatter({"loss": losses.detach()}).values
+    return total, stats
 
 
 def _mapped(function: RowFunction, problem: Problem) -> Tensor:
@@ -97,7 +95,7 @@ class _PairSum(torch.autograd.Function):
         values, losses, grads = _visit(function, problem, weight)
         ctx.function, ctx.problem, ctx.unit = function, problem.without_tensors(), unit
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *tensors, problem.labels, weight)
-        others = [values[name] for name in _outputs(problem)]
+        others = [values[name] for name in output_names(problem)]
         ctx.mark_non_differentiable(losses, *others)
         return (losses * weight).sum() * unit, losses, *others
 
@@ -122,15 +120,15 @@ def _visit(
     """Statistics, losses [N] and the weighted sum's gradients."""
     chunks, columns, alone = _chunks(problem), slice(0, problem.head.size), replace(problem, payload=None)
     buffers, out = Buffers(problem, chunks), Gradients(problem, chunks, [columns])
-    parts, losses = [], [weight.new_empty(0, dtype=problem.payload[0].dtype)]  # type: ignore[index]
+    parts, losses = [], problem.hidden.new_empty(len(weight), dtype=wide(problem.hidden.dtype))
     for rows in chunks:
         products, second = buffers.load(rows)
         assert second is not None
         parts.append(fold(alone, rows, (products, None), keep=True))
-        losses.append(_differentiate_(function, problem, products, second, weight[rows]))
+        _differentiate_(function, problem, products, second, weight[rows], losses[rows])
         if problem.needs:
             out.push(rows, columns, products)
-    return concatenate(parts, problem), torch.cat(losses[1:] or losses), out.finish()
+    return concatenate(parts, problem), losses, out.finish()
 
 
 def _chunks(problem: Problem) -> list[slice]:
@@ -140,17 +138,15 @@ def _chunks(problem: Problem) -> list[slice]:
 
 
 def _differentiate_(
-    function: RowFunction, problem: Problem, products: Tensor, second: Tensor, weight: Tensor
-) -> Tensor:
-    """The losses [n] of a chunk; the products of the first head become the weighted sum's gradient."""
+    function: RowFunction, problem: Problem, products: Tensor, second: Tensor, weight: Tensor, losses: Tensor
+) -> None:
+    """Write the losses [n] of a chunk; the products of the first head become the weighted sum's gradient."""
     assert problem.payload is not None
-    losses, second_strips = [], strips(second, PARTS)
-    for span, strip in strips(products, PARTS):
-        other = problem.payload[1].activate(next(second_strips)[1])
-        with torch.set_grad_enabled(bool(problem.needs)):
-            raw = strip.detach().requires_grad_(bool(problem.needs))
-            part = function(problem.head.activate(raw), other)
-            if problem.needs:
+    trains = bool(problem.needs)
+    for (span, strip), (_, other) in zip(strips(products, PARTS), strips(second, PARTS), strict=True):
+        with torch.set_grad_enabled(trains):
+            raw = strip.detach().requires_grad_(trains)
+            part = function(problem.head.activate(raw), problem.payload[1].activate(other))
+            if trains:
                 products[span] = torch.autograd.grad((part * weight[span]).sum(), raw)[0]
-        losses.append(part.detach())
-    return torch.cat(losses)
+        losses[span] = part.detach()

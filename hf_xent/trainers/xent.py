@@ -45,7 +45,7 @@ class XentConfig(Options, Tokenless, TrainingArguments):
     )
     memory_budget: int | None = field(
         default=None,
-        metadata={"help": "Bytes of logits that are held at a time; default: half a byte for each number in the head."},
+        metadata={"help": "Bytes of logits held at a time; default: half a byte for each number in the head, or more."},
     )
     tail: float = field(
         default=0.0,
