@@ -21,7 +21,7 @@ from hf_xent.bench.inputs import activations
 from hf_xent.bench.memory import PeakMemory
 from hf_xent.bench.rows import PACKAGES, environment
 from hf_xent.data import load_text, pack
-from hf_xent.losses import EMO, CrossEntropy, Loss, TaiLr
+from hf_xent.losses import EMO, JSD, CrossEntropy, Loss, TaiLr, TotalVariation
 from hf_xent.models.loading import load
 from hf_xent.ops import Head
 from hf_xent.patching import patched
@@ -34,6 +34,10 @@ OBJECTIVES: dict[str, Loss] = {
     "EMO": EMO(),
     "TaiLr": TaiLr(),
 }
+DISTILLED: dict[str, Loss] = {
+    "Jensen-Shannon, teacher of the same size": JSD(),
+    "total variation, same": TotalVariation(),
+}
 NOISEFIT, FROZEN = "NoiseFiT, three passes", "{}, head frozen"
 PAGE = """\
 # What objectives cost
@@ -43,7 +47,8 @@ Made by `python -m benchmarks objectives`; {facts}.
 {source}, {tokens} tokens, float32, {threads} thread(s); objectives in turn, {repeats} rounds after one that warms up.
 Times are medians of the ratio to cross-entropy within a round, memory is the least of any. NoiseFiT's head sees three
 times the tokens, for a clean and two noisy passes, whose logits alone would be {logits:.0f} MiB; what it needs is
-mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none.
+mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none. The teacher of
+Jensen-Shannon and total variation has other hidden states and the same head, of which it computes logits of its own.
 
 ## The head: loss and gradients
 
@@ -135,6 +140,9 @@ def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, M
         bound = loss.bind(weight)
         measures |= measures_of(lambda h, head, bound=bound: bound(h, head, labels), hidden, name)  # type: ignore[misc]  # bound now
     noise = 0.01 * hidden.std() * torch.randn(2, *hidden.shape, generator=torch.Generator().manual_seed(0))
+    teacher = hidden + noise[0], Head(weight)
+    for name, loss in DISTILLED.items():
+        measures |= measures_of(lambda h, head, loss=loss: loss(h, head, labels, teacher=teacher), hidden, name)  # type: ignore[misc]  # bound now
     return measures | measures_of(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
 
 
