@@ -35,8 +35,8 @@ OBJECTIVES: dict[str, Loss] = {
     "TaiLr": TaiLr(),
 }
 DISTILLED: dict[str, Loss] = {
-    "Jensen-Shannon, teacher of the same size": JSD(),
-    "total variation, same": TotalVariation(),
+    "Jensen-Shannon": JSD(),
+    "total variation": TotalVariation(),
 }
 NOISEFIT, FROZEN = "NoiseFiT, three passes", "{}, head frozen"
 PAGE = """\
@@ -47,8 +47,8 @@ Made by `python -m benchmarks objectives`; {facts}.
 {source}, {tokens} tokens, float32, {threads} thread(s); objectives in turn, {repeats} rounds after one that warms up.
 Times are medians of the ratio to cross-entropy within a round, memory is the least of any. NoiseFiT's head sees three
 times the tokens, for a clean and two noisy passes, whose logits alone would be {logits:.0f} MiB; what it needs is
-mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none. The teacher of
-Jensen-Shannon and total variation has other hidden states and the same head, of which it computes logits of its own.
+mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none. In
+Jensen-Shannon and total variation the teacher has other hidden states and the same head, and so logits of its own.
 
 ## The head: loss and gradients
 

@@ -217,7 +217,7 @@ def test_costs_of_objectives(tmp_path):
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(6, 8), torch.randn(40, 8), torch.randint(40, (6,))
     measures = objectives.head_measures(hidden, weight, labels)
-    names = {*objectives.OBJECTIVES, objectives.NOISEFIT}
+    names = {*objectives.OBJECTIVES, *objectives.DISTILLED, objectives.NOISEFIT}
     assert set(measures) == names | {objectives.FROZEN.format(name) for name in names}
     assert all(seconds > 0 and memory >= 0 for seconds, memory in (measure() for measure in measures.values()))
     clock = iter([(9.0, 5), (9.0, 1), (2.0, 3), (3.0, 8), (4.0, 2), (5.0, 7)])
