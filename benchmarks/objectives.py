@@ -24,8 +24,10 @@ from hf_xent.data import load_text, pack
 from hf_xent.losses import EMO, JSD, CrossEntropy, Loss, TaiLr, TotalVariation
 from hf_xent.models.loading import load
 from hf_xent.ops import Head
+from hf_xent.ops.divergences import stream_divergence
+from hf_xent.ops.request import Request
 from hf_xent.patching import patched
-from hf_xent.trainers.noisefit import disagreement
+from hf_xent.trainers.divergence import noisefit
 
 Measure = Callable[[], tuple[float, int]]  # runs an objective once -> seconds, bytes
 BASE = "cross-entropy"
@@ -46,9 +48,8 @@ Made by `python -m benchmarks objectives`; {facts}.
 
 {source}, {tokens} tokens, float32, {threads} thread(s); objectives in turn, {repeats} rounds after one that warms up.
 Times are medians of the ratio to cross-entropy within a round, memory is the least of any. NoiseFiT's head sees three
-times the tokens, for a clean and two noisy passes, whose logits alone would be {logits:.0f} MiB; what it needs is
-mostly copies of the weight's gradient, {weight:.0f} MiB each. A frozen head, as beside adapters, has none. In
-Jensen-Shannon and total variation the teacher has other hidden states and the same head, and so logits of its own.
+times the tokens, for a clean and two noisy passes, whose logits alone would be {logits:.0f} MiB. In Jensen-Shannon and
+total variation the teacher has other hidden states and the same head, and so logits of its own.
 
 ## The head: loss and gradients
 
@@ -96,7 +97,6 @@ def page(config: BenchConfig) -> str:
         threads=measured_on["threads"],
         repeats=config.repeats,
         logits=3 * len(labels) * len(weight) * 4 / 2**20,
-        weight=weight.nbytes / 2**20,
         head="".join(f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} |\n" for name, cost in head.items()),
         steps="".join(
             f"| {name} | {cost.time:.2f} | {cost.memory / 2**20:.0f} | {cost.memory / base_memory:.2f} |\n"
@@ -127,10 +127,8 @@ def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, M
             seconds = perf_counter() - started
         return seconds, max(0, memory.extra - sum(x.grad.nbytes for x in (h, w) if x.grad is not None))
 
-    def noisefit(h: Tensor, head: Head) -> Tensor:  # with the weights of its authors
-        passes = [(part, head) for part in h.chunk(3)]
-        soft, consistency = disagreement(passes, labels)
-        return 0.5 * CrossEntropy()(*passes[0], labels) + (0.5 * soft + 0.1 * consistency).mean()
+    def three_passes(h: Tensor, head: Head) -> Tensor:  # with the weights of its authors
+        return stream_divergence(noisefit, h.chunk(3), head, labels, Request())[0] / len(labels)
 
     def measures_of(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Measure]:
         return {name: lambda: run(loss, hidden), FROZEN.format(name): lambda: run(loss, hidden, trains=False)}
@@ -143,7 +141,7 @@ def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, M
     teacher = hidden + noise[0], Head(weight)
     for name, loss in DISTILLED.items():
         measures |= measures_of(lambda h, head, loss=loss: loss(h, head, labels, teacher=teacher), hidden, name)  # type: ignore[misc]  # bound now
-    return measures | measures_of(noisefit, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
+    return measures | measures_of(three_passes, torch.cat([hidden, *(hidden + noise)]), NOISEFIT)
 
 
 def step_measures(config: BenchConfig) -> dict[str, Measure]:

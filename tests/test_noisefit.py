@@ -1,6 +1,7 @@
 """NoiseFiT: against a dense, readable step; its controls; noise where it belongs and nowhere else."""
 
 import re
+from functools import partial
 
 import datasets
 import peft
@@ -11,12 +12,15 @@ from transformers import DataCollatorWithFlattening
 
 from hf_xent.models.anatomy import layers_of
 from hf_xent.ops import Head
+from hf_xent.ops.divergences import stream_divergence
+from hf_xent.ops.request import Request
 from hf_xent.patching import patch_state
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer
+from hf_xent.trainers.divergence import noisefit, rdrop
 from hf_xent.trainers.noise import noise_scale, strengths
-from hf_xent.trainers.noisefit import disagreement, divergence, lora_config, repeated
+from hf_xent.trainers.noisefit import lora_config, repeated
 from support.models import V, assert_same_gradients, batch, checkpointing, gradients, tiny
-from support.oracle import Allocations
+from support.oracle import Allocations, Largest
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +87,6 @@ def test_share_of_the_noise_in_gaussian_activations(std, share):
     assert not layer._forward_hooks
 
 
-def test_divergence_is_that_of_dense_logits():
-    model = tiny()
-    hidden = [torch.randn(3, 5, 32, requires_grad=True) for _ in range(2)]
-    weight, labels = model.lm_head.weight, torch.randint(V, (3, 5))
-    labels[0, :2] = -100
-    p, q = [(h, Head(weight)) for h in hidden]
-    found = divergence((p[0], p[1].tempered(2.0)), q, labels)
-    logp, logq = (hidden[0] @ weight.T / 2).log_softmax(-1), (hidden[1] @ weight.T).log_softmax(-1)
-    expected = F.kl_div(logq, logp, log_target=True, reduction="none").sum(-1) * (labels != -100)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    upstream, leaves = torch.randn(3, 5), [*hidden, weight]
-    grads = torch.autograd.grad((found * upstream).sum(), leaves)
-    for mine, theirs in zip(grads, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-
 def dense_step(model, inputs, options, chosen):
     """One step's loss from full logits, three passes of a model whose layers are disturbed by hand."""
     ids, mask = (torch.cat([inputs[k]] * 3) for k in ("input_ids", "attention_mask"))
@@ -140,30 +128,89 @@ def dense_step(model, inputs, options, chosen):
     return 0.5 * ce + 0.5 * soft + options.get("consistency_weight", 0.1) * factor * kl(other, students[0])
 
 
+def dense_losses(z, labels, function):
+    """The losses per token of dense logits, one [n, V] a pass, from the options that a partial function has."""
+    options = function.keywords
+
+    def kl(p, q):
+        return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+
+    def ce(x):
+        return F.cross_entropy(x, labels, reduction="none")
+
+    if function.func is rdrop:
+        return (ce(z[0]) + ce(z[1])) / 2 + options["weight"] * (kl(*z) + kl(z[1], z[0])) / 2
+    heat, alpha, decay = (options[name] for name in ("temperature", "ce_weight", "consistency_weight"))
+    if options["version"] == "v2":
+        p, q1, q2 = (x / heat for x in z)
+        p, other, factor = p.detach(), q2.detach(), heat**2
+    else:
+        p, q1, q2, other, factor = z[0] / heat, z[1], z[2], z[2], 1.0
+    soft = factor * (kl(p, q1) + kl(p, q2)) / 2
+    return alpha * ce(z[0]) + (1 - alpha) * soft + decay * factor * kl(other, q1)
+
+
+PASSES = [
+    partial(noisefit, temperature=1.0, ce_weight=0.5, consistency_weight=0.1, version="v1"),
+    partial(noisefit, temperature=2.0, ce_weight=0.3, consistency_weight=0.7, version="v1"),
+    partial(noisefit, temperature=1.5, ce_weight=0.2, consistency_weight=0.4, version="v2"),
+    partial(rdrop, weight=0.7),
+]
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_disagreement_is_that_of_dense_logits(softcap):
-    """With a softcap the logits are not linear in the hidden states, so that two passes have no common mean."""
-    hidden = [torch.randn(7, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+@pytest.mark.parametrize("function", PASSES, ids=["v1", "tempered", "v2", "rdrop"])
+@pytest.mark.parametrize("rows", [1, 1000], ids=["many chunks", "one chunk"])
+def test_losses_of_passes_are_those_of_dense_logits(function, softcap, rows):
+    """Values, gradients of every order, per-token losses and statistics of the first pass; some labels are ignored."""
+    passes = 2 if function.func is rdrop else 3
+    hidden = [torch.randn(3, 5, 32, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
     weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((V, 32), (V,)))
-    head, labels, leaves = Head(weight, bias, softcap=softcap), torch.randint(V, (7,)), [*hidden, weight, bias]
-    z = [head.logits(h).log_softmax(-1) for h in hidden]
-    kl = lambda p, q: F.kl_div(q, p, log_target=True, reduction="none").sum(-1)  # noqa: E731
-    expected = (kl(z[0], z[1]) + kl(z[0], z[2])) / 2, kl(z[2], z[1])
-    found = disagreement([(h, head) for h in hidden], labels)
-    for ours, dense in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, dense)
-        grads = (torch.autograd.grad(x.sum(), leaves, allow_unused=True, retain_graph=True) for x in (ours, dense))
-        for mine, theirs in zip(*grads, strict=True):
-            torch.testing.assert_close(mine, theirs)
+    head, leaves = Head(weight, bias, scale=0.5, softcap=softcap), [*hidden, weight, bias]
+    labels, weights = torch.randint(V, (3, 5)), torch.rand(3, 5, dtype=torch.float64)
+    labels[0, :2] = -100
+    keep = labels != -100
+    request = Request(("top",), memory_budget=rows * V * 8)
+    total, stats = stream_divergence(function, hidden, head, labels, request, weights)
+    z = [head.logits(h) for h in hidden]
+    losses = torch.zeros(3, 5, dtype=torch.float64).masked_scatter(
+        keep, dense_losses([x[keep] for x in z], labels[keep], function)
+    )
+    dense = (losses * weights).sum()
+    torch.testing.assert_close(total, dense)
+    torch.testing.assert_close(stats.loss, losses.detach())
+    torch.testing.assert_close(stats.lse, torch.where(keep, z[0].logsumexp(-1), 0).detach())
+    assert torch.equal(stats.top[keep], z[0].argmax(-1)[keep])
+    found, expected = (torch.autograd.grad(x, leaves, create_graph=True) for x in (total, dense))
+    again, twice = (torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in (found, expected))
+    for ours, theirs in zip((*found, *again), (*expected, *twice), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    unreduced, _ = stream_divergence(function, hidden, head, labels, Request(unreduced=True), weights)
+    torch.testing.assert_close(unreduced, losses * weights)
 
 
-def test_disagreement_has_one_weight_gradient_a_call():
-    """One of each noisy pass's lse, and one of each expected logit, although that has two heads."""
-    hidden = [torch.randn(7, 30, requires_grad=True) for _ in range(3)]
-    head, labels = Head(torch.randn(V, 30, requires_grad=True)), torch.randint(V, (7,))
-    with Allocations() as made:
-        sum(x.sum() for x in disagreement([(h, head) for h in hidden], labels)).backward()
-    assert made.shapes[V, 30] == 4
+@pytest.mark.parametrize("function", PASSES, ids=["v1", "tempered", "v2", "rdrop"])
+def test_a_banned_token_adds_nothing_to_a_divergence(function):
+    """A bias of -inf for some token: as if the vocabulary did not have it."""
+    passes = 2 if function.func is rdrop else 3
+    hidden, weight = [torch.randn(7, 32) for _ in range(passes)], torch.randn(V, 32)
+    bias, labels = torch.zeros(V), torch.randint(V - 1, (7,))
+    bias[-1] = -torch.inf
+    answers = []
+    for head in (Head(weight.clone().requires_grad_(), bias), Head(weight[:-1].clone().requires_grad_())):
+        total, _ = stream_divergence(function, hidden, head, labels, Request())
+        total.backward()
+        answers.append((total.detach(), head.weight.grad[: V - 1]))
+    torch.testing.assert_close(*answers)
+
+
+def test_passes_have_one_weight_gradient_and_few_rows_of_logits():
+    hidden = [torch.randn(200, 30, requires_grad=True) for _ in range(3)]
+    head, labels = Head(torch.randn(V, 30, requires_grad=True)), torch.randint(V, (200,))
+    with Allocations() as made, Largest() as largest:
+        stream_divergence(PASSES[0], hidden, head, labels, Request(memory_budget=30 * V * 4))[0].backward()
+    assert made.shapes[V, 30] == 1
+    assert largest.numel <= 3 * 200 * 30
 
 
 @pytest.mark.parametrize(

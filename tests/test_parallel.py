@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM
 import hf_xent
 from hf_xent.losses import EISL, CrossEntropy, Focal
 from hf_xent.ops import Head, Shard, map_logits, vocab_loss, vocab_stats
+from hf_xent.ops.divergences import stream_divergence
+from hf_xent.ops.request import Request
 from hf_xent.patching import patch_state
+from hf_xent.trainers.divergence import rdrop
 from support.models import V, assert_same_gradients, batch, gradients, tiny
 from support.oracle import Polynomial, assert_close_at_scale
 from support.ranks import run_ranks
@@ -107,7 +110,7 @@ def test_ranks_equal_one_process(world, impl, tmp_path):
 
 
 def beyond(tensors, labels, shard=None):
-    """A loss of sequences, rows of the head by id, and a gradient penalty, with gradients; of this rank's rows."""
+    """Losses of sequences and of passes, rows of the head by id, gradient penalties; of this rank's rows."""
     part = slice(None) if shard is None else slice(shard.start, shard.start + shard.width)
     own = {name: t if "hidden" in name else t.detach()[part].requires_grad_() for name, t in tensors.items()}
     leaves = list(own.values())
@@ -116,7 +119,10 @@ def beyond(tensors, labels, shard=None):
     rows = head[labels.clamp(min=0).flatten()].logits(own["hidden"][0])
     smooth = CrossEntropy(label_smoothing=0.1)(own["hidden"], head, labels, memory_budget=1500)
     stats = vocab_stats(own["hidden"], head, labels, outputs=("entropy", "lse"), memory_budget=1500)
-    found = {"eisl": sequences, "rows": rows, "eisl of": torch.autograd.grad(sequences, leaves)}
+    passes, request = [own["hidden"], own["hidden"].roll(1, 0)], Request(memory_budget=1500)
+    divergent, _ = stream_divergence(rdrop, passes, head, labels, request)
+    found = {"eisl": sequences, "rows": rows, "passes": divergent}
+    found |= {name + " of": torch.autograd.grad(found[name], leaves) for name in ("eisl", "passes")}
     found["rows of"] = torch.autograd.grad(rows.square().sum(), leaves)
     for name, total in (("smooth", smooth), ("entropy", (stats.entropy * stats.lse).sum())):
         grads = torch.autograd.grad(total, leaves, create_graph=True)

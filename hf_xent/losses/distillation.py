@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats
 from ..ops.dispatch import stream_stats
-from ..ops.pairs import stream_pairs
+from ..ops.divergences import stream_divergence
 from ..ops.request import Request
 from ..options.ranges import check_number
 from .base import Loss, apply_weights
@@ -83,8 +83,8 @@ class RowDivergence(Distillation):
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
 
-        def loss(student: Tensor, tempered: Tensor) -> Tensor:
+        def loss(_: Tensor, student: Tensor, tempered: Tensor) -> dict[str, Tensor]:
             student = student if self.temperature == 1 else student / self.temperature
-            return self.temperature**2 * self.divergence(student, tempered)
+            return {"loss": self.temperature**2 * self.divergence(student, tempered)}
 
-        return stream_pairs(loss, hidden, head, labels, self.frozen_teacher(teacher, head), request, weight)
+        return stream_divergence(loss, [hidden], head, labels, request, weight, self.frozen_teacher(teacher, head))

@@ -57,17 +57,14 @@ class Gradients:
     """The gradients, accumulated over tiles: the first tile of a row or column writes, the others add.
 
     Rows of the hidden gradient are summed over column panels, in a wide dtype if there are several; columns of the
-    weight gradient are summed over row chunks, in the weight's dtype. What the payload's head has in common with the
-    head has one sum, under the name of the head's.
+    weight gradient are summed over row chunks, in the weight's dtype.
     """
 
     def __init__(self, problem: Problem, rows: list[slice], cols: list[slice]):
         self.problem = problem
         self.last_panel = cols[-1]
         self.tensors = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
-        self.tied = problem.tied
-        names = [name for name in problem.needs if name not in self.tied]
-        self.sums = {name: self._new_sum(name, not rows, len(cols) > 1) for name in names}
+        self.sums = {name: self._new_sum(name, not rows, len(cols) > 1) for name in problem.needs}
 
     def _new_sum(self, name: str, empty: bool, several: bool) -> Tensor:
         """A tensor for one sum; `empty` if there are no rows, `several` if there is more than one column panel."""
@@ -102,15 +99,12 @@ class Gradients:
                 matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
                 if factor is not None and cols == self.last_panel:
                     dh.mul_(factor)
-            own = self.tied.get(prefix + name, prefix + name)
-            if own in self.sums:
+            if prefix + name in self.sums:
                 side = hidden[rows, features]
                 side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
-                first = rows.start == 0 and own == prefix + name  # the head, which comes first, has written a tied sum
-                matmul_into(self.sums[own][cols], dz.T, side, first=first)
-        own = self.tied.get(prefix + "bias", prefix + "bias")
-        if own in self.sums:
-            db = self.sums[own][cols]
+                matmul_into(self.sums[prefix + name][cols], dz.T, side, first=rows.start == 0)
+        if prefix + "bias" in self.sums:
+            db = self.sums[prefix + "bias"][cols]
             ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor
             add_rows(db, dz, ones.squeeze(-1))
 

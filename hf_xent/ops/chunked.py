@@ -81,7 +81,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    if len(chunks) * (2 if "payload_weight" in problem.tied else 1) > most_chunks(problem.hidden):
+    if len(chunks) > most_chunks(problem.hidden):
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = Gradients(problem, chunks, [all_columns]), []

@@ -47,18 +47,6 @@ class Problem:
             return (*first, None, None, None)
         return (*first, self.payload[0], self.payload[1].weight, self.payload[1].bias)
 
-    @property
-    def tied(self) -> dict[str, str]:
-        """Tensors of the payload's head that are the first head's, each with that one's name: one gradient serves both.
-
-        A backend may leave the gradient of such a tensor out, if it is in the gradient of the other.
-        """
-        if self.payload is None:
-            return {}
-        own, second = self.head, self.payload[1]
-        pairs = {"weight": (own.weight, second.weight), "bias": (own.bias, second.bias)}
-        return {f"payload_{name}": name for name, (x, y) in pairs.items() if x is not None and x is y}
-
     def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
         """The same problem over other tensors, in the order of TENSORS."""
         hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors

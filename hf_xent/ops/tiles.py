@@ -218,7 +218,7 @@ def add_rows(total: Tensor, rows: Tensor, weights: Tensor) -> None:
 
 
 def strips(z: Tensor, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
-    """Row strips of z, with their rows in a wide dtype: the rows of z, or a copy that the next strip overwrites.
+    """Strips of z by its first dimension, in a wide dtype: the rows of z, or a copy that the next strip overwrites.
 
     Of work that holds several tensors like a strip, `parts` tells how many fit the cache together.
     """
@@ -234,7 +234,7 @@ def strips(z: Tensor, parts: int = 1) -> Iterator[tuple[slice, Tensor]]:
 def _spans(z: Tensor, parts: int = 1) -> Iterator[slice]:
     """The rows of each strip."""
     budget = (STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES) // parts
-    step = max(1, budget // (z.shape[1] * 4))
+    step = max(1, budget // (z.shape[1:].numel() * 4))
     return (slice(i, i + step) for i in range(0, z.shape[0], step))
 
 

@@ -1,49 +1,58 @@
-"""Divergences between the distributions that several passes of a model predict, computed without keeping logits."""
+"""The losses of several passes of a model over one batch, as functions of whole rows of their logits.
+
+They are what `hf_xent.ops.divergences` streams: logits [n, V] of each pass become a loss and gradients a few at a time.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..losses import kl
-from ..ops import Payload
-from ..ops.dispatch import stream_stats
-from ..ops.request import Request
 
+def noisefit(
+    labels: Tensor,  # [n]
+    *passes: Tensor,  # [n, V] each
+    ce_weight: float = 0.5,
+    consistency_weight: float = 0.1,
+    temperature: float = 1.0,
+    version: str = "v1",
+) -> dict[str, Tensor]:
+    """NoiseFiT's hybrid loss of a clean and two noisy passes per token, nats, and its soft cross-entropy, `divergence`.
 
-def disagreement(
-    passes: list[Payload], labels: Tensor, *, temperature: float = 1.0, version: str = "v1", **options: Any
-) -> tuple[Tensor, Tensor]:
-    """NoiseFiT's soft cross-entropy and consistency of a clean and two noisy passes, each in the shape of labels.
-
+        loss = alpha CE(p) + (1 - alpha) soft + lambda consistency
         soft = 1/2 sum_i KL(p_T || p_i)        consistency = KL(p_2 || p_1)
 
-    In version 'v2' both sides of both terms have the temperature T, the terms are multiplied by T^2, and p_T and p_2
-    are constants. The options are those of `vocab_stats`.
+    In version 'v2' both sides of both divergences have the temperature T, these are multiplied by T^2, and p_T and p_2
+    are constants on their left.
     """
-    clean, *students = passes
-    (hidden, head), other, factor = clean, students[1], 1.0
-    teacher = hidden, head.tempered(temperature)
+    clean, first, second = passes
+    logp = _logarithms(clean)
+    teacher = logp if temperature == 1 else _logarithms(clean / temperature)
+    factor, (q1, q2) = 1.0, (_logarithms(z if version == "v1" else z / temperature) for z in (first, second))
+    other = q2
     if version == "v2":
-        students = [(hidden, head.tempered(temperature)) for hidden, head in students]
-        teacher, other = ((hidden.detach(), head.detach()) for hidden, head in (teacher, students[1]))
-        factor = temperature**2
-    request = Request(**options)
-    first, second = (stream_stats(*student, labels, ("lse",), request).lse for student in students)
-    soft = (first + second) / 2 - _expected_logit(teacher, students, labels, request)
-    return factor * soft, factor * (first - _expected_logit(other, students[:1], labels, request))
+        teacher, other, factor = teacher.detach(), q2.detach(), temperature**2
+    soft = factor * (_divergence(teacher, q1) + _divergence(teacher, q2)) / 2
+    divergences = (1 - ce_weight) * soft + consistency_weight * factor * _divergence(other, q1)
+    return {"loss": ce_weight * _cross_entropy(logp, labels) + divergences, "divergence": soft}
 
 
-def divergence(p: Payload, q: Payload, labels: Tensor, **options: Any) -> Tensor:
-    """`losses.kl.divergence` of two passes, with gradients for both; the options are those of `vocab_stats`."""
-    return kl.divergence(p, q, labels, Request(**options))
+def rdrop(labels: Tensor, first: Tensor, second: Tensor, *, weight: float = 1.0) -> dict[str, Tensor]:
+    """R-Drop's loss of two passes per token: their mean cross-entropy, and `weight` times half of both divergences."""
+    p, q = _logarithms(first), _logarithms(second)
+    cross_entropies = _cross_entropy(p, labels) + _cross_entropy(q, labels)
+    return {"loss": (cross_entropies + weight * (_divergence(p, q) + _divergence(q, p))) / 2}
 
 
-def _expected_logit(p: Payload, others: list[Payload], labels: Tensor, request: Request) -> Tensor:
-    """The mean over the others, which share a head, of their expected logits under p."""
-    head = others[0][1]
-    if head.softcap is None:  # logits are linear in the hidden states: one reduction for all
-        others = [(torch.stack([hidden for hidden, _ in others]).mean(0), head)]
-    return torch.stack([kl.expected_logit(p, other, labels, request) for other in others]).mean(0)
+def _logarithms(logits: Tensor) -> Tensor:
+    """log p [n, V]; a banned token (-inf) has a finite one, so that it adds nothing to a divergence."""
+    return torch.log_softmax(logits, -1).clamp(min=-1e4)
+
+
+def _cross_entropy(logp: Tensor, labels: Tensor) -> Tensor:
+    return -logp.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) of each row [n]."""
+    return torch.linalg.vecdot(logp.exp(), logp - logq)

@@ -7,8 +7,9 @@ of a few layers, scaled to them (`hf_xent.trainers.noise`). The layers are chose
 signal-to-noise ratio that noise with s = sigma std(h) would have there.
 
 Clean and noisy passes are the thirds of one batch: one forward and one backward, as DDP and activation checkpointing
-require. Only the selected layers' outputs in the last two thirds get noise, and only within a training step. All
-divergences are statistics of hidden states under one head (`vocab_stats` with a payload); no logits are kept.
+require. Only the selected layers' outputs in the last two thirds get noise, and only within a training step. The loss
+is a function of whole rows of all passes (`hf_xent.trainers.divergence`); a few rows of logits are in memory at a time,
+and the three passes have one gradient of the head (`hf_xent.ops.divergences`).
 
 Where the authors' code and paper differ or leave a choice: `sigma_power` is 2, since the code applies sigma twice in
 training (and once when it measures layers); the masks of the divergences are shifted to the predicted tokens, whereas
@@ -30,8 +31,9 @@ Data: as for `XentTrainer`; in a packed batch (one row with position ids and wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -41,10 +43,12 @@ from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..models.anatomy import layers_of
 from ..models.contexts import eval_mode
-from ..ops import Payload
+from ..ops import Head
+from ..ops.divergences import stream_divergence
+from ..ops.request import Request
 from ..patching import lazily, patch_state
 from .batches import lazy, targets
-from .divergence import disagreement, divergence
+from .divergence import noisefit, rdrop
 from .noise import noisy, strengths
 from .passes import packed, repeated
 from .refusals import OWN_LOSS, refuse_compilation, refuse_encoder_decoder
@@ -178,36 +182,27 @@ class NoiseFiTTrainer(XentTrainer):
             output = model(**repeated(model_inputs, copies))
         in_row = packed(inputs)
         logits = lazy(output.logits, labels.shape[1] * (copies if in_row else 1), "NoiseFiT")
-        passes = [(hidden, logits.head) for hidden in logits.hidden.chunk(copies, int(in_row))]
-        loss = self._hybrid(passes, labels, num_items_in_batch)
+        loss = self._hybrid(logits.hidden.chunk(copies, int(in_row)), logits.head, labels, num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as Trainer does, since DDP averages over the ranks
         return (loss, output) if return_outputs else loss
 
-    def _hybrid(self, passes: list[Payload], labels: Tensor, num_items: Tensor | None) -> Tensor:
+    def _hybrid(self, passes: Sequence[Tensor], head: Head, labels: Tensor, num_items: Tensor | None) -> Tensor:
         args, state = self.args, patch_state(self.model)
-        tokens = (labels != -100).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
-        tokens = tokens.clamp(min=1)  # a step without labels has loss 0
-
-        def cross_entropy(hidden_and_head: Payload, observe: tuple[str, ...] = ()) -> Tensor:
-            loss, stats = CrossEntropy().compute(
-                *hidden_and_head, labels, num_items=tokens, observe=observe, **state.options
-            )
-            if observe:
-                state.record(stats)
-            return loss
-
+        tokens = (labels != -100).sum()
+        count = tokens if num_items is None else torch.as_tensor(num_items, device=labels.device)
         if args.method == "rdrop":
-            first, second = passes
-            divergences = sum(divergence(p, q, labels, **state.options) for p, q in ((first, second), (second, first)))
-            mean_ce = (cross_entropy(first, state.observe) + cross_entropy(second)) / 2
-            return mean_ce + args.rdrop_weight * divergences.sum() / (2 * tokens)  # type: ignore[union-attr]  # of tensors
-        soft, consistency = disagreement(
-            passes, labels, temperature=args.temperature, version=args.version, **state.options
-        )
-        self._note("divergence", soft.sum(), (labels != -100).sum())
-        divergences = (1 - args.ce_weight) * soft + args.consistency_weight * consistency
-        return args.ce_weight * cross_entropy(passes[0], state.observe) + divergences.sum() / tokens
+            function = partial(rdrop, weight=args.rdrop_weight)
+        else:
+            options = ("ce_weight", "consistency_weight", "temperature", "version")
+            function = partial(noisefit, **{name: getattr(args, name) for name in options})
+        request = Request(state.observe, **state.options)
+        loss, stats = stream_divergence(function, passes, head, labels, request)
+        if state.observe:
+            state.record(stats)
+        if "divergence" in stats.values:
+            self._note("divergence", stats["divergence"].sum(), tokens)
+        return loss / count.clamp(min=1)  # a step without labels has loss 0
 
     def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
         """Chooses the layers that get noise: those listed, or by the signal-to-noise ratio in evaluation mode.

@@ -1,0 +1,181 @@
+"""Divergences of whole rows of logits, of passes of a model or of two models, with their gradients in one visit.
+
+They are for what is not a moment of one softmax, such as Jensen-Shannon divergence, or what would take several visits,
+such as the divergences of three passes. A chunk of all products is in memory; strip by strip, in the cache, autograd
+turns those of the passes into their gradient, in place: three matmuls a pass, and one for a second model, which has no
+gradient. All passes have one gradient of the head. For any other use there is `map_logits`, which computes rows twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import chunked, higher
+from .autograd import scaled
+from .buffers import Buffers, Gradients
+from .dispatch import payload_of, problem_of, stream_stats, unit_of
+from .functional import map_logits
+from .head import Head, Payload
+from .problem import TENSORS, Problem, pieces
+from .request import Request
+from .rows import Rows, autocast
+from .statistics import Stats, wide
+from .tiles import concatenate, fold, strips
+
+PARTS = 8  # strips are so many times smaller than others, since autograd keeps about ten tensors like one
+
+RowFunction = Callable[..., dict[str, Tensor]]
+"""(labels [n], logits of each pass [n, V], logits of the second model [n, V] if there is one) -> 'loss' [n], and
+whatever else is to be recorded, [n] each, by name. Logits are in the dtype of statistics."""
+
+
+def stream_divergence(
+    function: RowFunction,
+    passes: Sequence[Tensor],
+    head: Head,
+    labels: Tensor,
+    request: Request,
+    token_weight: Tensor | float = 1.0,
+    second: Payload | None = None,
+) -> tuple[Tensor, Stats]:
+    """The sum of `token_weight * function(...)["loss"]` over the valid tokens, and detached statistics.
+
+    Args:
+        function: A function of whole rows; its loss is differentiable.
+        passes: Hidden states [..., D] of each pass.
+        head: The head that turns them into logits.
+        labels: Token ids [...], which select the positions that count.
+        request: The options of the call; `unreduced` asks for the weighted losses in the shape of labels.
+        token_weight: Constant weights [...], or one number.
+        second: Hidden states [..., D2] and head of a second model, beside a single pass; constants.
+
+    Returns:
+        The sum, and the statistics of the first pass that `request.observe` names, with `lse`, `target`, and what the
+        function returned.
+    """
+    assert second is None or len(passes) == 1  # one buffer has all passes, another the second model
+    outputs = ("lse", "target", *request.observe)
+    rows = Rows(passes[0], head, labels, request.ignore_index)
+    problem = problem_of(rows, outputs, None, request, chunked)
+    weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
+    if second is not None:
+        second = payload_of(rows, (second[0].detach(), second[1].detach()))
+    stacked = torch.stack([problem.hidden, *(autocast(rows.select(h, trailing=1)) for h in passes[1:])], 1)
+    needs = problem.needs | ({"hidden"} if stacked.requires_grad and torch.is_grad_enabled() else set())
+    problem = replace(problem, hidden=stacked, payload=second, needs=needs)
+    if head.shard is None and not request.unreduced and not higher.under_function_transform(*problem.tensors):
+        unit, values = unit_of(weight, problem.hidden.dtype), dict[str, Tensor]()
+        with torch.autocast(labels.device.type, enabled=False):
+            total = _Sum.apply(function, problem, weight / unit, unit, values, *problem.tensors)
+        return total, rows.scatter(values)
+    with torch.autocast(labels.device.type, enabled=False):
+        values = _mapped(function, problem)
+    weighted = values["loss"] * weight
+    total = rows.scatter({"loss": weighted}).loss if request.unreduced else weighted.sum()
+    with torch.no_grad():
+        stats = stream_stats(passes[0], head, labels, outputs, request)
+    stats.values |= rows.scatter({name: value.detach() for name, value in values.items()}).values
+    return total, stats
+
+
+def _mapped(function: RowFunction, problem: Problem) -> dict[str, Tensor]:
+    """What the function returns for all tokens, with a graph, by rows that are computed again in the backward."""
+    names: list[str] = []
+
+    def values(logits: Tensor, labels: Tensor, *second: Tensor) -> Tensor:
+        others = [problem.payload[1].logits(h) for h in second] if problem.payload else []
+        found = function(labels, *logits.unbind(1), *others)
+        names[:] = found
+        return torch.stack([*found.values()], 1)
+
+    second = () if problem.payload is None else problem.payload[:1]
+    budget = max(1, problem.memory_budget // problem.hidden.shape[1])
+    rows = (problem.labels, *second)
+    found = map_logits(values, problem.hidden, problem.head, *rows, memory_budget=budget)
+    return dict(zip(names, found.unbind(1), strict=True))
+
+
+class _Sum(torch.autograd.Function):
+    """The weighted sum; its gradients are ready when the forward ends. The other values have no graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        function: RowFunction,
+        problem: Problem,
+        weight: Tensor,
+        unit: Any,
+        values: dict[str, Tensor],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        found, grads = _visit(function, problem, weight)
+        values |= found
+        ctx.function, ctx.problem, ctx.unit = function, problem.without_tensors(), unit
+        ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *tensors, problem.labels, weight)
+        return (values["loss"] * weight).sum() * unit
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        *saved, labels, weight = ctx.saved_tensors
+        grads, tensors = saved[: len(TENSORS)], saved[len(TENSORS) :]
+        upstream = upstream * ctx.unit
+        if torch.is_grad_enabled() or higher.under_function_transform(upstream):
+            problem = ctx.problem.with_tensors(tuple(tensors), labels)
+            leaves = {name: tensors[TENSORS.index(name)] for name in problem.needs}
+            total = (_mapped(ctx.function, problem)["loss"] * weight).sum()
+            again = torch.autograd.grad(total, list(leaves.values()), upstream, create_graph=True)
+            found = dict(zip(leaves, again, strict=True))
+            return None, None, None, None, None, *(found.get(name) for name in TENSORS)
+        return None, None, None, None, None, *scaled(grads, upstream, empty=not len(labels))
+
+
+def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics and what the function returns, [N] each, and the weighted sum's gradients."""
+    count, passes, _ = problem.hidden.shape
+    flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
+    most = min(len(flat.rows()), chunked.most_chunks(flat.hidden))  # sums of a weight gradient in its own dtype
+    chunks = pieces(count, math.ceil(count / most)) if count else []
+    rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
+    buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
+    statistics, values = [], []
+    for tokens, span in zip(chunks, rows, strict=True):
+        products, second = buffers.load(span)
+        by_token = products.unflatten(0, (-1, passes))
+        statistics.append(fold(replace(problem, payload=None), tokens, (by_token[:, 0], None), keep=True))
+        values += _differentiate_(function, problem, by_token, second, problem.labels[tokens], weight[tokens])
+        if problem.needs:
+            out.push(span, columns, products)
+    if not chunks:
+        empty = problem.hidden.new_empty(0, problem.head.size, dtype=wide(problem.hidden.dtype))
+        values.append(function(problem.labels, *[empty] * (passes + (problem.payload is not None))))
+    grads = out.finish()
+    if "hidden" in grads:
+        grads["hidden"] = grads["hidden"].view_as(problem.hidden)
+    joined = {name: torch.cat([part[name] for part in values]) for name in values[0]}
+    return concatenate(statistics, problem) | joined, grads
+
+
+def _differentiate_(
+    function: RowFunction, problem: Problem, products: Tensor, second: Tensor | None, labels: Tensor, weight: Tensor
+) -> list[dict[str, Tensor]]:
+    """What the function returns for a chunk; the products of the passes [n, k, V] become the sum's gradient."""
+    trains, found = bool(problem.needs), []
+    others = repeat(None) if second is None else (strip for _, strip in strips(second, PARTS))
+    for (span, strip), other in zip(strips(products, PARTS), others, strict=False):
+        with torch.set_grad_enabled(trains):
+            raw = strip.detach().requires_grad_(trains)
+            logits = [*problem.head.activate(raw).unbind(1)]
+            if other is not None and problem.payload is not None:
+                logits.append(problem.payload[1].activate(other))
+            values = function(labels[span], *logits)
+            if trains:
+                products[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
+        found.append({name: value.detach() for name, value in values.items()})
+    return found
