@@ -9,7 +9,7 @@ gradient. All passes have one gradient of the head. For any other use there is `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -144,31 +144,34 @@ def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dic
     chunks = pieces(count, math.ceil(count / most)) if count else []
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
-    statistics, values = [], []
+    statistics, values = [], dict[str, Tensor]()
     for tokens, span in zip(chunks, rows, strict=True):
         products, second = buffers.load(span)
         by_token = products.unflatten(0, (-1, passes))
         statistics.append(fold(replace(problem, payload=None), tokens, (by_token[:, 0], None), keep=True))
-        values += _differentiate_(function, problem, by_token, second, problem.labels[tokens], weight[tokens])
+        for strip, found in _differentiate_(function, problem, tokens, (by_token, second), weight[tokens]):
+            for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
+                whole = values.setdefault(name, value.new_empty(count))
+                whole[tokens][strip] = value
         if problem.needs:
             out.push(span, columns, products)
     if not chunks:
         empty = problem.hidden.new_empty(0, problem.head.size, dtype=wide(problem.hidden.dtype))
-        values.append(function(problem.labels, *[empty] * (passes + (problem.payload is not None))))
+        values = function(problem.labels, *[empty] * (passes + (problem.payload is not None)))
     grads = out.finish()
     if "hidden" in grads:
         grads["hidden"] = grads["hidden"].view_as(problem.hidden)
-    joined = {name: torch.cat([part[name] for part in values]) for name in values[0]}
-    return concatenate(statistics, problem) | joined, grads
+    return concatenate(statistics, problem) | values, grads
 
 
 def _differentiate_(
-    function: RowFunction, problem: Problem, products: Tensor, second: Tensor | None, labels: Tensor, weight: Tensor
-) -> list[dict[str, Tensor]]:
-    """What the function returns for a chunk; the products of the passes [n, k, V] become the sum's gradient."""
-    trains, found = bool(problem.needs), []
+    function: RowFunction, problem: Problem, tokens: slice, products: tuple[Tensor, Tensor | None], weight: Tensor
+) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """What the function returns, strip by strip of a chunk; products of the passes [n, k, V] become the gradient."""
+    passes, second = products
+    trains, labels = bool(problem.needs), problem.labels[tokens]
     others = repeat(None) if second is None else (strip for _, strip in strips(second, PARTS))
-    for (span, strip), other in zip(strips(products, PARTS), others, strict=False):
+    for (span, strip), other in zip(strips(passes, PARTS), others, strict=False):
         with torch.set_grad_enabled(trains):
             raw = strip.detach().requires_grad_(trains)
             logits = [*problem.head.activate(raw).unbind(1)]
@@ -176,6 +179,5 @@ def _differentiate_(
                 logits.append(problem.payload[1].activate(other))
             values = function(labels[span], *logits)
             if trains:
-                products[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
-        found.append({name: value.detach() for name, value in values.items()})
-    return found
+                passes[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
+        yield span, {name: value.detach() for name, value in values.items()}

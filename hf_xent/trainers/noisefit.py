@@ -201,7 +201,7 @@ class NoiseFiTTrainer(XentTrainer):
         if state.observe:
             state.record(stats)
         if "divergence" in stats.values:
-            self._note("divergence", stats["divergence"].sum(), tokens)
+            self._note("divergence", stats.values["divergence"].sum(), tokens)
         return loss / count.clamp(min=1)  # a step without labels has loss 0
 
     def _choose_layers(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
