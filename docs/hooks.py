@@ -24,13 +24,12 @@ API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROO
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages, and the pictures and files of numbers that they link to."""
     pages = {"index.md": start_page(), "commands.md": commands_page()}
-    pages |= {f"results/{page.name}": page.read_text(encoding="utf-8") for page in results("*.md")}
+    pages |= {site_path(page): page.read_text(encoding="utf-8") for page in results("**/*.md")}
     pages |= {f"api/{name.removeprefix('hf_xent.')}.md": api_page(name) for name in API}
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
-    for file in (*results("*.png"), *results("*.csv"), *results("h200/*")):
-        path = file.relative_to(ROOT / "benchmarks").as_posix()
-        files.append(File.generated(config, path, content=file.read_bytes()))
+    for file in (*results("**/*.png"), *results("**/*.csv"), *results("h200/*")):
+        files.append(File.generated(config, site_path(file), content=file.read_bytes()))
     config.nav = expand(config.nav, files)
     return files
 
@@ -43,6 +42,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def results(pattern: str) -> list[Path]:
     """The committed files of results that match a pattern."""
     return sorted((ROOT / "benchmarks" / "results").glob(pattern))
+
+
+def site_path(file: Path) -> str:
+    """Where the site has a file of results."""
+    return file.relative_to(ROOT / "benchmarks").as_posix()
 
 
 def start_page() -> str:
