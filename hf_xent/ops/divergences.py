@@ -67,7 +67,8 @@ def stream_divergence(
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
     if second is not None:
         second = payload_of(rows, (second[0].detach(), second[1].detach()))
-    stacked = torch.stack([problem.hidden, *(autocast(rows.select(h, trailing=1)) for h in passes[1:])], 1)
+    hidden = [problem.hidden, *(autocast(rows.select(h, trailing=1)) for h in passes[1:])]
+    stacked = torch.stack(hidden, 1) if hidden[1:] else problem.hidden[:, None]
     needs = problem.needs | ({"hidden"} if stacked.requires_grad and torch.is_grad_enabled() else set())
     problem = replace(problem, hidden=stacked, payload=second, needs=needs)
     if head.shard is None and not request.unreduced and not higher.under_function_transform(*problem.tensors):
