@@ -190,6 +190,22 @@ def test_losses_of_passes_are_those_of_dense_logits(function, softcap, rows):
 
 
 @pytest.mark.parametrize("function", PASSES, ids=["v1", "tempered", "v2", "rdrop"])
+def test_losses_of_passes_far_apart(function):
+    """Labels and noisy passes tens of thousands of nats away from the clean one: no term is cut off."""
+    passes = 2 if function.func is rdrop else 3
+    hidden = [1e4 * torch.randn(7, 32, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
+    head = Head(torch.randn(V, 32, dtype=torch.float64, requires_grad=True))
+    labels, leaves = torch.randint(V, (7,)), [*hidden, head.weight]
+    total, _ = stream_divergence(function, hidden, head, labels, Request())
+    dense = dense_losses([head.logits(h) for h in hidden], labels, function).sum()
+    assert dense > 1e5
+    for ours, theirs in zip(
+        (total, *torch.autograd.grad(total, leaves)), (dense, *torch.autograd.grad(dense, leaves)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("function", PASSES, ids=["v1", "tempered", "v2", "rdrop"])
 def test_a_banned_token_adds_nothing_to_a_divergence(function):
     """A bias of -inf for some token: as if the vocabulary did not have it."""
     passes = 2 if function.func is rdrop else 3

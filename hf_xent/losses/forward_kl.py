@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats
+from ..ops.dispatch import stream_stats
 from ..ops.request import Request
 from .distillation import Distillation
-from .kl import expected_logit
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class ForwardKL(Distillation):
 
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """Minus the sum of the teacher's entropy and its expectation of the student's logits."""
-        return -expected_logit(teacher, (hidden, head), labels, request)
+        stats = stream_stats(*teacher, labels, ("entropy", "payload"), request, (hidden, head))
+        return -stats.entropy - stats.payload
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both models."""

@@ -28,9 +28,9 @@ def recompute(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
         if not problem.needs:
             with torch.no_grad():
                 values = merge_ranks(problem, backend.forward(problem))
-            return {name: values[name] for name in output_names(problem)}
+            return {name: values[name] for name in _output_names(problem)}
         values = _Recompute.apply(backend, problem, *problem.tensors)
-    return dict(zip(output_names(problem), values, strict=True))
+    return dict(zip(_output_names(problem), values, strict=True))
 
 
 class EagerSum(Protocol):
@@ -61,10 +61,10 @@ def eager(
     """
     with torch.autocast(problem.hidden.device.type, enabled=False):
         total, *values = _Eager.apply(backend, problem, objective, origins, *problem.tensors)
-    return total, dict(zip(output_names(problem), values, strict=True))
+    return total, dict(zip(_output_names(problem), values, strict=True))
 
 
-def output_names(problem: Problem) -> list[str]:
+def _output_names(problem: Problem) -> list[str]:
     """The requested statistics in the order in which a Function returns them, the differentiable ones first."""
     return [name for name in STATISTICS if name in problem.outputs]
 
@@ -75,7 +75,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, problem: Problem, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         values = merge_ranks(problem, backend.forward(problem))
-        order = output_names(problem)
+        order = _output_names(problem)
         ctx.backend, ctx.count = backend, len(tensors)
         ctx.problem = problem.without_tensors()
         ctx.save_for_backward(*tensors, problem.labels, *(values[name] for name in order))
@@ -87,7 +87,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         problem = ctx.problem.with_tensors(saved[: ctx.count], saved[ctx.count])
-        order = output_names(problem)
+        order = _output_names(problem)
         values = dict(zip(order, saved[ctx.count + 1 :], strict=True))
         grads = {name: g for name, g in zip(order, upstream, strict=True) if name in DIFFERENTIABLE and g is not None}
         if torch.is_grad_enabled() or higher.under_function_transform(*grads.values()):
@@ -121,7 +121,7 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.problem, ctx.objective = problem.without_tensors(), objective
-        statistics = [values[name] for name in output_names(problem)]
+        statistics = [values[name] for name in _output_names(problem)]
         ctx.mark_non_differentiable(*statistics)
         return objective.total(), *statistics
 

@@ -145,11 +145,11 @@ def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dic
     chunks = pieces(count, math.ceil(count / most)) if count else []
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
-    statistics, values = [], dict[str, Tensor]()
+    alone, statistics, values = replace(problem, payload=None), [], dict[str, Tensor]()
     for tokens, span in zip(chunks, rows, strict=True):
         products, second = buffers.load(span)
         by_token = products.unflatten(0, (-1, passes))
-        statistics.append(fold(replace(problem, payload=None), tokens, (by_token[:, 0], None), keep=True))
+        statistics.append(fold(alone, tokens, (by_token[:, 0], None), keep=True))
         for strip, found in _differentiate_(function, problem, tokens, (by_token, second), weight[tokens]):
             for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
                 whole = values.setdefault(name, value.new_empty(count))

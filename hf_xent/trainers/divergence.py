@@ -25,28 +25,23 @@ def noisefit(
     In version 'v2' both sides of both divergences have the temperature T, these are multiplied by T^2, and p_T and p_2
     are constants on their left.
     """
-    clean, first, second = passes
-    logp = _logarithms(clean)
-    teacher = logp if temperature == 1 else _logarithms(clean / temperature)
-    factor, (q1, q2) = 1.0, (_logarithms(z if version == "v1" else z / temperature) for z in (first, second))
-    other = q2
+    clean, *noisy = passes
+    logp = clean.log_softmax(-1)
+    teacher = logp if temperature == 1 else (clean / temperature).log_softmax(-1)
+    q1, q2 = ((z if version == "v1" else z / temperature).log_softmax(-1) for z in noisy)
+    other, factor = q2, 1.0
     if version == "v2":
         teacher, other, factor = teacher.detach(), q2.detach(), temperature**2
-    soft = factor * (_divergence(teacher, q1) + _divergence(teacher, q2)) / 2
+    soft = factor * _divergence(teacher, (q1 + q2) / 2)  # linear in log p_i, so that of their mean is the mean of both
     divergences = (1 - ce_weight) * soft + consistency_weight * factor * _divergence(other, q1)
     return {"loss": ce_weight * _cross_entropy(logp, labels) + divergences, "divergence": soft}
 
 
 def rdrop(labels: Tensor, first: Tensor, second: Tensor, *, weight: float = 1.0) -> dict[str, Tensor]:
     """R-Drop's loss of two passes per token: their mean cross-entropy, and `weight` times half of both divergences."""
-    p, q = _logarithms(first), _logarithms(second)
+    p, q = first.log_softmax(-1), second.log_softmax(-1)
     cross_entropies = _cross_entropy(p, labels) + _cross_entropy(q, labels)
     return {"loss": (cross_entropies + weight * (_divergence(p, q) + _divergence(q, p))) / 2}
-
-
-def _logarithms(logits: Tensor) -> Tensor:
-    """log p [n, V]; a banned token (-inf) has a finite one, so that it adds nothing to a divergence."""
-    return torch.log_softmax(logits, -1).clamp(min=-1e4)
 
 
 def _cross_entropy(logp: Tensor, labels: Tensor) -> Tensor:
@@ -54,5 +49,6 @@ def _cross_entropy(logp: Tensor, labels: Tensor) -> Tensor:
 
 
 def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row [n]."""
-    return torch.linalg.vecdot(logp.exp(), logp - logq)
+    """KL(p || q) of each row [n]; a token that p bans (log p = -inf) adds nothing: 0 times a finite number."""
+    least = torch.finfo(logp.dtype).min / 2
+    return torch.linalg.vecdot(logp.exp(), logp.clamp(min=least) - logq.clamp(min=least))
