@@ -27,8 +27,8 @@ def noisefit(
     """
     clean, *noisy = passes
     logp = clean.log_softmax(-1)
-    teacher = logp if temperature == 1 else (clean / temperature).log_softmax(-1)
-    q1, q2 = ((z if version == "v1" else z / temperature).log_softmax(-1) for z in noisy)
+    teacher = _finite(logp if temperature == 1 else (clean / temperature).log_softmax(-1))
+    q1, q2 = (_finite((z if version == "v1" else z / temperature).log_softmax(-1)) for z in noisy)
     other, factor = q2, 1.0
     if version == "v2":
         teacher, other, factor = teacher.detach(), q2.detach(), temperature**2
@@ -41,6 +41,7 @@ def rdrop(labels: Tensor, first: Tensor, second: Tensor, *, weight: float = 1.0)
     """R-Drop's loss of two passes per token: their mean cross-entropy, and `weight` times half of both divergences."""
     p, q = first.log_softmax(-1), second.log_softmax(-1)
     cross_entropies = _cross_entropy(p, labels) + _cross_entropy(q, labels)
+    p, q = _finite(p), _finite(q)
     return {"loss": (cross_entropies + weight * (_divergence(p, q) + _divergence(q, p))) / 2}
 
 
@@ -48,7 +49,11 @@ def _cross_entropy(logp: Tensor, labels: Tensor) -> Tensor:
     return -logp.gather(-1, labels[:, None]).squeeze(-1)
 
 
+def _finite(logp: Tensor) -> Tensor:
+    """log p with a finite number for banned tokens (-inf), so that they add nothing to a divergence: 0 times that."""
+    return logp.clamp(min=torch.finfo(logp.dtype).min / 2)
+
+
 def _divergence(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) of each row [n]; a token that p bans (log p = -inf) adds nothing: 0 times a finite number."""
-    least = torch.finfo(logp.dtype).min / 2
-    return torch.linalg.vecdot(logp.exp(), logp.clamp(min=least) - logq.clamp(min=least))
+    """KL(p || q) of each row [n]; both are finite."""
+    return torch.linalg.vecdot(logp.exp(), logp - logq)
