@@ -1,5 +1,6 @@
 """Floor 0: streams the vocabulary once and reduces every token's softmax to a few numbers. Needs only torch."""
 
+from . import operators  # noqa: F401  it registers them with torch
 from .algebra import State, merge
 from .functional import dense_stats, map_logits, vocab_loss, vocab_stats
 from .head import Head, Payload

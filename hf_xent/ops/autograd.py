@@ -112,12 +112,7 @@ class _Eager(torch.autograd.Function):
         origins: tuple[Tensor | None, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        if problem.tail and len(problem.labels) and hasattr(backend, "survey"):
-            values, grads = tail.eager(backend, problem, objective.gradients)
-        else:
-            visit = getattr(backend, "eager", None) or _two_visits(backend)
-            values, grads = visit(problem, objective.gradients, objective.uses)
-        reduce_from_ranks(problem, grads)
+        values, grads = visit_once(backend, problem, objective)
         ctx.save_for_backward(*(grads.get(name) for name in TENSORS), *origins, problem.labels)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         ctx.problem, ctx.objective = problem.without_tensors(), objective
@@ -163,6 +158,18 @@ def _scaled(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
 
 def _has_triton(x: Tensor) -> bool:
     return x.is_cuda and can_launch(x.device)
+
+
+def visit_once(
+    backend: ModuleType, problem: Problem, objective: EagerSum
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Statistics, and the objective's gradients divided by its unit, without a graph."""
+    if problem.tail and len(problem.labels) and hasattr(backend, "survey"):
+        values, grads = tail.eager(backend, problem, objective.gradients)
+    else:
+        visit = getattr(backend, "eager", None) or _two_visits(backend)
+        values, grads = visit(problem, objective.gradients, objective.uses)
+    return values, reduce_from_ranks(problem, grads)
 
 
 def _two_visits(backend: ModuleType) -> Callable[..., tuple[dict[str, Tensor], dict[str, Tensor]]]:

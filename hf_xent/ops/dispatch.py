@@ -7,16 +7,17 @@ keywords; losses, lazy logits and patches pass a `Request` on to them.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference
+from . import chunked, compiled, reference
 from .autograd import eager, recompute
 from .head import Head, Payload
 from .higher import under_function_transform
@@ -47,6 +48,8 @@ def stream_stats(
     payload: Payload | None = None,
 ) -> Stats:
     """`vocab_stats` with a request for its keywords; `outputs` names the statistics, `request.observe` is not read."""
+    if torch.compiler.is_compiling():
+        return compiled.stats(hidden, head, labels, outputs, request, payload)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = problem_of(rows, outputs, payload, request, backend)
@@ -64,6 +67,8 @@ def stream_loss(
     payload: Payload | None = None,
 ) -> tuple[Tensor, Stats]:
     """`vocab_loss` with a request for its keywords."""
+    if torch.compiler.is_compiling():
+        return compiled.loss_sum(loss, hidden, head, labels, request, token_weight, payload)
     check_tail(request.tail, loss, head)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
@@ -73,7 +78,8 @@ def stream_loss(
     )
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not request.unreduced and not under_function_transform(*problem.tensors):
-        objective = (_LinearSum if getattr(loss, "linear", False) else _WeightedSum)(loss, problem, weight)
+        linear = getattr(loss, "linear", False)
+        objective = LinearSum(loss, problem, weight, _slopes(loss)) if linear else _WeightedSum(loss, problem, weight)
         total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
     else:
@@ -124,19 +130,20 @@ class _WeightedSum:
         return torch.cat(self.parts) if self.parts else self.sums[0].new_empty(0)
 
 
-class _LinearSum(_WeightedSum):
+class LinearSum(_WeightedSum):
     """The same for a loss that is linear in its statistics: its gradients are constants, known before the first chunk.
 
-    A chunk costs no operation here, where a graph of [n] tensors takes twenty launches on an accelerator.
+    `slopes` are its derivatives by the statistics that it uses. A chunk costs no operation here, where a graph of [n]
+    tensors takes twenty launches on an accelerator.
     """
 
-    def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
+    def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float, slopes: Mapping[str, float]):
         super().__init__(loss, problem, weight)
         self.seen: list[dict[str, Tensor]] = []
         dtype = wide(problem.hidden.dtype)
         with torch.no_grad():
             tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
-            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in _slopes(cast(Any, loss)).items()}
+            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in slopes.items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.seen.append({name: values[name] for name in self.uses})

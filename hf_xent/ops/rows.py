@@ -50,6 +50,12 @@ class Rows:
         x = x.reshape(-1, *shape)
         return x if self.index is None else x.index_select(0, self.index)
 
+    def restored(self, x: Tensor) -> Tensor:
+        """A tensor [N, D] of the valid rows in the labels' shape [..., D]; other rows are 0."""
+        if self.index is not None:
+            x = x.new_zeros(self.labels.numel(), x.shape[-1]).index_copy_(0, self.index, x)
+        return x.reshape(*self.labels.shape, -1)
+
     def scatter(self, values: Mapping[str, Tensor]) -> Stats:
         """Statistics in the labels' shape; ignored positions hold 0."""
         shape = self.labels.shape
@@ -94,7 +100,7 @@ def token_ids(labels: Tensor) -> Tensor:
         raise ValueError(f"labels is a {type(labels).__name__}: pass a tensor of token ids")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"labels is {labels.dtype}: pass token ids as int64")
-    if torch._C._functorch.is_batchedtensor(labels):
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(labels):
         raise ValueError(
             "labels is batched by torch.vmap, but which tokens have a label must be known: write the map as a loop, or"
             " give the mapped dimension to hidden and labels"
