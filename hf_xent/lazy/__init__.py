@@ -17,8 +17,9 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 `__torch_dispatch__`, and its gradients still reach hidden and the weight.
 """
 
-from . import consumers, shapes  # noqa: F401  they register their rules
+from . import consumers, shapes, traced_rules  # noqa: F401  they register their rules
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
+from .traced import TracedLogits
 
-__all__ = ["LazyLogits", "PatchState", "Seam", "TokenSums", "next_token_labels"]
+__all__ = ["LazyLogits", "PatchState", "Seam", "TokenSums", "TracedLogits", "next_token_labels"]

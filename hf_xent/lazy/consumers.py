@@ -45,8 +45,7 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     request = replace(x.state.request, ignore_index=ignore_index)
     reduce = Reduction(reduction, token_weight=token_weight)
     loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)
-    x.state.record(stats)
-    return loss.to(x.device, x.dtype)
+    return x.state.counted(loss, stats).to(x.device, x.dtype)
 
 
 def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from threading import Lock
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import Stats
+from ..ops.compiled import LIBRARY
 from ..ops.request import Request
 from ..ops.rows import token_ids
 
 _LOCK = Lock()  # replicas of a model add to one state, each from its thread
+_KEYS = count()
+_STATES: WeakValueDictionary[int, PatchState] = WeakValueDictionary()  # a compiled program names a state by its key
 
 
 class TokenSums(dict[bool, dict[str, Tensor]]):
@@ -54,6 +60,16 @@ class PatchState:
     """The model's mode in its last forward."""
     sums: TokenSums = field(default_factory=TokenSums)
     """Sums over tokens, by mode, if anything is observed."""
+    key: int = field(init=False, repr=False, compare=False)
+    """What names this state in a compiled program; copies have another one."""
+
+    def __post_init__(self) -> None:
+        self.key = next(_KEYS)
+        _STATES[self.key] = self
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        self.__post_init__()
 
     @property
     def observe(self) -> tuple[str, ...]:
@@ -85,6 +101,15 @@ class PatchState:
             if self.observe:
                 self.sums.add(stats, self.training)
 
+    def counted(self, loss: Tensor, stats: Stats) -> Tensor:
+        """The loss itself, after `record`; a compiled program records each time it runs, not when it is traced."""
+        if not torch.compiler.is_compiling():
+            self.record(stats)
+            return loss
+        names = [name for name in stats.values if name in ("lse", "target", "entropy", "top")] if self.observe else []
+        values = [stats.values[name] for name in names]
+        return torch.ops.hf_xent.counted(loss, stats.labels, stats.mask, values, names, self.training, self.key)
+
     def bypass(self, reason: str) -> None:
         """Count a call that computed its logits at once, and keep the reason."""
         with _LOCK:
@@ -112,3 +137,30 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
         ValueError: Labels are not integers.
     """
     return F.pad(token_ids(labels), (0, 1), value=ignore_index)[..., 1:].contiguous()
+
+
+def _counted(  # noqa: PLR0913  an operator takes no objects
+    loss: Tensor, labels: Tensor, mask: Tensor, values: list[Tensor], names: list[str], training: bool, key: int
+) -> Tensor:
+    """The operator `hf_xent::counted`: a copy of the loss, after the state of this key, if it still exists, counted it."""
+    state = _STATES.get(key)
+    if state is not None:
+        state.training = training
+        state.record(Stats(dict(zip(names, values, strict=True)), labels, mask))
+    return loss.clone()
+
+
+def _save_count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.values, ctx.names = ([None] * len(inputs[i]) for i in (3, 4))
+
+
+def _counted_gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    return upstream, None, None, ctx.values, ctx.names, None, None
+
+
+LIBRARY.define(
+    "counted(Tensor loss, Tensor labels, Tensor mask, Tensor[] values, str[] names, bool training, int key) -> Tensor"
+)
+LIBRARY.impl("counted", _counted, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_xent::counted", lambda loss, *_: torch.empty_like(loss), lib=LIBRARY)
+torch.library.register_autograd("hf_xent::counted", _counted_gradients, setup_context=_save_count, lib=LIBRARY)

@@ -7,6 +7,7 @@ model.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, PatchState, next_token_labels
+from ..lazy import LazyLogits, PatchState, TracedLogits, next_token_labels
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
 from .trl import FusedCall, FusedHead
 
 _LABELS = ("labels", "shift_labels")
-COMPILED = "torch.compile traces the model (torch_compile=True), and a traced model computes its logits"
+COMPILED = "torch.compile traces the model (torch_compile=True)"
 TRANSFORMED = "the model runs under torch.func or forward-mode differentiation, which lazy logits do not support"
 _WITHOUT_LABELS = "the model was called without labels, so its loss is computed outside: pass always=True"
 OUTSIDE_OF_MODEL = (
@@ -40,6 +41,7 @@ class Patch(Protocol):
     always: int
     previous_forward: Any
     fused: FusedHead | None
+    traced: bool  # whether the head has to return lazy logits to the program that torch.compile traces now
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
         """Put lazy forwards on the head as it is now."""
@@ -79,7 +81,7 @@ class Call:
         patch.make_heads_lazy(model)
         patch.state.training = model.training
         patch.take_over_fused_head(model)
-        labeled = _has_labels(model, args, kwargs)
+        labeled = has_labels(parameters_of(type(model)), args, kwargs)
         call.lazy_now = labeled or patch.always > 0
         objective = _objective_of(model)
         call.scored = objective is None or not labeled
@@ -135,11 +137,16 @@ def _objective_of(model: nn.Module) -> ModelLoss | None:
     return module if isinstance(module, ModelLoss) else None
 
 
-def _has_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def has_labels(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a model has labels; `names` are the parameters of its forward."""
     if any(kwargs.get(name) is not None for name in _LABELS):
         return True
-    names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
     return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
+
+
+def parameters_of(model_class: Any) -> tuple[str, ...]:
+    """The names of the parameters of a model's forward."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 class ModelLoss(nn.Module):
@@ -161,9 +168,10 @@ class ModelLoss(nn.Module):
         **_: Any,
     ) -> Tensor:
         """The loss of next-token labels, as in `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
-        if not isinstance(logits, LazyLogits) or logits.is_dense:
+        traced = isinstance(logits, TracedLogits) and logits.values is None
+        if not traced and (not isinstance(logits, LazyLogits) or logits.is_dense):
             raise RuntimeError(f"{self._shown} needs the head's hidden states, but {self._why_dense()}")
-        call = CALL.get()
+        call = None if traced else CALL.get()
         if call is not None:
             call.scored = True
         targets = shift_labels
@@ -174,8 +182,7 @@ class ModelLoss(nn.Module):
         request = replace(self.state.request, ignore_index=ignore_index)
         reduction = Reduction(num_items=num_items_in_batch)
         loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
-        self.state.record(stats)
-        return loss
+        return self.state.counted(loss, stats)
 
     @staticmethod
     def _why_dense() -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits
+from ..lazy import LazyLogits, TracedLogits
+from ..lazy.traced import dense
 from ..ops import Head
 from ..ops.higher import under_function_transform
-from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
-from .heads import local_head, why_weight_is_freed
+from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, has_labels, parameters_of, patch_on
+from .heads import is_split, local_head, why_weight_is_freed
 
 
 class LazyForward:
@@ -40,8 +41,12 @@ class LazyForward:
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
-        linear = self.linear
-        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
+        linear, compiling = self.linear, torch.compiler.is_compiling()
+        raw = None
+        if compiling:
+            raw = self._traced_head()
+        elif type(input) is Tensor:
+            raw = self._head(input)
         if raw is None:
             previous: Any = self.previous
             return nn.Linear.forward(linear, input) if previous is None else previous(input)
@@ -50,7 +55,18 @@ class LazyForward:
             dtype = torch.get_autocast_dtype(device_type)
             bias = None if raw.bias is None else raw.bias.to(dtype)
             input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-        return LazyLogits.of(input, raw, self.patch.state)
+        lazy: Any = TracedLogits if compiling else LazyLogits
+        return lazy.of(input, raw, self.patch.state)
+
+    def _traced_head(self) -> Head | None:
+        """The head for lazy logits of a compiled program, or None if they are not needed or not possible."""
+        if not self.patch.traced:
+            return None
+        reason = why_weight_is_freed(self.linear) or (is_split(self.linear.weight) and "the head is split over ranks")
+        if not reason:
+            return Head(self.linear.weight, self.linear.bias)
+        self.patch.state.reason = f"{COMPILED}, where {reason}"
+        return None
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
@@ -77,10 +93,7 @@ def is_lazy(forward: Any) -> bool:
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hook before a patched model is called."""
     patch = patch_on(model)
-    if patch is None:
-        return None
-    if torch.compiler.is_compiling():
-        patch.state.reason = COMPILED
+    if patch is None or torch.compiler.is_compiling():
         return None
     return args, Call.begin(model, args, kwargs)
 
@@ -92,6 +105,7 @@ def after_forward(model: nn.Module, args: Any, output: Any) -> Any:
 
 def noticing_forward(model_class: Any) -> Any:
     """A forward for instances of a model class: it runs that of the class, and notices calls that bypass the hooks."""
+    names = parameters_of(model_class)
 
     @functools.wraps(model_class.forward)  # libraries inspect its signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +113,11 @@ def noticing_forward(model_class: Any) -> Any:
         compiling = torch.compiler.is_compiling()
         if compiling and patch is not None and patch.fused is not None and kwargs.get("fused_lm_head"):
             return patch.fused.forward(*args, **kwargs)
-        if patch is None or (compiling and patch.previous_forward is None):
+        if patch is None:
             return model_class.forward(self, *args, **kwargs)
-        stock = patch.previous_forward or MethodType(model_class.forward, self)
+        stock = patch.previous_forward or functools.partial(model_class.forward, self)
         if compiling:
-            return stock(*args, **kwargs)
+            return traced_call(self, patch, stock, has_labels(names, args, kwargs), args, kwargs)
         call = CALL.get()
         if call is not None and call.model is self and not call.entered:
             call.entered = True
@@ -123,6 +137,30 @@ def noticing_forward(model_class: Any) -> Any:
         return output
 
     return forward
+
+
+def traced_call(  # noqa: PLR0913  the two last are a call's arguments
+    model: nn.Module, patch: Patch, forward: Any, labeled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A call of a patched model while torch traces it, with lazy logits if it has labels, or if the patch is always
+    lazy.
+
+    In evaluation the caller gets logits as a tensor, as of any compiled model, unless the patch is always lazy.
+    """
+    outer, patch.traced = patch.traced, labeled or patch.always > 0
+    patch.state.training = model.training
+    try:
+        output = forward(*args, **kwargs)
+    finally:
+        patch.traced = outer
+    if model.training or patch.always > 0:
+        return output
+    if isinstance(output, tuple):
+        return tuple(dense(x) for x in output)
+    for name, x in output.items():
+        if isinstance(x, TracedLogits):
+            output[name] = x.dense()
+    return output
 
 
 _CODE = noticing_forward(nn.Module).__code__

@@ -28,6 +28,7 @@ class Installation:
     hooks: tuple[Any, ...] = ()
     lazy_forwards: list[LazyForward] = field(default_factory=list)
     fused: FusedHead | None = None  # TRL's, after a trainer has installed it
+    traced: bool = False  # whether the head has to return lazy logits to the program that torch.compile traces now
 
     def install(self, model: nn.Module) -> None:
         """Patch a model that has no patch."""
