@@ -108,6 +108,7 @@ class PatchState:
             return loss
         names = [name for name in stats.values if name in ("lse", "target", "entropy", "top")] if self.observe else []
         values = [stats.values[name] for name in names]
+        names = ",".join(names)  # torch takes the gradients of an operator with two lists in no consistent form
         return torch.ops.hf_xent.counted(loss, stats.labels, stats.mask, values, names, self.training, self.key)
 
     def bypass(self, reason: str) -> None:
@@ -140,26 +141,26 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def _counted(  # noqa: PLR0913  an operator takes no objects
-    loss: Tensor, labels: Tensor, mask: Tensor, values: list[Tensor], names: list[str], training: bool, key: int
+    loss: Tensor, labels: Tensor, mask: Tensor, values: list[Tensor], names: str, training: bool, key: int
 ) -> Tensor:
     """The operator `hf_xent::counted`: a copy of the loss, after the state of this key, if it still exists, counted it."""
     state = _STATES.get(key)
     if state is not None:
         state.training = training
-        state.record(Stats(dict(zip(names, values, strict=True)), labels, mask))
+        state.record(Stats(dict(zip(names.split(","), values, strict=False)), labels, mask))
     return loss.clone()
 
 
 def _save_count(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.values, ctx.names = ([None] * len(inputs[i]) for i in (3, 4))
+    ctx.count = len(inputs[3])
 
 
 def _counted_gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-    return upstream, None, None, ctx.values, ctx.names, None, None
+    return upstream, None, None, [None] * ctx.count, None, None, None
 
 
 LIBRARY.define(
-    "counted(Tensor loss, Tensor labels, Tensor mask, Tensor[] values, str[] names, bool training, int key) -> Tensor"
+    "counted(Tensor loss, Tensor labels, Tensor mask, Tensor[] values, str names, bool training, int key) -> Tensor"
 )
 LIBRARY.impl("counted", _counted, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_xent::counted", lambda loss, *_: torch.empty_like(loss), lib=LIBRARY)

@@ -62,10 +62,10 @@ class Distillation(Loss):
         return hidden.detach(), teacher_head.detach().tempered(self.temperature)
 
     @staticmethod
-    @torch.no_grad()
     def student_stats(hidden: Tensor, head: Head, labels: Tensor, request: Request) -> Stats:
         """Detached statistics of the student at temperature 1."""
-        return stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
+        with torch.no_grad():
+            return stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
 
 
 @dataclass(frozen=True)

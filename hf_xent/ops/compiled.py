@@ -138,8 +138,13 @@ def _arguments(
     """The arguments of an operator, cast as torch.autocast would: the compiler runs operators without it."""
     if head.shard is not None:
         raise ValueError("the head is split over ranks, which torch.compile does not trace: leave the loss uncompiled")
-    if request.impl not in (None, "chunked"):
-        head = head.joined()  # the others take a single matrix
+    if request.impl_name == "reference":
+        raise ValueError(
+            "impl is 'reference', whose gradients are autograd's own, and torch.compile does not trace them: choose"
+            " 'chunked' or 'triton'"
+        )
+    if request.impl_name != "chunked":
+        head = head.joined()  # it takes a single matrix
     if payload is not None:
         payload = (autocast(payload[0]), autocast_head(payload[1], payload[0]))
     wanted = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())

@@ -35,9 +35,14 @@ class Request:
     unreduced: bool = False
     """Whether to return the losses in the shape of labels instead of their sum."""
 
+    @property
+    def impl_name(self) -> str:
+        """The name of the backend."""
+        return self.impl or os.environ.get("HF_XENT_IMPL") or "chunked"
+
     def backend(self) -> ModuleType:
         """The module that streams the vocabulary. Raises: ValueError for an unknown `impl`."""
-        name = self.impl or os.environ.get("HF_XENT_IMPL") or "chunked"
+        name = self.impl_name
         if name not in IMPLS:
             raise ValueError(f"impl is {name!r}: choose one of {', '.join(IMPLS)} (argument impl, or HF_XENT_IMPL)")
         if name == "triton":

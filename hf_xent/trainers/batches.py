@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..lazy import LazyLogits, next_token_labels
+from ..lazy import LazyLogits, TracedLogits, next_token_labels
 from ..ops.rows import token_ids
 
 
@@ -30,10 +30,12 @@ def lazy(logits: Any, length: int, method: str) -> LazyLogits:
     Positions of virtual tokens, which prompt tuning puts before a sequence, are left out. Raises: ValueError for logits
     that are already computed.
     """
+    if isinstance(logits, TracedLogits):  # of a compiled model
+        logits = logits.lazy()
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         raise ValueError(
             f"the logits are a {type(logits).__name__} that is already computed, but {method} reads the hidden states"
-            " of lazy logits: train without torch_compile, without an offloaded or sharded head or an adapter on it,"
+            " of lazy logits: train without an offloaded or sharded head or an adapter on it,"
             " and see hf-xent check"
         )
     last: Any = logits[:, -length:] if logits.shape[1] > length else logits

@@ -47,7 +47,7 @@ from .base import Method, Options
 from .batches import lazy
 from .consensus import Split, agreement, alignment, consensus, split
 from .f2c_items import COLUMNS, ItemCollator, check_gold
-from .refusals import NO_MODEL_INIT, OWN_LOSS, refuse_compilation, refuse_encoder_decoder
+from .refusals import NO_MODEL_INIT, OWN_LOSS, refuse_encoder_decoder
 
 
 @dataclass
@@ -141,7 +141,6 @@ class F2CTrainer(Method, Carded, Trainer):
     def __init__(self, model: Any, args: F2CConfig | None = None, **kwargs: Any):
         args = self.configured(args, kwargs)
         refuse_encoder_decoder(model)
-        refuse_compilation(model, args, "F2C reads the hidden states before them")
         patch(model)
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = ItemCollator(getattr(kwargs.get("processing_class"), "pad_token_id", None) or 0)

@@ -45,7 +45,6 @@ from ..hub import Tokenless
 from ..patching import lazily
 from .base import Method, Options
 from .batches import lazy
-from .refusals import refuse_compilation
 from .streamed import ANSWERS, Streamed
 from .variants import Variants
 
@@ -140,8 +139,6 @@ class SPO(Method, Streamed):
                 " and TRL's configuration"
             )
         self.configured(config, kwargs)
-        model = args[0] if args else kwargs.get("model")
-        refuse_compilation(model, config, "SPO reads the hidden states before them")
         super().__init__(*args, **kwargs)
         get_base: Any = getattr(self.model, "get_base_model", None)  # PEFT
         model = self.model if get_base is None else get_base()

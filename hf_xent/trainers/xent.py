@@ -24,7 +24,7 @@ from ..losses.cross_entropy import CrossEntropy
 from ..patching import lazily, patch, patch_state
 from .base import Method, Options
 from .batches import refuse_unlabeled
-from .refusals import NO_MODEL_INIT, refuse_compilation
+from .refusals import NO_MODEL_INIT
 
 
 @dataclass
@@ -103,7 +103,7 @@ class XentTrainer(Method, Carded, Trainer):
             raise ValueError(
                 f"compute_loss_func is given and loss is {self.objective!r}: one of them would have no effect, pass one"
             )
-        self._refuse_other_losses(model, args)
+        self._refuse_other_losses(args)
         patch(model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # smoothing is part of the objective; the smoother of transformers needs the logits
@@ -121,18 +121,13 @@ class XentTrainer(Method, Carded, Trainer):
             )
         return objective
 
-    def _refuse_other_losses(self, model: torch.nn.Module, args: XentConfig) -> None:
-        """Raises: ValueError for options under which Liger or a compiled model would compute the loss."""
+    def _refuse_other_losses(self, args: XentConfig) -> None:
+        """Raises: ValueError for options under which Liger would compute the loss."""
         if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
             raise ValueError(
                 "use_liger_kernel is True, but Liger's fused loss would replace the forward that is patched: set it to"
                 " False, or liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
-        if self.objective != CrossEntropy():
-            refuse_compilation(model, args, f"{self.objective!r} needs the hidden states before them")
-        for name in ("tail", "memory_budget"):
-            if getattr(args, name):
-                refuse_compilation(model, args, f"{name} would have no effect")
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; a `compute_loss_func` gets lazy logits.

@@ -1,0 +1,192 @@
+"""torch.compile: patched models and functional losses stream in one graph, without breaks, and equal what they are
+without the compiler, in losses and all gradients.
+
+The backend `aot_eager` traces forward and backward as Inductor does, and runs torch's own kernels: nothing is built.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import trl
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import hf_xent
+from hf_xent import Head, linear_cross_entropy, vocab_loss, vocab_stats
+from hf_xent.lazy import LazyLogits, TracedLogits
+from hf_xent.losses import EMO, CrossEntropy, Focal, ForwardKL
+from hf_xent.patching import patch_state
+from support.models import V, add_adapter, batch, gradients, tiny
+from support.oracle import Largest, assert_no_worse
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"  # torch's tracer reads it
+)
+D = 8
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def operands(length, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(length)
+    hidden = torch.randn(2, length, D, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (2, length), generator=generator)
+    labels[0, :2], labels[1, -1] = -100, -100
+    return hidden.to(dtype).requires_grad_(), labels
+
+
+def weight_and_bias(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    made = torch.randn(V, D, generator=generator, dtype=torch.float64), torch.randn(V, generator=generator).double()
+    return [x.to(dtype).requires_grad_() for x in made]
+
+
+def entropy_and_variance(h, w, b, y):
+    stats = vocab_stats(h, Head(w, b, 0.7, 5.0), y, outputs=("entropy", "variance", "mean", "top", "log_sum_sq"))
+    return (stats.entropy * stats.nll + stats.variance * stats.mean + stats.is_top1 + stats.log_sum_sq).sum()
+
+
+TEACHER = torch.randn(V, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+FUNCTIONAL = {
+    "mean": lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b),
+    "smoothed sum, softcap": lambda h, w, b, y: linear_cross_entropy(
+        h, w, y, bias=b, scale=0.5, softcap=5.0, label_smoothing=0.1, reduction="sum"
+    ),
+    "z-loss, each token": lambda h, w, b, y: linear_cross_entropy(
+        h, w, y, bias=b, z_loss=1e-2, reduction="none"
+    ).square().sum(),
+    "class weights": lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b, class_weight=b.detach().exp()),
+    "tail": lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b, tail=1e-9),
+    "statistics": entropy_and_variance,
+    "focal": lambda h, w, b, y: Focal(gamma=2.0)(h, Head(w, b), y, num_items=7),
+    "emo": lambda h, w, b, y: EMO(cost=TEACHER, variant="emo")(h, Head(w, b), y),
+    "forward kl": lambda h, w, b, y: ForwardKL(temperature=2.0)(
+        h, Head(w, b), y, teacher=(h.detach()[..., :5], Head(TEACHER))
+    ),
+    "vocab_loss": lambda h, w, b, y: vocab_loss(CrossEntropy(), h, Head(w, b), y, token_weight=0.5)[0],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functions_in_one_graph_for_any_length(name):
+    function, head = FUNCTIONAL[name], weight_and_bias()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for length in (5, 6, 9, 11):
+        hidden, labels = operands(length)
+        leaves = [hidden, *head]
+        expected, found = function(hidden, *head, labels), compiled(hidden, *head, labels)
+        torch.testing.assert_close(found, expected)
+        grads = torch.autograd.grad(expected, leaves, allow_unused=True)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves, allow_unused=True), grads)
+    assert counter.frame_count == 2, "once for a length, once for any length"
+
+
+def test_positions_without_a_label_have_no_gradient_of_a_loss_that_is_infinite_there():
+    """An ignored position's zeros are the statistics of p = 1, where this loss has an infinite slope."""
+
+    class Root(CrossEntropy):
+        linear = False
+
+        def of(self, stats):
+            return (1 - stats.logp.exp()).sqrt()
+
+    (weight, bias), (hidden, labels) = weight_and_bias(), operands(6)
+    compiled = torch.compile(lambda h: Root()(h, Head(weight, bias), labels), backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(Root()(hidden, Head(weight, bias), labels), [hidden, weight])
+    found = torch.autograd.grad(compiled(hidden), [hidden, weight])
+    torch.testing.assert_close(found, expected)
+    assert not found[0][0, :2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [CrossEntropy(), Focal(gamma=2.0)], ids=["linear", "other"])
+def test_low_precision_is_no_worse_than_without_the_compiler(dtype, loss):
+    hidden, labels = operands(9, dtype)
+    weight, bias = weight_and_bias(dtype)
+
+    def value(h, w, b):
+        return loss(h, Head(w, b), labels)
+
+    def dense(h, w, b):
+        rows = F.linear(h, w, b)[labels != -100].float()
+        return loss.reference(rows, labels[labels != -100]).mean()
+
+    def solve(function, *leaves):
+        return torch.autograd.grad(function(*leaves) * 64, leaves)
+
+    exact = solve(dense_in_float64(loss, labels), *(x.detach().double().requires_grad_() for x in (hidden, weight, bias)))
+    ours = solve(torch.compile(value, backend="aot_eager", fullgraph=True), hidden, weight, bias)
+    plain = solve(dense, hidden, weight, bias)
+    for one, other, truth in zip(ours, plain, exact, strict=True):
+        assert_no_worse(one, other, truth)
+
+
+def dense_in_float64(loss, labels):
+    return lambda h, w, b: loss.reference(F.linear(h, w, b)[labels != -100], labels[labels != -100]).mean()
+
+
+def test_errors_of_operands_are_those_without_the_compiler():
+    (weight, _), (hidden, labels) = weight_and_bias(), operands(5)
+    compiled = torch.compile(lambda y: linear_cross_entropy(hidden, weight, y), backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=f"but the head has {V} tokens"):
+        compiled(labels + V)
+    focal = torch.compile(lambda: Focal()(hidden, Head(weight), labels, tail=1e-3), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="pass tail=0, or compute the loss outside of torch.compile"):
+        focal()
+    dense = torch.compile(
+        lambda y: linear_cross_entropy(hidden, weight, y, impl="reference"), backend="aot_eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match="choose 'chunked' or 'triton'"):
+        dense(labels)
+
+
+CASES = {
+    "llama": ("llama", None, {}),
+    "softcap, scale": ("gemma2 softcap", None, {}),
+    "tied": ("llama tied", "cross_entropy:z_loss=0.01", {}),
+    "focal": ("llama", "focal", {}),
+    "emo": ("gemma2 softcap", "emo", {}),
+    "always": ("llama", None, {"always": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_models_in_one_graph(case):
+    name, loss, options = CASES[case]
+    model = tiny(name, dtype=torch.float64).train()
+    hf_xent.patch(model, loss, observe=("entropy", "top"), **options)
+    ids, labels = batch()
+    expected, stock = model(input_ids=ids, labels=labels).loss, {}
+    expected.backward()
+    stock = gradients(model)
+    sums = patch_state(model).take()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for part in (slice(None), slice(1, None), slice(3, None)):
+        with torch.no_grad():
+            plain = model(input_ids=ids[:, part], labels=labels[:, part]).loss
+        found = compiled(input_ids=ids[:, part], labels=labels[:, part]).loss
+        torch.testing.assert_close(found, plain, rtol=2e-6, atol=0)
+    assert counter.frame_count <= 3
+    state = patch_state(model)
+    state.take()
+    out = compiled(input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected, rtol=2e-6, atol=0)
+    out.loss.backward()
+    found = gradients(model)
+    assert found.keys() == stock.keys()
+    for parameter, grad in stock.items():
+        torch.testing.assert_close(found[parameter], grad, rtol=1e-5, atol=1e-8)
+    again = state.take()
+    assert again.keys() == sums.keys() == {"tokens", "nll", "entropy", "correct"}
+    for key, value in sums.items():
+        torch.testing.assert_close(again[key], value, rtol=2e-6, atol=0)
+    assert (state.materialized, state.bypassed, state.reason) == (0, 0, "") and state.streamed == 8
