@@ -108,8 +108,8 @@ class PatchState:
             return loss
         names = [name for name in stats.values if name in ("lse", "target", "entropy", "top")] if self.observe else []
         values = [stats.values[name] for name in names]
-        names = ",".join(names)  # torch takes the gradients of an operator with two lists in no consistent form
-        return torch.ops.hf_xent.counted(loss, stats.labels, stats.mask, values, names, self.training, self.key)
+        joined = ",".join(names)  # torch takes the gradients of an operator with two lists in no consistent form
+        return torch.ops.hf_xent.counted(loss, stats.labels, stats.mask, values, joined, self.training, self.key)
 
     def bypass(self, reason: str) -> None:
         """Count a call that computed its logits at once, and keep the reason."""
@@ -140,10 +140,10 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return F.pad(token_ids(labels), (0, 1), value=ignore_index)[..., 1:].contiguous()
 
 
-def _counted(  # noqa: PLR0913  an operator takes no objects
+def _counted(
     loss: Tensor, labels: Tensor, mask: Tensor, values: list[Tensor], names: str, training: bool, key: int
 ) -> Tensor:
-    """The operator `hf_xent::counted`: a copy of the loss, after the state of this key, if it still exists, counted it."""
+    """The operator `hf_xent::counted`: a copy of the loss, after the state of this key has counted it, if it exists."""
     state = _STATES.get(key)
     if state is not None:
         state.training = training

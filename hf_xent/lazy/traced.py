@@ -23,7 +23,6 @@ from .graph import Recipe
 from .state import PatchState, next_token_labels
 from .tensor import LazyLogits, make
 
-
 METHODS: dict[str, Callable[..., Any]] = {}
 """The methods of a tensor that are recorded or computed without logits; all others are those of the dense tensor."""
 RULES: dict[Any, Callable[..., Any]] = {}

@@ -116,7 +116,7 @@ def log_softmax(x: TracedLogits, dim: int | None = None, _stacklevel: int = 3, d
     """Log-probabilities, of which one per row may be gathered."""
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype or x.dtype
     if x.values is not None or x.recipe.log_probs or not is_last(x, dim):
-        return x.dense().log_softmax(dim, dtype=dtype)
+        return F.log_softmax(x.dense(), dim, dtype=dtype)
     return x.derived(recipe=replace(x.recipe, log_probs=True), dtype=dtype)
 
 
@@ -169,9 +169,7 @@ def cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
 ) -> Any:
     """`F.cross_entropy` of [N, V] and class indices, by the rule of `LazyLogits`."""
     if x.values is None:
-        found = _OF_LAZY_LOGITS(
-            x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
+        found = _OF_LAZY_LOGITS(x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         if found is not NotImplemented:
             return found
     return F.cross_entropy(

@@ -39,9 +39,7 @@ _OPERANDS = (
 LIBRARY = torch.library.Library("hf_xent", "DEF")
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.needs_fixed_stride_order)
 LIBRARY.define(f"stats({_OPERANDS}) -> Tensor[]", tags=_TAGS)
-LIBRARY.define(
-    f"stats_backward({_OPERANDS}, Tensor[] values, Tensor?[] upstream, str[] needs) -> Tensor[]", tags=_TAGS
-)
+LIBRARY.define(f"stats_backward({_OPERANDS}, Tensor[] values, Tensor?[] upstream, str[] needs) -> Tensor[]", tags=_TAGS)
 LIBRARY.define(
     f"linear_loss({_OPERANDS}, Tensor token_weight, float[] slopes, float tail, str[] needs)"
     " -> (Tensor, Tensor, Tensor[], Tensor[])",
@@ -84,7 +82,7 @@ def stats(
     return Stats(values, labels, labels != request.ignore_index)
 
 
-def loss_sum(  # noqa: PLR0913  as `dispatch.stream_loss`
+def loss_sum(
     loss: Any,
     hidden: Tensor,
     head: Head,
@@ -104,9 +102,9 @@ def loss_sum(  # noqa: PLR0913  as `dispatch.stream_loss`
     if getattr(loss, "linear", False) and needs and torch.is_grad_enabled() and not request.unreduced:
         slopes = _slopes(loss)
         total, _, values, _ = torch.ops.hf_xent.linear_loss(*arguments, weight, slopes, request.tail, needs)
-        found = {name: value.detach() for name, value in zip(arguments[-1], values, strict=True)}
-        losses = sum(slope * found[name] for name, slope in zip(SLOPED, slopes, strict=True) if slope)
-        return total, Stats({**found, "loss": losses}, labels, labels != request.ignore_index)
+        by_name = {name: value.detach() for name, value in zip(arguments[-1], values, strict=True)}
+        by_name["loss"] = sum(slope * by_name[name] for name, slope in zip(SLOPED, slopes, strict=True) if slope)
+        return total, Stats(by_name, labels, labels != request.ignore_index)
     if request.tail and needs:
         raise ValueError(
             f"tail is {request.tail} but {type(loss).__name__} is compiled, and only losses that are linear in log p"
@@ -155,7 +153,7 @@ def _arguments(
 def _slopes(loss: Any) -> list[float]:
     """The derivative of a linear loss by each statistic of SLOPED: its value where that one is 1 and the others 0."""
     labels: Any = None  # a linear loss does not read them
-    units = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    units: Any = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     return [float(loss.of(Stats(dict(zip(SLOPED, unit, strict=True)), labels, labels))) for unit in units]
 
 
@@ -213,7 +211,11 @@ def _linear_loss_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[
     return *(found.get(name) for name in TENSORS), *(None for _ in range(13))
 
 
-for _name, _fake in (("stats", _fake_stats), ("stats_backward", _fake_stats_backward), ("linear_loss", _fake_linear_loss)):
+for _name, _fake in (
+    ("stats", _fake_stats),
+    ("stats_backward", _fake_stats_backward),
+    ("linear_loss", _fake_linear_loss),
+):
     torch.library.register_fake(f"hf_xent::{_name}", _fake, lib=LIBRARY)
 torch.library.register_autograd("hf_xent::stats", _stats_gradients, setup_context=_save_stats, lib=LIBRARY)
 torch.library.register_autograd(

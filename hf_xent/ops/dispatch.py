@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -79,7 +79,11 @@ def stream_loss(
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not request.unreduced and not under_function_transform(*problem.tensors):
         linear = getattr(loss, "linear", False)
-        objective = LinearSum(loss, problem, weight, _slopes(loss)) if linear else _WeightedSum(loss, problem, weight)
+        objective = (
+            LinearSum(loss, problem, weight, _slopes(cast(Any, loss)))
+            if linear
+            else _WeightedSum(loss, problem, weight)
+        )
         total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
     else:
@@ -146,10 +150,12 @@ class LinearSum(_WeightedSum):
             self.slopes = {name: (tokens * slope).to(dtype) for name, slope in slopes.items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `autograd.EagerSum`."""
         self.seen.append({name: values[name] for name in self.uses})
         return {name: slope[rows] for name, slope in self.slopes.items()}
 
     def total(self) -> Tensor:
+        """As `autograd.EagerSum`."""
         if not self.seen:
             return super().total()
         values = {name: torch.cat([part[name] for part in self.seen]) for name in self.uses}

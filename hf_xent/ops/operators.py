@@ -12,7 +12,6 @@ from . import compiled
 from .autograd import visit_once
 from .dispatch import LinearSum, check_tail, problem_of, stream_stats
 from .higher import ROWS
-from .problem import TENSORS
 from .rows import Rows
 from .statistics import Stats
 
@@ -57,7 +56,7 @@ def linear_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Ten
     """The operator `hf_xent::linear_loss`."""
     hidden, head, labels, _, request, outputs = compiled.unpack(arguments)
     token_weight, slopes, tail, needs = arguments[16:]
-    loss = Linear(dict(zip(compiled.SLOPED, slopes, strict=True)))
+    loss: Any = Linear(dict(zip(compiled.SLOPED, slopes, strict=True)))
     check_tail(tail, loss, head)
     rows, backend = Rows(hidden, head, labels, request.ignore_index), request.backend()
     problem = problem_of(rows, tuple(outputs), None, request, backend)

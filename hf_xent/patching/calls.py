@@ -159,7 +159,7 @@ class ModelLoss(nn.Module):
 
     def forward(
         self,
-        logits: Tensor,
+        logits: Any,
         labels: Tensor | None,
         vocab_size: int | None = None,
         num_items_in_batch: Tensor | float | None = None,

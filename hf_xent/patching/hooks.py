@@ -139,7 +139,7 @@ def noticing_forward(model_class: Any) -> Any:
     return forward
 
 
-def traced_call(  # noqa: PLR0913  the two last are a call's arguments
+def traced_call(
     model: nn.Module, patch: Patch, forward: Any, labeled: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A call of a patched model while torch traces it, with lazy logits if it has labels, or if the patch is always
