@@ -68,6 +68,8 @@ def backward(
     buffers = Buffers(problem, [all_rows], panels)
     for cols in panels:
         z, pay = buffers.load(all_rows, cols)
+        if problem.column_weight is not None:
+            coef = replace(coef, w=problem.column_weight[cols])
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
         factor = row_factor(coef, problem.head) if coef.plain and problem.head.softcap is None else None
         out.push(all_rows, cols, z, pay, coef, factor)
@@ -114,6 +116,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
             coef = replace(coef, a=coef.a * share / total)
             add_label_term_(z, problem.label_columns[rows], coef)
         else:
+            coef = replace(coef, w=problem.column_weight)
             dlogits_(problem, (z, pay), problem.label_columns[rows], values["lse"], coef)
         factor = row_factor(coef, problem.head) if plain else None
         out.push(rows, all_columns, z, pay, coef, factor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from numbers import Real
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import chunked, reference
 from .autograd import eager, recompute
+from .class_weights import check_class_weight
 from .head import Head, Payload
 from .higher import under_function_transform
 from .problem import TENSORS, Problem
@@ -30,8 +30,9 @@ class TokenLoss(Protocol):
     """What `vocab_loss` requires of a loss: the names of the statistics it differentiates, and a function of them."""
 
     uses: tuple[str, ...]
-    # `linear`, if there is such an attribute: whether `of` is linear in these statistics, whatever the labels; such a
-    # loss can be hashed, as frozen dataclasses can
+    # `linear`, if there is such an attribute: whether `of` is linear in these statistics; such a loss has
+    # `slopes(labels)`: its derivatives by each of them, numbers or [N]
+    # `class_weight`, if there is such an attribute: None, or [V] factors of the logits in the statistic `mean`
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N], nats."""
@@ -70,6 +71,7 @@ def stream_loss(
     problem = replace(
         problem_of(rows, (*loss.uses, *request.observe), payload, request, backend),
         tail=request.tail,
+        mean_weight=_mean_weight(loss, rows),
     )
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not request.unreduced and not under_function_transform(*problem.tensors):
@@ -82,6 +84,15 @@ def stream_loss(
         weighted = values["loss"] * weight
         total = rows.scatter({"loss": weighted}).loss if request.unreduced else weighted.sum()
     return total, rows.scatter({name: value.detach() for name, value in values.items()})
+
+
+def _mean_weight(loss: Any, rows: Rows) -> Tensor | None:
+    """The factors of the logits in the statistic `mean` [V], a copy, since the backward reads it; None without one."""
+    weight: Tensor | None = getattr(loss, "class_weight", None)
+    if weight is None:
+        return None
+    check_class_weight(weight, rows.head.vocabulary)
+    return weight.detach().to(rows.hidden.device, wide(rows.hidden.dtype), copy=True) if "mean" in loss.uses else None
 
 
 class _WeightedSum:
@@ -125,7 +136,7 @@ class _WeightedSum:
 
 
 class _LinearSum(_WeightedSum):
-    """The same for a loss that is linear in its statistics: its gradients are constants, known before the first chunk.
+    """The same for a loss that is linear in its statistics: its gradients are known before the first chunk.
 
     A chunk costs no operation here, where a graph of [n] tensors takes twenty launches on an accelerator.
     """
@@ -136,7 +147,8 @@ class _LinearSum(_WeightedSum):
         dtype = wide(problem.hidden.dtype)
         with torch.no_grad():
             tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
-            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in _slopes(cast(Any, loss)).items()}
+            slopes = cast(Any, loss).slopes(problem.labels)
+            self.slopes = {name: (tokens * slope).to(dtype) for name, slope in slopes.items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
         self.seen.append({name: values[name] for name in self.uses})
@@ -149,17 +161,6 @@ class _LinearSum(_WeightedSum):
         losses, weight = self._losses(slice(None), values)
         self.parts = [losses]
         return (losses * weight).sum()
-
-
-@lru_cache(maxsize=64)
-def _slopes(loss: Any) -> dict[str, float]:
-    """The derivative of a linear loss by each of its statistics."""
-    leaves = {name: torch.zeros(1, dtype=torch.float64, requires_grad=True) for name in loss.uses}
-    labels = torch.zeros(1, dtype=torch.int64)
-    with torch.enable_grad():
-        one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool))).sum()
-    slopes = torch.autograd.grad(one, list(leaves.values()))
-    return {name: float(slope) for name, slope in zip(leaves, slopes, strict=True)}
 
 
 def unit_of(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:

@@ -38,6 +38,7 @@ class Problem:
     memory_budget: int = 24 << 20  # bytes of logits in memory at a time
     tail: float = 0.0  # relative error allowed in the gradient of the logits, whose tail is compressed; 0 is exact
     needs: frozenset[str] = frozenset()  # which of TENSORS need a gradient
+    mean_weight: Tensor | None = None  # [V], of the whole vocabulary: the statistic `mean` is (1/V) sum_j w_j z_j
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -69,6 +70,14 @@ class Problem:
     def readable_columns(self) -> Tensor:
         """The same within [0, V), for kernels that read the label's logit; `merge_ranks` drops those of other ranks."""
         return self.labels if self.head.shard is None else self.label_columns.clamp(0, self.head.size - 1)
+
+    @property
+    def column_weight(self) -> Tensor | None:
+        """The factors of this rank's logits in the statistic `mean`, [V]; None if each is 1."""
+        shard = self.head.shard
+        if self.mean_weight is None or shard is None:
+            return self.mean_weight
+        return self.mean_weight[shard.start : shard.start + self.head.size]
 
     def rows(self) -> list[slice]:
         """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""

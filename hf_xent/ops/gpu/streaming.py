@@ -132,6 +132,11 @@ def _check(problem: Problem, *, forward: bool = False) -> Blocks:
         )
     if dtype not in DTYPES:
         raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
+    if problem.mean_weight is not None:
+        raise ValueError(
+            "impl is 'triton' but class_weight is given with label smoothing, whose weighted mean of the logits its"
+            " kernels do not have: choose impl='chunked'"
+        )
     return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem, forward=forward)
 
 
