@@ -95,6 +95,8 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
         return NotImplemented
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
     heads = (big.raw, small.raw)
+    if not isinstance(small.raw.weight, Tensor):
+        return NotImplemented
     nonlinear = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
     if nonlinear or any(head.shard is not None for head in heads):
         return NotImplemented

@@ -203,7 +203,7 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
     elif layout is None:
         layout = torch.empty((*hidden.shape[:-1], raw.vocabulary), device="meta")
     options = {"dtype": dtype, "device": device}
-    lazy = Connected.apply(LazyLogits, raw, recipe, layout, options, hidden, raw.weight, raw.bias, raw.adapter)
+    lazy = Connected.apply(LazyLogits, raw, recipe, layout, options, hidden, *raw.tensors.values())
     lazy.parent, lazy.dense_values, lazy.copied_values = None, None, None
     lazy.differentiable, lazy.parent = requires_grad_of(lazy), parent
     lazy.operands = operands_of(hidden, raw) if operands is None else operands

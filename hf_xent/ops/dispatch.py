@@ -22,7 +22,7 @@ from .head import Head, Payload
 from .higher import under_function_transform
 from .problem import TENSORS, Problem
 from .request import Request
-from .rows import Rows, autocast, autocast_head, check_head
+from .rows import Rows, autocast_for, autocast_head, check_head
 from .statistics import STATISTICS, Stats, wide
 
 
@@ -207,6 +207,9 @@ def problem_of(
         raise ValueError(
             "outputs with 'payload' and the argument payload=(hidden, head) belong together: pass both or neither"
         )
+    if rows.head.by_panels and backend not in (chunked, reference):
+        kind = "has fp32=True" if rows.head.fp32 else f"is a {type(rows.head.weight).__name__}"
+        raise ValueError(f"impl is 'triton' but the head {kind}, which it cannot multiply: pass impl='chunked'")
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
     if head.shard is not None and (backend is reference or "rank" in outputs):
         cause = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
@@ -241,12 +244,12 @@ def payload_of(rows: Rows, payload: Payload) -> Payload:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
         )
-    return autocast(rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
+    return autocast_for(head, rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
 
 
 def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
     """The tensors that autocast cast the problem's tensors from; of the heads, these are the caller's."""
-    originals: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
-    originals += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    originals: tuple[Tensor | None, ...] = (None, *head.tensors.values(), None)
+    originals += (None, None) if payload is None else (payload[1].tensors["weight"], payload[1].bias)
     pairs = zip(originals, problem.tensors, strict=True)
     return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .panels import Matrix, converted, is_converted, panels
 
 PANEL, GROUP = 512, 4  # columns of a narrow product, and products per batch: their scratch stays in the cache
 FEW_ROWS = 256
@@ -23,7 +24,14 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     if head.adapter is not None:
         width = head.weight.shape[1]
         project(hidden[:, :width], replace(head, adapter=None), out)
-        return out.addmm_(hidden[:, width:], head.adapter.T)
+        for part, rows in converted(head.adapter, hidden.dtype):
+            out[:, part].addmm_(hidden[:, width:], rows.T)
+        return out
+    if not isinstance(head.weight, Tensor) or is_converted(head.weight, hidden.dtype):
+        for part, rows in converted(head.weight, hidden.dtype):
+            bias = None if head.bias is None else head.bias[part].to(hidden.dtype)
+            project(hidden, Head(rows, bias), out[:, part])
+        return out
     if whole := _whole(head.size, hidden):
         project(hidden, head[:whole], out[:, :whole])
         project(hidden, head[whole:], out[:, whole:])
@@ -65,6 +73,21 @@ def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.mm(x, y, out=total)
     else:
         total.addmm_(x, y)
+
+
+def add_hidden_gradient(total: Tensor, dz: Tensor, matrix: Matrix, *, first: bool) -> None:
+    """total [n, D] = dz [n, V] @ matrix [V, D] for the first product, total += dz @ matrix for others."""
+    for part, rows in converted(matrix, dz.dtype):
+        matmul_into(total, dz[:, part], rows, first=first and part.start == 0)
+
+
+def add_matrix_gradient(total: Tensor, dz: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total [V, D] = dz.T @ hidden for the first product, total += dz.T @ hidden for others.
+
+    Where total has a narrower dtype, a panel at a time is multiplied, and rounded once.
+    """
+    for part in panels(total, dz.dtype):
+        matmul_into(total[part], dz[:, part].T, hidden, first=first)
 
 
 def _has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:

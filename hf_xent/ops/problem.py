@@ -43,18 +43,19 @@ class Problem:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor that a gradient can flow to, in the order of TENSORS."""
-        first = (self.hidden, self.head.weight, self.head.bias, self.head.adapter)
+        first = (self.hidden, *self.head.tensors.values())
         if self.payload is None:
             return (*first, None, None, None)
-        return (*first, self.payload[0], self.payload[1].weight, self.payload[1].bias)
+        second = self.payload[1].tensors
+        return (*first, self.payload[0], second["weight"], second["bias"])
 
     def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
         """The same problem over other tensors, in the order of TENSORS."""
         hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors
-        head = replace(self.head, weight=weight, bias=bias, adapter=adapter)
+        head = self.head.with_tensors(weight, bias, adapter)
         payload = self.payload
         if payload is not None:
-            payload = (payload_hidden, replace(payload[1], weight=payload_weight, bias=payload_bias))
+            payload = (payload_hidden, payload[1].with_tensors(payload_weight, payload_bias, None))
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
     def without_tensors(self) -> Problem:

@@ -167,7 +167,7 @@ def _blocks(problem: Problem, *, forward: bool = False) -> Blocks:
 
 def _is_light(problem: Problem) -> bool:
     """Whether the forward needs few enough registers for FORWARD_BLOCKS."""
-    matrices = (problem.hidden, problem.head.weight)
+    matrices: Any = (problem.hidden, problem.head.weight)  # tensors: `dispatch` refuses others
     aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in matrices)
     return aligned and problem.outputs <= FORWARD_OUTPUTS and problem.head.bias is None
 
@@ -214,7 +214,7 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
     """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second_hidden, second_head = payload or (None, None)
-    weights = [head.weight for head in (problem.head, second_head) if head is not None]
+    weights: Any = [head.weight for head in (problem.head, second_head) if head is not None]
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),
