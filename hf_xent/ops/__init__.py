@@ -3,6 +3,7 @@
 from .algebra import State, merge
 from .functional import dense_stats, map_logits, vocab_loss, vocab_stats
 from .head import Head, Payload
+from .logprobs import token_logprobs
 from .shard import Shard
 from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Stats
 
@@ -18,6 +19,7 @@ __all__ = [
     "dense_stats",
     "map_logits",
     "merge",
+    "token_logprobs",
     "vocab_loss",
     "vocab_stats",
 ]
