@@ -206,15 +206,6 @@ def test_another_loss_under_trl_is_an_error():
     assert model(input_ids=ids, labels=labels).loss > 0
 
 
-def test_a_float32_head_is_left_to_trl():
-    model, (ids, labels) = tiny(dtype=torch.bfloat16), batch()
-    add_fused_lm_head(model, cast_lm_head_to_fp32=True)
-    expected = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-    patch(model)
-    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert torch.equal(out.log_probs, expected) and patch_state(model).streamed == 0
-
-
 def test_what_is_read_from_trls_forward():
     """If this fails, TRL's `add_fused_lm_head` has changed: its closure is what tells temperature and outputs."""
     model = tiny()

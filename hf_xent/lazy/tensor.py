@@ -42,7 +42,7 @@ class LazyLogits(LazyTensor):
         Returns:
             Lazy logits [..., V].
         """
-        return make(hidden, raw, Recipe(), hidden.dtype, hidden.device, state or PatchState())
+        return make(hidden, raw, Recipe(), raw.dtype_for(hidden.dtype), hidden.device, state or PatchState())
 
     @property
     def head(self) -> Head:

@@ -92,7 +92,7 @@ class Call:
                 " hf_xent.XentTrainer"
             )
         call.fused = FusedCall.of(model, patch.fused, kwargs)
-        return kwargs if call.fused is None else call.fused.kwargs
+        return call.fused.kwargs
 
     @classmethod
     def end(cls, model: nn.Module, output: Any) -> Any:
@@ -116,6 +116,11 @@ class Call:
                 " to out.logits"
             )
         return output
+
+    @property
+    def float32(self) -> bool:
+        """Whether the head multiplies in float32: in a call of TRL's fused head that asks for it."""
+        return self.fused is not None and self.fused.head.cast_lm_head_to_fp32
 
     @staticmethod
     def current(patch: Patch) -> Call | None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops import Head, Shard
+from .trl import is_float32_forward
 
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
 
@@ -79,7 +80,8 @@ def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
             " streamed, leave the head out of the quantization"
         )
     forward = head.__dict__.get("forward")
-    if not (forward is None or is_lazy(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
+    known = forward is None or is_lazy(forward) or is_float32_forward(forward)
+    if not (known or hasattr(head, "_hf_hook") or is_split(head.weight)):
         raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
     return head
 

@@ -15,6 +15,7 @@ from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
 from .heads import local_head, why_weight_is_freed
+from .trl import is_float32_forward
 
 
 class LazyForward:
@@ -44,8 +45,12 @@ class LazyForward:
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
         if raw is None:
             previous: Any = self.previous
+            if previous is None and type(input) is Tensor and self._multiplies_in_float32():
+                return Head(linear.weight, linear.bias, fp32=True).logits(input)
             return nn.Linear.forward(linear, input) if previous is None else previous(input)
         device_type = input.device.type
+        if raw.fp32:  # outside of autocast
+            return LazyLogits.of(input, raw, self.patch.state)
         if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device_type)
             bias = None if raw.bias is None else raw.bias.to(dtype)
@@ -66,7 +71,12 @@ class LazyForward:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:
             call.lazy, call.reason = call.lazy or raw is not None, reason
-        return raw
+        return replace(raw, fp32=True) if raw is not None and self._multiplies_in_float32() else raw
+
+    def _multiplies_in_float32(self) -> bool:
+        """Whether TRL asks for float32 products, on the head itself or in the current call."""
+        call = None if torch.compiler.is_compiling() else Call.current(self.patch)
+        return is_float32_forward(self.previous) or (call is not None and call.float32)
 
 
 def is_lazy(forward: Any) -> bool:

@@ -12,7 +12,7 @@ from ..lazy import PatchState
 from .calls import ModelLoss
 from .heads import checked_head, inner_of, linears_of
 from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward
-from .trl import FusedHead
+from .trl import FusedHead, is_float32_forward
 
 
 @dataclass
@@ -82,7 +82,8 @@ class Installation:
     def make_heads_lazy(self, inner: nn.Module) -> None:
         """Put lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
         linears = linears_of(inner)
-        if [forward.linear for forward in self.lazy_forwards] == linears:
+        taken = any(is_float32_forward(linear.__dict__.get("forward")) for linear in linears)  # TRL's, put on since
+        if [forward.linear for forward in self.lazy_forwards] == linears and not taken:
             return
         checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
         self.restore_heads()
@@ -95,12 +96,9 @@ class Installation:
         self.lazy_forwards = []
 
     def take_over_fused_head(self, inner: nn.Module) -> None:
-        """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original.
-
-        It stays if TRL has to compute the loss itself, by a head that it casts to float32.
-        """
+        """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original."""
         self.fused = FusedHead.installed(inner) or self.fused
-        if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
+        if self.fused is not None:
             FusedHead.remove(inner)
         bound = getattr(inner.__dict__.get("forward"), "__func__", None)
         if "_hf_xent" in inner.__dict__ and bound in (None, type(inner).forward):  # an unpickled model has the latter
