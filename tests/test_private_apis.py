@@ -93,6 +93,7 @@ OF_TRL_1_16 = {
     "trl.trainer.utils.FusedCausalLMOutput",
     "trl.trainer.utils.add_fused_lm_head",
     "trl: what is within add_fused_lm_head",
+    "trl: GRPOTrainer's forward of a float32 head",
 }
 """What older versions of TRL do without, and the package with them."""
 
@@ -224,6 +225,13 @@ HELD = {
     "trl: what is within add_fused_lm_head": (
         "patching",
         lambda: {"temperature", "outputs", "cast_lm_head_to_fp32", "original_forward"} <= {*fused()},
+    ),
+    "trl: GRPOTrainer's forward of a float32 head": (
+        "patching",
+        lambda: (
+            says("def cast_forward_to_fp32(hidden_states):", "trl", "trainer/grpo_trainer.py")
+            and says("def _cast_lm_head_to_fp32(", "trl", "trainer/grpo_trainer.py")
+        ),
     ),
     "accelerate: hook.offload": ("patching", lambda: aligned().offload is False),
     "accelerate: module._hf_hook": ("patching", lambda: hooked()._hf_hook),

@@ -8,14 +8,15 @@ from a reference. The backward visits the logits once more, whatever the loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ..options.ranges import is_number
 from .dispatch import stream_stats
 from .head import Head
 from .panels import Panels
@@ -69,10 +70,8 @@ def token_logprobs(
     head, labels = _head_of(head, fp32, group), token_ids(labels)
     if isinstance(temperature, Tensor):
         hidden, head = _tempered_rows(hidden, head, labels != ignored_id(ignore_index), temperature)
-    elif is_number(temperature, "(0, inf)"):
-        head = head.tempered(float(temperature))
     else:
-        raise ValueError(f"temperature is {temperature!r}: pass a finite number > 0, or a tensor shaped like labels")
+        head = head.tempered(_positive(temperature))
     request = Request(ignore_index=ignore_index, impl=impl, memory_budget=memory_budget)
     stats = stream_stats(hidden, head, labels, ("lse", "target", *["entropy"] * entropy), request)
     return stats.logp, stats.entropy if entropy else None
@@ -87,6 +86,14 @@ def _head_of(head: Any, fp32: bool, group: Any) -> Head:
     head = head if isinstance(head, Head) else Head(head)
     head = replace(head, fp32=True) if fp32 else head
     return head if group is None else replace(head, shard=_shard(head, group))
+
+
+def _positive(temperature: Any) -> float:
+    """One temperature for all tokens. Raises: ValueError if it is not a finite number above 0."""
+    number = float(temperature) if isinstance(temperature, Real) and not isinstance(temperature, bool) else math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"temperature is {temperature!r}: pass a finite number > 0, or a tensor shaped like labels")
+    return number
 
 
 def _tempered_rows(hidden: Tensor, head: Head, valid: Tensor, temperature: Tensor) -> tuple[Tensor, Head]:
