@@ -220,6 +220,22 @@ def test_over_lazy_logits(reduction, smoothing):
     assert (state.streamed, state.materialized) == (1, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_over_lazy_logits_in_low_precision(dtype):
+    (hidden, weight, bias), labels, weights = operands(dtype)
+    leaves = [hidden, weight, bias]
+    options = {"label_smoothing": 0.1}
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = F.cross_entropy(F.linear(*exact), labels, weights.double(), **options)
+    torchs = F.cross_entropy(F.linear(*leaves), labels, weights, **options)
+    ours = F.cross_entropy(LazyLogits.of(hidden, Head(weight, bias)), labels, weights, **options)
+    assert ours.dtype == torchs.dtype == dtype
+    assert_no_worse(ours.detach(), torchs.detach(), truth.detach(), what="loss")
+    grads = (torch.autograd.grad(loss, x) for loss, x in ((ours, leaves), (torchs, leaves), (truth, exact)))
+    for name, *three in zip(("hidden", "weight", "bias"), *grads, strict=True):
+        assert_no_worse(*three, what=name)
+
+
 def test_weights_that_torch_refuses_are_its_error_over_lazy_logits():
     leaves, labels, weights = operands()
     lazy = LazyLogits.of(leaves[0], Head(*leaves[1:]))

@@ -12,7 +12,6 @@ Statistics: lse, target; mean with label smoothing.
 from __future__ import annotations
 
 import copy
-import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from ..ops import Head, Stats
 from ..ops.class_weights import check_class_weight, class_weight_of
+from ..ops.statistics import wide
 from ..options.ranges import check_number
 from .base import Loss, select_valid
 from .reduction import Reduction
@@ -56,7 +56,8 @@ class CrossEntropy(Loss):
     def like_torch(cls, class_weight: Tensor | None, label_smoothing: float) -> CrossEntropy:
         """The loss with class weights as torch takes them: any numbers, which are not read on the host."""
         loss = cls(label_smoothing=label_smoothing)
-        object.__setattr__(loss, "class_weight", class_weight)
+        if class_weight is not None:
+            object.__setattr__(loss, "class_weight", class_weight.to(wide(class_weight.dtype)))
         return loss
 
     def __repr__(self) -> str:
@@ -102,8 +103,8 @@ class CrossEntropy(Loss):
             return self, weighted
         call, token_weight = copy.copy(self), reduction.token_weight
         token_weight = weight.new_ones(()) if token_weight is None else token_weight
-        sums = (reduce.denominator(token_weight, valid) for reduce in (weighted, reduction))
-        object.__setattr__(call, "z_factor", operator.truediv(*sums))
+        by_label, by_token = (reduce.denominator(token_weight, valid) for reduce in (weighted, reduction))
+        object.__setattr__(call, "z_factor", by_label / by_token)
         return call, weighted
 
     def of(self, stats: Stats) -> Tensor:

@@ -90,7 +90,7 @@ def _head_of(head: Any, fp32: bool, group: Any) -> Head:
 
 def _positive(temperature: Any) -> float:
     """One temperature for all tokens. Raises: ValueError if it is not a finite number above 0."""
-    number = float(temperature) if isinstance(temperature, Real) and not isinstance(temperature, bool) else math.nan
+    number = float(temperature) if not isinstance(temperature, bool) and isinstance(temperature, Real) else math.nan
     if not 0 < number < math.inf:
         raise ValueError(f"temperature is {temperature!r}: pass a finite number > 0, or a tensor shaped like labels")
     return number

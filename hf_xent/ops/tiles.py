@@ -35,7 +35,7 @@ BLOCK = 512  # columns of which the maximum is looked for at once
 def fold(problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool) -> dict[str, Tensor]:
     """Statistics of one chunk. `keep` leaves the raw products in place; else they may be lost."""
     z, pay = products
-    if (kernels := _kernels(z, problem)) is not None:
+    if problem.mean_weight is None and (kernels := _kernels(z)) is not None:  # which have no weighted mean
         return kernels.statistics(problem, z, pay, problem.readable_columns[rows])
     overwrite = not keep or z.dtype != wide(z.dtype)
     return concatenate([values for _, values, _, _ in _folds(problem, rows, products, overwrite)], problem)
@@ -141,7 +141,7 @@ def dlogits_(
     `labels` count from the tile's first column. The softmax mass of the columns is added to `share` [n], if any.
     """
     z, pay = products
-    if (kernels := _kernels(z, problem)) is not None:
+    if problem.mean_weight is None and (kernels := _kernels(z)) is not None:
         return kernels.dlogits_(problem, products, labels, lse, coef, share)
     if not (coef.plain and problem.head.softcap is None):
         for span in _spans(z):
@@ -248,12 +248,9 @@ def has_kernels(z: Tensor) -> bool:
     return _kernels(z) is not None
 
 
-def _kernels(z: Tensor, problem: Problem | None = None) -> ModuleType | None:
-    """The module with one pass over the logits in place of several, on a GPU with Triton; else None.
-
-    Its kernels do not know a weighted mean: torch computes the statistics and the gradient of a problem with one.
-    """
-    if not z.is_cuda or not can_launch(z.device) or (problem is not None and problem.mean_weight is not None):
+def _kernels(z: Tensor) -> ModuleType | None:
+    """The module with one pass over the logits in place of several, on a GPU with Triton; else None."""
+    if not z.is_cuda or not can_launch(z.device):
         return None
     from .gpu import fused  # imported here: triton is optional, and slow to import
 
