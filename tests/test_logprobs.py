@@ -1,19 +1,37 @@
 """`token_logprobs` against dense log-softmax, in the losses of reinforcement learning, and in float32 from 16 bits."""
 
-from types import SimpleNamespace
+import importlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch.nn import functional as F
 
+import hf_xent
 from hf_xent import Head, token_logprobs
 from hf_xent.ops import Shard
+from hf_xent.patching import patch, patch_state
+from support.models import batch, tiny
 from support.oracle import Allocations, Largest, assert_close_at_scale, assert_no_worse
 from support.ranks import run_ranks
 
+PAGE = Path(__file__).parents[1] / "docs" / "methods" / "logprobs.md"
 N, D, V = 19, 7, 41
 BUDGET = {"memory_budget": 4 * V * 8}
+
+
+def run_lines(of, **names):
+    """The names after running the block of the page that contains `of`."""
+    [block] = [
+        block for block in re.findall(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL) if of in block
+    ]
+    names |= {"hf_xent": hf_xent, "importlib": importlib}
+    exec(compile(block, PAGE.name, "exec"), names)
+    return names
 
 
 def operands(dtype=torch.float64, shape=(N,), size=V, width=D, gain=1.0, bias=True):
@@ -253,18 +271,55 @@ def split(options, narrow, group=None):
     return [*(x.detach() for x in results), *grads]
 
 
+class Gathered(torch.autograd.Function):
+    """What Megatron's `gather_from_sequence_parallel_region` does with tensor_parallel_output_grad=False."""
+
+    @staticmethod
+    def forward(ctx, part, group):
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part, group=group)
+        ctx.rank, ctx.length = group.rank(), len(part)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream[ctx.rank * ctx.length :][: ctx.length], None
+
+
+def gather_from_sequence_parallel_region(part, tensor_parallel_output_grad, group):
+    assert not tensor_parallel_output_grad
+    return Gathered.apply(part, group)
+
+
+def nemo_rl(group=None):
+    """Log-probabilities and gradients of NeMo-RL's function: the page's, or of dense logits; two rows of six tokens."""
+    torch.manual_seed(6)
+    (hidden, weight), target = operands(shape=(6, 2), bias=False)[0], torch.randint(V, (2, 6))
+    if group is None:
+        logp = dense([hidden.transpose(0, 1), weight], target.roll(-1, -1))[0][:, :-1]
+    else:
+        rows, width = 6 // group.size(), -(-V // group.size())
+        hidden = hidden.detach()[group.rank() * rows :][:rows].requires_grad_()
+        weight = weight.detach()[group.rank() * width :][:width].requires_grad_()
+        names = run_lines(
+            "from_parallel_hidden_states", gather_from_sequence_parallel_region=gather_from_sequence_parallel_region
+        )
+        logp = names["from_parallel_hidden_states_to_logprobs"](hidden, weight, None, target, 0, 0, group, chunk_size=4)
+    return [logp.detach(), *torch.autograd.grad(logp.square().sum(), [hidden, weight])]
+
+
 def on_a_rank(rank):
     group = dist.group.WORLD
     found = {name: split(options, narrow, group) for name, (options, narrow) in CASES.items()}
     leaves, labels = operands(bias=False)
     with pytest.raises(ValueError) as raised:  # the first rank has fewer rows than the last
         token_logprobs(leaves[0], leaves[1].detach()[: 20 + rank], labels, group=group)
-    return found, str(raised.value)
+    return found, str(raised.value), nemo_rl(group)
 
 
 def test_a_split_vocabulary_equals_a_whole_one(tmp_path):
     """Two gloo processes with 21 and 20 of 41 rows."""
-    (first, message), (second, other) = run_ranks(2, on_a_rank, tmp_path)
+    (first, message, nemo), (second, other, others_nemo) = run_ranks(2, on_a_rank, tmp_path)
     assert message == other == "weight has [20, 21] rows on the ranks of group: split it as [21, 20], in order"
     for name, (options, narrow) in CASES.items():
         logp, entropy, hidden, weight = split(options, narrow)
@@ -273,3 +328,53 @@ def test_a_split_vocabulary_equals_a_whole_one(tmp_path):
             assert_close_at_scale(rank[name][2], hidden, 1e-2 if narrow else 1e-10, f"{name}: hidden")
         whole = torch.cat([first[name][3], second[name][3]])
         assert_close_at_scale(whole, weight, 1e-2 if narrow else 1e-10, f"{name}: weight")
+    logp, *grads = nemo_rl()
+    torch.testing.assert_close([nemo[0], others_nemo[0]], [logp, logp])
+    torch.testing.assert_close([torch.cat(parts) for parts in zip(nemo[1:], others_nemo[1:], strict=True)], grads)
+
+
+def test_the_lines_for_verl(monkeypatch):
+    name = "verl.utils.kernel.linear_cross_entropy"
+    for end in (1, 2, 3, 4):
+        package = ".".join(name.split(".")[:end])
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    run_lines("verl.utils.kernel")
+    leaves, labels = operands(shape=(1, N), bias=False)
+    labels = labels.clamp(min=0)
+    found = sys.modules[name].linear_cross_entropy(*leaves, labels, 0.7, "none", None)
+    expected = [x.flatten() for x in dense(leaves, labels, 0.7)]
+    torch.testing.assert_close(list(found), expected)
+    ours, torchs = (torch.autograd.grad(grpo(*x, labels.flatten()), leaves) for x in (found, expected))
+    torch.testing.assert_close(ours, torchs)
+
+
+def test_the_lines_for_prime_rl():
+    leaves, labels = operands(shape=(2, 5), bias=False)
+    labels, temperature = labels.clamp(min=0), torch.rand(2, 5, dtype=torch.float64) + 0.5
+    layer = type("FusedOutputLinear", (torch.nn.Linear,), {})
+    run_lines("FusedOutputLinear", FusedOutputLinear=layer, PrimeLmOutput=dict)
+    head = layer(D, V, bias=False)
+    head.weight = torch.nn.Parameter(leaves[1].detach())
+    found = head(leaves[0], labels, temperature)
+    torch.testing.assert_close([found["logprobs"], found["entropy"]], [*dense(leaves, labels, temperature)])
+
+
+def test_the_lines_for_skyrl_and_open_instruct():
+    """Over lazy logits of a patched model, whose own softcap they include."""
+    model, (ids, _) = tiny("gemma2 softcap"), batch()
+    logits = model(input_ids=ids).logits.detach() / 0.7
+    dense_logp = logits.log_softmax(-1)
+    dense_entropy = -(dense_logp.exp() * dense_logp).sum(-1)
+    patch(model, always=True)
+    rolled = ids.roll(-1, 1)
+    names = {"sequences_rolled": rolled, "temperature": 0.7, "compute_entropy": True}
+    names = run_lines("sequences_rolled", output=model(input_ids=ids), **names)
+    torch.testing.assert_close(names["log_probs"], dense_logp.gather(-1, rolled[..., None]).squeeze(-1))
+    torch.testing.assert_close(names["entropy_BS"], dense_entropy)
+    pad = int(ids[0, 3])
+    forward_for_logprobs = run_lines("def forward_for_logprobs")["forward_for_logprobs"]
+    logp, entropy = forward_for_logprobs(model, ids, torch.ones_like(ids), None, pad, 0.7, True)
+    expected = dense_logp[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(logp, torch.where(ids[:, 1:] == pad, 0.0, expected))
+    torch.testing.assert_close(entropy, torch.where(ids[:, 1:] == pad, 0.0, dense_entropy[:, :-1]))
+    assert patch_state(model).materialized == 0 and logp.requires_grad
