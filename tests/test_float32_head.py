@@ -125,9 +125,10 @@ def test_logits_that_something_else_rounded_are_an_error():
         model(input_ids=ids, labels=labels, fused_lm_head=True)
 
 
-def test_a_low_rank_adapter_on_the_head_streams():
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_the_head_streams(dora):
     """TRL's fused head multiplies by `lm_head.weight`, and leaves the adapter out."""
-    config = peft.LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False, use_dora=dora)
     model, (ids, labels) = peft.get_peft_model(tiny(dtype=torch.bfloat16), config), batch()
     logits = model(input_ids=ids).logits[:, :-1].float()
     expected = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None]).squeeze(-1)

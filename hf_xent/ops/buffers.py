@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .algebra import Coefficients
 from .head import Head
-from .matmul import add_hidden_gradient, add_matrix_gradient, project
-from .panels import panels
+from .matmul import add_hidden_gradient, add_matrix_gradient, add_scaled_gradient, project
+from .panels import Scaled, panels
 from .problem import TENSORS, Problem
 from .statistics import wide
 from .tiles import add_rows
@@ -80,7 +80,8 @@ class Gradients:
         keep = "weight" in name or name == "adapter" or ("hidden" in name and not several)
         dtype = tensor.dtype if keep else wide(tensor.dtype)
         # those of the payload are not written if no upstream gradient reaches it
-        allocate = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
+        zeros = empty or "payload" in name or name.endswith(("bias", "gain"))
+        allocate = torch.zeros_like if zeros else torch.empty_like
         return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
     def push(
@@ -107,10 +108,17 @@ class Gradients:
                 add_hidden_gradient(dh, dz, matrix[cols], first=cols.start == 0)
                 if factor is not None and cols == self.last_panel:
                     dh.mul_(factor)
-            if prefix + name in self.sums:
-                side = hidden[rows, features]
-                side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
-                add_matrix_gradient(self.sums[prefix + name][cols], dz, side, first=rows.start == 0)
+            total = self.sums.get(prefix + name)
+            gain = self.sums.get(prefix + "gain") if isinstance(matrix, Scaled) else None
+            if total is None and gain is None:
+                continue
+            side, first = hidden[rows, features], rows.start == 0
+            side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
+            if isinstance(matrix, Scaled):
+                weight_sum, gain_sum = (None if x is None else x[cols] for x in (total, gain))
+                add_scaled_gradient(weight_sum, gain_sum, dz, side, matrix[cols], first=first)
+            elif total is not None:
+                add_matrix_gradient(total[cols], dz, side, first=first)
         if prefix + "bias" in self.sums:
             db = self.sums[prefix + "bias"][cols]
             ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor

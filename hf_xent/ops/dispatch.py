@@ -207,7 +207,8 @@ def problem_of(
         raise ValueError(
             "outputs with 'payload' and the argument payload=(hidden, head) belong together: pass both or neither"
         )
-    if rows.head.by_panels and backend not in (chunked, reference):
+    by_panels = rows.head.fp32 or not isinstance(rows.head.weight, Tensor)
+    if by_panels and backend not in (chunked, reference):
         kind = "has fp32=True" if rows.head.fp32 else f"is a {type(rows.head.weight).__name__}"
         raise ValueError(f"impl is 'triton' but the head {kind}, which it cannot multiply: pass impl='chunked'")
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
@@ -249,7 +250,9 @@ def payload_of(rows: Rows, payload: Payload) -> Payload:
 
 def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
     """The tensors that autocast cast the problem's tensors from; of the heads, these are the caller's."""
-    originals: tuple[Tensor | None, ...] = (None, *head.tensors.values(), None)
-    originals += (None, None) if payload is None else (payload[1].tensors["weight"], payload[1].bias)
+    whole = head.gain is None or problem.head.gain is not None  # else the problem's weight is a product with it
+    originals: tuple[Tensor | None, ...] = (None, *(x if whole else None for x in head.tensors.values()), None)
+    second: dict[str, Any] = {} if payload is None or payload[1].gain is not None else payload[1].tensors
+    originals += (second.get("weight"), second.get("bias"))
     pairs = zip(originals, problem.tensors, strict=True)
     return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .panels import Matrix, linear
+from .panels import Matrix, Scaled, linear
 from .shard import Shard, copy_to_ranks, gather_from_ranks, sum_ranks
 from .statistics import wide
 
@@ -36,6 +36,7 @@ class Head:
         shard: The part of a larger vocabulary that weight, bias and adapter cover; None if they cover all of it.
         fp32: Whether 16-bit hidden states and matrices are multiplied and summed in float32. A panel of the matrix is
             converted at a time; gradients are summed in float32 and given in the tensors' own dtypes.
+        gain: A factor for each token's row of weight [V], not of bias and adapter: gain_j (hidden . weight_j) + bias_j.
     """
 
     weight: Matrix  # [V, D]
@@ -45,6 +46,7 @@ class Head:
     adapter: Tensor | None = None  # [V, R], for the last R features of hidden
     shard: Shard | None = None
     fp32: bool = False
+    gain: Tensor | None = None  # [V]
 
     @property
     def size(self) -> int:
@@ -65,18 +67,21 @@ class Head:
     def tensors(self) -> dict[str, Tensor | None]:
         """What a gradient can flow to, by field name; None for a weight that is not a tensor."""
         weight = self.weight if isinstance(self.weight, Tensor) else None
-        return {"weight": weight, "bias": self.bias, "adapter": self.adapter}
+        return {"weight": weight, "bias": self.bias, "adapter": self.adapter, "gain": self.gain}
 
-    def with_tensors(self, weight: Tensor | None, bias: Tensor | None, adapter: Tensor | None) -> Head:
+    def with_tensors(
+        self, weight: Tensor | None, bias: Tensor | None, adapter: Tensor | None, gain: Tensor | None
+    ) -> Head:
         """The same head over other tensors; a weight that is not a tensor stays."""
         kept: Any = weight if isinstance(self.weight, Tensor | None) else self.weight
-        return replace(self, weight=kept, bias=bias, adapter=adapter)
+        return replace(self, weight=kept, bias=bias, adapter=adapter, gain=gain)
 
     @property
-    def matrices(self) -> dict[str, tuple[Matrix, slice]]:
+    def matrices(self) -> dict[str, tuple[Matrix | Scaled, slice]]:
         """Its matrices by field name, each with the slice of hidden's features that it multiplies."""
         width = self.weight.shape[1]
-        matrices: dict[str, tuple[Matrix, slice]] = {"weight": (self.weight, slice(0, width))}
+        weight = self.weight if self.gain is None else Scaled(self.weight, self.gain)
+        matrices: dict[str, tuple[Matrix | Scaled, slice]] = {"weight": (weight, slice(0, width))}
         if self.adapter is not None:
             matrices["adapter"] = (self.adapter, slice(width, None))
         return matrices
@@ -120,19 +125,23 @@ class Head:
     @property
     def by_panels(self) -> bool:
         """Whether its matrices are not multiplied as they are stored."""
-        return self.fp32 or not isinstance(self.weight, Tensor)
+        return self.fp32 or self.gain is not None or not isinstance(self.weight, Tensor)
 
     def _map(self, change: Callable[[Any], Any]) -> Head:
         """The same head with each of its tensors changed."""
-        bias, adapter = (None if x is None else change(x) for x in (self.bias, self.adapter))
-        return replace(self, weight=change(self.weight), bias=bias, adapter=adapter)
+        bias, adapter, gain = (None if x is None else change(x) for x in (self.bias, self.adapter, self.gain))
+        return replace(self, weight=change(self.weight), bias=bias, adapter=adapter, gain=gain)
 
     def joined(self) -> Head:
-        """The same head with one matrix, which is a copy if there is an adapter."""
-        if self.adapter is None:
+        """The same head with one matrix, which is a copy if there is an adapter or a gain."""
+        if self.adapter is None and self.gain is None:
             return self
         weight = self.weight if isinstance(self.weight, Tensor) else self.weight.rows(slice(None))
-        return replace(self, weight=torch.cat([weight, self.adapter], 1), adapter=None)
+        if self.gain is not None:
+            weight = (weight * self.gain[:, None]).to(self.dtype_for(weight.dtype))
+        if self.adapter is not None:
+            weight = torch.cat([weight, self.adapter], 1)
+        return replace(self, weight=weight, adapter=None, gain=None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Dense logits, differentiable by autograd.
@@ -145,7 +154,10 @@ class Head:
         """
         hidden = copy_to_ranks(hidden.to(self.dtype_for(hidden.dtype)), self.shard)
         product: Callable[..., Tensor] = linear if self.by_panels else F.linear
-        raw = product(hidden[..., : self.weight.shape[1]], self.weight, self.bias)
+        raw = product(hidden[..., : self.weight.shape[1]], self.weight, self.bias if self.gain is None else None)
+        if self.gain is not None:
+            raw = raw.to(wide(raw.dtype)) * self.gain
+            raw = raw if self.bias is None else raw + self.bias
         if self.adapter is not None:
             raw = raw + product(hidden[..., self.weight.shape[1] :], self.adapter)
         return self.activate(gather_from_ranks(raw.to(wide(hidden.dtype)), self.shard))

@@ -1,7 +1,7 @@
 """A matrix that is not multiplied as it is stored: a panel of its rows at a time is turned into numbers to multiply.
 
-So there is never a whole copy of it. There are two kinds: a 16-bit tensor whose products are to be in float32, and
-`Panels` of a quantized matrix, which have no gradient.
+So there is never a whole copy of it. There are three kinds: a 16-bit tensor whose products are to be in float32, a
+matrix whose rows have factors (`Scaled`), and `Panels` of a quantized matrix, which have no gradient.
 
 Shapes: V rows of the matrix, the vocabulary; D columns, hidden.
 """
@@ -155,12 +155,36 @@ class UnitRows:
 Matrix = Tensor | Panels
 
 
-def is_converted(matrix: Matrix, dtype: torch.dtype) -> bool:
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A matrix whose rows are multiplied by one factor each: gain_j W_j."""
+
+    matrix: Matrix  # [V, D]
+    gain: Tensor  # [V]
+
+    @property
+    def shape(self) -> torch.Size:
+        """[V, D]."""
+        return self.matrix.shape
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the matrix."""
+        return self.matrix.device
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def __getitem__(self, part: slice) -> Scaled:
+        return Scaled(self.matrix[part], self.gain[part])
+
+
+def is_converted(matrix: Matrix | Scaled, dtype: torch.dtype) -> bool:
     """Whether a matrix has to be converted, panel by panel, to be multiplied in a dtype."""
     return not isinstance(matrix, Tensor) or matrix.dtype != dtype
 
 
-def panels(matrix: Matrix, dtype: torch.dtype) -> list[slice]:
+def panels(matrix: Matrix | Scaled, dtype: torch.dtype) -> list[slice]:
     """The rows of each panel; one has all rows if nothing is converted."""
     size, width = matrix.shape
     if not is_converted(matrix, dtype):
@@ -170,22 +194,28 @@ def panels(matrix: Matrix, dtype: torch.dtype) -> list[slice]:
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
-def converted(matrix: Matrix, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def converted(matrix: Matrix | Scaled, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Panel by panel: its rows, and their numbers in a dtype."""
     for part in panels(matrix, dtype):
         yield part, _in(matrix[part], dtype)
 
 
-def _in(panel: Matrix, dtype: torch.dtype) -> Tensor:
+def _in(panel: Matrix | Scaled, dtype: torch.dtype) -> Tensor:
     """The numbers of a panel in a dtype."""
+    if isinstance(panel, Scaled):
+        gain = panel.gain[:, None]
+        wider = torch.promote_types(gain.dtype, dtype)  # so that the product is rounded once
+        return (_in(panel.matrix, wider) * gain).to(dtype)
     return (panel if isinstance(panel, Tensor) else panel.rows(slice(None))).to(dtype)
 
 
 def linear(hidden: Tensor, matrix: Matrix, bias: Tensor | None = None) -> Tensor:
     """`F.linear(hidden, matrix, bias)` in the dtype of hidden, differentiable; the graph keeps no converted panel."""
-    parts = [matrix[part] for part in panels(matrix, hidden.dtype)]
+    spans = panels(matrix, hidden.dtype)
     if isinstance(matrix, Tensor):  # one node of the graph, which concatenates gradients instead of adding them up
-        parts = list(matrix.split([len(part) for part in parts]))
+        parts: list[Any] = list(matrix.split([span.stop - span.start for span in spans]))
+    else:
+        parts = [matrix[span] for span in spans]
     again = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     with torch.autocast(hidden.device.type, enabled=False):
         products = [

@@ -21,7 +21,7 @@ TILE = (
 )
 # The most columns of a panel on a CPU: of 1024 tokens, wider ones take memory and no less time
 COLUMNS = 8192
-TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
+TENSORS = ("hidden", "weight", "bias", "adapter", "gain", "payload_hidden", "payload_weight", "payload_bias")
 Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
 """(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once per chunk, in order."""
 
@@ -51,11 +51,11 @@ class Problem:
 
     def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
         """The same problem over other tensors, in the order of TENSORS."""
-        hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors
-        head = self.head.with_tensors(weight, bias, adapter)
+        hidden, *of_head, payload_hidden, payload_weight, payload_bias = tensors
+        head = self.head.with_tensors(*of_head)
         payload = self.payload
         if payload is not None:
-            payload = (payload_hidden, payload[1].with_tensors(payload_weight, payload_bias, None))
+            payload = (payload_hidden, payload[1].with_tensors(payload_weight, payload_bias, None, None))
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
     def without_tensors(self) -> Problem:

@@ -150,6 +150,8 @@ def check_head(hidden: Tensor, head: Head) -> None:
         )
     if head.shard is not None and head.size > head.shard.width:
         raise ValueError(f"the head's shard has {head.size} tokens: ranks hold at most {head.shard.width}, in order")
+    if head.gain is not None and head.gain.shape != weight.shape[:1]:
+        raise ValueError(f"gain has shape {tuple(head.gain.shape)}: pass one factor per row of weight, [{head.size}]")
     _check_alike(hidden, head)
 
 
@@ -157,7 +159,7 @@ def _check_alike(hidden: Tensor, head: Head) -> None:
     """Raise a ValueError if devices differ, or if dtypes differ that neither autocast nor the head casts."""
     weight = head.weight
     operands: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": head.bias, "adapter": head.adapter}
-    for name, x in operands.items():
+    for name, x in (operands | {"gain": head.gain}).items():
         if x is not None and x.device != weight.device:
             raise ValueError(f"{name} is on {x.device} but weight on {weight.device}: move one of them")
     for name, x in operands.items():

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from .algebra import Coefficients, row_factor
-from .matmul import add_hidden_gradient, add_matrix_gradient
+from .matmul import add_hidden_gradient, add_matrix_gradient, add_scaled_gradient
+from .panels import Scaled
 from .problem import TENSORS, Problem, Upstream, pieces
 from .statistics import wide
 
@@ -138,11 +139,14 @@ def _add_tail(
         centers *= scale
         for group, center in zip(groups, centers, strict=True):
             sums["hidden"][group] += factor[group] * center
-    if sums.keys() & problem.head.matrices.keys():
+    if sums.keys() & {"gain", *problem.head.matrices}:
         weighted = torch.stack([(factor[group] * problem.hidden[group]).sum(0) for group in groups])
         weighted = (weighted * scale).to(dtype)
-        for name, (_, features) in problem.head.matrices.items():
-            if name in sums:
+        for name, (matrix, features) in problem.head.matrices.items():
+            if isinstance(matrix, Scaled):
+                totals = sums.get(name), sums.get("gain")
+                add_scaled_gradient(*totals, q.to(dtype), weighted[:, features], matrix, first=False)
+            elif name in sums:
                 add_matrix_gradient(sums[name], q.to(dtype), weighted[:, features], first=False)
     if "bias" in sums:
         sums["bias"] += q.T @ (torch.stack([factor[group].sum() for group in groups]) * scale.squeeze(-1))

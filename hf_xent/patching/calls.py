@@ -187,7 +187,7 @@ class ModelLoss(nn.Module):
         if torch.compiler.is_compiling():
             return f"{COMPILED}: leave torch_compile off, or train with cross-entropy"
         call = CALL.get()
-        if call is not None and call.lazy:
+        if call is not None and call.lazy and not call.reason:
             return (
                 "the logits were materialized before the loss (an adapter on the head, or an unusual operation after"
                 " it): see hf-xent check"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, PatchState
 from ..models.contexts import eval_mode
 from .float64 import in_float64, supports_float64
-from .heads import inner_of, linears_of
+from .heads import inner_of, layers_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
 FACTOR = 8.0
@@ -123,7 +123,7 @@ def run_both_ways(
 ) -> Comparison:
     """Compare a model in the context `stock` with itself in `patched`; it is left as it was."""
     inner: Any = inner_of(model)
-    head = linears_of(inner)[0]
+    head = layers_of(inner)[0]
     dtype = head.weight.dtype
     with eval_mode(inner):
         runner = _Runner(model, _tokens(head.weight, tokens))

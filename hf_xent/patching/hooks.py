@@ -10,52 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits
 from ..ops import Head
 from ..ops.higher import under_function_transform
-from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
+from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, patch_on
+from .forwards import OwnForward, lazy_product
 from .heads import local_head, why_weight_is_freed
 from .trl import is_float32_forward
 
 
-class LazyForward:
-    """A head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
-
-    def __init__(self, linear: nn.Linear, patch: Patch):
-        self.linear, self.patch = linear, patch
-        # accelerate's hooks have taken the forward's place and call this one
-        slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
-        self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
-        linear.__dict__[slot] = self
-
-    def remove(self) -> None:
-        """Put back what was there, unless something else has been put in its place since."""
-        attributes = self.linear.__dict__
-        if attributes.get("_old_forward") is self:  # accelerate wrapped it before or after the patch
-            attributes["_old_forward"] = self.previous or MethodType(nn.Linear.forward, self.linear)
-        elif attributes.get("forward") is self:
-            del attributes["forward"]
-            if self.previous is not None:
-                attributes["forward"] = self.previous
+class LazyForward(OwnForward):
+    """The forward of a plain linear head while patched."""
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
-        linear = self.linear
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
-        if raw is None:
-            previous: Any = self.previous
-            if previous is None and type(input) is Tensor and self._multiplies_in_float32():
-                return Head(linear.weight, linear.bias, fp32=True).logits(input)
-            return nn.Linear.forward(linear, input) if previous is None else previous(input)
-        device_type = input.device.type
-        if raw.fp32:  # outside of autocast
-            return LazyLogits.of(input, raw, self.patch.state)
-        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(device_type)
-            bias = None if raw.bias is None else raw.bias.to(dtype)
-            input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-        return LazyLogits.of(input, raw, self.patch.state)
+        if raw is not None:
+            return lazy_product(input, raw, self.patch.state)
+        if self.previous is None and type(input) is Tensor and self._multiplies_in_float32():
+            return Head(self.layer.weight, self.layer.bias, fp32=True).logits(input)
+        return self.run(input)
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
@@ -64,9 +37,9 @@ class LazyForward:
             if call is None and torch.is_grad_enabled():
                 self.patch.state.bypass(OUTSIDE_OF_MODEL)
             return None
-        transformed = under_function_transform(input, self.linear.weight)
-        reason = TRANSFORMED if transformed else why_weight_is_freed(self.linear)
-        raw = None if reason else local_head(self.linear)
+        transformed = under_function_transform(input, self.layer.weight)
+        reason = TRANSFORMED if transformed else why_weight_is_freed(self.layer)
+        raw = None if reason else local_head(self.layer)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:

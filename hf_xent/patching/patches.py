@@ -71,8 +71,9 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
             f"loss is {loss!r}: it compares with a teacher, which a patched model does not have: call the loss itself"
         )
     objective.check_tail(tail)
-    weight: Any = head_of(model).weight
+    head = head_of(model)
     if type(objective).bind is not Loss.bind:
+        weight: Any = head.weight
         objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
