@@ -240,7 +240,6 @@ HELD = {
         "models",
         lambda: says("model._original_forward = model.forward", "accelerate", "accelerator.py"),
     ),
-    "peft: LoRA's lora_B": ("patching", lambda: isinstance(lora().lora_B["default"], nn.Linear)),
     "peft: LoRA's base_layer": ("patching", lambda: isinstance(lora().base_layer, nn.Linear)),
     "peft: active_adapters": ("patching", lambda: [*lora().active_adapters] == ["default"]),
     "datasets: Dataset._fingerprint": ("data", lambda: isinstance(rows()._fingerprint, str)),
