@@ -44,7 +44,9 @@ class OwnForward:
 def lazy_product(input: Tensor, raw: Head, state: PatchState) -> LazyLogits:
     """The lazy twin of `F.linear`, with the casts that torch.autocast would make."""
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
+    if (
+        not raw.fp32 and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64
+    ):  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device_type)
         bias = None if raw.bias is None else raw.bias.to(dtype)
         input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, patch_on
 from .forwards import OwnForward, lazy_product
 from .heads import local_head, why_weight_is_freed
+from .quantized import compute_dtype
 
 
 class LazyForward(OwnForward):
@@ -22,7 +24,14 @@ class LazyForward(OwnForward):
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
-        return self.run(input) if raw is None else lazy_product(input, raw, self.patch.state)
+        if raw is None:
+            return self.run(input)
+        if isinstance(raw.weight, Tensor):
+            return lazy_product(input, raw, self.patch.state)
+        dtype = compute_dtype(self.layer, input)  # of a quantized head; float32 stays so under torch.autocast
+        bias = None if raw.bias is None else raw.bias.to(dtype)
+        raw = replace(raw, weight=raw.weight.to(dtype), bias=bias, fp32=dtype == torch.float32)
+        return lazy_product(input.to(dtype), raw, self.patch.state).to(input.dtype)
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
