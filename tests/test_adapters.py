@@ -134,7 +134,7 @@ def run(model):
 
 
 def both_ways(build, **options):
-    """Checks that loss and gradients of stock and patched are equal; the shapes that both made, and the patch's state."""
+    """Checks that stock and patched are equal. Returns the shapes that both made, and the patch's state."""
     with Shapes() as stock:
         loss, expected = run(build())
     model = patch(build(), **options)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_xent.losses import CrossEntropy
-from hf_xent.ops import DIFFERENTIABLE, map_logits, panels, vocab_loss, vocab_stats
+from hf_xent.losses import EMO, CrossEntropy
+from hf_xent.losses.reduction import Reduction
+from hf_xent.ops import DIFFERENTIABLE, STATISTICS, Head, map_logits, panels, vocab_loss, vocab_stats
 from hf_xent.ops.dispatch import stream_loss
 from hf_xent.ops.request import Request
 from support.oracle import Allocations, Largest, Polynomial, assert_no_worse, gradients, make
@@ -156,3 +157,105 @@ def test_a_triton_head_is_refused_by_name():
     pytest.importorskip("triton", reason="the backend is refused before it runs, but has to be imported")
     with pytest.raises(ValueError, match=r"impl is 'triton' but the head has fp32=True.*pass impl='chunked'"):
         vocab_stats(case.tensors["hidden"], replace(case.head, fp32=True), case.labels, impl="triton")
+
+
+# ---- rows with factors, and matrices that are stored in another form ------------------------------------------------
+
+
+class Stored:
+    """A matrix that gives rows of float64 tensors, and counts the largest panel."""
+
+    def __init__(self, dense):
+        self.dense, self.shape, self.dtype, self.device, self.largest = dense, dense.shape, dense.dtype, dense.device, 0
+
+    def rows(self, start, stop):
+        self.largest = max(self.largest, stop - start)
+        return self.dense[start:stop].clone()
+
+    def tensors(self):
+        return (self.dense,)
+
+
+@pytest.mark.parametrize("trained", ["all", "gain", "weight"])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("way", ["eager", "recompute", "reference", "tail"])
+def test_rows_with_factors(way, adapter, trained):
+    """gain_j (h . W_j) + b_j: statistics, gradients and second ones equal those of the scaled matrix, in float64."""
+    make_leaf = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    tensors = {"hidden": make_leaf(29, 24 + 3 * adapter), "weight": make_leaf(70, 24) / 3, "bias": make_leaf(70)}
+    tensors |= {"gain": make_leaf(70)} | ({"adapter": make_leaf(70, 3)} if adapter else {})
+    leaves = [x.requires_grad_() for name, x in tensors.items() if trained in ("all", name)]
+    matrix = tensors["weight"] * tensors["gain"][:, None]
+    if adapter:
+        matrix = torch.cat([matrix, tensors["adapter"]], 1)
+    case = make(29, 70, 24)
+    case = replace(case, tensors={"hidden": tensors["hidden"], "weight": matrix, "bias": tensors["bias"]})
+    loss = Polynomial(("lse", "target") if way == "tail" else DIFFERENTIABLE[:-1])
+    values, _ = case.dense()
+    truth = (loss.of(type("Values", (), values)) * case.weight).sum()
+    head = Head(**{name: x for name, x in tensors.items() if name != "hidden"})
+    options = {"impl": "reference" if way == "reference" else "chunked", "memory_budget": 7 * 70 * 8}
+    if way in ("recompute", "reference"):
+        stats = vocab_stats(tensors["hidden"], head, case.labels, outputs=loss.uses, **options)
+        total = (loss.of(stats) * case.weight).sum()
+    else:
+        tail = 1e-9 if way == "tail" else 0.0
+        weight = case.weight
+        total, stats = vocab_loss(loss, tensors["hidden"], head, case.labels, token_weight=weight, tail=tail, **options)
+    for name in loss.uses:
+        torch.testing.assert_close(stats.values[name], values[name])
+    expected, found = (torch.autograd.grad(x, leaves, create_graph=True) for x in (truth, total))
+    torch.testing.assert_close(found, expected)
+    plain = torch.autograd.grad(total, leaves, retain_graph=True)
+    torch.testing.assert_close(plain, tuple(g.detach() for g in expected))
+    again = [torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in (found, expected)]
+    torch.testing.assert_close(*again)
+
+
+@pytest.mark.parametrize("softcap", [None, 7.0])
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_stored_matrix_is_read_by_panels(impl, mode, gain, softcap):
+    """Statistics and the other tensors' gradients equal those of the dense matrix, in float64."""
+    case = make(33, 70, 24, softcap=softcap, ignore=lambda i: i % 4 == 0).frozen("weight")
+    stored = Stored(case.tensors["weight"])
+    factor = torch.randn(70, dtype=torch.float64) if gain else None
+    dense = case if factor is None else replace(
+        case, tensors=case.tensors | {"weight": case.tensors["weight"] * factor[:, None]})  # fmt: skip
+    head = replace(case.head, weight=panels.Panels.of(stored), gain=factor)
+    uses = DIFFERENTIABLE[:-1]
+    values, grads = solved(case, head, Polynomial(uses), mode, impl=impl, memory_budget=7 * 70 * 8)
+    true_values, true_grads = dense.solve(Polynomial(uses))
+    for name in uses:
+        torch.testing.assert_close(values[name], true_values[name])
+    torch.testing.assert_close(grads, true_grads)
+    forward_only = vocab_stats(case.tensors["hidden"], head, case.labels, outputs=STATISTICS[:5] + STATISTICS[6:])
+    for name in ("top", "rank", "log_sum_sq"):
+        torch.testing.assert_close(forward_only.values[name][forward_only.mask], dense.dense()[0][name])
+    if impl == "chunked":
+        assert stored.largest <= 16
+
+
+def test_what_a_head_of_panels_can_do():
+    """Rows by ids, slices, logits, temperature, dtype, EMO's cosines and double backward."""
+    case = make(12, 70, 24).frozen("weight")
+    dense, hidden = case.head, case.tensors["hidden"]
+    head = replace(dense, weight=panels.Panels.of(Stored(case.tensors["weight"])))
+    ids = torch.tensor([[3, 69], [0, 3]])
+    torch.testing.assert_close(head[ids].weight, dense[ids].weight)
+    torch.testing.assert_close(head[10:30].logits(hidden), dense[10:30].logits(hidden))
+    torch.testing.assert_close(head[10:30][5:7].weight.rows(slice(None)), dense.weight[15:17])
+    torch.testing.assert_close(head.detach().tempered(0.7).logits(hidden), dense.tempered(0.7).logits(hidden))
+    assert head.to(torch.float32).weight.rows(slice(0, 2)).dtype == torch.float32
+    assert (head.size, head.features, head.weight.ndim, len(head.weight)) == (70, 24, 2, 70)
+    with pytest.raises(ValueError, match="step 2"):
+        head[::2]
+    emo = EMO(cost="current", variant="emo2")
+    sums = [emo.reduced(hidden, h, case.labels, Request(), Reduction())[0] for h in (dense, head)]
+    torch.testing.assert_close(*sums)
+    torch.testing.assert_close(*(torch.autograd.grad(s, hidden, retain_graph=True)[0] for s in sums))
+    first = [torch.autograd.grad(s, hidden, create_graph=True)[0] for s in sums]
+    torch.testing.assert_close(*(torch.autograd.grad(g.square().sum(), hidden)[0] for g in first))
+    rows = [map_logits(lambda z: z.logsumexp(-1), hidden, h, memory_budget=3000).sum() for h in (dense, head)]
+    torch.testing.assert_close(*(torch.autograd.grad(r, hidden)[0] for r in rows))

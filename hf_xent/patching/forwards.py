@@ -44,9 +44,8 @@ class OwnForward:
 def lazy_product(input: Tensor, raw: Head, state: PatchState) -> LazyLogits:
     """The lazy twin of `F.linear`, with the casts that torch.autocast would make."""
     device_type = input.device.type
-    if raw.fp32:  # outside of autocast
-        return LazyLogits.of(input, raw, state)
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
+    outside = raw.fp32 or input.dtype == torch.float64  # which autocast leaves alone
+    if torch.is_autocast_enabled(device_type) and not outside:
         dtype = torch.get_autocast_dtype(device_type)
         bias = None if raw.bias is None else raw.bias.to(dtype)
         input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
+from ..ops.panels import Panels
+from .quantized import is_stored, packed_by, stored_weight
 from .trl import is_float32_forward
 
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
@@ -57,10 +59,11 @@ def layers_of(inner: nn.Module) -> tuple[nn.Linear, nn.Module]:
             f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
         )
     head = within_adapters(head)
-    if not _is_linear(head):
-        raise ValueError(
-            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
-        )
+    if not (_is_linear(head) or is_stored(head)):
+        kind, remedy = type(head).__name__, "only nn.Linear heads can be streamed"
+        if method := packed_by(head):
+            kind, remedy = f"{kind} of {method}", "leave the head out of the quantization, or dequantize it"
+        raise ValueError(f"model is a {name} whose head is a {kind}: {remedy}")
     return head, layer
 
 
@@ -84,10 +87,15 @@ def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
     if is_parametrized(head, "weight"):  # computed anew whenever it is read, by spectral_norm in another way each time
         return head
     if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
-        raise ValueError(
-            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
-            " streamed, leave the head out of the quantization"
-        )
+        try:
+            stored = stored_weight(head)
+        except ValueError as error:
+            raise ValueError(f"model is a {name}: {error}") from error
+        if stored is None:
+            raise ValueError(
+                f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights and those"
+                " of bitsandbytes and torchao can be streamed, leave the head out of the quantization"
+            )
     forward = head.__dict__.get("forward")
     known = forward is None or is_lazy(forward) or is_float32_forward(forward)
     if not (known or hasattr(head, "_hf_hook") or is_split(head.weight)):
@@ -105,7 +113,8 @@ def local_head(linear: nn.Linear) -> Head | None:
     weight: Any = linear.weight
     bias: Any = linear.bias
     if not is_split(weight):
-        return Head(weight, bias)
+        stored = None if type(weight) in (nn.Parameter, Tensor) else stored_weight(linear)
+        return Head(weight if stored is None else Panels.of(stored), bias)
     split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
         return None

@@ -15,6 +15,7 @@ from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, patch_on
 from .forwards import OwnForward, lazy_product
 from .heads import local_head, why_weight_is_freed
+from .quantized import compute_dtype
 from .trl import is_float32_forward
 
 
@@ -24,11 +25,20 @@ class LazyForward(OwnForward):
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
         raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
-        if raw is not None:
+        if raw is None:
+            return self._dense(input)
+        if isinstance(raw.weight, Tensor) or raw.fp32:
             return lazy_product(input, raw, self.patch.state)
-        if self.previous is None and type(input) is Tensor and self._multiplies_in_float32():
-            return Head(self.layer.weight, self.layer.bias, fp32=True).logits(input)
-        return self.run(input)
+        dtype = compute_dtype(self.layer, input)  # of a quantized head; float32 stays so under torch.autocast
+        bias = None if raw.bias is None else raw.bias.to(dtype)
+        raw = replace(raw, weight=raw.weight.to(dtype), bias=bias, fp32=dtype == torch.float32)
+        return lazy_product(input.to(dtype), raw, self.patch.state).to(input.dtype)
+
+    def _dense(self, input: Tensor) -> Tensor:
+        """The logits as the forward before makes them, but in float32 if the current call asks for that."""
+        own = self.previous is not None or type(input) is not Tensor
+        head = None if own or not self._multiplies_in_float32() else local_head(self.layer)
+        return self.run(input) if head is None else replace(head, fp32=True).logits(input)
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
