@@ -4,6 +4,7 @@ model = hf_xent.patch(model)                     # any AutoModelForCausalLM: sam
 model = hf_xent.patch(model, loss="emo")         # another loss: `hf-xent losses` lists them
 loss = hf_xent.linear_cross_entropy(hidden, weight, labels)
 stats = hf_xent.vocab_stats(hidden, hf_xent.Head(weight), labels)
+logp, entropy = hf_xent.token_logprobs(hidden, weight, labels, temperature=0.7)
 scores = hf_xent.detection.score("min_k_pp", model, tokenizer, texts)
 trainer = hf_xent.XentTrainer(model, hf_xent.XentConfig(output_dir="out"), train_dataset=dataset)
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # at run time a name is imported on first use: torch takes a 
     from .callbacks.patching import PatchCallback
     from .lazy import LazyLogits, Seam
     from .losses import linear_cross_entropy
-    from .ops import Head, Stats, map_logits, vocab_loss, vocab_stats
+    from .ops import Head, Stats, map_logits, token_logprobs, vocab_loss, vocab_stats
     from .patching import Comparison, compare, patch, seam_of, unpatch
     from .trainers.dxo import DXOConfig, DXOTrainer
     from .trainers.emo import EMOConfig, EMOTrainer
@@ -68,6 +69,7 @@ __all__ = [
     "map_logits",
     "patch",
     "seam_of",
+    "token_logprobs",
     "unpatch",
     "vocab_loss",
     "vocab_stats",
@@ -78,7 +80,7 @@ _PACKAGE_OF = {
     "LazyLogits": "lazy",
     "Seam": "lazy",
     "linear_cross_entropy": "losses",
-    **dict.fromkeys(("Head", "Stats", "map_logits", "vocab_loss", "vocab_stats"), "ops"),
+    **dict.fromkeys(("Head", "Stats", "map_logits", "token_logprobs", "vocab_loss", "vocab_stats"), "ops"),
     **dict.fromkeys(("Comparison", "compare", "patch", "seam_of", "unpatch"), "patching"),
 }
 """Public name -> the package that has it; all others are trainers."""

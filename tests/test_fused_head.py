@@ -190,11 +190,11 @@ def test_prompt_learning():
 
 
 def test_dense_logits_are_scored_too():
-    """An adapter that scales the weight's rows makes the logits; the answer is the same."""
-    ids, labels = batch()
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["lm_head"], use_dora=True, **LORA))
+    """A hook on the head makes the logits; the answer is the same."""
+    model, (ids, labels) = tiny(), batch()
     expected = dense(model, ids, labels)
-    out = patch(model)(input_ids=ids, labels=labels, fused_lm_head=True)
+    patch(model).lm_head.register_forward_hook(lambda module, args, logits: logits.dense())
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert_equal(out, {k: v.detach() for k, v in expected.items()})
     assert patch_state(model).materialized > 0
 
@@ -204,15 +204,6 @@ def test_another_loss_under_trl_is_an_error():
     with pytest.raises(RuntimeError, match=r"patched with Focal.*no effect"):
         model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert model(input_ids=ids, labels=labels).loss > 0
-
-
-def test_a_float32_head_is_left_to_trl():
-    model, (ids, labels) = tiny(dtype=torch.bfloat16), batch()
-    add_fused_lm_head(model, cast_lm_head_to_fp32=True)
-    expected = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
-    patch(model)
-    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    assert torch.equal(out.log_probs, expected) and patch_state(model).streamed == 0
 
 
 def test_what_is_read_from_trls_forward():

@@ -35,6 +35,9 @@ LEAN = {
     "none": lambda x, y: F.cross_entropy(x.reshape(-1, V), moved(y), reduction="none"),
     "label smoothing": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1), label_smoothing=0.2),
     "class weights": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1), torch.linspace(0.1, 2, V)),
+    "smoothed class weights": lambda x, y: F.cross_entropy(
+        x.view(10, V), y.view(-1), torch.ones(V), label_smoothing=0.1
+    ),
     "other ignore_index": lambda x, y: F.cross_entropy(x.view(10, V), y.view(-1).clamp(min=3), ignore_index=3),
     "module": lambda x, y: torch.nn.CrossEntropyLoss()(x.view(10, V), y.view(-1)),
     "softcap": lambda x, y: F.cross_entropy((torch.tanh(x / 3.0) * 3.0).view(-1, V), moved(y)),
@@ -73,9 +76,6 @@ DENSE = {
     "classes second": lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
     "max": lambda x, y: x.max(-1).values,
     "soft targets": lambda x, y: F.cross_entropy(x.view(10, V), torch.full((10, V), 1 / V)),
-    "smoothed class weights": lambda x, y: F.cross_entropy(
-        x.view(10, V), y.view(-1), torch.ones(V), label_smoothing=0.1
-    ),
     "scaled log-probabilities": lambda x, y: x.log_softmax(-1) * 2.0,
     "two tanhs": lambda x, y: x.tanh().tanh().sum(-1),
     "normalized twice": lambda x, y: x.log_softmax(-1).log_softmax(-1),

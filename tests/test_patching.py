@@ -370,7 +370,7 @@ def test_replicas_in_threads_have_their_own_calls(loss, past_hooks):
     state = patch_state(model)
     assert (state.streamed, state.materialized, state.bypassed) == (3, 0, 0)
     assert state.sums[False]["tokens"] == 2 * (labels[:, 1:] != -100).sum()
-    assert model.lm_head.__dict__["forward"].linear is model.lm_head
+    assert model.lm_head.__dict__["forward"].layer is model.lm_head
     unpatch(model)
     assert "forward" not in model.lm_head.__dict__ and "forward" not in model.__dict__
 

@@ -93,6 +93,7 @@ OF_TRL_1_16 = {
     "trl.trainer.utils.FusedCausalLMOutput",
     "trl.trainer.utils.add_fused_lm_head",
     "trl: what is within add_fused_lm_head",
+    "trl: GRPOTrainer's forward of a float32 head",
 }
 """What older versions of TRL do without, and the package with them."""
 
@@ -225,6 +226,13 @@ HELD = {
         "patching",
         lambda: {"temperature", "outputs", "cast_lm_head_to_fp32", "original_forward"} <= {*fused()},
     ),
+    "trl: GRPOTrainer's forward of a float32 head": (
+        "patching",
+        lambda: (
+            says("def cast_forward_to_fp32(hidden_states):", "trl", "trainer/grpo_trainer.py")
+            and says("def _cast_lm_head_to_fp32(", "trl", "trainer/grpo_trainer.py")
+        ),
+    ),
     "accelerate: hook.offload": ("patching", lambda: aligned().offload is False),
     "accelerate: module._hf_hook": ("patching", lambda: hooked()._hf_hook),
     "accelerate: module._old_forward": ("patching", lambda: callable(hooked().__dict__["_old_forward"])),
@@ -232,7 +240,6 @@ HELD = {
         "models",
         lambda: says("model._original_forward = model.forward", "accelerate", "accelerator.py"),
     ),
-    "peft: LoRA's lora_B": ("patching", lambda: isinstance(lora().lora_B["default"], nn.Linear)),
     "peft: LoRA's base_layer": ("patching", lambda: isinstance(lora().base_layer, nn.Linear)),
     "peft: active_adapters": ("patching", lambda: [*lora().active_adapters] == ["default"]),
     "datasets: Dataset._fingerprint": ("data", lambda: isinstance(rows()._fingerprint, str)),

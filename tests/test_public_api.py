@@ -16,9 +16,9 @@ TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNR
     SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer"""
 PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
-        seam_of unpatch vocab_loss vocab_stats {TRAINERS}""",
+        seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
-        vocab_loss vocab_stats""",
+        token_logprobs vocab_loss vocab_stats""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr TotalVariation get
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",

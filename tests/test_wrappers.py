@@ -46,10 +46,11 @@ def prompts(kind):
     return peft.get_peft_model(tiny(), kind(**options))
 
 
-def tuned(kind, *targets, **options):
+def tuned(kind, *targets, vocabulary=V, **options):
     """Adapters of a kind, none of which does nothing."""
     more = {"target_modules": list(targets)} if targets else {}
-    model = peft.get_peft_model(tiny(use_cache=False), kind(task_type="CAUSAL_LM", **more, **options))
+    model = tiny(use_cache=False, vocab_size=vocabulary)
+    model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **more, **options))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -98,12 +99,10 @@ WRAPPERS = {  # how to make it, and how often logits (or a branch of them) are m
     "LoRA on every linear layer": (lambda: lora("q_proj", "k_proj", "up_proj", "down_proj", "lm_head"), 0),
     "modules_to_save=[lm_head]": (lambda: lora("q_proj", saved=["lm_head"]), 0),
     "DoRA inside": (lambda: lora("q_proj", use_dora=True), 0),
-    "DoRA on the head": (lambda: lora("lm_head", use_dora=True), 3),  # scales every row of the weight by its norm
+    "DoRA on the head": (lambda: lora("lm_head", use_dora=True), 0),  # other adapters: test_adapters
     "AdaLoRA": (lambda: adalora("q_proj", "v_proj"), 0),
     "adaption prompts": (adaption_prompts, 0),
     "VeRA": (lambda: tuned(peft.VeraConfig, "q_proj", r=4), 0),
-    "IA3 on the head": (lambda: tuned(peft.IA3Config, "lm_head", feedforward_modules=[]), 1),
-    "AdaLoRA on the head": (lambda: adalora("lm_head"), 1),
     "prompt tuning": (lambda: prompts(peft.PromptTuningConfig), 0),
     "prefix tuning": (lambda: prompts(peft.PrefixTuningConfig), 0),
     "tied embeddings": (lambda: tiny("llama tied"), 0),
@@ -139,26 +138,6 @@ def test_loss_and_gradients_equal_stock(name):
     _, state = both_ways(build(), input_ids=ids, labels=labels)
     if materialized is not None:
         assert (state.streamed, state.materialized) == (int(not materialized), materialized)
-
-
-BYPASSED = {  # adapters that multiply by the head's weight themselves
-    "HRA on the head": lambda: tuned(peft.HRAConfig, "lm_head", r=4),
-    "new tokens on the head": lambda: tuned(
-        peft.TrainableTokensConfig, "embed_tokens", "lm_head", token_indices=[3, 4]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BYPASSED)
-def test_a_bypassed_head_is_said_to_be(name):
-    model, (ids, labels) = BYPASSED[name](), batch()
-    _, state = both_ways(model, input_ids=ids, labels=labels)
-    assert (state.streamed, state.bypassed) == (0, 1) and "adapter on the head multiplies by itself" in state.reason
-    found = compare(model)
-    assert found.equal and not found.lean and "nothing was streamed" in found.way
-    patch(model, loss="focal")
-    with pytest.raises(RuntimeError, match=r"Focal.*adapter on the head"):
-        model(input_ids=ids, labels=labels)
 
 
 @pytest.mark.parametrize("build", [adalora, adaption_prompts])
@@ -518,9 +497,10 @@ def test_logits_stay_lazy_until_touched():
 
 @pytest.mark.filterwarnings("default:PatchCallback", "ignore::FutureWarning")  # of transformers, in what PEFT asks it
 def test_an_adapter_that_needs_the_logits_is_said(tmp_path):
-    """DoRA scales every row of the head by its norm."""
-    with pytest.warns(UserWarning, match="PatchCallback had no effect: what follows the head .an adapter on it"):
-        trained(lora("lm_head", use_dora=True), tmp_path, PatchCallback())
-    (ids, labels), model = batch(), patch(lora("lm_head", use_dora=True), loss="emo")
-    with pytest.raises(RuntimeError, match=r"^EMO\(cost=<97 embeddings>, variant='emo1'.*adapter on the head"):
+    """RoAD mixes the logits of neighboring tokens of the vocabulary."""
+    adapted = lambda: tuned(peft.RoadConfig, "lm_head", group_size=4, vocabulary=128)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"PatchCallback had no effect: the adapter on the head .peft.tuners.road"):
+        trained(adapted(), tmp_path, PatchCallback())
+    (ids, labels), model = batch(), patch(adapted(), loss="emo")
+    with pytest.raises(RuntimeError, match=r"^EMO\(cost=<128 embeddings>, variant='emo1'.*adapter on the head"):
         model(input_ids=ids, labels=labels)

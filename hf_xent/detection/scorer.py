@@ -145,7 +145,7 @@ class TextScorer:
     @cached_property
     def token_frequencies(self) -> Tensor:
         """DC-PDD's q [V]. Raises: ValueError for a tensor of another size than the vocabulary, or not in (0, 1]."""
-        vocabulary = max(len(self.tokenizer), head_of(self.model).weight.shape[0])
+        vocabulary = max(len(self.tokenizer), head_of(self.model).out_features)
         if isinstance(self.frequencies, Tensor):
             if self.frequencies.ndim != 1 or len(self.frequencies) < len(self.tokenizer):
                 shape = tuple(self.frequencies.shape)

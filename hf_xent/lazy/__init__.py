@@ -17,7 +17,7 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 `__torch_dispatch__`, and its gradients still reach hidden and the weight.
 """
 
-from . import consumers, shapes, traced_rules  # noqa: F401  they register their rules
+from . import arithmetic, consumers, shapes, traced_rules  # noqa: F401  they register their rules
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
 from .traced import TracedLogits

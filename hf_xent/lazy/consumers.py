@@ -38,19 +38,19 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     )
     if not indices or size_average is not None or reduce is not None or not 0 <= label_smoothing < 1:
         return NotImplemented
-    if weight is not None and (label_smoothing or not _has_weight_per_class(weight, x)):
+    if weight is not None and not _has_weight_per_class(weight, x):
         return NotImplemented
     target = token_ids(target.to(x.hidden.device))
-    token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
     request = replace(x.state.request, ignore_index=ignore_index)
-    reduce = Reduction(reduction, token_weight=token_weight)
-    loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)
+    objective = CrossEntropy.like_torch(weight, label_smoothing)
+    loss, stats = objective.reduced(x.hidden, x.head, target, request, Reduction(reduction))
     return x.state.counted(loss, stats).to(x.device, x.dtype)
 
 
 def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:
-    """Whether weights are one number for each token of the vocabulary."""
-    return isinstance(weight, Tensor) and weight.shape == x.shape[-1:]
+    """Whether weights are one constant number for each token of the vocabulary, where torch would accept them."""
+    constant = isinstance(weight, Tensor) and not weight.requires_grad and weight.is_floating_point()
+    return constant and weight.shape == x.shape[-1:] and weight.device == x.device
 
 
 def _nll_loss(x: LazyLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:

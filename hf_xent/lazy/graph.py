@@ -59,8 +59,7 @@ class Connected(torch.autograd.Function):
     ) -> Tensor:
         """A tensor of class `wrapper` with the shape and strides of `like`; `options` are its dtype and device."""
         ctx.save_for_backward(*tensors)
-        without_tensors: dict[str, Any] = dict.fromkeys(("weight", "bias", "adapter"))
-        ctx.head = replace(raw, **without_tensors)  # no tensor outlives the graph through ctx
+        ctx.head = raw.with_tensors(None, None, None, None)  # no tensor outlives the graph through ctx
         ctx.recipe, ctx.dtype = recipe, options["dtype"]
         lazy: Any = torch.Tensor._make_wrapper_subclass(wrapper, like.shape, strides=like.stride(), **options)
         ctx.memory = lazy.memory = []
@@ -82,9 +81,8 @@ class Connected(torch.autograd.Function):
                 None if t is None else t.view_as(t) if create_graph and need else t.detach().requires_grad_(need)
                 for t, need in zip(ctx.saved_tensors, needs, strict=True)
             ]
-            hidden, weight, bias, adapter = inputs
-            raw = replace(ctx.head, weight=weight, bias=bias, adapter=adapter)
-            value = ctx.recipe.value(hidden, raw).to(upstream.device, ctx.dtype)
+            hidden, *tensors = inputs
+            value = ctx.recipe.value(hidden, ctx.head.with_tensors(*tensors)).to(upstream.device, ctx.dtype)
         differentiable = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
         grads = iter(torch.autograd.grad(value, differentiable, upstream, create_graph=create_graph))
         return None, None, None, None, None, *(next(grads) if need else None for need in needs)

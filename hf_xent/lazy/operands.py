@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops import Head
 from ..ops.higher import under_function_transform
+from ..ops.panels import Panels
 
 _SYNCHRONOUS_DEVICES = ("cpu",)  # whose memory is read without waiting for queued work
 _SAMPLE_SIZE = 4096  # at least so many numbers of an operand are compared, or all; up to twice as many per dimension
@@ -43,8 +44,10 @@ Operands = tuple[Operand, ...]
 
 def operands_of(hidden: Tensor, raw: Head) -> Operands:
     """The operands of a call, as they are now."""
-    named = {"hidden states": hidden, "weight": raw.weight, "bias": raw.bias, "adapter": raw.adapter}
-    return tuple(Operand.of(name, t) for name, t in named.items() if t is not None)
+    named = [("hidden states", hidden), *raw.tensors.items()]
+    if isinstance(raw.weight, Panels):
+        named += [("weight", stored) for stored in raw.weight.stored.tensors()]
+    return tuple(Operand.of(name, t) for name, t in named if t is not None)
 
 
 def check(operands: Operands, unread: bool) -> None:

@@ -1,4 +1,4 @@
-"""Rules whose result is lazy again: casts, scale and softcap, views of rows, slices of the vocabulary.
+"""Rules whose result is lazy again: casts, views of rows, slices of the vocabulary; `arithmetic` has scale and sums.
 
 Each rule returns the result, or NotImplemented: then torch's function is applied to the dense tensor.
 """
@@ -6,14 +6,12 @@ Each rule returns the result, or NotImplemented: then torch's function is applie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
 from .tensor import LazyLogits, make
@@ -22,10 +20,12 @@ from .values import is_view, meta_like
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
-    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands")
+    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands", "source")
     attributes = {name: getattr(x, name) for name in names}
     same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
     layout = torch.empty_like(meta_like(x)) if same_shape else None  # with the strides of torch's result
+    if "hidden" in changes:  # other rows than those of the source
+        attributes["source"] = None
     return make(**{**attributes, "layout": layout, **changes})
 
 
@@ -68,73 +68,6 @@ def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> 
 def detach(x: LazyLogits) -> LazyLogits:
     """The same values without a graph, still lazy."""
     return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
-
-
-def _add(x: LazyLogits, other: Any) -> Any:
-    """The sum with another product of the same shape (of a LoRA branch), or with a bias over the vocabulary (BART)."""
-    if isinstance(other, LazyLogits) and not other.is_dense:
-        return _add_products(x, other)
-    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs:
-        return NotImplemented
-    same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
-    is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
-    if not same_kind or not is_bias or x.raw.shard is not None:
-        return NotImplemented
-    bias = other.reshape(-1) / x.recipe.inner
-    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
-
-
-def _subtract(x: LazyLogits, other: Any) -> Any:
-    no_bias = not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point()
-    return NotImplemented if no_bias else _add(x, -other)
-
-
-def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
-    """The sum of two products, of a head and its LoRA branch, as one product of the concatenated inputs."""
-    if x.shape != y.shape:
-        return NotImplemented
-    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
-    heads = (big.raw, small.raw)
-    nonlinear = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
-    if nonlinear or any(head.shard is not None for head in heads):
-        return NotImplemented
-    ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
-    hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)
-    matrices = [m.to(dtype) for m in (big.raw.adapter, small.raw.weight, small.raw.adapter) if m is not None]
-    adapter = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
-    biases = [b if head is big.raw else (b * ratio).to(dtype) for head in heads if (b := head.bias) is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    raw = replace(big.raw, bias=bias, adapter=adapter)
-    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(meta_like(x))
-    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=x.operands + y.operands)
-
-
-def _multiply(x: LazyLogits, other: Any) -> Any:
-    number = _number(other)
-    if number is None or x.recipe.log_probs or not x.is_floating_point():
-        return NotImplemented
-    recipe = x.recipe.times(number)
-    return derive(x, recipe=recipe) if recipe.is_regular else NotImplemented
-
-
-def _divide(x: LazyLogits, other: Any) -> Any:
-    number = _number(other)
-    return NotImplemented if not number else _multiply(x, 1 / number)
-
-
-def _number(x: Any) -> float | None:
-    """The value of a Python number or a constant scalar tensor on a CPU; None for anything else."""
-    if isinstance(x, (int, float)) and not isinstance(x, bool):
-        return float(x)
-    if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
-        return None if x.is_complex() or under_function_transform(x) else float(x)
-    return None
-
-
-def _tanh(x: LazyLogits) -> Any:
-    if x.recipe.outer is not None or x.recipe.log_probs:
-        return NotImplemented
-    return derive(x, recipe=replace(x.recipe, outer=1.0))
 
 
 def _reshape(x: LazyLogits, *sizes: Any, shape: Any = None) -> Any:
@@ -271,11 +204,6 @@ _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.clone, torch.clone), _clone),
     **dict.fromkeys((_T.detach, torch.detach), detach),
-    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _add),
-    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _subtract),
-    **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _multiply),
-    **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divide),
-    **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
     **dict.fromkeys((_T.reshape, torch.reshape), _reshape),
     **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
     **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),

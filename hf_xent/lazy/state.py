@@ -56,6 +56,8 @@ class PatchState:
     """How many calls, for a loss or in training, computed their logits at once."""
     reason: str = ""
     """Why the last of these calls did so; also set when torch.compile traces a call, which cannot be counted."""
+    operation: str = ""
+    """The last torch function that needed the values of lazy logits."""
     training: bool = True
     """The model's mode in its last forward."""
     sums: TokenSums = field(default_factory=TokenSums)
@@ -92,6 +94,7 @@ class PatchState:
         if self.streamed:
             return ""
         cause = "what follows the head (an adapter on it, or an unusual operation) needs the logits' values"
+        cause += f", for {self.operation}" if self.operation else ""
         return self.reason or (cause if self.materialized else "")
 
     def record(self, stats: Stats) -> None:

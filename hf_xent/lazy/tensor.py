@@ -42,7 +42,7 @@ class LazyLogits(LazyTensor):
         Returns:
             Lazy logits [..., V].
         """
-        return make(hidden, raw, Recipe(), hidden.dtype, hidden.device, state or PatchState())
+        return make(hidden, raw, Recipe(), raw.dtype_for(hidden.dtype), hidden.device, state or PatchState())
 
     @property
     def head(self) -> Head:
@@ -162,6 +162,7 @@ class LazyLogits(LazyTensor):
             answer = run_on_views(func, args, kwargs)
             if answer is not NotImplemented:
                 return answer
+        note_operation(func, args, kwargs)
         answer = func(*densify(args), **densify(kwargs))
         written = writes(func) and isinstance(args[0] if args else None, LazyLogits) and answer is args[0].dense_values
         return args[0] if written else answer  # as an in-place operation returns its tensor
@@ -180,6 +181,13 @@ class LazyLogits(LazyTensor):
         return func(*map_lazy(value, args), **map_lazy(value, kwargs or {}))
 
 
+def note_operation(func: Any, args: Any, kwargs: Any) -> None:
+    """Remember that a function needs the values of its lazy arguments, which do not exist yet."""
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, LazyLogits) and not x.has_values:
+            x.state.operation = torch.overrides.resolve_name(func) or getattr(func, "__name__", "")
+
+
 def make(  # noqa: PLR0913  the attributes of a lazy tensor
     hidden: Tensor,
     raw: Head,
@@ -192,8 +200,10 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
     layout: Tensor | None = None,
     reads: set[int] | None = None,
     operands: Operands | None = None,
+    source: Tensor | None = None,
 ) -> LazyLogits:
-    """A lazy tensor of these operands, connected to the graph; `parent`, `reads`, `operands` as in `LazyTensor`.
+    """A lazy tensor of these operands, connected to the graph; `parent`, `reads`, `operands`, `source` as in
+    `LazyTensor`.
 
     `device` is where its values will be; the operands may be elsewhere (a model split over devices). `layout` is a
     tensor with the strides it gets, by default those of a view of `parent` or of a contiguous tensor.
@@ -203,7 +213,7 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
     elif layout is None:
         layout = torch.empty((*hidden.shape[:-1], raw.vocabulary), device="meta")
     options = {"dtype": dtype, "device": device}
-    lazy = Connected.apply(LazyLogits, raw, recipe, layout, options, hidden, raw.weight, raw.bias, raw.adapter)
+    lazy = Connected.apply(LazyLogits, raw, recipe, layout, options, hidden, *raw.tensors.values())
     lazy.parent, lazy.dense_values, lazy.copied_values = None, None, None
     lazy.differentiable, lazy.parent = requires_grad_of(lazy), parent
     lazy.operands = operands_of(hidden, raw) if operands is None else operands
@@ -211,4 +221,5 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
         hidden, raw = hidden.detach(), raw.detach()
     lazy.hidden, lazy.raw, lazy.recipe, lazy.state = hidden, raw, recipe, state
     lazy.reads = set() if reads is None else reads
+    lazy.source = hidden if raw.adapter is None else source
     return lazy

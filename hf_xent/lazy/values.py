@@ -28,6 +28,7 @@ class LazyTensor(torch.Tensor):
     parent: tuple[LazyTensor, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     dense_values: Tensor | None  # the dense tensor, once something needed it
     copied_values: Tensor | None  # the values of a view that was only read, computed without those of its base
+    source: Tensor | None  # the part of `hidden` that the head's weight multiplies, before others were appended to it
     operands: Operands  # the inputs of the head, as they were when it was called
     memory: list[Tensor]  # `dense_values`, shared with the wrapper's graph node, which checks whether it was written to
     reads: set[int]  # ids of the tensors of one head output from which a gradient passes to the operands directly

@@ -25,7 +25,7 @@ class Loss:
     """Base of every objective. Subclasses are frozen dataclasses; their fields are their hyper-parameters."""
 
     uses: tuple[str, ...] = ("lse", "target")  # the statistics that `of` differentiates, exactly these
-    linear = False  # whether `of` is linear in these statistics, so that its gradients are constants
+    linear = False  # whether `of` is linear in these statistics; then `slopes(labels)` has its derivatives by each
     needs_teacher = False  # whether `teacher=(hidden, head)` must be passed
 
     def of(self, stats: Stats) -> Tensor:
@@ -65,6 +65,20 @@ class Loss:
             Hidden states [..., D2] and a head of the same V, or None for a loss without a payload.
         """
         return None
+
+    def on_labels(self, labels: Tensor, valid: Tensor, size: int, reduction: Reduction) -> tuple[Loss, Reduction]:
+        """The loss and its reduction for one call, before anything is streamed; by default as they are.
+
+        Args:
+            labels: Token ids [...].
+            valid: Which of them are not ignored, [...].
+            size: The number of tokens of the vocabulary, V.
+            reduction: What the caller asked for.
+
+        Returns:
+            A loss with the same `uses`, and a reduction.
+        """
+        return self, reduction
 
     def bind(self, weight: Tensor) -> Loss:
         """The loss with what it needs of the pretrained head stored in its fields.
@@ -139,10 +153,12 @@ class Loss:
         labels = token_ids(labels)
         if self.needs_teacher and teacher is None:
             raise ValueError(f"{type(self).__name__} compares with a teacher: pass teacher=(hidden, head)")
-        weight = reduction.weights(labels, labels != request.ignore_index, wide(hidden.dtype))
+        valid = labels != request.ignore_index
+        objective, reduction = self.on_labels(labels, valid, head.vocabulary, reduction)
+        weight = reduction.weights(labels, valid, wide(hidden.dtype))
         self.check_tail(request.tail, head)
         request = replace(request, unreduced=reduction.unreduced)
-        loss, stats = self.per_token(hidden, head, labels, weight, teacher, request)
+        loss, stats = objective.per_token(hidden, head, labels, weight, teacher, request)
         return loss.to(stats.lse.dtype), stats
 
     def per_token(
@@ -191,8 +207,9 @@ class Loss:
             )
         outputs = {"lse", "target", *self.uses} - {"payload"}
         stats = dense_stats(logits, labels, outputs=tuple(sorted(outputs)), ignore_index=ignore_index)
+        objective, reduce = self.on_labels(labels, stats.mask, logits.shape[-1], reduce)
         weight = reduce.weights(labels, stats.mask, stats.lse.dtype)
-        loss = self.of_logits(logits, stats) * weight.expand(labels.shape)[stats.mask]
+        loss = objective.of_logits(logits, stats) * weight.expand(labels.shape)[stats.mask]
         loss = stats.lse.new_zeros(labels.shape).masked_scatter(stats.mask, loss) if reduce.unreduced else loss.sum()
         return loss.to(stats.lse.dtype)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from ..ops import Head, Payload, Stats
+from ..ops.panels import Matrix, Panels, UnitRows
 from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
 from .base import Loss, select_valid
@@ -35,7 +36,7 @@ class EMO(Loss):
 
     variant: str = "emo1"
     """'emo1' has the value of cross-entropy, 'emo2' that of twice the distance, 'emo' is the distance alone."""
-    cost: str | Tensor = "frozen"
+    cost: str | Matrix = "frozen"
     """E: 'frozen' (the head's weight when `bind` is called), 'current' (at every step) or a tensor [V, any width]."""
     gt_detach: bool = False
     """Add sg[p_y] to d, which changes its value but not its gradient: in emo2 confident tokens keep a gradient then."""
@@ -52,6 +53,8 @@ class EMO(Loss):
         if isinstance(self.cost, Tensor) and self.cost.ndim == 2:  # a copy with rows of length 1, 0 for zero rows
             rows = self.cost.detach().to(wide(self.cost.dtype))
             object.__setattr__(self, "cost", normalize(rows, dim=-1).to(self.cost.dtype))
+        elif isinstance(self.cost, Panels):
+            object.__setattr__(self, "cost", Panels.of(UnitRows(self.cost)))
         elif isinstance(self.cost, Tensor) or self.cost not in ("frozen", "current"):
             raise ValueError(f"cost is {self.cost!r}: choose 'frozen', 'current' or a [V, H] tensor of embeddings")
 
@@ -85,7 +88,8 @@ class EMO(Loss):
             return replace(self, cost=head.weight).second(head, labels, teacher)
         if len(self.cost) != head.size:
             raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: pass one row per token")
-        if self.cost.device != head.weight.device:  # the model moved after `bind`: the cost follows once
+        # the model moved after `bind`: the cost follows once
+        if isinstance(self.cost, Tensor) and self.cost.device != head.weight.device:
             object.__setattr__(self, "cost", self.cost.to(head.weight.device))
         return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
 
@@ -101,7 +105,8 @@ class EMO(Loss):
                 f"cost has {len(self.cost)} rows but there are {logits.shape[-1]} classes: pass one row each"
             )
         rows, dtype = select_valid(stats), stats.lse.dtype
-        units = self.cost.to(logits.device, dtype)
+        cost = self.cost if isinstance(self.cost, Tensor) else self.cost.rows(slice(None))
+        units = cost.to(logits.device, dtype)
         rows.values["payload"] = (logits[stats.mask].to(dtype).softmax(-1) * (units[rows.labels] @ units.T)).sum(-1)
         return self.of(rows)
 

@@ -18,6 +18,8 @@ class Reduction:
     """The divisor of the sum in place of the sum of weights: the number of tokens of a whole accumulated batch."""
     token_weight: Tensor | None = None
     """Constant weights in the shape of labels; None means 1 each."""
+    label_weight: Tensor | None = None
+    """Factors in the shape of labels that the losses already have: they count in the sum of weights alone."""
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none"):
@@ -31,12 +33,14 @@ class Reduction:
     def weights(self, labels: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
         """The factor of each token's loss before the losses are summed, in the shape of labels."""
         weight = labels.new_ones(labels.shape, dtype=dtype) if self.token_weight is None else self.token_weight
-        return weight if self.unreduced else weight / self._denominator(weight, valid)
+        return weight if self.unreduced else weight / self.denominator(weight, valid)
 
-    def _denominator(self, weight: Tensor, valid: Tensor) -> Tensor | float:
+    def denominator(self, weight: Tensor, valid: Tensor) -> Tensor | float:
+        """What the sum of losses with these token weights is divided by."""
         if self.num_items is not None:
             return self.num_items.to(weight.device) if isinstance(self.num_items, Tensor) else self.num_items
         if self.reduction == "sum":
             return 1.0
-        total = torch.where(valid, weight, 0).sum()
+        counted = weight if self.label_weight is None else weight * self.label_weight
+        total = torch.where(valid, counted, 0).sum()
         return torch.where(total == 0, 1.0, total)

@@ -4,6 +4,7 @@ from . import operators  # noqa: F401  it registers them with torch
 from .algebra import State, merge
 from .functional import dense_stats, map_logits, vocab_loss, vocab_stats
 from .head import Head, Payload
+from .logprobs import token_logprobs
 from .shard import Shard
 from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Stats
 
@@ -19,6 +20,7 @@ __all__ = [
     "dense_stats",
     "map_logits",
     "merge",
+    "token_logprobs",
     "vocab_loss",
     "vocab_stats",
 ]

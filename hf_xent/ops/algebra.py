@@ -3,9 +3,9 @@
 A token's row of logits is folded into a `State`, a monoid under `merge`; `finish` turns it into statistics. Their
 upstream gradients become six numbers per token (`coefficients`), from which every backend computes
 
-    dz[t,j] = p_tj (a_t + b_t logp + c_t logp^2 + d_t pay_tj) + s_t + o_t 1[j = y_t]
+    dz[t,j] = p_tj (a_t + b_t logp + c_t logp^2 + d_t pay_tj) + s_t w_j + o_t 1[j = y_t]
 
-Shapes: N tokens, V vocabulary.
+with w_j = 1 unless the statistic `mean` is weighted. Shapes: N tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def finish(state: State, target: Tensor, size: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The backward of any loss as six numbers per token, [N] each; None stands for zeros. See the module for dz."""
+    """The backward of any loss as six numbers per token, [N] each; None stands for zeros. See the module for dz.
+
+    `w` has one number per column of the tile instead, and None stands for ones.
+    """
 
     a: Tensor
     o: Tensor
@@ -106,6 +109,7 @@ class Coefficients:
     c: Tensor | None = None
     d: Tensor | None = None
     s: Tensor | None = None
+    w: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -114,9 +118,9 @@ class Coefficients:
 
     def __getitem__(self, rows: slice) -> Coefficients:
         """The coefficients of some tokens."""
-        numbers = {f.name: getattr(self, f.name) for f in fields(self)}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "w"}
         sliced: dict[str, Any] = {name: None if x is None else x[rows] for name, x in numbers.items()}
-        return Coefficients(**sliced)
+        return Coefficients(**sliced, w=self.w)
 
 
 def coefficients(values: Mapping[str, Tensor], grads: Mapping[str, Tensor | None], size: int) -> Coefficients:

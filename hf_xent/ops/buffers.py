@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .algebra import Coefficients
 from .head import Head
-from .matmul import matmul_into, project
+from .matmul import add_hidden_gradient, add_matrix_gradient, add_scaled_gradient, project
+from .panels import Scaled, panels
 from .problem import TENSORS, Problem
 from .statistics import wide
 from .tiles import add_rows
@@ -64,7 +65,14 @@ class Gradients:
         self.problem = problem
         self.last_panel = cols[-1]
         self.tensors = {name: t for name, t in zip(TENSORS, problem.tensors, strict=True) if t is not None}
-        self.sums = {name: self._new_sum(name, not rows, len(cols) > 1) for name in problem.needs}
+        # a hidden gradient is also summed over the panels in which a head is converted
+        heads = {"hidden": problem.head} | ({} if problem.payload is None else {"payload_hidden": problem.payload[1]})
+        dtypes = {name: self.tensors[name].dtype for name in heads}
+        several = {
+            name: len(cols) > 1 or any(len(panels(m, dtypes[name])) > 1 for m, _ in head.matrices.values())
+            for name, head in heads.items()
+        }
+        self.sums = {name: self._new_sum(name, not rows, several.get(name, False)) for name in problem.needs}
 
     def _new_sum(self, name: str, empty: bool, several: bool) -> Tensor:
         """A tensor for one sum; `empty` if there are no rows, `several` if there is more than one column panel."""
@@ -72,7 +80,8 @@ class Gradients:
         keep = "weight" in name or name == "adapter" or ("hidden" in name and not several)
         dtype = tensor.dtype if keep else wide(tensor.dtype)
         # those of the payload are not written if no upstream gradient reaches it
-        allocate = torch.zeros_like if empty or "payload" in name or "bias" in name else torch.empty_like
+        zeros = empty or "payload" in name or name.endswith(("bias", "gain"))
+        allocate = torch.zeros_like if zeros else torch.empty_like
         return allocate(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
     def push(
@@ -96,13 +105,20 @@ class Gradients:
         for name, (matrix, features) in head.matrices.items():
             if prefix + "hidden" in self.sums:
                 dh = self.sums[prefix + "hidden"][rows, features]
-                matmul_into(dh, dz, matrix[cols], first=cols.start == 0)
+                add_hidden_gradient(dh, dz, matrix[cols], first=cols.start == 0)
                 if factor is not None and cols == self.last_panel:
                     dh.mul_(factor)
-            if prefix + name in self.sums:
-                side = hidden[rows, features]
-                side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
-                matmul_into(self.sums[prefix + name][cols], dz.T, side, first=rows.start == 0)
+            total = self.sums.get(prefix + name)
+            gain = self.sums.get(prefix + "gain") if isinstance(matrix, Scaled) else None
+            if total is None and gain is None:
+                continue
+            side, first = hidden[rows, features], rows.start == 0
+            side = side if factor is None else torch.mul(side, factor, out=torch.empty_like(side))
+            if isinstance(matrix, Scaled):
+                weight_sum, gain_sum = (None if x is None else x[cols] for x in (total, gain))
+                add_scaled_gradient(weight_sum, gain_sum, dz, side, matrix[cols], first=first)
+            elif total is not None:
+                add_matrix_gradient(total[cols], dz, side, first=first)
         if prefix + "bias" in self.sums:
             db = self.sums[prefix + "bias"][cols]
             ones = torch.ones_like(dz[:, :1], dtype=db.dtype) if factor is None else factor

@@ -68,6 +68,8 @@ def backward(
     buffers = Buffers(problem, [all_rows], panels)
     for cols in panels:
         z, pay = buffers.load(all_rows, cols)
+        if problem.column_weight is not None:
+            coef = replace(coef, w=problem.column_weight[cols])
         dlogits_(problem, (z, pay), labels - cols.start, values["lse"], coef, share)
         factor = row_factor(coef, problem.head) if coef.plain and problem.head.softcap is None else None
         out.push(all_rows, cols, z, pay, coef, factor)
@@ -81,7 +83,8 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     chunks would take a wide accumulator of twice its size: then there are two visits, `forward` and `backward`.
     """
     chunks, all_columns = problem.rows(), slice(0, problem.head.size)
-    if len(chunks) > most_chunks(problem.hidden):
+    # a head in float32 has its weight gradient rounded once
+    if len(chunks) > (1 if _narrow_gradient(problem) else most_chunks(problem)):
         values = merge_ranks(problem, forward(problem))
         return values, backward(problem, values, upstream(slice(0, len(problem.labels)), values))
     out, parts = Gradients(problem, chunks, [all_columns]), []
@@ -114,6 +117,7 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
             coef = replace(coef, a=coef.a * share / total)
             add_label_term_(z, problem.label_columns[rows], coef)
         else:
+            coef = replace(coef, w=problem.column_weight)
             dlogits_(problem, (z, pay), problem.label_columns[rows], values["lse"], coef)
         factor = row_factor(coef, problem.head) if plain else None
         out.push(rows, all_columns, z, pay, coef, factor)
@@ -121,11 +125,22 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
     return concatenate(parts, problem), out.finish()
 
 
-def most_chunks(hidden: Tensor) -> float:
+def most_chunks(problem: Problem) -> float:
     """The most chunks whose weight gradients may be summed in their own dtype."""
-    if wide(hidden.dtype) == hidden.dtype:
+    hidden = problem.hidden
+    if wide(hidden.dtype) == hidden.dtype and not _narrow_gradient(problem):
         return math.inf
     return MAX_LOW_PRECISION_SUMS if hidden.device.type == "cpu" else GPU_LOW_PRECISION_SUMS
+
+
+def _narrow_gradient(problem: Problem) -> bool:
+    """Whether a gradient of the head has a narrower dtype than its products, as of a 16-bit head in float32."""
+    tensors = problem.head.tensors
+    return any(
+        t is not None and name in problem.needs and t.dtype not in (wide(t.dtype), problem.hidden.dtype)
+        for name, t in tensors.items()
+        if name != "bias"
+    )
 
 
 def _exponentials(matmuls: ModuleType, problem: Problem, rows: slice, e: Tensor | None) -> Any:

@@ -7,9 +7,7 @@ keywords; losses, lazy logits and patches pass a `Request` on to them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from numbers import Real
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -19,11 +17,12 @@ from torch import Tensor
 
 from . import chunked, compiled, reference
 from .autograd import eager, recompute
+from .class_weights import check_class_weight
 from .head import Head, Payload
 from .higher import under_function_transform
 from .problem import TENSORS, Problem
 from .request import Request
-from .rows import Rows, autocast, autocast_head, check_head
+from .rows import Rows, autocast_for, autocast_head, check_head
 from .statistics import STATISTICS, Stats, wide
 
 
@@ -31,8 +30,9 @@ class TokenLoss(Protocol):
     """What `vocab_loss` requires of a loss: the names of the statistics it differentiates, and a function of them."""
 
     uses: tuple[str, ...]
-    # `linear`, if there is such an attribute: whether `of` is linear in these statistics, whatever the labels; such a
-    # loss can be hashed, as frozen dataclasses can
+    # `linear`, if there is such an attribute: whether `of` is linear in these statistics; such a loss has
+    # `slopes(labels)`: its derivatives by each of them, numbers or [N]
+    # `class_weight`, if there is such an attribute: None, or [V] factors of the logits in the statistic `mean`
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N], nats."""
@@ -75,15 +75,11 @@ def stream_loss(
     problem = replace(
         problem_of(rows, (*loss.uses, *request.observe), payload, request, backend),
         tail=request.tail,
+        mean_weight=_mean_weight(loss, rows),
     )
     weight = rows.select(token_weight) if isinstance(token_weight, Tensor) and token_weight.ndim else token_weight
     if problem.needs and not request.unreduced and not under_function_transform(*problem.tensors):
-        linear = getattr(loss, "linear", False)
-        objective = (
-            LinearSum(loss, problem, weight, _slopes(cast(Any, loss)))
-            if linear
-            else _WeightedSum(loss, problem, weight)
-        )
+        objective = (LinearSum if getattr(loss, "linear", False) else _WeightedSum)(loss, problem, weight)
         total, values = eager(backend, problem, objective, _origins(problem, head, payload))
         values["loss"] = objective.per_token()
     else:
@@ -92,6 +88,15 @@ def stream_loss(
         weighted = values["loss"] * weight
         total = rows.scatter({"loss": weighted}).loss if request.unreduced else weighted.sum()
     return total, rows.scatter({name: value.detach() for name, value in values.items()})
+
+
+def _mean_weight(loss: Any, rows: Rows) -> Tensor | None:
+    """The factors of the logits in the statistic `mean` [V], a copy, since the backward reads it; None without one."""
+    weight: Tensor | None = getattr(loss, "class_weight", None)
+    if weight is None:
+        return None
+    check_class_weight(weight, rows.head.vocabulary)
+    return weight.detach().to(rows.hidden.device, wide(rows.hidden.dtype), copy=True) if "mean" in loss.uses else None
 
 
 class _WeightedSum:
@@ -135,18 +140,18 @@ class _WeightedSum:
 
 
 class LinearSum(_WeightedSum):
-    """The same for a loss that is linear in its statistics: its gradients are constants, known before the first chunk.
+    """The same for a loss that is linear in its statistics: its gradients are known before the first chunk.
 
-    `slopes` are its derivatives by the statistics that it uses. A chunk costs no operation here, where a graph of [n]
-    tensors takes twenty launches on an accelerator.
+    A chunk costs no operation here, where a graph of [n] tensors takes twenty launches on an accelerator.
     """
 
-    def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float, slopes: Mapping[str, float]):
+    def __init__(self, loss: TokenLoss, problem: Problem, weight: Tensor | float):
         super().__init__(loss, problem, weight)
         self.seen: list[dict[str, Tensor]] = []
         dtype = wide(problem.hidden.dtype)
         with torch.no_grad():
             tokens = problem.hidden.new_full((len(problem.labels),), 1.0, dtype=dtype) * (weight / self.unit)
+            slopes = cast(Any, loss).slopes(problem.labels)
             self.slopes = {name: (tokens * slope).to(dtype) for name, slope in slopes.items()}
 
     def gradients(self, rows: slice, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,17 +167,6 @@ class LinearSum(_WeightedSum):
         losses, weight = self._losses(slice(None), values)
         self.parts = [losses]
         return (losses * weight).sum()
-
-
-@lru_cache(maxsize=64)
-def _slopes(loss: Any) -> dict[str, float]:
-    """The derivative of a linear loss by each of its statistics."""
-    leaves = {name: torch.zeros(1, dtype=torch.float64, requires_grad=True) for name in loss.uses}
-    labels = torch.zeros(1, dtype=torch.int64)
-    with torch.enable_grad():
-        one = loss.of(Stats(dict(leaves), labels, torch.ones_like(labels, dtype=torch.bool))).sum()
-    slopes = torch.autograd.grad(one, list(leaves.values()))
-    return {name: float(slope) for name, slope in zip(leaves, slopes, strict=True)}
 
 
 def unit_of(weight: Tensor | float, dtype: torch.dtype) -> Tensor | float:
@@ -219,6 +213,10 @@ def problem_of(
         raise ValueError(
             "outputs with 'payload' and the argument payload=(hidden, head) belong together: pass both or neither"
         )
+    by_panels = rows.head.fp32 or not isinstance(rows.head.weight, Tensor)
+    if by_panels and backend not in (chunked, reference):
+        kind = "has fp32=True" if rows.head.fp32 else f"is a {type(rows.head.weight).__name__}"
+        raise ValueError(f"impl is 'triton' but the head {kind}, which it cannot multiply: pass impl='chunked'")
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
     if head.shard is not None and (backend is reference or "rank" in outputs):
         cause = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
@@ -253,12 +251,14 @@ def payload_of(rows: Rows, payload: Payload) -> Payload:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
         )
-    return autocast(rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
+    return autocast_for(head, rows.select(hidden, trailing=1)).contiguous(), autocast_head(head, hidden).joined()
 
 
 def _origins(problem: Problem, head: Head, payload: Payload | None) -> tuple[Tensor | None, ...]:
     """The tensors that autocast cast the problem's tensors from; of the heads, these are the caller's."""
-    originals: tuple[Tensor | None, ...] = (None, head.weight, head.bias, head.adapter, None)
-    originals += (None, None) if payload is None else (payload[1].weight, payload[1].bias)
+    whole = head.gain is None or problem.head.gain is not None  # else the problem's weight is a product with it
+    originals: tuple[Tensor | None, ...] = (None, *(x if whole else None for x in head.tensors.values()), None)
+    second: dict[str, Any] = {} if payload is None or payload[1].gain is not None else payload[1].tensors
+    originals += (second.get("weight"), second.get("bias"))
     pairs = zip(originals, problem.tensors, strict=True)
     return tuple(x if x is not None and y is not None and x.shape == y.shape else y for x, y in pairs)

@@ -25,7 +25,7 @@ from .functional import map_logits
 from .head import Head, Payload
 from .problem import TENSORS, Problem, pieces
 from .request import Request
-from .rows import Rows, autocast
+from .rows import Rows, autocast_for
 from .statistics import Stats, wide
 from .tiles import concatenate, fold, strips
 
@@ -67,7 +67,7 @@ def stream_divergence(
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
     if second is not None:
         second = payload_of(rows, (second[0].detach(), second[1].detach()))
-    hidden = [problem.hidden, *(autocast(rows.select(h, trailing=1)) for h in passes[1:])]
+    hidden = [problem.hidden, *(autocast_for(head, rows.select(h, trailing=1)) for h in passes[1:])]
     stacked = torch.stack(hidden, 1) if hidden[1:] else problem.hidden[:, None]
     needs = problem.needs | ({"hidden"} if stacked.requires_grad and torch.is_grad_enabled() else set())
     problem = replace(problem, hidden=stacked, payload=second, needs=needs)
@@ -141,7 +141,7 @@ def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dic
     """Statistics and what the function returns, [N] each, and the weighted sum's gradients."""
     count, passes, _ = problem.hidden.shape
     flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
-    most = min(len(flat.rows()), chunked.most_chunks(flat.hidden))  # sums of a weight gradient in its own dtype
+    most = min(len(flat.rows()), chunked.most_chunks(flat))  # sums of a weight gradient in its own dtype
     chunks = pieces(count, math.ceil(count / most)) if count else []
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])

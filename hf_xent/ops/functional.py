@@ -13,7 +13,7 @@ from .dispatch import TokenLoss, stream_loss, stream_stats
 from .head import Head, Payload
 from .higher import under_function_transform
 from .request import Request
-from .rows import autocast, autocast_head, check_head, check_ids, ignored_id, refuse_capture, token_ids
+from .rows import autocast_for, autocast_head, check_head, check_ids, ignored_id, refuse_capture, token_ids
 from .statistics import STATISTICS, Stats, wide
 
 
@@ -173,7 +173,7 @@ def map_logits(
         ValueError: Hidden states and head do not fit, or `memory_budget` is not a positive number.
     """
     check_head(hidden, head)
-    hidden, head = autocast(hidden), autocast_head(head, hidden)
+    hidden, head = autocast_for(head, hidden), autocast_head(head, hidden)
 
     def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
         # torch.func has no saved-tensor hooks, which checkpoints need: there all logits are kept

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .panels import Matrix, Scaled, linear
 from .shard import Shard, copy_to_ranks, gather_from_ranks, sum_ranks
 from .statistics import wide
 
@@ -32,14 +34,19 @@ class Head:
         softcap: The bound of the logits' absolute value; None for no bound.
         adapter: More columns of the matrix [V, R], for the last R features of hidden.
         shard: The part of a larger vocabulary that weight, bias and adapter cover; None if they cover all of it.
+        fp32: Whether 16-bit hidden states and matrices are multiplied and summed in float32. A panel of the matrix is
+            converted at a time; gradients are summed in float32 and given in the tensors' own dtypes.
+        gain: A factor for each token's row of weight [V], not of bias and adapter: gain_j (hidden . weight_j) + bias_j.
     """
 
-    weight: Tensor  # [V, D]
+    weight: Matrix  # [V, D]
     bias: Tensor | None = None  # [V]
     scale: float = 1.0
     softcap: float | None = None
     adapter: Tensor | None = None  # [V, R], for the last R features of hidden
     shard: Shard | None = None
+    fp32: bool = False
+    gain: Tensor | None = None  # [V]
 
     @property
     def size(self) -> int:
@@ -57,10 +64,24 @@ class Head:
         return self.weight.shape[1] + (0 if self.adapter is None else self.adapter.shape[1])
 
     @property
-    def matrices(self) -> dict[str, tuple[Tensor, slice]]:
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What a gradient can flow to, by field name; None for a weight that is not a tensor."""
+        weight = self.weight if isinstance(self.weight, Tensor) else None
+        return {"weight": weight, "bias": self.bias, "adapter": self.adapter, "gain": self.gain}
+
+    def with_tensors(
+        self, weight: Tensor | None, bias: Tensor | None, adapter: Tensor | None, gain: Tensor | None
+    ) -> Head:
+        """The same head over other tensors; a weight that is not a tensor stays."""
+        kept: Any = weight if isinstance(self.weight, Tensor | None) else self.weight
+        return replace(self, weight=kept, bias=bias, adapter=adapter, gain=gain)
+
+    @property
+    def matrices(self) -> dict[str, tuple[Matrix | Scaled, slice]]:
         """Its matrices by field name, each with the slice of hidden's features that it multiplies."""
         width = self.weight.shape[1]
-        matrices = {"weight": (self.weight, slice(0, width))}
+        weight = self.weight if self.gain is None else Scaled(self.weight, self.gain)
+        matrices: dict[str, tuple[Matrix | Scaled, slice]] = {"weight": (weight, slice(0, width))}
         if self.adapter is not None:
             matrices["adapter"] = (self.adapter, slice(width, None))
         return matrices
@@ -86,7 +107,7 @@ class Head:
 
     def detach(self) -> Head:
         """The same head without gradient."""
-        return self._map(Tensor.detach)
+        return self._map(lambda x: x.detach())
 
     def to(self, dtype: torch.dtype) -> Head:
         """The same head in another dtype."""
@@ -97,16 +118,30 @@ class Head:
         softcap = None if self.softcap is None else self.softcap / temperature
         return replace(self, scale=self.scale / temperature, softcap=softcap)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Head:
+    def dtype_for(self, hidden: torch.dtype) -> torch.dtype:
+        """The dtype in which it multiplies hidden states of a dtype."""
+        return wide(torch.promote_types(hidden, self.weight.dtype)) if self.fp32 else hidden
+
+    @property
+    def by_panels(self) -> bool:
+        """Whether its matrices are not multiplied as they are stored."""
+        return self.fp32 or self.gain is not None or not isinstance(self.weight, Tensor)
+
+    def _map(self, change: Callable[[Any], Any]) -> Head:
         """The same head with each of its tensors changed."""
-        bias, adapter = (None if x is None else change(x) for x in (self.bias, self.adapter))
-        return replace(self, weight=change(self.weight), bias=bias, adapter=adapter)
+        bias, adapter, gain = (None if x is None else change(x) for x in (self.bias, self.adapter, self.gain))
+        return replace(self, weight=change(self.weight), bias=bias, adapter=adapter, gain=gain)
 
     def joined(self) -> Head:
-        """The same head with one matrix, which is a copy if there is an adapter."""
-        if self.adapter is None:
+        """The same head with one matrix, which is a copy if there is an adapter or a gain."""
+        if self.adapter is None and self.gain is None:
             return self
-        return replace(self, weight=torch.cat([self.weight, self.adapter], 1), adapter=None)
+        weight = self.weight if isinstance(self.weight, Tensor) else self.weight.rows(slice(None))
+        if self.gain is not None:
+            weight = (weight * self.gain[:, None]).to(self.dtype_for(weight.dtype))
+        if self.adapter is not None:
+            weight = torch.cat([weight, self.adapter], 1)
+        return replace(self, weight=weight, adapter=None, gain=None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Dense logits, differentiable by autograd.
@@ -117,10 +152,14 @@ class Head:
         Returns:
             Logits [..., V] in the dtype of statistics, over the whole vocabulary even if the head is a shard of it.
         """
-        hidden = copy_to_ranks(hidden, self.shard)
-        raw = F.linear(hidden[..., : self.weight.shape[1]], self.weight, self.bias)
+        hidden = copy_to_ranks(hidden.to(self.dtype_for(hidden.dtype)), self.shard)
+        product: Callable[..., Tensor] = linear if self.by_panels else F.linear
+        raw = product(hidden[..., : self.weight.shape[1]], self.weight, self.bias if self.gain is None else None)
+        if self.gain is not None:
+            raw = raw.to(wide(raw.dtype)) * self.gain
+            raw = raw if self.bias is None else raw + self.bias
         if self.adapter is not None:
-            raw = raw + F.linear(hidden[..., self.weight.shape[1] :], self.adapter)
+            raw = raw + product(hidden[..., self.weight.shape[1] :], self.adapter)
         return self.activate(gather_from_ranks(raw.to(wide(hidden.dtype)), self.shard))
 
     def activate(self, raw: Tensor) -> Tensor:

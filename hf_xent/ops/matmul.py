@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .panels import Matrix, Scaled, converted, is_converted, panels
+from .statistics import wide
 
 PANEL, GROUP = 512, 4  # columns of a narrow product, and products per batch: their scratch stays in the cache
 FEW_ROWS = 256
@@ -23,18 +25,26 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     if head.adapter is not None:
         width = head.weight.shape[1]
         project(hidden[:, :width], replace(head, adapter=None), out)
-        return out.addmm_(hidden[:, width:], head.adapter.T)
+        for part, rows in converted(head.adapter, hidden.dtype):
+            out[:, part].addmm_(hidden[:, width:], rows.T)
+        return out
+    weight, _ = head.matrices["weight"]
+    if not isinstance(weight, Tensor) or is_converted(weight, hidden.dtype):
+        for part, rows in converted(weight, hidden.dtype):
+            bias = None if head.bias is None else head.bias[part].to(hidden.dtype)
+            project(hidden, Head(rows, bias), out[:, part])
+        return out
     if whole := _whole(head.size, hidden):
         project(hidden, head[:whole], out[:, :whole])
         project(hidden, head[whole:], out[:, whole:])
         return out
     panels = head.size // PANEL
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and panels >= 2 * GROUP and len(hidden) > 1:
-        _project_by_panels(hidden, head.weight, out)
+        _project_by_panels(hidden, weight, out)
         return out if head.bias is None else out.add_(head.bias)
     if head.bias is None:
-        return torch.mm(hidden, head.weight.T, out=out)
-    return torch.addmm(head.bias, hidden, head.weight.T, out=out)
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(head.bias, hidden, weight.T, out=out)
 
 
 def _project_by_panels(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -65,6 +75,39 @@ def matmul_into(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
         torch.mm(x, y, out=total)
     else:
         total.addmm_(x, y)
+
+
+def add_hidden_gradient(total: Tensor, dz: Tensor, matrix: Matrix | Scaled, *, first: bool) -> None:
+    """total [n, D] = dz [n, V] @ matrix [V, D] for the first product, total += dz @ matrix for others."""
+    for part, rows in converted(matrix, dz.dtype):
+        matmul_into(total, dz[:, part], rows, first=first and part.start == 0)
+
+
+def add_matrix_gradient(total: Tensor, dz: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total [V, D] = dz.T @ hidden for the first product, total += dz.T @ hidden for others.
+
+    Where total has a narrower dtype, a panel at a time is multiplied, and rounded once.
+    """
+    for part in panels(total, dz.dtype):
+        matmul_into(total[part], dz[:, part].T, hidden, first=first)
+
+
+def add_scaled_gradient(
+    total: Tensor | None, gain: Tensor | None, dz: Tensor, hidden: Tensor, scaled: Scaled, *, first: bool
+) -> None:
+    """The same for a matrix W whose rows have factors, and for these: dW = gain G, dgain_j = G_j W_j, G = dz.T hidden.
+
+    `gain` [V], in the dtype of statistics, is added to; either sum may be None.
+    """
+    dtype = wide(dz.dtype)
+    for part in panels(scaled, dtype):
+        product = torch.mm(dz[:, part].T, hidden).to(dtype)
+        if gain is not None:
+            rows = next(converted(scaled.matrix[part], dtype))[1]
+            gain[part] += torch.linalg.vecdot(product, rows)
+        if total is not None:
+            product *= scaled.gain[part, None]
+            total[part].copy_(product) if first else total[part].add_(product)
 
 
 def _has_wide_products(x: Tensor, dtype: torch.dtype) -> bool:

@@ -3,70 +3,86 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import compiled
-from .autograd import visit_once
-from .dispatch import LinearSum, check_tail, problem_of, stream_stats
+from .autograd import recompute, visit_once
+from .class_weights import check_class_weight
+from .compiled import COUNT, Operands
+from .dispatch import LinearSum, check_tail, problem_of
 from .higher import ROWS
+from .problem import Problem
 from .rows import Rows
 from .statistics import Stats
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A loss that has these derivatives by statistics, as a `dispatch.TokenLoss`."""
+    """A loss with these derivatives by statistics, [N] each, as a `dispatch.TokenLoss`."""
 
-    slopes: dict[str, float]
+    by_name: dict[str, Tensor]
+    uses: tuple[str, ...]
 
-    @property
-    def uses(self) -> tuple[str, ...]:
-        """The statistics that it differentiates."""
-        return tuple(name for name, slope in self.slopes.items() if slope)
+    def slopes(self, labels: Tensor) -> dict[str, Tensor]:
+        """The derivatives by each statistic."""
+        return self.by_name
 
     def of(self, stats: Stats) -> Tensor:
         """Per-token loss [N]."""
-        return torch.stack([self.slopes[name] * stats.values[name] for name in self.uses]).sum(0)
+        return torch.stack([self.by_name[name] * stats.values[name] for name in self.uses]).sum(0)
 
 
 def stats(*arguments: Any) -> list[Tensor]:
     """The operator `hf_xent::stats`."""
-    hidden, head, labels, payload, request, outputs = compiled.unpack(arguments)
     with torch.no_grad():
-        values = stream_stats(hidden, head, labels, tuple(outputs), request, payload).values
-    return [values[name].contiguous() for name in outputs]
+        _, rows, backend, problem = _problem(arguments)
+        values = rows.scatter(recompute(backend, problem)).values
+    return [values[name].contiguous() for name in arguments[COUNT - 1]]
 
 
 def stats_backward(*arguments: Any) -> list[Tensor]:
     """The operator `hf_xent::stats_backward`."""
-    hidden, head, labels, payload, request, outputs = compiled.unpack(arguments)
-    values, upstream, needs = arguments[16:]
-    rows, backend = Rows(hidden, head, labels, request.ignore_index), request.backend()
-    problem = replace(problem_of(rows, tuple(outputs), payload, request, backend), needs=frozenset(needs))
-    saved = {name: rows.select(x) for name, x in zip(outputs, values, strict=True)}
-    grads = {name: rows.select(g) for name, g in zip(outputs, upstream, strict=True) if g is not None}
-    found = backend.backward(problem, saved, grads)
-    return [rows.restored(found[name]) if name in ROWS else found[name].contiguous() for name in needs]
+    values, upstream, needs = arguments[COUNT:]
+    operands, rows, backend, problem = _problem(arguments)
+    problem = replace(problem, needs=frozenset(needs))
+    saved = {name: rows.select(x) for name, x in zip(operands.outputs, values, strict=True)}
+    grads = {name: rows.select(g) for name, g in zip(operands.outputs, upstream, strict=True) if g is not None}
+    return _in_shape(rows, backend.backward(problem, saved, grads), needs)
 
 
 def linear_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """The operator `hf_xent::linear_loss`."""
-    hidden, head, labels, _, request, outputs = compiled.unpack(arguments)
-    token_weight, slopes, tail, needs = arguments[16:]
-    loss: Any = Linear(dict(zip(compiled.SLOPED, slopes, strict=True)))
-    check_tail(tail, loss, head)
-    rows, backend = Rows(hidden, head, labels, request.ignore_index), request.backend()
-    problem = problem_of(rows, tuple(outputs), None, request, backend)
+    token_weight, slopes, tail, needs = arguments[COUNT:]
+    operands, rows, backend, problem = _problem(arguments)
+    uses = ("lse", "target", "mean")[: len(slopes)]
+    loss = Linear({name: rows.select(x) for name, x in zip(uses, slopes, strict=True)}, uses)
+    check_tail(tail, loss, operands.head)
     problem = replace(problem, tail=tail, needs=frozenset(needs))
-    objective = LinearSum(loss, problem, rows.select(token_weight), {name: loss.slopes[name] for name in loss.uses})
+    objective = LinearSum(loss, problem, rows.select(token_weight))
     values, grads = visit_once(backend, problem, objective)
-    unit = torch.as_tensor(objective.unit, dtype=token_weight.dtype, device=token_weight.device).clone()
     in_shape = rows.scatter(values).values
-    grads = {name: rows.restored(g) if name in ROWS else g.contiguous() for name, g in grads.items()}
-    return objective.total(), unit, [in_shape[name] for name in outputs], [grads[name] for name in needs]
+    unit = torch.as_tensor(objective.unit, dtype=token_weight.dtype, device=token_weight.device).clone()
+    return objective.total(), unit, [in_shape[name] for name in operands.outputs], _in_shape(rows, grads, needs)
+
+
+def _problem(arguments: tuple[Any, ...]) -> tuple[Operands, Rows, ModuleType, Problem]:
+    """The operands of an operator, their valid rows, the backend and the problem for it."""
+    operands = Operands.of(arguments)
+    rows = Rows(operands.hidden, operands.head, operands.labels, operands.request.ignore_index)
+    if operands.mean_weight is not None:
+        check_class_weight(operands.mean_weight, operands.head.size)
+    backend = operands.request.backend()
+    problem = problem_of(rows, tuple(operands.outputs), operands.payload, operands.request, backend)
+    return operands, rows, backend, replace(problem, mean_weight=operands.mean_weight)
+
+
+def _in_shape(rows: Rows, grads: dict[str, Tensor], needs: list[str]) -> list[Tensor]:
+    """Gradients in the shapes of the operands, each in memory of its own."""
+    return [rows.restored(grads[name]) if name in ROWS else grads[name].contiguous() for name in needs]
 
 
 for _operator in (stats, stats_backward, linear_loss):

@@ -21,7 +21,7 @@ TILE = (
 )
 # The most columns of a panel on a CPU: of 1024 tokens, wider ones take memory and no less time
 COLUMNS = 8192
-TENSORS = ("hidden", "weight", "bias", "adapter", "payload_hidden", "payload_weight", "payload_bias")
+TENSORS = ("hidden", "weight", "bias", "adapter", "gain", "payload_hidden", "payload_weight", "payload_bias")
 Upstream = Callable[[slice, dict[str, Tensor]], dict[str, Tensor]]
 """(rows, their statistics) -> the upstream gradients of these by name; a backend calls it once per chunk, in order."""
 
@@ -38,22 +38,24 @@ class Problem:
     memory_budget: int = 24 << 20  # bytes of logits in memory at a time
     tail: float = 0.0  # relative error allowed in the gradient of the logits, whose tail is compressed; 0 is exact
     needs: frozenset[str] = frozenset()  # which of TENSORS need a gradient
+    mean_weight: Tensor | None = None  # [V], of the whole vocabulary: the statistic `mean` is (1/V) sum_j w_j z_j
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor that a gradient can flow to, in the order of TENSORS."""
-        first = (self.hidden, self.head.weight, self.head.bias, self.head.adapter)
+        first = (self.hidden, *self.head.tensors.values())
         if self.payload is None:
             return (*first, None, None, None)
-        return (*first, self.payload[0], self.payload[1].weight, self.payload[1].bias)
+        second = self.payload[1].tensors
+        return (*first, self.payload[0], second["weight"], second["bias"])
 
     def with_tensors(self, tensors: tuple[Any, ...], labels: Any) -> Problem:
         """The same problem over other tensors, in the order of TENSORS."""
-        hidden, weight, bias, adapter, payload_hidden, payload_weight, payload_bias = tensors
-        head = replace(self.head, weight=weight, bias=bias, adapter=adapter)
+        hidden, *of_head, payload_hidden, payload_weight, payload_bias = tensors
+        head = self.head.with_tensors(*of_head)
         payload = self.payload
         if payload is not None:
-            payload = (payload_hidden, replace(payload[1], weight=payload_weight, bias=payload_bias))
+            payload = (payload_hidden, payload[1].with_tensors(payload_weight, payload_bias, None, None))
         return replace(self, hidden=hidden, head=head, labels=labels, payload=payload)
 
     def without_tensors(self) -> Problem:
@@ -69,6 +71,14 @@ class Problem:
     def readable_columns(self) -> Tensor:
         """The same within [0, V), for kernels that read the label's logit; `merge_ranks` drops those of other ranks."""
         return self.labels if self.head.shard is None else self.label_columns.clamp(0, self.head.size - 1)
+
+    @property
+    def column_weight(self) -> Tensor | None:
+        """The factors of this rank's logits in the statistic `mean`, [V]; None if each is 1."""
+        shard = self.head.shard
+        if self.mean_weight is None or shard is None:
+            return self.mean_weight
+        return self.mean_weight[shard.start : shard.start + self.head.size]
 
     def rows(self) -> list[slice]:
         """Row chunks whose logits (and payload) over the whole head fit the memory budget; the same on all ranks."""

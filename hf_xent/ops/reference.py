@@ -11,11 +11,16 @@ from torch import Tensor
 from .problem import TENSORS, Problem
 
 
-def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict[str, Tensor]:
-    """Every statistic [N] of logits z [N, V] and their labels [N]; also of the payload's logits [N, V], if any."""
+def statistics(
+    z: Tensor, labels: Tensor, payload: Tensor | None = None, mean_weight: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Every statistic [N] of logits z [N, V] and their labels [N]; also of the payload's logits [N, V], if any.
+
+    `mean_weight` [V], if any, has the factors of the logits in the mean.
+    """
     logp = z.log_softmax(-1)
     p = logp.exp()
-    cheap = without_softmax(z, labels)
+    cheap = without_softmax(z, labels, mean_weight)
     finite = logp.clamp(min=-1e4)  # 0 * -inf is 0 here: a banned token adds no entropy
     entropy = -(p * finite).sum(-1)
     return {
@@ -29,16 +34,17 @@ def statistics(z: Tensor, labels: Tensor, payload: Tensor | None = None) -> dict
     }
 
 
-def without_softmax(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def without_softmax(z: Tensor, labels: Tensor, mean_weight: Tensor | None = None) -> dict[str, Tensor]:
     """The statistics [N] that keep no probabilities [N, V]."""
     target = z.gather(-1, labels[:, None]).squeeze(-1)
-    return {"lse": z.logsumexp(-1), "target": target, "mean": z.mean(-1)}
+    mean = z.mean(-1) if mean_weight is None else z @ mean_weight / z.shape[-1]
+    return {"lse": z.logsumexp(-1), "target": target, "mean": mean}
 
 
 def forward(problem: Problem) -> dict[str, Tensor]:
     """Every requested statistic, [N] each."""
     payload = problem.payload[1].logits(problem.payload[0]) if problem.payload else None
-    values = statistics(problem.head.logits(problem.hidden), problem.labels, payload)
+    values = statistics(problem.head.logits(problem.hidden), problem.labels, payload, problem.mean_weight)
     return {name: value for name, value in values.items() if name in problem.outputs}
 
 

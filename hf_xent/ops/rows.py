@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Rows:
         self.labels = labels
         self.mask = labels != ignored
         self.index = _index(labels.reshape(-1), self.mask.reshape(-1), head.vocabulary, ignored)
-        self.hidden = autocast(self.select(hidden, trailing=1))
+        self.hidden = autocast_for(head, self.select(hidden, trailing=1))
         self.head = autocast_head(head, hidden)
         self.flat = self.select(labels)
 
@@ -155,25 +156,29 @@ def check_head(hidden: Tensor, head: Head) -> None:
         )
     if head.shard is not None and head.size > head.shard.width:
         raise ValueError(f"the head's shard has {head.size} tokens: ranks hold at most {head.shard.width}, in order")
-    _check_alike(hidden, weight, bias, adapter)
+    if head.gain is not None and head.gain.shape != weight.shape[:1]:
+        raise ValueError(f"gain has shape {tuple(head.gain.shape)}: pass one factor per row of weight, [{head.size}]")
+    _check_alike(hidden, head)
 
 
-def _check_alike(hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: Tensor | None) -> None:
-    """Raise a ValueError if devices differ, or if dtypes differ that autocast does not cast."""
-    for name, x in (("hidden", hidden), ("bias", bias), ("adapter", adapter)):
+def _check_alike(hidden: Tensor, head: Head) -> None:
+    """Raise a ValueError if devices differ, or if dtypes differ that neither autocast nor the head casts."""
+    weight = head.weight
+    operands: dict[str, Any] = {"hidden": hidden, "weight": weight, "bias": head.bias, "adapter": head.adapter}
+    for name, x in (operands | {"gain": head.gain}).items():
         if x is not None and x.device != weight.device:
             raise ValueError(f"{name} is on {x.device} but weight on {weight.device}: move one of them")
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias), ("adapter", adapter)):
+    for name, x in operands.items():
         if x is not None and x.dtype not in FLOATS:
             raise ValueError(f"{name} is {x.dtype}: pass one of {', '.join(map(str, FLOATS))}")
-        if x is not None and x.dtype != weight.dtype:
+        if x is not None and x.dtype != weight.dtype and not head.fp32:
             cast = torch.is_autocast_enabled(weight.device.type)
             if not cast or torch.float64 in (x.dtype, weight.dtype):  # autocast leaves float64 alone
                 remedy = "cast one of them" + ("" if cast else ", or use torch.autocast")
                 raise ValueError(f"{name} is {x.dtype} but weight {weight.dtype}: {remedy}")
 
 
-def autocast(x: Tensor) -> Tensor:
+def autocast(x: Any) -> Any:
     """An operand of F.linear in the dtype that torch.autocast would cast it to."""
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -181,9 +186,14 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def autocast_for(head: Head, hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype in which a head multiplies them: float32 for one with `fp32`, else as in autocast."""
+    return hidden.to(head.dtype_for(hidden.dtype)) if head.fp32 else autocast(hidden)
+
+
 def autocast_head(head: Head, hidden: Tensor) -> Head:
     """The head with its tensors cast as torch.autocast would cast them on the device of `hidden`."""
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if head.fp32 or not torch.is_autocast_enabled(hidden.device.type):
         return head
     bias, adapter = (None if x is None else autocast(x) for x in (head.bias, head.adapter))
     return replace(head, weight=autocast(head.weight), bias=bias, adapter=adapter)

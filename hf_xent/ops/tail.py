@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from .algebra import Coefficients, row_factor
+from .matmul import add_hidden_gradient, add_matrix_gradient, add_scaled_gradient
+from .panels import Scaled
 from .problem import TENSORS, Problem, Upstream, pieces
 from .statistics import wide
 
@@ -131,15 +133,20 @@ def _add_tail(
     no_softmax, dtype = survey.coef.a == 0, problem.hidden.dtype
     factor = torch.where(no_softmax, 0.0, mass)[:, None] * row_factor(survey.coef, problem.head)  # [N, 1]
     if "hidden" in sums:
-        parts = [q.to(dtype) @ matrix for matrix, _ in problem.head.matrices.values()]
-        centers = torch.cat(parts, -1).to(q.dtype) * scale  # [groups, D]
+        centers = torch.zeros(len(groups), problem.head.features, dtype=q.dtype, device=q.device)
+        for matrix, features in problem.head.matrices.values():
+            add_hidden_gradient(centers[:, features], q.to(dtype), matrix, first=True)
+        centers *= scale
         for group, center in zip(groups, centers, strict=True):
             sums["hidden"][group] += factor[group] * center
-    if sums.keys() & problem.head.matrices.keys():
+    if sums.keys() & {"gain", *problem.head.matrices}:
         weighted = torch.stack([(factor[group] * problem.hidden[group]).sum(0) for group in groups])
         weighted = (weighted * scale).to(dtype)
-        for name, (_, features) in problem.head.matrices.items():
-            if name in sums:
-                sums[name].addmm_(q.T.to(dtype), weighted[:, features])
+        for name, (matrix, features) in problem.head.matrices.items():
+            if isinstance(matrix, Scaled):
+                totals = sums.get(name), sums.get("gain")
+                add_scaled_gradient(*totals, q.to(dtype), weighted[:, features], matrix, first=False)
+            elif name in sums:
+                add_matrix_gradient(sums[name], q.to(dtype), weighted[:, features], first=False)
     if "bias" in sums:
         sums["bias"] += q.T @ (torch.stack([factor[group].sum() for group in groups]) * scale.squeeze(-1))

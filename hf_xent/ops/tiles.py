@@ -35,7 +35,7 @@ BLOCK = 512  # columns of which the maximum is looked for at once
 def fold(problem: Problem, rows: slice, products: tuple[Tensor, Tensor | None], *, keep: bool) -> dict[str, Tensor]:
     """Statistics of one chunk. `keep` leaves the raw products in place; else they may be lost."""
     z, pay = products
-    if (kernels := _kernels(z)) is not None:
+    if problem.mean_weight is None and (kernels := _kernels(z)) is not None:  # which have no weighted mean
         return kernels.statistics(problem, z, pay, problem.readable_columns[rows])
     overwrite = not keep or z.dtype != wide(z.dtype)
     return concatenate([values for _, values, _, _ in _folds(problem, rows, products, overwrite)], problem)
@@ -75,7 +75,8 @@ def _fold_strip(
     m, top = _argmax(z) if "top" in outputs else (z.amax(-1), None)
     target = z.gather(-1, labels[:, None])
     rank = (z > target).sum(-1) if "rank" in outputs else None
-    sz = z.sum(-1) if "mean" in outputs else None
+    weight = problem.column_weight
+    sz = None if "mean" not in outputs else z.sum(-1) if weight is None else z @ weight
     s1 = s2 = None
     if moments := outputs & {"entropy", "variance"}:
         u = z.sub_(m[:, None]) if overwrite else z - m[:, None]
@@ -140,7 +141,7 @@ def dlogits_(
     `labels` count from the tile's first column. The softmax mass of the columns is added to `share` [n], if any.
     """
     z, pay = products
-    if (kernels := _kernels(z)) is not None:
+    if problem.mean_weight is None and (kernels := _kernels(z)) is not None:
         return kernels.dlogits_(problem, products, labels, lse, coef, share)
     if not (coef.plain and problem.head.softcap is None):
         for span in _spans(z):
@@ -176,7 +177,7 @@ def _dlogits_strip_(
         raw_pay.copy_(coef.d[:, None] * p * head.slope(pay))
     dz = p * g
     if coef.s is not None:
-        dz += coef.s[:, None]
+        dz += coef.s[:, None] if coef.w is None else coef.s[:, None] * coef.w
     columns, term = _label_term(labels, dz.shape[1], coef.o)
     dz.scatter_add_(-1, columns[:, None], term[:, None])
     raw.copy_(dz.mul_(problem.head.slope(z)))

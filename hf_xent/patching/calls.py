@@ -94,7 +94,7 @@ class Call:
                 " hf_xent.XentTrainer"
             )
         call.fused = FusedCall.of(model, patch.fused, kwargs)
-        return kwargs if call.fused is None else call.fused.kwargs
+        return call.fused.kwargs
 
     @classmethod
     def end(cls, model: nn.Module, output: Any) -> Any:
@@ -118,6 +118,11 @@ class Call:
                 " to out.logits"
             )
         return output
+
+    @property
+    def float32(self) -> bool:
+        """Whether the head multiplies in float32: in a call of TRL's fused head that asks for it."""
+        return self.fused is not None and self.fused.head.cast_lm_head_to_fp32
 
     @staticmethod
     def current(patch: Patch) -> Call | None:
@@ -189,7 +194,7 @@ class ModelLoss(nn.Module):
         if torch.compiler.is_compiling():
             return f"{COMPILED}: leave torch_compile off, or train with cross-entropy"
         call = CALL.get()
-        if call is not None and call.lazy:
+        if call is not None and call.lazy and not call.reason:
             return (
                 "the logits were materialized before the loss (an adapter on the head, or an unusual operation after"
                 " it): see hf-xent check"

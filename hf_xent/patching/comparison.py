@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, PatchState
 from ..models.contexts import eval_mode
 from .float64 import in_float64, supports_float64
-from .heads import inner_of, linears_of
+from .heads import inner_of, layers_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
 FACTOR = 8.0
@@ -123,10 +123,10 @@ def run_both_ways(
 ) -> Comparison:
     """Compare a model in the context `stock` with itself in `patched`; it is left as it was."""
     inner: Any = inner_of(model)
-    head = linears_of(inner)[0]
-    dtype = head.weight.dtype
+    head = layers_of(inner)[0]
+    dtype = head.weight.dtype if head.weight.is_floating_point() else inner.get_input_embeddings().weight.dtype
     with eval_mode(inner):
-        runner = _Runner(model, _tokens(head.weight, tokens))
+        runner = _Runner(model, _tokens(head, tokens))
         truth, exact, exact_tolerance = runner.run_in_float64(inner, stock, patched)
         with stock():
             expected = runner()
@@ -140,8 +140,8 @@ def run_both_ways(
     return Comparison(
         model=type(inner).__name__,
         head=next((name for name, m in inner.named_modules() if m is head), "?"),
-        vocabulary=head.weight.shape[0],
-        hidden=head.weight.shape[1],
+        vocabulary=head.out_features,
+        hidden=head.in_features,
         bias=head.bias is not None,
         tied=embeddings is not None and getattr(embeddings, "weight", None) is head.weight,
         scale=float("nan") if lazy_head is None else lazy_head.scale,
@@ -249,6 +249,6 @@ def _nan_as_inf(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _tokens(weight: Tensor, count: int) -> Tensor:
+def _tokens(head: nn.Linear, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
+    return torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator).to(head.weight.device)

@@ -19,7 +19,8 @@ _CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
 def supports_float64(module: Any) -> bool:
     """Whether a layer can run in float64: its tensors are here, whole, and on a device that has float64."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    unavailable = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in tensors)
+    plain = (Tensor, nn.Parameter)  # not quantized
+    unavailable = any(is_split(x) or type(x) not in plain or x.is_meta or x.device.type == "mps" for x in tensors)
     return not unavailable and not (hasattr(module, "weight") and why_weight_is_freed(module))
 
 

@@ -10,8 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
+from ..ops.panels import Panels
+from .quantized import is_stored, packed_by, stored_weight
+from .trl import is_float32_forward
 
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
 
@@ -41,28 +45,35 @@ def inner_of(model: nn.Module) -> nn.Module:
             return inner
 
 
-def linears_of(inner: nn.Module) -> list[nn.Linear]:
-    """The head, and the second halves of LoRA branches on it, whose products have the vocabulary's size too.
+def layers_of(inner: nn.Module) -> tuple[nn.Linear, nn.Module]:
+    """The head, and the layer that the model calls: the head itself, or an adapter around it.
 
     Raises: ValueError if there is no head, or it is not a plain linear layer.
     """
     name = type(inner).__name__
     get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
-    head = layer = get() if get else None
+    head: Any = get() if get else None
+    layer = head
     if head is None:
         raise ValueError(
             f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
         )
-    while not _is_linear(head) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
-        saved = getattr(head, "modules_to_save", {})
-        active = [a for a in head.active_adapters if a in saved]
-        head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
-    if not _is_linear(head):
-        raise ValueError(
-            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
-        )
-    branches = getattr(layer, "lora_B", {}).values()
-    return [head, *filter(_is_linear, branches)]
+    head = within_adapters(head)
+    if not (_is_linear(head) or is_stored(head)):
+        kind, remedy = type(head).__name__, "only nn.Linear heads can be streamed"
+        if method := packed_by(head):
+            kind, remedy = f"{kind} of {method}", "leave the head out of the quantization, or dequantize it"
+        raise ValueError(f"model is a {name} whose head is a {kind}: {remedy}")
+    return head, layer
+
+
+def within_adapters(layer: Any) -> Any:
+    """The linear layer inside a layer, or what else is inside its adapters."""
+    while not _is_linear(layer) and hasattr(layer, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
+        saved = getattr(layer, "modules_to_save", {})
+        active = [a for a in layer.active_adapters if a in saved]
+        layer = saved[active[0]] if active else getattr(layer, "base_layer", None) or layer.original_module
+    return layer
 
 
 def _is_linear(layer: Any) -> bool:
@@ -72,14 +83,22 @@ def _is_linear(layer: Any) -> bool:
 
 def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
     """The head, if its forward is its own or a lazy one. Raises: ValueError as `patching.head_of`."""
-    name, head = type(inner).__name__, linears_of(inner)[0]
+    name, head = type(inner).__name__, layers_of(inner)[0]
+    if is_parametrized(head, "weight"):  # computed anew whenever it is read, by spectral_norm in another way each time
+        return head
     if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
-        raise ValueError(
-            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
-            " streamed, leave the head out of the quantization"
-        )
+        try:
+            stored = stored_weight(head)
+        except ValueError as error:
+            raise ValueError(f"model is a {name}: {error}") from error
+        if stored is None:
+            raise ValueError(
+                f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights and those"
+                " of bitsandbytes and torchao can be streamed, leave the head out of the quantization"
+            )
     forward = head.__dict__.get("forward")
-    if not (forward is None or is_lazy(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
+    known = forward is None or is_lazy(forward) or is_float32_forward(forward)
+    if not (known or hasattr(head, "_hf_hook") or is_split(head.weight)):
         raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
     return head
 
@@ -94,7 +113,8 @@ def local_head(linear: nn.Linear) -> Head | None:
     weight: Any = linear.weight
     bias: Any = linear.bias
     if not is_split(weight):
-        return Head(weight, bias)
+        stored = None if type(weight) in (nn.Parameter, Tensor) else stored_weight(linear)
+        return Head(weight if stored is None else Panels.of(stored), bias)
     split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
         return None

@@ -4,69 +4,58 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, TracedLogits
+from ..lazy import TracedLogits
 from ..lazy.traced import dense
 from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, has_labels, parameters_of, patch_on
+from .forwards import OwnForward, lazy_product
 from .heads import is_split, local_head, why_weight_is_freed
+from .quantized import compute_dtype
+from .trl import is_float32_forward
 
 
-class LazyForward:
-    """A head's forward while patched. An object, not a closure, so that copies of the model get copies of it."""
-
-    def __init__(self, linear: nn.Linear, patch: Patch):
-        self.linear, self.patch = linear, patch
-        # accelerate's hooks have taken the forward's place and call this one
-        slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-        previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
-        self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
-        linear.__dict__[slot] = self
-
-    def remove(self) -> None:
-        """Put back what was there, unless something else has been put in its place since."""
-        attributes = self.linear.__dict__
-        if attributes.get("_old_forward") is self:  # accelerate wrapped it before or after the patch
-            attributes["_old_forward"] = self.previous or MethodType(nn.Linear.forward, self.linear)
-        elif attributes.get("forward") is self:
-            del attributes["forward"]
-            if self.previous is not None:
-                attributes["forward"] = self.previous
+class LazyForward(OwnForward):
+    """The forward of a plain linear head while patched."""
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
-        linear, compiling = self.linear, torch.compiler.is_compiling()
-        raw = None
-        if compiling:
+        if torch.compiler.is_compiling():
             raw = self._traced_head()
-        elif type(input) is Tensor:
-            raw = self._head(input)
+        else:
+            raw = None if type(input) is not Tensor else self._head(input)
         if raw is None:
-            previous: Any = self.previous
-            return nn.Linear.forward(linear, input) if previous is None else previous(input)
-        device_type = input.device.type
-        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(device_type)
-            bias = None if raw.bias is None else raw.bias.to(dtype)
-            input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-        lazy: Any = TracedLogits if compiling else LazyLogits
-        return lazy.of(input, raw, self.patch.state)
+            return self._dense(input)
+        if isinstance(raw.weight, Tensor) or raw.fp32:
+            return lazy_product(input, raw, self.patch.state)
+        dtype = compute_dtype(self.layer, input)  # of a quantized head; float32 stays so under torch.autocast
+        bias = None if raw.bias is None else raw.bias.to(dtype)
+        raw = replace(raw, weight=raw.weight.to(dtype), bias=bias, fp32=dtype == torch.float32)
+        return lazy_product(input.to(dtype), raw, self.patch.state).to(input.dtype)
 
     def _traced_head(self) -> Head | None:
         """The head for lazy logits of a compiled program, or None if they are not needed or not possible."""
         if not self.patch.traced:
             return None
-        reason = why_weight_is_freed(self.linear) or (is_split(self.linear.weight) and "the head is split over ranks")
+        head = self.layer
+        reason = why_weight_is_freed(head) or (is_split(head.weight) and "the head is split over ranks")
+        if not reason and type(head.weight) not in (Tensor, nn.Parameter):
+            reason = f"the head's weight is a {type(head.weight).__name__}"
         if not reason:
-            return Head(self.linear.weight, self.linear.bias)
+            return Head(head.weight, head.bias, fp32=self._multiplies_in_float32())
         self.patch.state.reason = f"{COMPILED}, where {reason}"
         return None
+
+    def _dense(self, input: Tensor) -> Tensor:
+        """The logits as the forward before makes them, but in float32 if the current call asks for that."""
+        own = self.previous is not None or type(input) is not Tensor
+        head = None if own or not self._multiplies_in_float32() else local_head(self.layer)
+        return self.run(input) if head is None else replace(head, fp32=True).logits(input)
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
@@ -75,14 +64,19 @@ class LazyForward:
             if call is None and torch.is_grad_enabled():
                 self.patch.state.bypass(OUTSIDE_OF_MODEL)
             return None
-        transformed = under_function_transform(input, self.linear.weight)
-        reason = TRANSFORMED if transformed else why_weight_is_freed(self.linear)
-        raw = None if reason else local_head(self.linear)
+        transformed = under_function_transform(input, self.layer.weight)
+        reason = TRANSFORMED if transformed else why_weight_is_freed(self.layer)
+        raw = None if reason else local_head(self.layer)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:
             call.lazy, call.reason = call.lazy or raw is not None, reason
-        return raw
+        return replace(raw, fp32=True) if raw is not None and self._multiplies_in_float32() else raw
+
+    def _multiplies_in_float32(self) -> bool:
+        """Whether TRL asks for float32 products, on the head itself or in the current call."""
+        call = None if torch.compiler.is_compiling() else Call.current(self.patch)
+        return is_float32_forward(self.previous) or (call is not None and call.float32)
 
 
 def is_lazy(forward: Any) -> bool:

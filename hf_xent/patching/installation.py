@@ -7,12 +7,15 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..lazy import PatchState
 from .calls import ModelLoss
-from .heads import checked_head, inner_of, linears_of
+from .forwards import OwnForward
+from .heads import checked_head, inner_of, layers_of
 from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward
-from .trl import FusedHead
+from .products import LazyProducts
+from .trl import FusedHead, is_float32_forward
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Installation:
     previous_forward: Any = None  # the forward that was on the model's instance, or None
     keepers: tuple[nn.Module, ...] = ()  # wrappers that store the model's forward as theirs
     hooks: tuple[Any, ...] = ()
-    lazy_forwards: list[LazyForward] = field(default_factory=list)
+    lazy_forwards: list[OwnForward] = field(default_factory=list)
     fused: FusedHead | None = None  # TRL's, after a trainer has installed it
     traced: bool = False  # whether the head has to return lazy logits to the program that torch.compile traces now
 
@@ -82,12 +85,17 @@ class Installation:
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
         """Put lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
-        linears = linears_of(inner)
-        if [forward.linear for forward in self.lazy_forwards] == linears:
+        head, layer = layers_of(inner)
+        parametrized = is_parametrized(head, "weight")
+        places: list[tuple[Any, nn.Module]] = [] if parametrized else [(LazyForward, head)]
+        if parametrized or layer is not head:
+            places.append((LazyProducts, layer))
+        same = [(type(forward), forward.layer) for forward in self.lazy_forwards] == places
+        if same and not is_float32_forward(head.__dict__.get("forward")):  # which TRL has put on the head since
             return
         checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
         self.restore_heads()
-        self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
+        self.lazy_forwards = [kind(module, self) for kind, module in places]
 
     def restore_heads(self) -> None:
         """Put back the heads' own forwards."""
@@ -96,12 +104,9 @@ class Installation:
         self.lazy_forwards = []
 
     def take_over_fused_head(self, inner: nn.Module) -> None:
-        """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original.
-
-        It stays if TRL has to compute the loss itself, by a head that it casts to float32.
-        """
+        """Take TRL's forward off the model, if there is one: in a copy of the model it would run the original."""
         self.fused = FusedHead.installed(inner) or self.fused
-        if self.fused is not None and not self.fused.cast_lm_head_to_fp32:
+        if self.fused is not None:
             FusedHead.remove(inner)
         bound = getattr(inner.__dict__.get("forward"), "__func__", None)
         if "_hf_xent" in inner.__dict__ and bound in (None, type(inner).forward):  # an unpickled model has the latter

@@ -22,7 +22,7 @@ from ..losses.cross_entropy import CrossEntropy
 from ..ops.request import Request
 from .calls import ModelLoss
 from .comparison import Comparison, run_both_ways
-from .heads import checked_head, inner_of, is_split
+from .heads import checked_head, inner_of, is_split, local_head
 from .hooks import is_lazy
 from .installation import Installation, installation_of
 
@@ -71,8 +71,12 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
             f"loss is {loss!r}: it compares with a teacher, which a patched model does not have: call the loss itself"
         )
     objective.check_tail(tail)
-    weight: Any = head_of(model).weight
+    head = head_of(model)
     if type(objective).bind is not Loss.bind:
+        weight: Any = head.weight
+        if not is_split(weight):
+            local = local_head(head)
+            weight = weight if local is None else local.weight
         objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))

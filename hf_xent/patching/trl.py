@@ -5,6 +5,10 @@ that, if it is called like this, runs the backbone, reads what follows it from t
 log-probabilities. A patched model computes these itself: its own forward runs without labels, and the statistics come
 from the lazy logits. So they include whatever follows the head (a LoRA branch, an unusual scale), whether the trainer
 or the patch came first, and copies of the model use their own weights.
+
+With `cast_lm_head_to_fp32`, GRPO's trainer makes the head's weight float32 and puts a forward on the head that
+multiplies in float32, outside of autocast. A patched head does the same: its lazy logits are float32, of hidden states
+and weights in whatever dtype they have, and no float32 copy of either is made.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from ..lazy import LazyLogits
 from ..ops import Stats, dense_stats
+from ..ops.statistics import wide
 
 STATISTICS = {
     "log_probs": (),  # always computed
@@ -68,6 +73,12 @@ class FusedHead:
             model.__dict__["forward"] = self.forward
 
 
+def is_float32_forward(function: Any) -> bool:
+    """Whether a head's forward is the one that GRPO's trainer puts there for `cast_lm_head_to_fp32`."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_qualname.endswith("_cast_lm_head_to_fp32.<locals>.cast_forward_to_fp32")
+
+
 def _is_fused_forward(function: Any) -> bool:
     code = getattr(function, "__code__", None)
     return code is not None and code.co_qualname.startswith("add_fused_lm_head.")
@@ -85,11 +96,9 @@ class FusedCall:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, model: Any, head: FusedHead | None, kwargs: dict[str, Any]) -> FusedCall | None:
-        """The call, for a patched model to compute; None if TRL has to (a float32 head in a 16-bit model)."""
+    def of(cls, model: Any, head: FusedHead | None, kwargs: dict[str, Any]) -> FusedCall:
+        """The call, for a patched model to compute."""
         head = head or FusedHead()
-        if head.cast_lm_head_to_fp32:
-            return None
         shift = kwargs.get("shift_labels") is None
         labels = kwargs["labels" if shift else "shift_labels"]
         passed = {name: value for name, value in kwargs.items() if name not in _ARGUMENTS}
@@ -109,6 +118,11 @@ class FusedCall:
             raise ImportError("fused_lm_head is True, which needs TRL: install TRL 1.16 or newer") from error
 
         logits, labels = output.logits, self.labels.to(output.logits.device)
+        if self.head.cast_lm_head_to_fp32 and logits.dtype != wide(logits.dtype):
+            raise RuntimeError(
+                f"cast_lm_head_to_fp32 is True, but the model made its logits in {logits.dtype} before they were read"
+                " (an adapter on the head, or an unusual operation after it): leave cast_lm_head_to_fp32 off"
+            )
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         if self.head.temperature != 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -113,7 +113,7 @@ class XentTrainer(Method, Carded, Trainer):
         """Returns the loss that the arguments name; a trainer of one method overrides this."""
         objective = losses.get(loss or args.loss)
         if args.label_smoothing_factor and isinstance(objective, CrossEntropy):
-            return CrossEntropy(label_smoothing=args.label_smoothing_factor, z_loss=objective.z_loss)
+            return replace(objective, label_smoothing=args.label_smoothing_factor)
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor} but the loss is {objective!r}: it smooths"

@@ -198,3 +198,16 @@ class Allocations(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
                 self.shapes[tuple(tensor.shape)] += 1
         return out
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that torch has allocated on the CPU at a time while `run` ran, beyond those before it."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    found = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak

@@ -17,7 +17,7 @@ Source: this project. Exponentials with an offset per row and tile are in quack'
 
 # No `from __future__ import annotations`: Triton reads the annotations of kernel parameters as values.
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -73,7 +73,9 @@ def supports(problem: Problem) -> bool:
     plain = problem.payload is None and head.adapter is None and len(problem.labels) > 0
     # Triton 3.6 and 3.7 fail to compile a softcap in the epilogue for Blackwell (tests/test_offline.py)
     compiles = head.softcap is None or INTERPRETED or _capability(problem.hidden.device) < (10, 0)
-    return plain and compiles and problem.outputs <= OUTPUTS and readable(problem.hidden, head.weight)
+    if head.by_panels or not (plain and compiles and problem.outputs <= OUTPUTS):
+        return False
+    return readable(problem.hidden, cast(Tensor, head.weight))
 
 
 def readable(*matrices: Tensor) -> bool:
@@ -109,7 +111,8 @@ def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[
     top = labels.new_empty(n, tiles, dtype=torch.int32) if "top" in outputs else None
     best = None if top is None else labels.new_empty(n)
     bias, scale, cap = _activation(head)
-    strides = hidden.stride(0), head.weight.stride(0)
+    weight: Any = head.weight  # a tensor, says `supports`
+    strides = hidden.stride(0), weight.stride(0)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         kernels._label_logits[(n,)](
             hidden, head.weight, bias, labels.contiguous(), target, offset, features, *strides, scale,

@@ -132,6 +132,11 @@ def _check(problem: Problem, *, forward: bool = False) -> Blocks:
         )
     if dtype not in DTYPES:
         raise ValueError(f"impl is 'triton' but hidden is {dtype}: choose one of {', '.join(map(str, DTYPES))}")
+    if problem.mean_weight is not None:
+        raise ValueError(
+            "impl is 'triton' but class_weight is given with label smoothing, whose weighted mean of the logits its"
+            " kernels do not have: choose impl='chunked'"
+        )
     return INTERPRETER_BLOCKS if INTERPRETED else _blocks(problem, forward=forward)
 
 
@@ -162,7 +167,7 @@ def _blocks(problem: Problem, *, forward: bool = False) -> Blocks:
 
 def _is_light(problem: Problem) -> bool:
     """Whether the forward needs few enough registers for FORWARD_BLOCKS."""
-    matrices = (problem.hidden, problem.head.weight)
+    matrices: Any = (problem.hidden, problem.head.weight)  # tensors: `dispatch` refuses others
     aligned = all(x.stride(1) == 1 and x.stride(0) % 16 == 0 for x in matrices)
     return aligned and problem.outputs <= FORWARD_OUTPUTS and problem.head.bias is None
 
@@ -209,7 +214,7 @@ def _operands(problem: Problem, payload: Payload | None, blocks: Blocks) -> dict
     """The operands of all kernels, by parameter name."""
     accumulator = DTYPES[wide(problem.hidden.dtype)]
     second_hidden, second_head = payload or (None, None)
-    weights = [head.weight for head in (problem.head, second_head) if head is not None]
+    weights: Any = [head.weight for head in (problem.head, second_head) if head is not None]
     return {
         "Y": problem.label_columns.contiguous(),
         "N": len(problem.labels),

@@ -1,0 +1,209 @@
+"""Rules for sums and factors: what adapters, biases, scales and softcaps make of a head's product is one head again.
+
+    number * z            the recipe's factor
+    vector [V] * z        the head's gain, and a factor of its bias and adapter (DoRA's magnitudes, IA3, VeRA)
+    z + vector [V]        the head's bias
+    z + other product     the same weight and hidden states: gains are added; else more columns of the adapter (LoRA)
+
+Each rule returns the result, or NotImplemented: then torch's function is applied to the dense tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import Head
+from ..ops.higher import under_function_transform
+from .answers import register
+from .operands import Operand
+from .shapes import derive
+from .tensor import LazyLogits
+from .values import meta_like
+
+_WITHIN_LAYER: ContextVar[bool] = ContextVar("_WITHIN_LAYER", default=False)
+
+
+@contextmanager
+def within_layer() -> Iterator[None]:
+    """The context of a layer's own forward, where nobody else has the results: they are added to out of place."""
+    token = _WITHIN_LAYER.set(True)
+    try:
+        yield
+    finally:
+        _WITHIN_LAYER.reset(token)
+
+
+def is_linear(x: LazyLogits) -> bool:
+    """Whether a tensor is a multiple of its head's product, over the whole vocabulary on this rank."""
+    return x.recipe.outer is None and not x.recipe.log_probs and x.raw.shard is None
+
+
+def _add(x: LazyLogits, other: Any) -> Any:
+    """The sum with another product of the same shape (of a LoRA branch), or with a bias over the vocabulary (BART)."""
+    if isinstance(other, LazyLogits) and not other.is_dense:
+        return _add_products(x, other)
+    if not isinstance(other, Tensor) or not is_linear(x):
+        return NotImplemented
+    same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
+    is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
+    if not same_kind or not is_bias:
+        return NotImplemented
+    bias = other.reshape(-1) / x.recipe.inner
+    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
+
+
+def _subtract(x: LazyLogits, other: Any) -> Any:
+    if isinstance(other, LazyLogits) and not other.is_dense:
+        negative = _multiply(other, -1)
+        return NotImplemented if negative is NotImplemented else _add_products(x, negative)
+    no_bias = not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point()
+    return NotImplemented if no_bias else _add(x, -other)
+
+
+def _add_in_place(x: LazyLogits, other: Any) -> Any:
+    """`result += branch` of an adapter; x itself has the new value too, as if it had been written to."""
+    if not _WITHIN_LAYER.get() or x.parent is not None or x.reads:
+        return NotImplemented
+    new = _add(x, other)
+    if new is not NotImplemented:
+        new = derive(new, dtype=x.dtype)
+        for name in ("hidden", "raw", "recipe", "operands", "source", "differentiable"):
+            setattr(x, name, getattr(new, name))
+    return new
+
+
+def _zeros_like(x: LazyLogits, *, dtype: Any = None, requires_grad: bool = False) -> Any:
+    """The zeros that an adapter begins its sum with: a product of no features."""
+    if not _WITHIN_LAYER.get() or not isinstance(x.raw.weight, Tensor) or dtype is not None or requires_grad:
+        return NotImplemented
+    raw = Head(x.raw.weight[:, :0].detach(), shard=x.raw.shard)
+    return derive(x, hidden=x.hidden[..., :0].detach(), raw=raw, layout=torch.empty_like(meta_like(x)))
+
+
+def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
+    """The sum of two products, as one product of the concatenated inputs, or with the sum of their gains."""
+    if x.shape != y.shape or not (is_linear(x) and is_linear(y)):
+        return NotImplemented
+    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(meta_like(x))
+    for zeros, other in ((x, y), (y, x)):
+        if zeros.raw.weight.shape[1] == 0 and zeros.raw.adapter is zeros.raw.bias is None:
+            return derive(other, dtype=dtype, layout=layout)
+    gain: Tensor | None
+    matrices: tuple[Tensor | None, ...]
+    if x.source is not None and x.source is y.source and x.raw.weight is y.raw.weight:
+        big, small, width = x, y, x.raw.weight.shape[1]
+        gain = _gain(big, 1.0) + _gain(small, small.recipe.inner / big.recipe.inner)
+        extra, matrices = small.hidden[..., width:], (big.raw.adapter, None, small.raw.adapter)
+    else:
+        big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
+        if not isinstance(small.raw.weight, Tensor):
+            return NotImplemented
+        factor = small.raw.gain
+        weight = small.raw.weight if factor is None else small.raw.weight * factor[:, None]
+        gain, extra, matrices = big.raw.gain, small.hidden, (big.raw.adapter, weight, small.raw.adapter)
+    ratio, inner_dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
+    hidden = torch.cat([big.hidden, (extra * ratio).to(inner_dtype)], -1) if extra.shape[-1] else big.hidden
+    columns = [m.to(inner_dtype) for m in matrices if m is not None]
+    adapter = None if not columns else columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+    heads = (big.raw, small.raw)
+    biases = [b if head is big.raw else (b * ratio).to(inner_dtype) for head in heads if (b := head.bias) is not None]
+    bias = sum(biases[1:], biases[0]) if biases else None
+    raw = replace(big.raw, bias=bias, adapter=adapter, gain=gain)
+    operands = x.operands + y.operands
+    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=operands, source=big.source)
+
+
+def _gain(x: LazyLogits, ratio: float) -> Tensor:
+    """The factors of the rows of x's weight times a number, [V]."""
+    if x.raw.gain is not None:
+        return x.raw.gain * ratio
+    return torch.full((x.raw.size,), ratio, dtype=x.hidden.dtype, device=x.hidden.device)
+
+
+def _multiply(x: LazyLogits, other: Any) -> Any:
+    number = _number(other)
+    if number is None:
+        return _scale_columns(x, other)
+    if x.recipe.log_probs or not x.is_floating_point():
+        return NotImplemented
+    recipe = x.recipe.times(number)
+    return derive(x, recipe=recipe) if recipe.is_regular else NotImplemented
+
+
+def _scale_columns(x: LazyLogits, other: Any) -> Any:
+    """The product with one factor per token of the vocabulary, or with one that is a tensor."""
+    if not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point():
+        return NotImplemented
+    size = x.shape[-1]
+    is_row = other.numel() == 1 or (other.ndim > 0 and other.shape[-1] == other.numel() == size)
+    here = other.device == x.hidden.device == x.device
+    if not is_row or other.ndim > x.ndim or not here or not is_linear(x) or under_function_transform(other):
+        return NotImplemented
+    factor, raw = other.reshape(-1).expand(size), x.raw
+    bias = None if raw.bias is None else (raw.bias * factor).to(raw.bias.dtype)
+    adapter = None if raw.adapter is None else (raw.adapter * factor[:, None]).to(raw.adapter.dtype)
+    raw = replace(raw, bias=bias, adapter=adapter, gain=factor if raw.gain is None else raw.gain * factor)
+    dtype = x.dtype if other.ndim == 0 else torch.promote_types(x.dtype, other.dtype)
+    operands = (*x.operands, Operand.of("gain", other))
+    return derive(x, raw=raw, dtype=dtype, operands=operands)
+
+
+def _divide(x: LazyLogits, other: Any) -> Any:
+    number = _number(other)
+    if number is None and isinstance(other, Tensor) and other.is_floating_point():
+        return _scale_columns(x, other.reciprocal())
+    return NotImplemented if not number else _multiply(x, 1 / number)
+
+
+def _negative(x: LazyLogits) -> Any:
+    return _multiply(x, -1)
+
+
+def _number(x: Any) -> float | None:
+    """The value of a Python number or a constant scalar tensor on a CPU; None for anything else."""
+    if isinstance(x, (int, float)) and not isinstance(x, bool):
+        return float(x)
+    if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad and x.device.type == "cpu":
+        return None if x.is_complex() or under_function_transform(x) else float(x)
+    return None
+
+
+def _matmul(x: LazyLogits, other: Any) -> Any:
+    """The product with a few columns [V, r], which an adapter goes on with: hidden times W^T M, without the logits."""
+    narrow = type(other) in (Tensor, torch.nn.Parameter) and other.ndim == 2 and other.shape[1] < x.raw.features
+    if not (_WITHIN_LAYER.get() and narrow and is_linear(x) and other.dtype == x.dtype) or len(other) != x.shape[-1]:
+        return NotImplemented
+    head = x.recipe.head(x.raw).joined()
+    weight = head.weight.to(x.dtype) if isinstance(head.weight, Tensor) else head.weight
+    if not isinstance(weight, Tensor) or x.device != x.hidden.device:
+        return NotImplemented
+    raw = x.hidden.to(x.dtype) @ (weight.T @ other)
+    return (raw if head.bias is None else raw + head.bias.to(x.dtype) @ other) * head.scale
+
+
+def _tanh(x: LazyLogits) -> Any:
+    if x.recipe.outer is not None or x.recipe.log_probs:
+        return NotImplemented
+    return derive(x, recipe=replace(x.recipe, outer=1.0))
+
+
+_T = torch.Tensor
+_RULES: dict[Any, Any] = {
+    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _add),
+    **dict.fromkeys((_T.add_, _T.__iadd__), _add_in_place),
+    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _subtract),
+    **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _multiply),
+    **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divide),
+    **dict.fromkeys((_T.neg, _T.__neg__, torch.neg, torch.negative), _negative),
+    **dict.fromkeys((_T.tanh, torch.tanh), _tanh),
+    **dict.fromkeys((_T.matmul, _T.__matmul__, torch.matmul), _matmul),
+    torch.zeros_like: _zeros_like,
+}
+register(_RULES)
