@@ -33,10 +33,12 @@ class LazyProducts(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own output, lazy if the current call needs that and the layer allows it."""
+        rows = args[0] if args else None
+        if torch.compiler.is_compiling():
+            return self._traced(*args, **kwargs)
         call = Call.current(self.patch)
         wanted = self.patch.always if call is None else call.lazy_now
-        rows = args[0] if args else None
-        if torch.compiler.is_compiling() or not wanted or type(rows) is not Tensor or under_function_transform(rows):
+        if not wanted or type(rows) is not Tensor or under_function_transform(rows):
             return self.run(*args, **kwargs)
         head = within_adapters(self.layer)
         if not is_parametrized(head) and why_weight_is_freed(head):
@@ -53,6 +55,15 @@ class LazyProducts(OwnForward):
             call.reason = f"the adapter on the head ({name}) needs the logits' values, for {operation}"
             self.patch.state.reason = call.reason
         return output
+
+
+    def _traced(self, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output while torch traces it, lazy if the call needs that and the layer is a sum of products."""
+        head = within_adapters(self.layer)
+        if not self.patch.traced or (not is_parametrized(head) and why_weight_is_freed(head)):
+            return self.run(rows, *args, **kwargs)
+        with _Products(self.patch.state, rows, head.out_features, fp32=False):
+            return self.run(rows, *args, **kwargs)
 
 
 class _Products(TorchFunctionMode):
