@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, reference
+from .alike import split_alike, whole_of
 from .autograd import eager, recompute
 from .head import Head, Payload
 from .higher import under_function_transform
@@ -47,6 +48,7 @@ def stream_stats(
     payload: Payload | None = None,
 ) -> Stats:
     """`vocab_stats` with a request for its keywords; `outputs` names the statistics, `request.observe` is not read."""
+    head, payload = split_alike(head, payload)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = problem_of(rows, outputs, payload, request, backend)
@@ -65,6 +67,7 @@ def stream_loss(
 ) -> tuple[Tensor, Stats]:
     """`vocab_loss` with a request for its keywords."""
     check_tail(request.tail, loss, head)
+    head, payload = split_alike(head, payload)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = replace(
@@ -191,8 +194,6 @@ def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
         )
     if tail and head is not None and head.softcap is not None:
         raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
-    if tail and head is not None and head.shard is not None:
-        raise ValueError(f"tail is {tail} but the head is split over {head.shard.group.size()} ranks: pass tail=0")
 
 
 def problem_of(
@@ -207,12 +208,11 @@ def problem_of(
             "outputs with 'payload' and the argument payload=(hidden, head) belong together: pass both or neither"
         )
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
-    if head.shard is not None and (backend is reference or "rank" in outputs):
-        cause = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
-        raise ValueError(f"{cause} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
     computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = payload_of(rows, payload)
+    if backend is reference:  # which is dense anyway
+        head, payload = whole_of(head), None if payload is None else (payload[0], whole_of(payload[1]))
     itemsize = rows.hidden.element_size() * (1 if payload is None else 2)
     problem = Problem(
         hidden=rows.hidden.contiguous(),
@@ -234,8 +234,6 @@ def payload_of(rows: Rows, payload: Payload) -> Payload:
     check_head(hidden, head)
     if hidden.device != rows.hidden.device:
         raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
-    if (head.shard is None) != (rows.head.shard is None):
-        raise ValueError("only one of the head and the payload's head is split over ranks: split both, or none")
     if head.size != rows.head.size:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"
