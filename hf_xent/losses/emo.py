@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from ..ops import Head, Payload, Stats
+from ..ops.alike import part_of
 from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
 from .base import Loss, select_valid
@@ -68,6 +69,8 @@ class EMO(Loss):
     def bind(self, weight: Tensor) -> EMO:
         """For cost='frozen', a copy with the unit rows of this weight as its cost; else itself.
 
+        A weight that is split over ranks (a DTensor) gives a cost that is split alike.
+
         Raises:
             ValueError: The cost has another number of rows than the weight.
         """
@@ -82,12 +85,26 @@ class EMO(Loss):
         if isinstance(self.cost, str) and self.cost == "frozen":
             raise ValueError("cost is 'frozen' but no weight is bound: use loss.bind(head.weight), or cost='current'")
         if isinstance(self.cost, str):
-            return replace(self, cost=head.weight).second(head, labels, teacher)
-        if len(self.cost) != head.size:
-            raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: pass one row per token")
-        if self.cost.device != head.weight.device:  # the model moved after `bind`: the cost follows once
-            object.__setattr__(self, "cost", self.cost.to(head.weight.device))
-        return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
+            units = Head(replace(self, cost=head.weight).cost, shard=head.shard)
+        else:
+            units = self._units(self.cost, head)
+        return units[labels.clamp(0, head.vocabulary - 1)].weight, units
+
+    def _units(self, cost: Tensor, head: Head) -> Head:
+        """The cost as a head that is split like the model's head."""
+        if len(cost) != head.vocabulary:
+            raise ValueError(
+                f"cost has {len(cost)} rows but the head {head.vocabulary} tokens: pass one row per token"
+            )
+        if cost.device != head.weight.device:  # the model moved after `bind`: the cost follows once
+            cost = cost.to(head.weight.device)
+            object.__setattr__(self, "cost", cost)
+        if hasattr(cost, "placements"):  # a DTensor
+            if head.shard is not None and len(cost.to_local()) == head.size:
+                return Head(cost.to_local(), shard=head.shard)
+            cost = cost.full_tensor()  # split for storage, as by FSDP2: gathered once
+            object.__setattr__(self, "cost", cost)
+        return Head(cost) if head.shard is None else part_of(Head(cost), head.shard, head.size)
 
     def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
         """The losses from the cosines of all classes with each label; the cost has to be a tensor, or bound to one."""

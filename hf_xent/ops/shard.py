@@ -64,7 +64,10 @@ def gather_rows(local: Tensor, shard: Shard) -> Tensor:
 
 
 def sum_ranks(part: Tensor, shard: Shard) -> Tensor:
-    """The sum of all ranks' parts, written over `part`, which must be a new tensor; each part gets the gradient."""
+    """The sum of all ranks' parts; each part gets the gradient.
+
+    It is written over `part`, which must be a new tensor that no backward needs.
+    """
     return _SumRanks.apply(part, shard.group)
 
 

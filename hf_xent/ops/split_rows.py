@@ -35,7 +35,8 @@ def _normalizer(z: Tensor, shard: Shard) -> Tensor:
     """log sum exp of whole rows [n] from this rank's columns, differentiable."""
     part = z.logsumexp(-1)
     largest = _largest(part.detach(), shard)
-    return largest + sum_ranks((part - largest).exp(), shard).log()
+    share = (part - largest).exp().clone()  # written over, but needed by the exponential's backward
+    return largest + sum_ranks(share, shard).log()
 
 
 def differentiate_(

@@ -62,8 +62,6 @@ class LazyForward:
         transformed = under_function_transform(input, self.linear.weight)
         reason = TRANSFORMED if transformed else why_weight_is_freed(self.linear)
         raw = None if reason else local_head(self.linear)
-        if raw is None:
-            reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:
             call.lazy, call.reason = call.lazy or raw is not None, reason
         return raw

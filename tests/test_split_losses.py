@@ -1,0 +1,186 @@
+"""Every loss on a head that is split over ranks: two and four gloo processes equal one, values and all gradients.
+
+Two launches, of two and of four processes, serve all cases. The vocabulary of 97 divides by neither; the first and the
+last rank have labels, and some positions have none.
+"""
+
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from hf_xent import losses
+from hf_xent.losses import EMO
+from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
+from hf_xent.ops.divergences import stream_divergence
+from hf_xent.ops.request import Request
+from hf_xent.trainers.divergence import noisefit, rdrop
+from support.models import V
+from support.oracle import Polynomial
+from support.ranks import run_ranks
+
+D, D2, B, T = 12, 5, 2, 6
+LOSSES = {
+    "cross_entropy": "cross_entropy:label_smoothing=0.1, z_loss=0.01",
+    "focal": "focal",
+    "comp_sum": "comp_sum:tau=0.5",
+    "tailr": "tailr:gamma=0.3, label_smoothing=0.1",
+    "mixce": "mixce",
+    "emo": "emo:gt_detach=True",
+    "emo current": "emo:variant='emo2', cost='current'",
+    "eisl": "eisl:ce_factor=0.5",
+    "forward_kl": "forward_kl:temperature=2.0",
+    "reverse_kl": "reverse_kl:temperature=0.7",
+    "jsd": "jsd:beta=0.3, temperature=1.5",
+    "total_variation": "total_variation:temperature=2.0",
+}
+PASSES = {
+    "noisefit v1": noisefit(temperature=2.0, ce_weight=0.3, consistency_weight=0.7),
+    "noisefit v2": noisefit(temperature=1.5, version="v2"),
+    "rdrop": rdrop(weight=0.7),
+}
+TAILED = ("cross_entropy", "focal", "comp_sum:tau=1.5")
+HEAD = {"scale": 0.7, "softcap": 4.0}
+
+
+def operands():
+    """Whole operands as leaves, the same on every rank, and labels."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {
+        "hidden": (B, T, D + 3),
+        "other": (B, T, D + 3),
+        "weight": (V, D),
+        "bias": (V,),
+        "adapter": (V, 3),
+        "teacher_hidden": (B, T, D2),
+        "teacher": (V, D2),
+    }
+    tensors = {n: torch.randn(*s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    labels = torch.tensor([[0, V - 1, 5, -100, 96, 48], [49, 24, -100, 25, 0, 75]])
+    return {n: x.requires_grad_() for n, x in tensors.items()}, labels
+
+
+class Part:
+    """What a rank has of the operands; without a shard, all of them."""
+
+    def __init__(self, shard=None):
+        whole, self.labels = operands()
+        self.shard = shard
+        cut = slice(None) if shard is None else slice(shard.start, shard.start + shard.width)
+        self.leaves = {
+            n: x if "hidden" in n or n == "other" else x.detach()[cut].requires_grad_() for n, x in whole.items()
+        }
+        self.whole = {n: x.detach().requires_grad_() for n, x in whole.items()}
+        own = self.leaves
+        self.head = Head(own["weight"], own["bias"], **HEAD, adapter=own["adapter"], shard=shard)
+        self.teacher = own["teacher_hidden"], Head(own["teacher"], scale=0.5, shard=shard)
+        self.whole_teacher = own["teacher_hidden"], Head(self.whole["teacher"], scale=0.5)
+
+    def gradients(self, total):
+        """By all operands but the teacher's, which are constants."""
+        leaves = {n: x for n, x in self.leaves.items() if "teacher" not in n}
+        found = torch.autograd.grad(total, [*leaves.values()], allow_unused=True, retain_graph=True)
+        return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+def of_a_loss(text, part, *, whole_teacher=False, **options):
+    """The mean and the losses of tokens, gradients of both, and those of the mean's squared gradient by hidden states."""
+    loss = losses.get(text)
+    if isinstance(loss, EMO) and loss.cost == "frozen":  # a matrix that every rank has
+        loss = loss.bind(part.whole["weight"])
+    teacher = part.whole_teacher if whole_teacher else part.teacher
+    call = partial(loss, part.leaves["hidden"], part.head, part.labels, memory_budget=8000, **options)
+    call = partial(call, teacher=teacher) if loss.needs_teacher else call
+    mean, tokens = call(), call(reduction="none")
+    found = {"mean": mean, "tokens": tokens}
+    found |= {f"mean by {n}": g for n, g in part.gradients(mean).items()}
+    weights = torch.linspace(-1, 2, tokens.numel(), dtype=tokens.dtype).reshape(tokens.shape)
+    found |= {f"tokens by {n}": g for n, g in part.gradients((tokens * weights).sum()).items()}
+    hidden = torch.autograd.grad(call(), part.leaves["hidden"], create_graph=True)[0]
+    return found | {f"twice by {n}": g for n, g in part.gradients(hidden.square().sum()).items()}
+
+
+def of_passes(name, part):
+    hidden = [part.leaves["hidden"], part.leaves["other"], part.leaves["hidden"].roll(1, 0)]
+    count = 2 if name == "rdrop" else 3
+    request = Request(("top", "rank", "entropy"), memory_budget=20_000)
+    total, stats = stream_divergence(PASSES[name], hidden[:count], part.head, part.labels, request, 0.25)
+    found = {"total": total, **stats.values} | {f"by {n}": g for n, g in part.gradients(total).items()}
+    request = Request(memory_budget=20_000, unreduced=True)
+    tokens, _ = stream_divergence(PASSES[name], hidden[:count], part.head, part.labels, request)
+    return found | {"tokens": tokens} | {f"tokens by {n}": g for n, g in part.gradients(tokens.sum()).items()}
+
+
+def of_tail(text, part):
+    """The compressed gradient, whose kept columns and rank-one rest are those of the whole vocabulary."""
+    head, peaked = Head(part.leaves["weight"], scale=2.0, shard=part.shard), 3 * part.leaves["hidden"][..., :D]
+    total = losses.get(text)(peaked, head, part.labels, tail=0.05, memory_budget=8000)
+    return {"total": total} | {f"by {n}": g for n, g in part.gradients(total).items()}
+
+
+def of_statistics(impl, part):
+    names = ("lse", "target", "mean", "entropy", "variance", "payload", "top", "rank", "log_sum_sq")
+    options = {"outputs": names, "memory_budget": 8000, "impl": impl}
+    stats = vocab_stats(part.leaves["hidden"], part.head, part.labels, payload=part.teacher, **options)
+    total = sum((i + 1) * value.square().sum() for i, value in enumerate(stats.values.values()) if value.requires_grad)
+    found = stats.values | {f"by {n}": g for n, g in part.gradients(total).items()}
+    loss = Polynomial(("lse", "target", "entropy"))
+    value, observed = vocab_loss(loss, part.leaves["hidden"], part.head, part.labels, observe=("rank",), impl=impl)
+    return found | {"eager rank": observed.rank, "eager": value} | {
+        f"eager by {n}": g for n, g in part.gradients(value).items()
+    }
+
+
+def of_trained_payload(part):
+    """A second head that is whole, and trains: its gradient is whole on every rank. And a whole head, the second split."""
+    hidden, whole = part.whole_teacher
+    options = {"outputs": ("payload", "entropy"), "memory_budget": 8000}
+    first = vocab_stats(part.leaves["hidden"], part.head, part.labels, payload=(hidden, whole), **options)
+    second = vocab_stats(hidden, whole, part.labels, payload=(part.leaves["hidden"], part.head), **options)
+    total = first.payload.square().sum() + (second.payload * second.entropy).sum()
+    leaves = [hidden, whole.weight, part.leaves["hidden"]]
+    names = ("teacher hidden", "whole teacher", "hidden")
+    return {"payload": first.payload, "other payload": second.payload} | dict(
+        zip(names, torch.autograd.grad(total, leaves), strict=True)
+    )
+
+
+CASES = {
+    **{name: partial(of_a_loss, text) for name, text in LOSSES.items()},
+    **{f"{name}, whole teacher": partial(of_a_loss, LOSSES[name], whole_teacher=True)
+       for name in ("forward_kl", "reverse_kl", "jsd", "total_variation")},
+    **{name: partial(of_passes, name) for name in PASSES},
+    **{f"tail {text}": partial(of_tail, text) for text in TAILED},
+    "statistics": partial(of_statistics, None),
+    "statistics, reference": partial(of_statistics, "reference"),
+    "trained payload": of_trained_payload,
+}  # fmt: skip
+
+
+@cache
+def alone(name):
+    """What one process finds."""
+    return {n: x.detach() for n, x in CASES[name](Part()).items()}
+
+
+def on_a_rank(rank):
+    shard = Shard(dist.group.WORLD, rank * -(-V // dist.get_world_size()), V)
+    return {name: {n: x.detach() for n, x in case(Part(shard)).items()} for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What two and four processes find: one launch each."""
+    return run_ranks(request.param, on_a_rank, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_process(name, ranks):
+    expected = alone(name)
+    for key, want in expected.items():
+        parts = [rank[name][key] for rank in ranks]
+        if want.shape == parts[0].shape:
+            assert all(torch.equal(parts[0], part) for part in parts), f"{key}: ranks differ"
+            parts = parts[:1]
+        torch.testing.assert_close(torch.cat(parts) if parts[1:] else parts[0], want, msg=lambda m: f"{key}: {m}")
