@@ -34,8 +34,8 @@ from hf_xent.ops import STATISTICS, Head, Stats, divergences, vocab_loss, vocab_
 from hf_xent.ops.chunked import MAX_LOW_PRECISION_SUMS
 from hf_xent.ops.dispatch import unit_of
 from hf_xent.ops.divergences import stream_divergence
-from hf_xent.ops.row_loss import RowLoss
 from hf_xent.ops.request import Request
+from hf_xent.ops.row_loss import RowLoss
 from support.oracle import Largest, assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6

@@ -9,15 +9,22 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import placement_types as placement
+from transformers import AutoModelForCausalLM
 
+import hf_xent
 from hf_xent import losses
 from hf_xent.losses import EMO
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
+from hf_xent.patching import patch_state
 from hf_xent.trainers.divergence import noisefit, rdrop
-from support.models import V
-from support.oracle import Polynomial
+from support.models import V, batch, gradients, tiny
+from support.oracle import Largest, Polynomial, assert_close_at_scale
 from support.ranks import run_ranks
 
 D, D2, B, T = 12, 5, 2, 6
@@ -85,7 +92,7 @@ class Part:
 
 
 def of_a_loss(text, part, *, whole_teacher=False, **options):
-    """The mean and the losses of tokens, gradients of both, and those of the mean's squared gradient by hidden states."""
+    """The mean, losses of tokens, gradients of both, and those of the mean's squared gradient by hidden states."""
     loss = losses.get(text)
     if isinstance(loss, EMO) and loss.cost == "frozen":  # a matrix that every rank has
         loss = loss.bind(part.whole["weight"])
@@ -127,13 +134,15 @@ def of_statistics(impl, part):
     found = stats.values | {f"by {n}": g for n, g in part.gradients(total).items()}
     loss = Polynomial(("lse", "target", "entropy"))
     value, observed = vocab_loss(loss, part.leaves["hidden"], part.head, part.labels, observe=("rank",), impl=impl)
-    return found | {"eager rank": observed.rank, "eager": value} | {
-        f"eager by {n}": g for n, g in part.gradients(value).items()
-    }
+    return (
+        found
+        | {"eager rank": observed.rank, "eager": value}
+        | {f"eager by {n}": g for n, g in part.gradients(value).items()}
+    )
 
 
 def of_trained_payload(part):
-    """A second head that is whole, and trains: its gradient is whole on every rank. And a whole head, the second split."""
+    """A second head that is whole and trains, its gradient whole on every rank; and a whole head, the second split."""
     hidden, whole = part.whole_teacher
     options = {"outputs": ("payload", "entropy"), "memory_budget": 8000}
     first = vocab_stats(part.leaves["hidden"], part.head, part.labels, payload=(hidden, whole), **options)
@@ -164,15 +173,76 @@ def alone(name):
     return {n: x.detach() for n, x in CASES[name](Part()).items()}
 
 
-def on_a_rank(rank):
+OF_MODELS = {  # options of `patch`
+    "emo": {"loss": "emo"},
+    "emo, current head": {"loss": "emo:variant='emo', cost='current'"},
+    "eisl": {"loss": "eisl"},
+    "tailr": {"loss": "tailr:gamma=0.5"},
+    "mixce": {"loss": "mixce"},
+    "comp_sum": {"loss": "comp_sum"},
+    "tail": {"tail": 0.3},
+    "reference": {"impl": "reference"},
+}
+
+
+def of_a_model(model, options):
+    """Loss and all gradients, gathered, of a patched model."""
+    ids, labels = batch()
+    loss = hf_xent.patch(model, **options)(input_ids=ids, labels=labels).loss
+    loss.backward()
+    state = patch_state(model)
+    assert (state.streamed, state.materialized) == (1, 0)
+    found = gradients(model)
+    hf_xent.unpatch(model)
+    return {"loss": loss.detach()} | {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in found.items()}
+
+
+def largest_of(shard):
+    """The numbers in the largest tensor that a loss makes of 64 tokens, with room for 8 rows."""
+    head = Head(torch.randn(min(shard.width, V - shard.start), D, requires_grad=True), shard=shard)
+    hidden, labels, found = torch.randn(64, D, requires_grad=True), torch.randint(V, (64,)), {}
+    for name in ("emo:cost='current'", "forward_kl", "reverse_kl", "jsd", "total_variation"):
+        for reduction in ("mean", "none"):
+            with Largest() as largest:
+                options = {"memory_budget": 8 * V * 4 // 4, "reduction": reduction, "teacher": (hidden, head)}
+                losses.get(name)(hidden, head, labels, **options).sum().backward()
+            found[f"{name} {reduction}"] = largest.numel
+    return found
+
+
+def split_by_hidden_size(model):
+    """What a call says whose head is split, but not by the vocabulary."""
+    hf_xent.patch(model)
+    weight, mesh = model.lm_head.weight, init_device_mesh("cpu", (dist.get_world_size(),))
+    model.lm_head.weight = nn.Parameter(distribute_tensor(torch.zeros(weight.shape), mesh, [placement.Shard(1)]))
+    ids, labels = batch()
+    with pytest.raises(ValueError) as error:
+        model(input_ids=ids, labels=labels)
+    return str(error.value)
+
+
+def on_a_rank(rank, folder):
     shard = Shard(dist.group.WORLD, rank * -(-V // dist.get_world_size()), V)
-    return {name: {n: x.detach() for n, x in case(Part(shard)).items()} for name, case in CASES.items()}
+    found = {name: {n: x.detach() for n, x in case(Part(shard)).items()} for name, case in CASES.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    found["models"] = {name: of_a_model(model, options) for name, options in OF_MODELS.items()}
+    emo = hf_xent.losses.get("emo").bind(model.lm_head.weight)
+    found["largest"] = largest_of(shard)
+    return found | {"cost": emo.cost.to_local().shape, "refused": split_by_hidden_size(model)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that four ranks can split."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny(num_key_value_heads=4).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
+def ranks(request, folder, tmp_path_factory):
     """What two and four processes find: one launch each."""
-    return run_ranks(request.param, on_a_rank, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(request.param, on_a_rank, tmp_path_factory.mktemp("ranks"), folder)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -183,4 +253,35 @@ def test_ranks_equal_one_process(name, ranks):
         if want.shape == parts[0].shape:
             assert all(torch.equal(parts[0], part) for part in parts), f"{key}: ranks differ"
             parts = parts[:1]
-        torch.testing.assert_close(torch.cat(parts) if parts[1:] else parts[0], want, msg=lambda m: f"{key}: {m}")
+        found = torch.cat(parts) if parts[1:] else parts[0]
+        torch.testing.assert_close(found, want, msg=f"{key}: {found} is not {want}")
+
+
+def test_no_rank_gathers_rows(ranks):
+    """The largest tensor has a few rows of a rank's part, or hidden states of 64 tokens, or their statistics."""
+    for rank in ranks:
+        for name, largest in rank["largest"].items():
+            assert largest <= 64 * max(D, 4 * len(ranks)) < 64 * V // len(ranks), name
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_tensor_parallel_models_equal_one_process(name, ranks, folder):
+    """`tp_plan="auto"` and `patch(model, ...)`: the loss and all gradients of the whole model."""
+    expected = of_a_model(AutoModelForCausalLM.from_pretrained(folder).eval(), OF_MODELS[name])
+    for rank in ranks:
+        found = rank["models"][name]
+        assert found.keys() == expected.keys()
+        for key, want in expected.items():
+            assert_close_at_scale(found[key], want, 1e-4, key)
+
+
+def test_a_rank_keeps_its_part_of_the_cost(ranks):
+    width = -(-V // len(ranks))
+    assert [rank["cost"][0] for rank in ranks] == [min(width, V - i * width) for i in range(len(ranks))]
+
+
+def test_a_head_split_by_hidden_size_is_refused(ranks):
+    message = ranks[0]["refused"]
+    for part in ("weight", "Shard(dim=1)", f"({len(ranks)},) ranks", "Shard(0)", "unpatch"):
+        assert part in message
+    assert "\n" not in message

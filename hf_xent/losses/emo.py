@@ -93,9 +93,7 @@ class EMO(Loss):
     def _units(self, cost: Tensor, head: Head) -> Head:
         """The cost as a head that is split like the model's head."""
         if len(cost) != head.vocabulary:
-            raise ValueError(
-                f"cost has {len(cost)} rows but the head {head.vocabulary} tokens: pass one row per token"
-            )
+            raise ValueError(f"cost has {len(cost)} rows but the head {head.vocabulary} tokens: pass one row per token")
         if cost.device != head.weight.device:  # the model moved after `bind`: the cost follows once
             cost = cost.to(head.weight.device)
             object.__setattr__(self, "cost", cost)

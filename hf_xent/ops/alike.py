@@ -31,7 +31,9 @@ def split_alike(head: Head, payload: Payload | None) -> tuple[Head, Payload | No
     if head.shard is None and second.shard is not None:
         return part_of(head, second.shard, second.size), payload
     assert head.shard is not None and second.shard is not None
-    ours, theirs = ((s.start, s.start + h.size, s.group.size()) for s, h in ((head.shard, head), (second.shard, second)))
+    ours, theirs = (
+        (s.start, s.start + h.size, s.group.size()) for s, h in ((head.shard, head), (second.shard, second))
+    )
     if ours != theirs:
         raise ValueError(
             f"the payload's head has tokens {theirs[0]} to {theirs[1]} on this one of {theirs[2]} ranks but the head"

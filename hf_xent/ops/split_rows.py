@@ -2,7 +2,8 @@
 
 With lse_k the normalizer of softmax k and the loss a sum over columns of functions of logp_k = z / T_k - lse_k,
 
-    g_k = d loss / d lse_k at constant z, summed over all columns          dz = d loss / dz at constant lse + sum_k g_k p_k / T_k
+    g_k = d loss / d lse_k at constant z, summed over all columns
+    dz = d loss / dz at constant lse + sum_k g_k p_k / T_k
 
 A chunk of rows takes three visits of its products: for the normalizers, for the sums and g, for dz. After each of the
 first two, the ranks exchange a few floats per token.
@@ -45,10 +46,12 @@ def differentiate_(
     """The sums of a chunk of tokens, [n] each; the products of the passes [n, k, V_r] become the gradient, in place."""
     shard = problem.head.shard
     assert shard is not None
-    labels, passes = problem.label_columns[tokens], products[0]
+    labels = problem.label_columns[tokens]
     keys = list(dict.fromkeys(loss.softmaxes))
     with torch.no_grad():
-        lse = [torch.stack([tempered(z, k).logsumexp(-1) for k in keys]) for _, _, z in _logits(problem, products, parts)]
+        lse = [
+            torch.stack([tempered(z, k).logsumexp(-1) for k in keys]) for _, _, z in _logits(problem, products, parts)
+        ]
         normalizers = _merged(torch.cat(lse, 1), shard)  # [K, n]
     trains, total, slopes = bool(problem.needs), [], []
     for span, _, logits in _logits(problem, products, parts):
@@ -78,7 +81,13 @@ def _gradient_(
     passes, keys = chunk[1][0], list(dict.fromkeys(loss.softmaxes))
     for span, raw, logits in _logits(*chunk, trains=True):
         with torch.enable_grad():
-            logp = dict(zip(loss.softmaxes, _log_probs(loss, logits, dict(zip(keys, normalizers[:, span], strict=True))), strict=True))
+            logp = dict(
+                zip(
+                    loss.softmaxes,
+                    _log_probs(loss, logits, dict(zip(keys, normalizers[:, span], strict=True))),
+                    strict=True,
+                )
+            )
             total = (loss.sums(labels[span], *(logp[key] for key in loss.softmaxes))["loss"] * weight[span]).sum()
             for key, slope in zip(keys, slopes[:, span], strict=True):
                 if key[0] < passes.shape[1]:  # a second model is constant

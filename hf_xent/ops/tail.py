@@ -54,7 +54,9 @@ def eager(backend: ModuleType, problem: Problem, upstream: Upstream) -> tuple[di
     groups = pieces(len(problem.labels), max(1, -(-len(problem.labels) // GROUPS)))
     survey: Survey = backend.survey(problem, upstream, groups)
     kept = select_columns(survey, problem)
-    if len(kept) > problem.head.vocabulary // 2:  # nothing would be saved: the entropy is high, or the tolerance is tight
+    if (
+        len(kept) > problem.head.vocabulary // 2
+    ):  # nothing would be saved: the entropy is high, or the tolerance is tight
         return survey.values, backend.backward(problem, survey.values, _upstream(survey.coef))
     start = 0 if problem.head.shard is None else problem.head.shard.start
     local = kept[(kept >= start) & (kept < start + problem.head.size)] - start  # of this rank

@@ -102,10 +102,11 @@ def local_head(linear: nn.Linear) -> Head:
     if not split:
         return Head(weight.to_local(), None if bias is None else bias.to_local())
     if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
+        mesh = tuple(weight.device_mesh.shape)
         raise ValueError(
-            f"weight of the head has placements {tuple(weight.placements)} over a mesh of {tuple(weight.device_mesh.shape)}"
-            " ranks: only a head that is split by the vocabulary along one dimension can be streamed, so use Shard(0)"
-            " there ('colwise' in a tp_plan), or unpatch the model"
+            f"weight of the head has placements {tuple(weight.placements)} over a mesh of {mesh} ranks: only a"
+            " head that is split by the vocabulary along one dimension can be streamed, so use Shard(0) there"
+            " ('colwise' in a tp_plan), or unpatch the model"
         )
     shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
     shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
