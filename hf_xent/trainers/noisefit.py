@@ -133,6 +133,7 @@ class NoiseFiTTrainer(XentTrainer):
     config_class = NoiseFiTConfig
     args: NoiseFiTConfig
     means = ("divergence",)
+    splits_sequences = False
     refused_arguments: Mapping[str, str] = {"compute_loss_func": OWN_LOSS}
     refused_options: Mapping[str, str] = {
         "tail": "the divergences have exact gradients only: leave it 0",
