@@ -6,7 +6,6 @@ sequence parallelism. accelerate pairs both with GPUs: on these ranks it is told
 """
 
 import os
-from functools import partial
 
 import pytest
 import torch
@@ -138,9 +137,9 @@ def contexts(rank, folder):
     model, (ids, labels) = hf_xent.patch(tiny()), rows("labels on both ranks")
     positions = torch.arange(T).repeat(2, 1)
     mesh = init_device_mesh("cpu", (2,))
-    with context_parallel(mesh, buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1]):
-        with pytest.raises(ValueError) as error:
-            model(input_ids=ids, labels=labels)
+    split = context_parallel(mesh, buffers=[ids, labels, positions], buffer_seq_dims=[1, 1, 1])
+    with split, pytest.raises(ValueError) as error:
+        model(input_ids=ids, labels=labels)
     found["unshifted"] = str(error.value)
     assert torch.isfinite(model(input_ids=ids, labels=labels).loss)  # whole sequences again
     on_gloo(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")

@@ -13,6 +13,7 @@ Statistics: payload; lse and target too, except for variant 'emo' without gt_det
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,12 +86,13 @@ class EMO(Loss):
         if isinstance(self.cost, str) and self.cost == "frozen":
             raise ValueError("cost is 'frozen' but no weight is bound: use loss.bind(head.weight), or cost='current'")
         if isinstance(self.cost, str):
-            units = Head(replace(self, cost=head.weight).cost, shard=head.shard)
+            current: Any = replace(self, cost=head.weight).cost  # normalized
+            units = Head(current, shard=head.shard)
         else:
             units = self._units(self.cost, head)
         return units[labels.clamp(0, head.vocabulary - 1)].weight, units
 
-    def _units(self, cost: Tensor, head: Head) -> Head:
+    def _units(self, cost: Any, head: Head) -> Head:
         """The cost as a head that is split like the model's head."""
         if len(cost) != head.vocabulary:
             raise ValueError(f"cost has {len(cost)} rows but the head {head.vocabulary} tokens: pass one row per token")

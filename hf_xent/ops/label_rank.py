@@ -12,25 +12,24 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .buffers import Buffers
+from .matmul import project
 from .problem import Problem
 from .row_loss import at_labels
 from .statistics import wide
-from .tiles import strips
 
 
 def counts_above(problem: Problem, rows: slice) -> Tensor:
     """How many logits of this rank's columns exceed the label's, in the dtype of statistics [N]."""
-    shard = problem.head.shard
-    assert shard is not None
-    alone = replace(problem, hidden=problem.hidden[rows], labels=problem.labels[rows], payload=None)
-    chunks, parts = alone.rows(), []
-    buffers = Buffers(alone, chunks)
-    for chunk in chunks:
-        z, _ = buffers.load(chunk)
-        columns = alone.label_columns[chunk]
-        target = torch.cat([at_labels(problem.head.activate(strip), columns[span]) for span, strip in strips(z)])
-        dist.all_reduce(target, group=shard.group)
-        above = [(problem.head.activate(strip) > target[span, None]).sum(-1) for span, strip in strips(z)]
-        parts.append(torch.cat(above).to(target.dtype))  # exact: no vocabulary has 2^24 tokens
-    return torch.cat(parts) if parts else problem.hidden.new_empty(0, dtype=wide(problem.hidden.dtype))
+    head, dtype = problem.head, wide(problem.hidden.dtype)
+    assert head.shard is not None
+    budget = max(1, problem.memory_budget // 4)  # for a wide copy, and beside the caller's own chunk
+    hidden, labels = problem.hidden[rows], problem.label_columns[rows]
+    alone = replace(problem, hidden=hidden, labels=labels, payload=None, memory_budget=budget)
+    parts = [hidden.new_empty(0, dtype=dtype)]
+    for chunk in alone.rows():
+        h = hidden[chunk]
+        z = head.activate(project(h, head, h.new_empty(len(h), head.size)).to(dtype))
+        target = at_labels(z, labels[chunk])
+        dist.all_reduce(target, group=head.shard.group)
+        parts.append((z > target[:, None]).sum(-1).to(dtype))  # exact: no vocabulary has 2^24 tokens
+    return torch.cat(parts)

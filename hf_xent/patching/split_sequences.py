@@ -36,8 +36,9 @@ def what_splits(model: nn.Module) -> str:
     # within the context, torch's own attention is replaced by a function of this module
     if getattr(F.scaled_dot_product_attention, "__module__", None) == CONTEXT_PARALLEL:
         return "torch's context_parallel"
-    state = sys.modules.get("accelerate.state")
-    config: Any = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
+    state: Any = sys.modules.get("accelerate.state")
+    initialized = state is not None and state.is_initialized()
+    config = getattr(state.AcceleratorState(), "parallelism_config", None) if initialized else None
     if model.training and config is not None and config.sp_enabled:  # in evaluation it is off
         return f"accelerate's sequence parallelism (sp_size={config.sp_size})"
     return ""

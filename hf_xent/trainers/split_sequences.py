@@ -7,7 +7,7 @@ Labels are shifted before they are split (by transformers, and by DeepSpeed's lo
 `position_ids`), and loss and gradients are those of one rank: of the sum over the tokens of all ranks and accumulated
 batches by their number. transformers itself has that for `cp_size`. Under `sp_size` it takes the mean of each batch, so
 that the batches of a step weigh alike however many labels they have, and its gradients are `sp_size` times as large:
-the backward of its gather adds up the ranks, and DeepSpeed does so again. Logged means are over the tokens of all ranks.
+the backward of its gather adds up the ranks, and DeepSpeed does so again. Logged means are over all ranks' tokens.
 """
 
 from __future__ import annotations
