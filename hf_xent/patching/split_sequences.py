@@ -3,8 +3,9 @@
 The last token of a rank's part has its target on the next rank, so labels are shifted first, and split then:
 
     shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    out = model(input_ids=part(ids), position_ids=part(positions), labels=part(shift_labels),
-                shift_labels=part(shift_labels), num_items_in_batch=(shift_labels != -100).sum())
+    targets = shift_labels[:, part].contiguous()
+    out = model(input_ids=ids[:, part], position_ids=positions[:, part], labels=targets, shift_labels=targets,
+                num_items_in_batch=(shift_labels != -100).sum())
 
 Each rank's loss is then its part of the mean over all tokens: their sum is the loss. A model cannot see how its inputs
 were split, but it can see who splits them: torch's `context_parallel`, and Ulysses through accelerate.
