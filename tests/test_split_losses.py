@@ -24,7 +24,7 @@ from hf_xent.ops.request import Request
 from hf_xent.patching import patch_state
 from hf_xent.trainers.divergence import noisefit, rdrop
 from support.models import V, batch, gradients, tiny
-from support.oracle import Largest, Polynomial, assert_close_at_scale
+from support.oracle import Largest, Polynomial, assert_close_at_scale, assert_no_worse
 from support.ranks import run_ranks
 
 D, D2, B, T = 12, 5, 2, 6
@@ -155,6 +155,48 @@ def of_trained_payload(part):
     )
 
 
+def of_nothing(part):
+    """Without labels, and without gradients."""
+    found = {}
+    for name, text in LOSSES.items():
+        loss = losses.get(text).bind(part.whole["weight"])
+        options = {"teacher": part.teacher} if loss.needs_teacher else {}
+        total = loss(part.leaves["hidden"], part.head, torch.full_like(part.labels, -100), **options)
+        found |= {f"{name} by {n}": g for n, g in part.gradients(total).items()}
+        with torch.no_grad():
+            found[name] = loss(part.leaves["hidden"], part.head, part.labels, **options)
+    return found
+
+
+LOW = ("cross_entropy", "emo", "eisl", "forward_kl", "reverse_kl", "jsd", "total_variation")
+
+
+def low_precision(part):
+    """Values and gradients of a plain head in bfloat16, one run after the other."""
+    found = {}
+    for name in LOW:
+        own = {n: x.detach().bfloat16().requires_grad_() for n, x in part.leaves.items()}
+        loss = losses.get(name).bind(part.whole["weight"].detach().bfloat16())
+        teacher = own["teacher_hidden"][:1], Head(own["teacher"], shard=part.shard)
+        options = {"teacher": teacher} if loss.needs_teacher else {}
+        labels = part.labels.clamp(min=0)[:1]  # one sequence
+        total = loss(own["hidden"][:1, :, :D], Head(own["weight"], shard=part.shard), labels, **options)
+        grads = torch.autograd.grad(total, [own["hidden"], own["weight"]])
+        found |= {name: total, f"{name} by hidden": grads[0], f"{name} by weight": grads[1]}
+    return found
+
+
+def dense(name, dtype):
+    """The same by the loss's own reference on dense logits of `dtype`."""
+    whole = {n: x.detach().bfloat16().to(dtype).requires_grad_() for n, x in operands()[0].items()}
+    loss = losses.get(name).bind(whole["weight"].detach())
+    logits = (whole["hidden"][0, :, :D] @ whole["weight"].T).to(torch.promote_types(dtype, torch.float32))
+    teacher = (whole["teacher_hidden"][0] @ whole["teacher"].T).to(logits.dtype)
+    total = loss.reference(logits, operands()[1].clamp(min=0)[0], weight=whole["weight"], teacher=teacher).mean()
+    grads = torch.autograd.grad(total, [whole["hidden"], whole["weight"]])
+    return {name: total.detach(), f"{name} by hidden": grads[0], f"{name} by weight": grads[1]}
+
+
 CASES = {
     **{name: partial(of_a_loss, text) for name, text in LOSSES.items()},
     **{f"{name}, whole teacher": partial(of_a_loss, LOSSES[name], whole_teacher=True)
@@ -164,6 +206,7 @@ CASES = {
     "statistics": partial(of_statistics, None),
     "statistics, reference": partial(of_statistics, "reference"),
     "trained payload": of_trained_payload,
+    "nothing": of_nothing,
 }  # fmt: skip
 
 
@@ -228,6 +271,7 @@ def on_a_rank(rank, folder):
     found["models"] = {name: of_a_model(model, options) for name, options in OF_MODELS.items()}
     emo = hf_xent.losses.get("emo").bind(model.lm_head.weight)
     found["largest"] = largest_of(shard)
+    found["low precision"] = {n: x.detach() for n, x in low_precision(Part(shard)).items()}
     return found | {"cost": emo.cost.to_local().shape, "refused": split_by_hidden_size(model)}
 
 
@@ -255,6 +299,15 @@ def test_ranks_equal_one_process(name, ranks):
             parts = parts[:1]
         found = torch.cat(parts) if parts[1:] else parts[0]
         torch.testing.assert_close(found, want, msg=f"{key}: {found} is not {want}")
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_low_precision_is_no_worse_than_torch(name, ranks):
+    truth, same = dense(name, torch.float64), dense(name, torch.bfloat16)
+    for key, exact in truth.items():
+        parts = [rank["low precision"][key] for rank in ranks]
+        found = torch.cat(parts) if "weight" in key else parts[0]
+        assert_no_worse(found, same[key], exact, what=key)
 
 
 def test_no_rank_gathers_rows(ranks):
