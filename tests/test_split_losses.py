@@ -119,10 +119,13 @@ def of_passes(name, part):
     return found | {"tokens": tokens} | {f"tokens by {n}": g for n, g in part.gradients(tokens.sum()).items()}
 
 
-def of_tail(text, part):
+def of_tail(text, part, tail=0.05):
     """The compressed gradient, whose kept columns and rank-one rest are those of the whole vocabulary."""
-    head, peaked = Head(part.leaves["weight"], scale=2.0, shard=part.shard), 3 * part.leaves["hidden"][..., :D]
-    total = losses.get(text)(peaked, head, part.labels, tail=0.05, memory_budget=8000)
+    own = (part.leaves["hidden"], part.leaves["other"])
+    peaked = torch.cat([x.roll(i, -1)[..., :D] for i in range(3) for x in own], 1)  # several tokens a group
+    labels = torch.cat([part.labels.roll(i, 1) for i in range(6)], 1)
+    head = Head(part.leaves["weight"], scale=2.0, shard=part.shard)
+    total = losses.get(text)(peaked, head, labels, tail=tail, memory_budget=8000)
     return {"total": total} | {f"by {n}": g for n, g in part.gradients(total).items()}
 
 
@@ -299,6 +302,12 @@ def test_ranks_equal_one_process(name, ranks):
             parts = parts[:1]
         found = torch.cat(parts) if parts[1:] else parts[0]
         torch.testing.assert_close(found, want, msg=f"{key}: {found} is not {want}")
+
+
+@pytest.mark.parametrize("text", TAILED)
+def test_these_tails_are_compressed(text):
+    found, exact = alone(f"tail {text}")["by weight"], of_tail(text, Part(), 0.0)["by weight"]
+    assert 1e-3 < (found - exact).norm() / exact.norm() < 0.1
 
 
 @pytest.mark.parametrize("name", LOW)
