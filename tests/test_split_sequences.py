@@ -121,6 +121,7 @@ def refusals(folder, config):
     for trainer, arguments in (
         (hf_xent.XentTrainer, {"compute_loss_func": lambda *_, **__: 0}),
         (hf_xent.NoiseFiTTrainer, {}),
+        (hf_xent.XentTrainer, {"loss": "eisl"}),
     ):
         args = trainer.config_class(output_dir=str(folder), report_to=[], parallelism_config=config)
         with pytest.raises(ValueError) as error:
@@ -222,6 +223,7 @@ def test_losses_of_whole_sequences_are_refused(launched):
         ("labels", "shift_labels", "context_parallel"),
         ("compute_loss_func", "cp_size=2"),
         ("NoiseFiT", "cp_size=2"),
+        ("EISL", "cp_size=2"),
     )
     for message, expected in zip(said, parts, strict=True):
         assert all(part in message for part in expected) and "\n" not in message

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses.base import Loss
+from ..losses.sequence import SequenceLoss
 from .base import Mixin
 
 
@@ -25,10 +27,11 @@ class SplitSequences(Mixin):
     """Goes before `transformers.Trainer` in a class's bases.
 
     Raises:
-        ValueError: Sequences are split, but the loss is computed by `compute_loss_func`, or by a method that compares
-            positions or passes of whole sequences.
+        ValueError: Sequences are split, but the loss is computed by `compute_loss_func`, or compares positions or
+            passes of whole sequences.
     """
 
+    objective: Loss
     splits_sequences = True
     """Whether the loss is a sum over tokens, so that a rank can compute its part from a part of a sequence."""
     _counts_tokens = False  # whether the loss is divided by the number of tokens of all ranks, as Trainer would not
@@ -44,10 +47,12 @@ class SplitSequences(Mixin):
                 f"compute_loss_func is given and parallelism_config has {size}: it would get labels that are not"
                 " shifted, of a part of the sequence; pass a loss instead"
             )
-        if not self.splits_sequences:
+        whole = isinstance(self.objective, SequenceLoss)
+        if whole or not self.splits_sequences:
+            needs = repr(self.objective) if whole else type(self).__name__
             raise ValueError(
-                f"parallelism_config has {size}, but {type(self).__name__} needs whole sequences: leave it 1, or use"
-                " hf_xent.XentTrainer"
+                f"parallelism_config has {size}, but {needs} compares positions or passes of whole sequences: leave it"
+                " 1, or use hf_xent.XentTrainer with another loss"
             )
         forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters.values()
         if config.sp_enabled and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
