@@ -2,7 +2,7 @@
 
 Two launches of two gloo processes. The first splits by hand, and trains under accelerate's context parallelism with
 FSDP2; only its ring attention, which has no kernel on a CPU, is replaced. The second trains under Ulysses, DeepSpeed's
-sequence parallelism. accelerate pairs both with GPUs: on these ranks it is told that gloo is their backend.
+sequence parallelism; so does a slow third, of four ranks. accelerate pairs both with GPUs: on these ranks it is told that gloo is their backend.
 """
 
 import os
@@ -157,7 +157,8 @@ def ulysses(rank, folder):
 
     on_gloo(ACCELERATE_USE_DEEPSPEED="true", DS_ACCELERATOR="cpu")
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-    config = ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler)
+    replicas = dist.get_world_size() // 2  # each has a sequence on two ranks
+    config = ParallelismConfig(sp_size=2, dp_shard_size=replicas, sp_backend="deepspeed", sp_handler=handler)
     engine = {
         "zero_optimization": {"stage": 1},
         "train_micro_batch_size_per_gpu": "auto",
@@ -169,7 +170,7 @@ def ulysses(rank, folder):
     hooked = runtime.register_output_backward_hooks  # on all outputs: those on lazy logits would make them dense
     runtime.register_output_backward_hooks = lambda output, *args, **kwargs: hooked(output["loss"], *args, **kwargs)
     options = {"parallelism_config": config, "deepspeed": engine}
-    found = {"trained": trained(folder / "sp", 2, **options)}
+    found = {"trained": trained(folder / "sp", 2 // replicas, **options)}
     model, (ids, labels) = hf_xent.patch(tiny()).train(), rows("labels on both ranks")
     with pytest.raises(ValueError) as error:
         model(input_ids=ids, labels=labels)
@@ -229,9 +230,11 @@ def test_losses_of_whole_sequences_are_refused(launched):
         assert all(part in message for part in expected) and "\n" not in message
 
 
-def test_ulysses_trains_as_one_rank(tmp_path):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ulysses_trains_as_one_rank(world, tmp_path):
+    """One launch: two ranks with a sequence, or two such pairs."""
     pytest.importorskip("deepspeed", reason="Ulysses is DeepSpeed's")
     expected = trained(tmp_path / "one", 2, use_cpu=True)
-    for rank in run_ranks(2, ulysses, tmp_path, tmp_path):
+    for rank in run_ranks(world, ulysses, tmp_path, tmp_path):
         compare(rank["trained"], expected)
         assert "shift_labels" in rank["unshifted"] and "sp_size=2" in rank["unshifted"]

@@ -40,7 +40,7 @@ def what_splits(model: nn.Module) -> str:
     state: Any = sys.modules.get("accelerate.state")
     initialized = state is not None and state.is_initialized()
     config = getattr(state.AcceleratorState(), "parallelism_config", None) if initialized else None
-    if model.training and config is not None and config.sp_enabled:  # in evaluation it is off
+    if model.training and getattr(config, "sp_enabled", False):  # in evaluation it is off
         return f"accelerate's sequence parallelism (sp_size={config.sp_size})"
     return ""
 

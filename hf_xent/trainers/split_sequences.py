@@ -39,7 +39,7 @@ class SplitSequences(Mixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         config = getattr(self.accelerator, "parallelism_config", None)
-        if config is None or not (config.cp_enabled or config.sp_enabled):
+        if config is None or not (config.cp_enabled or getattr(config, "sp_enabled", False)):  # newer than cp_enabled
             return
         size = f"cp_size={config.cp_size}" if config.cp_enabled else f"sp_size={config.sp_size}"
         if self.compute_loss_func is not None:
