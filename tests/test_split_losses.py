@@ -1,6 +1,6 @@
 """Every loss on a head that is split over ranks: two and four gloo processes equal one, values and all gradients.
 
-Two launches, of two and of four processes, serve all cases. The vocabulary of 97 divides by neither; the first and the
+Two launches, of two processes and (slow) of four, serve all cases. The vocabulary of 97 divides by neither; the first and the
 last rank have labels, and some positions have none.
 """
 
@@ -286,7 +286,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, folder, tmp_path_factory):
     """What two and four processes find: one launch each."""
     return run_ranks(request.param, on_a_rank, tmp_path_factory.mktemp("ranks"), folder)

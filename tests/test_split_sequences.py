@@ -1,8 +1,8 @@
 """Sequences split over two ranks: loss, gradients and logged means are those of one rank.
 
-Two launches of two gloo processes. The first splits by hand, and trains under accelerate's context parallelism with
-FSDP2; only its ring attention, which has no kernel on a CPU, is replaced. The second trains under Ulysses, DeepSpeed's
-sequence parallelism; so does a slow third, of four ranks. accelerate pairs both with GPUs: on these ranks it is told that gloo is their backend.
+One launch of two gloo processes splits by hand, and trains under accelerate's context parallelism with FSDP2; only its
+ring attention, which has no kernel on a CPU, is replaced. Two slow ones, of two and of four, train under Ulysses,
+DeepSpeed's sequence parallelism. accelerate pairs both with GPUs: on these ranks it is told that gloo is their backend.
 """
 
 import os
@@ -230,7 +230,8 @@ def test_losses_of_whole_sequences_are_refused(launched):
         assert all(part in message for part in expected) and "\n" not in message
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_ulysses_trains_as_one_rank(world, tmp_path):
     """One launch: two ranks with a sequence, or two such pairs."""
     pytest.importorskip("deepspeed", reason="Ulysses is DeepSpeed's")
