@@ -128,7 +128,7 @@ def head_measures(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, M
         return seconds, max(0, memory.extra - sum(x.grad.nbytes for x in (h, w) if x.grad is not None))
 
     def three_passes(h: Tensor, head: Head) -> Tensor:  # with the weights of its authors
-        return stream_divergence(noisefit, h.chunk(3), head, labels, Request())[0] / len(labels)
+        return stream_divergence(noisefit(), h.chunk(3), head, labels, Request())[0] / len(labels)
 
     def measures_of(loss: Callable[[Tensor, Head], Tensor], hidden: Tensor, name: str) -> dict[str, Measure]:
         return {name: lambda: run(loss, hidden), FROZEN.format(name): lambda: run(loss, hidden, trains=False)}

@@ -67,9 +67,7 @@ FUNCTIONAL = {
     "class weights, smoothing": lambda h, w, b, y: linear_cross_entropy(
         h, w, y, bias=b, class_weight=b.detach().exp(), label_smoothing=0.1
     ),
-    "gain and adapter": lambda h, w, b, y: CrossEntropy()(
-        h, Head(w[:, :5], b, adapter=w[:, 5:], gain=b.exp()), y
-    ),
+    "gain and adapter": lambda h, w, b, y: CrossEntropy()(h, Head(w[:, :5], b, adapter=w[:, 5:], gain=b.exp()), y),
     "tail": lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b, tail=1e-9),
     "statistics": entropy_and_variance,
     "focal": lambda h, w, b, y: Focal(gamma=2.0)(h, Head(w, b), y, num_items=7),

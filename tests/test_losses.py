@@ -35,6 +35,7 @@ from hf_xent.ops.chunked import MAX_LOW_PRECISION_SUMS
 from hf_xent.ops.dispatch import unit_of
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
+from hf_xent.ops.row_loss import RowLoss
 from support.oracle import Largest, assert_close_at_scale, assert_no_worse
 
 V, D = 37, 6
@@ -982,7 +983,7 @@ def test_whole_rows_of_two_models_are_never_all_in_memory(loss, monkeypatch):
     p = problem(labels=torch.randint(V, (200,)))
     rows = []
     counted = lambda *args: rows.append(len(args[0])) or type(loss).divergence(loss, *args)  # noqa: E731
-    monkeypatch.setattr(divergences, "map_logits", None)  # which would compute them twice
+    monkeypatch.setattr(divergences, "map_rows", None)  # which would compute them twice
     object.__setattr__(loss, "divergence", counted)
     with Largest() as largest:
         loss(p.hidden, p.head, p.labels, teacher=p.teacher, memory_budget=10 * V * 8).backward()
@@ -1001,6 +1002,7 @@ def test_low_precision_sums_of_whole_rows_are_few():
 
     args = [hidden.requires_grad_()], Head(weight.requires_grad_()), torch.zeros(40, dtype=torch.long)
     request = Request(("top",), memory_budget=1)
-    total, stats = stream_divergence(squares, *args, request, second=(hidden, Head(weight)))
+    loss = RowLoss(squares, ((0, 1.0), (1, 1.0)))
+    total, stats = stream_divergence(loss, *args, request, second=(hidden, Head(weight)))
     assert sum(calls) == 40 and len(calls) <= MAX_LOW_PRECISION_SUMS
     assert total == 0 and torch.equal(stats.top, args[1].logits(hidden).argmax(-1))

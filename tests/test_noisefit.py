@@ -171,7 +171,7 @@ def test_losses_of_passes_are_those_of_dense_logits(function, softcap, rows):
     labels[0, :2] = -100
     keep = labels != -100
     request = Request(("top",), memory_budget=rows * V * 8)
-    total, stats = stream_divergence(function, hidden, head, labels, request, weights)
+    total, stats = stream_divergence(function(), hidden, head, labels, request, weights)
     z = [head.logits(h) for h in hidden]
     losses = torch.zeros(3, 5, dtype=torch.float64).masked_scatter(
         keep, dense_losses([x[keep] for x in z], labels[keep], function)
@@ -185,7 +185,7 @@ def test_losses_of_passes_are_those_of_dense_logits(function, softcap, rows):
     again, twice = (torch.autograd.grad(sum(g.square().sum() for g in grads), leaves) for grads in (found, expected))
     for ours, theirs in zip((*found, *again), (*expected, *twice), strict=True):
         torch.testing.assert_close(ours, theirs)
-    unreduced, _ = stream_divergence(function, hidden, head, labels, Request(unreduced=True), weights)
+    unreduced, _ = stream_divergence(function(), hidden, head, labels, Request(unreduced=True), weights)
     torch.testing.assert_close(unreduced, losses * weights)
 
 
@@ -196,7 +196,7 @@ def test_losses_of_passes_far_apart(function):
     hidden = [1e4 * torch.randn(7, 32, dtype=torch.float64, requires_grad=True) for _ in range(passes)]
     head = Head(torch.randn(V, 32, dtype=torch.float64, requires_grad=True))
     labels, leaves = torch.randint(V, (7,)), [*hidden, head.weight]
-    total, _ = stream_divergence(function, hidden, head, labels, Request())
+    total, _ = stream_divergence(function(), hidden, head, labels, Request())
     dense = dense_losses([head.logits(h) for h in hidden], labels, function).sum()
     assert dense > 1e5
     for ours, theirs in zip(
@@ -214,7 +214,7 @@ def test_a_banned_token_adds_nothing_to_a_divergence(function):
     bias[-1] = -torch.inf
     answers = []
     for head in (Head(weight.clone().requires_grad_(), bias), Head(weight[:-1].clone().requires_grad_())):
-        total, _ = stream_divergence(function, hidden, head, labels, Request())
+        total, _ = stream_divergence(function(), hidden, head, labels, Request())
         total.backward()
         answers.append((total.detach(), head.weight.grad[: V - 1]))
     torch.testing.assert_close(*answers)
@@ -224,7 +224,7 @@ def test_passes_have_one_weight_gradient_and_few_rows_of_logits():
     hidden = [torch.randn(200, 30, requires_grad=True) for _ in range(3)]
     head, labels = Head(torch.randn(V, 30, requires_grad=True)), torch.randint(V, (200,))
     with Allocations() as made, Largest() as largest:
-        stream_divergence(PASSES[0], hidden, head, labels, Request(memory_budget=30 * V * 4))[0].backward()
+        stream_divergence(PASSES[0](), hidden, head, labels, Request(memory_budget=30 * V * 4))[0].backward()
     assert made.shapes[V, 30] == 1
     assert largest.numel <= 3 * 200 * 30
 

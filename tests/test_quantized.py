@@ -3,7 +3,6 @@
 bitsandbytes on the CPU, and torchao if it is installed. No float copy of the weight is made, and no logits.
 """
 
-
 import peft
 import pytest
 import torch

@@ -61,7 +61,7 @@ def _sum_of_products(x: TracedLogits, y: TracedLogits) -> TracedLogits | None:
     dtype = big.hidden.dtype
     ratio = small.recipe.inner / big.recipe.inner
     hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)
-    adapter = small.raw.weight.to(dtype)
+    adapter: Any = small.raw.weight.to(dtype)
     if big.raw.adapter is not None:
         adapter = torch.cat([big.raw.adapter, adapter], 1)
     return big.derived(hidden=hidden, raw=replace(big.raw, adapter=adapter))

@@ -11,6 +11,7 @@ from ..ops import Head, Payload, Stats
 from ..ops.dispatch import stream_stats
 from ..ops.divergences import stream_divergence
 from ..ops.request import Request
+from ..ops.row_loss import RowLoss
 from ..options.ranges import check_number
 from .base import Loss, apply_weights
 
@@ -70,12 +71,15 @@ class Distillation(Loss):
 
 @dataclass(frozen=True)
 class RowDivergence(Distillation):
-    """Base of the divergences that need whole rows of both models' logits: `divergence` is all that differs."""
+    """Base of the divergences that need whole rows of both models' softmaxes: `divergence` is all that differs."""
 
     uses = ()
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence [N] of logits [N, V], differentiable by the student's; banned tokens (-inf) add nothing."""
+        """The divergence [N], a sum over columns of log-probabilities [N, V], differentiable by the student's.
+
+        Banned tokens (-inf) add nothing. If the vocabulary is split over ranks, the columns are those of one rank.
+        """
         raise NotImplementedError
 
     def per_token(
@@ -83,8 +87,8 @@ class RowDivergence(Distillation):
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
 
-        def loss(_: Tensor, student: Tensor, tempered: Tensor) -> dict[str, Tensor]:
-            student = student if self.temperature == 1 else student / self.temperature
-            return {"loss": self.temperature**2 * self.divergence(student, tempered)}
+        def sums(_: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.temperature**2 * self.divergence(student, teacher)}
 
+        loss = RowLoss(sums, ((0, self.temperature), (1, 1.0)))  # the teacher's head is tempered
         return stream_divergence(loss, [hidden], head, labels, request, weight, self.frozen_teacher(teacher, head))

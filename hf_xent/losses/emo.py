@@ -13,12 +13,14 @@ Statistics: payload; lse and target too, except for variant 'emo' without gt_det
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from ..ops import Head, Payload, Stats
+from ..ops.alike import part_of
 from ..ops.panels import Matrix, Panels, UnitRows
 from ..ops.statistics import wide
 from ..options.ranges import check_flag, is_number
@@ -71,6 +73,8 @@ class EMO(Loss):
     def bind(self, weight: Tensor) -> EMO:
         """For cost='frozen', a copy with the unit rows of this weight as its cost; else itself.
 
+        A weight that is split over ranks (a DTensor) gives a cost that is split alike.
+
         Raises:
             ValueError: The cost has another number of rows than the weight.
         """
@@ -85,13 +89,26 @@ class EMO(Loss):
         if isinstance(self.cost, str) and self.cost == "frozen":
             raise ValueError("cost is 'frozen' but no weight is bound: use loss.bind(head.weight), or cost='current'")
         if isinstance(self.cost, str):
-            return replace(self, cost=head.weight).second(head, labels, teacher)
-        if len(self.cost) != head.size:
-            raise ValueError(f"cost has {len(self.cost)} rows but the head {head.size} tokens: pass one row per token")
-        # the model moved after `bind`: the cost follows once
-        if isinstance(self.cost, Tensor) and self.cost.device != head.weight.device:
-            object.__setattr__(self, "cost", self.cost.to(head.weight.device))
-        return self.cost[labels.clamp(0, head.size - 1)], Head(self.cost)
+            current: Any = replace(self, cost=head.weight).cost  # normalized
+            units = Head(current, shard=head.shard)
+        else:
+            units = self._units(self.cost, head)
+        of_labels: Any = units[labels.clamp(0, head.vocabulary - 1)].weight  # a tensor, also of panels
+        return of_labels, units
+
+    def _units(self, cost: Any, head: Head) -> Head:
+        """The cost as a head that is split like the model's head."""
+        if len(cost) != head.vocabulary:
+            raise ValueError(f"cost has {len(cost)} rows but the head {head.vocabulary} tokens: pass one row per token")
+        if isinstance(cost, Tensor) and cost.device != head.weight.device:  # the model moved: the cost follows once
+            cost = cost.to(head.weight.device)
+            object.__setattr__(self, "cost", cost)
+        if hasattr(cost, "placements"):  # a DTensor
+            if head.shard is not None and len(cost.to_local()) == head.size:
+                return Head(cost.to_local(), shard=head.shard)
+            cost = cost.full_tensor()  # split for storage, as by FSDP2: gathered once
+            object.__setattr__(self, "cost", cost)
+        return Head(cost) if head.shard is None else part_of(Head(cost), head.shard, head.size)
 
     def of_logits(self, logits: Tensor, stats: Stats) -> Tensor:
         """The losses from the cosines of all classes with each label; the cost has to be a tensor, or bound to one."""

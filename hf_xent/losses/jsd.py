@@ -39,8 +39,8 @@ class JSD(RowDivergence):
         check_number(self, "beta", "(0, 1)", remedy)
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """beta KL(p || m) + (1 - beta) KL(q || m) of logits [N, V]; a banned token (-inf) adds nothing."""
-        logp, logq = teacher.log_softmax(-1).clamp(min=-1e4), student.log_softmax(-1).clamp(min=-1e4)
+        """beta KL(p || m) + (1 - beta) KL(q || m); a banned token (-inf) adds nothing."""
+        logp, logq = teacher.clamp(min=-1e4), student.clamp(min=-1e4)
         p, q = logp.exp(), logq.exp()
         logm = torch.lerp(q, p, self.beta).clamp(min=torch.finfo(p.dtype).tiny).log()
         forward, reverse = torch.linalg.vecdot(p, logp - logm), torch.linalg.vecdot(q, logq - logm)

@@ -155,9 +155,13 @@ def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     energy, mass = (problem.hidden.new_zeros(count, size, dtype=dtype) for count in (1, len(groups)))
     unit = problem.hidden.new_zeros((), dtype=dtype)
     parts, coefs = [], []
-    for rows, values, z, lse, divisor in _softmax_rows(problem):
+    for rows, local, z, lse, divisor in _softmax_rows(problem):
+        values = merge_ranks(problem, local, rows)
+        if values is not local:  # p is of the whole row, of which this rank has some columns
+            shrunk = (values["lse"] - local["lse"]).exp()
+            lse, divisor = (None, divisor * shrunk) if lse is None else (values["lse"], divisor)
         parts.append(values)
-        coefs.append(coefficients(values, upstream(rows, values), size))
+        coefs.append(coefficients(values, upstream(rows, values), problem.head.vocabulary))
         a = coefs[-1].a.abs()
         largest = torch.maximum(unit, a.amax())
         shrink = torch.where(largest > 0, unit / largest, 1.0)  # converts the sums so far to the new unit

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, compiled, reference
+from .alike import split_alike, whole_of
 from .autograd import eager, recompute
 from .class_weights import check_class_weight
 from .head import Head, Payload
@@ -50,6 +51,7 @@ def stream_stats(
     """`vocab_stats` with a request for its keywords; `outputs` names the statistics, `request.observe` is not read."""
     if torch.compiler.is_compiling():
         return compiled.stats(hidden, head, labels, outputs, request, payload)
+    head, payload = split_alike(head, payload)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = problem_of(rows, outputs, payload, request, backend)
@@ -70,6 +72,7 @@ def stream_loss(
     if torch.compiler.is_compiling():
         return compiled.loss_sum(loss, hidden, head, labels, request, token_weight, payload)
     check_tail(request.tail, loss, head)
+    head, payload = split_alike(head, payload)
     rows = Rows(hidden, head, labels, request.ignore_index)
     backend = request.backend()
     problem = replace(
@@ -198,8 +201,6 @@ def check_tail(tail: Any, loss: TokenLoss, head: Head | None = None) -> None:
         )
     if tail and head is not None and head.softcap is not None:
         raise ValueError(f"tail is {tail} but the head has softcap {head.softcap}: pass tail=0")
-    if tail and head is not None and head.shard is not None:
-        raise ValueError(f"tail is {tail} but the head is split over {head.shard.group.size()} ranks: pass tail=0")
 
 
 def problem_of(
@@ -218,12 +219,11 @@ def problem_of(
         kind = "has fp32=True" if rows.head.fp32 else f"is a {type(rows.head.weight).__name__}"
         raise ValueError(f"impl is 'triton' but the head {kind}, which it cannot multiply: pass impl='chunked'")
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
-    if head.shard is not None and (backend is reference or "rank" in outputs):
-        cause = "impl is 'reference'" if backend is reference else "outputs has 'rank'"
-        raise ValueError(f"{cause} but the head is split over {head.shard.group.size()} ranks: gather its weight first")
     computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = payload_of(rows, payload)
+    if backend is reference:  # which is dense anyway
+        head, payload = whole_of(head), None if payload is None else (payload[0], whole_of(payload[1]))
     itemsize = rows.hidden.element_size() * (1 if payload is None else 2)
     problem = Problem(
         hidden=rows.hidden.contiguous(),
@@ -245,8 +245,6 @@ def payload_of(rows: Rows, payload: Payload) -> Payload:
     check_head(hidden, head)
     if hidden.device != rows.hidden.device:
         raise ValueError(f"payload is on {hidden.device} but hidden on {rows.hidden.device}: move one of them")
-    if (head.shard is None) != (rows.head.shard is None):
-        raise ValueError("only one of the head and the payload's head is split over ranks: split both, or none")
     if head.size != rows.head.size:
         raise ValueError(
             f"payload's head has {head.size} tokens but the head {rows.head.size}: both need the same vocabulary"

@@ -3,13 +3,14 @@
 They are for what is not a moment of one softmax, such as Jensen-Shannon divergence, or what would take several visits,
 such as the divergences of three passes. A chunk of all products is in memory; strip by strip, in the cache, autograd
 turns those of the passes into their gradient, in place: three matmuls a pass, and one for a second model, which has no
-gradient. All passes have one gradient of the head. For any other use there is `map_logits`, which computes rows twice.
+gradient. All passes have one gradient of the head. For any other use rows are computed twice, by `map_rows`. A head
+that is split over ranks is no exception: `split_rows` has the sums over its parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -17,27 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, higher
+from . import chunked, higher, split_rows
+from .alike import split_alike
 from .autograd import scaled
 from .buffers import Buffers, Gradients
 from .dispatch import payload_of, problem_of, stream_stats, unit_of
-from .functional import map_logits
+from .functional import map_rows, rows_in
 from .head import Head, Payload
 from .problem import TENSORS, Problem, pieces
+from .ranks import merge_ranks, reduce_from_ranks
 from .request import Request
+from .row_loss import RowLoss
 from .rows import Rows, autocast_for
+from .shard import copy_to_ranks
 from .statistics import Stats, wide
 from .tiles import concatenate, fold, strips
 
 PARTS = 8  # strips are so many times smaller than others, since autograd keeps about ten tensors like one
 
-RowFunction = Callable[..., dict[str, Tensor]]
-"""(labels [n], logits of each pass [n, V], logits of the second model [n, V] if there is one) -> 'loss' [n], and
-whatever else is to be recorded, [n] each, by name. Logits are in the dtype of statistics."""
-
 
 def stream_divergence(
-    function: RowFunction,
+    function: RowLoss,
     passes: Sequence[Tensor],
     head: Head,
     labels: Tensor,
@@ -48,19 +49,21 @@ def stream_divergence(
     """The sum of `token_weight * function(...)["loss"]` over the valid tokens, and detached statistics.
 
     Args:
-        function: A function of whole rows; its loss is differentiable.
+        function: The loss of whole rows.
         passes: Hidden states [..., D] of each pass.
         head: The head that turns them into logits.
         labels: Token ids [...], which select the positions that count.
         request: The options of the call; `unreduced` asks for the weighted losses in the shape of labels.
         token_weight: Constant weights [...], or one number.
-        second: Hidden states [..., D2] and head of a second model, beside a single pass; constants.
+        second: Hidden states [..., D2] and head of a second model, beside a single pass; constants. If one of the two
+            heads is split over ranks, the other may be, too, or be whole.
 
     Returns:
         The sum, and the statistics of the first pass that `request.observe` names, with `lse`, `target`, and what the
         function returned.
     """
     assert second is None or len(passes) == 1  # one buffer has all passes, another the second model
+    head, second = split_alike(head, second)
     outputs = ("lse", "target", *request.observe)
     rows = Rows(passes[0], head, labels, request.ignore_index)
     problem = problem_of(rows, outputs, None, request, chunked)
@@ -71,7 +74,7 @@ def stream_divergence(
     stacked = torch.stack(hidden, 1) if hidden[1:] else problem.hidden[:, None]
     needs = problem.needs | ({"hidden"} if stacked.requires_grad and torch.is_grad_enabled() else set())
     problem = replace(problem, hidden=stacked, payload=second, needs=needs)
-    if head.shard is None and not request.unreduced and not higher.under_function_transform(*problem.tensors):
+    if not request.unreduced and not higher.under_function_transform(*problem.tensors):
         unit, values = unit_of(weight, problem.hidden.dtype), dict[str, Tensor]()
         with torch.autocast(labels.device.type, enabled=False):
             total = _Sum.apply(function, problem, weight / unit, unit, values, *problem.tensors)
@@ -86,20 +89,23 @@ def stream_divergence(
     return total, stats
 
 
-def _mapped(function: RowFunction, problem: Problem) -> dict[str, Tensor]:
+def _mapped(function: RowLoss, problem: Problem) -> dict[str, Tensor]:
     """What the function returns for all tokens, with a graph, by rows that are computed again in the backward."""
     names: list[str] = []
+    head, shard, second = problem.head, problem.head.shard, problem.payload
 
-    def values(logits: Tensor, labels: Tensor, *second: Tensor) -> Tensor:
-        others = [problem.payload[1].logits(h) for h in second] if problem.payload else []
-        found = function(labels, *logits.unbind(1), *others)
+    def values(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
+        rows = [*logits.unbind(1)]
+        if second is not None:
+            rows.append(replace(second[1], shard=None).logits(*hidden))
+        found = function(labels, *rows) if shard is None else split_rows.sums_over_ranks(function, labels, rows, shard)
         names[:] = found
         return torch.stack([*found.values()], 1)
 
-    second = () if problem.payload is None else problem.payload[:1]
-    budget = max(1, problem.memory_budget // problem.hidden.shape[1])
-    rows = (problem.labels, *second)
-    found = map_logits(values, problem.hidden, problem.head, *rows, memory_budget=budget)
+    budget = problem.memory_budget // problem.hidden.shape[1]
+    step = rows_in(budget, head.size if shard is None else shard.width, problem.hidden.dtype)
+    rows = (problem.label_columns, *(() if second is None else second[:1]))
+    found = map_rows(values, copy_to_ranks(problem.hidden, shard), replace(head, shard=None), rows, step)
     return dict(zip(names, found.unbind(1), strict=True))
 
 
@@ -109,7 +115,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        function: RowFunction,
+        function: RowLoss,
         problem: Problem,
         weight: Tensor,
         unit: Any,
@@ -137,7 +143,7 @@ class _Sum(torch.autograd.Function):
         return None, None, None, None, None, *scaled(grads, upstream, empty=not len(labels))
 
 
-def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _visit(function: RowLoss, problem: Problem, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics and what the function returns, [N] each, and the weighted sum's gradients."""
     count, passes, _ = problem.hidden.shape
     flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
@@ -145,11 +151,13 @@ def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dic
     chunks = pieces(count, math.ceil(count / most)) if count else []
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
-    alone, statistics, values = replace(problem, payload=None), [], dict[str, Tensor]()
+    alone = replace(problem, payload=None, hidden=problem.hidden[:, 0])  # the first pass
+    statistics, values = [], dict[str, Tensor]()
     for tokens, span in zip(chunks, rows, strict=True):
         products, second = buffers.load(span)
         by_token = products.unflatten(0, (-1, passes))
-        statistics.append(fold(alone, tokens, (by_token[:, 0], None), keep=True))
+        local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
+        statistics.append(merge_ranks(alone, local, tokens))
         for strip, found in _differentiate_(function, problem, tokens, (by_token, second), weight[tokens]):
             for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
                 whole = values.setdefault(name, value.new_empty(count))
@@ -159,16 +167,19 @@ def _visit(function: RowFunction, problem: Problem, weight: Tensor) -> tuple[dic
     if not chunks:
         empty = problem.hidden.new_empty(0, problem.head.size, dtype=wide(problem.hidden.dtype))
         values = function(problem.labels, *[empty] * (passes + (problem.payload is not None)))
-    grads = out.finish()
+    grads = reduce_from_ranks(problem, out.finish())
     if "hidden" in grads:
         grads["hidden"] = grads["hidden"].view_as(problem.hidden)
     return concatenate(statistics, problem) | values, grads
 
 
 def _differentiate_(
-    function: RowFunction, problem: Problem, tokens: slice, products: tuple[Tensor, Tensor | None], weight: Tensor
+    function: RowLoss, problem: Problem, tokens: slice, products: tuple[Tensor, Tensor | None], weight: Tensor
 ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
     """What the function returns, strip by strip of a chunk; products of the passes [n, k, V] become the gradient."""
+    if problem.head.shard is not None:
+        yield slice(None), split_rows.differentiate_(function, problem, tokens, products, weight, PARTS)
+        return
     passes, second = products
     trains, labels = bool(problem.needs), problem.labels[tokens]
     others = repeat(None) if second is None else (strip for _, strip in strips(second, PARTS))

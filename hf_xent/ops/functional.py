@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def vocab_loss(
 
     Raises:
         ValueError: As in `vocab_stats`; or `tail` is above 0 and the loss uses more than log p, or the head has a
-            softcap or is split over ranks.
+            softcap.
     """
     request = Request(observe, ignore_index, impl, memory_budget, tail, unreduced)
     return stream_loss(loss, hidden, head, labels, request, token_weight, payload)
@@ -174,14 +174,22 @@ def map_logits(
     """
     check_head(hidden, head)
     hidden, head = autocast_for(head, hidden), autocast_head(head, hidden)
+    budget = Request(memory_budget=memory_budget).budget(head, len(hidden), hidden.element_size())
+    return map_rows(fn, hidden, head, rows, rows_in(budget, head.vocabulary, hidden.dtype))
+
+
+def rows_in(budget: int, size: int, dtype: torch.dtype) -> int:
+    """How many rows of `size` logits fit the memory budget, with what a function of them needs."""
+    return max(1, budget // (size * wide(dtype).itemsize * 4))
+
+
+def map_rows(fn: Callable[..., Tensor], hidden: Tensor, head: Head, rows: Sequence[Tensor], step: int) -> Tensor:
+    """`map_logits` of operands that are checked, `step` rows at a time: ranks of a split head need the same steps."""
 
     def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
         # torch.func has no saved-tensor hooks, which checkpoints need: there all logits are kept
         return function(*part) if under_function_transform() else checkpoint(function, *part, use_reentrant=False)
 
-    row = head.size * wide(hidden.dtype).itemsize * 4  # fn needs memory too
-    budget = Request(memory_budget=memory_budget).budget(head, len(hidden), hidden.element_size())
-    step = max(1, budget // row)
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]

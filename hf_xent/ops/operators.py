@@ -59,7 +59,7 @@ def linear_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor], list[Ten
     token_weight, slopes, tail, needs = arguments[COUNT:]
     operands, rows, backend, problem = _problem(arguments)
     uses = ("lse", "target", "mean")[: len(slopes)]
-    loss = Linear({name: rows.select(x) for name, x in zip(uses, slopes, strict=True)}, uses)
+    loss: Any = Linear({name: rows.select(x) for name, x in zip(uses, slopes, strict=True)}, uses)
     check_tail(tail, loss, operands.head)
     problem = replace(problem, tail=tail, needs=frozenset(needs))
     objective = LinearSum(loss, problem, rows.select(token_weight))

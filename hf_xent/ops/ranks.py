@@ -5,7 +5,7 @@ token then give the statistics of the whole row, with w_r = exp(lse_r - lse) the
 
     lse = log sum_r e^lse_r     mean = sum_r (V_r / V) mean_r     entropy = sum_r w_r (H_r - log w_r)
     payload = sum_r w_r payload_r     variance = sum_r w_r (Var_r + (log w_r - H_r)^2) - entropy^2
-    log_sum_sq = log sum_r w_r^2 e^log_sum_sq_r
+    log_sum_sq = log sum_r w_r^2 e^log_sum_sq_r          rank = sum_r rank_r (`label_rank`)
 
 The gradient of a rank's logits needs nothing else; only the gradient of the hidden states is a sum over ranks. That is
 one collective of [statistics, N] floats per chunk of rows and one of [N, D], where gathered logits would be [N, V].
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from .label_rank import counts_above
 from .problem import Problem
 
 
@@ -41,6 +42,8 @@ def merge_ranks(problem: Problem, values: dict[str, Tensor], rows: slice = slice
         )
         local["peak"] = head.activate(raw if best.bias is None else raw + best.bias)
         local["top"] = (top + head.shard.start).to(raw.dtype)  # exact: no vocabulary has 2^24 tokens
+    if "rank" in local:
+        local["rank"] = counts_above(problem, rows)
     names = sorted(local)
     stacked = _all_gather(torch.stack([local[name] for name in names]), head.shard.group)  # [ranks, statistics, N]
     return _whole_rows(dict(zip(names, stacked.unbind(1), strict=True)))
@@ -63,9 +66,18 @@ def _whole_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
         merged["variance"] = (w * second_moment).sum(0) - merged["entropy"] ** 2
     if "log_sum_sq" in part:
         merged["log_sum_sq"] = (part["log_sum_sq"] + 2 * log_w).logsumexp(0)
+    if "rank" in part:
+        merged["rank"] = part["rank"].sum(0).long()
     if "top" in part:
         merged["top"] = part["top"].gather(0, part["peak"].argmax(0, keepdim=True)).squeeze(0).long()
     return merged
+
+
+def sum_over_ranks(part: Tensor, problem: Problem) -> Tensor:
+    """The sum of all ranks' parts, in place; the part itself if the head is not split."""
+    if problem.head.shard is not None:
+        dist.all_reduce(part, group=problem.head.shard.group)
+    return part
 
 
 def reduce_from_ranks(problem: Problem, grads: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ tensor that every rank has in full is *replicated*, one that has to be summed ov
     copy_to_ranks       replicated -> partial        backward: the sum over ranks
     sum_ranks           partial -> replicated        backward: the identity
     gather_from_ranks   columns [..., V_r] -> [..., V]
+    gather_rows         rows [V_r, ...] -> [V, ...]
 
 Each of the first two is the backward of the other, so that derivatives of any order are correct.
 """
@@ -56,8 +57,17 @@ def gather_from_ranks(local: Tensor, shard: Shard | None) -> Tensor:
     return sum_ranks(F.pad(local, (shard.start, shard.size - shard.start - local.shape[-1])), shard)
 
 
+def gather_rows(local: Tensor, shard: Shard) -> Tensor:
+    """The rows of all ranks [V, ...] from those of this rank [V_r, ...]; the gradient is that of this rank's rows."""
+    after = shard.size - shard.start - len(local)
+    return sum_ranks(F.pad(local, (0, 0) * (local.ndim - 1) + (shard.start, after)), shard)
+
+
 def sum_ranks(part: Tensor, shard: Shard) -> Tensor:
-    """The sum of all ranks' parts, written over `part`, which must be a new tensor; each part gets the gradient."""
+    """The sum of all ranks' parts; each part gets the gradient.
+
+    It is written over `part`, which must be a new tensor that no backward needs.
+    """
     return _SumRanks.apply(part, shard.group)
 
 

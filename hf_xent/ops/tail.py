@@ -15,6 +15,8 @@ for the gradients. With k = |K| / V that is 1 + 3k matmuls of the full size, whe
 Bound: |dz - dz'| <= tolerance |dz| (Frobenius) before the tail is put back. On two real models the hidden gradient's
 error came out 2 to 8 times the tolerance and the weight gradient's 1.4 to 1.5 times (benchmarks/results/tail.md); with
 the same columns left out instead, both err 2 to 7 times as much. At 1e-3 both are below the rounding of bfloat16.
+Of a head that is split over ranks, every rank knows the energies of all columns and compresses its own; q is one over
+all of them.
 Columns, not tiles: of Gemma's columns 7 % hold any probability above 2^-14, but 61 % of its tiles of 128 x 128 logits
 do (benchmarks/tail_curves.json), so that skipping tiles saves little.
 Source: this project; leaving small entries out is from Wijmans et al. 2024, Cut Your Losses, arXiv:2411.09009, 4.3.
@@ -32,6 +34,8 @@ from .algebra import Coefficients, row_factor
 from .matmul import add_hidden_gradient, add_matrix_gradient, add_scaled_gradient
 from .panels import Scaled
 from .problem import TENSORS, Problem, Upstream, pieces
+from .ranks import sum_over_ranks
+from .shard import gather_from_ranks
 from .statistics import wide
 
 GROUPS = 16  # groups of tokens, each with its own tail: [16, V] floats, however many tokens there are
@@ -52,15 +56,19 @@ def eager(backend: ModuleType, problem: Problem, upstream: Upstream) -> tuple[di
     groups = pieces(len(problem.labels), max(1, -(-len(problem.labels) // GROUPS)))
     survey: Survey = backend.survey(problem, upstream, groups)
     kept = select_columns(survey, problem)
-    if len(kept) > problem.head.size // 2:  # nothing would be saved: the entropy is high, or the tolerance is tight
+    if (
+        len(kept) > problem.head.vocabulary // 2
+    ):  # nothing would be saved: the entropy is high, or the tolerance is tight
         return survey.values, backend.backward(problem, survey.values, _upstream(survey.coef))
-    return survey.values, _gradients(backend, problem, survey, groups, kept)
+    start = 0 if problem.head.shard is None else problem.head.shard.start
+    local = kept[(kept >= start) & (kept < start + problem.head.size)] - start  # of this rank
+    return survey.values, _gradients(backend, problem, survey, groups, local)
 
 
 def select_columns(survey: Survey, problem: Problem) -> Tensor:
-    """The columns to keep, ascending."""
+    """The columns of the whole vocabulary to keep, ascending."""
     coef, values = survey.coef, survey.values
-    energy, order = survey.energy.double().sort()
+    energy, order = gather_from_ranks(survey.energy.double(), problem.head.shard).sort()
     unit = coef.a.abs().amax()
     a, o = coef.a / unit, coef.o / unit
     # |dz|^2 of a row: the energy of a p, but the label's entry is a p_y + o
@@ -93,8 +101,8 @@ def _upstream(coef: Coefficients) -> dict[str, Tensor]:
 def _gradients(
     backend: ModuleType, problem: Problem, survey: Survey, groups: list[slice], kept: Tensor
 ) -> dict[str, Tensor]:
-    """The gradients from the kept columns' logits, computed again a piece at a time, and from the tail."""
-    head, tensors = problem.head, dict(zip(TENSORS, problem.tensors, strict=True))
+    """The gradients from this rank's kept columns, whose logits are computed a piece at a time, and from the tail."""
+    head, tensors = replace(problem.head, shard=None), dict(zip(TENSORS, problem.tensors, strict=True))
     sums: dict[str, Tensor] = {}
     for name in problem.needs:
         tensor = tensors[name]
@@ -104,7 +112,7 @@ def _gradients(
     share = survey.values["lse"].new_zeros(len(problem.labels))
     new_column = problem.labels.new_full((head.size,), -1)
     new_column[kept] = torch.arange(len(kept), device=kept.device)
-    labels = new_column[problem.labels]
+    labels = torch.where(problem.label_columns == problem.readable_columns, new_column[problem.readable_columns], -1)
     # a third of the budget each for a piece's rows of the head, their gradient, and its logits
     row = head.weight.shape[1] * head.weight.element_size()
     for piece in pieces(len(kept), max(1, problem.memory_budget // (3 * row))):
@@ -117,6 +125,7 @@ def _gradients(
                 sums[name] += grad
             else:
                 sums[name][columns] = grad.to(sums[name].dtype)
+    share = sum_over_ranks(share, problem)
     _add_tail(problem, survey, groups, kept, (1 - share).clamp_(min=0), sums)
     return {name: total.to(tensors[name].dtype) for name, total in sums.items()}  # type: ignore[union-attr]
 
@@ -127,7 +136,7 @@ def _add_tail(
     """Add the tail, of rank one per group, to `sums`; `mass` [N] is each token's softmax mass in the tail."""
     q = survey.mass  # overwritten: it becomes the tail's distributions, each divided by its largest entry
     q[:, kept] = 0
-    peak, total = q.amax(-1, keepdim=True), q.sum(-1, keepdim=True)
+    peak, total = q.amax(-1, keepdim=True), sum_over_ranks(q.sum(-1, keepdim=True), problem)
     q /= torch.where(peak > 0, peak, 1.0)
     scale = torch.where(peak > 0, peak / total, 0.0)  # [groups, 1]
     no_softmax, dtype = survey.coef.a == 0, problem.hidden.dtype

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, PatchState, TracedLogits, next_token_labels
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
+from .split_sequences import refuse_unshifted
 from .trl import FusedCall, FusedHead
 
 _LABELS = ("labels", "shift_labels")
@@ -82,6 +83,8 @@ class Call:
         patch.state.training = model.training
         patch.take_over_fused_head(model)
         labeled = has_labels(parameters_of(type(model)), args, kwargs)
+        if labeled:
+            refuse_unshifted(model, kwargs)
         call.lazy_now = labeled or patch.always > 0
         objective = _objective_of(model)
         call.scored = objective is None or not labeled

@@ -108,16 +108,26 @@ def is_split(weight: Tensor) -> bool:
     return hasattr(weight, "placements")
 
 
-def local_head(linear: nn.Linear) -> Head | None:
-    """The head over this rank's tensors; None if it is split, but not by vocabulary along one dimension of the mesh."""
+def local_head(linear: nn.Linear) -> Head:
+    """The head over this rank's tensors.
+
+    Raises: ValueError if it is split, but not by vocabulary along one dimension of the mesh.
+    """
     weight: Any = linear.weight
     bias: Any = linear.bias
     if not is_split(weight):
         stored = None if type(weight) in (nn.Parameter, Tensor) else stored_weight(linear)
         return Head(weight if stored is None else Panels.of(stored), bias)
     split = [i for i, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if not split:
+        return Head(weight.to_local(), None if bias is None else bias.to_local())
     if len(split) != 1 or not weight.placements[split[0]].is_shard(0):
-        return None
+        mesh = tuple(weight.device_mesh.shape)
+        raise ValueError(
+            f"weight of the head has placements {tuple(weight.placements)} over a mesh of {mesh} ranks: only a"
+            " head that is split by the vocabulary along one dimension can be streamed, so use Shard(0) there"
+            " ('colwise' in a tp_plan), or unpatch the model"
+        )
     shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
     shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)

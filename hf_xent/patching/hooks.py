@@ -67,8 +67,6 @@ class LazyForward(OwnForward):
         transformed = under_function_transform(input, self.layer.weight)
         reason = TRANSFORMED if transformed else why_weight_is_freed(self.layer)
         raw = None if reason else local_head(self.layer)
-        if raw is None:
-            reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"
         if call is not None:
             call.lazy, call.reason = call.lazy or raw is not None, reason
         return replace(raw, fp32=True) if raw is not None and self._multiplies_in_float32() else raw

@@ -72,12 +72,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         )
     objective.check_tail(tail)
     head = head_of(model)
-    if type(objective).bind is not Loss.bind:
-        weight: Any = head.weight
-        if not is_split(weight):
-            local = local_head(head)
-            weight = weight if local is None else local.weight
-        objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
+    local = None if is_split(head.weight) else local_head(head)  # the rows of a quantized weight are read by panels
+    objective = objective.bind(head.weight if local is None else local.weight)  # type: ignore[arg-type]
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))

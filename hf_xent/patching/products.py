@@ -56,7 +56,6 @@ class LazyProducts(OwnForward):
             self.patch.state.reason = call.reason
         return output
 
-
     def _traced(self, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output while torch traces it, lazy if the call needs that and the layer is a sum of products."""
         head = within_adapters(self.layer)

@@ -129,6 +129,7 @@ class LNRemovalTrainer(XentTrainer):
     args: LNRemovalConfig
     means = ("loss_sigma", "loss_spread")
     counts = ("exploded",)
+    splits_sequences = False
 
     def __init__(
         self, model: Any, args: LNRemovalConfig | None = None, *, schedule: Schedule | None = None, **kwargs: Any

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -134,6 +133,7 @@ class NoiseFiTTrainer(XentTrainer):
     config_class = NoiseFiTConfig
     args: NoiseFiTConfig
     means = ("divergence",)
+    splits_sequences = False
     refused_arguments: Mapping[str, str] = {"compute_loss_func": OWN_LOSS}
     refused_options: Mapping[str, str] = {
         "tail": "the divergences have exact gradients only: leave it 0",
@@ -192,10 +192,10 @@ class NoiseFiTTrainer(XentTrainer):
         tokens = (labels != -100).sum()
         count = tokens if num_items is None else torch.as_tensor(num_items, device=labels.device)
         if args.method == "rdrop":
-            function = partial(rdrop, weight=args.rdrop_weight)
+            function = rdrop(weight=args.rdrop_weight)
         else:
             options = ("ce_weight", "consistency_weight", "temperature", "version")
-            function = partial(noisefit, **{name: getattr(args, name) for name in options})
+            function = noisefit(**{name: getattr(args, name) for name in options})
         request = Request(state.observe, **state.options)
         loss, stats = stream_divergence(function, passes, head, labels, request)
         if state.observe:

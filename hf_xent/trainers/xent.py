@@ -25,6 +25,7 @@ from ..patching import lazily, patch, patch_state
 from .base import Method, Options
 from .batches import refuse_unlabeled
 from .refusals import NO_MODEL_INIT
+from .split_sequences import SplitSequences
 
 
 @dataclass
@@ -56,7 +57,7 @@ class XentConfig(Options, Tokenless, TrainingArguments):
     )
 
 
-class XentTrainer(Method, Carded, Trainer):
+class XentTrainer(Method, Carded, SplitSequences, Trainer):
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
         loss = sum over all labels of a step of loss_t / their number          by default -log p(label)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..algebra import Coefficients, State, coefficients, finish, merge
 from ..head import Payload
 from ..problem import TENSORS, Problem, Upstream
+from ..ranks import merge_ranks
 from ..statistics import wide
 from ..tail import Survey
 
@@ -106,8 +107,8 @@ def backward(
 
 def survey(problem: Problem, upstream: Upstream, groups: list[slice]) -> Survey:
     """Statistics, coefficients, and the sums over columns that `tail` needs, in two visits that store no logits."""
-    blocks, values = _check(problem), forward(problem)
-    coef = coefficients(values, upstream(slice(0, len(problem.labels)), values), problem.head.size)
+    blocks, values = _check(problem), merge_ranks(problem, forward(problem))
+    coef = coefficients(values, upstream(slice(0, len(problem.labels)), values), problem.head.vocabulary)
     a = coef.a.abs()
     largest = a.amax()
     energy, mass = (values["lse"].new_empty(len(groups), problem.head.size) for _ in range(2))
