@@ -18,7 +18,17 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 """
 
 from . import consumers, shapes  # noqa: F401  they register their rules
+from .objective import OBJECTIVE, Objective, check_sequences
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
 
-__all__ = ["LazyLogits", "PatchState", "Seam", "TokenSums", "next_token_labels"]
+__all__ = [
+    "OBJECTIVE",
+    "LazyLogits",
+    "Objective",
+    "PatchState",
+    "Seam",
+    "TokenSums",
+    "check_sequences",
+    "next_token_labels",
+]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses.cross_entropy import CrossEntropy
 from ..losses.reduction import Reduction
 from ..ops import Stats
 from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
+from .objective import loss_of
 from .shapes import canonical_dim, derive, detach
 from .tensor import LazyLogits
 
@@ -32,7 +32,10 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`F.cross_entropy` of [N, V] and class indices; 0, not NaN, if every label is ignored, since DDP averages it."""
+    """`F.cross_entropy` of [N, V] and class indices; 0, not NaN, if every label is ignored, since DDP averages it.
+
+    While a patched model is called, the loss that it is patched with takes its place.
+    """
     indices = (
         isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
     )
@@ -43,10 +46,13 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     target = token_ids(target.to(x.hidden.device))
     token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
     request = replace(x.state.request, ignore_index=ignore_index)
-    reduce = Reduction(reduction, token_weight=token_weight)
-    loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)
+    loss, rows = loss_of(x, label_smoothing)
+    if token_weight is not None:
+        token_weight = token_weight.reshape(rows)
+    reduce, hidden = Reduction(reduction, token_weight=token_weight), x.hidden.reshape(*rows, -1)
+    value, stats = loss.reduced(hidden, x.head, target.reshape(rows), request, reduce)
     x.state.record(stats)
-    return loss.to(x.device, x.dtype)
+    return value.reshape(target.shape if reduce.unreduced else ()).to(x.device, x.dtype)
 
 
 def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:

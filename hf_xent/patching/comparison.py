@@ -30,6 +30,7 @@ from ..lazy import LazyLogits, PatchState
 from ..models.contexts import eval_mode
 from .float64 import in_float64, supports_float64
 from .heads import inner_of, linears_of
+from .output_layer import output_layer_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
 FACTOR = 8.0
@@ -193,7 +194,7 @@ class _Runner:
         self, inner: Any, stock: Callable[[], Context[nn.Module]], patched: Callable[[], Context[PatchState]]
     ) -> tuple[_Result | None, _Errors | None, float]:
         """The stock model's exact run, the patched model's errors against it, and the tolerance for them."""
-        layer = inner.get_output_embeddings()
+        layer: Any = output_layer_of(inner)
         if not all(supports_float64(module) for module in layer.modules()):
             return None, None, EXACT
         try:

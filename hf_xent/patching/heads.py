@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops import Head, Shard
+from .output_layer import output_layer_of
 
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
 
@@ -47,11 +48,12 @@ def linears_of(inner: nn.Module) -> list[nn.Linear]:
     Raises: ValueError if there is no head, or it is not a plain linear layer.
     """
     name = type(inner).__name__
-    get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
-    head = layer = get() if get else None
+    head: Any = output_layer_of(inner)
+    layer = head
     if head is None:
         raise ValueError(
-            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
+            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head, or compute"
+            " its loss with hf_xent.linear_cross_entropy(hidden, weight, labels)"
         )
     while not _is_linear(head) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
         saved = getattr(head, "modules_to_save", {})
@@ -59,7 +61,8 @@ def linears_of(inner: nn.Module) -> list[nn.Linear]:
         head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
     if not _is_linear(head):
         raise ValueError(
-            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
+            f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed, so"
+            " leave it unpatched, or compute its loss with hf_xent.linear_cross_entropy(hidden, weight, labels)"
         )
     branches = getattr(layer, "lora_B", {}).values()
     return [head, *filter(_is_linear, branches)]

@@ -1,0 +1,257 @@
+"""Models beside causal LMs: T5, Whisper, BERT, BART, ModernBERT: their own targets, losses, biases and heads.
+
+`test_zoo.py` compares every class with stock; here the loss that takes the place of a model's cross-entropy is compared
+with its formula on dense logits.
+"""
+
+from itertools import groupby
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig, BertConfig, T5Config
+
+from hf_xent.lazy import OBJECTIVE, LazyLogits
+from hf_xent.losses import EISL, EMO, CrossEntropy, Focal
+from hf_xent.ops import Head
+from hf_xent.patching import compare, head_of, patch, patch_state, unpatch
+from support.models import V, assert_same_gradients
+from support.oracle import Largest
+from support.tiny_configs import tiny_config
+from support.zoo import build, run_stock
+from support.zoo_inputs import inputs_of, text_inputs
+
+# computed by the model itself in most seq2seq, masked and speech models; by ForMaskedLMLoss in EuroBERT
+# and T5Gemma 2
+CASES = [
+    ("Seq2seq", "t5"),
+    ("Seq2seq", "bart"),
+    ("Seq2seq", "t5gemma2"),
+    ("Masked LM", "bert"),
+    ("Masked LM", "xlm"),
+    ("Masked LM", "eurobert"),
+    ("Speech-seq2seq", "whisper"),
+    ("Speech-seq2seq", "speech_to_text"),
+]
+LOSSES = {
+    "focal": Focal(gamma=2.0),
+    "emo": EMO(),
+    "eisl": EISL(ngrams=(1, 2), ce_factor=0.3),
+    "z-loss": CrossEntropy(z_loss=1e-2),
+}
+pytestmark = pytest.mark.filterwarnings("ignore")  # what models warn of in their tiny configurations
+
+
+def made(mapping, model_type):
+    """A model in evaluation mode and float64, and inputs that it takes."""
+    model = build(mapping, model_type)
+    _, inputs, _ = run_stock(model, inputs_of(mapping, model))
+    assert next(model.parameters()).dtype == torch.float64
+    return model.eval(), inputs
+
+
+def gradients(model, loss):
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def runs(labels):
+    """The positions of each stretch of labels in a row."""
+    for row, ids in enumerate(labels.tolist()):
+        for labeled, group in groupby(range(len(ids)), key=lambda t, ids=ids: ids[t] != -100):
+            if labeled:
+                yield row, list(group)
+
+
+def dense(loss, logits, labels, weight):
+    """The mean of a loss by its formula on logits [B, T, V] and labels aligned with them."""
+    losses = [
+        loss.reference(logits[row, run], labels[row, run], weight=weight.detach()) for row, run in runs(labels)
+    ]
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("mapping", "model_type"), CASES)
+def test_another_loss_takes_the_place_of_the_models_own(mapping, model_type, name):
+    model, inputs = made(mapping, model_type)
+    loss, labels = LOSSES[name], inputs["labels"]
+    logits = model(**inputs).logits
+    expected = dense(loss, logits.double(), labels, head_of(model).weight)
+    stock = gradients(model, expected)
+    patch(model, loss=loss)
+    out = model(**inputs)
+    ours, state = gradients(model, out.loss), patch_state(model)
+    assert state.streamed == 1 and state.materialized == 0 and isinstance(out.logits, LazyLogits)
+    torch.testing.assert_close(out.loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    assert_same_gradients(ours, stock, rtol=1e-5)
+    assert unpatch(model)(**inputs).loss.isfinite()
+
+
+@pytest.mark.parametrize("loss", [None, "focal", "emo"])
+@pytest.mark.parametrize(
+    ("auto", "kind"),
+    [(AutoModelForSeq2SeqLM, T5Config), (AutoModelForSeq2SeqLM, BartConfig), (AutoModelForMaskedLM, BertConfig)],
+)
+def test_no_tensor_is_as_large_as_the_logits(auto, kind, loss):
+    """Nor larger than the head's weight, with the rows of logits in memory bounded."""
+    vocabulary, inputs = 1501, text_inputs(rows=4, length=24)
+    model = patch(auto.from_config(tiny_config(kind, vocab_size=vocabulary)), loss=loss, memory_budget=32_000)
+    with Largest() as largest:
+        model(**inputs).loss.backward()
+    assert largest.numel <= vocabulary * 32 < inputs["labels"].numel() * vocabulary
+    assert patch_state(model).streamed == 1
+
+
+def test_outside_of_a_call_cross_entropy_is_itself():
+    model, inputs = made("Seq2seq", "t5")
+    stock = F.cross_entropy(model(**inputs).logits.flatten(0, 1), inputs["labels"].flatten())
+    patch(model, loss="focal")
+    out = model(**inputs)
+    torch.testing.assert_close(F.cross_entropy(out.logits.flatten(0, 1), inputs["labels"].flatten()), stock)
+    assert not torch.isclose(out.loss, stock)
+    with pytest.raises(IndexError):  # a call that fails leaves no loss behind either
+        model(input_ids=torch.tensor([[10 * V]]), labels=inputs["labels"][:1])
+    assert OBJECTIVE.get() is None
+
+
+def test_a_model_within_a_model_has_its_own_loss():
+    (inner, inputs), (outer, _) = made("Masked LM", "bert"), made("Masked LM", "roberta")
+    plain, focal = inner(**inputs).loss, patch(outer, loss="focal")(**inputs).loss
+    kind, beside = type(outer), []
+
+    class Around(kind):
+        def forward(self, **inputs):
+            beside.append(patch(inner)(**inputs).loss)
+            return kind.forward(self, **inputs)
+
+    outer.__class__ = Around
+    torch.testing.assert_close(patch(outer, loss="focal")(**inputs).loss, focal)
+    torch.testing.assert_close(beside[0], plain)
+
+
+def test_reductions_and_weights_of_the_models_own_cross_entropy():
+    """Whatever a model asks of F.cross_entropy: weights of classes, its own ignored index, no reduction."""
+    model, inputs = made("Masked LM", "bert")
+    labels = inputs["labels"].masked_fill(inputs["labels"] == -100, 5)
+    weight = torch.rand(V, dtype=torch.float64) + 0.5
+    kind = type(model)
+
+    class Asking(kind):
+        def forward(self, input_ids, labels, **options):
+            logits = super().forward(input_ids=input_ids).logits
+            loss = F.cross_entropy(logits.view(-1, V), labels.view(-1), **options)
+            return {"loss": loss, "logits": logits}
+
+    model.__class__ = Asking
+    logits = kind.forward(model, input_ids=inputs["input_ids"]).logits.view(-1, V)
+    focal = Focal(gamma=2.0).reference(logits, labels.view(-1))
+    keep, of_class = labels.view(-1) != 5, weight[labels.view(-1)]
+    patch(model, loss="focal:gamma=2.0")
+    for options, expected in (
+        ({"ignore_index": 5, "reduction": "none"}, focal * keep),
+        ({"ignore_index": 5, "reduction": "sum"}, (focal * keep).sum()),
+        ({"weight": weight}, (focal * of_class).sum() / of_class.sum()),
+        ({"weight": weight, "reduction": "none", "ignore_index": 5}, focal * of_class * keep),
+    ):
+        loss = model(input_ids=inputs["input_ids"], labels=labels, **options)["loss"]
+        torch.testing.assert_close(loss, expected)
+    with pytest.raises(RuntimeError, match=r"label_smoothing=0.1\), which Focal"):
+        model(input_ids=inputs["input_ids"], labels=labels, label_smoothing=0.1)
+
+
+def test_a_loss_of_sequences_needs_whole_sequences():
+    """ModernBERT may score masked tokens alone: losses of tokens take them, EISL refuses."""
+    model, inputs = made("Masked LM", "modernbert")
+    labels = inputs["labels"]
+    logits = model(**inputs).logits
+    assert logits.shape == (int((labels != -100).sum()), V)
+    expected = Focal().reference(logits, labels[labels != -100]).mean()
+    torch.testing.assert_close(patch(model, loss="focal")(**inputs).loss.double(), expected, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match="EISL.* compares the positions of a sequence"):
+        patch(model, loss="eisl")(**inputs)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_the_bias_of_barts_logits_joins_the_head_under_autocast(shift):
+    """It is float32 there and the product bfloat16; no worse than stock, with a bias far from zero too."""
+    model = build("Seq2seq", "bart").eval()
+    model.final_logits_bias += shift * torch.linspace(-1, 1, V)
+    inputs = text_inputs()
+    exact = model(**inputs).loss
+    truth = gradients(model, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model(**inputs)
+        ours = patch(model)(**inputs)
+    state = patch_state(model)
+    assert (state.streamed, state.materialized) == (1, 0) and ours.logits.dtype == stock.logits.dtype == torch.float32
+    assert abs(ours.loss - exact) <= 2 * abs(stock.loss - exact) + 1e-3
+    name = "model.shared.weight"
+    ours_error, stock_error = (
+        (gradients(model, out.loss)[name] - truth[name]).norm() for out in (ours, stock)
+    )
+    assert ours_error <= 2 * stock_error + 1e-5
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(V,), (1, V), (1, 1, V)])
+def test_a_bias_of_any_shape_and_width_joins_the_head(shape, dtype, trained):
+    """Also after a scale, in front of a softcap, and beside a bias that the head has."""
+    torch.manual_seed(0)
+    hidden, weight, own = (torch.randn(*s, requires_grad=True) for s in ((2, 5, 8), (V, 8), (V,)))
+    added = torch.randn(shape, dtype=dtype, requires_grad=trained)
+    labels = torch.randint(V, (10,))
+    labels[3] = -100
+
+    def loss(z):
+        z = 2 * torch.tanh((z * 0.5 + added) / 2)
+        assert z.dtype == dtype
+        return F.cross_entropy(z.view(-1, V), labels)
+
+    leaves = [hidden, weight, own, *([added] if trained else [])]
+    lazy = LazyLogits.of(hidden, Head(weight, own))
+    ours, expected = loss(lazy), loss(F.linear(hidden, weight, own))
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves))
+    assert lazy.state.materialized == 0 and lazy.state.streamed == 1
+
+
+def test_labels_of_any_name_are_labels():
+    model = build("Causal LM", "moshi").eval()
+    kind = type(model)
+
+    class Speaks(kind):
+        def forward(self, input_ids=None, text_labels=None):
+            return super().forward(input_ids=input_ids, labels=text_labels)
+
+    inputs = text_inputs()
+    stock = model(**inputs).loss
+    model.__class__ = Speaks
+    loss = patch(model)(inputs["input_ids"], inputs["labels"]).loss
+    torch.testing.assert_close(loss, stock)
+    assert patch_state(model).streamed == 1 and patch_state(model).bypassed == 0
+
+
+def test_a_head_is_found_where_the_model_names_another_layer():
+    """FSMT names embeddings that are not its head, BLIP leaves its head to its decoder, and a set of models has none."""
+    fsmt, blip = build("Seq2seq", "fsmt"), build("Image-text", "blip")
+    assert isinstance(fsmt.get_output_embeddings(), nn.Embedding) and blip.get_output_embeddings() is None
+    assert head_of(fsmt) is fsmt.model.decoder.output_projection
+    assert head_of(blip) is blip.text_decoder.cls.predictions.decoder
+    fsmt.model.decoder.extra = nn.Linear(*reversed(fsmt.get_output_embeddings().weight.shape))
+    with pytest.raises(ValueError, match=r"head is a Embedding.*linear_cross_entropy"):
+        head_of(fsmt)
+    with pytest.raises(ValueError, match=r"no output embeddings.*linear_cross_entropy"):
+        head_of(build("Text-to-waveform", "qwen2_5_omni"))
+    with pytest.raises(ValueError, match=r"head is a ModuleList.*linear_cross_entropy"):
+        head_of(build("Causal LM", "musicgen"))
+
+
+def test_verify_runs_encoder_decoders_and_masked_models():
+    for mapping, model_type in (("Seq2seq", "t5"), ("Seq2seq", "fsmt"), ("Masked LM", "bert"), ("Masked LM", "eurobert")):
+        model = build(mapping, model_type).eval()
+        assert compare(model).equal and compare(model).lean
+        patch(model, verify=True, loss="focal")
