@@ -60,7 +60,7 @@ SIZES: list[tuple[str, int]] = [
     (r"patch_embed_hidden_size", 3 * 8 * 8),
     (r"num_patches", 16),
     (r"mm_tokens_per_image|latent_query_num", 4),
-    (r"pooling_kernel_size", 2),
+    (r"pooling_kernel_size|num_filters", 2),
 ]
 # Fields that are None by default and must not be.
 ABSENT = re.compile(
@@ -72,7 +72,7 @@ _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head of 8
 _CODES = {i: 10 + i for i in range(32)}  # tokens of a picture's codes, below those of text_inputs
 _READS_THE_FIRST = {"decoder_start_token_id": 0, "pad_token_id": 0, "decoder": {"add_cross_attention": True}}
-_FEW_FILTERS = {"depths": [1] * 7, "num_filters": 2}  # twice as many in each of six stages
+_SHALLOW = {"depths": [1] * 7}
 # What a configuration class needs beyond its fields' names, and why.
 OVERRIDES: dict[str, dict[str, Any]] = {
     # read by the layers, not given by the class
@@ -111,6 +111,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "EsmcConfig": {"num_key_value_heads": 4, "vocab_size": V},
     "SpeechT5Config": {"vocab_size": V},
     # rotary sections are checked against the head, or have an entry a layer type
+    "HYV4VLTextConfig": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _MROPE}},
     "Cosmos3EdgeTextConfig": {"rope_parameters": _MROPE},
     # its sections are of height, width and time, not time first
@@ -125,6 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     # sizes that have to fit another's: heads the expanded hidden size, factors the sequence, projectors merged patches
+    "Apertus1p5Config": {"image_token_offset": 0, "audio_token_offset": 32},
     "AriaConfig": {"projector_patch_to_query_dict": {16: 8}},
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
     "Emu3VQVAEConfig": {"hidden_size": 128},
@@ -148,8 +150,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "NeoMMEConfig": {"head_dim": 16},
     "Nemotron3DiarizationConfig": {"chunk_length": 8, "chunk_left_context": 2, "chunk_right_context": 2},
     "NystromformerConfig": {"segment_means_seq_len": 12, "num_landmarks": 4, "conv_kernel_size": 5},
-    "VibeVoiceAcousticTokenizerConfig": _FEW_FILTERS,
-    "VibeVoiceAcousticTokenizerEncoderConfig": _FEW_FILTERS,
+    "VibeVoiceAcousticTokenizerConfig": _SHALLOW,
+    "VibeVoiceAcousticTokenizerEncoderConfig": _SHALLOW,
     "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 3200},
     "ReformerConfig": {
         "axial_pos_shape": (3, 4),
@@ -158,6 +160,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hash_seed": 0,
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
+    },
+    # its layers of windows have sizes of their own, which are no fields
+    "Dots3NoteTextConfig": {
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), 32),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 8),
+        "swa_head_dim": 12,
     },
     # else it replaces its layers in its first call, and draws random numbers for the new ones
     "BigBirdConfig": {"attention_type": "original_full"},

@@ -176,7 +176,7 @@ def _other_losses(model: nn.Module, inputs: dict[str, Tensor], stock: Answer) ->
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160].replace("|", "/")
+    return " ".join(str(error).split())[:200].replace("|", "/")
 
 
 def table(verdicts: dict[str, list[Verdict]]) -> str:
@@ -222,6 +222,5 @@ def committed() -> dict[tuple[str, str], Verdict] | None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # the models' own
     transformers.logging.set_verbosity_error()
-    TABLE.write_text(
-        table({mapping: [judge(mapping, name) for name in names] for mapping, (_, names) in MAPPINGS.items()})
-    )
+    verdicts = {mapping: [judge(mapping, name) for name in names] for mapping, (_, names) in MAPPINGS.items()}
+    TABLE.write_text(table(verdicts))
