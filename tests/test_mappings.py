@@ -67,9 +67,7 @@ def runs(labels):
 
 def dense(loss, logits, labels, weight):
     """The mean of a loss by its formula on logits [B, T, V] and labels aligned with them."""
-    losses = [
-        loss.reference(logits[row, run], labels[row, run], weight=weight.detach()) for row, run in runs(labels)
-    ]
+    losses = [loss.reference(logits[row, run], labels[row, run], weight=weight.detach()) for row, run in runs(labels)]
     return torch.cat(losses).mean()
 
 
@@ -189,9 +187,7 @@ def test_the_bias_of_barts_logits_joins_the_head_under_autocast(shift):
     assert (state.streamed, state.materialized) == (1, 0) and ours.logits.dtype == stock.logits.dtype == torch.float32
     assert abs(ours.loss - exact) <= 2 * abs(stock.loss - exact) + 1e-3
     name = "model.shared.weight"
-    ours_error, stock_error = (
-        (gradients(model, out.loss)[name] - truth[name]).norm() for out in (ours, stock)
-    )
+    ours_error, stock_error = ((gradients(model, out.loss)[name] - truth[name]).norm() for out in (ours, stock))
     assert ours_error <= 2 * stock_error + 1e-5
 
 
@@ -250,8 +246,24 @@ def test_a_head_is_found_where_the_model_names_another_layer():
         head_of(build("Causal LM", "musicgen"))
 
 
-def test_verify_runs_encoder_decoders_and_masked_models():
-    for mapping, model_type in (("Seq2seq", "t5"), ("Seq2seq", "fsmt"), ("Masked LM", "bert"), ("Masked LM", "eurobert")):
-        model = build(mapping, model_type).eval()
-        assert compare(model).equal and compare(model).lean
-        patch(model, verify=True, loss="focal")
+def test_verify_and_compare_run_any_model():
+    """On random tokens, or on a batch where a model takes more than tokens."""
+    for mapping, model_type in (
+        ("Seq2seq", "t5"),
+        ("Seq2seq", "fsmt"),
+        ("Masked LM", "bert"),
+        ("Masked LM", "eurobert"),
+    ):
+        model = patch(build(mapping, model_type).eval(), loss="focal", verify=True)
+        report = compare(model)
+        assert report.equal and report.lean and report.exact_gradient_error is not None
+    whisper, inputs = made("Speech-seq2seq", "whisper")
+    report = compare(patch(whisper, loss="focal", verify=inputs), batch=inputs)
+    assert report.equal and report.lean and report.head == "proj_out" and patch_state(whisper).streamed == 0
+
+
+def test_verify_refuses_a_model_that_differs_on_the_batch(monkeypatch):
+    whisper, inputs = made("Speech-seq2seq", "whisper")
+    monkeypatch.setattr(CrossEntropy, "of", lambda self, stats: 1.01 * stats.nll)
+    with pytest.raises(RuntimeError, match="WhisperForConditionalGeneration does not compute the same loss"):
+        patch(whisper, verify=inputs)

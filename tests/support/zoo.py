@@ -200,7 +200,13 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         counts = Counter(row.status for row in rows)
         lines.append(f"| {mapping} | {len(rows)} | " + " | ".join(str(counts[status]) for status in STATUSES) + " |")
     for mapping, rows in verdicts.items():
-        lines += ["", f"## {mapping}", "", "| model type | class | status | other losses | note |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {mapping}",
+            "",
+            "| model type | class | status | other losses | note |",
+            "|---|---|---|---|---|",
+        ]
         lines += [f"| {' | '.join(dataclasses.astuple(row))} |" for row in rows]
     return "\n".join(lines) + "\n"
 

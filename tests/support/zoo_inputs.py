@@ -82,7 +82,10 @@ def _heard(model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Random sounds of two recordings: samples, or frames of frequencies, in either order, or eight for each token."""
     text = text_inputs()
     frames = 2 * getattr(model.config, "max_source_positions", 32)
-    sounds = {"input_values": [(2, 4000)], "input_features": [(2, 32, 32), (2, 32, frames), (2, frames, 32), (2, 32, 96)]}
+    sounds = {
+        "input_values": [(2, 4000)],
+        "input_features": [(2, 32, 32), (2, 32, frames), (2, frames, 32), (2, 32, 96)],
+    }
     for name, shapes in sounds.items():
         for shape in shapes:
             inputs = _accepted(model, {name: torch.randn(shape), "labels": text["labels"]})
