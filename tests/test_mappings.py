@@ -168,7 +168,7 @@ def test_a_loss_of_sequences_needs_whole_sequences():
     assert logits.shape == (int((labels != -100).sum()), V)
     expected = Focal().reference(logits, labels[labels != -100]).mean()
     torch.testing.assert_close(patch(model, loss="focal")(**inputs).loss.double(), expected, rtol=1e-6, atol=0)
-    with pytest.raises(RuntimeError, match="EISL.* compares the positions of a sequence"):
+    with pytest.raises(RuntimeError, match=r"EISL.* compares the positions of a sequence"):
         patch(model, loss="eisl")(**inputs)
 
 
@@ -232,7 +232,7 @@ def test_labels_of_any_name_are_labels():
 
 
 def test_a_head_is_found_where_the_model_names_another_layer():
-    """FSMT names embeddings that are not its head, BLIP leaves its head to its decoder, and a set of models has none."""
+    """FSMT names embeddings that are not its head, BLIP leaves it to its decoder to know, a set of models has none."""
     fsmt, blip = build("Seq2seq", "fsmt"), build("Image-text", "blip")
     assert isinstance(fsmt.get_output_embeddings(), nn.Embedding) and blip.get_output_embeddings() is None
     assert head_of(fsmt) is fsmt.model.decoder.output_projection
