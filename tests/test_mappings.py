@@ -8,14 +8,24 @@ from itertools import groupby
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig, BertConfig, T5Config
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    T5Config,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_xent.lazy import OBJECTIVE, LazyLogits
 from hf_xent.losses import EISL, EMO, CrossEntropy, Focal
 from hf_xent.ops import Head
 from hf_xent.patching import compare, head_of, patch, patch_state, unpatch
+from hf_xent.trainers import XentConfig, XentTrainer
 from support.models import V, assert_same_gradients
 from support.oracle import Largest
 from support.tiny_configs import tiny_config
@@ -267,3 +277,27 @@ def test_verify_refuses_a_model_that_differs_on_the_batch(monkeypatch):
     monkeypatch.setattr(CrossEntropy, "of", lambda self, stats: 1.01 * stats.nll)
     with pytest.raises(RuntimeError, match="WhisperForConditionalGeneration does not compute the same loss"):
         patch(whisper, verify=inputs)
+
+
+@pytest.mark.parametrize("case", [("Seq2seq", "t5"), ("Masked LM", "modernbert")])
+def test_a_trainer_of_any_model_has_stocks_history(case, tmp_path):
+    rows = Dataset.from_dict({name: x.tolist() for name, x in text_inputs(rows=6).items()})
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 3, "logging_steps": 1}
+    options |= {"report_to": "none", "learning_rate": 1e-2}
+
+    def history(make):
+        torch.manual_seed(0)
+        model = build(*case).float()
+        for layer in filter(lambda layer: isinstance(layer, nn.Dropout), model.modules()):
+            layer.p = 0.0
+        trainer = make(model)
+        trainer.train()
+        return trainer, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    _, stock = history(lambda model: Trainer(model, TrainingArguments(**options), train_dataset=rows))
+    trainer, ours = history(lambda model: XentTrainer(model, XentConfig(**options), train_dataset=rows))
+    _, focal = history(lambda model: XentTrainer(model, XentConfig(**options, loss="focal"), train_dataset=rows))
+    assert ours == pytest.approx(stock, rel=1e-5) and len(stock) == 2
+    assert all(lower < loss for lower, loss in zip(focal, ours, strict=True))
+    logged = trainer.state.log_history[0]
+    assert logged["perplexity"] == pytest.approx(torch.tensor(ours[0]).exp().item(), rel=1e-3) and logged["entropy"] > 0
