@@ -131,7 +131,7 @@ def run_both_ways(
     head = linears_of(inner)[0]
     dtype = head.weight.dtype
     with eval_mode(inner):
-        runner = _Runner(model, _tokens(head.weight, batch) if isinstance(batch, int) else dict(batch))
+        runner = _Runner(model, _tokens(inner, head.weight, batch) if isinstance(batch, int) else dict(batch))
         truth, exact, exact_tolerance = runner.run_in_float64(inner, stock, patched)
         with stock():
             expected = runner()
@@ -254,7 +254,13 @@ def _nan_as_inf(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _tokens(weight: Tensor, count: int) -> dict[str, Any]:
+def _tokens(inner: nn.Module, weight: Tensor, count: int) -> dict[str, Any]:
+    name = getattr(inner, "main_input_name", "input_ids")
+    if name != "input_ids":
+        raise ValueError(
+            f"model is a {type(inner).__name__}, which takes {name}, and not tokens alone: pass batch={{{name!r}: ...,"
+            " 'labels': ...}"
+        )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
     return {"input_ids": ids, "labels": ids}

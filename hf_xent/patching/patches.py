@@ -205,7 +205,7 @@ def compare(model: nn.Module, *, tokens: int = 24, batch: Mapping[str, Any] | No
         How far the two runs differ, and whether that is more than rounding.
 
     Raises:
-        ValueError: As in `patch`.
+        ValueError: As in `patch`; or the model takes more than tokens (`main_input_name`), and there is no batch.
     """
 
     @contextmanager

@@ -191,6 +191,12 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         " `patch(model, loss=...)` puts one in the place of the model's cross-entropy, tried with a focal loss that"
         " equals it (gamma = 0); *outside*: the model computes no loss.",
         "",
+        "Several codebooks: the head of CSM's first one streams, and takes other losses; a depth decoder (CSM, Moshi)"
+        " has a weight for each position, and keeps its logits of about a thousand columns. MusicGen and Bark have"
+        " several heads, Dia and Higgs Audio share one among their codebooks, and are refused. Several tokens at a"
+        " time: transformers trains ProphetNet's streams of predictions, which are one head's rows and stream; its"
+        " other layers for multi-token prediction draft in `generate` and have no loss.",
+        "",
         f"transformers {transformers.__version__}; made by `cd tests && python -m support.zoo`.",
         "",
         "| mapping | model types | " + " | ".join(STATUSES) + " |",
