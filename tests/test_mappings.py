@@ -29,7 +29,7 @@ from hf_xent.ops import Head
 from hf_xent.patching import compare, head_of, patch, patch_state, unpatch
 from hf_xent.trainers import XentConfig, XentTrainer
 from support.models import V, assert_same_gradients
-from support.oracle import Largest
+from support.oracle import Largest, assert_no_worse
 from support.tiny_configs import tiny_config
 from support.zoo import MAPPINGS, build, run_stock
 from support.zoo_inputs import inputs_of, text_inputs
@@ -186,6 +186,25 @@ def test_a_loss_of_sequences_needs_whole_sequences():
     torch.testing.assert_close(counted.double(), expected * len(logits) / 50, rtol=1e-6, atol=0)
     with pytest.raises(RuntimeError, match=r"EISL.* compares the positions of a sequence"):
         patch(model, loss="eisl")(**inputs)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), Focal(gamma=2.0)])
+@pytest.mark.parametrize("case", [("Seq2seq", "t5"), ("Seq2seq", "bart"), ("Masked LM", "bert")])
+def test_bfloat16_models_are_no_worse_than_plain_torch(case, loss):
+    model = build(*case).to(torch.bfloat16).float().eval()
+    inputs = text_inputs()
+    weight = head_of(model).weight
+    truth = dense(loss, model(**inputs).logits.double(), inputs["labels"], weight)
+    true_gradients = gradients(model, truth)
+    model = model.to(torch.bfloat16)
+    plain = dense(loss, model(**inputs).logits.float(), inputs["labels"], weight)
+    plain_gradients = gradients(model, plain)
+    ours = patch(model, loss=loss)(**inputs).loss
+    assert abs(ours - truth) <= 2 * abs(plain - truth) + 2**-8 * truth.abs()  # some return it in bfloat16
+    found = gradients(model, ours)
+    assert found.keys() == true_gradients.keys() and patch_state(model).materialized == 0
+    for name, true in true_gradients.items():
+        assert_no_worse(found[name], plain_gradients[name], true, what=name)
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])

@@ -57,8 +57,8 @@ def check_sequences(loss: Loss, rows: torch.Size) -> None:
     """Raises: RuntimeError for a loss that compares the positions of sequences, if rows are tokens from all of them."""
     if isinstance(loss, SequenceLoss) and len(rows) == 1:
         raise RuntimeError(
-            f"{loss!r} compares the positions of a sequence, but the model scores selected tokens: choose a loss of"
-            " single tokens"
+            f"{loss!r} compares the positions of a sequence, but the model takes tokens out of theirs before it scores"
+            " them: choose a loss of single tokens"
         )
 
 
