@@ -104,7 +104,7 @@ def _coded(model: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _pixels(config: Any) -> Iterator[Tensor]:
-    """A random image in every form there is: flattened patches, patches, squares, patches of a batch, tiles."""
+    """A random image in every form there is: flattened patches, squares, patches, patches of a batch, tiles."""
     vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
 
     def first(*names: str, default: int) -> int:
@@ -115,8 +115,8 @@ def _pixels(config: Any) -> Iterator[Tensor]:
     patch = first("model_patch_size", "patch_size", default=8)
     frames = first("temporal_patch_size", "patch_temporal", default=1)
     yield torch.randn(16, channels * frames * patch**2)
-    yield torch.randn(16, channels, patch, patch)
     yield torch.randn(1, channels, side, side)
+    yield torch.randn(16, channels, patch, patch)
     yield torch.randn(1, 1, channels, side, side)
     yield torch.randn(1, 2, channels, side, side)
     yield torch.randn(1, 16, channels * patch**2)
