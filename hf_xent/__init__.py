@@ -1,6 +1,6 @@
 """Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.
 
-model = hf_xent.patch(model)                     # any AutoModelForCausalLM: same loss, no logits
+model = hf_xent.patch(model)                     # any language model of transformers: same loss, no logits
 model = hf_xent.patch(model, loss="emo")         # another loss: `hf-xent losses` lists them
 loss = hf_xent.linear_cross_entropy(hidden, weight, labels)
 stats = hf_xent.vocab_stats(hidden, hf_xent.Head(weight), labels)

@@ -23,6 +23,7 @@ from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
 from support.models import tiny, tiny_tokenizer
+from support.zoo import build
 
 runner = CliRunner()
 PHASES = ("loading the libraries", "loading the model", "reading the text", "evaluating", "training")
@@ -153,6 +154,19 @@ def test_check_prints_the_head_and_the_proof(model_folder):
     assert found["equal"] and found["lean"] and found["vocabulary"] == 97 and found["gradient_error"] < 1e-4
     shown = invoke("check", model_folder).stdout
     assert "equal" in shown and "LlamaForCausalLM" in shown
+
+
+@pytest.mark.parametrize(
+    ("mapping", "model_type"), [("Seq2seq", "t5"), ("Masked LM", "bert"), ("Masked LM", "modernbert")]
+)
+def test_check_loads_the_class_that_was_saved(mapping, model_type, model_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = build(mapping, model_type)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    found = json.loads(invoke("check", tmp_path, "--json").stdout)
+    assert found["equal"] and found["lean"] and found["model"] == type(model).__name__
 
 
 def test_losses_lists_the_registry():

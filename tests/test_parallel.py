@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import distributed as dist
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import hf_xent
+from hf_xent.lazy import LazyLogits
 from hf_xent.losses import EISL, CrossEntropy, Focal
 from hf_xent.ops import Head, Shard, map_logits, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
@@ -123,8 +125,11 @@ def beyond(tensors, labels, shard=None):
     stats = vocab_stats(own["hidden"], head, labels, outputs=("entropy", "lse"), memory_budget=1500)
     passes, request = [own["hidden"], own["hidden"].roll(1, 0)], Request(memory_budget=1500)
     divergent, _ = stream_divergence(rdrop(), passes, head, labels, request)
-    found = {"eisl": sequences, "rows": rows, "passes": divergent}
-    found |= {name + " of": torch.autograd.grad(found[name], leaves) for name in ("eisl", "passes")}
+    lazy = LazyLogits.of(own["hidden"], replace(head, scale=1.0, softcap=None)) * 0.5
+    biased = F.cross_entropy((lazy + torch.linspace(-3, 3, V)[None]).flatten(0, 1), labels.flatten())
+    assert lazy.state.materialized == 0, "a bias that every rank has in full is cut to its tokens"
+    found = {"eisl": sequences, "rows": rows, "passes": divergent, "biased": biased}
+    found |= {name + " of": torch.autograd.grad(found[name], leaves) for name in ("eisl", "passes", "biased")}
     found["rows of"] = torch.autograd.grad(rows.square().sum(), leaves)
     for name, total in (("smooth", smooth), ("entropy", (stats.entropy * stats.lse).sum())):
         grads = torch.autograd.grad(total, leaves, create_graph=True)

@@ -48,6 +48,7 @@ API = {
     "triton.runtime.JITFunction": ("ops", ()),
     # transformers: how a model finds its loss, and what our trainers override or read
     "transformers.PreTrainedModel.loss_function": ("patching", ()),
+    "transformers.loss.loss_utils.ForMaskedLMLoss": ("patching", ("logits", "labels", "vocab_size")),
     "transformers.PreTrainedModel._keys_to_ignore_on_save": ("trainers", ()),
     "transformers.PreTrainedConfig.get_config_dict": ("ln_free", ("pretrained_model_name_or_path",)),
     "transformers.PreTrainedConfig._attn_implementation": ("ln_free", ()),

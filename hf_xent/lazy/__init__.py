@@ -18,8 +18,19 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 """
 
 from . import arithmetic, consumers, shapes, traced_rules  # noqa: F401  they register their rules
+from .objective import OBJECTIVE, Objective, check_sequences
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
 from .traced import TracedLogits
 
-__all__ = ["LazyLogits", "PatchState", "Seam", "TokenSums", "TracedLogits", "next_token_labels"]
+__all__ = [
+    "OBJECTIVE",
+    "LazyLogits",
+    "Objective",
+    "PatchState",
+    "Seam",
+    "TokenSums",
+    "TracedLogits",
+    "check_sequences",
+    "next_token_labels",
+]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..ops import Head
 from ..ops.higher import under_function_transform
+from ..ops.rows import FLOATS
 from .answers import register
 from .operands import Operand
 from .shapes import derive
@@ -49,14 +50,17 @@ def _add(x: LazyLogits, other: Any) -> Any:
     """The sum with another product of the same shape (of a LoRA branch), or with a bias over the vocabulary (BART)."""
     if isinstance(other, LazyLogits) and not other.is_dense:
         return _add_products(x, other)
-    if not isinstance(other, Tensor) or not is_linear(x):
+    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs:
         return NotImplemented
-    same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
+    can_join = other.dtype in FLOATS and other.device == x.device == x.hidden.device
     is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
-    if not same_kind or not is_bias:
+    shard = x.raw.shard
+    if not can_join or not is_bias or (shard is not None and other.requires_grad):
         return NotImplemented
-    bias = other.reshape(-1) / x.recipe.inner
-    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
+    dtype = torch.promote_types(x.dtype, other.dtype)  # torch's; under autocast a bias is wider than the product
+    bias = (other.reshape(-1) / x.recipe.inner).to(x.hidden.dtype)
+    bias = bias if shard is None else bias[shard.start : shard.start + x.raw.size]
+    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias), dtype=dtype)
 
 
 def _subtract(x: LazyLogits, other: Any) -> Any:

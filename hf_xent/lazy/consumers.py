@@ -18,6 +18,7 @@ from ..ops import Stats
 from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
+from .objective import loss_of
 from .shapes import canonical_dim, derive, detach
 from .tensor import LazyLogits
 
@@ -32,7 +33,10 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """`F.cross_entropy` of [N, V] and class indices; 0, not NaN, if every label is ignored, since DDP averages it."""
+    """`F.cross_entropy` of [N, V] and class indices; 0, not NaN, if every label is ignored, since DDP averages it.
+
+    While a patched model is called, the loss that it is patched with takes its place.
+    """
     indices = (
         isinstance(target, Tensor) and not target.is_floating_point() and x.ndim == 2 and target.shape == x.shape[:1]
     )
@@ -42,9 +46,15 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     target = token_ids(target.to(x.hidden.device))
     request = replace(x.state.request, ignore_index=ignore_index)
-    objective = CrossEntropy.like_torch(weight, label_smoothing)
-    loss, stats = objective.reduced(x.hidden, x.head, target, request, Reduction(reduction))
-    return x.state.counted(loss, stats).to(x.device, x.dtype)
+    plain = CrossEntropy.like_torch(weight, label_smoothing)
+    loss, rows = loss_of(x, plain)
+    token_weight = None
+    if weight is not None and loss is not plain:
+        token_weight = weight.to(target.device)[torch.where(target == ignore_index, 0, target)].reshape(rows)
+    reduce, hidden = Reduction(reduction, token_weight=token_weight), x.hidden.reshape(*rows, -1)
+    value, stats = loss.reduced(hidden, x.head, target.reshape(rows), request, reduce)
+    value = x.state.counted(value, stats)
+    return value.reshape(target.shape if reduce.unreduced else ()).to(x.device, x.dtype)
 
 
 def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:

@@ -62,6 +62,8 @@ class PatchState:
     """The model's mode in its last forward."""
     sums: TokenSums = field(default_factory=TokenSums)
     """Sums over tokens, by mode, if anything is observed."""
+    traced_objective: Any = None
+    """The objective of the call that torch.compile traces (`objective.Objective`)."""
     key: int = field(init=False, repr=False, compare=False)
     """What names this state in a compiled program; copies have another one."""
 

@@ -40,6 +40,8 @@ class TracedLogits:
         state: Options and counts of the patched model.
     """
 
+    parent = None  # a compiled program has no views whose memory someone could write to
+
     def __init__(self, hidden: Tensor, raw: Head, recipe: Recipe, dtype: torch.dtype, state: PatchState):
         self.hidden, self.raw, self.recipe, self.dtype, self.state = hidden, raw, recipe, dtype, state
         self.values: Tensor | None = None

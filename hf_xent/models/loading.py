@@ -10,12 +10,14 @@ from typing import Any
 from .packaged import DEFAULT, PACKAGED, checkpoint
 
 
-def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
+def load(model: str = DEFAULT, dtype: Any = "auto", *, as_saved: bool = False) -> tuple[Any, Any]:
     """A causal LM and its tokenizer.
 
     Args:
         model: A packaged model's name (`packaged.PACKAGED`), a checkpoint's folder, or a Hub id.
         dtype: As in transformers' `from_pretrained`; 'auto' is the dtype the weights were saved in.
+        as_saved: Whether to load the class that the checkpoint was saved from, if it is one of transformers' (such as
+            `T5ForConditionalGeneration`), and not a causal LM.
 
     Returns:
         The model, in evaluation mode as transformers loads it, and the tokenizer beside it.
@@ -27,7 +29,8 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: it takes seconds
 
     with explain_load_errors(model) as source:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loader = (_saved_class(source) if as_saved else None) or AutoModelForCausalLM
+        loaded = loader.from_pretrained(source, dtype=dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for GPT-2
@@ -36,6 +39,14 @@ def load(model: str = DEFAULT, dtype: Any = "auto") -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
+
+
+def _saved_class(source: str) -> Any:
+    """The class of transformers that a checkpoint names in its configuration, or None."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    return getattr(transformers, (config.architectures or [""])[0], None)
 
 
 def resolve(model: str) -> str:

@@ -15,13 +15,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, PatchState, TracedLogits, next_token_labels
+from ..lazy import (
+    OBJECTIVE,
+    LazyLogits,
+    Objective,
+    PatchState,
+    TracedLogits,
+    check_sequences,
+    next_token_labels,
+)
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
+from ..ops.rows import token_ids
 from .split_sequences import refuse_unshifted
 from .trl import FusedCall, FusedHead
 
-_LABELS = ("labels", "shift_labels")
 COMPILED = "torch.compile traces the model (torch_compile=True)"
 TRANSFORMED = "the model runs under torch.func or forward-mode differentiation, which lazy logits do not support"
 _WITHOUT_LABELS = "the model was called without labels, so its loss is computed outside: pass always=True"
@@ -65,6 +73,7 @@ class Call:
     outer: Call | None  # the call within which it happens
     lazy_now: bool = False  # whether the head has to return lazy logits
     scored: bool = True  # whether the objective has computed the loss, or does not have to
+    objective: Objective | None = None  # the objective, for the cross-entropies that the model computes itself
     entered: bool = False  # whether the model's forward has begun
     lazy: bool = False  # whether the head returned lazy logits
     reason: str = ""  # why it did not
@@ -86,8 +95,10 @@ class Call:
         if labeled:
             refuse_unshifted(model, kwargs)
         call.lazy_now = labeled or patch.always > 0
-        objective = _objective_of(model)
+        objective = objective_of(model)
         call.scored = objective is None or not labeled
+        call.objective = None if objective is None else Objective(objective.loss, patch.state)
+        OBJECTIVE.set(call.objective)
         if not kwargs.get("fused_lm_head"):
             return kwargs
         if objective is not None:
@@ -106,6 +117,7 @@ class Call:
         if call is None or call.model is not model:
             return output
         CALL.set(call.outer)
+        OBJECTIVE.set(None if call.outer is None else call.outer.objective)
         if output is None:
             return None
         state = call.patch.state
@@ -113,13 +125,9 @@ class Call:
             state.bypass(call.reason or (_REPLACED if call.lazy_now else _WITHOUT_LABELS))
         if call.fused is not None:
             return call.fused.answer(output)
-        objective = _objective_of(model)
-        if objective is not None and not call.scored:
-            raise RuntimeError(
-                f"{type(model).__name__} computed its own loss and never called loss_function, so {objective.loss!r}"
-                " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss"
-                " to out.logits"
-            )
+        objective = objective_of(model)
+        if objective is not None and not (call.scored or (call.objective and call.objective.used)):
+            raise RuntimeError(unused(model, objective))
         return output
 
     @property
@@ -139,17 +147,19 @@ class Call:
 CALL: ContextVar[Call | None] = ContextVar("CALL", default=None)  # the innermost one of this thread
 
 
-def _objective_of(model: nn.Module) -> ModelLoss | None:
+def objective_of(model: nn.Module) -> ModelLoss | None:
     """The objective that is set on a model now: a replica has its own, and a user may have set another loss since."""
     module = model._modules.get("_loss_function")
     return module if isinstance(module, ModelLoss) else None
 
 
 def has_labels(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a model has labels; `names` are the parameters of its forward."""
-    if any(kwargs.get(name) is not None for name in _LABELS):
-        return True
-    return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
+    """Whether a call has labels of any kind (models of speech have `text_labels` and others).
+
+    `names` are the parameters of the model's forward.
+    """
+    passed = (*zip(names, args, strict=False), *kwargs.items())
+    return any(name.endswith("labels") and value is not None for name, value in passed)
 
 
 def parameters_of(model_class: Any) -> tuple[str, ...]:
@@ -157,13 +167,26 @@ def parameters_of(model_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
+def unused(model: nn.Module, objective: ModelLoss) -> str:
+    """The error of an objective that a model's loss did not use."""
+    return (
+        f"{type(model).__name__} computed its loss without a cross-entropy of its head's logits, so {objective.shown}"
+        " had no effect: call the model with patch(model, always=True) and without labels, and apply the loss to"
+        " out.logits"
+    )
+
+
 class ModelLoss(nn.Module):
-    """A `Loss` in place of a causal LM's `loss_function`; its tensors follow the model's device and are never saved."""
+    """A `Loss` in place of a model's `loss_function`; its tensors follow the model's device and are never saved.
+
+    It is not called by models that compute their cross-entropy themselves; see `hf_xent.lazy.objective`.
+    """
 
     def __init__(self, loss: Loss, state: PatchState):
         super().__init__()
         self.loss, self.state = loss, state
-        self._shown = repr(loss)  # torch.compile cannot trace the repr of a dataclass
+        self.next_token = True  # whether labels are those of the next position, as `ForCausalLMLoss` reads them
+        self.shown = repr(loss)  # torch.compile cannot trace the repr of a dataclass
 
     def forward(
         self,
@@ -175,17 +198,19 @@ class ModelLoss(nn.Module):
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """The loss of next-token labels, as in `ForCausalLMLoss`: the mean, or the sum over `num_items_in_batch`."""
+        """The mean loss of all labels, or the sum over `num_items_in_batch`, as in transformers' own functions."""
         traced = isinstance(logits, TracedLogits) and logits.values is None
         if not traced and (not isinstance(logits, LazyLogits) or logits.is_dense):
-            raise RuntimeError(f"{self._shown} needs the head's hidden states, but {self._why_dense()}")
-        call = None if traced else CALL.get()
-        if call is not None:
+            raise RuntimeError(f"{self.shown} needs the head's hidden states, but {self._why_dense()}")
+        if traced:
+            self.state.traced_objective.used = True
+        elif (call := CALL.get()) is not None:
             call.scored = True
         targets = shift_labels
         if targets is None:
             assert labels is not None  # models call it with one of them
-            targets = next_token_labels(labels, ignore_index)
+            targets = next_token_labels(labels, ignore_index) if self.next_token else token_ids(labels)
+        check_sequences(self.loss, logits.shape[:-1])
         targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
         request = replace(self.state.request, ignore_index=ignore_index)
         reduction = Reduction(num_items=num_items_in_batch)

@@ -10,15 +10,16 @@ How far two correct runs differ by rounding depends on the CPU and the dtype, so
                softmax and their gradients. The patched model may be FACTOR times as far from the stock one: they round
                independently (sqrt(2)), and the noise of a gradient of few numbers may be small by chance in one run.
 
-Where float64 is not available (a head that is sharded, offloaded, or on a device without it), the second has the
-tolerances ASSUMED. A gradient's error is relative to its norm, but at least to a thousandth of the norm of all
-gradients together: some are zero except for rounding (key biases).
+Where float64 is not available (a head that is sharded, offloaded, or on a device without it), or is the model's own
+dtype, so that its exact run shows no noise, the second has the tolerances ASSUMED. A gradient's error is relative to
+its norm, but at least to a thousandth of the norm of all gradients together: some are zero except for rounding (key
+biases).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager as Context
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from ..lazy import LazyLogits, PatchState
 from ..models.contexts import eval_mode
 from .float64 import in_float64, supports_float64
 from .heads import inner_of, layers_of
+from .output_layer import output_layer_of
 
 EXACT = 1e-6  # float64 leaves 1e-13 in the hidden states' gradient; the layers below may amplify it
 FACTOR = 8.0
@@ -119,14 +121,17 @@ class Comparison:
 
 
 def run_both_ways(
-    model: nn.Module, stock: Callable[[], Context[nn.Module]], patched: Callable[[], Context[PatchState]], tokens: int
+    model: nn.Module,
+    stock: Callable[[], Context[nn.Module]],
+    patched: Callable[[], Context[PatchState]],
+    batch: int | Mapping[str, Any],
 ) -> Comparison:
-    """Compare a model in the context `stock` with itself in `patched`; it is left as it was."""
+    """Compare a model in the context `stock` with itself in `patched`, on a batch or so many random tokens."""
     inner: Any = inner_of(model)
     head = layers_of(inner)[0]
     dtype = head.weight.dtype if head.weight.is_floating_point() else inner.get_input_embeddings().weight.dtype
     with eval_mode(inner):
-        runner = _Runner(model, _tokens(head, tokens))
+        runner = _Runner(model, _tokens(inner, head, batch) if isinstance(batch, int) else dict(batch))
         truth, exact, exact_tolerance = runner.run_in_float64(inner, stock, patched)
         with stock():
             expected = runner()
@@ -152,7 +157,7 @@ def run_both_ways(
         gradient_error=errors.gradients.get(errors.worst, 0.0),
         worst=errors.worst,
         noise=noise,
-        tolerance=ASSUMED[dtype.itemsize] if noise is None else FACTOR * noise,
+        tolerance=ASSUMED[dtype.itemsize] if noise is None or dtype == torch.float64 else FACTOR * noise,
         exact_loss_error=None if exact is None else exact.loss,
         exact_gradient_error=None if exact is None else exact.gradients.get(exact.worst, 0.0),
         exact_tolerance=exact_tolerance,
@@ -173,17 +178,17 @@ class _Result:
 
 
 class _Runner:
-    """Runs a model on tokens, with the same random numbers each time."""
+    """Runs a model on a batch, with the same random numbers each time."""
 
-    def __init__(self, model: nn.Module, ids: Tensor):
-        self.model, self.ids = model, ids
+    def __init__(self, model: nn.Module, batch: dict[str, Any]):
+        self.model, self.batch = model, batch
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def __call__(self) -> _Result:
-        devices = [self.ids.device] if self.ids.is_cuda else []
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        devices = {x.device for x in self.batch.values() if isinstance(x, Tensor) and x.is_cuda}
+        with torch.enable_grad(), torch.random.fork_rng(list(devices)):
             torch.manual_seed(0)
-            out = self.model(input_ids=self.ids, labels=self.ids)
+            out = self.model(**self.batch)
             parameters = list(self.parameters.values())
             grads = torch.autograd.grad(out.loss, parameters, allow_unused=True) if parameters else ()
         gradients = {name: g for name, g in zip(self.parameters, grads, strict=True) if g is not None}
@@ -193,7 +198,7 @@ class _Runner:
         self, inner: Any, stock: Callable[[], Context[nn.Module]], patched: Callable[[], Context[PatchState]]
     ) -> tuple[_Result | None, _Errors | None, float]:
         """The stock model's exact run, the patched model's errors against it, and the tolerance for them."""
-        layer = inner.get_output_embeddings()
+        layer: Any = output_layer_of(inner)
         if not all(supports_float64(module) for module in layer.modules()):
             return None, None, EXACT
         try:
@@ -249,6 +254,13 @@ def _nan_as_inf(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _tokens(head: nn.Linear, count: int) -> Tensor:
+def _tokens(inner: nn.Module, head: nn.Linear, count: int) -> dict[str, Any]:
+    name = getattr(inner, "main_input_name", "input_ids")
+    if name != "input_ids":
+        raise ValueError(
+            f"model is a {type(inner).__name__}, which takes {name}, and not tokens alone: pass batch={{{name!r}: ...,"
+            " 'labels': ...}"
+        )
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator).to(head.weight.device)
+    ids = torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator).to(head.weight.device)
+    return {"input_ids": ids, "labels": ids}

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
 from ..ops.panels import Panels
+from .output_layer import output_layer_of
 from .quantized import is_stored, packed_by, stored_weight
 from .trl import is_float32_forward
 
@@ -51,16 +52,20 @@ def layers_of(inner: nn.Module) -> tuple[nn.Linear, nn.Module]:
     Raises: ValueError if there is no head, or it is not a plain linear layer.
     """
     name = type(inner).__name__
-    get: Any = getattr(inner, "get_output_embeddings", None)  # absent on modules that are not transformers models
-    head: Any = get() if get else None
+    head: Any = output_layer_of(inner)
     layer = head
     if head is None:
         raise ValueError(
-            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
+            f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head, or compute"
+            " its loss with hf_xent.linear_cross_entropy(hidden, weight, labels)"
         )
     head = within_adapters(head)
     if not (_is_linear(head) or is_stored(head)):
-        kind, remedy = type(head).__name__, "only nn.Linear heads can be streamed"
+        kind = type(head).__name__
+        remedy = (
+            "only nn.Linear heads can be streamed, so leave it unpatched, or compute its loss with"
+            " hf_xent.linear_cross_entropy(hidden, weight, labels)"
+        )
         if method := packed_by(head):
             kind, remedy = f"{kind} of {method}", "leave the head out of the quantization, or dequantize it"
         raise ValueError(f"model is a {name} whose head is a {kind}: {remedy}")

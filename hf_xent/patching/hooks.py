@@ -9,11 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import TracedLogits
+from ..lazy import Objective, TracedLogits
 from ..lazy.traced import dense
 from ..ops import Head
 from ..ops.higher import under_function_transform
-from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, has_labels, parameters_of, patch_on
+from .calls import (
+    CALL,
+    COMPILED,
+    OUTSIDE_OF_MODEL,
+    TRANSFORMED,
+    Call,
+    Patch,
+    has_labels,
+    objective_of,
+    parameters_of,
+    patch_on,
+    unused,
+)
 from .forwards import OwnForward, lazy_product
 from .heads import is_split, local_head, why_weight_is_freed
 from .quantized import compute_dtype
@@ -139,12 +151,16 @@ def traced_call(
 
     In evaluation the caller gets logits as a tensor, as of any compiled model, unless the patch is always lazy.
     """
-    outer, patch.traced = patch.traced, labeled or patch.always > 0
-    patch.state.training = model.training
+    state, objective = patch.state, objective_of(model)
+    outer = patch.traced, state.traced_objective
+    patch.traced, state.training = labeled or patch.always > 0, model.training
+    current = state.traced_objective = None if objective is None else Objective(objective.loss, state)
     try:
         output = forward(*args, **kwargs)
     finally:
-        patch.traced = outer
+        patch.traced, state.traced_objective = outer
+    if labeled and objective is not None and current is not None and not current.used:
+        raise RuntimeError(unused(model, objective))
     if model.training or patch.always > 0:
         return output
     if isinstance(output, tuple):

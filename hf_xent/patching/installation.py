@@ -47,8 +47,11 @@ class Installation:
         self.hooks = (first, inner.register_forward_hook(after_forward, always_call=True))
         inner.__dict__["_hf_xent"] = self
         if self.objective is not None:
+            from transformers.loss.loss_utils import ForMaskedLMLoss  # here, since the import takes seconds
+
             self.loss_function = inner.__dict__.get("_loss_function")
             model_class: Any = type(inner)  # of transformers, so it has the property
+            self.objective.next_token = inner.loss_function is not ForMaskedLMLoss
             model_class.loss_function.fset(inner, self.objective)  # nn.Module.__setattr__ would shadow the property
 
     def remove(self, inner: Any) -> None:

@@ -3,13 +3,14 @@
 The head's *instance* `forward` returns `LazyLogits` while the model is called for a loss. Such a call is noticed where
 the model's forward begins: by hooks if the model is called, by an instance `forward` if that is called directly.
 No class and no global is changed, and `unpatch` deletes what was set. Another objective is set as the model's
-`loss_function` (by its official setter): a module that reads hidden states and head from the lazy logits.
+`loss_function` (by its official setter): a module that reads hidden states and head from the lazy logits. In models
+that do not call it, the objective answers the cross-entropies of their logits (`hf_xent.lazy.objective`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -38,9 +39,9 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     impl: str | None = None,
     memory_budget: int | None = None,
     tail: float = 0.0,
-    verify: bool = False,
+    verify: bool | Mapping[str, Any] = False,
 ) -> Model:
-    """Make a causal LM compute its loss, or another one, without logits; the model is changed in place.
+    """Make a language model compute its loss, or another one, without logits; the model is changed in place.
 
     Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
     again replaces the earlier patch. If the head cannot be streamed (a compiled model, an offloaded head), the model
@@ -48,15 +49,16 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
 
     Args:
         model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.
-        loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`; None keeps the
-            model's own cross-entropy.
+        loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`, in the place of
+            the model's cross-entropy, whose targets it gets; None keeps the cross-entropy.
         observe: Names of statistics to sum beside the loss (see `PatchState.take`).
         always: Whether logits are lazy without labels too, for losses that are computed outside the model.
         impl: 'reference', 'chunked' or 'triton' (see `hf_xent.vocab_stats`).
         memory_budget: Bytes of logits in memory at a time (see `hf_xent.vocab_stats`).
         tail: Relative error allowed in the gradient of the logits, to compress that of unlikely tokens (see
             `hf_xent.vocab_loss`); 0 is exact.
-        verify: Whether to run a few tokens stock and patched, without the tail, and to raise an error if they differ.
+        verify: Whether to run a few tokens stock and patched, without the tail, and to raise an error if they differ;
+            or the batch to run, as in `compare`.
 
     Returns:
         The same model.
@@ -81,7 +83,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         installation.objective = ModelLoss(objective, state)
     installation.install(model)
     if verify:
-        report = compare(model)
+        report = compare(model, batch=None if isinstance(verify, bool) else verify)
         if not report.equal:
             unpatch(model)
             raise RuntimeError(
@@ -189,20 +191,21 @@ def lazily(model: nn.Module) -> Iterator[None]:
         installation.always -= 1
 
 
-def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
-    """Compare loss and every parameter's gradient, stock and patched, on random tokens; the model is left as it was.
+def compare(model: nn.Module, *, tokens: int = 24, batch: Mapping[str, Any] | None = None) -> Comparison:
+    """Compare loss and every parameter's gradient, stock and patched, on a few tokens; the model is left as it was.
 
     The model's own loss is compared, whatever loss it may be patched with.
 
     Args:
         model: As in `patch`.
-        tokens: How many tokens to run, in two rows.
+        tokens: How many random tokens to run, in two rows, if there is no batch.
+        batch: Arguments of the model with labels among them, for one that takes more than `input_ids` and `labels`.
 
     Returns:
         How far the two runs differ, and whether that is more than rounding.
 
     Raises:
-        ValueError: As in `patch`.
+        ValueError: As in `patch`; or the model takes more than tokens (`main_input_name`), and there is no batch.
     """
 
     @contextmanager
@@ -210,7 +213,7 @@ def compare(model: nn.Module, *, tokens: int = 24) -> Comparison:
         with patched(model):
             yield patch_state(model)
 
-    return run_both_ways(model, lambda: unpatched(model), streamed, tokens)
+    return run_both_ways(model, lambda: unpatched(model), streamed, tokens if batch is None else batch)
 
 
 def patch_state(model: nn.Module) -> PatchState:

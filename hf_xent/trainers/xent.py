@@ -1,9 +1,9 @@
-"""Training of causal LMs without logits, under any registered loss.
+"""Training of language models without logits, under any registered loss.
 
 What changes with respect to `transformers.Trainer`: the model is patched, and the statistics of the tokens that its
 loss computes anyway (entropy, accuracy, perplexity) are logged.
 
-Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with a language-modeling collator.
+Data: `input_ids` and `labels` (or what else the model takes), or `input_ids` alone with a language-modeling collator.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class XentConfig(Options, Tokenless, TrainingArguments):
 
 
 class XentTrainer(Method, Carded, SplitSequences, Trainer):
-    """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
+    """Fine-tunes a language model under a loss of the registry; see the module's docstring.
 
         loss = sum over all labels of a step of loss_t / their number          by default -log p(label)
 
@@ -71,7 +71,8 @@ class XentTrainer(Method, Carded, SplitSequences, Trainer):
     one method derive from this one: they name their configuration and override `_objective` or `compute_loss`.
 
     Args:
-        model: A causal LM (`AutoModelForCausalLM`, or a PEFT model around one). It is patched.
+        model: A language model (`AutoModelForCausalLM`, `AutoModelForSeq2SeqLM`, `AutoModelForMaskedLM`, or a PEFT
+            model around one). It is patched.
         args: The configuration; `XentConfig(output_dir="out")` if it is left out.
         loss: Registry name or `hf_xent.losses.Loss`; it takes precedence over `args.loss`.
         **kwargs: As for `transformers.Trainer`. Rows of the data sets have `input_ids` and `labels`, or `input_ids`

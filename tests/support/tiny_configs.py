@@ -35,6 +35,7 @@ FORCED: dict[str, Any] = {
     "is_decoder": True,
     "use_cache": False,  # training needs none, and hybrids ask it for a layer of attention, which few layers may lack
     "image_grid_pinpoints": [[32, 32]],  # the resolutions an image is cut to tiles at
+    "sparse_prediction": True,  # ModernBERT's: the head is called for labeled tokens alone
 }
 
 # What integers become, by the first pattern that fits the whole name of their field; any other is at most 32.
@@ -59,7 +60,7 @@ SIZES: list[tuple[str, int]] = [
     (r"patch_embed_hidden_size", 3 * 8 * 8),
     (r"num_patches", 16),
     (r"mm_tokens_per_image|latent_query_num", 4),
-    (r"pooling_kernel_size", 2),
+    (r"pooling_kernel_size|num_filters", 2),
 ]
 # Fields that are None by default and must not be.
 ABSENT = re.compile(
@@ -70,6 +71,8 @@ _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}  # of half a head of 8
 _CODES = {i: 10 + i for i in range(32)}  # tokens of a picture's codes, below those of text_inputs
+_READS_THE_FIRST = {"decoder_start_token_id": 0, "pad_token_id": 0, "decoder": {"add_cross_attention": True}}
+_SHALLOW = {"depths": [1] * 7}
 # What a configuration class needs beyond its fields' names, and why.
 OVERRIDES: dict[str, dict[str, Any]] = {
     # read by the layers, not given by the class
@@ -92,6 +95,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 32},
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
@@ -101,7 +106,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "Step3p7TextConfig": {"sliding_window": 8},
     "XmodConfig": {"default_language": "en_XX"},
+    # None by default, or too few for text_inputs
+    "EsmConfig": {"vocab_size": V},
+    "EsmcConfig": {"num_key_value_heads": 4, "vocab_size": V},
+    "SpeechT5Config": {"vocab_size": V},
     # rotary sections are checked against the head, or have an entry a layer type
+    "HYV4VLTextConfig": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": _MROPE}},
     "Cosmos3EdgeTextConfig": {"rope_parameters": _MROPE},
     # its sections are of height, width and time, not time first
@@ -116,6 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ZambaConfig": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     # sizes that have to fit another's: heads the expanded hidden size, factors the sequence, projectors merged patches
+    "Apertus1p5Config": {"image_token_offset": 0, "audio_token_offset": 32},
     "AriaConfig": {"projector_patch_to_query_dict": {16: 8}},
     "DeepseekOcr2SamVisionConfig": {"downsample_channels": [32, 32]},
     "Emu3VQVAEConfig": {"hidden_size": 128},
@@ -131,6 +142,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "MuseGlimmerConfig": {"out_hidden_size": 128},
     "MuseSparkConfig": {"out_hidden_size": 128},
     "NemotronH_Omni_Reasoning_V3_Config": {"vision_config": {"video_temporal_patch_size": 2}},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 8},
+    "LEDConfig": {"attention_window": [8] * 4},
+    "LongformerConfig": {"attention_window": [8] * 4},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 4},
+    "MoonshineStreamingEncoderConfig": {"sample_rate": 16000},  # of frames of 5 ms
+    "NeoMMEConfig": {"head_dim": 16},
+    "Nemotron3DiarizationConfig": {"chunk_length": 8, "chunk_left_context": 2, "chunk_right_context": 2},
+    "NystromformerConfig": {"segment_means_seq_len": 12, "num_landmarks": 4, "conv_kernel_size": 5},
+    "VibeVoiceAcousticTokenizerConfig": _SHALLOW,
+    "VibeVoiceAcousticTokenizerEncoderConfig": _SHALLOW,
+    "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 3200},
     "ReformerConfig": {
         "axial_pos_shape": (3, 4),
         "axial_pos_embds_dim": (8, 24),
@@ -139,18 +161,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
     },
+    # its layers of windows have sizes of their own, which are no fields
+    "Dots3NoteTextConfig": {
+        **dict.fromkeys(("swa_num_attention_heads", "swa_num_key_value_heads"), 4),
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), 32),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), 8),
+        "swa_head_dim": 12,
+    },
     # else it replaces its layers in its first call, and draws random numbers for the new ones
     "BigBirdConfig": {"attention_type": "original_full"},
+    "BigBirdPegasusConfig": {"attention_type": "original_full"},
     # its own tower is one of timm's
     "FastVlmConfig": {"vision_config": SiglipVisionConfig},
     # drafts for another model, which has these
     "Gemma4AssistantConfig": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     # of two models, of which the second has to read the first
-    "VisionEncoderDecoderConfig": {
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "decoder": {"add_cross_attention": True},
-    },
+    "EncoderDecoderConfig": _READS_THE_FIRST,
+    "SpeechEncoderDecoderConfig": _READS_THE_FIRST,
+    "VisionEncoderDecoderConfig": _READS_THE_FIRST,
 }
 
 
@@ -166,6 +194,8 @@ def tiny_config(kind: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:
     config = kind(**values)
     if "rope_parameters" not in values:
         _split_rotation(config, **values)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # most checkpoints have it, and the inputs of a decoder start with it
     return config
 
 
