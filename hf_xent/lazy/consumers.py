@@ -20,6 +20,7 @@ from ..ops.rows import token_ids
 from .answers import register
 from .shapes import canonical_dim, derive, detach
 from .tensor import LazyLogits
+from .weighting import weigh
 
 
 def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
@@ -40,8 +41,10 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     if weight is not None and (label_smoothing or not _has_weight_per_class(weight, x)):
         return NotImplemented
-    target = token_ids(target.to(x.hidden.device))
-    token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
+    target, token_weight = weigh(x.state, token_ids(target.to(x.hidden.device)), ignore_index)
+    if weight is not None:
+        of_classes = weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
+        token_weight = of_classes if token_weight is None else of_classes * token_weight
     request = replace(x.state.request, ignore_index=ignore_index)
     reduce = Reduction(reduction, token_weight=token_weight)
     loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)

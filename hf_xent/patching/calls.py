@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, PatchState, next_token_labels
+from ..lazy import LazyLogits, PatchState, next_token_labels, weighting
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
 from .trl import FusedCall, FusedHead
@@ -66,6 +66,7 @@ class Call:
     lazy: bool = False  # whether the head returned lazy logits
     reason: str = ""  # why it did not
     fused: FusedCall | None = None  # the call of TRL's fused head, if it is one
+    weights: weighting.TokenWeights | None = None  # of its labels, if it was given any
 
     @classmethod
     def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -76,13 +77,19 @@ class Call:
         patch: Patch = model.__dict__["_hf_xent"]
         call = cls(model, patch, CALL.get())
         CALL.set(call)
+        weighting.CURRENT.set(None)
         patch.make_heads_lazy(model)
         patch.state.training = model.training
         patch.take_over_fused_head(model)
-        labeled = _has_labels(model, args, kwargs)
+        labels = _labels_of(model, args, kwargs)
+        labeled = bool(labels)
         call.lazy_now = labeled or patch.always > 0
         objective = _objective_of(model)
         call.scored = objective is None or not labeled
+        if kwargs.get(weighting.NAME) is not None:
+            call.weights = _weights_of(kwargs[weighting.NAME], labels, patch.state)
+            weighting.CURRENT.set(call.weights)
+        kwargs = {name: value for name, value in kwargs.items() if name != weighting.NAME}
         if not kwargs.get("fused_lm_head"):
             return kwargs
         if objective is not None:
@@ -101,11 +108,14 @@ class Call:
         if call is None or call.model is not model:
             return output
         CALL.set(call.outer)
+        weighting.CURRENT.set(call.outer and call.outer.weights)
         if output is None:
             return None
         state = call.patch.state
         if not call.lazy and (call.lazy_now or (model.training and torch.is_grad_enabled())):
             state.bypass(call.reason or (_REPLACED if call.lazy_now else _WITHOUT_LABELS))
+        if call.weights is not None and not call.weights.used:
+            raise RuntimeError(f"{weighting.NAME} had no effect: {call.why_unweighted()}")
         if call.fused is not None:
             return call.fused.answer(output)
         objective = _objective_of(model)
@@ -116,6 +126,14 @@ class Call:
                 " to out.logits"
             )
         return output
+
+    def why_unweighted(self) -> str:
+        """Why no loss of this call has asked for its token weights, and what to do."""
+        if self.fused is not None:
+            return "TRL's trainer takes its loss from log-probabilities: use hf_xent.trainers.StreamedSFTTrainer"
+        if not self.lazy:
+            return f"{self.reason or _REPLACED}: change that, or leave the weights out"
+        return "the model computes its own loss: call it with always=True and without labels, and weigh that of out.logits"
 
     @staticmethod
     def current(patch: Patch) -> Call | None:
@@ -135,11 +153,20 @@ def _objective_of(model: nn.Module) -> ModelLoss | None:
     return module if isinstance(module, ModelLoss) else None
 
 
-def _has_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if any(kwargs.get(name) is not None for name in _LABELS):
-        return True
+def _labels_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The labels of a call by the name of their argument, `labels` or `shift_labels`."""
     names = list(inspect.signature(type(model).forward).parameters)[1 : len(args) + 1]
-    return any(name in _LABELS and value is not None for name, value in zip(names, args, strict=False))
+    passed = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: passed[name] for name in _LABELS if passed.get(name) is not None}
+
+
+def _weights_of(values: Any, labels: dict[str, Any], state: PatchState) -> weighting.TokenWeights:
+    """The weights of a call's labels. Raises: ValueError if there are no labels, or they have another shape."""
+    if not labels:
+        raise ValueError(f"{weighting.NAME} is given without labels: pass both, or weigh the loss of out.logits")
+    own = next(iter(labels.values()))  # `labels` goes first
+    shifted = labels["shift_labels"] if len(labels) > 1 else None
+    return weighting.TokenWeights(weighting.check_weights(values, own.shape), own, shifted, state)
 
 
 class ModelLoss(nn.Module):
@@ -171,8 +198,9 @@ class ModelLoss(nn.Module):
             assert labels is not None  # models call it with one of them
             targets = next_token_labels(labels, ignore_index)
         targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
+        targets, weights = weighting.weigh(self.state, targets, ignore_index)
         request = replace(self.state.request, ignore_index=ignore_index)
-        reduction = Reduction(num_items=num_items_in_batch)
+        reduction = Reduction(num_items=num_items_in_batch, token_weight=weights)
         loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
         self.state.record(stats)
         return loss

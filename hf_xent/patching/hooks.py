@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits
+from ..lazy.weighting import NAME
 from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
@@ -80,6 +81,8 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if patch is None:
         return None
     if torch.compiler.is_compiling():
+        if NAME in kwargs:
+            raise RuntimeError(f"{NAME} is given, but {COMPILED}: leave torch_compile off, or the weights out")
         patch.state.reason = COMPILED
         return None
     return args, Call.begin(model, args, kwargs)

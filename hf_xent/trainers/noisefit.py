@@ -132,6 +132,7 @@ class NoiseFiTTrainer(XentTrainer):
     """
 
     config_class = NoiseFiTConfig
+    weighs_labels = False  # the loss of several passes has no weights
     args: NoiseFiTConfig
     means = ("divergence",)
     refused_arguments: Mapping[str, str] = {"compute_loss_func": OWN_LOSS}

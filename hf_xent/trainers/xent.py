@@ -3,7 +3,8 @@
 What changes with respect to `transformers.Trainer`: the model is patched, and the statistics of the tokens that its
 loss computes anyway (entropy, accuracy, perplexity) are logged.
 
-Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with a language-modeling collator.
+Data: `input_ids` and `labels` (as for any causal LM), or `input_ids` alone with a language-modeling collator; and the
+weights of labels in `token_weights` or `loss_weight`, see `hf_xent.trainers.weights`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ..patching import lazily, patch, patch_state
 from .base import Method, Options
 from .batches import refuse_unlabeled
 from .refusals import NO_MODEL_INIT, refuse_compilation
+from .weighted import Weighted
+from .weights import TOKENS
 
 
 @dataclass
@@ -56,12 +59,17 @@ class XentConfig(Options, Tokenless, TrainingArguments):
     )
 
 
-class XentTrainer(Method, Carded, Trainer):
+class XentTrainer(Weighted, Method, Carded, Trainer):
     """Fine-tunes a causal LM under a loss of the registry; see the module's docstring.
 
         loss = sum over all labels of a step of loss_t / their number          by default -log p(label)
 
-    The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Logged beside it:
+    The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Columns of the
+    data sets may weigh labels (`token_weights`, a list per row) and rows (`loss_weight`, a number); then the loss is
+
+        loss = sum over all labels of a step of w_t loss_t / sum of w_t          a weight of 0 is the label -100
+
+    Logged beside it, unweighted:
     `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
     last log; the same of every evaluation, under its prefix.
 
@@ -143,6 +151,11 @@ class XentTrainer(Method, Carded, Trainer):
         if self.compute_loss_func is None:
             refuse_unlabeled(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if TOKENS in inputs:
+            raise ValueError(
+                f"compute_loss_func is given, but a batch has {TOKENS}, which it does not get: remove the column, or use"
+                " a registered loss"
+            )
         with lazily(model):  # Trainer takes the labels out of the inputs, and calls the model without them
             return super().compute_loss(model, dict(inputs), *args, **kwargs)
 
