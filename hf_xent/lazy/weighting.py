@@ -63,7 +63,9 @@ def check_weights(weights: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Weights in float32 or float64. Raises: ValueError for another shape than labels have, or a value out of range."""
     if not isinstance(weights, Tensor) or weights.shape != shape:
         found = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"type {type(weights).__name__}"
-        raise ValueError(f"{NAME} has {found} but labels have shape {tuple(shape)}: pass a tensor, one weight per label")
+        raise ValueError(
+            f"{NAME} has {found} but labels have shape {tuple(shape)}: pass one per label, a tensor"
+        )
     weights = weights.detach()
     weights = weights if weights.dtype == torch.float64 else weights.float()
     wrong = weights[~((weights >= 0) & (weights < float("inf")))]  # NaN fails both

@@ -1,6 +1,6 @@
 """Columns of a data set that weigh its labels: `token_weights`, a list per row, and `loss_weight`, a number per row.
 
-    loss = sum_t w_t loss_t / sum_t w_t          w_t = loss_weight of the row x token_weights[t], each 1 if it is missing
+    loss = sum_t w_t loss_t / sum_t w_t          w_t = loss_weight of the row x token_weights[t], 1 where it is missing
 
 over the labels of all accumulated batches of a step and of all processes. The divisor is the sum of weights, not the
 number of tokens, so a weight of 0 is the label -100 (also in the statistics that are logged), and neither the scale of
@@ -20,6 +20,7 @@ from torch import Tensor
 
 TOKENS, ROW = "token_weights", "loss_weight"
 COLUMNS = (TOKENS, ROW)
+IDS = {"input_ids", "labels"}
 
 
 @dataclass
@@ -62,7 +63,7 @@ def checked(name: str, values: Any) -> Tensor:
         raise ValueError(f"{name} is {_short(values)}: give finite numbers >= 0 in every row") from None
     wrong = weights[~((weights >= 0) & (weights < float("inf")))]  # NaN fails both
     if wrong.numel():
-        raise ValueError(f"{name} has {float(wrong.flatten()[0])}: give finite numbers >= 0, of which 0 ignores a label")
+        raise ValueError(f"{name} has {float(wrong.flatten()[0])}: give finite numbers >= 0; 0 ignores a label")
     return weights
 
 
@@ -127,13 +128,13 @@ def _fit(table: Any) -> bool:
 
     values = []
     if TOKENS in table.column_names:
-        lengths = [compute.list_value_length(table[c]) for c in (TOKENS, *{"labels", "input_ids"} & {*table.column_names})]
+        lengths = [compute.list_value_length(table[c]) for c in (TOKENS, *IDS & {*table.column_names})]
         if any(lengths[0] != other for other in lengths[1:]):
             return False
         values.append(compute.list_flatten(table[TOKENS]))
     if ROW in table.column_names:
         values.append(table[ROW])
-    found = [torch.as_tensor(x.to_numpy().astype("float64", copy=False)) for x in values if not x.null_count]
+    found = [torch.as_tensor(x.to_numpy().astype("float64")) for x in values if not x.null_count]
     return len(found) == len(values) and all(bool(((x >= 0) & (x < float("inf"))).all()) for x in found)
 
 
