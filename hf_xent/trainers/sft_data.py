@@ -84,8 +84,11 @@ def parted(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mapped(dataset: Any, function: Any, *written: str) -> Any:
-    """A data set after a function of its rows, which writes columns of 64-bit labels and of weights."""
+    """A data set after a function of its rows, which reads the columns of weights and writes those that are named."""
+    read = [name for name in COLUMNS if name in (dataset.column_names or ())]
     if not isinstance(dataset, Dataset):
-        return dataset.map(function)
+        return dataset.map(function, remove_columns=read)
     types = {"labels": List(Value("int64")), TOKENS: List(Value("float32"))}
-    return dataset.map(function, features=Features({**dataset.features, **{name: types[name] for name in written}}))
+    kept = {name: x for name, x in dataset.features.items() if name not in read}
+    features = Features({**kept, **{name: types[name] for name in written}})
+    return dataset.map(function, remove_columns=read, features=features)
