@@ -21,6 +21,7 @@ from .answers import register
 from .objective import loss_of
 from .shapes import canonical_dim, derive, detach
 from .tensor import LazyLogits
+from .weighting import weigh
 
 
 def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
@@ -44,13 +45,15 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     if weight is not None and not _has_weight_per_class(weight, x):
         return NotImplemented
-    target = token_ids(target.to(x.hidden.device))
+    target, token_weight = weigh(x.state, token_ids(target.to(x.hidden.device)), ignore_index)
     request = replace(x.state.request, ignore_index=ignore_index)
     plain = CrossEntropy.like_torch(weight, label_smoothing)
     loss, rows = loss_of(x, plain)
-    token_weight = None
     if weight is not None and loss is not plain:
-        token_weight = weight.to(target.device)[torch.where(target == ignore_index, 0, target)].reshape(rows)
+        of_classes = weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
+        token_weight = of_classes if token_weight is None else of_classes * token_weight
+    if token_weight is not None:
+        token_weight = token_weight.reshape(rows)
     reduce, hidden = Reduction(reduction, token_weight=token_weight), x.hidden.reshape(*rows, -1)
     value, stats = loss.reduced(hidden, x.head, target.reshape(rows), request, reduce)
     value = x.state.counted(value, stats)

@@ -23,6 +23,7 @@ from ..lazy import (
     TracedLogits,
     check_sequences,
     next_token_labels,
+    weighting,
 )
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
@@ -78,6 +79,7 @@ class Call:
     lazy: bool = False  # whether the head returned lazy logits
     reason: str = ""  # why it did not
     fused: FusedCall | None = None  # the call of TRL's fused head, if it is one
+    weights: weighting.TokenWeights | None = None  # of its labels, if it was given any
 
     @classmethod
     def begin(cls, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class Call:
         patch: Patch = model.__dict__["_hf_xent"]
         call = cls(model, patch, CALL.get())
         CALL.set(call)
+        weighting.CURRENT.set(None)
         patch.make_heads_lazy(model)
         patch.state.training = model.training
         patch.take_over_fused_head(model)
@@ -99,6 +102,10 @@ class Call:
         call.scored = objective is None or not labeled
         call.objective = None if objective is None else Objective(objective.loss, patch.state)
         OBJECTIVE.set(call.objective)
+        if kwargs.get(weighting.NAME) is not None:
+            call.weights = _weights_of(kwargs[weighting.NAME], _labels_of(model, args, kwargs), patch.state)
+            weighting.CURRENT.set(call.weights)
+        kwargs = {name: value for name, value in kwargs.items() if name != weighting.NAME}
         if not kwargs.get("fused_lm_head"):
             return kwargs
         if objective is not None:
@@ -118,11 +125,14 @@ class Call:
             return output
         CALL.set(call.outer)
         OBJECTIVE.set(None if call.outer is None else call.outer.objective)
+        weighting.CURRENT.set(None if call.outer is None else call.outer.weights)
         if output is None:
             return None
         state = call.patch.state
         if not call.lazy and (call.lazy_now or (model.training and torch.is_grad_enabled())):
             state.bypass(call.reason or (_REPLACED if call.lazy_now else _WITHOUT_LABELS))
+        if call.weights is not None and not call.weights.used:
+            raise RuntimeError(f"{weighting.NAME} had no effect: {call.why_unweighted()}")
         if call.fused is not None:
             return call.fused.answer(output)
         objective = objective_of(model)
@@ -134,6 +144,14 @@ class Call:
     def float32(self) -> bool:
         """Whether the head multiplies in float32: in a call of TRL's fused head that asks for it."""
         return self.fused is not None and self.fused.head.cast_lm_head_to_fp32
+
+    def why_unweighted(self) -> str:
+        """Why no loss of this call has asked for its token weights, and what to do."""
+        if self.fused is not None:
+            return "TRL's trainer takes its loss from log-probabilities: use hf_xent.trainers.StreamedSFTTrainer"
+        if not self.lazy:
+            return f"{self.reason or _REPLACED}: change that, or leave the weights out"
+        return "the model computes its own loss: call it with always=True and no labels, and weigh that of out.logits"
 
     @staticmethod
     def current(patch: Patch) -> Call | None:
@@ -176,6 +194,22 @@ def unused(model: nn.Module, objective: ModelLoss) -> str:
     )
 
 
+def _labels_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The labels of a call by the name of their argument, `labels` or `shift_labels`."""
+    names = parameters_of(type(model))
+    passed = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: passed[name] for name in ("labels", "shift_labels") if passed.get(name) is not None}
+
+
+def _weights_of(values: Any, labels: dict[str, Any], state: PatchState) -> weighting.TokenWeights:
+    """The weights of a call's labels. Raises: ValueError if there are no labels, or they have another shape."""
+    if not labels:
+        raise ValueError(f"{weighting.NAME} is given without labels: pass both, or weigh the loss of out.logits")
+    own = next(iter(labels.values()))  # `labels` goes first
+    shifted = labels["shift_labels"] if len(labels) > 1 else None
+    return weighting.TokenWeights(weighting.check_weights(values, own.shape), own, shifted, state)
+
+
 class ModelLoss(nn.Module):
     """A `Loss` in place of a model's `loss_function`; its tensors follow the model's device and are never saved.
 
@@ -212,8 +246,9 @@ class ModelLoss(nn.Module):
             targets = next_token_labels(labels, ignore_index) if self.next_token else token_ids(labels)
         check_sequences(self.loss, logits.shape[:-1])
         targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
+        targets, weights = weighting.weigh(self.state, targets, ignore_index)
         request = replace(self.state.request, ignore_index=ignore_index)
-        reduction = Reduction(num_items=num_items_in_batch)
+        reduction = Reduction(num_items=num_items_in_batch, token_weight=weights)
         loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
         return self.state.counted(loss, stats)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..lazy import Objective, TracedLogits
 from ..lazy.traced import dense
+from ..lazy.weighting import NAME
 from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import (
@@ -97,7 +98,11 @@ def is_lazy(forward: Any) -> bool:
 def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hook before a patched model is called."""
     patch = patch_on(model)
-    if patch is None or torch.compiler.is_compiling():
+    if patch is None:
+        return None
+    if torch.compiler.is_compiling():
+        if NAME in kwargs:
+            raise RuntimeError(f"{NAME} is given, but {COMPILED}: leave torch_compile off, or the weights out")
         return None
     return args, Call.begin(model, args, kwargs)
 

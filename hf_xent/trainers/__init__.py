@@ -12,6 +12,7 @@ METHODS = {
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
+    "sft": ("StreamedSFTConfig", "StreamedSFTTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),

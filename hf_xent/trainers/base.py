@@ -21,6 +21,7 @@ from ..options.ranges import check_flag, check_integer, check_number, check_text
 from .means import Sums
 from .refusals import refuse_arguments, refuse_options
 from .rows import IDS, check_rows
+from .weights import check_columns, refuse_columns
 
 Mixin: Any = object  # a mixin's methods call those of the trainer after it in the bases, unknown to type checkers
 Config = TypeVar("Config")
@@ -85,6 +86,8 @@ class Method(Mixin):
     """Keyword of the trainer -> why it cannot be passed."""
     averages_items = False
     """Whether the loss is a mean over a batch's items, not a sum over the tokens of all batches of a step."""
+    weighs_labels = False
+    """Whether columns that weigh labels have an effect; otherwise they are refused."""
     _in_training: bool | None = None  # True in a training step, False in an evaluation step, None outside of steps
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -95,10 +98,18 @@ class Method(Mixin):
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": kwargs.get("train_dataset"), **eval_sets}.items():
             if dataset is not None:
-                check_rows(name, dataset, self.columns)
+                self._check_rows(name, dataset)
         super().__init__(*args, **kwargs)
         if self.averages_items:  # training_step then divides by the number of accumulated batches
             self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
+
+    def _check_rows(self, name: str, dataset: Any) -> None:
+        """Raises: ValueError for a data set without rows, or whose columns the trainer cannot use."""
+        check_rows(name, dataset, self.columns)
+        if self.weighs_labels:
+            check_columns(name, dataset)
+        else:
+            refuse_columns(name, dataset, type(self).__name__)
 
     @classmethod
     def configured(cls, args: Config | None, arguments: Mapping[str, Any] | None = None) -> Config:
@@ -156,7 +167,7 @@ class Method(Mixin):
                 f" ({', '.join(map(str, names)) or 'none'})"
             )
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            check_rows("eval_dataset", eval_dataset, self.columns)
+            self._check_rows("eval_dataset", eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
@@ -165,7 +176,7 @@ class Method(Mixin):
         Raises:
             ValueError: `test_dataset` is not a data set.
         """
-        check_rows("test_dataset", test_dataset, self.columns)
+        self._check_rows("test_dataset", test_dataset)
         return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(

@@ -161,7 +161,8 @@ class LNRemovalTrainer(XentTrainer):
     ) -> Any:
         """The loss, and in training the auxiliary terms."""
         if num_items_in_batch is not None:  # without labels in the whole step the loss is 0, not 0 / 0
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+            items = torch.as_tensor(num_items_in_batch)
+            num_items_in_batch = torch.where(items == 0, 1, items)  # weights of labels may add up to less than 1
         if not model.training or not self._weights:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -131,6 +131,7 @@ class NoiseFiTTrainer(XentTrainer):
     """
 
     config_class = NoiseFiTConfig
+    weighs_labels = False  # the loss of several passes has no weights
     args: NoiseFiTConfig
     means = ("divergence",)
     splits_sequences = False

@@ -3,7 +3,8 @@
 What changes with respect to `transformers.Trainer`: the model is patched, and the statistics of the tokens that its
 loss computes anyway (entropy, accuracy, perplexity) are logged.
 
-Data: `input_ids` and `labels` (or what else the model takes), or `input_ids` alone with a language-modeling collator.
+Data: `input_ids` and `labels` (or what else the model takes), or `input_ids` alone with a language-modeling collator;
+and the weights of labels in `token_weights` or `loss_weight`, see `hf_xent.trainers.weights`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -22,49 +23,39 @@ from ..hub import Carded, Tokenless
 from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..patching import lazily, patch, patch_state
-from .base import Method, Options
+from .base import Method
 from .batches import refuse_unlabeled
+from .evaluated import Evaluated
+from .loss_options import LossOptions
 from .refusals import NO_MODEL_INIT
 from .split_sequences import SplitSequences
+from .weighted import Weighted
+from .weights import TOKENS
 
 
 @dataclass
-class XentConfig(Options, Tokenless, TrainingArguments):
-    """`transformers.TrainingArguments` and the loss.
+class XentConfig(LossOptions, Tokenless, TrainingArguments):
+    """`transformers.TrainingArguments`, the loss, and what evaluations measure.
 
     Raises:
         ValueError: A field has a value out of its range or of another type.
     """
 
-    ranges: ClassVar[dict[str, str]] = {"memory_budget": "[1, inf)", "tail": "[0, 1)"}
 
-    loss: str = field(
-        default="cross_entropy",
-        metadata={
-            "help": "Registry name of the loss, with options if any: 'focal:gamma=3'. `hf-xent losses` lists them."
-        },
-    )
-    memory_budget: int | None = field(
-        default=None,
-        metadata={"help": "Bytes of logits held at a time; default: half a byte for each number in the head, or more."},
-    )
-    tail: float = field(
-        default=0.0,
-        metadata={
-            "help": "Relative error allowed in the gradient of the logits by compressing unlikely tokens, such as 1e-3;"
-            " 0 is exact. For losses that depend on log p alone."
-        },
-    )
-
-
-class XentTrainer(Method, Carded, SplitSequences, Trainer):
+class XentTrainer(Weighted, Evaluated, Method, Carded, SplitSequences, Trainer):
     """Fine-tunes a language model under a loss of the registry; see the module's docstring.
 
         loss = sum over all labels of a step of loss_t / their number          by default -log p(label)
 
-    The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Logged beside it:
-    `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the model, means over tokens since the
-    last log; the same of every evaluation, under its prefix.
+    The loss is divided by the number of tokens of the whole accumulated batch, as transformers does. Columns of the
+    data sets may weigh labels (`token_weights`, a list per row) and rows (`loss_weight`, a number); then the loss is
+
+        loss = sum over all labels of a step of w_t loss_t / sum of w_t          a weight of 0 is the label -100
+
+    Logged beside it, unweighted: `perplexity` and `mean_token_accuracy` of the labels, and `entropy` (nats) of the
+    model, means over tokens since the last log; the same of every evaluation, under its prefix, with what the options
+    `eval_top_k`, `eval_calibration` and `eval_bits_per_byte` name (`hf_xent.trainers.evaluation`). With
+    `streamed_metrics`, `compute_metrics` gets `StreamedMetrics` in place of logits.
 
     A loss that depends on the pretrained head (EMO's frozen cost) reads it from `model` as it is passed here, so pass
     the pretrained model also when resuming. `label_smoothing_factor` is streamed too, for cross-entropy. Trainers of
@@ -131,17 +122,34 @@ class XentTrainer(Method, Carded, SplitSequences, Trainer):
                 " False, or liger_kernel_config={'fused_linear_cross_entropy': False}"
             )
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`; a `compute_loss_func` gets lazy logits.
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """As `Trainer`; a `compute_loss_func` gets lazy logits, and an evaluation's outputs may be without logits.
 
         Raises:
-            ValueError: A batch has no labels.
+            ValueError: A batch has no labels, or weights that a `compute_loss_func` does not get.
         """
         if self.compute_loss_func is None:
             refuse_unlabeled(inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with lazily(model):  # Trainer takes the labels out of the inputs, and calls the model without them
-            return super().compute_loss(model, dict(inputs), *args, **kwargs)
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        elif TOKENS in inputs:
+            raise ValueError(
+                f"compute_loss_func is given, but a batch has {TOKENS}, which it does not get: remove the column, or"
+                " use a registered loss"
+            )
+        else:
+            with lazily(model):  # Trainer takes the labels out of the inputs, and calls the model without them
+                result = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+        if not return_outputs:
+            return result
+        loss, outputs = result
+        measured = self._measured(outputs["logits"], inputs)
+        return loss, outputs if measured is None else {"loss": loss, **measured}
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; without labels the loss is NaN, as a stock model's: transformers leaves it out of the mean."""

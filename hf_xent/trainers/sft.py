@@ -1,0 +1,173 @@
+"""Supervised fine-tuning by TRL's data pipeline, under any registered loss, with weights of rows, tokens and turns.
+
+TRL's trainer takes its loss from log-probabilities, so it knows cross-entropy (and DFT) alone, and no weights
+(trl#5761). Here its step runs unchanged, but what it calls in place of the model returns the registered loss, computed
+without logits; its packing, padding-free batches, masks of prompts and of other turns than the assistant's, auxiliary
+losses and logs (`entropy`, `mean_token_accuracy`, `num_tokens`) stay.
+
+Data: as for `trl.SFTTrainer`. Weights, all of them optional and multiplied with each other: `loss_weight`, a number per
+row; `token_weights`, a list per row, beside `input_ids`; and `weight` in turns of `messages`, or of `prompt` and
+`completion` (`hf_xent.data.chat`). They come through tokenization, truncation and packing; the formula is that of
+`hf_xent.trainers.weights`. A weight has an effect on labels that TRL's masks leave.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from .. import losses
+from ..hub import Carded, Tokenless
+from ..lazy.weighting import check_weights
+from ..losses.base import Loss
+from ..losses.reduction import Reduction
+from ..patching import head_of, inner_of, lazily, patch, patch_state
+from .base import Method
+from .batches import lazy, targets
+from .evaluated import Evaluated
+from .loss_options import LossOptions
+from .refusals import refuse_compilation, refuse_encoder_decoder
+from .sft_data import Joined, mapped, parted, weighs
+from .weighted import Weighted
+from .weights import TOKENS, WithWeights
+
+
+@dataclass
+class StreamedSFTConfig(LossOptions, Tokenless, SFTConfig):
+    """`trl.SFTConfig`, the loss, and what evaluations measure.
+
+    Raises:
+        ValueError: A field has a value out of its range or of another type.
+    """
+
+
+class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
+    """`trl.SFTTrainer` under any registered loss, with weighted labels; see the module's docstring.
+
+        loss = sum over all labels of a step of w_t loss_t / sum of w_t          w_t = 1 without weights
+
+    Args:
+        model: A causal LM, or its Hub id or path. It is patched.
+        args: The configuration; `StreamedSFTConfig(output_dir="out")` if it is left out.
+        loss: Registry name or `hf_xent.losses.Loss`; it takes precedence over `args.loss`.
+        **kwargs: As for `trl.SFTTrainer`, but without `compute_loss_func`. A data collator of yours gets rows without
+            their weights.
+
+    Raises:
+        ValueError: An unknown loss, the configuration of another trainer, options without effect, weights that do not
+            fit their labels, or a model that cannot be patched.
+    """
+
+    config_class: type = StreamedSFTConfig
+    args: StreamedSFTConfig
+    refused_options: Mapping[str, str] = {
+        "loss_type": "the loss is chosen by loss: leave loss_type at 'nll'",
+        "label_smoothing_factor": "TRL would compute logits for it: choose loss='cross_entropy:label_smoothing=0.1'",
+        "use_liger_kernel": "Liger's loss would replace this trainer's: set it to False",
+    }
+    refused_arguments: Mapping[str, str] = {"compute_loss_func": "the loss is a registered one: pass loss"}
+    _name = "SFT"
+    _tag_names = ["trl", "sft", "hf_xent"]  # noqa: RUF012  TRL's attribute
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: StreamedSFTConfig | None = None,
+        *,
+        loss: str | Loss | None = None,
+        **kwargs: Any,
+    ):
+        args = self.configured(args, kwargs)
+        self.objective = losses.get(loss or args.loss)
+        if not isinstance(model, str):  # TRL loads a path or Hub id
+            refuse_encoder_decoder(model)
+            head_of(model)  # raises for a model that is not a language model
+            refuse_compilation(model, args, "this trainer reads the hidden states before them")
+        super().__init__(model=model, args=args, **kwargs)
+        patch(self.model, self.objective, memory_budget=args.memory_budget, tail=args.tail)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As TRL, in two passes if there are weights, which the labels carry through the second one."""
+        prepare = super()._prepare_dataset
+        if not weighs(dataset):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole: Any = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        dataset = mapped(dataset, Joined(self._tokenizer, self.chat_template), "labels")
+        dataset = prepare(dataset, processing_class, args, packing, None, dataset_name)
+        return mapped(dataset, parted, "labels", TOKENS)
+
+    def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
+        inner = data_collator.inner if isinstance(data_collator, WithWeights) else data_collator
+        super()._reject_skip_prepare_without_labels(datasets, inner)  # which looks at the collator's class
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As TRL, of the registered loss. Raises: ValueError if the logits are computed by something else."""
+        forward = _Forward(self, model, num_items_in_batch)
+        items = None if num_items_in_batch is None else torch.ones(())  # it has divided the loss already
+        return super().compute_loss(forward, dict(inputs), return_outputs, items)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As TRL; with `streamed_metrics`, the predictions are these, and no logits are computed."""
+        streamed = self.args.streamed_metrics and not prediction_loss_only
+        self._predictions: Any = None
+        step = super().prediction_step(model, inputs, prediction_loss_only or streamed, ignore_keys)
+        if not streamed:
+            return step
+        return step[0], tuple(self._predictions.values()), self._prepare_inputs(inputs)["labels"]
+
+    def _streamed_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> SimpleNamespace:
+        """What TRL's `compute_loss` reads of its fused head, with the registered loss as the log-probability."""
+        labels, weights = inputs.pop("labels"), inputs.pop(TOKENS, None)
+        with lazily(model):
+            output = model(**inputs)
+        logits = lazy(output.logits, labels.shape[1], type(self).__name__)
+        ids = targets({"labels": labels}).to(logits.hidden.device)
+        measured = {"labels": labels} if weights is None else {"labels": labels, TOKENS: weights}
+        if weights is not None:
+            weights = F.pad(check_weights(weights, labels.shape), (0, 1))[..., 1:].to(ids.device)
+            ids = torch.where(weights == 0, -100, ids)
+        state = patch_state(model)
+        request = replace(state.request, observe=("entropy", "top"))
+        objective = getattr(inner_of(model).loss_function, "loss", self.objective)  # with what it needs of the head
+        loss, stats = objective.reduced(logits.hidden, logits.head, ids, request, Reduction("mean", items, weights))
+        state.record(stats)
+        self._predictions = self._measured(logits, measured)
+        divisor = 1 if items is not None else stats.mask.sum().clamp(min=1)  # TRL divides by it
+        return SimpleNamespace(
+            log_probs=-loss.to(output.logits.device) * divisor,
+            label_mask=stats.mask,
+            entropy=stats.entropy,
+            is_top1=stats.is_top1,
+            aux_loss=getattr(output, "aux_loss", None),
+        )
+
+
+@dataclass(eq=False)
+class _Forward:
+    """Stands in for the model in TRL's `compute_loss`: a call of its fused head returns the registered loss."""
+
+    trainer: StreamedSFTTrainer
+    model: Any
+    items: Any
+
+    def __call__(self, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        """What TRL reads of the call."""
+        if fused_lm_head:
+            return self.trainer._streamed_loss(self.model, inputs, self.items)
+        return self.model(**{name: x for name, x in inputs.items() if name != TOKENS})
