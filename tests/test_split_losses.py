@@ -1,7 +1,7 @@
 """Every loss on a head that is split over ranks: two and four gloo processes equal one, values and all gradients.
 
-Two launches, of two processes and (slow) of four, serve all cases. The vocabulary of 97 divides by neither; the first and the
-last rank have labels, and some positions have none.
+Two launches, of two processes and (slow) of four, serve all cases. The vocabulary of 97 divides by neither; the first
+and the last rank have labels, and some positions have none.
 """
 
 from functools import cache, partial

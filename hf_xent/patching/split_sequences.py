@@ -39,7 +39,7 @@ def what_splits(model: nn.Module) -> str:
         return "torch's context_parallel"
     state: Any = sys.modules.get("accelerate.state")
     initialized = state is not None and state.is_initialized()
-    config = getattr(state.AcceleratorState(), "parallelism_config", None) if initialized else None
+    config: Any = getattr(state.AcceleratorState(), "parallelism_config", None) if initialized else None
     if model.training and getattr(config, "sp_enabled", False):  # in evaluation it is off
         return f"accelerate's sequence parallelism (sp_size={config.sp_size})"
     return ""
