@@ -55,7 +55,7 @@ class SplitSequences(Mixin):
                 " 1, or use hf_xent.XentTrainer with another loss"
             )
         forward = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters.values()
-        if config.sp_enabled and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
+        if not config.cp_enabled and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in forward):
             self._counts_tokens = self.loss_is_scaled_for_ga = True
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
