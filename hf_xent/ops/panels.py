@@ -42,7 +42,7 @@ class Stored(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows from `start` on, [stop - start, D], without a graph; 0 <= start <= stop <= V."""
+        """Its rows from `start` on, [stop - start, D], without a graph; 0 <= start < stop <= V."""
         ...
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -104,6 +104,8 @@ class Panels:
     def rows(self, part: slice) -> Tensor:
         """Some of its rows as a tensor [n, D]."""
         view = self[part]
+        if not len(view):
+            return torch.empty(view.shape, dtype=self.dtype, device=self.device)
         return self.stored.rows(view.start, view.stop).to(self.dtype)
 
     def __getitem__(self, tokens: Any) -> Any:

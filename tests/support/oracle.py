@@ -195,7 +195,7 @@ class Allocations(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor:
             return out
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage().data_ptr() not in given:
                 self.shapes[tuple(tensor.shape)] += 1
         return out
 
