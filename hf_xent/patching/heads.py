@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
-from ..ops.panels import Panels
+from ..ops.panels import Matrix, Panels
 from .quantized import is_stored, packed_by, stored_weight
 
 _WRAPPED = ("module", "_fsdp_wrapped_module", "_orig_mod")  # the attributes in which wrappers keep the model
@@ -119,6 +119,16 @@ def local_head(linear: nn.Linear) -> Head | None:
     shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
     shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
+
+
+def whole_weight(linear: nn.Linear) -> Matrix:
+    """The weight of the whole vocabulary: gathered if the head is split over ranks, panels if it is quantized."""
+    weight: Any = linear.weight
+    if is_split(weight):
+        return weight.full_tensor()
+    head = local_head(linear)
+    assert head is not None, "only those that are split have none"
+    return head.weight
 
 
 def why_weight_is_freed(linear: nn.Linear) -> str:

@@ -22,7 +22,7 @@ from ..losses.cross_entropy import CrossEntropy
 from ..ops.request import Request
 from .calls import ModelLoss
 from .comparison import Comparison, run_both_ways
-from .heads import checked_head, inner_of, is_split, local_head
+from .heads import checked_head, inner_of, whole_weight
 from .hooks import is_lazy
 from .installation import Installation, installation_of
 
@@ -73,11 +73,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     objective.check_tail(tail)
     head = head_of(model)
     if type(objective).bind is not Loss.bind:
-        weight: Any = head.weight
-        if not is_split(weight):
-            local = local_head(head)
-            weight = weight if local is None else local.weight
-        objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
+        objective = objective.bind(whole_weight(head))
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))
