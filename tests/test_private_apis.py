@@ -243,6 +243,29 @@ HELD = {
     ),
     "peft: LoRA's base_layer": ("patching", lambda: isinstance(lora().base_layer, nn.Linear)),
     "peft: active_adapters": ("patching", lambda: [*lora().active_adapters] == ["default"]),
+    "bitsandbytes: Params4bit.quant_state": (
+        "patching",
+        lambda: says("self.quant_state", "bitsandbytes", "nn/modules.py"),
+    ),
+    "bitsandbytes: QuantState.state2": ("patching", lambda: says("self.state2 = ", "bitsandbytes", "functional.py")),
+    "bitsandbytes: QuantState.nested": ("patching", lambda: says("self.nested = ", "bitsandbytes", "functional.py")),
+    "bitsandbytes: QuantState.packing_format_for_cpu": (
+        "patching",
+        lambda: says("packing_format_for_cpu", "bitsandbytes", "nn/modules.py"),
+    ),
+    "bitsandbytes: Linear4bit.compute_type_is_set": (
+        "patching",
+        lambda: says("self.compute_type_is_set", "bitsandbytes", "nn/modules.py"),
+    ),
+    "bitsandbytes: Int8Params.SCB": ("patching", lambda: says("obj.SCB = SCB", "bitsandbytes", "nn/modules.py")),
+    "torchao: Int8Tensor.act_quant_kwargs": (
+        "patching",
+        lambda: says("act_quant_kwargs", "torchao", "quantization/quantize_/workflows/int8/int8_tensor.py"),
+    ),
+    "torchao: Int8Tensor.tensor_data_names": (
+        "patching",
+        lambda: says("tensor_data_names", "torchao", "quantization/quantize_/workflows/int8/int8_tensor.py"),
+    ),
     "datasets: Dataset._fingerprint": ("data", lambda: isinstance(rows()._fingerprint, str)),
     "deepspeed: parameter.ds_id": (
         "patching",

@@ -235,8 +235,8 @@ def test_autocast(name):
         assert (our_grads[name] - g).norm() <= 2 * (stock_grads[name] - g).norm() + 1e-4 * g.norm()
 
 
-def test_a_quantized_base_streams_and_a_quantized_head_is_refused(tmp_path):
-    """QLoRA: a 4-bit base, adapters inside and on the head, which transformers leaves in full precision."""
+def test_a_quantized_base_and_a_quantized_head_stream(tmp_path):
+    """QLoRA: a 4-bit base, adapters inside and on the head, which transformers quantizes if it is told to."""
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     ids, labels = batch()
     tiny(hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(tmp_path)  # blocks are of 64 numbers
@@ -247,8 +247,9 @@ def test_a_quantized_base_streams_and_a_quantized_head_is_refused(tmp_path):
     _, state = both_ways(model.eval(), input_ids=ids, labels=labels)
     assert (state.streamed, state.materialized) == (1, 0)
     four_bits.llm_int8_skip_modules = ["q_proj"]  # the head is then no longer spared
-    with pytest.raises(ValueError, match="head is a Linear4bit: only plain"):
-        patch(load(four_bits))
+    _, state = both_ways(load(four_bits), input_ids=ids, labels=labels)  # more of it: test_quantized
+    assert (state.streamed, state.materialized) == (1, 0)
+    assert "4bit" in type(load(four_bits).lm_head).__name__
 
 
 def test_an_adapter_on_the_head_makes_nothing_as_large_as_the_logits():

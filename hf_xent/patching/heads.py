@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
-from ..ops.panels import Panels
+from ..ops.panels import Matrix, Panels
 from .output_layer import output_layer_of
 from .quantized import is_stored, packed_by, stored_weight
 from .trl import is_float32_forward
@@ -136,6 +136,16 @@ def local_head(linear: nn.Linear) -> Head:
     shard = Shard(weight.device_mesh.get_group(split[0]), 0, weight.shape[0])
     shard = replace(shard, start=weight.device_mesh.get_local_rank(split[0]) * shard.width)
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
+
+
+def whole_weight(linear: nn.Linear) -> Matrix:
+    """The weight of the whole vocabulary: a DTensor if the head is split over ranks, panels if it is quantized."""
+    weight: Any = linear.weight
+    if is_split(weight):
+        return weight
+    head = local_head(linear)
+    assert head is not None, "only those that are split have none"
+    return head.weight
 
 
 def why_weight_is_freed(linear: nn.Linear) -> str:

@@ -23,7 +23,7 @@ from ..losses.cross_entropy import CrossEntropy
 from ..ops.request import Request
 from .calls import ModelLoss
 from .comparison import Comparison, run_both_ways
-from .heads import checked_head, inner_of, is_split, local_head
+from .heads import checked_head, inner_of, whole_weight
 from .hooks import is_lazy
 from .installation import Installation, installation_of
 
@@ -81,8 +81,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         )
     objective.check_tail(tail)
     head = head_of(model)
-    local = None if is_split(head.weight) else local_head(head)  # the rows of a quantized weight are read by panels
-    objective = objective.bind(head.weight if local is None else local.weight)  # type: ignore[arg-type]
+    if type(objective).bind is not Loss.bind:
+        objective = objective.bind(whole_weight(head))
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -218,10 +219,9 @@ def _of_torchao(layer: Any, weight: Any) -> Dequantizable:
 def _bitsandbytes(layer: Any) -> ModuleType:
     """`bitsandbytes.functional`. Raises: ValueError that says what to install."""
     try:
-        from bitsandbytes import functional  # imported here: it is optional
+        return import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ValueError(f"{_name(layer)}, which needs bitsandbytes: pip install bitsandbytes") from error
-    return functional
 
 
 def _name(layer: Any) -> str:
