@@ -133,9 +133,7 @@ class Call:
             return "TRL's trainer takes its loss from log-probabilities: use hf_xent.trainers.StreamedSFTTrainer"
         if not self.lazy:
             return f"{self.reason or _REPLACED}: change that, or leave the weights out"
-        return (
-            "the model computes its own loss: call it with always=True and no labels, and weigh that of out.logits"
-        )
+        return "the model computes its own loss: call it with always=True and no labels, and weigh that of out.logits"
 
     @staticmethod
     def current(patch: Patch) -> Call | None:
