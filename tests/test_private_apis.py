@@ -23,7 +23,7 @@ from hf_xent import trainers
 from support.models import tiny
 
 PACKAGE = Path(hf_xent.__file__).parent
-TRAINER, DPO = "transformers.Trainer", "trl.DPOTrainer"
+TRAINER, DPO, SFT = "transformers.Trainer", "trl.DPOTrainer", "trl.SFTTrainer"
 
 API = {
     # torch: what a backward knows of its graph, other ways to differentiate, and tensors that are wrapped
@@ -59,6 +59,7 @@ API = {
     f"{TRAINER}._get_train_sampler": ("trainers", ("train_dataset",)),
     f"{TRAINER}._save_optimizer_and_scheduler": ("trainers", ("output_dir",)),
     f"{TRAINER}._load_optimizer_and_scheduler": ("trainers", ("checkpoint",)),
+    f"{TRAINER}._get_num_items_in_batch": ("trainers", ("batch_samples", "device")),
     f"{TRAINER}._set_signature_columns_if_needed": ("trainers", ()),
     f"{TRAINER}._determine_best_metric": ("trainers", ("metrics", "trial")),
     f"{TRAINER}._prepare_inputs": ("trainers", ("inputs",)),
@@ -68,6 +69,10 @@ API = {
     f"{TRAINER}.save_model": ("trainers", ("output_dir", "_internal_call")),
     # trl: what our trainers override, the forward it puts on a model, its kernel in the benchmark
     f"{DPO}._prepare_dataset": ("trainers", ("dataset", "processing_class", "args", "dataset_name")),
+    f"{SFT}._prepare_dataset": (
+        "trainers", ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
+    ),
+    f"{SFT}._reject_skip_prepare_without_labels": ("trainers", ("datasets", "data_collator")),
     f"{DPO}._precompute_ref_logps": ("trainers", ("dataset", "name", "batch_size")),
     f"{DPO}._set_signature_columns_if_needed": ("trainers", ()),
     f"{DPO}._compute_loss": ("trainers", ("model", "inputs", "return_outputs")),
@@ -90,6 +95,7 @@ API = {
 
 
 OF_TRL_1_16 = {
+    f"{SFT}._reject_skip_prepare_without_labels",
     "trl.kernels.ChunkedLogProbFunction",
     "trl.trainer.utils.FusedCausalLMOutput",
     "trl.trainer.utils.add_fused_lm_head",
@@ -324,7 +330,13 @@ def test_every_private_name_is_listed():
             ours |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
             ours |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
             ours |= {node.attr} if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) else set()
-    texts = {"_hf_xent", "_kwargs", "_pairs", "_score"}  # where a model keeps its patch; ends of names, a folder
+    texts = {
+        "_accuracy",
+        "_hf_xent",
+        "_kwargs",
+        "_pairs",
+        "_score",
+    }  # where a model keeps its patch; ends of names, a folder
     python = {"_getframe", "_replace"}  # the standard library's
     unlisted = {name: file for name, file in used.items() if name not in KNOWN | ours | texts | python}
     assert not unlisted

@@ -512,14 +512,14 @@ def test_training_without_labels_is_refused(tmp_path, rows, kind):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_no_language_model_is_refused_by_name(name, tmp_path, rows):
-    kind, text = getattr(trainers, f"{name}Trainer"), name in ("SPO", "SPCE", "OSP")
+    kind, text = getattr(trainers, f"{name}Trainer"), name in ("SPO", "SPCE", "OSP", "StreamedSFT")
     for model in (None, torch.nn.Linear(2, 2), *(() if text else ("some/model",))):
         said = "model is a Linear" if isinstance(model, torch.nn.Module) else f"model is {model!r}: load it first"
         with pytest.raises(ValueError, match=said):
             kind(model, args=configured(name, tmp_path), train_dataset=rows)
 
 
-@pytest.mark.parametrize("name", ["NoiseFiT", "F2C", "SPO", "SPCE", "OSP", "LNRemoval"])
+@pytest.mark.parametrize("name", ["NoiseFiT", "F2C", "SPO", "SPCE", "OSP", "LNRemoval", "StreamedSFT"])
 def test_encoder_decoders_are_refused_where_inputs_and_labels_are_one_sequence(name, tmp_path, rows):
     config = transformers.T5Config(vocab_size=V, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
     model = transformers.T5ForConditionalGeneration(config)

@@ -129,6 +129,16 @@ def test_the_scale_of_weights_has_no_effect_and_zero_is_a_mask(tmp_path):
         assert one[name] == pytest.approx(other[name], rel=1e-6), name
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert bias"])
+def test_models_whose_loss_has_no_name_are_divided_alike(tmp_path, name):
+    """transformers' trainer counts labels that these models do not predict; weights are those of what they predict."""
+    rows, model = rows_of(), tiny(name, std=0.05)
+    expected = weighted_mean(tiny(name, std=0.05), collate(list(rows)), padded_weights(rows))
+    trainer = XentTrainer(model, arguments(tmp_path), train_dataset=rows, data_collator=collate)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
 def test_a_step_without_weight_changes_nothing(tmp_path):
     rows = rows_of().map(lambda row: {"loss_weight": 0.0})
     before = [p.detach().clone() for p in tiny(std=0.05).parameters()]

@@ -1,7 +1,13 @@
 """Weights of labels on their way to the loss: a model's own forward takes none, so the call of the model carries them.
 
-A patched model takes `token_weights` beside `labels`, in their shape. Whatever computes its loss from lazy logits asks
-here for the weights of its targets, which are the labels themselves or the labels shifted by one; both are tried.
+`model(input_ids, labels=labels, token_weights=weights)` of a patched model weighs its labels by constants w >= 0 in their
+shape, which are shifted as they are:
+
+    loss = sum_t w_t loss_t / sum_t w_t          or sum_t w_t loss_t / num_items_in_batch, if the caller passes that
+
+So a weight of 0 is the label -100, and without num_items_in_batch the scale of the weights has no effect. Whatever
+computes the loss from lazy logits asks here for the weights of its targets, which are the labels themselves or the
+labels shifted by one; both are tried.
 """
 
 from __future__ import annotations

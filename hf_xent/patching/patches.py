@@ -46,13 +46,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
     again replaces the earlier patch. If the head cannot be streamed (a compiled model, an offloaded head), the model
     computes its loss as it did before, and `hf_xent.patching.patch_state(model)` counts these calls and says why.
-
-    A patched model also takes weights of its labels, `model(input_ids, labels=labels, token_weights=weights)`: constant
-    numbers >= 0 in the shape of labels, shifted with them. Its loss is then
-
-        sum_t w_t loss_t / sum_t w_t          or, with num_items_in_batch, sum_t w_t loss_t / num_items_in_batch
-
-    so that a weight of 0 is the label -100, and the scale of the weights has no effect.
+    It takes `token_weights`, too, weights in the shape of labels (`hf_xent.lazy.weighting`).
 
     Args:
         model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from ..lazy import LazyLogits, TracedLogits, next_token_labels
 from ..ops.rows import token_ids
+from ..patching import inner_of
 
 
 def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
     """Raises: ValueError for a batch that has no labels."""
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
         raise ValueError(f"a batch has {', '.join(inputs)} but no labels: use a language-modeling data collator")
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position t of a model predicts label t + 1: not in an encoder-decoder, nor in a masked language model.
+
+    transformers' trainer decides by the name of a loss, which models such as GPT-2 do not have.
+    """
+    inner: Any = inner_of(model)
+    encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    return not encoder_decoder and getattr(inner, "loss_function", None) is not ForMaskedLMLoss
 
 
 def targets(inputs: Mapping[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ are. What is measured here costs one more product with the head per token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from transformers import EvalPrediction
 
 from .base import Mixin
+from .batches import shifts_labels
 from .evaluation import IGNORED, Evaluation, StreamedMetrics
 from .weights import TOKENS
 
@@ -72,7 +74,7 @@ class Evaluated(Mixin):
         if TOKENS in inputs:
             labels = torch.where(inputs[TOKENS] == 0, IGNORED, labels)
         with torch.no_grad():
-            found = self._evaluation.add(logits, labels, shift=self._loss_shifts_labels)
+            found = self._evaluation.add(logits, labels, shift=shifts_labels(self.model))
         return found if self.args.streamed_metrics else None
 
     def _means(self, training: bool) -> dict[str, float]:
@@ -87,6 +89,9 @@ class Streamed:
     """A user's `compute_metrics` that gets `StreamedMetrics`."""
 
     function: Any
+
+    def __post_init__(self) -> None:
+        self.__signature__ = inspect.signature(self.function)  # of which transformers asks for `compute_result`
 
     def __call__(self, found: EvalPrediction, **options: Any) -> Any:
         """The metrics."""

@@ -20,9 +20,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import trl
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from .. import losses
 from ..hub import Carded, Tokenless
@@ -91,6 +93,10 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
             refuse_encoder_decoder(model)
             head_of(model)  # raises for a model that is not a language model
             refuse_compilation(model, args, "this trainer reads the hidden states before them")
+        if not hasattr(trl_utils, "add_fused_lm_head"):
+            raise ImportError(
+                f"TRL is {trl.__version__}, whose SFTTrainer has no fused head: install TRL 1.16 or newer"
+            )
         super().__init__(model=model, args=args, **kwargs)
         patch(self.model, self.objective, memory_budget=args.memory_budget, tail=args.tail)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Mixin
+from .batches import shifts_labels
 from .weights import COLUMNS, TOKENS, WithWeights
 
 
@@ -44,7 +45,7 @@ class Weighted(Mixin):
         """The weights of the labels that a batch has targets for, [...]; 1 where a batch has no weights."""
         labels = batch["labels"] if batch.get("labels") is not None else batch["shift_labels"]
         weights = torch.where(labels == -100, 0.0, batch.get(TOKENS, torch.ones((), device=labels.device)))
-        return weights[..., 1:] if self._loss_shifts_labels and "labels" in batch else weights
+        return weights[..., 1:] if shifts_labels(self.model) and "labels" in batch else weights
 
 
 @dataclass(frozen=True)
