@@ -108,7 +108,7 @@ class Call:
         if call is None or call.model is not model:
             return output
         CALL.set(call.outer)
-        weighting.CURRENT.set(call.outer and call.outer.weights)
+        weighting.CURRENT.set(None if call.outer is None else call.outer.weights)
         if output is None:
             return None
         state = call.patch.state
