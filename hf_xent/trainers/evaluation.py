@@ -130,4 +130,4 @@ def _logits_of(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
     """The logit of one token in each row: hidden [n, D], tokens [n]."""
     rows, dtype = head[tokens], wide(hidden.dtype)
     raw = sum(torch.linalg.vecdot(hidden[:, part].to(dtype), x.to(dtype)) for x, part in rows.matrices.values())
-    return rows.activate(raw if rows.bias is None else raw + rows.bias.to(dtype))  # type: ignore[arg-type]
+    return rows.activate(raw if rows.bias is None else raw + rows.bias.to(dtype))

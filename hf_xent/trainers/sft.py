@@ -76,6 +76,7 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         "use_liger_kernel": "Liger's loss would replace this trainer's: set it to False",
     }
     refused_arguments: Mapping[str, str] = {"compute_loss_func": "the loss is a registered one: pass loss"}
+    _predictions: Any = None  # of the last batch that was measured
     _name = "SFT"
     _tag_names = ["trl", "sft", "hf_xent"]  # noqa: RUF012  TRL's attribute
 
@@ -131,7 +132,7 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
     ) -> Any:
         """As TRL; with `streamed_metrics`, the predictions are these, and no logits are computed."""
         streamed = self.args.streamed_metrics and not prediction_loss_only
-        self._predictions: Any = None
+        self._predictions = None
         step = super().prediction_step(model, inputs, prediction_loss_only or streamed, ignore_keys)
         if not streamed:
             return step

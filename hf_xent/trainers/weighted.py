@@ -19,6 +19,7 @@ class Weighted(Mixin):
 
     weighs_labels = True
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
