@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..lazy import LazyLogits
 from ..metrics.calibration import BINS, binned, calibration_error
-from ..ops import Head, Stats, dense_stats
-from ..ops.statistics import wide
+from ..ops import Stats, dense_stats
 
 IGNORED = -100  # also what transformers pads predictions with
 
@@ -123,11 +122,4 @@ def _top_logits(logits: Any, stats: Stats) -> Tensor:
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         return logits[stats.mask].gather(-1, top[:, None]).squeeze(-1).to(stats.lse.dtype)
     hidden = logits.hidden[stats.mask.to(logits.hidden.device)]
-    return _logits_of(hidden, logits.head, top.to(hidden.device)).to(stats.lse)
-
-
-def _logits_of(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """The logit of one token in each row: hidden [n, D], tokens [n]."""
-    rows, dtype = head[tokens], wide(hidden.dtype)
-    raw = sum(torch.linalg.vecdot(hidden[:, part].to(dtype), x.to(dtype)) for x, part in rows.matrices.values())
-    return rows.activate(raw if rows.bias is None else raw + rows.bias.to(dtype))
+    return logits.head.logit_of(hidden, top.to(hidden.device)).to(stats.lse)
