@@ -36,7 +36,7 @@ from .base import Method
 from .batches import lazy, targets
 from .evaluated import Evaluated
 from .loss_options import LossOptions
-from .refusals import refuse_compilation, refuse_encoder_decoder
+from .refusals import refuse_encoder_decoder
 from .sft_data import Joined, mapped, parted, weighs
 from .weighted import Weighted
 from .weights import TOKENS, WithWeights
@@ -93,7 +93,6 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         if not isinstance(model, str):  # TRL loads a path or Hub id
             refuse_encoder_decoder(model)
             head_of(model)  # raises for a model that is not a language model
-            refuse_compilation(model, args, "this trainer reads the hidden states before them")
         if not hasattr(trl_utils, "add_fused_lm_head"):
             raise ImportError(
                 f"TRL is {trl.__version__}, whose SFTTrainer has no fused head: install TRL 1.16 or newer"
