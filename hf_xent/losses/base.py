@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import Head, Payload, Stats, dense_stats
 from ..ops.dispatch import check_tail, stream_loss
+from ..ops.panels import Matrix
 from ..ops.request import Request
 from ..ops.rows import token_ids
 from ..ops.statistics import wide
@@ -66,7 +67,7 @@ class Loss:
         """
         return None
 
-    def bind(self, weight: Tensor) -> Loss:
+    def bind(self, weight: Matrix) -> Loss:
         """The loss with what it needs of the pretrained head stored in its fields.
 
         Args:

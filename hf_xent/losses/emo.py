@@ -68,7 +68,7 @@ class EMO(Loss):
         """The statistics that it differentiates."""
         return ("payload",) if self.variant == "emo" and not self.gt_detach else ("lse", "target", "payload")
 
-    def bind(self, weight: Tensor) -> EMO:
+    def bind(self, weight: Matrix) -> EMO:
         """For cost='frozen', a copy with the unit rows of this weight as its cost; else itself.
 
         Raises:
