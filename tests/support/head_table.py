@@ -70,10 +70,11 @@ ABOUT = """# Heads that are not plain
 
 Made by `python -m support.head_table > ../benchmarks/results/heads.md` in `tests/`; {versions}.
 
-What a patched model does where its head has an adapter of PEFT, a parametrization or a quantized weight: tiny models with
-D=32 (64 if quantized), V=16384, 255 tokens, float32, on a CPU; eight rows of logits in memory at a time. Errors are those of
-the loss and of the worst parameter's gradient relative to the stock model's; 'in float64' is the gradient's with the head
-and the loss in float64, where it can run so. The peaks are those of one forward and backward, the gradients included.
+What a patched model does where its head has an adapter of PEFT, a parametrization or a quantized weight: tiny models
+with D=32 (64 if quantized), V=16384, 255 tokens, float32, on a CPU; eight rows of logits in memory at a time. Errors
+are those of the loss and of the worst parameter's gradient relative to the stock model's; 'in float64' is the
+gradient's with the head and the loss in float64, where it can run so. The peaks are those of one forward and
+backward, the gradients included.
 """
 
 
