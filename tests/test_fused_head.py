@@ -190,9 +190,9 @@ def test_prompt_learning():
 
 
 def test_dense_logits_are_scored_too():
-    """An adapter that scales the weight's rows makes the logits; the answer is the same."""
+    """An adapter that mixes the logits of several tokens makes them; the answer is the same."""
     ids, labels = batch()
-    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["lm_head"], use_dora=True, **LORA))
+    model = peft.get_peft_model(tiny(vocab_size=128), peft.RoadConfig(target_modules=["lm_head"], group_size=4))
     expected = dense(model, ids, labels)
     out = patch(model)(input_ids=ids, labels=labels, fused_lm_head=True)
     assert_equal(out, {k: v.detach() for k, v in expected.items()})
