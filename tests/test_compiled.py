@@ -84,6 +84,8 @@ FUNCTIONAL = {
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_functions_in_one_graph_for_any_length(name):
+    if "z-loss" in name and "class" in name and torch.__version__ < "2.10":
+        pytest.skip("torch 2.9 does not trace the copy of the loss that this call makes")
     function, head = FUNCTIONAL[name], weight_and_bias()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True)
@@ -282,6 +284,7 @@ def test_autocast():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="the backends of torch 2.9 take functions in another form")
 def test_no_node_of_the_program_is_as_large_as_the_logits():
     """Forward and backward, in training; what the operators do inside is what they do without the compiler."""
     vocabulary, tokens, sizes = 4001, 500, []

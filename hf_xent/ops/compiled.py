@@ -109,7 +109,8 @@ def loss_sum(
     if mean_weight is not None:
         mean_weight = mean_weight.to(labels.device, dtype)
     arguments = _arguments(hidden, head, labels, outputs, request, payload, mean_weight)
-    needs = [name for name, x in zip(TENSORS, arguments, strict=False) if x is not None and x.requires_grad]
+    tensors = arguments[: len(TENSORS)]
+    needs = [name for name, x in zip(TENSORS, tensors, strict=True) if x is not None and x.requires_grad]
     if getattr(loss, "linear", False) and needs and torch.is_grad_enabled() and not request.unreduced:
         slopes = loss.slopes(torch.where(mask, labels, 0))
         each = [

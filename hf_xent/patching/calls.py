@@ -176,7 +176,7 @@ def has_labels(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str,
 
     `names` are the parameters of the model's forward.
     """
-    passed = (*zip(names, args, strict=False), *kwargs.items())
+    passed = (*zip(names[: len(args)], args, strict=True), *kwargs.items())
     return any(name.endswith("labels") and value is not None for name, value in passed)
 
 
