@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..losses.cross_entropy import CrossEntropy
 from ..losses.reduction import Reduction
-from ..ops import Stats
+from ..ops import Head, Stats
 from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
@@ -40,11 +40,15 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
         return NotImplemented
     if weight is not None and (label_smoothing or not _has_weight_per_class(weight, x)):
         return NotImplemented
-    target = token_ids(target.to(x.hidden.device))
-    token_weight = None if weight is None else weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
     request = replace(x.state.request, ignore_index=ignore_index)
-    reduce = Reduction(reduction, token_weight=token_weight)
-    loss, stats = CrossEntropy(label_smoothing=label_smoothing).reduced(x.hidden, x.head, target, request, reduce)
+
+    def compute(hidden: Tensor, head: Head) -> tuple[Tensor, Stats]:
+        labels = token_ids(target.to(hidden.device))
+        classes = torch.where(labels == ignore_index, 0, labels)
+        reduce = Reduction(reduction, token_weight=None if weight is None else weight.to(labels.device)[classes])
+        return CrossEntropy(label_smoothing=label_smoothing).reduced(hidden, head, labels, request, reduce)
+
+    loss, stats = x.with_head(compute)
     x.state.record(stats)
     return loss.to(x.device, x.dtype)
 
@@ -91,7 +95,8 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim):
         return NotImplemented
-    top = _scalar_stats(detach(x), None, ("top",)).top
+    with torch.no_grad():
+        top = _scalar_stats(detach(x), None, ("top",)).top
     return top.unsqueeze(-1) if keepdim else top
 
 
@@ -105,11 +110,14 @@ def _is_last(x: LazyLogits, dim: Any) -> bool:
 
 
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:
-    if labels is None:
-        labels = torch.zeros(x.shape[:-1], dtype=torch.int64)
-    x.state.streamed += 1
     request = replace(x.state.request, ignore_index=-(2**31))
-    return stream_stats(x.hidden, x.head, labels.to(x.hidden.device), outputs, request).to(x.device)
+    x.state.streamed += 1
+
+    def compute(hidden: Tensor, head: Head) -> Stats:
+        ids = torch.zeros(x.shape[:-1], dtype=torch.int64) if labels is None else labels
+        return stream_stats(hidden, head, ids.to(hidden.device), outputs, request)
+
+    return x.with_head(compute).to(x.device)
 
 
 _T = torch.Tensor

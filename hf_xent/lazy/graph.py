@@ -74,6 +74,12 @@ class Connected(torch.autograd.Function):
                 "logits were written to in place and also passed to a custom autograd function, whose gradient ignores"
                 " the write: give the function out.logits.dense()"
             )
+        hidden, weight = ctx.saved_tensors[:2]
+        if weight.is_meta and not hidden.is_meta:
+            raise RuntimeError(
+                "logits were passed to a custom autograd function, but the head's weight is there only while the head"
+                " is called: give the function out.logits.dense()"
+            )
         needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
         create_graph = torch.is_grad_enabled()  # these gradients are to be differentiated again
         with torch.enable_grad():

@@ -13,20 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import Head
 from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
+from .source import changed, join
 from .tensor import LazyLogits, make
 from .values import is_view, meta_like
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
-    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands")
+    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands", "source", "hooks")
     attributes = {name: getattr(x, name) for name in names}
-    same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
+    same_shape = changes.keys() <= {"recipe", "dtype", "device"}
     layout = torch.empty_like(meta_like(x)) if same_shape else None  # with the strides of torch's result
     return make(**{**attributes, "layout": layout, **changes})
+
+
+def _change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -> LazyLogits:
+    """A lazy tensor of a head that is a function of that of x."""
+    return derive(x, raw=change(x.raw), source=changed(x.source, change), **changes)
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -81,7 +88,11 @@ def _add(x: LazyLogits, other: Any) -> Any:
     if not same_kind or not is_bias or x.raw.shard is not None:
         return NotImplemented
     bias = other.reshape(-1) / x.recipe.inner
-    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias))
+
+    def biased(raw: Head) -> Head:
+        return replace(raw, bias=bias if raw.bias is None else raw.bias + bias.to(raw.bias.device))
+
+    return _change_head(x, biased, layout=torch.empty_like(meta_like(x)))
 
 
 def _subtract(x: LazyLogits, other: Any) -> Any:
@@ -99,14 +110,24 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
     if nonlinear or any(head.shard is not None for head in heads):
         return NotImplemented
     ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
-    hidden = torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1)
-    matrices = [m.to(dtype) for m in (big.raw.adapter, small.raw.weight, small.raw.adapter) if m is not None]
-    adapter = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
-    biases = [b if head is big.raw else (b * ratio).to(dtype) for head in heads if (b := head.bias) is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    raw = replace(big.raw, bias=bias, adapter=adapter)
-    dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(meta_like(x))
-    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=x.operands + y.operands)
+
+    def summed(raw: Head, branch: Head, dtype: torch.dtype) -> Head:
+        matrices = [m.to(dtype) for m in (raw.adapter, branch.weight, branch.adapter) if m is not None]
+        adapter = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+        biases = [b if head is raw else (b * ratio).to(dtype) for head in (raw, branch) if (b := head.bias) is not None]
+        return replace(raw, bias=sum(biases[1:], biases[0]) if biases else None, adapter=adapter)
+
+    def pair(hidden: Tensor, raw: Head, more: Tensor, branch: Head) -> tuple[Tensor, Head]:
+        return torch.cat([hidden, more.to(hidden.dtype)], -1), summed(raw, branch, hidden.dtype)
+
+    attributes = {
+        "hidden": torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1),
+        "raw": summed(big.raw, small.raw, dtype),
+        "source": join((big.source, big.raw), (small.source, small.raw), pair, big.hidden.shape[-1]),
+        "dtype": torch.promote_types(x.dtype, y.dtype),
+        "layout": torch.empty_like(meta_like(x)),
+    }
+    return derive(big, operands=x.operands + y.operands, hooks=[*x.hooks, *y.hooks], **attributes)
 
 
 def _multiply(x: LazyLogits, other: Any) -> Any:
@@ -262,8 +283,8 @@ def _slice_vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
     if x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
     if layout is not None:
-        return derive(x, raw=x.raw[part], layout=layout)
-    return derive(x, raw=x.raw[part], parent=(x, lambda d: d[..., part]))
+        return _change_head(x, lambda raw: raw[part], layout=layout)
+    return _change_head(x, lambda raw: raw[part], parent=(x, lambda d: d[..., part]))
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)

@@ -170,10 +170,12 @@ class ModelLoss(nn.Module):
         if targets is None:
             assert labels is not None  # models call it with one of them
             targets = next_token_labels(labels, ignore_index)
-        targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
+        targets = targets.reshape(logits.shape[:-1])
         request = replace(self.state.request, ignore_index=ignore_index)
         reduction = Reduction(num_items=num_items_in_batch)
-        loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
+        loss, stats = logits.with_head(
+            lambda hidden, head: self.loss.reduced(hidden, head, targets.to(hidden.device), request, reduction)
+        )
         self.state.record(stats)
         return loss
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .heads import is_split, why_weight_is_freed
+from .heads import is_freed, is_split
 
 _NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
@@ -20,7 +20,7 @@ def supports_float64(module: Any) -> bool:
     """Whether a layer can run in float64: its tensors are here, whole, and on a device that has float64."""
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     unavailable = any(is_split(x) or x.is_meta or x.device.type == "mps" for x in tensors)
-    return not unavailable and not (hasattr(module, "weight") and why_weight_is_freed(module))
+    return not unavailable and not is_freed(module)
 
 
 @contextmanager

@@ -53,16 +53,25 @@ def linears_of(inner: nn.Module) -> list[nn.Linear]:
         raise ValueError(
             f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head"
         )
+    head = _without_fsdp(head)
     while not _is_linear(head) and hasattr(head, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
         saved = getattr(head, "modules_to_save", {})
         active = [a for a in head.active_adapters if a in saved]
         head = saved[active[0]] if active else getattr(head, "base_layer", None) or head.original_module
+        head = _without_fsdp(head)
     if not _is_linear(head):
         raise ValueError(
             f"model is a {name} whose head is a {type(head).__name__}: only plain nn.Linear heads can be streamed"
         )
-    branches = getattr(layer, "lora_B", {}).values()
+    branches = map(_without_fsdp, getattr(layer, "lora_B", {}).values())
     return [head, *filter(_is_linear, branches)]
+
+
+def _without_fsdp(layer: Any) -> Any:
+    """A layer inside FSDP's wrapper, if it has one of its own."""
+    while getattr(layer, "_modules", {}).get("_fsdp_wrapped_module") is not None:
+        layer = layer._modules["_fsdp_wrapped_module"]
+    return layer
 
 
 def _is_linear(layer: Any) -> bool:
@@ -103,16 +112,15 @@ def local_head(linear: nn.Linear) -> Head | None:
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
 
 
-def why_weight_is_freed(linear: nn.Linear) -> str:
-    """Why a head's weight does not outlive its call, so that it cannot be read later; empty if it does.
-
-    Makes FSDP2 keep it until the backward.
-    """
+def keep_weight(linear: nn.Linear) -> None:
+    """Make FSDP2 keep a head's weight until the backward, which comes next and would gather it again."""
     keep: Any = getattr(linear, "set_reshard_after_forward", None)
-    if keep is not None:  # sharded by FSDP2 on its own; the backward, which comes next, would gather it again
+    if keep is not None:  # sharded on its own
         keep(False, recurse=False)
-    if hasattr(linear.weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 takes the head's weight away after its call"
-    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
-        return "the head is offloaded, and its weight is taken away after its call"
-    return ""
+
+
+def is_freed(layer: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 or accelerate's offloading frees a layer's weight after each call."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    offloads = any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+    return offloads or hasattr(getattr(layer, "weight", None), "ds_id")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..lazy import LazyLogits
+from ..lazy.source import changed
 from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
-from .heads import local_head, why_weight_is_freed
+from .gathered import FREED, Gathered, Job, Source, unit_of, why_not_gathered
+from .heads import keep_weight, local_head
 
 
 class LazyForward:
@@ -22,6 +23,8 @@ class LazyForward:
 
     def __init__(self, linear: nn.Linear, patch: Patch):
         self.linear, self.patch = linear, patch
+        self.gathered: Gathered | None = None  # the call in which its weight is there, if it is freed afterwards
+        self.obstacle = ""  # why nothing can be computed in such a call
         # accelerate's hooks have taken the forward's place and call this one
         slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
         previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
@@ -30,6 +33,8 @@ class LazyForward:
 
     def remove(self) -> None:
         """Put back what was there, unless something else has been put in its place since."""
+        if self.gathered is not None:
+            self.gathered.remove()
         attributes = self.linear.__dict__
         if attributes.get("_old_forward") is self:  # accelerate wrapped it before or after the patch
             attributes["_old_forward"] = self.previous or MethodType(nn.Linear.forward, self.linear)
@@ -38,19 +43,48 @@ class LazyForward:
             if self.previous is not None:
                 attributes["forward"] = self.previous
 
-    def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
-        """Lazy logits if the current call needs them, else the output of the forward that was there before."""
-        linear = self.linear
-        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
+    def gather_in(self, inner: nn.Module) -> None:
+        """Take over the call in which the head's weight is there, as the model is wrapped now."""
+        unit = unit_of(inner, self.linear)
+        self.obstacle = why_not_gathered(inner, self.linear, unit)
+        if self.gathered is not None and (self.gathered.unit is not unit or not self.gathered.is_installed):
+            self.gathered.remove()
+            self.gathered = None
+        if unit is not None and self.gathered is None:
+            self.gathered = Gathered(unit, self)
+
+    def __call__(self, input: Tensor) -> Any:  # nn.Linear.forward's own parameter name
+        """Lazy logits if the current call needs them, else the output of the forward that was there before.
+
+        In a call that a computation from earlier lazy logits has made, it is the result of that.
+        """
+        linear, compiling = self.linear, torch.compiler.is_compiling()
+        job = None if compiling else Job.of(linear)
+        if job is not None:
+            return job.run(input)
+        raw = None if compiling or type(input) is not Tensor else self._head(input)
         if raw is None:
             previous: Any = self.previous
             return nn.Linear.forward(linear, input) if previous is None else previous(input)
+        return self._lazy(input, raw)
+
+    def pending(self, hidden: Tensor, gathered: Gathered) -> LazyLogits | None:
+        """Lazy logits of a head whose weight is there during its call only; None if they are not needed."""
+        call = Call.current(self.patch)
+        needed = self.patch.always if call is None else call.lazy_now
+        if not needed or self.obstacle or under_function_transform(hidden, self.linear.weight):
+            return None
+        if call is not None:
+            call.lazy = True
+        return self._lazy(hidden, gathered.shape(), Source(gathered))
+
+    def _lazy(self, input: Tensor, raw: Head, source: Source | None = None) -> LazyLogits:
         device_type = input.device.type
-        if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype(device_type)
-            bias = None if raw.bias is None else raw.bias.to(dtype)
-            input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-        return LazyLogits.of(input, raw, self.patch.state)
+        if not torch.is_autocast_enabled(device_type) or input.dtype == torch.float64:  # which autocast leaves alone
+            return LazyLogits.of(input, raw, self.patch.state, source=source)
+        dtype = torch.get_autocast_dtype(device_type)
+        raw, cast = raw.to(dtype), changed(source, lambda raw: raw.to(dtype))
+        return LazyLogits.of(input.to(dtype), raw, self.patch.state, source=cast)
 
     def _head(self, input: Tensor) -> Head | None:
         """The head for lazy logits, or None if they are not needed or not possible; the reason is recorded."""
@@ -60,7 +94,8 @@ class LazyForward:
                 self.patch.state.bypass(OUTSIDE_OF_MODEL)
             return None
         transformed = under_function_transform(input, self.linear.weight)
-        reason = TRANSFORMED if transformed else why_weight_is_freed(self.linear)
+        reason = TRANSFORMED if transformed else self.obstacle or (FREED if self.gathered else "")
+        keep_weight(self.linear)
         raw = None if reason else local_head(self.linear)
         if raw is None:
             reason = reason or "the head's weight is split over ranks in another way than by the vocabulary"

@@ -82,11 +82,12 @@ class Installation:
     def make_heads_lazy(self, inner: nn.Module) -> None:
         """Put lazy forwards on the head as it is now: adapters, wrappers or a resize may have replaced it."""
         linears = linears_of(inner)
-        if [forward.linear for forward in self.lazy_forwards] == linears:
-            return
-        checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
-        self.restore_heads()
-        self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
+        if [forward.linear for forward in self.lazy_forwards] != linears:
+            checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
+            self.restore_heads()
+            self.lazy_forwards = [LazyForward(linear, self) for linear in linears]
+        for forward in self.lazy_forwards:
+            forward.gather_in(inner)
 
     def restore_heads(self) -> None:
         """Put back the heads' own forwards."""

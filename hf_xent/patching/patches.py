@@ -22,7 +22,8 @@ from ..losses.cross_entropy import CrossEntropy
 from ..ops.request import Request
 from .calls import ModelLoss
 from .comparison import Comparison, run_both_ways
-from .heads import checked_head, inner_of, is_split
+from .gathered import whole_weight
+from .heads import checked_head, inner_of
 from .hooks import is_lazy
 from .installation import Installation, installation_of
 
@@ -71,9 +72,9 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
             f"loss is {loss!r}: it compares with a teacher, which a patched model does not have: call the loss itself"
         )
     objective.check_tail(tail)
-    weight: Any = head_of(model).weight
+    head = head_of(model)
     if type(objective).bind is not Loss.bind:
-        objective = objective.bind(weight.full_tensor() if is_split(weight) else weight)
+        objective = objective.bind(whole_weight(inner_of(model), head))
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))
