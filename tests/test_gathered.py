@@ -3,13 +3,15 @@
 Two gloo processes, launched once, run ZeRO-3, FSDP1, FSDP2 and DDP; accelerate's offloading needs one.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -18,8 +20,7 @@ import hf_xent
 from hf_xent import losses
 from hf_xent.lazy import LazyLogits
 from hf_xent.patching import lazily, patch_state
-from support.models import assert_same_gradients, batch, tiny
-from support.ranks import run_ranks
+from support.models import batch, tiny
 
 RATE = 1024.0  # of a step whose change of the parameters is read as their gradient, so large that it rounds little
 
@@ -61,8 +62,8 @@ def loss_of(model, loss, how, rank, silent):
     if how == "statistics":
         stats = logits.stats(labels, shift=True)
         return losses.get(loss).of(stats).masked_fill(~stats.mask, 0).sum() / count * 2
-    objective, targets = losses.get(loss), F.pad(labels, (0, 1), value=-100)[:, 1:]  # by a copy of the head
-    return objective(logits.hidden, logits.head, targets, num_items=count) * 2
+    head, targets = logits.head, F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return losses.get(loss).bind(head.weight.detach())(logits.hidden, head, targets, num_items=count) * 2
 
 
 def mean_over_ranks(loss):
@@ -82,9 +83,8 @@ def fsdp1(rank, name, loss, how, silent, head_apart, original, patched_first=Tru
     options = {"use_orig_params": original, "device_id": torch.device("cpu")}
     if patched_first:
         hf_xent.patch(model, loss=loss if how == "inside" else None)
-    if head_apart:
-        model.lm_head = FSDP(model.lm_head, **options)
-    model = FSDP(model, auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}), **options)
+    apart = lambda m: isinstance(m, LlamaDecoderLayer) or (head_apart and m is model.lm_head)  # noqa: E731
+    model = FSDP(model, auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=apart), **options)
     if not patched_first:
         hf_xent.patch(model, loss=loss if how == "inside" else None)
     found = loss_of(model, loss, how, rank, silent)
@@ -131,6 +131,68 @@ def zero(rank, name, loss, how, silent, stage=3, direct=False):
     grads = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
     engine.step()
     return engine, mean_over_ranks(found), grads
+
+
+def wrap(kind, model):
+    """The model in a wrapper, and its step on a loss."""
+    if kind == "ZeRO-3":
+        import deepspeed
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+        }
+        trained = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.1), config=settings)
+
+        def step(loss):
+            engine.backward(loss)
+            engine.step()
+
+        return engine, step
+    leaves = {m for n, m in model.named_modules() if n.endswith("lm_head") or ("lora_" in n and not [*m.children()])}
+    chosen = lambda m: isinstance(m, LlamaDecoderLayer) or (m in leaves and isinstance(m, torch.nn.Linear))  # noqa: E731
+    wrapped = FSDP(
+        model,
+        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=chosen),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+
+    def step(loss):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return wrapped, step
+
+
+def history(model, step, mine, patched):
+    """What training, evaluation and reading of logits give."""
+    ids, labels = batch(rows=4)
+    found = []
+    for _ in range(3):
+        out = model(input_ids=ids[mine], labels=labels[mine])
+        found.append(mean_over_ranks(out.loss) if patched else out.loss.detach())
+        if patched:
+            assert (out.logits[:, :-1].argmax(-1) < 97).all()  # in the midst of a step
+        step(out.loss)
+    if patched:
+        with pytest.raises(RuntimeError, match="weight was modified in place"):
+            out.logits.argmax(-1)
+    with torch.no_grad():
+        out = model(input_ids=ids, labels=labels)
+        found += [out.loss, out.logits.argmax(-1), out.logits + 0, model(input_ids=ids).logits]
+    return [x.detach().clone() for x in found]
+
+
+def training(rank, kind, change):
+    """Three steps, an evaluation and logits, patched and wrapped."""
+    model, step = wrap(kind, hf_xent.patch(change(tiny())))
+    found = history(model, step, slice(2 * rank, 2 * rank + 2), True)
+    return found, patch_state(model)
 
 
 CASES = {  # function, model, loss, where it is computed, whether the second rank has no label, further arguments

@@ -74,8 +74,8 @@ class Connected(torch.autograd.Function):
                 "logits were written to in place and also passed to a custom autograd function, whose gradient ignores"
                 " the write: give the function out.logits.dense()"
             )
-        hidden, weight = ctx.saved_tensors[:2]
-        if weight.is_meta and not hidden.is_meta:
+        hidden, *weights = ctx.saved_tensors
+        if not hidden.is_meta and any(x is not None and x.is_meta for x in weights):
             raise RuntimeError(
                 "logits were passed to a custom autograd function, but the head's weight is there only while the head"
                 " is called: give the function out.logits.dense()"

@@ -17,7 +17,7 @@ from ..ops import Head
 from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
-from .source import changed, join
+from .source import changed, shape_of
 from .tensor import LazyLogits, make
 from .values import is_view, meta_like
 
@@ -31,9 +31,10 @@ def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     return make(**{**attributes, "layout": layout, **changes})
 
 
-def _change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -> LazyLogits:
+def change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -> LazyLogits:
     """A lazy tensor of a head that is a function of that of x."""
-    return derive(x, raw=change(x.raw), source=changed(x.source, change), **changes)
+    raw = change(x.raw)
+    return derive(x, raw=raw if x.source is None else shape_of(raw), source=changed(x.source, change), **changes)
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -75,59 +76,6 @@ def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> 
 def detach(x: LazyLogits) -> LazyLogits:
     """The same values without a graph, still lazy."""
     return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
-
-
-def _add(x: LazyLogits, other: Any) -> Any:
-    """The sum with another product of the same shape (of a LoRA branch), or with a bias over the vocabulary (BART)."""
-    if isinstance(other, LazyLogits) and not other.is_dense:
-        return _add_products(x, other)
-    if not isinstance(other, Tensor) or x.recipe.outer is not None or x.recipe.log_probs:
-        return NotImplemented
-    same_kind = other.dtype == x.dtype == x.hidden.dtype and other.device == x.device == x.hidden.device
-    is_bias = 0 < other.ndim <= x.ndim and other.shape[-1] == other.numel() == x.shape[-1]
-    if not same_kind or not is_bias or x.raw.shard is not None:
-        return NotImplemented
-    bias = other.reshape(-1) / x.recipe.inner
-
-    def biased(raw: Head) -> Head:
-        return replace(raw, bias=bias if raw.bias is None else raw.bias + bias.to(raw.bias.device))
-
-    return _change_head(x, biased, layout=torch.empty_like(meta_like(x)))
-
-
-def _subtract(x: LazyLogits, other: Any) -> Any:
-    no_bias = not isinstance(other, Tensor) or isinstance(other, LazyLogits) or not other.is_floating_point()
-    return NotImplemented if no_bias else _add(x, -other)
-
-
-def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
-    """The sum of two products, of a head and its LoRA branch, as one product of the concatenated inputs."""
-    if x.shape != y.shape:
-        return NotImplemented
-    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
-    heads = (big.raw, small.raw)
-    nonlinear = any(lazy.recipe.outer is not None or lazy.recipe.log_probs for lazy in (x, y))
-    if nonlinear or any(head.shard is not None for head in heads):
-        return NotImplemented
-    ratio, dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
-
-    def summed(raw: Head, branch: Head, dtype: torch.dtype) -> Head:
-        matrices = [m.to(dtype) for m in (raw.adapter, branch.weight, branch.adapter) if m is not None]
-        adapter = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
-        biases = [b if head is raw else (b * ratio).to(dtype) for head in (raw, branch) if (b := head.bias) is not None]
-        return replace(raw, bias=sum(biases[1:], biases[0]) if biases else None, adapter=adapter)
-
-    def pair(hidden: Tensor, raw: Head, more: Tensor, branch: Head) -> tuple[Tensor, Head]:
-        return torch.cat([hidden, more.to(hidden.dtype)], -1), summed(raw, branch, hidden.dtype)
-
-    attributes = {
-        "hidden": torch.cat([big.hidden, (small.hidden * ratio).to(dtype)], -1),
-        "raw": summed(big.raw, small.raw, dtype),
-        "source": join((big.source, big.raw), (small.source, small.raw), pair, big.hidden.shape[-1]),
-        "dtype": torch.promote_types(x.dtype, y.dtype),
-        "layout": torch.empty_like(meta_like(x)),
-    }
-    return derive(big, operands=x.operands + y.operands, hooks=[*x.hooks, *y.hooks], **attributes)
 
 
 def _multiply(x: LazyLogits, other: Any) -> Any:
@@ -283,8 +231,8 @@ def _slice_vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
     if x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
     if layout is not None:
-        return _change_head(x, lambda raw: raw[part], layout=layout)
-    return _change_head(x, lambda raw: raw[part], parent=(x, lambda d: d[..., part]))
+        return change_head(x, lambda raw: raw[part], layout=layout)
+    return change_head(x, lambda raw: raw[part], parent=(x, lambda d: d[..., part]))
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -292,8 +240,6 @@ _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.clone, torch.clone), _clone),
     **dict.fromkeys((_T.detach, torch.detach), detach),
-    **dict.fromkeys((_T.add, _T.__add__, _T.__radd__, torch.add), _add),
-    **dict.fromkeys((_T.sub, _T.__sub__, torch.sub, torch.subtract), _subtract),
     **dict.fromkeys((_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply), _multiply),
     **dict.fromkeys((_T.div, _T.__truediv__, torch.div, torch.true_divide), _divide),
     **dict.fromkeys((_T.tanh, torch.tanh), _tanh),

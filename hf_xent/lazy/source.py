@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ops import Head, Stats
@@ -56,6 +57,15 @@ def join(
 def _present(raw: Head) -> Source:
     """The source of a head that is there."""
     return lambda hidden, compute: compute(hidden, raw)
+
+
+def shape_of(raw: Head) -> Head:
+    """The head with meta tensors in place of its weights."""
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
+
+    return map_tensors(empty, raw)  # type: ignore[no-any-return]  # a head, as it is given one
 
 
 def copied(hidden: Tensor, raw: Head) -> Head:

@@ -24,9 +24,16 @@ def is_of_wrapper(hook: Any) -> bool:
 
 
 def pass_through(node: Any) -> Hook | None:
-    """The backward of a wrapper's autograd function as a hook; None for other functions, and for those of tensors."""
+    """The backward of a wrapper's autograd function as a hook; None for other nodes of the graph."""
     function = getattr(node, "_forward_cls", None)
-    return node.apply if str(getattr(function, "__module__", "")).startswith("deepspeed.") else None
+    if not str(getattr(function, "__module__", "")).startswith("deepspeed."):
+        return None
+
+    def hook(gradient: Tensor) -> Tensor:
+        found = node.apply(gradient)
+        return found[0] if isinstance(found, tuple) else found
+
+    return hook
 
 
 def hooked(hooks: list[Hook], result: Any) -> Any:
