@@ -126,7 +126,7 @@ def run_both_ways(
     head = linears_of(inner)[0]
     dtype = head.weight.dtype
     with eval_mode(inner):
-        runner = _Runner(model, _tokens(head.weight, tokens))
+        runner = _Runner(model, _tokens(inner, head, tokens))
         truth, exact, exact_tolerance = runner.run_in_float64(inner, stock, patched)
         with stock():
             expected = runner()
@@ -135,13 +135,14 @@ def run_both_ways(
         with patched() as state:
             result = runner()
     errors = _Errors.of(result, expected)
-    lazy_head = result.logits.head if isinstance(result.logits, LazyLogits) else None
+    lazy = result.logits if isinstance(result.logits, LazyLogits) else None
+    lazy_head = None if lazy is None else lazy.recipe.head(lazy.raw)
     embeddings = inner.get_input_embeddings()
     return Comparison(
         model=type(inner).__name__,
         head=next((name for name, m in inner.named_modules() if m is head), "?"),
-        vocabulary=head.weight.shape[0],
-        hidden=head.weight.shape[1],
+        vocabulary=head.out_features,
+        hidden=head.in_features,
         bias=head.bias is not None,
         tied=embeddings is not None and getattr(embeddings, "weight", None) is head.weight,
         scale=float("nan") if lazy_head is None else lazy_head.scale,
@@ -249,6 +250,7 @@ def _nan_as_inf(error: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _tokens(weight: Tensor, count: int) -> Tensor:
+def _tokens(inner: nn.Module, head: nn.Linear, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(min(weight.shape[0], 2**15), (2, count // 2), generator=generator).to(weight.device)
+    ids = torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator)
+    return ids.to(next((x.device for x in (head.weight, *inner.parameters()) if not x.is_meta), ids.device))

@@ -11,7 +11,6 @@ A call of the layer, hooks included, is taken over by `_compiled_call_impl`, as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..lazy.operands import Operand, check, version
 from ..lazy.source import Compute, map_tensors
 from ..ops import Head
-from .heads import is_freed, is_split, local_head
+from .heads import forward_slot, is_freed, is_split, local_head
 
 FREED = "the head's weight is there during its call only, and it was called with more than one positional argument"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -29,23 +28,15 @@ _LIBRARIES = ("deepspeed.", "torch.distributed.", "accelerate.")
 
 
 @dataclass(eq=False)
-class Job:
-    """A computation that runs in a head's call, in place of its forward."""
+class _Job:
+    """A computation in the place of a head's forward."""
 
     linear: nn.Linear
     compute: Compute
-    started: bool = False
     result: Any = None
 
-    @staticmethod
-    def of(linear: nn.Linear) -> Job | None:
-        """The one that this call of the head is for, or None."""
-        job = JOB.get()
-        return job if job is not None and job.linear is linear and not job.started else None
-
-    def run(self, hidden: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """The results that have a graph, as the output of the layer."""
-        self.started = True
         head = local_head(self.linear)
         expected = (self.linear.out_features, self.linear.in_features)
         if head is None or tuple(head.weight.shape) != expected:
@@ -68,9 +59,6 @@ class Job:
         """The result, with what the hooks have made of the layer's output."""
         rest = iter(outputs)
         return map_tensors(lambda x: next(rest) if x.requires_grad else x, self.result)
-
-
-JOB: ContextVar[Job | None] = ContextVar("JOB", default=None)  # the innermost one of this thread
 
 
 class HeadForward(Protocol):
@@ -112,13 +100,17 @@ class Gathered:
         return call(*args, **kwargs)
 
     def run(self, hidden: Tensor, compute: Compute) -> Any:
-        """The result of a computation, which a call of the layer runs."""
-        job = Job(self.linear, compute)
-        token = JOB.set(job)
+        """The result of a computation, which a call of the layer runs in place of its forward."""
+        job, attributes, slot = _Job(self.linear, compute), self.linear.__dict__, forward_slot(self.linear)
+        before = attributes.get(slot)
+        attributes[slot] = job
         try:
             outputs = self.unit._call_impl(hidden)
         finally:
-            JOB.reset(token)
+            if before is None:  # the model is not patched any more
+                del attributes[slot]
+            else:
+                attributes[slot] = before
         return job.with_outputs(outputs)
 
     def shape(self) -> Head:
@@ -195,11 +187,12 @@ def whole_weight(inner: nn.Module, linear: nn.Linear) -> Tensor:
 
         with GatheredParameters([weight]):
             return weight.detach().clone()
-    if unit_of(inner, linear) is linear:
-        from accelerate.utils import align_module_device
-
-        with align_module_device(linear):
-            return linear.weight.detach().clone()
+    if is_freed(linear):  # by accelerate's hook, which loads it before a call
+        hook: Any = linear._hf_hook
+        hook.pre_forward(linear)
+        weight = linear.weight.detach().clone()
+        hook.post_forward(linear, None)
+        return weight
     if tuple(weight.shape) != (linear.out_features, linear.in_features) or unit_of(inner, linear) is not None:
         raise ValueError("the loss keeps a copy of the head's weight, but FSDP has sharded it: patch the model before")
     return weight

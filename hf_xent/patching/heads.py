@@ -119,6 +119,11 @@ def keep_weight(linear: nn.Linear) -> None:
         keep(False, recurse=False)
 
 
+def forward_slot(layer: nn.Module) -> str:
+    """The attribute of a layer that has its own forward: accelerate's hooks take that one's place and call this one."""
+    return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+
+
 def is_freed(layer: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 or accelerate's offloading frees a layer's weight after each call."""
     hook: Any = getattr(layer, "_hf_hook", None)

@@ -14,8 +14,8 @@ from ..lazy.source import changed
 from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
-from .gathered import FREED, Gathered, Job, Source, unit_of, why_not_gathered
-from .heads import keep_weight, local_head
+from .gathered import FREED, Gathered, Source, unit_of, why_not_gathered
+from .heads import forward_slot, keep_weight, local_head
 
 
 class LazyForward:
@@ -25,8 +25,7 @@ class LazyForward:
         self.linear, self.patch = linear, patch
         self.gathered: Gathered | None = None  # the call in which its weight is there, if it is freed afterwards
         self.obstacle = ""  # why nothing can be computed in such a call
-        # accelerate's hooks have taken the forward's place and call this one
-        slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+        slot = forward_slot(linear)
         previous: Any = linear.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
         self.previous: Any = previous.previous if isinstance(previous, LazyForward) else previous
         linear.__dict__[slot] = self
@@ -53,16 +52,10 @@ class LazyForward:
         if unit is not None and self.gathered is None:
             self.gathered = Gathered(unit, self)
 
-    def __call__(self, input: Tensor) -> Any:  # nn.Linear.forward's own parameter name
-        """Lazy logits if the current call needs them, else the output of the forward that was there before.
-
-        In a call that a computation from earlier lazy logits has made, it is the result of that.
-        """
-        linear, compiling = self.linear, torch.compiler.is_compiling()
-        job = None if compiling else Job.of(linear)
-        if job is not None:
-            return job.run(input)
-        raw = None if compiling or type(input) is not Tensor else self._head(input)
+    def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
+        """Lazy logits if the current call needs them, else the output of the forward that was there before."""
+        linear = self.linear
+        raw = None if torch.compiler.is_compiling() or type(input) is not Tensor else self._head(input)
         if raw is None:
             previous: Any = self.previous
             return nn.Linear.forward(linear, input) if previous is None else previous(input)
