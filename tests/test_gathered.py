@@ -1,201 +1,279 @@
 """Heads whose weight is there during their call only: streamed, and equal to one process that has all weights.
 
-Two gloo processes, launched once, run ZeRO-3, FSDP1, FSDP2 and DDP; accelerate's offloading needs one.
+Two gloo processes, launched once, run all of ZeRO, FSDP and DDP (support/sharded.py); offloading needs one process.
 """
 
-from functools import partial
+from importlib.util import find_spec
 
+import peft
 import pytest
 import torch
-from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from accelerate import cpu_offload, dispatch_model
 
 import hf_xent
-from hf_xent import losses
 from hf_xent.lazy import LazyLogits
-from hf_xent.patching import lazily, patch_state
-from support.models import batch, tiny
+from hf_xent.patching import compare, patch, patch_state, unpatch
+from support import sharded
+from support.models import assert_same_gradients, batch, gradients, tiny
+from support.oracle import Largest
+from support.ranks import run_ranks
+from support.sharded import ddp, fsdp1, fsdp2, one_process, zero
 
-RATE = 1024.0  # of a step whose change of the parameters is read as their gradient, so large that it rounds little
-
-
-def rows(silent):
-    """Four rows of tokens and labels, two for each rank; those of a silent second rank have no label."""
-    ids, labels = batch(rows=4)
-    if silent:
-        labels[2:] = -100
-    return ids, labels, (labels[:, 1:] != -100).sum()
-
-
-def one_process(name, loss, silent):
-    """Loss and gradients of all rows, from dense logits."""
-    model, (ids, labels, count) = tiny(name), rows(silent)
-    logits, targets = model(input_ids=ids).logits[:, :-1], labels[:, 1:]
-    valid = targets != -100
-    if loss is None:
-        total = F.cross_entropy(logits[valid].float(), targets[valid], reduction="sum")
-    else:
-        weight = model.lm_head.weight.detach().clone()
-        total = losses.get(loss).bind(weight).reference(logits[valid].float(), targets[valid], weight=weight).sum()
-    (total / count).backward()
-    return (total / count).detach(), {name: p.grad for name, p in model.named_parameters()}
-
-
-def loss_of(model, loss, how, rank, silent):
-    """The loss of this rank's rows, such that the mean over ranks is that of all rows."""
-    ids, labels, count = rows(silent)
-    mine = slice(2 * rank, 2 * rank + 2)
-    ids, labels = ids[mine], labels[mine]
-    if how == "inside":
-        return model(input_ids=ids, labels=labels, num_items_in_batch=count).loss * 2
-    with lazily(model):
-        logits = model(input_ids=ids).logits
-    assert isinstance(logits, LazyLogits) and not logits.is_dense
-    if how == "function":
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count * 2
-    if how == "statistics":
-        stats = logits.stats(labels, shift=True)
-        return losses.get(loss).of(stats).masked_fill(~stats.mask, 0).sum() / count * 2
-    head, targets = logits.head, F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return losses.get(loss).bind(head.weight.detach())(logits.hidden, head, targets, num_items=count) * 2
-
-
-def mean_over_ranks(loss):
-    loss = loss.detach().clone()
-    dist.all_reduce(loss)
-    return loss / 2
-
-
-def changes(before, after):
-    return {name: (value - after[name]) / RATE for name, value in before.items()}
-
-
-def fsdp1(rank, name, loss, how, silent, head_apart, original, patched_first=True):
-    """FSDP1, with the head in the root's unit or in its own."""
-    model = tiny(name)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    options = {"use_orig_params": original, "device_id": torch.device("cpu")}
-    if patched_first:
-        hf_xent.patch(model, loss=loss if how == "inside" else None)
-    apart = lambda m: isinstance(m, LlamaDecoderLayer) or (head_apart and m is model.lm_head)  # noqa: E731
-    model = FSDP(model, auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=apart), **options)
-    if not patched_first:
-        hf_xent.patch(model, loss=loss if how == "inside" else None)
-    found = loss_of(model, loss, how, rank, silent)
-    found.backward()
-    torch.optim.SGD(model.parameters(), lr=RATE).step()
-    with FSDP.summon_full_params(model):
-        after = {name.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for name, p in model.named_parameters()}
-    return model, mean_over_ranks(found), changes(before, after)
-
-
-def fsdp2(rank, name, loss, how, silent):
-    model = hf_xent.patch(tiny(name), loss=loss if how == "inside" else None)
-    mesh = init_device_mesh("cpu", (2,))
-    for part in (*model.model.layers, model.lm_head, model):
-        fully_shard(part, mesh=mesh)
-    found = loss_of(model, loss, how, rank, silent)
-    found.backward()
-    return model, mean_over_ranks(found), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-
-
-def ddp(rank, name, loss, how, silent):
-    model = DistributedDataParallel(hf_xent.patch(tiny(name), loss=loss if how == "inside" else None))
-    found = loss_of(model, loss, how, rank, silent)
-    found.backward()
-    return model, mean_over_ranks(found), {name: p.grad for name, p in model.module.named_parameters()}
-
-
-def zero(rank, name, loss, how, silent, stage=3, direct=False):
-    """DeepSpeed, whose backward is called directly or by the engine."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_grad
-
-    model = hf_xent.patch(tiny(name), loss=loss if how == "inside" else None)
-    settings = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "zero_allow_untested_optimizer": True,
-    }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings
-    )
-    found = loss_of(engine, loss, how, rank, silent)
-    found.backward() if direct else engine.backward(found)
-    grads = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
-    engine.step()
-    return engine, mean_over_ranks(found), grads
-
-
-def wrap(kind, model):
-    """The model in a wrapper, and its step on a loss."""
-    if kind == "ZeRO-3":
-        import deepspeed
-
-        settings = {
-            "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-        }
-        trained = [p for p in model.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.1), config=settings)
-
-        def step(loss):
-            engine.backward(loss)
-            engine.step()
-
-        return engine, step
-    leaves = {m for n, m in model.named_modules() if n.endswith("lm_head") or ("lora_" in n and not [*m.children()])}
-    chosen = lambda m: isinstance(m, LlamaDecoderLayer) or (m in leaves and isinstance(m, torch.nn.Linear))  # noqa: E731
-    wrapped = FSDP(
-        model,
-        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=chosen),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-    )
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-
-    def step(loss):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return wrapped, step
-
-
-def history(model, step, mine, patched):
-    """What training, evaluation and reading of logits give."""
-    ids, labels = batch(rows=4)
-    found = []
-    for _ in range(3):
-        out = model(input_ids=ids[mine], labels=labels[mine])
-        found.append(mean_over_ranks(out.loss) if patched else out.loss.detach())
-        if patched:
-            assert (out.logits[:, :-1].argmax(-1) < 97).all()  # in the midst of a step
-        step(out.loss)
-    if patched:
-        with pytest.raises(RuntimeError, match="weight was modified in place"):
-            out.logits.argmax(-1)
-    with torch.no_grad():
-        out = model(input_ids=ids, labels=labels)
-        found += [out.loss, out.logits.argmax(-1), out.logits + 0, model(input_ids=ids).logits]
-    return [x.detach().clone() for x in found]
-
-
-def training(rank, kind, change):
-    """Three steps, an evaluation and logits, patched and wrapped."""
-    model, step = wrap(kind, hf_xent.patch(change(tiny())))
-    found = history(model, step, slice(2 * rank, 2 * rank + 2), True)
-    return found, patch_state(model)
-
-
-CASES = {  # function, model, loss, where it is computed, whether the second rank has no label, further arguments
-    "ZeRO-3": (zero, "llama", None, "inside", False),
-    "ZeRO-3, EMO": (zero, "llama", "emo", "inside", False),
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, which advises on merging and saving
+ROOT = {"apart": ()}
+SILENT = {"silent": True}
+CASES = {  # function, loss, where it is computed, options
+    "ZeRO-3": (zero, "cross_entropy", "model", {}),
+    "ZeRO-3, EMO": (zero, "emo", "model", {}),
+    "ZeRO-3, tied, softcap": (zero, "focal", "model", {"name": "gemma2 softcap"}),
+    "ZeRO-3, cross-entropy of logits": (zero, "cross_entropy", "function", {}),
+    "ZeRO-3, statistics": (zero, "focal", "statistics", {}),
+    "ZeRO-3, statistics, torch's backward": (zero, "focal", "statistics", {"direct": True}),
+    "ZeRO-3, a copy of the head": (zero, "emo", "copy", {}),
+    "ZeRO-3, a rank without labels": (zero, "cross_entropy", "model", SILENT),
+    "ZeRO-3, a rank without labels, statistics": (zero, "focal", "statistics", SILENT),
+    "ZeRO-2": (zero, "cross_entropy", "model", {"stage": 2}),
+    "ZeRO-2, statistics": (zero, "focal", "statistics", {"stage": 2}),
+    "FSDP1": (fsdp1, "cross_entropy", "model", ROOT),
+    "FSDP1, flat": (fsdp1, "emo", "model", {**ROOT, "original": False}),
+    "FSDP1, statistics": (fsdp1, "focal", "statistics", ROOT),
+    "FSDP1, flat, a copy of the head": (fsdp1, "emo", "copy", {**ROOT, "original": False}),
+    "FSDP1, a rank without labels": (fsdp1, "cross_entropy", "model", {**ROOT, **SILENT}),
+    "FSDP1, head apart": (fsdp1, "cross_entropy", "model", {}),
+    "FSDP1, head apart, patched after": (fsdp1, "focal", "model", {"patched_first": False}),
+    "FSDP1, head apart, flat": (fsdp1, "emo", "model", {"original": False}),
+    "FSDP1, head apart, statistics": (fsdp1, "focal", "statistics", {}),
+    "FSDP1, head apart, flat, a copy of it": (fsdp1, "emo", "copy", {"original": False}),
+    "FSDP1, head apart, a rank without labels": (fsdp1, "cross_entropy", "model", SILENT),
+    "FSDP1, head apart, a rank without labels, statistics": (fsdp1, "focal", "statistics", SILENT),
+    "FSDP2, a rank without labels": (fsdp2, "emo", "model", SILENT),
+    "FSDP2, a rank without labels, statistics": (fsdp2, "focal", "statistics", SILENT),
+    "DDP, a rank without labels": (ddp, "emo", "model", SILENT),
+    "DDP, a rank without labels, statistics": (ddp, "focal", "statistics", SILENT),
 }
+LORA = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "init_lora_weights": False}
+
+
+def plain(model):
+    return model
+
+
+def lora(model, **options):
+    torch.manual_seed(5)
+    targets = ["q_proj"] if options else ["q_proj", "lm_head"]
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, **options, **LORA))
+
+
+def saved(model):
+    return lora(model, modules_to_save=["lm_head"])
+
+
+TRAINED = {"plain": plain, "LoRA on the head": lora, "modules_to_save": saved}
+KINDS = ["ZeRO-3", "FSDP1"]
+
+
+def skip_without_deepspeed(name):
+    if name.startswith("ZeRO"):
+        pytest.importorskip("deepspeed", reason="pip install deepspeed")
+
+
+def everything(rank, folder):
+    """All that the tests below look at; the trainer comes last, since it changes how models are made from then on."""
+    deepspeed = find_spec("deepspeed") is not None
+    here = lambda name: deepspeed or not name.startswith("ZeRO")  # noqa: E731
+    found = {name: case(rank, loss, where, **more) for name, (case, loss, where, more) in CASES.items() if here(name)}
+    for kind in filter(here, KINDS):
+        found |= {(kind, name): sharded.training(rank, kind, change) for name, change in TRAINED.items()}
+        found[kind, "largest"] = sharded.largest(rank, kind)
+    found["unit with more"] = sharded.unit_with_more(rank)
+    if deepspeed:
+        found["trainer"] = sharded.trainer(rank, folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gathered")
+    return run_ranks(2, everything, folder, str(folder))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one_process(name, ranks):
+    skip_without_deepspeed(name)
+    _, loss, where, more = CASES[name]
+    value, grads = one_process(more.get("name", "llama"), loss, more.get("silent", False))
+    for rank in ranks:
+        ours, our_grads, counts, reason = rank[name]
+        torch.testing.assert_close(ours, value)
+        assert_same_gradients(our_grads, grads)
+        assert counts == (int(where in ("model", "function")), 0, 0) and not reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_steps_evaluations_and_logits_equal_stock(kind, name, ranks):
+    skip_without_deepspeed(kind)
+    for i, rank in enumerate(ranks):
+        found, counts = rank[kind, name]
+        for ours, stock in zip(found, sharded.stock_training(i, TRAINED[name]), strict=True):
+            torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+        assert counts == (9, 1, 0)  # four losses, five calls of argmax; the logits that were asked for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_as_large_as_the_logits(kind, ranks):
+    skip_without_deepspeed(kind)
+    for rank in ranks:
+        largest, parameters = rank[kind, "largest"]
+        assert largest <= parameters < 8 * 32 * 3000 / 3, "nothing above DeepSpeed's bucket of all gradients"
+
+
+def test_a_head_that_is_freed_with_other_modules_is_bypassed(ranks):
+    for rank in ranks:
+        stock, ours, counts, reason = rank["unit with more"]
+        torch.testing.assert_close(ours, stock)
+        assert counts == (0, 1) and "FSDP frees the head together with other modules" in reason
+
+
+def test_trainers_under_zero3_equal_stock(ranks):
+    skip_without_deepspeed("ZeRO-3")
+    for rank in ranks:
+        stock, ours, emo = (rank["trainer"][loss] for loss in ("stock", "cross_entropy", "emo"))
+        for mine, theirs in zip(ours[0], stock[0], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+        assert ours[1] == pytest.approx(stock[1], rel=1e-5)
+        assert emo[0][0][0] == pytest.approx(stock[0][0][0], rel=1e-5), "EMO starts from the value of cross-entropy"
+        assert emo[0][2][0] < emo[0][0][0]
+        assert ours[2] == emo[2] == (8, 0, 0)  # two batches in three steps, two of the evaluation
+
+
+def to_disk(model, folder):
+    places = {"model": "cpu", "lm_head": "disk"}
+    return dispatch_model(model, places, offload_dir=folder, main_device="cpu")
+
+
+def to_cpu(model, folder):
+    cpu_offload(model.lm_head, execution_device=torch.device("cpu"))
+    return model
+
+
+def step(model, **inputs):
+    out = model(**inputs)
+    out.loss.backward()
+    return out, gradients(model)
+
+
+@pytest.mark.parametrize("loss", [None, "emo", "focal"])
+@pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("offload", [to_cpu, to_disk])
+def test_an_offloaded_head_streams(offload, patched_first, loss, tmp_path):
+    ids, labels = batch()
+    model = tiny()
+    if loss is None:
+        expected, grads = step(model, input_ids=ids, labels=labels)
+    else:  # by the head that is here
+        expected, grads = step(patch(model, loss), input_ids=ids, labels=labels)
+    logits = unpatch(model)(input_ids=ids).logits.detach()
+    del grads["lm_head.weight"]  # accelerate's copies of it, and their gradients, are gone after the call
+    model = offload(patch(tiny(), loss) if patched_first else tiny(), tmp_path)
+    if not patched_first:
+        patch(model, loss)
+    out, found = step(model, input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert_same_gradients(found, grads)
+    assert model.lm_head.weight.is_meta and type(out.logits) is LazyLogits
+    assert torch.equal(out.logits.argmax(-1), logits.argmax(-1))
+    torch.testing.assert_close(out.logits + 0, logits)
+    state = patch_state(model)
+    assert (state.streamed, state.materialized, state.bypassed) == (2, 1, 0)
+    unpatch(model)
+    assert "_compiled_call_impl" not in model.lm_head.__dict__
+    assert type(model(input_ids=ids, labels=labels).logits) is torch.Tensor
+
+
+def test_an_offloaded_head_makes_nothing_as_large_as_the_logits(tmp_path):
+    model = to_disk(tiny(vocab_size=3000), tmp_path)
+    patch(model, memory_budget=4 * 8 * 3000)
+    ids = torch.randint(3000, (8, 32))
+    with Largest() as largest:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert largest.numel <= 3000 * 32, "the weight itself"
+
+
+def test_an_adapter_on_an_offloaded_head():
+    """Its matrices are there, and the weight only in the head's call."""
+    model, (ids, labels) = lora(tiny()), batch()
+    expected, grads = step(model, input_ids=ids, labels=labels)
+    cpu_offload(model.base_model.model.lm_head.base_layer, execution_device=torch.device("cpu"))
+    patch(model)
+    out, found = step(model, input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert_same_gradients(found, grads)
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
+
+
+def test_verification_and_comparison_of_an_offloaded_head(tmp_path):
+    found = compare(patch(to_disk(tiny(), tmp_path), verify=True))
+    assert found.equal and found.lean and (found.vocabulary, found.hidden) == (97, 32)
+
+
+def test_results_after_unpatching_and_in_autocast(tmp_path):
+    model, (ids, labels) = patch(to_disk(tiny(), tmp_path)), batch()
+    expected = tiny()(input_ids=ids).logits
+    logits = model(input_ids=ids, labels=labels).logits
+    unpatch(model)
+    torch.testing.assert_close(logits.dense(), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = tiny()(input_ids=ids, labels=labels)
+        ours = patch(model)(input_ids=ids, labels=labels)
+    assert ours.logits.dtype == stock.logits.dtype
+    torch.testing.assert_close(ours.loss, stock.loss, rtol=1e-2, atol=1e-2)
+
+
+def test_logits_that_a_custom_function_gets_are_refused(tmp_path):
+    """Its gradient of the logits cannot reach a weight that is not there."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    model, (ids, labels) = patch(to_disk(tiny(), tmp_path)), batch()
+    total = Twice.apply(model(input_ids=ids, labels=labels).logits).sum()
+    with pytest.raises(RuntimeError, match=r"custom autograd function, but the head's weight .* out.logits.dense"):
+        total.backward()
+    Twice.apply(model(input_ids=ids, labels=labels).logits.dense()).sum().backward()
+    assert model.model.norm.weight.grad is not None
+
+
+def test_a_head_with_a_hook_of_the_users_is_bypassed(tmp_path):
+    model, (ids, labels) = to_disk(tiny(), tmp_path), batch()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output / 2)
+    expected = model(input_ids=ids, labels=labels).loss
+    patch(model)
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
+    state = patch_state(model)
+    assert (state.streamed, state.bypassed) == (0, 1) and "it has a hook" in state.reason
+
+
+def test_a_head_that_was_compiled_is_compiled_again_afterwards(tmp_path):
+    model = to_disk(tiny(), tmp_path)
+    model.lm_head.compile(backend="eager")
+    compiled = model.lm_head._compiled_call_impl
+    ids, labels = batch()
+    patch(model)(input_ids=ids, labels=labels)
+    assert patch_state(model).streamed == 1
+    assert unpatch(model).lm_head._compiled_call_impl is compiled
+
+
+def test_generation_with_an_offloaded_head_is_the_stock_one(tmp_path):
+    ids, _ = batch(rows=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = tiny().generate(input_ids=ids, **options)
+    model = hf_xent.patch(to_disk(tiny(), tmp_path))
+    assert torch.equal(model.generate(input_ids=ids, **options), expected)
+    assert patch_state(model).streamed == 0

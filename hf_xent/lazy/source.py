@@ -65,7 +65,7 @@ def shape_of(raw: Head) -> Head:
     def empty(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device="meta", requires_grad=x.requires_grad)
 
-    return map_tensors(empty, raw)  # type: ignore[no-any-return]  # a head, as it is given one
+    return map_tensors(empty, raw)
 
 
 def copied(hidden: Tensor, raw: Head) -> Head:

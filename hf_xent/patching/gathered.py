@@ -183,9 +183,9 @@ def whole_weight(inner: nn.Module, linear: nn.Linear) -> Tensor:
     if is_split(weight):
         return weight.full_tensor()
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().clone()
     if is_freed(linear):  # by accelerate's hook, which loads it before a call
         hook: Any = linear._hf_hook
