@@ -44,7 +44,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     """Make a causal LM compute its loss, or another one, without logits; the model is changed in place.
 
     Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
-    again replaces the earlier patch. If the head cannot be streamed (a compiled model, an offloaded head), the model
+    again replaces the earlier patch. If the head cannot be streamed (a compiled model, some adapters), the model
     computes its loss as it did before, and `hf_xent.patching.patch_state(model)` counts these calls and says why.
 
     Args:
@@ -63,7 +63,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         The same model.
 
     Raises:
-        ValueError: The model has no linear head, or the loss is unknown or needs a teacher.
+        ValueError: The model has no linear head, the loss is unknown or needs a teacher, or it keeps a copy of the head
+            (EMO) and FSDP has sharded that already.
         RuntimeError: The verification failed; the model is as it was.
     """
     objective = losses.get(loss)
