@@ -84,6 +84,7 @@ def everything(rank, folder):
     found = {name: case(rank, loss, where, **more) for name, (case, loss, where, more) in CASES.items() if here(name)}
     for kind in filter(here, KINDS):
         found |= {(kind, name): sharded.training(rank, kind, change) for name, change in TRAINED.items()}
+        found[kind, "16 bits"] = sharded.sixteen_bits(rank, kind)
         found[kind, "largest"] = sharded.largest(rank, kind)
     found["unit with more"] = sharded.unit_with_more(rank)
     if deepspeed:
@@ -118,6 +119,16 @@ def test_steps_evaluations_and_logits_equal_stock(kind, name, ranks):
         for ours, stock in zip(found, sharded.stock_training(i, TRAINED[name]), strict=True):
             torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
         assert counts == (9, 1, 0)  # four losses, five calls of argmax; the logits that were asked for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sixteen_bits_are_no_worse_than_stock(kind, ranks):
+    skip_without_deepspeed(kind)
+    for rank in ranks:
+        stock, ours, truth, counts = rank[kind, "16 bits"]
+        for found, same, exact in zip(ours, stock, truth, strict=True):
+            assert abs(found - exact) <= 2 * abs(same - exact) + 1e-3
+        assert counts == (2, 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

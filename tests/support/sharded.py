@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecision, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -90,24 +90,28 @@ def zero(rank, loss, where, name="llama", silent=False, stage=3, direct=False):
     return result(engine, found, grads)
 
 
-def deepspeed_engine(model, stage=3):
+ZERO = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000, "stage3_prefetch_bucket_size": 100_000}
+
+
+def deepspeed_engine(model, stage=3, **more):
     import deepspeed
 
     settings = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **ZERO},
         "zero_allow_untested_optimizer": True,
+        **more,
     }
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
-def in_fsdp1(model, apart, original=True):
+def in_fsdp1(model, apart, original=True, **more):
     """FSDP1 with units of the decoder layers and of the modules of these names."""
     units = {m for name, m in model.named_modules() if name.endswith(apart)}
     chosen = lambda m: isinstance(m, LlamaDecoderLayer) or m in units  # noqa: E731
     policy = partial(lambda_auto_wrap_policy, lambda_fn=chosen)
-    return FSDP(model, auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device("cpu"))
+    return FSDP(model, auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device("cpu"), **more)
 
 
 def fsdp1(rank, loss, where, name="llama", silent=False, apart=("lm_head",), original=True, patched_first=True):
@@ -145,10 +149,10 @@ def ddp(rank, loss, where, name="llama", silent=False):
     return result(model, found, {name: p.grad for name, p in model.module.named_parameters()})
 
 
-def wrap(kind, model):
+def wrap(kind, model, sixteen_bits=False):
     """The model under ZeRO-3 or FSDP1, and its step on a loss."""
     if kind == "ZeRO-3":
-        engine = deepspeed_engine(model)
+        engine = deepspeed_engine(model, **({"bf16": {"enabled": True}} if sixteen_bits else {}))
 
         def step(loss):
             engine.backward(loss)
@@ -156,7 +160,8 @@ def wrap(kind, model):
 
         return engine, step
     leaves = tuple(name for name, m in model.named_modules() if "lm_head" in name and isinstance(m, nn.Linear))
-    wrapped = in_fsdp1(model, leaves)
+    more = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)} if sixteen_bits else {}
+    wrapped = in_fsdp1(model, leaves, **more)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
 
     def step(loss):
@@ -200,6 +205,21 @@ def stock_training(rank, change):
     return [*found, out.loss, out.logits.argmax(-1), out.logits, out.logits]
 
 
+def sixteen_bits(rank, kind):
+    """Losses of two steps: stock and patched in bfloat16, and stock in float32; and how often ours streamed."""
+    found, ids, labels = [], *batch(rows=4)
+    mine = slice(2 * rank, 2 * rank + 2)
+    models = [tiny(), hf_xent.patch(tiny()), tiny()]
+    for model, low in zip(models, (True, True, False), strict=True):
+        wrapped, step = wrap(kind, model, low)
+        for _ in range(2):
+            loss = wrapped(input_ids=ids[mine], labels=labels[mine]).loss
+            found.append(mean_over_ranks(loss).double())
+            step(loss)
+    state = patch_state(models[1])
+    return found[:2], found[2:4], found[4:], (state.streamed, state.materialized, state.bypassed)
+
+
 def largest(rank, kind):
     """The number of elements of the largest tensor in a step, and that of all parameters."""
     model = hf_xent.patch(tiny(vocab_size=3000), memory_budget=4 * 8 * 3000)
@@ -231,7 +251,7 @@ def trainer(rank, folder):
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": 3, **ZERO},
         "zero_allow_untested_optimizer": True,
     }
     options = {
