@@ -11,10 +11,11 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 
 import hf_xent
+from hf_xent import detection
 from hf_xent.lazy import LazyLogits
 from hf_xent.patching import compare, patch, patch_state, unpatch
 from support import sharded
-from support.models import assert_same_gradients, batch, gradients, tiny
+from support.models import assert_same_gradients, batch, gradients, tiny, tiny_tokenizer
 from support.oracle import Largest
 from support.ranks import run_ranks
 from support.sharded import ddp, fsdp1, fsdp2, one_process, zero
@@ -288,3 +289,13 @@ def test_generation_with_an_offloaded_head_is_the_stock_one(tmp_path):
     model = hf_xent.patch(to_disk(tiny(), tmp_path))
     assert torch.equal(model.generate(input_ids=ids, **options), expected)
     assert patch_state(model).streamed == 0
+
+
+@pytest.mark.parametrize("score", ["min_k_pp", "binoculars", "fast_detect_pair"])
+def test_scores_of_models_with_offloaded_heads(score, tmp_path):
+    tokenizer, texts = tiny_tokenizer(), ["the quick brown fox", "over the lazy dog jumps the fox"]
+    second = lambda model: {} if score == "min_k_pp" else {"reference": model}  # noqa: E731
+    expected = detection.score(score, tiny(), tokenizer, texts, **second(tiny("qwen3")))
+    model, other = (to_disk(tiny(name), tmp_path / name) for name in ("llama", "qwen3"))
+    found = detection.score(score, model, tokenizer, texts, **second(other))
+    assert found == pytest.approx(expected, rel=1e-5)
