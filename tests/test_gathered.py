@@ -33,6 +33,7 @@ CASES = {  # function, loss, where it is computed, options
     "ZeRO-3, a copy of the head": (zero, "emo", "copy", {}),
     "ZeRO-3, a rank without labels": (zero, "cross_entropy", "model", SILENT),
     "ZeRO-3, a rank without labels, statistics": (zero, "focal", "statistics", SILENT),
+    "ZeRO-3, dense logits": (zero, "cross_entropy", "dense", {}),
     "ZeRO-2": (zero, "cross_entropy", "model", {"stage": 2}),
     "ZeRO-2, statistics": (zero, "focal", "statistics", {"stage": 2}),
     "FSDP1": (fsdp1, "cross_entropy", "model", ROOT),
@@ -42,6 +43,7 @@ CASES = {  # function, loss, where it is computed, options
     "FSDP1, a rank without labels": (fsdp1, "cross_entropy", "model", {**ROOT, **SILENT}),
     "FSDP1, head apart": (fsdp1, "cross_entropy", "model", {}),
     "FSDP1, head apart, patched after": (fsdp1, "focal", "model", {"patched_first": False}),
+    "FSDP1, head apart, dense logits": (fsdp1, "cross_entropy", "dense", {}),
     "FSDP1, head apart, flat": (fsdp1, "emo", "model", {"original": False}),
     "FSDP1, head apart, statistics": (fsdp1, "focal", "statistics", {}),
     "FSDP1, head apart, flat, a copy of it": (fsdp1, "emo", "copy", {"original": False}),
@@ -108,7 +110,7 @@ def test_two_ranks_equal_one_process(name, ranks):
         ours, our_grads, counts, reason = rank[name]
         torch.testing.assert_close(ours, value)
         assert_same_gradients(our_grads, grads)
-        assert counts == (int(where in ("model", "function")), 0, 0) and not reason
+        assert counts == (int(where in ("model", "function")), int(where == "dense"), 0) and not reason
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..lazy.operands import Operand, check, version
 from ..lazy.source import Compute, map_tensors
 from ..ops import Head
-from .heads import forward_slot, is_freed, is_split, local_head
+from .heads import forward_slot, is_freed, is_split, local_head, tensor_of
 
 FREED = "the head's weight is there during its call only, and it was called with more than one positional argument"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -116,12 +116,12 @@ class Gathered:
     def shape(self) -> Head:
         """The head with meta tensors in place of its weights."""
         trains = any(parameter.requires_grad for parameter in self.unit.parameters())
-        linear, weight = self.linear, self.linear.weight
+        linear, dtype = self.linear, tensor_of(self.linear, "weight").dtype
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=weight.dtype, device="meta", requires_grad=trains)
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trains)
 
-        bias = None if linear.bias is None else empty(linear.out_features)
+        bias = None if tensor_of(linear, "bias") is None else empty(linear.out_features)
         return Head(empty(linear.out_features, linear.in_features), bias)
 
 
@@ -179,7 +179,7 @@ def whole_weight(inner: nn.Module, linear: nn.Linear) -> Tensor:
 
     Raises: ValueError if it can be gathered in a call of the model only.
     """
-    weight: Any = linear.weight
+    weight = tensor_of(linear, "weight")
     if is_split(weight):
         return weight.full_tensor()
     if hasattr(weight, "ds_id"):

@@ -82,15 +82,22 @@ def _is_linear(layer: Any) -> bool:
 def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
     """The head, if its forward is its own or a lazy one. Raises: ValueError as `patching.head_of`."""
     name, head = type(inner).__name__, linears_of(inner)[0]
-    if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
+    weight = tensor_of(head, "weight")
+    if type(weight) not in (nn.Parameter, Tensor) and not is_split(weight):
         raise ValueError(
-            f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights can be"
+            f"model is a {name} whose head's weight is a {type(weight).__name__}: only plain weights can be"
             " streamed, leave the head out of the quantization"
         )
     forward = head.__dict__.get("forward")
-    if not (forward is None or is_lazy(forward) or hasattr(head, "_hf_hook") or is_split(head.weight)):
+    if not (forward is None or is_lazy(forward) or hasattr(head, "_hf_hook") or is_split(weight)):
         raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
     return head
+
+
+def tensor_of(layer: nn.Module, name: str) -> Any:
+    """A layer's weight or bias, as it is now: ZeRO-3 gathers a parameter that is read as an attribute in a forward."""
+    parameter = next((x for key, x in layer.named_parameters(recurse=False) if key == name), None)
+    return getattr(layer, name, None) if parameter is None else parameter
 
 
 def is_split(weight: Tensor) -> bool:
@@ -128,4 +135,4 @@ def is_freed(layer: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 or accelerate's offloading frees a layer's weight after each call."""
     hook: Any = getattr(layer, "_hf_hook", None)
     offloads = any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
-    return offloads or hasattr(getattr(layer, "weight", None), "ds_id")
+    return offloads or hasattr(tensor_of(layer, "weight"), "ds_id")

@@ -15,7 +15,7 @@ from ..ops import Head
 from ..ops.higher import under_function_transform
 from .calls import CALL, COMPILED, OUTSIDE_OF_MODEL, TRANSFORMED, Call, Patch, patch_on
 from .gathered import FREED, Gathered, Source, unit_of, why_not_gathered
-from .heads import forward_slot, keep_weight, local_head
+from .heads import forward_slot, keep_weight, local_head, tensor_of
 
 
 class LazyForward:
@@ -65,7 +65,7 @@ class LazyForward:
         """Lazy logits of a head whose weight is there during its call only; None if they are not needed."""
         call = Call.current(self.patch)
         needed = self.patch.always if call is None else call.lazy_now
-        if not needed or self.obstacle or under_function_transform(hidden, self.linear.weight):
+        if not needed or self.obstacle or under_function_transform(hidden, tensor_of(self.linear, "weight")):
             return None
         if call is not None:
             call.lazy = True

@@ -56,6 +56,9 @@ def loss_of(model, loss, where, rank, silent):
     assert isinstance(logits, LazyLogits) and not logits.is_dense
     if where == "function":
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count * 2
+    if where == "dense":
+        total = F.cross_entropy(logits.dense()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        return total / count * 2
     if where == "statistics":
         stats = logits.stats(labels, shift=True)
         return losses.get(loss).of(stats).masked_fill(~stats.mask, 0).sum() / count * 2
@@ -87,6 +90,8 @@ def zero(rank, loss, where, name="llama", silent=False, stage=3, direct=False):
     found.backward() if direct else engine.backward(found)
     grads = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
     engine.step()
+    # DeepSpeed gathers what is read outside of its layer's call, and keeps it for the whole forward from then on
+    assert not any(getattr(m, "_external_params", None) for m in engine.module.modules())
     return result(engine, found, grads)
 
 
