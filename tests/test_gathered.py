@@ -72,7 +72,7 @@ def saved(model):
 
 
 TRAINED = {"plain": plain, "LoRA on the head": lora, "modules_to_save": saved}
-KINDS = ["ZeRO-3", "FSDP1"]
+KINDS = ["ZeRO-3", "FSDP1", "FSDP1, head apart"]
 
 
 def skip_without_deepspeed(name):
@@ -301,3 +301,17 @@ def test_scores_of_models_with_offloaded_heads(score, tmp_path):
     model, other = (to_disk(tiny(name), tmp_path / name) for name in ("llama", "qwen3"))
     found = detection.score(score, model, tokenizer, texts, **second(other))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(find_spec("trl.kernels") is None, reason="TRL's fused head is new in TRL 1.16")
+def test_trls_fused_head_with_an_offloaded_head(tmp_path):
+    """What TRL's trainers take their losses from: log-probabilities and statistics of every token."""
+    ids, labels = batch()
+    logp = tiny()(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    model = patch(to_disk(tiny(), tmp_path))
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    valid = labels[:, 1:] != -100
+    expected = logp.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)
+    torch.testing.assert_close(out.log_probs[valid], expected[valid])
+    torch.testing.assert_close(out.entropy[valid], -(logp.exp() * logp).sum(-1)[valid])
+    assert (patch_state(model).streamed, patch_state(model).materialized, patch_state(model).bypassed) == (1, 0, 0)

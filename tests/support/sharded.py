@@ -155,7 +155,7 @@ def ddp(rank, loss, where, name="llama", silent=False):
 
 
 def wrap(kind, model, sixteen_bits=False):
-    """The model under ZeRO-3 or FSDP1, and its step on a loss."""
+    """The model under ZeRO-3, or FSDP1 with the head in the root's unit or its own; and its step on a loss."""
     if kind == "ZeRO-3":
         engine = deepspeed_engine(model, **({"bf16": {"enabled": True}} if sixteen_bits else {}))
 
@@ -164,7 +164,8 @@ def wrap(kind, model, sixteen_bits=False):
             engine.step()
 
         return engine, step
-    leaves = tuple(name for name, m in model.named_modules() if "lm_head" in name and isinstance(m, nn.Linear))
+    heads = [name for name, m in model.named_modules() if "lm_head" in name and isinstance(m, nn.Linear)]
+    leaves = tuple(name for name in heads if kind == "FSDP1, head apart" or "lora_" in name)
     more = {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)} if sixteen_bits else {}
     wrapped = in_fsdp1(model, leaves, **more)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
