@@ -122,8 +122,11 @@ def _top_logits(logits: Any, stats: Stats) -> Tensor:
     top = stats.top[stats.mask]
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         return logits[stats.mask].gather(-1, top[:, None]).squeeze(-1).to(stats.lse.dtype)
-    hidden = logits.hidden[stats.mask.to(logits.hidden.device)]
-    return _logits_of(hidden, logits.head, top.to(hidden.device)).to(stats.lse)
+
+    def compute(hidden: Tensor, head: Head) -> Tensor:
+        return _logits_of(hidden[stats.mask.to(hidden.device)], head, top.to(hidden.device))
+
+    return logits.with_head(compute).to(stats.lse)
 
 
 def _logits_of(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:

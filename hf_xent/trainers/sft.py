@@ -151,7 +151,10 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         state = patch_state(model)
         request = replace(state.request, observe=("entropy", "top"))
         objective = getattr(inner_of(model).loss_function, "loss", self.objective)  # with what it needs of the head
-        loss, stats = objective.reduced(logits.hidden, logits.head, ids, request, Reduction("mean", items, weights))
+        reduction = Reduction("mean", items, weights)
+        loss, stats = logits.with_head(
+            lambda hidden, head: objective.reduced(hidden, head, ids.to(hidden.device), request, reduction)
+        )
         state.record(stats)
         self._predictions = self._measured(logits, measured)
         divisor = 1 if items is not None else stats.mask.sum().clamp(min=1)  # TRL divides by it
