@@ -19,9 +19,8 @@ from .source import changed, shape_of
 from .tensor import LazyLogits, make
 from .values import is_view, meta_like
 
-
-_ATTRIBUTES = ("hidden", "raw", "recipe", "dtype", "device", "state")
-_ATTRIBUTES += ("reads", "operands", "source", "product_of", "hooks")
+_OPERANDS = ("hidden", "raw", "source", "product_of", "operands")
+_ATTRIBUTES = (*_OPERANDS, "recipe", "dtype", "device", "state", "reads", "hooks")
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:

@@ -149,7 +149,7 @@ class Source:
         return raw
 
 
-def unit_of(inner: nn.Module, linear: nn.Linear) -> nn.Module | None:
+def unit_of(inner: nn.Module, linear: nn.Module) -> nn.Module | None:
     """The module whose call gathers a head's weight and frees it: the layer, or FSDP's wrapper around it; or None."""
     around = [m for m in fsdp_units(inner) if m._modules["_fsdp_wrapped_module"] is linear]
     if around:
