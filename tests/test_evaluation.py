@@ -82,12 +82,12 @@ def _targets(rows):
     return [torch.tensor(row["labels"][1:]) for row in rows]
 
 
-def test_bits_per_byte_are_those_of_text_in_utf8():
+def test_bits_per_byte_are_those_of_text_in_utf8(tmp_path):
     """A model of the uniform distribution over V tokens takes log2 V bits per token, whatever its bytes."""
     tokenizer = tiny_tokenizer("äöü €uro " * 30)
     ids = tokenizer("€uro äöü")["input_ids"]
     data = datasets.Dataset.from_list([{"input_ids": [1, *ids], "labels": [-100, *ids]}])
-    trainer = trainer_of("unused", data, model=tiny(std=0.0), eval_bits_per_byte=True, processing_class=tokenizer)
+    trainer = trainer_of(tmp_path, data, model=tiny(std=0.0), eval_bits_per_byte=True, processing_class=tokenizer)
     found = trainer.evaluate()["eval_bits_per_byte"]
     assert found == pytest.approx(len(ids) * math.log2(V) / len(" €uro äöü".encode()), rel=1e-5)
 

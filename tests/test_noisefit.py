@@ -473,11 +473,28 @@ def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
     assert method == "rdrop" or trainer.state.log_history[1]["divergence"] >= 0
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own tracer reads it
+@pytest.mark.parametrize("method", ["noisefit", "rdrop"])
+def test_a_compiled_model_trains_as_it_does_without(tmp_path, rows, method):
+    """The same noise, which the program that is compiled in the first step draws anew in every step."""
+    found = []
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        noise = {} if method == "rdrop" else {"noise_std": 2.0, "sigma_power": 1}
+        trainer = fit(tmp_path, rows, method=method, max_steps=3, **noise, **options)
+        found.append((losses_of(trainer), trainer.noise_layers, trainer.evaluate()["eval_perplexity"]))
+        state = patch_state(trainer.model)
+        assert state.streamed > 0 and state.materialized == state.bypassed == 0
+        assert all(not layer._forward_hooks for layer in layers_of(trainer.model))
+        torch.compiler.reset()
+    (losses, layers, perplexity), (expected, expected_layers, expected_perplexity) = found
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
+    assert layers == expected_layers and perplexity == pytest.approx(expected_perplexity, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tail": 1e-3}, "tail is 0.001, but the divergences"),
-        ({"torch_compile": True}, "torch_compile is True"),
         ({"method": "rdrop", "noise_std": 0.3}, "noise_std is 0.3, but method is 'rdrop'"),
         ({"rdrop_weight": 2.0}, "rdrop_weight is 2.0, but method is 'noisefit'"),
     ],

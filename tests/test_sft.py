@@ -16,7 +16,8 @@ from hf_xent.trainers import StreamedSFTConfig, StreamedSFTTrainer
 from support.models import V, tiny, tiny_tokenizer
 from support.oracle import Largest
 
-pytestmark = pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL 1.16 has the fused head")
+FUSED = Version(trl.__version__) >= Version("1.16")
+pytestmark = pytest.mark.skipif(not FUSED, reason="TRL has the fused head since 1.16")
 
 TEXTS = ["the quick brown fox", "jumps over", "the lazy dog the quick", "fox over the dog"] * 2
 ROWS = [1.0, 2.0, 0.0, 0.5] * 2
@@ -78,6 +79,11 @@ def fit(*args, **options):
         warnings.simplefilter("ignore")
         trainer.train()
     return trainer
+
+
+def logged(trainer):
+    """Loss and gradient norm of the first step."""
+    return trainer.state.log_history[0]["loss"], trainer.state.log_history[0]["grad_norm"]
 
 
 def batch_of(trainer):
@@ -161,8 +167,7 @@ def test_accumulation_does_not_change_a_step(tmp_path):
     for size, accumulation in ((8, 1), (2, 4)):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
         weights = [1e-2 * w + 1e-3 for w in ROWS]  # they add up to less than 1
-        entry = fit(tmp_path, texts(loss_weight=weights), loss="emo", **sizes).state.log_history[0]
-        found.append((entry["loss"], entry["grad_norm"]))
+        found.append(logged(fit(tmp_path, texts(loss_weight=weights), loss="emo", **sizes)))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
@@ -279,8 +284,10 @@ def test_adapters_and_prompt_tuning(tmp_path):
         model.load_state_dict(state)
         with torch.no_grad(), hf_xent.patching.unpatched(model):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        logp = logits[:, -batch["labels"].shape[1] :][:, :-1].log_softmax(-1)
-        labels, weights = batch["labels"][:, 1:], batch["token_weights"][:, 1:] * (batch["labels"][:, 1:] != -100)
+        first = 0 if logits.shape[1] > batch["labels"].shape[1] else 1  # the last virtual token predicts label 0
+        labels, weights = batch["labels"][:, first:], batch["token_weights"][:, first:]
+        weights = weights * (labels != -100)
+        logp = logits[:, -labels.shape[1] - 1 : -1].log_softmax(-1)
         logp = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         expected = ((1 - logp.exp()) * -logp * weights).sum() / weights.sum()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
@@ -294,6 +301,17 @@ def test_auxiliary_losses_stay(tmp_path):
     assert found[0].keys() == found[1].keys() and "aux_loss" in found[0]
     for name, value in found[1].items():
         assert found[0][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_step_without_labels_changes_nothing(tmp_path):
+    ids = tokenizer()(TEXTS[0])["input_ids"]
+    columns = {"input_ids": [ids] * 8, "labels": [[-100] * len(ids)] * 8}
+    for more in ({}, {"token_weights": [[1.0] * len(ids)] * 8}):
+        rows = datasets.Dataset.from_dict({**columns, **more})
+        trainer = fit(tmp_path, rows, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, loss="emo")
+        assert trainer.state.log_history[0]["loss"] == 0
+        for found, expected in zip(trainer.model.parameters(), tiny(std=0.05).parameters(), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 
+import test_sft
 from hf_xent import trainers
 from hf_xent.patching import patch_state
 from hf_xent.trainers import NoiseFiTConfig, NoiseFiTTrainer, XentConfig, XentTrainer
@@ -129,11 +130,15 @@ def test_the_scale_of_weights_has_no_effect_and_zero_is_a_mask(tmp_path):
         assert one[name] == pytest.approx(other[name], rel=1e-6), name
 
 
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob"), 0.0)
+NO_DROPOUT["attention_probs_dropout_prob"] = 0.0
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert bias"])
 def test_models_whose_loss_has_no_name_are_divided_alike(tmp_path, name):
     """transformers' trainer counts labels that these models do not predict; weights are those of what they predict."""
-    rows, model = rows_of(), tiny(name, std=0.05)
-    expected = weighted_mean(tiny(name, std=0.05), collate(list(rows)), padded_weights(rows))
+    rows, model = rows_of(), tiny(name, std=0.05, **NO_DROPOUT)
+    expected = weighted_mean(tiny(name, std=0.05, **NO_DROPOUT), collate(list(rows)), padded_weights(rows))
     trainer = XentTrainer(model, arguments(tmp_path), train_dataset=rows, data_collator=collate)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(expected.detach()), rel=1e-4)
@@ -169,8 +174,17 @@ def rank_of(rank, folder, single):
     return entry["loss"], entry["grad_norm"]
 
 
+def fine_tuned(folder, size):
+    """Loss and gradient norm of a step of StreamedSFTTrainer over eight texts."""
+    rows = test_sft.texts(loss_weight=[0.1, 2.0, 1.0, 0.5] * 2)
+    return test_sft.logged(test_sft.fit(folder, rows, loss="emo", per_device_train_batch_size=size))
+
+
 def ranks_of(rank, folder):
-    return [rank_of(rank, folder, single) for single in (True, False)]
+    return [
+        *(rank_of(rank, folder, single) for single in (True, False)),
+        *([fine_tuned(folder, 4)] if test_sft.FUSED else []),
+    ]
 
 
 def test_two_processes_are_one(tmp_path):
@@ -182,6 +196,8 @@ def test_two_processes_are_one(tmp_path):
         entry = fit(tmp_path, rows).state.log_history[0]
         assert found[0][i][0] == pytest.approx(entry["loss"], rel=1e-5)
         assert found[0][i][1] == found[1][i][1] == pytest.approx(entry["grad_norm"], rel=1e-4)
+    if test_sft.FUSED:
+        assert found[0][2] == found[1][2] == pytest.approx(fine_tuned(tmp_path, 8), rel=1e-4)
 
 
 def test_collators_that_pad_flatten_and_pad_on_the_left():

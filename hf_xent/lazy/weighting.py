@@ -1,7 +1,7 @@
 """Weights of labels on their way to the loss: a model's own forward takes none, so the call of the model carries them.
 
-`model(input_ids, labels=labels, token_weights=weights)` of a patched model weighs its labels by constants w >= 0 in their
-shape, which are shifted as they are:
+A patched model weighs its labels in `model(input_ids, labels=labels, token_weights=weights)`, by constants w >= 0 in
+their shape, which are shifted as they are:
 
     loss = sum_t w_t loss_t / sum_t w_t          or sum_t w_t loss_t / num_items_in_batch, if the caller passes that
 

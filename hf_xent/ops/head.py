@@ -162,6 +162,21 @@ class Head:
             raw = raw + product(hidden[..., self.weight.shape[1] :], self.adapter)
         return self.activate(gather_from_ranks(raw.to(wide(hidden.dtype)), self.shard))
 
+    def logit_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """The logit of one token in each row.
+
+        Args:
+            hidden: Hidden states [N, D + R].
+            tokens: Ids of the whole vocabulary [N].
+
+        Returns:
+            Logits [N] in the dtype of statistics.
+        """
+        rows: Any = self[tokens].joined()
+        dtype = wide(hidden.dtype)
+        raw = torch.linalg.vecdot(rows.weight.to(dtype), hidden.to(dtype))
+        return self.activate(raw if rows.bias is None else raw + rows.bias)
+
     def activate(self, raw: Tensor) -> Tensor:
         """Scale and softcap applied to the raw product; a new tensor unless there is nothing to do."""
         if self.softcap is None:

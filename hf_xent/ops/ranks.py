@@ -36,12 +36,8 @@ def merge_ranks(problem: Problem, values: dict[str, Tensor], rows: slice = slice
         local["mean"] = local["mean"] * (head.size / head.shard.size)
     if "top" in local:
         top = local["top"]
-        best = replace(head, shard=None)[top]  # the head's rows for the top tokens of this rank
-        raw = torch.linalg.vecdot(
-            best.joined().weight.to(local["lse"].dtype), problem.hidden[rows].to(local["lse"].dtype)
-        )
-        local["peak"] = head.activate(raw if best.bias is None else raw + best.bias)
-        local["top"] = (top + head.shard.start).to(raw.dtype)  # exact: no vocabulary has 2^24 tokens
+        local["peak"] = replace(head, shard=None).logit_of(problem.hidden[rows], top)  # of this rank's columns
+        local["top"] = (top + head.shard.start).to(local["lse"].dtype)  # exact: no vocabulary has 2^24 tokens
     if "rank" in local:
         local["rank"] = counts_above(problem, rows)
     names = sorted(local)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import EvalPrediction
 
+from ..lazy import TracedLogits
 from .base import Mixin
 from .batches import shifts_labels
 from .evaluation import IGNORED, Evaluation, StreamedMetrics
@@ -73,6 +74,8 @@ class Evaluated(Mixin):
             return None
         if TOKENS in inputs:
             labels = torch.where(inputs[TOKENS] == 0, IGNORED, labels)
+        if isinstance(logits, TracedLogits):  # of a compiled model
+            logits = logits.lazy()
         with torch.no_grad():
             found = self._evaluation.add(logits, labels, shift=shifts_labels(self.model))
         return found if self.args.streamed_metrics else None

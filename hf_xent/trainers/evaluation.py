@@ -20,7 +20,6 @@ from torch import Tensor
 from ..lazy import LazyLogits
 from ..metrics.calibration import BINS, binned, calibration_error
 from ..ops import Head, Stats, dense_stats
-from ..ops.statistics import wide
 
 IGNORED = -100  # also what transformers pads predictions with
 
@@ -124,13 +123,6 @@ def _top_logits(logits: Any, stats: Stats) -> Tensor:
         return logits[stats.mask].gather(-1, top[:, None]).squeeze(-1).to(stats.lse.dtype)
 
     def compute(hidden: Tensor, head: Head) -> Tensor:
-        return _logits_of(hidden[stats.mask.to(hidden.device)], head, top.to(hidden.device))
+        return head.logit_of(hidden[stats.mask.to(hidden.device)], top.to(hidden.device))
 
     return logits.with_head(compute).to(stats.lse)
-
-
-def _logits_of(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """The logit of one token in each row: hidden [n, D], tokens [n]."""
-    rows, dtype = head[tokens], wide(hidden.dtype)
-    raw = sum(torch.linalg.vecdot(hidden[:, part].to(dtype), x.to(dtype)) for x, part in rows.matrices.values())
-    return rows.activate(raw if rows.bias is None else raw + rows.bias.to(dtype))  # type: ignore[arg-type]

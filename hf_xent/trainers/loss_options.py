@@ -59,7 +59,7 @@ class LossOptions(Options):
         super().__post_init__()
         if self.streamed_entropy and not self.streamed_metrics:
             raise ValueError("streamed_entropy is True, but streamed_metrics is False: set that one to True, too")
-        if self.streamed_metrics and self.prediction_loss_only:  # type: ignore[attr-defined]  # of TrainingArguments
+        if self.streamed_metrics and self.prediction_loss_only:
             raise ValueError(
                 "streamed_metrics is True, but so is prediction_loss_only, which leaves none: set it to False"
             )

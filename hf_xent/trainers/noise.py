@@ -46,28 +46,50 @@ def noise_scale(h: Tensor, sigma: float, mask: Tensor | None = None) -> Tensor:
     return sigma * h[keep].std() * deviation * torch.exp(-BETA * distance / (deviation + 1e-6)) * factor
 
 
-@contextmanager
-def noisy(layers: list[nn.Module], sigma: float, mask: Tensor | None, dim: int = 0) -> Iterator[None]:
-    """Adds noise to the last two thirds of the layers' outputs in training mode; `mask` [B, T] is that of one third.
+class Noise:
+    """Forward hooks of layers that add noise to the last two thirds of their outputs in training mode.
 
-    `dim` is the dimension along which the thirds are concatenated: 0, or 1 in a packed batch.
+    Args:
+        sigma: The strength, in units of the activations' standard deviation; 0 adds none.
     """
 
-    def disturb(layer: nn.Module, _: Any, output: Any) -> Any:
-        if not layer.training or not sigma:
-            return None
-        clean, *parts = _first(output).chunk(3, dim)
-        scales = [noise_scale(part, sigma, None if mask is None else mask.to(part.device)) for part in parts]
-        disturbed = [h + (torch.randn_like(s) * s).to(h.dtype) for h, s in zip(parts, scales, strict=True)]
-        h = torch.cat([clean, *disturbed], dim)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+    def __init__(self, sigma: float):
+        self.sigma = sigma
+        self.active = False
+        self.mask: Tensor | None = None  # [B, T] of one third
+        self.dim = 0  # the dimension along which the thirds are concatenated: 1 in a packed batch
+        self.handles: list[Any] = []
 
-    handles = [layer.register_forward_hook(disturb) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    def install(self, layers: list[nn.Module]) -> None:
+        """Put the hooks on the layers, once."""
+        if not self.handles:
+            self.handles = [layer.register_forward_hook(self) for layer in layers]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
             handle.remove()
+        self.handles = []
+
+    @contextmanager
+    def on(self, mask: Tensor | None, dim: int) -> Iterator[None]:
+        """A context in which the hooks add noise to batches with this mask, packed along this dimension."""
+        self.active, self.mask, self.dim = True, mask, dim
+        try:
+            yield
+        finally:
+            self.active, self.mask = False, None
+
+    def __call__(self, layer: nn.Module, _: Any, output: Any) -> Any:
+        """The hook."""
+        if not (self.active and layer.training and self.sigma):
+            return None
+        clean, *parts = _first(output).chunk(3, self.dim)
+        mask = self.mask
+        scales = [noise_scale(part, self.sigma, None if mask is None else mask.to(part.device)) for part in parts]
+        disturbed = [h + (torch.randn_like(s) * s).to(h.dtype) for h, s in zip(parts, scales, strict=True)]
+        h = torch.cat([clean, *disturbed], self.dim)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
 
 @dataclass(frozen=True)

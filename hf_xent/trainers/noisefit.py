@@ -48,9 +48,9 @@ from ..ops.request import Request
 from ..patching import lazily, patch_state
 from .batches import lazy, targets
 from .divergence import noisefit, rdrop
-from .noise import noisy, strengths
+from .noise import Noise, strengths
 from .passes import packed, repeated
-from .refusals import OWN_LOSS, refuse_compilation, refuse_encoder_decoder
+from .refusals import OWN_LOSS, refuse_encoder_decoder
 from .xent import XentConfig, XentTrainer
 
 
@@ -144,7 +144,9 @@ class NoiseFiTTrainer(XentTrainer):
     def __init__(self, model: Any, args: NoiseFiTConfig | None = None, **kwargs: Any):
         args = self.configured(args, kwargs)
         refuse_encoder_decoder(model)
-        refuse_compilation(model, args, "NoiseFiT compares passes by the hidden states before them")
+        self._noise = Noise(args.noise_std**args.sigma_power)
+        self._is_compiled = args.torch_compile or getattr(model, "_compiled_call_impl", None) is not None
+        self._is_compiled |= hasattr(model, "_orig_mod")
         super().__init__(model, args, **kwargs)
         self.noise_layers: list[int] | None = None if self.args.method == "noisefit" else []
 
@@ -162,10 +164,20 @@ class NoiseFiTTrainer(XentTrainer):
             logged = earlier[-1] if earlier else self._choose_layers(model, self._prepare_inputs(dict(inputs)))
             self.noise_layers = [int(value) for name, value in logged.items() if name.startswith("noise_layer_")]
         layers = layers_of(self.model) if self.noise_layers else []
-        sigma = self.args.noise_std**self.args.sigma_power
-        chosen, mask = [layers[index] for index in self.noise_layers], inputs.get("attention_mask")
-        with noisy(chosen, sigma, mask, dim=int(packed(inputs))):
-            return super().training_step(model, inputs, *args, **kwargs)
+        self._noise.install([layers[index] for index in self.noise_layers])
+        try:
+            with self._noise.on(inputs.get("attention_mask"), int(packed(inputs))):
+                return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            if not self._is_compiled:  # a compiled model has the hooks in its program, where they stay until the end
+                self._noise.remove()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `XentTrainer`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._noise.remove()
 
     def compute_loss(
         self,
@@ -216,7 +228,8 @@ class NoiseFiTTrainer(XentTrainer):
         listed = self._listed_layers(len(layers))
         model_inputs, _ = _inputs_and_labels(inputs)
         mask = inputs.get("attention_mask")
-        with eval_mode(model), lazily(model):
+        # a compiled program would keep the hooks that measure
+        with torch.compiler.set_stance("force_eager"), eval_mode(model), lazily(model):
             noise = strengths(layers, lambda: model(**model_inputs), args.noise_std or 1.0, mask)
         ordered = sorted(range(len(layers)), key=lambda i: noise[i].ratio, reverse=args.noise_layers == "largest")
         chosen = sorted(ordered[: args.num_noise_layers]) if listed is None else listed

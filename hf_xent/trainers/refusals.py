@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..patching.heads import inner_of
 
 NO_MODEL_INIT = "the model is patched once, when the trainer is made: pass model instead"
@@ -26,15 +24,6 @@ def refuse_arguments(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -
     for name, reason in reasons.items():
         if arguments.get(name) is not None:
             raise ValueError(f"{name} is given, but {reason}")
-
-
-def refuse_compilation(model: nn.Module | None, args: Any, reason: str) -> None:
-    """Raises: ValueError if the model is, or is to be, compiled; the reason says what needs its hidden states."""
-    if args.torch_compile or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            f"torch_compile is {args.torch_compile}{'' if args.torch_compile else ' but the model is compiled'}:"
-            f" compiled models compute their logits the ordinary way, and {reason}: train without torch_compile"
-        )
 
 
 def refuse_encoder_decoder(model: Any) -> None:

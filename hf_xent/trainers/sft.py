@@ -15,28 +15,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import trl
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from .. import losses
 from ..hub import Carded, Tokenless
-from ..lazy.weighting import check_weights
 from ..losses.base import Loss
-from ..losses.reduction import Reduction
-from ..patching import head_of, inner_of, lazily, patch, patch_state
+from ..patching import head_of, inner_of, patch, patch_state
 from .base import Method
-from .batches import lazy, targets
 from .evaluated import Evaluated
 from .loss_options import LossOptions
-from .refusals import refuse_compilation, refuse_encoder_decoder
+from .refusals import refuse_encoder_decoder
 from .sft_data import Joined, mapped, parted, weighs
 from .weighted import Weighted
 from .weights import TOKENS, WithWeights
@@ -66,6 +62,7 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
     Raises:
         ValueError: An unknown loss, the configuration of another trainer, options without effect, weights that do not
             fit their labels, or a model that cannot be patched.
+        RuntimeError: In training, the model computes its loss from logits that something has made.
     """
 
     config_class: type = StreamedSFTConfig
@@ -76,6 +73,7 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         "use_liger_kernel": "Liger's loss would replace this trainer's: set it to False",
     }
     refused_arguments: Mapping[str, str] = {"compute_loss_func": "the loss is a registered one: pass loss"}
+    _predictions: Any = None  # of the last batch that was measured
     _name = "SFT"
     _tag_names = ["trl", "sft", "hf_xent"]  # noqa: RUF012  TRL's attribute
 
@@ -92,13 +90,12 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         if not isinstance(model, str):  # TRL loads a path or Hub id
             refuse_encoder_decoder(model)
             head_of(model)  # raises for a model that is not a language model
-            refuse_compilation(model, args, "this trainer reads the hidden states before them")
         if not hasattr(trl_utils, "add_fused_lm_head"):
             raise ImportError(
                 f"TRL is {trl.__version__}, whose SFTTrainer has no fused head: install TRL 1.16 or newer"
             )
         super().__init__(model=model, args=args, **kwargs)
-        patch(self.model, self.objective, memory_budget=args.memory_budget, tail=args.tail)
+        patch(self.model, self.objective, observe=("entropy", "top"), memory_budget=args.memory_budget, tail=args.tail)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -121,17 +118,20 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As TRL, of the registered loss. Raises: ValueError if the logits are computed by something else."""
-        forward = _Forward(self, model, num_items_in_batch)
-        items = None if num_items_in_batch is None else torch.ones(())  # it has divided the loss already
-        return super().compute_loss(forward, dict(inputs), return_outputs, items)
+        """As TRL, of the registered loss. Raises: RuntimeError if the logits are computed by something else."""
+        items = None
+        if num_items_in_batch is not None:  # without labels in the whole step the loss is 0, not 0 / 0
+            items = torch.as_tensor(num_items_in_batch)
+            items = torch.where(items == 0, 1, items)
+        divided = None if items is None else torch.ones(())  # TRL has nothing to divide by then
+        return super().compute_loss(_Forward(self, model, items), dict(inputs), return_outputs, divided)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As TRL; with `streamed_metrics`, the predictions are these, and no logits are computed."""
         streamed = self.args.streamed_metrics and not prediction_loss_only
-        self._predictions: Any = None
+        self._predictions = None
         step = super().prediction_step(model, inputs, prediction_loss_only or streamed, ignore_keys)
         if not streamed:
             return step
@@ -139,31 +139,26 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
 
     def _streamed_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> SimpleNamespace:
         """What TRL's `compute_loss` reads of its fused head, with the registered loss as the log-probability."""
-        labels, weights = inputs.pop("labels"), inputs.pop(TOKENS, None)
-        with lazily(model):
-            output = model(**inputs)
-        logits = lazy(output.logits, labels.shape[1], type(self).__name__)
-        ids = targets({"labels": labels}).to(logits.hidden.device)
-        measured = {"labels": labels} if weights is None else {"labels": labels, TOKENS: weights}
-        if weights is not None:
-            weights = F.pad(check_weights(weights, labels.shape), (0, 1))[..., 1:].to(ids.device)
-            ids = torch.where(weights == 0, -100, ids)
-        state = patch_state(model)
-        request = replace(state.request, observe=("entropy", "top"))
-        objective = getattr(inner_of(model).loss_function, "loss", self.objective)  # with what it needs of the head
-        reduction = Reduction("mean", items, weights)
-        loss, stats = logits.with_head(
-            lambda hidden, head: objective.reduced(hidden, head, ids.to(hidden.device), request, reduction)
-        )
-        state.record(stats)
-        self._predictions = self._measured(logits, measured)
-        divisor = 1 if items is not None else stats.mask.sum().clamp(min=1)  # TRL divides by it
+        state, training = patch_state(self.model), self.model.training
+        state.take(training=training)
+        output = model(**inputs, **({} if items is None else {"num_items_in_batch": items}))
+        sums = state.take(training=training)
+        if not sums:
+            raise RuntimeError(f"no loss was computed without logits: {state.why_dense}; train with trl.SFTTrainer")
+        loss, aux_loss = output.loss, getattr(output, "aux_loss", None)
+        if self.aux_loss_enabled and aux_loss is not None:  # TRL adds it, with a weight of its own
+            inner: Any = inner_of(self.model)
+            weight = getattr(inner, "router_aux_loss_coef", self.router_aux_loss_coef)
+            loss = loss - weight * aux_loss.to(loss.device)
+        if self._in_training is False:
+            self._predictions = self._measured(output.logits, inputs)
+        divisor = 1 if items is not None else sums["tokens"].clamp(min=1)  # TRL divides by it
         return SimpleNamespace(
-            log_probs=-loss.to(output.logits.device) * divisor,
-            label_mask=stats.mask,
-            entropy=stats.entropy,
-            is_top1=stats.is_top1,
-            aux_loss=getattr(output, "aux_loss", None),
+            log_probs=-loss * divisor,
+            label_mask=sums["tokens"],
+            entropy=sums["entropy"],
+            is_top1=sums["correct"],
+            aux_loss=aux_loss,
         )
 
 

@@ -26,7 +26,8 @@ def weighs(dataset: Any) -> bool:
 
     Of a table its schema says so, of a stream the first row.
     """
-    first, features = next(iter(dataset), {}), getattr(dataset, "features", None) or {}
+    first: Any = next(iter(dataset), {})
+    features = getattr(dataset, "features", None) or {}
     if TOKENS in first and "input_ids" not in first:
         raise ValueError(
             f"the data has a column {TOKENS} but no input_ids, whose tokens it could weigh: add them, or give {ROW} or"

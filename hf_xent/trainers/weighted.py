@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import Mixin
 from .batches import shifts_labels
@@ -19,10 +20,25 @@ class Weighted(Mixin):
 
     weighs_labels = True
     data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.data_collator = WithWeights(self.data_collator)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock trainer; labels of virtual tokens, which prompt tuning puts first, have the weight 0."""
+        if TOKENS in inputs and self._virtual_tokens:
+            inputs = {**inputs, TOKENS: F.pad(inputs[TOKENS], (self._virtual_tokens, 0))}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def _virtual_tokens(self) -> int:
+        """How many labels prompt tuning puts before those of a row."""
+        prompt: Any = getattr(self.model, "active_peft_config", None)
+        if not getattr(prompt, "is_prompt_learning", False) or prompt.peft_type == "PREFIX_TUNING":
+            return 0
+        return int(prompt.num_virtual_tokens)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -45,7 +61,8 @@ class Weighted(Mixin):
         """The weights of the labels that a batch has targets for, [...]; 1 where a batch has no weights."""
         labels = batch["labels"] if batch.get("labels") is not None else batch["shift_labels"]
         weights = torch.where(labels == -100, 0.0, batch.get(TOKENS, torch.ones((), device=labels.device)))
-        return weights[..., 1:] if shifts_labels(self.model) and "labels" in batch else weights
+        first_is_predicted = not shifts_labels(self.model) or "labels" not in batch or self._virtual_tokens > 0
+        return weights if first_is_predicted else weights[..., 1:]
 
 
 @dataclass(frozen=True)

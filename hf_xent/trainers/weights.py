@@ -124,18 +124,17 @@ def check_columns(name: str, dataset: Any) -> None:
 
 def _fit(table: Any) -> bool:
     """Whether all weights of an arrow table are right; False if they have to be looked at row by row."""
-    from pyarrow import compute
-
-    values = []
-    if TOKENS in table.column_names:
-        lengths = [compute.list_value_length(table[c]) for c in (TOKENS, *IDS & {*table.column_names})]
-        if any(lengths[0] != other for other in lengths[1:]):
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    values = [columns[ROW]] if ROW in columns else []
+    if TOKENS in columns:
+        lengths = columns[TOKENS].value_lengths()
+        if columns[TOKENS].null_count or any(columns[name].value_lengths() != lengths for name in IDS & columns.keys()):
             return False
-        values.append(compute.list_flatten(table[TOKENS]))
-    if ROW in table.column_names:
-        values.append(table[ROW])
-    found = [torch.as_tensor(x.to_numpy().astype("float64")) for x in values if not x.null_count]
-    return len(found) == len(values) and all(bool(((x >= 0) & (x < float("inf"))).all()) for x in found)
+        values.append(columns[TOKENS].flatten())
+    if any(x.null_count for x in values):
+        return False
+    found = [torch.as_tensor(x.to_numpy().astype("float64")) for x in values]
+    return all(bool(((x >= 0) & (x < float("inf"))).all()) for x in found)
 
 
 def refuse_columns(name: str, dataset: Any, trainer: str) -> None:

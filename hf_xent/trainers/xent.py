@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,9 +151,14 @@ class XentTrainer(Weighted, Evaluated, Method, Carded, SplitSequences, Trainer):
         measured = self._measured(outputs["logits"], inputs)
         return loss, outputs if measured is None else {"loss": loss, **measured}
 
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
         """As `Trainer`; without labels the loss is NaN, as a stock model's: transformers leaves it out of the mean."""
-        loss, *outputs = super().prediction_step(model, inputs, *args, **kwargs)
+        logits_are_kept = not prediction_loss_only and not self.args.streamed_metrics
+        # a compiled model would compute logits in evaluation
+        with nullcontext() if logits_are_kept else lazily(model):
+            loss, *outputs = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and self._label_count is not None and self.compute_loss_func is None:
             loss = torch.where(self._label_count.to(loss.device) > 0, loss, torch.nan)
         return (loss, *outputs)
