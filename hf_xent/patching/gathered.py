@@ -163,7 +163,7 @@ def fsdp_units(inner: nn.Module) -> Iterator[nn.Module]:
     return (m for m in (inner.modules() if distributed else ()) if m._modules.get("_fsdp_wrapped_module") is not None)
 
 
-def why_not_gathered(inner: nn.Module, linear: nn.Linear, unit: nn.Module | None) -> str:
+def why_not_gathered(inner: nn.Module, linear: nn.Module, unit: nn.Module | None) -> str:
     """Why nothing can be computed in a call of the layer; empty if it can, or if the weight is there anyway."""
     if unit is None:
         if any(linear in m.modules() for m in fsdp_units(inner)):

@@ -45,9 +45,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     """Make a language model compute its loss, or another one, without logits; the model is changed in place.
 
     Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
-    again replaces the earlier patch. Where the head cannot be streamed (under some adapters), the model computes its
-    loss as before, and `hf_xent.patching.patch_state(model)` counts these calls and says why. It takes `token_weights`,
-    too, weights in the shape of labels (`hf_xent.lazy.weighting`).
+    again replaces the earlier patch. `patch_state(model)` counts calls in which the head cannot be streamed (under some
+    adapters), and says why. The model takes `token_weights` in the shape of labels, too (`hf_xent.lazy.weighting`).
 
     Args:
         model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.
@@ -66,7 +65,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         The same model.
 
     Raises:
-        ValueError: The model has no linear head; the loss is unknown, needs a teacher, or a weight that FSDP1 has split.
+        ValueError: The model has no linear head; the loss is unknown, needs a teacher, or weights that FSDP1 split.
         RuntimeError: The verification failed; the model is as it was.
     """
     objective = losses.get(loss)

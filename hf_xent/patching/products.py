@@ -23,7 +23,7 @@ from ..ops.higher import under_function_transform
 from .calls import Call
 from .forwards import OwnForward, lazy_product
 from .gathered import unit_of, why_not_gathered
-from .heads import within_adapters
+from .heads import branches_of, within_adapters
 
 _MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _PLAIN = (Tensor, nn.Parameter)
@@ -63,11 +63,14 @@ class LazyProducts(OwnForward):
         return output
 
     def gather_in(self, inner: nn.Module) -> None:
-        """Notice whether the head's weight is freed, and whether that leaves a way to compute with it."""
+        """Notice whether weights of the layer are freed, and whether that leaves a way to compute with them."""
         head = within_adapters(self.layer)
-        parametrized = is_parametrized(head)  # whose weight is computed in the layer's call, and stays
-        unit = None if parametrized else unit_of(inner, head)
-        self.freed, self.obstacle = unit is not None, "" if parametrized else why_not_gathered(inner, head, unit)
+        if is_parametrized(head):  # whose weight is computed in the layer's call, and stays
+            return
+        units = [(linear, unit_of(inner, linear)) for linear in (head, *branches_of(self.layer, head))]
+        self.freed = any(unit is not None for _, unit in units)
+        obstacles = (why_not_gathered(inner, linear, unit) for linear, unit in units)
+        self.obstacle = next(filter(None, obstacles), "")
 
     def _traced(self, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output while torch traces it, lazy if the call needs that and the layer is a sum of products."""
@@ -98,10 +101,9 @@ class _Products(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def fits(self, hidden: Any, weight: Any, bias: Any) -> bool:
-        """Whether it is a product of the layer's rows with a plain matrix of the vocabulary's size."""
-        if type(hidden) not in _PLAIN or type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
-            return False
-        if is_gathered(weight):
+        """Whether it is a product of the layer's rows with a plain matrix of the vocabulary's size, which stays."""
+        plain = type(hidden) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+        if not plain or _is_gathered(weight):
             return False
         shapes = hidden.ndim > 1 and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1] > 0
         alike = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
@@ -109,7 +111,7 @@ class _Products(TorchFunctionMode):
         return shapes and alike and weight.shape[0] == self.size and rows == self.rows and hidden.is_floating_point()
 
 
-def is_gathered(weight: Tensor) -> bool:
+def _is_gathered(weight: Tensor) -> bool:
     """Whether ZeRO-3 frees a matrix, or the one that it is a view of, when the layer that reads it returns."""
     return any(hasattr(x, "ds_id") for x in (weight, weight._base) if x is not None)
 
