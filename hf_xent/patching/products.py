@@ -103,7 +103,7 @@ class _Products(TorchFunctionMode):
     def fits(self, hidden: Any, weight: Any, bias: Any) -> bool:
         """Whether it is a product of the layer's rows with a plain matrix of the vocabulary's size, which stays."""
         plain = type(hidden) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
-        if not plain or _is_gathered(weight):
+        if not plain or weight.device != hidden.device or _is_gathered(weight):
             return False
         shapes = hidden.ndim > 1 and weight.ndim == 2 and hidden.shape[-1] == weight.shape[1] > 0
         alike = hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type)
