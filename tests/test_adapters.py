@@ -21,9 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 V, ROWS, LENGTH = 128, 3, 11  # the width that some adapters want is a multiple of their blocks
 
 
-def adapted(kind, *targets, train=False, config=None, **options):
+def adapted(kind, *targets, train=False, of="llama", bias=False, config=None, **options):
     """A tiny model with an adapter on its head that does something."""
-    model = tiny(use_cache=False, vocab_size=V, **(config or {}))
+    model = tiny(of, use_cache=False, vocab_size=V, **(config or {}))
+    if bias:
+        weight, model.lm_head = model.lm_head.weight, nn.Linear(32, V)
+        model.lm_head.weight = weight
     config = kind(task_type="CAUSAL_LM", target_modules=list(targets) or ["lm_head"], **options)
     model = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
@@ -46,6 +49,11 @@ STREAMED = {
     "DoRA": lambda: adapted(peft.LoraConfig, r=4, use_dora=True),
     "DoRA with dropout": lambda: adapted(peft.LoraConfig, r=4, use_dora=True, lora_dropout=0.3, train=True),
     "DoRA inside and on the head": lambda: adapted(peft.LoraConfig, "q_proj", "lm_head", r=4, use_dora=True),
+    "DoRA, a head with a bias": lambda: adapted(peft.LoraConfig, bias=True, r=4, use_dora=True),
+    "DoRA, softcap": lambda: adapted(peft.LoraConfig, of="gemma2 softcap", r=4, use_dora=True),
+    "IA3, a head with a bias": lambda: adapted(peft.IA3Config, bias=True, feedforward_modules=[]),
+    "BOFT, a head with a bias": lambda: adapted(peft.BOFTConfig, bias=True, boft_block_size=4),
+    "HRA, a scaled head": lambda: adapted(peft.HRAConfig, of="granite scale", r=4),
     "AdaLoRA": lambda: adapted(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=10),
     "VeRA": lambda: adapted(peft.VeraConfig, r=4),
     "PVeRA": lambda: adapted(peft.PveraConfig, r=4, train=True),

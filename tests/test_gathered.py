@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from torch.nn import functional as F
 
 import hf_xent
 from hf_xent import detection
@@ -226,6 +227,53 @@ def test_an_adapter_on_an_offloaded_head():
     assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
 
 
+ADAPTERS = {
+    "IA3": lambda: peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    "VeRA": lambda: peft.VeraConfig(target_modules=["lm_head"], r=4),
+    "LoHa": lambda: peft.LoHaConfig(target_modules=["lm_head"], r=4, init_weights=False),
+    "LoRA with a bias": lambda: peft.LoraConfig(target_modules=["lm_head"], lora_bias=True, **LORA),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_that_scale_or_add_products_of_an_offloaded_head(name):
+    torch.manual_seed(3)
+    model, (ids, labels) = peft.get_peft_model(tiny(), ADAPTERS[name]()), batch()
+    expected, grads = step(model, input_ids=ids, labels=labels)
+    cpu_offload(model.base_model.model.lm_head.base_layer, execution_device=torch.device("cpu"))
+    patch(model).zero_grad()
+    out, found = step(model, input_ids=ids, labels=labels)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert_same_gradients(found, grads)
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (1, 0)
+
+
+@pytest.mark.parametrize("loss", [None, "focal"])
+def test_token_weights_with_an_offloaded_head(loss, tmp_path):
+    ids, labels = batch()
+    inputs = {"input_ids": ids, "labels": labels, "token_weights": torch.rand(labels.shape)}
+    expected, grads = step(patch(tiny(), loss), **inputs)
+    del grads["lm_head.weight"]
+    model = patch(to_disk(tiny(), tmp_path), loss)
+    out, found = step(model, **inputs)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert_same_gradients(found, grads)
+    assert (patch_state(model).streamed, patch_state(model).materialized, patch_state(model).bypassed) == (1, 0, 0)
+
+
+def test_arithmetic_on_logits_of_an_offloaded_head(tmp_path):
+    """Factors and biases per token, class weights, the sum of a product with itself."""
+    ids, labels = batch()
+    model, factor = patch(to_disk(tiny(), tmp_path), always=True), torch.rand(97) + 0.5
+    z, lazy = tiny()(input_ids=ids).logits, model(input_ids=ids).logits
+    change = lambda x: 0.5 * x * factor + factor - 0.25 * factor  # noqa: E731
+    torch.testing.assert_close(change(lazy).logsumexp(-1), change(z).logsumexp(-1))
+    weigh = lambda x: F.cross_entropy(x.flatten(0, 1), labels.flatten(), factor, label_smoothing=0.1)  # noqa: E731
+    torch.testing.assert_close(weigh(lazy), weigh(z))
+    torch.testing.assert_close((lazy * factor + lazy).logsumexp(-1), (z * factor + z).logsumexp(-1))
+    assert (patch_state(model).streamed, patch_state(model).materialized) == (3, 0)
+
+
 def test_verification_and_comparison_of_an_offloaded_head(tmp_path):
     found = compare(patch(to_disk(tiny(), tmp_path), verify=True))
     assert found.equal and found.lean and (found.vocabulary, found.hidden) == (97, 32)
@@ -315,3 +363,22 @@ def test_trls_fused_head_with_an_offloaded_head(tmp_path):
     torch.testing.assert_close(out.log_probs[valid], expected[valid])
     torch.testing.assert_close(out.entropy[valid], -(logp.exp() * logp).sum(-1)[valid])
     assert (patch_state(model).streamed, patch_state(model).materialized, patch_state(model).bypassed) == (1, 0, 0)
+
+
+@pytest.mark.skipif(find_spec("trl.kernels") is None, reason="TRL's fused head is new in TRL 1.16")
+def test_trls_float32_head_that_is_offloaded(tmp_path):
+    """Products of 16-bit hidden states and weights in float32, in the head's call."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    ids, labels = batch()
+    log_probs = []
+    for offload in (False, True):
+        model = patch(tiny(dtype=torch.bfloat16))
+        if offload:
+            to_disk(model, tmp_path)
+        add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        log_probs.append(out.log_probs[out.label_mask])
+        assert (patch_state(model).streamed, patch_state(model).materialized, patch_state(model).bypassed) == (1, 0, 0)
+    assert log_probs[0].dtype == torch.float32
+    torch.testing.assert_close(log_probs[1], log_probs[0])

@@ -251,6 +251,8 @@ def test_what_a_head_of_panels_can_do():
     assert (head.size, head.features, head.weight.ndim, len(head.weight)) == (70, 24, 2, 70)
     with pytest.raises(ValueError, match="step 2"):
         head[::2]
+    tails = [vocab_loss(CrossEntropy(), hidden, h, case.labels, tail=1e-9)[0] for h in (dense, head)]
+    torch.testing.assert_close(*(torch.autograd.grad(t, hidden)[0] for t in tails))
     emo = EMO(cost="current", variant="emo2")
     sums = [emo.reduced(hidden, h, case.labels, Request(), Reduction())[0] for h in (dense, head)]
     torch.testing.assert_close(*sums)

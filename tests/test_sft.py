@@ -314,12 +314,20 @@ def test_a_step_without_labels_changes_nothing(tmp_path):
             assert torch.equal(found, expected)
 
 
+def test_a_compiled_model_trains_as_it_does_without(tmp_path):
+    found = []
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        trainer = fit(tmp_path, texts(), loss="focal", max_steps=2, **options)
+        found.append([(x["loss"], x["entropy"]) for x in trainer.state.log_history if "loss" in x])
+        torch.compiler.reset()
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss_type": "dft"}, "loss_type is 'dft', but the loss is chosen by loss"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but TRL would compute logits for it"),
-        ({"torch_compile": True}, "torch_compile is True"),
         ({"loss": "forward_kl"}, r"loss is ForwardKL\(.*: it compares with a teacher"),
         ({"streamed_entropy": True}, "streamed_entropy is True, but streamed_metrics is False"),
         ({"eval_top_k": 0}, "eval_top_k is 0"),

@@ -105,11 +105,11 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
     for zeros, other in ((x, y), (y, x)):
         if zeros.raw.weight.shape[1] == 0 and zeros.raw.adapter is zeros.raw.bias is None:
             return derive(other, dtype=dtype, layout=layout)
-    same = x.product_of is not None and x.product_of is y.product_of and x.raw.weight is y.raw.weight
-    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
     is_there = x.source is y.source is None
-    if (same and not is_there) or not (same or isinstance(small.raw.weight, Tensor)):
-        return NotImplemented  # the first would be a call of the head within its own
+    same = is_there and x.product_of is not None and x.product_of is y.product_of and x.raw.weight is y.raw.weight
+    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
+    if not (same or isinstance(small.raw.weight, Tensor)):
+        return NotImplemented
     ratio = small.recipe.inner / big.recipe.inner
 
     def pair(hidden: Tensor, raw: Head, more: Tensor, branch: Head) -> tuple[Tensor, Head]:

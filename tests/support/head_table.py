@@ -6,6 +6,7 @@ stock model's, with the head in float64 where that can be had, and what both all
 """
 
 import warnings
+from importlib.metadata import version
 
 import torch
 
@@ -65,8 +66,22 @@ def row(name, build):
     return f"| {name} | {verdict} | {loss_error:.0e} | {max(errors):.0e} | {in_float64} | {sizes} |"
 
 
+ABOUT = """# Heads that are not plain
+
+Made by `python -m support.head_table > ../benchmarks/results/heads.md` in `tests/`; {versions}.
+
+What a patched model does where its head has an adapter of PEFT, a parametrization or a quantized weight: tiny models
+with D=32 (64 if quantized), V=16384, 255 tokens, float32, on a CPU; eight rows of logits in memory at a time. Errors
+are those of the loss and of the worst parameter's gradient relative to the stock model's; 'in float64' is the
+gradient's with the head and the loss in float64, where it can run so. The peaks are those of one forward and
+backward, the gradients included.
+"""
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    names = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+    print(ABOUT.format(versions=", ".join(f"{name} {version(name)}" for name in names)))
     test_adapters.V, test_adapters.LENGTH = SIZE, LENGTH
     for heading in ("head", "verdict", "loss error", "gradient error", "in float64", "MiB stock", "patched", "ratio"):
         print(f"| {heading} ", end="")
