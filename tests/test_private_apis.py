@@ -43,7 +43,8 @@ API = {
     "torch.nn.Module._apply": ("ln_free", ("fn", "recurse")),
     "torch.nn.Module._load_from_state_dict": ("ln_free", ("state_dict", "prefix")),
     "torch.nn.Module._replicate_for_data_parallel": ("patching", ()),
-    "torch.nn.Module._compiled_call_impl": ("trainers", ()),
+    "torch.nn.Module._compiled_call_impl": ("trainers, patching", ()),
+    "torch.nn.Module._call_impl": ("patching", ()),
     # triton
     "triton.runtime.JITFunction": ("ops", ()),
     # transformers: how a model finds its loss, and what our trainers override or read
@@ -185,6 +186,21 @@ def fused():
     return inspect.getclosurevars(function).nonlocals
 
 
+def passed():
+    """A tensor that an autograd function has returned."""
+
+    class Pass(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    return Pass.apply(torch.zeros(1, requires_grad=True))
+
+
 @functools.cache
 def rows():
     from datasets import Dataset
@@ -206,6 +222,11 @@ HELD = {
     "torch: nn.Module._parameters": ("ln_free", lambda: nn.Linear(1, 1)._parameters["weight"]),
     "torch: nn.Module._buffers": ("patching", lambda: nn.BatchNorm1d(1)._buffers["running_mean"]),
     "torch: nn.Module._modules": ("patching", lambda: nn.Sequential(nn.ReLU())._modules["0"]),
+    "torch: nn.Module._forward_pre_hooks": ("patching", lambda: nn.Linear(1, 1)._forward_pre_hooks == {}),
+    "torch: nn.Module._forward_hooks": ("patching", lambda: nn.Linear(1, 1)._forward_hooks == {}),
+    "torch: nn.Module._backward_pre_hooks": ("patching", lambda: nn.Linear(1, 1)._backward_pre_hooks == {}),
+    "torch: nn.Module._backward_hooks": ("patching", lambda: nn.Linear(1, 1)._backward_hooks == {}),
+    "torch: grad_fn._forward_cls": ("lazy", lambda: passed().grad_fn._forward_cls.__module__ == __name__),
     "torch: compile()._orig_mod": ("patching", lambda: says("self._orig_mod", "torch", "_dynamo/eval_frame.py")),
     "torch: FSDP._fsdp_wrapped_module": (
         "patching",
@@ -273,6 +294,10 @@ HELD = {
         lambda: says("tensor_data_names", "torchao", "quantization/quantize_/workflows/int8/int8_tensor.py"),
     ),
     "datasets: Dataset._fingerprint": ("data", lambda: isinstance(rows()._fingerprint, str)),
+    "deepspeed: an autograd function around outputs, in its own module": (
+        "lazy",
+        lambda: says("class PreBackwardFunctionForModule(", "deepspeed", "runtime/zero/parameter_offload.py"),
+    ),
     "deepspeed: parameter.ds_id": (
         "patching",
         lambda: says("ds_id", "deepspeed", "runtime/zero/partition_parameters.py"),

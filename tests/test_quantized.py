@@ -244,7 +244,8 @@ def test_refusals_name_the_head_and_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"head is a Linear4bit whose weight was packed for inference.*load the model"):
         patch(model)
     model = model_with(four_bits(vocabulary=V + 1))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.functional"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=r"model is a LlamaForCausalLM: the head is a Linear4bit.*pip install bits"):
         patch(model)
 

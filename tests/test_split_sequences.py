@@ -151,7 +151,6 @@ def contexts(rank, folder):
 
 
 def ulysses(rank, folder):
-    import deepspeed.runtime.engine as runtime
     from accelerate import ParallelismConfig
     from accelerate.utils import DeepSpeedSequenceParallelConfig
 
@@ -167,8 +166,6 @@ def ulysses(rank, folder):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    hooked = runtime.register_output_backward_hooks  # on all outputs: those on lazy logits would make them dense
-    runtime.register_output_backward_hooks = lambda output, *args, **kwargs: hooked(output["loss"], *args, **kwargs)
     options = {"parallelism_config": config, "deepspeed": engine}
     found = {"trained": trained(folder / "sp", 2 // replicas, **options)}
     model, (ids, labels) = hf_xent.patch(tiny()).train(), rows("labels on both ranks")

@@ -273,13 +273,17 @@ def of_fsdp(calls):
 
     def hook(gradient):
         calls.append(gradient)
+        return gradient
 
     hook.__module__ = "torch.distributed.fsdp._fully_shard._fsdp_state"
     return hook
 
 
 def test_views_and_hooks_of_wrappers_stream():
-    """DDP's `find_unused_parameters` views the outputs as themselves, FSDP2 hooks their gradients."""
+    """DDP's `find_unused_parameters` views the outputs as themselves, FSDP hooks their gradients.
+
+    The hook is called before the backward of what was computed from the logits, and before that of the layers below.
+    """
     model, (ids, labels) = tiny(), batch()
     expected = model(input_ids=ids).logits
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -289,7 +293,8 @@ def test_views_and_hooks_of_wrappers_stream():
     ours = F.cross_entropy(viewed[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(ours, loss)
     ours.backward()
-    assert patch_state(model).materialized == 0 and not calls
+    assert patch_state(model).materialized == 0
+    assert [gradient.shape for gradient in calls] == [loss.shape, logits.hidden.shape]
 
 
 def test_device_map_after_the_patch():
@@ -303,18 +308,6 @@ def test_device_map_after_the_patch():
     unpatch(model)
     assert type(model(input_ids=ids, labels=labels).logits) is torch.Tensor
     assert type(patch(model)(input_ids=ids, labels=labels).logits) is LazyLogits
-
-
-def test_a_head_offloaded_to_disk_is_computed_at_once(tmp_path):
-    """accelerate takes its weight away after each call, so nothing can be put off."""
-    model, (ids, labels) = tiny(), batch()
-    expected = model(input_ids=ids, labels=labels).loss
-    model = dispatch_model(model, {"model": "cpu", "lm_head": "disk"}, offload_dir=tmp_path, main_device="cpu")
-    assert model.lm_head.weight.is_meta
-    patch(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected)
-    assert patch_state(model).streamed == 0
 
 
 def test_copies_and_pickles_of_adapters_use_their_own_weights():

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, next_token_labels
 from ..models.anatomy import positions
 from ..models.contexts import eval_mode
-from ..ops import Stats, dense_stats, map_logits, vocab_stats
+from ..ops import Head, Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched
 from .counts import CountedText, frequencies, tracked
@@ -196,25 +196,27 @@ class Batch:
     @cached_property
     def cross_payload(self) -> Stats:
         """Statistics under the second model with its expectation of the model's logits as payload."""
-        logits, reference = self._pair()
-        labels = self.labels.to(reference.hidden.device)
-        return vocab_stats(
-            reference.hidden, reference.head, labels, outputs=("payload",), payload=(logits.hidden, logits.head)
-        ).to("cpu")
+
+        def compute(hidden: Tensor, head: Head, *model: Any) -> Stats:
+            return vocab_stats(hidden, head, self.labels.to(hidden.device), outputs=("payload",), payload=model)
+
+        return self._compare(compute).to("cpu")
 
     @cached_property
     def cross_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of the model's log-probabilities under the second model's softmax, [B, T] each."""
-        logits, reference = self._pair()
-
-        def moments(z: Tensor, hidden: Tensor) -> Tensor:
-            p, logp = z.softmax(-1), logits.head.logits(hidden).log_softmax(-1).clamp(min=-1e4)  # banned tokens: -inf
-            expected = (p * logp).sum(-1, keepdim=True)
-            return torch.cat([expected, (p * (logp - expected).square()).sum(-1, keepdim=True)], -1)
-
         scored = self.labels != -100
-        rows = scored.to(reference.hidden.device)
-        pairs = map_logits(moments, reference.hidden[rows], reference.head, logits.hidden[rows]).cpu()
+
+        def compute(second: Tensor, head: Head, hidden: Tensor, first: Head) -> Tensor:
+            def moments(z: Tensor, hidden: Tensor) -> Tensor:
+                p, logp = z.softmax(-1), first.logits(hidden).log_softmax(-1).clamp(min=-1e4)  # banned tokens: -inf
+                expected = (p * logp).sum(-1, keepdim=True)
+                return torch.cat([expected, (p * (logp - expected).square()).sum(-1, keepdim=True)], -1)
+
+            rows = scored.to(second.device)
+            return map_logits(moments, second[rows], head, hidden[rows])
+
+        pairs = self._compare(compute).cpu()
         expected, variance = (
             torch.zeros(scored.shape, dtype=pairs.dtype).masked_scatter(scored, x) for x in pairs.T.contiguous()
         )
@@ -241,20 +243,20 @@ class Batch:
             return logits.stats(self.labels, outputs=outputs).to("cpu")
         return dense_stats(logits.cpu(), self.labels, outputs=outputs)  # the model computes with its logits itself
 
-    def _pair(self) -> tuple[LazyLogits, LazyLogits]:
-        """Logits of both models. Raises: ValueError if those of one are not lazy, or the vocabularies differ."""
+    def _compare(self, compute: Callable[..., Any]) -> Any:
+        """A function of the second model's hidden states and head, and the model's. Raises: ValueError without them."""
         logits, reference = self.logits, self.reference_logits
         if not (isinstance(logits, LazyLogits) and isinstance(reference, LazyLogits)):
             raise ValueError(
                 "model or reference computes with its logits itself, but scores of two models need lazy logits of both:"
                 " choose another model"
             )
-        sizes = logits.head.vocabulary, reference.head.vocabulary
-        if sizes[0] != sizes[1]:
+        if logits.shape[-1] != reference.shape[-1]:
             raise ValueError(
-                f"model has {sizes[0]} tokens but reference {sizes[1]}: choose two models of one vocabulary"
+                f"model has {logits.shape[-1]} tokens but reference {reference.shape[-1]}: choose two models of one"
+                " vocabulary"
             )
-        return logits, reference
+        return logits.with_head(lambda *model: reference.with_head(lambda *second: compute(*second, *model)))
 
 
 def score(name: str, model: Any, tokenizer: Any, texts: Sequence[str], **options: Any) -> np.ndarray:

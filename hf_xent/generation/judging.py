@@ -238,8 +238,8 @@ class ModelJudge:
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
             if isinstance(last, LazyLogits):
-                z = last.head[torch.tensor(verdicts, device=last.hidden.device)].logits(last.hidden)
-            else:  # the head cannot be read after its call: take the logits of one position
+                z = last.with_head(lambda h, head: head[torch.tensor(verdicts, device=h.device)].logits(h))
+            else:  # the logits are computed already: take those of one position
                 z = last[:, verdicts]
         return (z[:, 0] - z[:, 1]).sigmoid()
 

@@ -140,7 +140,7 @@ def temperature_at(model: Any, ids: Tensor, entropy: float) -> float:
     """
     with patched(model, always=True):
         logits = model(input_ids=ids).logits[:, :-1]
-    return temperature_of(logits.hidden, logits.head, ids[:, 1:], entropy)
+    return logits.with_head(lambda hidden, head: temperature_of(hidden, head, ids[:, 1:], entropy))
 
 
 def ends(model: Any) -> set[int | None]:

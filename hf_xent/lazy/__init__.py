@@ -15,6 +15,8 @@ so logits have to be read before the weights change (`optimizer.step()`); to rea
 
 The wrapper has its own grad_fn, so code below Python (custom autograd functions, hooks of wrappers) gets values through
 `__torch_dispatch__`, and its gradients still reach hidden and the weight.
+
+Where the weight is there only while the head is called, whatever is computed runs in a call of its own (`source`).
 """
 
 from . import arithmetic, consumers, shapes, traced_rules  # noqa: F401  they register their rules

@@ -24,7 +24,8 @@ from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
 from .operands import Operand
-from .shapes import derive
+from .shapes import change_head, derive
+from .source import join, shape_of
 from .tensor import LazyLogits
 from .values import meta_like
 
@@ -60,7 +61,11 @@ def _add(x: LazyLogits, other: Any) -> Any:
     dtype = torch.promote_types(x.dtype, other.dtype)  # torch's; under autocast a bias is wider than the product
     bias = (other.reshape(-1) / x.recipe.inner).to(x.hidden.dtype)
     bias = bias if shard is None else bias[shard.start : shard.start + x.raw.size]
-    return derive(x, raw=replace(x.raw, bias=bias if x.raw.bias is None else x.raw.bias + bias), dtype=dtype)
+
+    def biased(raw: Head) -> Head:
+        return replace(raw, bias=bias if raw.bias is None else raw.bias + bias.to(raw.bias.device))
+
+    return change_head(x, biased, dtype=dtype)
 
 
 def _subtract(x: LazyLogits, other: Any) -> Any:
@@ -78,7 +83,7 @@ def _add_in_place(x: LazyLogits, other: Any) -> Any:
     new = _add(x, other)
     if new is not NotImplemented:
         new = derive(new, dtype=x.dtype)
-        for name in ("hidden", "raw", "recipe", "operands", "source", "differentiable"):
+        for name in ("hidden", "raw", "recipe", "operands", "source", "product_of", "hooks", "differentiable"):
             setattr(x, name, getattr(new, name))
     return new
 
@@ -87,8 +92,9 @@ def _zeros_like(x: LazyLogits, *, dtype: Any = None, requires_grad: bool = False
     """The zeros that an adapter begins its sum with: a product of no features."""
     if not _WITHIN_LAYER.get() or not isinstance(x.raw.weight, Tensor) or dtype is not None or requires_grad:
         return NotImplemented
-    raw = Head(x.raw.weight[:, :0].detach(), shard=x.raw.shard)
-    return derive(x, hidden=x.hidden[..., :0].detach(), raw=raw, layout=torch.empty_like(meta_like(x)))
+    raw = Head(x.raw.weight.new_empty((x.raw.size, 0), device=x.hidden.device), shard=x.raw.shard)
+    layout = torch.empty_like(meta_like(x))
+    return derive(x, hidden=x.hidden[..., :0].detach(), raw=raw, source=None, layout=layout)
 
 
 def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
@@ -99,36 +105,50 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
     for zeros, other in ((x, y), (y, x)):
         if zeros.raw.weight.shape[1] == 0 and zeros.raw.adapter is zeros.raw.bias is None:
             return derive(other, dtype=dtype, layout=layout)
-    gain: Tensor | None
-    matrices: tuple[Tensor | None, ...]
-    if x.source is not None and x.source is y.source and x.raw.weight is y.raw.weight:
-        big, small, width = x, y, x.raw.weight.shape[1]
-        gain = _gain(big, 1.0) + _gain(small, small.recipe.inner / big.recipe.inner)
-        extra, matrices = small.hidden[..., width:], (big.raw.adapter, None, small.raw.adapter)
-    else:
-        big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
-        if not isinstance(small.raw.weight, Tensor):
-            return NotImplemented
-        factor = small.raw.gain
-        weight = small.raw.weight if factor is None else small.raw.weight * factor[:, None]
-        gain, extra, matrices = big.raw.gain, small.hidden, (big.raw.adapter, weight, small.raw.adapter)
-    ratio, inner_dtype = small.recipe.inner / big.recipe.inner, big.hidden.dtype
-    hidden = torch.cat([big.hidden, (extra * ratio).to(inner_dtype)], -1) if extra.shape[-1] else big.hidden
-    columns = [m.to(inner_dtype) for m in matrices if m is not None]
+    is_there = x.source is y.source is None
+    same = is_there and x.product_of is not None and x.product_of is y.product_of and x.raw.weight is y.raw.weight
+    big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
+    if not (same or isinstance(small.raw.weight, Tensor)):
+        return NotImplemented
+    ratio = small.recipe.inner / big.recipe.inner
+
+    def pair(hidden: Tensor, raw: Head, more: Tensor, branch: Head) -> tuple[Tensor, Head]:
+        joined = torch.cat([hidden, more.to(hidden.dtype)], -1) if more.shape[-1] else hidden
+        return joined, _sum_of_heads(raw, branch, ratio, hidden.dtype, same)
+
+    source = join((big.source, big.raw), (small.source, small.raw), pair, big.hidden.shape[-1])
+    heads = (big.raw, small.raw) if is_there else (shape_of(big.raw), shape_of(small.raw))
+    extra = small.hidden[..., small.raw.weight.shape[1] :] if same else small.hidden
+    hidden, raw = pair(big.hidden, heads[0], extra * ratio, heads[1])
+    operands, hooks = x.operands + y.operands, [*x.hooks, *(h for h in y.hooks if h not in x.hooks)]
+    attributes = {"dtype": dtype, "layout": layout, "operands": operands, "source": source, "hooks": hooks}
+    return derive(big, hidden=hidden, raw=raw, product_of=big.product_of, **attributes)
+
+
+def _sum_of_heads(raw: Head, branch: Head, ratio: float, dtype: torch.dtype, same: bool) -> Head:
+    """The head of one product plus `ratio` times that of a branch, whose matrices become columns of the adapter.
+
+    If they are the `same` product, their gains are added instead. The branch's hidden states have the ratio already.
+    """
+    gain, matrix = raw.gain, None
+    if same:
+        gain = _gain(raw, 1.0, dtype) + _gain(branch, ratio, dtype)
+    elif isinstance(branch.weight, Tensor):
+        matrix = branch.weight if branch.gain is None else branch.weight * branch.gain[:, None]
+    columns = [m.to(dtype) for m in (raw.adapter, matrix, branch.adapter) if m is not None]
     adapter = None if not columns else columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-    heads = (big.raw, small.raw)
-    biases = [b if head is big.raw else (b * ratio).to(inner_dtype) for head in heads if (b := head.bias) is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    raw = replace(big.raw, bias=bias, adapter=adapter, gain=gain)
-    operands = x.operands + y.operands
-    return derive(big, hidden=hidden, raw=raw, dtype=dtype, layout=layout, operands=operands, source=big.source)
+    bias = raw.bias
+    if branch.bias is not None:
+        more = (branch.bias * ratio).to(dtype)
+        bias = more if bias is None else bias + more
+    return replace(raw, bias=bias, adapter=adapter, gain=gain)
 
 
-def _gain(x: LazyLogits, ratio: float) -> Tensor:
-    """The factors of the rows of x's weight times a number, [V]."""
-    if x.raw.gain is not None:
-        return x.raw.gain * ratio
-    return torch.full((x.raw.size,), ratio, dtype=x.hidden.dtype, device=x.hidden.device)
+def _gain(raw: Head, ratio: float, dtype: torch.dtype) -> Tensor:
+    """The factors of the rows of a head's weight times a number, [V]."""
+    if raw.gain is not None:
+        return raw.gain * ratio
+    return torch.full((raw.size,), ratio, dtype=dtype, device=raw.weight.device)
 
 
 def _multiply(x: LazyLogits, other: Any) -> Any:
@@ -150,13 +170,16 @@ def _scale_columns(x: LazyLogits, other: Any) -> Any:
     here = other.device == x.hidden.device == x.device
     if not is_row or other.ndim > x.ndim or not here or not is_linear(x) or under_function_transform(other):
         return NotImplemented
-    factor, raw = other.reshape(-1).expand(size), x.raw
-    bias = None if raw.bias is None else (raw.bias * factor).to(raw.bias.dtype)
-    adapter = None if raw.adapter is None else (raw.adapter * factor[:, None]).to(raw.adapter.dtype)
-    raw = replace(raw, bias=bias, adapter=adapter, gain=factor if raw.gain is None else raw.gain * factor)
+    row = other.reshape(-1).expand(size)
+
+    def scaled(raw: Head) -> Head:
+        factor = row.to(raw.weight.device)
+        bias = None if raw.bias is None else (raw.bias * factor).to(raw.bias.dtype)
+        adapter = None if raw.adapter is None else (raw.adapter * factor[:, None]).to(raw.adapter.dtype)
+        return replace(raw, bias=bias, adapter=adapter, gain=factor if raw.gain is None else raw.gain * factor)
+
     dtype = x.dtype if other.ndim == 0 else torch.promote_types(x.dtype, other.dtype)
-    operands = (*x.operands, Operand.of("gain", other))
-    return derive(x, raw=raw, dtype=dtype, operands=operands)
+    return change_head(x, scaled, dtype=dtype, operands=(*x.operands, Operand.of("gain", other)))
 
 
 def _divide(x: LazyLogits, other: Any) -> Any:
@@ -184,12 +207,17 @@ def _matmul(x: LazyLogits, other: Any) -> Any:
     narrow = type(other) in (Tensor, torch.nn.Parameter) and other.ndim == 2 and other.shape[1] < x.raw.features
     if not (_WITHIN_LAYER.get() and narrow and is_linear(x) and other.dtype == x.dtype) or len(other) != x.shape[-1]:
         return NotImplemented
-    head = x.recipe.head(x.raw).joined()
-    weight = head.weight.to(x.dtype) if isinstance(head.weight, Tensor) else head.weight
-    if not isinstance(weight, Tensor) or x.device != x.hidden.device:
+    stored = not isinstance(x.raw.weight, Tensor) and x.raw.adapter is x.raw.gain is None
+    if stored or x.device != x.hidden.device:
         return NotImplemented
-    raw = x.hidden.to(x.dtype) @ (weight.T @ other)
-    return (raw if head.bias is None else raw + head.bias.to(x.dtype) @ other) * head.scale
+
+    def compute(hidden: Tensor, raw: Head) -> Tensor:
+        head = x.recipe.head(raw).joined()
+        weight: Any = head.weight
+        product = hidden.to(x.dtype) @ (weight.to(x.dtype).T @ other)
+        return (product if head.bias is None else product + head.bias.to(x.dtype) @ other) * head.scale
+
+    return x.with_raw(compute)
 
 
 def _tanh(x: LazyLogits) -> Any:

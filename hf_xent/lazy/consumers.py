@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..losses.cross_entropy import CrossEntropy
 from ..losses.reduction import Reduction
-from ..ops import Stats
+from ..ops import Head, Stats
 from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
@@ -52,12 +52,15 @@ def _cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
     if weight is not None and loss is not plain:
         of_classes = weight.to(target.device)[torch.where(target == ignore_index, 0, target)]
         token_weight = of_classes if token_weight is None else of_classes * token_weight
-    if token_weight is not None:
-        token_weight = token_weight.reshape(rows)
-    reduce, hidden = Reduction(reduction, token_weight=token_weight), x.hidden.reshape(*rows, -1)
-    value, stats = loss.reduced(hidden, x.head, target.reshape(rows), request, reduce)
+
+    def compute(hidden: Tensor, head: Head) -> tuple[Tensor, Stats]:
+        weights = None if token_weight is None else token_weight.to(hidden.device).reshape(rows)
+        reduce, labels = Reduction(reduction, token_weight=weights), target.to(hidden.device).reshape(rows)
+        return loss.reduced(hidden.reshape(*rows, -1), head, labels, request, reduce)
+
+    value, stats = x.with_head(compute)
     value = x.state.counted(value, stats)
-    return value.reshape(target.shape if reduce.unreduced else ()).to(x.device, x.dtype)
+    return value.reshape(target.shape if reduction == "none" else ()).to(x.device, x.dtype)
 
 
 def _has_weight_per_class(weight: Any, x: LazyLogits) -> bool:
@@ -103,7 +106,8 @@ def _logsumexp(x: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
 def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim):
         return NotImplemented
-    top = _scalar_stats(detach(x), None, ("top",)).top
+    with torch.no_grad():
+        top = _scalar_stats(detach(x), None, ("top",)).top
     return top.unsqueeze(-1) if keepdim else top
 
 
@@ -117,11 +121,14 @@ def _is_last(x: LazyLogits, dim: Any) -> bool:
 
 
 def _scalar_stats(x: LazyLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> Stats:
-    if labels is None:
-        labels = torch.zeros(x.shape[:-1], dtype=torch.int64)
-    x.state.streamed += 1
     request = replace(x.state.request, ignore_index=-(2**31))
-    return stream_stats(x.hidden, x.head, labels.to(x.hidden.device), outputs, request).to(x.device)
+    x.state.streamed += 1
+
+    def compute(hidden: Tensor, head: Head) -> Stats:
+        ids = torch.zeros(x.shape[:-1], dtype=torch.int64) if labels is None else labels
+        return stream_stats(hidden, head, ids.to(hidden.device), outputs, request)
+
+    return x.with_head(compute).to(x.device)
 
 
 _T = torch.Tensor

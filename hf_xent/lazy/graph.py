@@ -73,6 +73,12 @@ class Connected(torch.autograd.Function):
                 "logits were written to in place and also passed to a custom autograd function, whose gradient ignores"
                 " the write: give the function out.logits.dense()"
             )
+        hidden, *weights = ctx.saved_tensors
+        if not hidden.is_meta and any(x is not None and x.is_meta for x in weights):
+            raise RuntimeError(
+                "logits were passed to a custom autograd function, but the head's weight is there only while the head"
+                " is called: give the function out.logits.dense()"
+            )
         needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
         create_graph = torch.is_grad_enabled()  # these gradients are to be differentiated again
         with torch.enable_grad():

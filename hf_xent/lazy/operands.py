@@ -31,7 +31,7 @@ class Operand:
 
     def changed(self, unread: bool) -> bool:
         """Whether it was written to or got other memory; for `unread` see `check`."""
-        if self.version != version(self.tensor):
+        if self.version != version(self.tensor) or (self.sample is not None and _is_freed(self.tensor)):
             return True
         if self.sample is None or (unread and self.sample.device.type not in _SYNCHRONOUS_DEVICES):
             return False
@@ -51,7 +51,7 @@ def operands_of(hidden: Tensor, raw: Head) -> Operands:
 
 
 def check(operands: Operands, unread: bool) -> None:
-    """Raises: RuntimeError if an operand was changed in place since the head was called.
+    """Raises: RuntimeError if an operand was changed in place, or freed, since the head was called.
 
     `unread` says that nothing differentiable was computed from them yet, so that no optimizer step can have followed.
     Then writes that torch does not count are not looked for on a GPU, where a training step would wait for the check.
@@ -60,14 +60,19 @@ def check(operands: Operands, unread: bool) -> None:
         if operand.changed(unread):
             raise RuntimeError(
                 f"these logits are computed when they are read, and the head's {operand.name} was modified in place"
-                " since (for instance by optimizer.step()): read what you need of them before that, as in"
-                " `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
+                " since (for instance by optimizer.step()), or freed by FSDP: read what you need of them before that,"
+                " as in `predictions = out.logits.argmax(-1)`, or keep `out.logits.dense()`"
             )
 
 
 def version(t: Tensor) -> int | None:
     """How often a tensor was written to; None where torch does not count."""
     return None if t.is_inference() else t._version
+
+
+def _is_freed(t: Tensor) -> bool:
+    """Whether the memory of a tensor is gone: FSDP takes it from a gathered weight, and to read it then is a crash."""
+    return t.numel() > 0 and t.untyped_storage().nbytes() == 0
 
 
 def _sample(t: Tensor) -> Tensor | None:

@@ -12,21 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import Head
 from ..ops.rows import FLOATS
 from .answers import register
+from .source import changed, shape_of
 from .tensor import LazyLogits, make
 from .values import is_view, meta_like
+
+_OPERANDS = ("hidden", "raw", "source", "product_of", "operands")
+_ATTRIBUTES = (*_OPERANDS, "recipe", "dtype", "device", "state", "reads", "hooks")
 
 
 def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
     """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
-    names = ("hidden", "raw", "recipe", "dtype", "device", "state", "reads", "operands", "source")
-    attributes = {name: getattr(x, name) for name in names}
-    same_shape = changes.keys() <= {"raw", "recipe", "dtype", "device"}
+    attributes = {name: getattr(x, name) for name in _ATTRIBUTES}
+    same_shape = changes.keys() <= {"raw", "source", "recipe", "dtype", "device"}
     layout = torch.empty_like(meta_like(x)) if same_shape else None  # with the strides of torch's result
-    if "hidden" in changes:  # other rows than those of the source
-        attributes["source"] = None
+    if "hidden" in changes:  # other rows than those of the product
+        attributes["product_of"] = None
     return make(**{**attributes, "layout": layout, **changes})
+
+
+def change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -> LazyLogits:
+    """A lazy tensor of a head that is a function of that of x."""
+    raw = change(x.raw)
+    return derive(x, raw=raw if x.source is None else shape_of(raw), source=changed(x.source, change), **changes)
 
 
 def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
@@ -195,8 +205,8 @@ def _slice_vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
     if x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
     if layout is not None:
-        return derive(x, raw=x.raw[part], layout=layout)
-    return derive(x, raw=x.raw[part], parent=(x, lambda d: d[..., part]))
+        return change_head(x, lambda raw: raw[part], layout=layout)
+    return change_head(x, lambda raw: raw[part], parent=(x, lambda d: d[..., part]))
 
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)

@@ -16,8 +16,10 @@ from .answers import ANSWERS
 from .functions import COMMUTATIVE, DIFFERENTIATING, METADATA, OF_WRAPPER, writes
 from .graph import Connected, Recipe
 from .operands import Operands, operands_of
+from .source import Compute, Source, copied
 from .state import PatchState, next_token_labels
 from .values import LazyTensor, densify, map_lazy, meta_like, requires_grad_of, run_on_views
+from .wrappers import Hook, hooked, is_of_wrapper
 
 
 class LazyLogits(LazyTensor):
@@ -31,29 +33,50 @@ class LazyLogits(LazyTensor):
     """
 
     @staticmethod
-    def of(hidden: Tensor, raw: Head, state: PatchState | None = None) -> LazyLogits:
+    def of(hidden: Tensor, raw: Head, state: PatchState | None = None, *, source: Source | None = None) -> LazyLogits:
         """The lazy twin of `F.linear(hidden, raw.weight, raw.bias)`.
 
         Args:
             hidden: The input of the head, [..., D].
             raw: The head, without scale and softcap.
             state: Options and counts; None makes new ones.
+            source: Where the weights are if they are there only during a call of the head (`hf_xent.lazy.source`);
+                `raw` then has meta tensors.
 
         Returns:
             Lazy logits [..., V].
         """
-        return make(hidden, raw, Recipe(), raw.dtype_for(hidden.dtype), hidden.device, state or PatchState())
+        dtype = raw.dtype_for(hidden.dtype)
+        return make(hidden, raw, Recipe(), dtype, hidden.device, state or PatchState(), source=source)
 
     @property
     def head(self) -> Head:
         """The head, with scale and softcap, whose logits of `hidden` this tensor is (before any log_softmax).
 
+        A copy, if its weights are there only while it is called (ZeRO-3, FSDP, offloading); `with_head` needs none.
+
         Raises:
             RuntimeError: One of its tensors, or `hidden`, was changed in place since the head was called.
         """
-        self.check_operands()
+        return self.with_head(lambda _, head: head) if self.source is None else self.with_head(copied)
+
+    def with_head(self, compute: Compute) -> Any:
+        """The result of a computation from hidden states and head, in a call of the head if its weights need that.
+
+        Args:
+            compute: Called with `hidden` and `head`, once. It returns tensors, statistics, or tuples of them.
+
+        Returns:
+            Its result.
+
+        Raises:
+            RuntimeError: As for `head`.
+        """
+        if not self.is_dense:  # also continues the graph through the function of a wrapper
+            self.check_operands()
         self.note_read(id(self.reads))
-        return self.recipe.head(self.raw)
+        result = self.with_raw(lambda hidden, raw: compute(hidden, self.recipe.head(raw)))
+        return result if isinstance(result, Head) and self.source is None else hooked(self.hooks, result)
 
     @property
     def seam(self) -> PatchState:
@@ -85,8 +108,10 @@ class LazyLogits(LazyTensor):
         """
         if shift:
             labels = next_token_labels(labels)
-        labels = labels.to(self.hidden.device)
-        return stream_stats(self.hidden, self.head, labels, outputs, self.state.request).to(self.device)
+        request = self.state.request
+        return self.with_head(
+            lambda hidden, head: stream_stats(hidden, head, labels.to(hidden.device), outputs, request)
+        ).to(self.device)
 
     def retain_grad(self) -> None:
         """Keep the gradient of these logits in `.grad`, as in torch; this makes them dense.
@@ -100,8 +125,7 @@ class LazyLogits(LazyTensor):
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
         """Call a hook with the gradient of these logits, as in torch; this makes them dense.
 
-        Hooks of FSDP, which it puts on every output of a module to gather weights, do not: the head's weight is kept
-        until the backward anyway.
+        Hooks that FSDP and DeepSpeed put on every output do not: see `hf_xent.lazy.wrappers`.
 
         Args:
             hook: Called with the gradient [..., V]; it may return another one.
@@ -112,8 +136,10 @@ class LazyLogits(LazyTensor):
         Raises:
             RuntimeError: As in `retain_grad`.
         """
-        of_fsdp = str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.distributed.")
-        if not self.is_dense and of_fsdp:
+        if not self.is_dense and is_of_wrapper(hook):
+            self.hooks.append(hook)
+            if self.hidden.requires_grad:  # of what is computed from `hidden` alone; their scaling would come too late
+                self.hidden.register_hook(lambda gradient: (hook(gradient), None)[1])
             with torch._C.DisableTorchFunctionSubclass():
                 return super().register_hook(hook)
         self._check_gradient("logits.register_hook()", self.reads)
@@ -200,10 +226,11 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
     layout: Tensor | None = None,
     reads: set[int] | None = None,
     operands: Operands | None = None,
-    source: Tensor | None = None,
+    source: Source | None = None,
+    product_of: Tensor | None = None,
+    hooks: list[Hook] | None = None,
 ) -> LazyLogits:
-    """A lazy tensor of these operands, connected to the graph; `parent`, `reads`, `operands`, `source` as in
-    `LazyTensor`.
+    """A lazy tensor of these operands, connected to the graph; `parent` and what follows it as in `LazyTensor`.
 
     `device` is where its values will be; the operands may be elsewhere (a model split over devices). `layout` is a
     tensor with the strides it gets, by default those of a view of `parent` or of a contiguous tensor.
@@ -221,5 +248,6 @@ def make(  # noqa: PLR0913  the attributes of a lazy tensor
         hidden, raw = hidden.detach(), raw.detach()
     lazy.hidden, lazy.raw, lazy.recipe, lazy.state = hidden, raw, recipe, state
     lazy.reads = set() if reads is None else reads
-    lazy.source = hidden if raw.adapter is None else source
+    lazy.product_of = hidden if raw.adapter is None else product_of
+    lazy.source, lazy.hooks = source, [] if hooks is None else hooks
     return lazy

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ..ops import Head, Stats
 from ..ops.dispatch import stream_stats
 from .graph import Recipe
+from .source import Compute
 from .state import PatchState, next_token_labels
 from .tensor import LazyLogits, make
 
@@ -55,6 +56,10 @@ class TracedLogits:
     def head(self) -> Head:
         """The head, with scale and softcap."""
         return self.recipe.head(self.raw)
+
+    def with_head(self, compute: Compute) -> Any:
+        """As `LazyLogits.with_head`: what is computed of hidden states and head."""
+        return compute(self.hidden, self.head)
 
     @property
     def shape(self) -> torch.Size:

@@ -14,7 +14,9 @@ from ..ops.higher import under_function_transform
 from .functions import shares_no_memory
 from .graph import Recipe, Values, without_save_hooks
 from .operands import Operands, check, version
+from .source import Compute, Source
 from .state import PatchState
+from .wrappers import Hook, hooked, pass_through
 
 
 class LazyTensor(torch.Tensor):
@@ -28,10 +30,12 @@ class LazyTensor(torch.Tensor):
     parent: tuple[LazyTensor, Callable[[Tensor], Tensor]] | None  # the tensor whose memory this is a view of, and how
     dense_values: Tensor | None  # the dense tensor, once something needed it
     copied_values: Tensor | None  # the values of a view that was only read, computed without those of its base
-    source: Tensor | None  # the part of `hidden` that the head's weight multiplies, before others were appended to it
+    product_of: Tensor | None  # the part of `hidden` that the head's weight multiplies, before others were appended
     operands: Operands  # the inputs of the head, as they were when it was called
     memory: list[Tensor]  # `dense_values`, shared with the wrapper's graph node, which checks whether it was written to
     reads: set[int]  # ids of the tensors of one head output from which a gradient passes to the operands directly
+    source: Source | None  # where the weights are, if they are there during a call of the head only
+    hooks: list[Hook]  # of wrappers, for the gradients of what is computed from these logits
 
     def check_operands(self) -> None:
         """Raises: RuntimeError if an operand was changed in place since the head was called."""
@@ -48,9 +52,27 @@ class LazyTensor(torch.Tensor):
 
         They are also computed if a custom autograd function returned the wrapper: then only the wrapper has its graph.
         """
-        if self.dense_values is None and requires_grad_of(self) and not self.differentiable:
+        if self.dense_values is None and requires_grad_of(self) and not self.differentiable and not self.reconnect():
             self.dense_values = Values.apply(self)
         return self.has_values
+
+    def reconnect(self) -> bool:
+        """Continue the graph of the lazy tensor that a wrapper's autograd function has returned; False for others."""
+        with torch._C.DisableTorchFunctionSubclass():
+            hook = pass_through(self.grad_fn)
+        if hook is None or self.parent is None:
+            return False
+        base = self.parent[0]
+        self.hidden, self.raw, self.differentiable = base.hidden, base.raw, base.differentiable
+        self.hooks, self.parent = [*base.hooks, hook], (base, lambda d: d.view_as(d))
+        return True
+
+    def with_raw(self, compute: Compute) -> Any:
+        """`compute(hidden, raw)`, in a call of the head if its weights are there only then."""
+        if self.source is None:
+            return compute(self.hidden, self.raw)
+        constant = not self.differentiable
+        return self.source(self.hidden, lambda hidden, raw: compute(hidden, raw.detach() if constant else raw))
 
     @property
     def has_values(self) -> bool:
@@ -74,6 +96,7 @@ class LazyTensor(torch.Tensor):
                 self.dense_values = self.parent[1](base)
         else:
             self.dense_values = self.compute_values()
+        self.dense_values = hooked(self.hooks, self.dense_values)
         self.memory.append(self.dense_values)
         self.copied_values = None
         return self.dense_values
@@ -105,7 +128,7 @@ class LazyTensor(torch.Tensor):
             torch.autocast(device, enabled=False),
             without_save_hooks(),
         ):
-            return self.recipe.value(self.hidden, self.raw).to(self.device, self.dtype)
+            return self.with_raw(self.recipe.value).to(self.device, self.dtype)
 
 
 def run_on_views(func: Any, args: Any, kwargs: Any) -> Any:

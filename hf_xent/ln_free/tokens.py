@@ -28,7 +28,7 @@ class Tokens:
         """Runs the model on a batch [B, T]."""
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         stats = logits.stats(ids[:, 1:], outputs=("lse", "target", "entropy", "top"))
-        best = vocab_stats(logits.hidden, logits.head, stats.top, outputs=("lse", "target"))
+        best = logits.with_head(lambda hidden, head: vocab_stats(hidden, head, stats.top, outputs=("lse", "target")))
         self.nll.append(stats.nll.flatten().cpu())
         self.entropy.append(stats.entropy.flatten().cpu())
         self.bins += binned(best.logp.exp().flatten().cpu(), stats.is_top1.flatten().cpu())

@@ -27,6 +27,7 @@ from ..lazy import (
 )
 from ..losses.base import Loss
 from ..losses.reduction import Reduction
+from ..ops import Head, Stats
 from ..ops.rows import token_ids
 from .split_sequences import refuse_unshifted
 from .trl import FusedCall, FusedHead
@@ -248,8 +249,13 @@ class ModelLoss(nn.Module):
         targets = targets.to(logits.hidden.device).reshape(logits.shape[:-1])
         targets, weights = weighting.weigh(self.state, targets, ignore_index)
         request = replace(self.state.request, ignore_index=ignore_index)
-        reduction = Reduction(num_items=num_items_in_batch, token_weight=weights)
-        loss, stats = self.loss.reduced(logits.hidden, logits.head, targets, request, reduction)
+
+        def compute(hidden: Tensor, head: Head) -> tuple[Tensor, Stats]:
+            moved = None if weights is None else weights.to(hidden.device)
+            reduction = Reduction(num_items=num_items_in_batch, token_weight=moved)
+            return self.loss.reduced(hidden, head, targets.to(hidden.device), request, reduction)
+
+        loss, stats = logits.with_head(compute)
         return self.state.counted(loss, stats)
 
     @staticmethod

@@ -140,7 +140,8 @@ def run_both_ways(
         with patched() as state:
             result = runner()
     errors = _Errors.of(result, expected)
-    lazy_head = result.logits.head if isinstance(result.logits, LazyLogits) else None
+    lazy = result.logits if isinstance(result.logits, LazyLogits) else None
+    lazy_head = None if lazy is None else lazy.recipe.head(lazy.raw)
     embeddings = inner.get_input_embeddings()
     return Comparison(
         model=type(inner).__name__,
@@ -262,5 +263,6 @@ def _tokens(inner: nn.Module, head: nn.Linear, count: int) -> dict[str, Any]:
             " 'labels': ...}"
         )
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator).to(head.weight.device)
+    ids = torch.randint(min(head.out_features, 2**15), (2, count // 2), generator=generator)
+    ids = ids.to(next((x.device for x in (head.weight, *inner.parameters()) if not x.is_meta), ids.device))
     return {"input_ids": ids, "labels": ids}

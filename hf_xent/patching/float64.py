@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .heads import is_split, why_weight_is_freed
+from .heads import is_freed, is_split
 
 _NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 _CASTS = (Tensor.to, Tensor.type, Tensor.type_as)
@@ -21,7 +21,7 @@ def supports_float64(module: Any) -> bool:
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     plain = (Tensor, nn.Parameter)  # not quantized
     unavailable = any(is_split(x) or type(x) not in plain or x.is_meta or x.device.type == "mps" for x in tensors)
-    return not unavailable and not (hasattr(module, "weight") and why_weight_is_freed(module))
+    return not unavailable and not is_freed(module)
 
 
 @contextmanager

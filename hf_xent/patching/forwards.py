@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lazy import LazyLogits, PatchState, TracedLogits
+from ..lazy.source import Source, changed
 from ..ops import Head
 
 
@@ -18,11 +18,13 @@ class OwnForward:
 
     def __init__(self, layer: Any, patch: Any):
         self.layer, self.patch = layer, patch
-        # accelerate's hooks have taken the forward's place and call this one
-        slot = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+        slot = forward_slot(layer)
         previous: Any = layer.__dict__.get(slot)  # tensor parallelism's, or None; a replica still has the original's
         self.previous: Any = previous.previous if isinstance(previous, OwnForward) else previous
         layer.__dict__[slot] = self
+
+    def gather_in(self, inner: Any) -> None:
+        """Notice how the model `inner` is wrapped now, and so where the layer's weights are."""
 
     def remove(self) -> None:
         """Put back what was there, unless something else has been put in its place since."""
@@ -41,13 +43,18 @@ class OwnForward:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
-def lazy_product(input: Tensor, raw: Head, state: PatchState) -> Any:
-    """The lazy twin of `F.linear`, with the casts that torch.autocast would make."""
+def forward_slot(layer: Any) -> str:
+    """The attribute of a layer that has its own forward: accelerate's hooks take that one's place and call this one."""
+    return "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+
+
+def lazy_product(input: Tensor, raw: Head, state: PatchState, source: Source | None = None) -> Any:
+    """The lazy twin of `F.linear`, with the casts that torch.autocast would make; for `source` see `LazyLogits.of`."""
     device_type = input.device.type
     outside = raw.fp32 or input.dtype == torch.float64  # which autocast leaves alone
     if torch.is_autocast_enabled(device_type) and not outside:
         dtype = torch.get_autocast_dtype(device_type)
-        bias = None if raw.bias is None else raw.bias.to(dtype)
-        input, raw = input.to(dtype), replace(raw, weight=raw.weight.to(dtype), bias=bias)
-    lazy: Any = TracedLogits if torch.compiler.is_compiling() else LazyLogits
-    return lazy.of(input, raw, state)
+        input, raw, source = input.to(dtype), raw.to(dtype), changed(source, lambda raw: raw.to(dtype))
+    if torch.compiler.is_compiling():
+        return TracedLogits.of(input, raw, state)
+    return LazyLogits.of(input, raw, state, source=source)

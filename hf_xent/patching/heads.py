@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import Head, Shard
-from ..ops.panels import Matrix, Panels
+from ..ops.panels import Panels
 from .output_layer import output_layer_of
 from .quantized import is_stored, packed_by, stored_weight
 from .trl import is_float32_forward
@@ -59,7 +59,8 @@ def layers_of(inner: nn.Module) -> tuple[nn.Linear, nn.Module]:
             f"model is a {name}, which has no output embeddings: pass a model with a language-modeling head, or compute"
             " its loss with hf_xent.linear_cross_entropy(hidden, weight, labels)"
         )
-    head = within_adapters(head)
+    layer = without_fsdp(layer)
+    head = within_adapters(layer)
     if not (_is_linear(head) or is_stored(head)):
         kind = type(head).__name__
         remedy = (
@@ -74,10 +75,25 @@ def layers_of(inner: nn.Module) -> tuple[nn.Linear, nn.Module]:
 
 def within_adapters(layer: Any) -> Any:
     """The linear layer inside a layer, or what else is inside its adapters."""
+    layer = without_fsdp(layer)
     while not _is_linear(layer) and hasattr(layer, "active_adapters"):  # PEFT: LoRA layers, modules_to_save
         saved = getattr(layer, "modules_to_save", {})
         active = [a for a in layer.active_adapters if a in saved]
         layer = saved[active[0]] if active else getattr(layer, "base_layer", None) or layer.original_module
+        layer = without_fsdp(layer)
+    return layer
+
+
+def branches_of(layer: nn.Module, head: nn.Linear) -> list[nn.Module]:
+    """The linear layers beside the head that an adapter makes its logits with."""
+    others = (m for m in layer.modules() if m is not head and isinstance(m, nn.Linear) and _is_linear(m))
+    return [m for m in others if m.out_features == head.out_features]
+
+
+def without_fsdp(layer: Any) -> Any:
+    """A layer inside FSDP's wrapper, if it has one of its own."""
+    while getattr(layer, "_modules", {}).get("_fsdp_wrapped_module") is not None:
+        layer = layer._modules["_fsdp_wrapped_module"]
     return layer
 
 
@@ -91,21 +107,28 @@ def checked_head(inner: nn.Module, is_lazy: Callable[[Any], bool]) -> nn.Linear:
     name, head = type(inner).__name__, layers_of(inner)[0]
     if is_parametrized(head, "weight"):  # computed anew whenever it is read, by spectral_norm in another way each time
         return head
-    if type(head.weight) not in (nn.Parameter, Tensor) and not is_split(head.weight):
+    weight = tensor_of(head, "weight")
+    if type(weight) not in (nn.Parameter, Tensor) and not is_split(weight):
         try:
             stored = stored_weight(head)
         except ValueError as error:
             raise ValueError(f"model is a {name}: {error}") from error
         if stored is None:
             raise ValueError(
-                f"model is a {name} whose head's weight is a {type(head.weight).__name__}: only plain weights and those"
+                f"model is a {name} whose head's weight is a {type(weight).__name__}: only plain weights and those"
                 " of bitsandbytes and torchao can be streamed, leave the head out of the quantization"
             )
     forward = head.__dict__.get("forward")
     known = forward is None or is_lazy(forward) or is_float32_forward(forward)
-    if not (known or hasattr(head, "_hf_hook") or is_split(head.weight)):
+    if not (known or hasattr(head, "_hf_hook") or is_split(weight)):
         raise ValueError(f"the head of {name} already has another forward ({forward!r}): remove that wrapper first")
     return head
+
+
+def tensor_of(layer: nn.Module, name: str) -> Any:
+    """A layer's weight or bias, as it is now: ZeRO-3 gathers a parameter that is read as an attribute in a forward."""
+    parameter = next((x for key, x in layer.named_parameters(recurse=False) if key == name), None)
+    return getattr(layer, name, None) if parameter is None else parameter
 
 
 def is_split(weight: Tensor) -> bool:
@@ -138,26 +161,15 @@ def local_head(linear: nn.Linear) -> Head:
     return Head(weight.to_local(), None if bias is None else bias.to_local(), shard=shard)
 
 
-def whole_weight(linear: nn.Linear) -> Matrix:
-    """The weight of the whole vocabulary: a DTensor if the head is split over ranks, panels if it is quantized."""
-    weight: Any = linear.weight
-    if is_split(weight):
-        return weight
-    head = local_head(linear)
-    assert head is not None, "only those that are split have none"
-    return head.weight
-
-
-def why_weight_is_freed(linear: nn.Linear) -> str:
-    """Why a head's weight does not outlive its call, so that it cannot be read later; empty if it does.
-
-    Makes FSDP2 keep it until the backward.
-    """
+def keep_weight(linear: nn.Linear) -> None:
+    """Make FSDP2 keep a head's weight until the backward, which comes next and would gather it again."""
     keep: Any = getattr(linear, "set_reshard_after_forward", None)
-    if keep is not None:  # sharded by FSDP2 on its own; the backward, which comes next, would gather it again
+    if keep is not None:  # sharded on its own
         keep(False, recurse=False)
-    if hasattr(linear.weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 takes the head's weight away after its call"
-    if getattr(getattr(linear, "_hf_hook", None), "offload", False):
-        return "the head is offloaded, and its weight is taken away after its call"
-    return ""
+
+
+def is_freed(layer: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 or accelerate's offloading frees a layer's weight after each call."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    offloads = any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())))
+    return offloads or any(hasattr(parameter, "ds_id") for parameter in layer.parameters(recurse=False))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import Objective, TracedLogits
+from ..lazy import LazyLogits, Objective, TracedLogits
+from ..lazy.source import changed
 from ..lazy.traced import dense
 from ..lazy.weighting import NAME
 from ..ops import Head
@@ -28,13 +29,35 @@ from .calls import (
     unused,
 )
 from .forwards import OwnForward, lazy_product
-from .heads import is_split, local_head, why_weight_is_freed
+from .gathered import FREED, Gathered, Source, unit_of, why_not_gathered
+from .heads import is_split, keep_weight, local_head, tensor_of
 from .quantized import compute_dtype
 from .trl import is_float32_forward
 
 
 class LazyForward(OwnForward):
     """The forward of a plain linear head while patched."""
+
+    def __init__(self, layer: nn.Linear, patch: Patch):
+        super().__init__(layer, patch)
+        self.gathered: Gathered | None = None  # the call in which its weight is there, if it is freed afterwards
+        self.obstacle = ""  # why nothing can be computed in such a call
+
+    def remove(self) -> None:
+        """Put back what was there, unless something else has been put in its place since."""
+        if self.gathered is not None:
+            self.gathered.remove()
+        super().remove()
+
+    def gather_in(self, inner: nn.Module) -> None:
+        """Take over the call in which the head's weight is there, as the model is wrapped now."""
+        unit = unit_of(inner, self.layer)
+        self.obstacle = why_not_gathered(inner, self.layer, unit)
+        if self.gathered is not None and (self.gathered.unit is not unit or not self.gathered.is_installed):
+            self.gathered.remove()
+            self.gathered = None
+        if unit is not None and self.gathered is None:
+            self.gathered = Gathered(unit, self)
 
     def __call__(self, input: Tensor) -> Tensor:  # nn.Linear.forward's own parameter name
         """Lazy logits if the current call needs them, else the output of the forward that was there before."""
@@ -51,18 +74,38 @@ class LazyForward(OwnForward):
         raw = replace(raw, weight=raw.weight.to(dtype), bias=bias, fp32=dtype == torch.float32)
         return lazy_product(input.to(dtype), raw, self.patch.state).to(input.dtype)
 
+    def pending(self, hidden: Tensor, gathered: Gathered) -> LazyLogits | None:
+        """Lazy logits of a head whose weight is there during its call only; None if they are not needed."""
+        call = Call.current(self.patch)
+        needed = self.patch.always if call is None else call.lazy_now
+        if not needed or self.obstacle or under_function_transform(hidden, tensor_of(self.layer, "weight")):
+            return None
+        if call is not None:
+            call.lazy = True
+        raw, source = gathered.shape(), Source(gathered)
+        if not self._multiplies_in_float32():
+            return lazy_product(hidden, raw, self.patch.state, source)
+        in_float32 = changed(source, lambda raw: replace(raw, fp32=True))
+        return lazy_product(hidden, replace(raw, fp32=True), self.patch.state, in_float32)
+
     def _traced_head(self) -> Head | None:
         """The head for lazy logits of a compiled program, or None if they are not needed or not possible."""
         if not self.patch.traced:
             return None
-        head = self.layer
-        reason = why_weight_is_freed(head) or (is_split(head.weight) and "the head is split over ranks")
+        head, reason = self.layer, self._why_freed()
+        keep_weight(head)
+        if not reason and is_split(head.weight):
+            reason = "the head is split over ranks"
         if not reason and type(head.weight) not in (Tensor, nn.Parameter):
             reason = f"the head's weight is a {type(head.weight).__name__}"
         if not reason:
             return Head(head.weight, head.bias, fp32=self._multiplies_in_float32())
         self.patch.state.reason = f"{COMPILED}, where {reason}"
         return None
+
+    def _why_freed(self) -> str:
+        """Why the weight is not there after this call, and nothing is computed in a later one; empty if it is."""
+        return self.obstacle or (FREED if self.gathered else "")
 
     def _dense(self, input: Tensor) -> Tensor:
         """The logits as the forward before makes them, but in float32 if the current call asks for that."""
@@ -77,8 +120,9 @@ class LazyForward(OwnForward):
             if call is None and torch.is_grad_enabled():
                 self.patch.state.bypass(OUTSIDE_OF_MODEL)
             return None
-        transformed = under_function_transform(input, self.layer.weight)
-        reason = TRANSFORMED if transformed else why_weight_is_freed(self.layer)
+        transformed = under_function_transform(input, tensor_of(self.layer, "weight"))
+        reason = TRANSFORMED if transformed else self._why_freed()
+        keep_weight(self.layer)
         raw = None if reason else local_head(self.layer)
         if call is not None:
             call.lazy, call.reason = call.lazy or raw is not None, reason

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..lazy import PatchState
 from .calls import ModelLoss
 from .forwards import OwnForward
-from .heads import checked_head, inner_of, layers_of
+from .gathered import unit_of
+from .heads import branches_of, checked_head, inner_of, layers_of
 from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward
 from .products import LazyProducts
 from .trl import FusedHead, is_float32_forward
@@ -93,12 +94,14 @@ class Installation:
         places: list[tuple[Any, nn.Module]] = [] if parametrized else [(LazyForward, head)]
         if parametrized or layer is not head:
             places.append((LazyProducts, layer))
+            places += [(LazyForward, m) for m in branches_of(layer, head) if unit_of(inner, m) is not None]
         same = [(type(forward), forward.layer) for forward in self.lazy_forwards] == places
-        if same and not is_float32_forward(head.__dict__.get("forward")):  # which TRL has put on the head since
-            return
-        checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
-        self.restore_heads()
-        self.lazy_forwards = [kind(module, self) for kind, module in places]
+        if not same or is_float32_forward(head.__dict__.get("forward")):  # which TRL has put on the head since
+            checked_head(inner, is_lazy)  # raises an error if it cannot be streamed
+            self.restore_heads()
+            self.lazy_forwards = [kind(module, self) for kind, module in places]
+        for forward in self.lazy_forwards:
+            forward.gather_in(inner)
 
     def restore_heads(self) -> None:
         """Put back the heads' own forwards."""

@@ -23,7 +23,8 @@ from ..losses.cross_entropy import CrossEntropy
 from ..ops.request import Request
 from .calls import ModelLoss
 from .comparison import Comparison, run_both_ways
-from .heads import checked_head, inner_of, whole_weight
+from .gathered import whole_weight
+from .heads import checked_head, inner_of
 from .hooks import is_lazy
 from .installation import Installation, installation_of
 
@@ -44,9 +45,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     """Make a language model compute its loss, or another one, without logits; the model is changed in place.
 
     Called with labels, the model returns its loss, and lazy `logits` that are computed when they are used. Patching
-    again replaces the earlier patch. If the head cannot be streamed (a compiled model, an offloaded head), the model
-    computes its loss as it did before, and `hf_xent.patching.patch_state(model)` counts these calls and says why.
-    It takes `token_weights`, too, weights in the shape of labels (`hf_xent.lazy.weighting`).
+    again replaces the earlier patch. `patch_state(model)` counts calls in which the head cannot be streamed (under some
+    adapters), and says why. The model takes `token_weights` in the shape of labels, too (`hf_xent.lazy.weighting`).
 
     Args:
         model: A transformers model with a language-modeling head, also inside the wrappers of PEFT, DDP or FSDP.
@@ -65,7 +65,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         The same model.
 
     Raises:
-        ValueError: The model has no linear head, or the loss is unknown or needs a teacher.
+        ValueError: The model has no linear head; the loss is unknown, needs a teacher, or weights that FSDP1 split.
         RuntimeError: The verification failed; the model is as it was.
     """
     objective = losses.get(loss)
@@ -76,7 +76,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     objective.check_tail(tail)
     head = head_of(model)
     if type(objective).bind is not Loss.bind:
-        objective = objective.bind(whole_weight(head))
+        objective = objective.bind(whole_weight(inner_of(model), head))
     unpatch(model)  # after all checks
     state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
     installation = Installation(state, always=int(always))

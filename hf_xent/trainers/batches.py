@@ -47,8 +47,7 @@ def lazy(logits: Any, length: int, method: str) -> LazyLogits:
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         raise ValueError(
             f"the logits are a {type(logits).__name__} that is already computed, but {method} reads the hidden states"
-            " of lazy logits: train without an offloaded or sharded head or an adapter on it,"
-            " and see hf-xent check"
+            " of lazy logits: train without an adapter that multiplies by the head itself, and see hf-xent check"
         )
     last: Any = logits[:, -length:] if logits.shape[1] > length else logits
     return last

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lazy import LazyLogits
 from ..metrics.calibration import BINS, binned, calibration_error
-from ..ops import Stats, dense_stats
+from ..ops import Head, Stats, dense_stats
 
 IGNORED = -100  # also what transformers pads predictions with
 
@@ -121,5 +121,8 @@ def _top_logits(logits: Any, stats: Stats) -> Tensor:
     top = stats.top[stats.mask]
     if not isinstance(logits, LazyLogits) or logits.is_dense:
         return logits[stats.mask].gather(-1, top[:, None]).squeeze(-1).to(stats.lse.dtype)
-    hidden = logits.hidden[stats.mask.to(logits.hidden.device)]
-    return logits.head.logit_of(hidden, top.to(hidden.device)).to(stats.lse)
+
+    def compute(hidden: Tensor, head: Head) -> Tensor:
+        return head.logit_of(hidden[stats.mask.to(hidden.device)], top.to(hidden.device))
+
+    return logits.with_head(compute).to(stats.lse)

@@ -40,7 +40,6 @@ from transformers import Trainer, TrainingArguments
 from ..hub import Carded, Tokenless
 from ..metrics.consistency import consistency
 from ..models.contexts import eval_mode
-from ..ops import Head
 from ..patching import lazily, patch
 from ..system import renamed
 from .base import Method, Options
@@ -251,8 +250,7 @@ class F2CTrainer(Method, Carded, Trainer):
         rows: Any = logits[
             torch.arange(len(ids), device=ids.device)[:, None], position
         ]  # only these go through the head
-        head: Head = rows.head
-        logp = head.logits(rows.hidden).log_softmax(-1)
+        logp = rows.with_head(lambda hidden, head: head.logits(hidden)).log_softmax(-1)
         return logp.unflatten(0, shape), targets.unflatten(0, shape)
 
     def prediction_step(

@@ -195,7 +195,9 @@ class NoiseFiTTrainer(XentTrainer):
             output = model(**repeated(model_inputs, copies))
         in_row = packed(inputs)
         logits = lazy(output.logits, labels.shape[1] * (copies if in_row else 1), "NoiseFiT")
-        loss = self._hybrid(logits.hidden.chunk(copies, int(in_row)), logits.head, labels, num_items_in_batch)
+        loss = logits.with_head(
+            lambda hidden, head: self._hybrid(hidden.chunk(copies, int(in_row)), head, labels, num_items_in_batch)
+        )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # as Trainer does, since DDP averages over the ranks
         return (loss, output) if return_outputs else loss
