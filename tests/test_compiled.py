@@ -214,6 +214,8 @@ def test_what_a_compiled_model_returns():
     torch.testing.assert_close(out.logits.softmax(-1), dense.softmax(-1))
     torch.testing.assert_close(torch.logsumexp(out.logits, -1), dense.logsumexp(-1))
     torch.testing.assert_close(out.logits[:, :2].float(), dense[:, :2])
+    torch.testing.assert_close(1 - out.logits, 1 - dense)
+    assert len(out.logits) == len(dense) and bool(((out.logits > 0) == (dense > 0)).all())
     rows, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     expected = F.cross_entropy(dense[:, :-1].flatten(0, 1), targets)
     torch.testing.assert_close(F.cross_entropy(rows, targets), expected)
@@ -226,6 +228,30 @@ def test_what_a_compiled_model_returns():
     assert type(evaluated.logits) is torch.Tensor
     torch.testing.assert_close(evaluated.logits, dense)
     torch.testing.assert_close(evaluated.loss, out.loss)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="the head's weight was modified in place since"):
+        out.logits.argmax(-1)
+
+
+def test_logits_that_a_program_needs_are_in_it():
+    """Operations that no recipe has: the numbers are right, and the reason tells that the logits were made."""
+    model, (ids, labels) = tiny(num_hidden_layers=1).train(), batch()
+    stock = model.loss_function
+
+    def centered(logits, labels, **options):
+        logits = logits - logits.mean(-1, keepdim=True)
+        logits[..., 0] = -logits[..., 0]
+        return stock(torch.cat([logits, logits]).chunk(2)[0] ** 2, labels, **options)
+
+    model.loss_function = centered
+    expected = model(input_ids=ids, labels=labels).loss
+    found = torch.compile(hf_xent.patch(model), backend="aot_eager", fullgraph=True)(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(found, expected)
+    leaves = [*model.parameters()]
+    for one, other in zip(*(torch.autograd.grad(x, leaves) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert "needs the logits' values" in patch_state(model).reason
 
 
 @pytest.mark.parametrize("loss", [None, "eisl"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops import Head
+from ..ops.compiled import LIBRARY
 from ..ops.higher import under_function_transform
 from ..ops.panels import Panels
 
@@ -40,6 +42,37 @@ class Operand:
 
 
 Operands = tuple[Operand, ...]
+
+
+def _snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    """The operator `hf_xent::snapshot`: for each tensor how often it was written to, and a sample of its bytes."""
+    found = []
+    for tensor in tensors:
+        count, sample = version(tensor), _sample(tensor.detach())
+        assert sample is not None
+        found += [torch.tensor(-1 if count is None else count), sample]
+    return found
+
+
+def _fake_snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    found = []
+    for tensor in tensors:
+        size = math.prod(len(range(0, n, _step(n, tensor.ndim))) for n in tensor.shape)
+        found += [torch.empty((), dtype=torch.int64), tensor.new_empty(size * tensor.element_size(), dtype=torch.uint8)]
+    return found
+
+
+LIBRARY.define("snapshot(Tensor[] tensors) -> Tensor[]")
+LIBRARY.impl("snapshot", _snapshot, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_xent::snapshot", _fake_snapshot, lib=LIBRARY)
+
+
+def operands_then(named: dict[str, Tensor], snapshot: list[Tensor]) -> Operands:
+    """Operands as they were when a compiled program took a snapshot of them."""
+    pairs = zip(named.items(), snapshot[::2], snapshot[1::2], strict=True)
+    return tuple(
+        Operand(name, tensor, None if count < 0 else int(count), sample) for (name, tensor), count, sample in pairs
+    )
 
 
 def operands_of(hidden: Tensor, raw: Head) -> Operands:
@@ -82,6 +115,10 @@ def _sample(t: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or under_function_transform(t):
         return None
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        side = round(_SAMPLE_SIZE ** (1 / max(1, t.ndim)))
-        grid = t[tuple(slice(None, None, max(1, n // side)) for n in t.shape)]
-        return grid.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        grid = t[tuple(slice(None, None, _step(n, t.ndim)) for n in t.shape)]
+        return grid.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def _step(length: int, dims: int) -> int:
+    """The step of the grid along a dimension."""
+    return max(1, length // round(_SAMPLE_SIZE ** (1 / max(1, dims))))

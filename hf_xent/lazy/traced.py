@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from ..ops import Head, Stats
 from ..ops.dispatch import stream_stats
 from .graph import Recipe
+from .operands import operands_then
 from .source import Compute
 from .state import PatchState, next_token_labels
 from .tensor import LazyLogits, make
@@ -43,14 +44,26 @@ class TracedLogits:
 
     parent = None  # a compiled program has no views whose memory someone could write to
 
-    def __init__(self, hidden: Tensor, raw: Head, recipe: Recipe, dtype: torch.dtype, state: PatchState):
+    def __init__(
+        self,
+        hidden: Tensor,
+        raw: Head,
+        recipe: Recipe,
+        dtype: torch.dtype,
+        state: PatchState,
+        operands: dict[str, Tensor],
+        snapshot: list[Tensor],
+    ):
         self.hidden, self.raw, self.recipe, self.dtype, self.state = hidden, raw, recipe, dtype, state
+        self.operands, self.snapshot = operands, snapshot  # what shows whether the head was changed since
         self.values: Tensor | None = None
 
     @classmethod
     def of(cls, hidden: Tensor, raw: Head, state: PatchState) -> TracedLogits:
         """The twin of `F.linear(hidden, raw.weight, raw.bias)`."""
-        return cls(hidden, raw, Recipe(), hidden.dtype, state)
+        operands = {name: x for name, x in raw.tensors.items() if x is not None}
+        snapshot = torch.ops.hf_xent.snapshot([x.detach() for x in operands.values()])
+        return cls(hidden, raw, Recipe(), raw.dtype_for(hidden.dtype), state, operands, snapshot)
 
     @property
     def head(self) -> Head:
@@ -80,11 +93,13 @@ class TracedLogits:
         """The logits as a tensor [..., V], computed once."""
         if self.values is None:
             self.values = self.recipe.value(self.hidden, self.raw).to(self.dtype)
+            self.state.reason = "torch.compile traced an operation that needs the logits' values"
         return self.values
 
     def lazy(self) -> LazyLogits:
         """The same as `LazyLogits`, for use outside of the compiler."""
-        return make(self.hidden, self.raw, self.recipe, self.dtype, self.hidden.device, self.state)
+        operands = operands_then(self.operands, self.snapshot)
+        return make(self.hidden, self.raw, self.recipe, self.dtype, self.hidden.device, self.state, operands=operands)
 
     def stats(
         self,
@@ -118,7 +133,7 @@ class TracedLogits:
 
     def derived(self, **changes: Any) -> TracedLogits:
         """The same logits with some attributes changed."""
-        names = ("hidden", "raw", "recipe", "dtype", "state")
+        names = ("hidden", "raw", "recipe", "dtype", "state", "operands", "snapshot")
         return TracedLogits(*(changes.get(name, getattr(self, name)) for name in names))
 
     def __getattr__(self, name: str) -> Any:
@@ -157,6 +172,25 @@ class TracedLogits:
         if rule is not None and isinstance(args[0], TracedLogits):
             return rule(*args, **kwargs)
         return func(*tree_map(dense, args), **tree_map(dense, kwargs))
+
+
+def _of_values(name: str) -> Callable[..., Any]:
+    """An operator of the logits' values."""
+
+    def method(self: TracedLogits, *others: Any) -> Any:
+        values: Any = self.dense() if torch.compiler.is_compiling() else self.lazy()
+        return getattr(values, name)(*(dense(x) for x in others))
+
+    return method
+
+
+# Python looks for operators on the class, not by __getattr__
+for _name in (
+    *("sub", "rsub", "rtruediv", "floordiv", "mod", "pow", "rpow", "matmul", "rmatmul", "neg", "abs", "invert"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "len", "iter", "contains", "bool", "float", "int"),
+):
+    setattr(TracedLogits, f"__{_name}__", _of_values(f"__{_name}__"))
+TracedLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # which __eq__ has taken away
 
 
 def dense(x: Any) -> Any:

@@ -157,24 +157,10 @@ def _stats(x: TracedLogits, labels: Tensor | None, outputs: tuple[str, ...]) -> 
     return stream_stats(x.hidden, x.head, labels, outputs, replace(x.state.request, ignore_index=-(2**31)))
 
 
-def cross_entropy(  # noqa: PLR0913  the arguments are F.cross_entropy's
-    x: TracedLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
+def cross_entropy(x: TracedLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`F.cross_entropy` of [N, V] and class indices, by the rule of `LazyLogits`."""
-    if x.values is None:
-        found = _OF_LAZY_LOGITS(x, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        if found is not NotImplemented:
-            return found
-    return F.cross_entropy(
-        x.dense(), target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    found = NotImplemented if x.values is not None else _OF_LAZY_LOGITS(x, target, *args, **kwargs)
+    return F.cross_entropy(x.dense(), target, *args, **kwargs) if found is NotImplemented else found
 
 
 def nll_loss(x: TracedLogits, target: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyLogits, Objective, TracedLogits
+from ..lazy import LazyLogits, Objective
 from ..lazy.source import changed
 from ..lazy.traced import dense
 from ..lazy.weighting import NAME
@@ -212,11 +212,13 @@ def traced_call(
         raise RuntimeError(unused(model, objective))
     if model.training or patch.always > 0:
         return output
+    reason = state.reason
     if isinstance(output, tuple):
-        return tuple(dense(x) for x in output)
-    for name, x in output.items():
-        if isinstance(x, TracedLogits):
-            output[name] = x.dense()
+        output = tuple(dense(x) for x in output)
+    else:
+        for name, x in output.items():
+            output[name] = dense(x)
+    state.reason = reason  # logits that are returned are no reason for a loss
     return output
 
 
