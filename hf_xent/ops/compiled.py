@@ -4,8 +4,8 @@
     hf_xent::stats_backward   the gradients of the operands from those of the statistics
     hf_xent::linear_loss      a sum that is linear in the statistics, with its gradients in the same visit
 
-Here are their shapes, their gradients, and what calls them while torch traces; `dispatch` implements them with the same
-backends that run without the compiler. A loss that is linear in its statistics (cross-entropy, with or without
+Here are their shapes, their gradients, and what calls them while torch traces; `operators` implements them with the
+same backends that run without the compiler. A loss that is linear in its statistics (cross-entropy, with or without
 smoothing) takes three matmuls, as it does elsewhere. Of any other loss of statistics the compiler traces `of`, which it
 can fuse, and the backward computes the logits again: four matmuls.
 
@@ -27,7 +27,7 @@ from .head import Head, Payload
 from .problem import TENSORS
 from .request import Request
 from .rows import autocast_for, autocast_head
-from .statistics import FORWARD_ONLY, STATISTICS, Stats, wide
+from .statistics import FORWARD_ONLY, STATISTICS, Stats, wide, with_needed
 
 _INTEGERS = ("top", "rank")
 _OPERANDS = (
@@ -170,7 +170,7 @@ def _arguments(
     if payload is not None:
         other = autocast_head(payload[1], payload[0]).joined()
         other_hidden = autocast_for(other, payload[0])
-    wanted = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
+    wanted = with_needed(outputs)
     return (
         *(hidden, *head.tensors.values()),
         *((None, None, None) if payload is None else (other_hidden, other.weight, other.bias)),

@@ -24,7 +24,7 @@ from .higher import under_function_transform
 from .problem import TENSORS, Problem
 from .request import Request
 from .rows import Rows, autocast_for, autocast_head, check_head
-from .statistics import STATISTICS, Stats, wide
+from .statistics import STATISTICS, Stats, wide, with_needed
 
 
 class TokenLoss(Protocol):
@@ -219,7 +219,6 @@ def problem_of(
         kind = "has fp32=True" if rows.head.fp32 else f"is a {type(rows.head.weight).__name__}"
         raise ValueError(f"impl is 'triton' but the head {kind}, which it cannot multiply: pass impl='chunked'")
     head = rows.head if backend is chunked else rows.head.joined()  # the others take a single matrix
-    computed = {"lse", "target", *outputs} | ({"entropy"} if "variance" in outputs else set())
     if payload is not None:
         payload = payload_of(rows, payload)
     if backend is reference:  # which is dense anyway
@@ -229,7 +228,7 @@ def problem_of(
         hidden=rows.hidden.contiguous(),
         head=head,
         labels=rows.flat,
-        outputs=frozenset(computed),
+        outputs=with_needed(outputs),
         payload=payload,
         memory_budget=request.budget(head, len(rows.flat), itemsize),
     )

@@ -8,7 +8,7 @@ dtype. Shapes: N tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ STATISTICS = DIFFERENTIABLE + FORWARD_ONLY
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and accumulators for inputs of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def with_needed(outputs: Iterable[str]) -> frozenset[str]:
+    """These statistics, and those that their gradients or values need."""
+    wanted = {"lse", "target", *outputs}
+    return frozenset(wanted | {"entropy"} if "variance" in wanted else wanted)
 
 
 class Stats:

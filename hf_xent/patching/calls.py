@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -95,7 +96,8 @@ class Call:
         patch.make_heads_lazy(model)
         patch.state.training = model.training
         patch.take_over_fused_head(model)
-        labeled = has_labels(parameters_of(type(model)), args, kwargs)
+        model_class: Any = type(model)
+        labeled = has_labels(parameters_of(model_class), args, kwargs)
         if labeled:
             refuse_unshifted(model, kwargs)
         call.lazy_now = labeled or patch.always > 0
@@ -181,6 +183,7 @@ def has_labels(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str,
     return any(name.endswith("labels") and value is not None for name, value in passed)
 
 
+@lru_cache(maxsize=64)  # every call of a model asks, and to inspect a signature takes longer than all else here
 def parameters_of(model_class: Any) -> tuple[str, ...]:
     """The names of the parameters of a model's forward."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
@@ -197,7 +200,8 @@ def unused(model: nn.Module, objective: ModelLoss) -> str:
 
 def _labels_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The labels of a call by the name of their argument, `labels` or `shift_labels`."""
-    names = parameters_of(type(model))
+    model_class: Any = type(model)
+    names = parameters_of(model_class)
     passed = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: passed[name] for name in ("labels", "shift_labels") if passed.get(name) is not None}
 
