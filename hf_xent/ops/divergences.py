@@ -68,6 +68,7 @@ def stream_divergence(
     rows = Rows(passes[0], head, labels, request.ignore_index)
     problem = problem_of(rows, outputs, None, request, chunked)
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
+    function = _of_valid_rows(function, rows)
     if second is not None:
         second = payload_of(rows, (second[0].detach(), second[1].detach()))
     hidden = [problem.hidden, *(autocast_for(head, rows.select(h, trailing=1)) for h in passes[1:])]
@@ -89,22 +90,29 @@ def stream_divergence(
     return total, stats
 
 
+def _of_valid_rows(function: RowLoss, rows: Rows) -> RowLoss:
+    """The loss with its constants of the valid tokens alone, whose ids count from the first column of this rank."""
+    constants = (rows.select(x.detach(), trailing=x.ndim - rows.labels.ndim) for x in function.rows)
+    function = replace(function, rows=tuple(constants))
+    return function if rows.head.shard is None else function.counted_from(rows.head.shard.start)
+
+
 def _mapped(function: RowLoss, problem: Problem) -> dict[str, Tensor]:
     """What the function returns for all tokens, with a graph, by rows that are computed again in the backward."""
     names: list[str] = []
     head, shard, second = problem.head, problem.head.shard, problem.payload
 
-    def values(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
-        rows = [*logits.unbind(1)]
-        if second is not None:
-            rows.append(replace(second[1], shard=None).logits(*hidden))
-        found = function(labels, *rows) if shard is None else split_rows.sums_over_ranks(function, labels, rows, shard)
+    def values(logits: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
+        rows, first = [*logits.unbind(1)], len(others) - len(function.rows)
+        rows += [replace(second[1], shard=None).logits(hidden) for hidden in others[:first] if second is not None]
+        loss = replace(function, rows=others[first:])
+        found = loss(labels, *rows) if shard is None else split_rows.sums_over_ranks(loss, labels, rows, shard)
         names[:] = found
         return torch.stack([*found.values()], 1)
 
     budget = problem.memory_budget // problem.hidden.shape[1]
     step = rows_in(budget, head.size if shard is None else shard.width, problem.hidden.dtype)
-    rows = (problem.label_columns, *(() if second is None else second[:1]))
+    rows = (problem.label_columns, *(() if second is None else second[:1]), *function.rows)
     found = map_rows(values, copy_to_ranks(problem.hidden, shard), replace(head, shard=None), rows, step)
     return dict(zip(names, found.unbind(1), strict=True))
 
@@ -158,7 +166,7 @@ def _visit(function: RowLoss, problem: Problem, weight: Tensor) -> tuple[dict[st
         by_token = products.unflatten(0, (-1, passes))
         local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
         statistics.append(merge_ranks(alone, local, tokens))
-        for strip, found in _differentiate_(function, problem, tokens, (by_token, second), weight[tokens]):
+        for strip, found in _differentiate_(function[tokens], problem, tokens, (by_token, second), weight[tokens]):
             for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
                 whole = values.setdefault(name, value.new_empty(count))
                 whole[tokens][strip] = value
@@ -189,7 +197,7 @@ def _differentiate_(
             logits = [*problem.head.activate(raw).unbind(1)]
             if other is not None and problem.payload is not None:
                 logits.append(problem.payload[1].activate(other))
-            values = function(labels[span], *logits)
+            values = function[span](labels[span], *logits)
             if trains:
                 passes[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
         yield span, {name: value.detach() for name, value in values.items()}
