@@ -23,6 +23,7 @@ from .alike import split_alike
 from .autograd import scaled
 from .buffers import Buffers, Gradients
 from .dispatch import payload_of, problem_of, stream_stats, unit_of
+from .entries import EntryLoss
 from .functional import map_rows, rows_in
 from .head import Head, Payload
 from .problem import TENSORS, Problem, pieces
@@ -38,7 +39,7 @@ PARTS = 8  # strips are so many times smaller than others, since autograd keeps 
 
 
 def stream_divergence(
-    function: RowLoss,
+    function: RowLoss | EntryLoss,
     passes: Sequence[Tensor],
     head: Head,
     labels: Tensor,
@@ -49,7 +50,7 @@ def stream_divergence(
     """The sum of `token_weight * function(...)["loss"]` over the valid tokens, and detached statistics.
 
     Args:
-        function: The loss of whole rows.
+        function: The loss of whole rows, or of some entries of them and all others together, of a single pass.
         passes: Hidden states [..., D] of each pass.
         head: The head that turns them into logits.
         labels: Token ids [...], which select the positions that count.
@@ -62,13 +63,13 @@ def stream_divergence(
         The sum, and the statistics of the first pass that `request.observe` names, with `lse`, `target`, and what the
         function returned.
     """
-    assert second is None or len(passes) == 1  # one buffer has all passes, another the second model
+    assert len(passes) == 1 or (second is None and isinstance(function, RowLoss))  # one buffer has all passes
     head, second = split_alike(head, second)
     outputs = ("lse", "target", *request.observe)
     rows = Rows(passes[0], head, labels, request.ignore_index)
     problem = problem_of(rows, outputs, None, request, chunked)
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
-    function = _of_valid_rows(function, rows)
+    function = function.of_valid(rows)
     if second is not None:
         second = payload_of(rows, (second[0].detach(), second[1].detach()))
     hidden = [problem.hidden, *(autocast_for(head, rows.select(h, trailing=1)) for h in passes[1:])]
@@ -90,22 +91,17 @@ def stream_divergence(
     return total, stats
 
 
-def _of_valid_rows(function: RowLoss, rows: Rows) -> RowLoss:
-    """The loss with its constants of the valid tokens alone, whose ids count from the first column of this rank."""
-    constants = (rows.select(x.detach(), trailing=x.ndim - rows.labels.ndim) for x in function.rows)
-    function = replace(function, rows=tuple(constants))
-    return function if rows.head.shard is None else function.counted_from(rows.head.shard.start)
-
-
-def _mapped(function: RowLoss, problem: Problem) -> dict[str, Tensor]:
+def _mapped(function: RowLoss | EntryLoss, problem: Problem) -> dict[str, Tensor]:
     """What the function returns for all tokens, with a graph, by rows that are computed again in the backward."""
+    if isinstance(function, EntryLoss):
+        return function.mapped(problem)
     names: list[str] = []
     head, shard, second = problem.head, problem.head.shard, problem.payload
 
     def values(logits: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
         rows, first = [*logits.unbind(1)], len(others) - len(function.rows)
         rows += [replace(second[1], shard=None).logits(hidden) for hidden in others[:first] if second is not None]
-        loss = replace(function, rows=others[first:])
+        loss = function.with_rows(others[first:])
         found = loss(labels, *rows) if shard is None else split_rows.sums_over_ranks(loss, labels, rows, shard)
         names[:] = found
         return torch.stack([*found.values()], 1)
@@ -123,7 +119,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        function: RowLoss,
+        function: RowLoss | EntryLoss,
         problem: Problem,
         weight: Tensor,
         unit: Any,
@@ -151,8 +147,12 @@ class _Sum(torch.autograd.Function):
         return None, None, None, None, None, *scaled(grads, upstream, empty=not len(labels))
 
 
-def _visit(function: RowLoss, problem: Problem, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _visit(
+    function: RowLoss | EntryLoss, problem: Problem, weight: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics and what the function returns, [N] each, and the weighted sum's gradients."""
+    if isinstance(function, EntryLoss):
+        return function.visit(problem, weight)
     count, passes, _ = problem.hidden.shape
     flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
     most = min(len(flat.rows()), chunked.most_chunks(flat))  # sums of a weight gradient in its own dtype
