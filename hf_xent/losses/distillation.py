@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Distillation(Loss):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
         if isinstance(teacher, Several):
@@ -87,7 +88,7 @@ class RowDivergence(Distillation):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
         if isinstance(teacher, Several):

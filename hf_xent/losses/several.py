@@ -15,7 +15,7 @@ from .targets import Several
 def per_token(
     loss: Loss, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Several, request: Request
 ) -> tuple[Tensor, Stats]:
-    """As `Loss.per_token`, one visit of the student for each teacher of weight above 0; statistics are the student's."""
+    """As `Loss.per_token`, with a visit of the student for each teacher whose weight is above 0."""
     used = [(part, share) for part, share in zip(teacher.parts, teacher.weights, strict=True) if share]
     total, stats = hidden.new_zeros(()), None
     for part, share in used:

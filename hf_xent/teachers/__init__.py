@@ -1,9 +1,9 @@
 """Floor 3: teachers, one file per kind. A teacher answers a batch with targets for a distillation loss.
 
-    load("smollm2")                        a local model: `LocalTeacher`
-    load("out/cache")                      a folder that `write_cache` has written: `StoredTeacher`
-    load("http://localhost:8000/v1")       a server: `ServedTeacher`
-    load(["smollm2", "out/cache"])         several, with weights: `SeveralTeachers`
+load("smollm2")                        a local model: `LocalTeacher`
+load("out/cache")                      a folder that `write_cache` has written: `StoredTeacher`
+load("http://localhost:8000/v1")       a server: `ServedTeacher`
+load(["smollm2", "out/cache"])         several, with weights: `SeveralTeachers`
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A cache folder: what a teacher says about a data set, document by document, in Arrow files that are mapped into memory.
+"""A cache folder: what a teacher says about a data set, document by document, in Arrow files.
 
     cache.json                      what is stored, of which teacher and data: `Cache`
-    data-00000-of-00012.arrow       documents: `input_ids` and the columns of `forms`; `datasets.load_dataset` reads them
+    data-00000-of-00012.arrow       documents: `input_ids` and the columns of `forms`, mapped into memory
     head.safetensors                the teacher's head, beside hidden states
     README.md                       the card
 

@@ -34,8 +34,8 @@ def load(
             cache; the path, Hub id or packaged name ('smollm2') of a causal LM; or a list of these.
         tokenizer: The student's tokenizer, for servers that answer with the texts of tokens.
         weights: One number for each of a list; None weighs all alike.
-        **options: `device` and `dtype` of a model that is loaded; `tail` of a cache or a server, what is assumed about the
-            tokens that it does not have ('class', 'uniform' or 'student'); `model`, `k`, `concurrency`, `api_key`,
+        **options: `device` and `dtype` of a model that is loaded; `tail` of a cache or a server, what is assumed about
+            the tokens that it does not have ('class', 'uniform' or 'student'); `model`, `k`, `concurrency`, `api_key`,
             `retries`, `backoff` and `timeout` of a server. One that is None is left at its default.
 
     Raises:
@@ -47,7 +47,9 @@ def load(
     kinds = [_kind(one) for one in specs]
     for name, value in options.items():
         if not any(name in TAKEN[kind] for kind in kinds):
-            raise ValueError(f"{name} is {value!r}, which has no effect on {', '.join(dict.fromkeys(kinds))}: leave it out")
+            raise ValueError(
+                f"{name} is {value!r}, which has no effect on {', '.join(dict.fromkeys(kinds))}: leave it out"
+            )
     teachers = [
         _load(one, kind, tokenizer, {name: x for name, x in options.items() if name in TAKEN[kind]})
         for one, kind in zip(specs, kinds, strict=True)

@@ -54,26 +54,31 @@ def candidates(
     Raises:
         Unusable: The answer is about other tokens, or about fewer.
     """
-    choice = _choice(answer)
+    choice, found = _choice(answer), list[Candidates | None]()
     try:
         if protocol == "prompt_logprobs":
             given = choice["prompt_logprobs"]
             _check_length(len(given), len(ids), at_most=len(ids))
-            found = [_by_id(entry, own) for entry, own in zip(given[1:], ids[1:], strict=True)]
+            found += [_by_id(entry, own) for entry, own in zip(given[1:], ids[1:], strict=True)]
         else:
             words, given = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
-            _check_length(len(given), len(ids), at_most=len(ids) + 1)
-            of = token_of or _without_tokenizer
-            found = [_by_word(*pair, own, of) for *pair, own in zip(given[1:], words[1:], ids[1:], strict=False)]
+            _check_length(len(given), len(ids), at_most=len(ids) + 1)  # it may have generated one
+            for entry, word, own in list(zip(given, words, ids, strict=False))[1:]:
+                found.append(_by_word(entry, word, own, token_of or _without_tokenizer))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Unusable(f"an answer of another form ({type(error).__name__}: {error})") from error
-    best = [None if entry is None else sorted(entry.items(), key=lambda x: (-x[1], x[0]))[:k] for entry in found]
+    best = [None if entry is None else _best(entry, k) for entry in found]
     fewest = min((len(entry) for entry in best if entry is not None), default=k)
-    if fewest < k:
+    if len(best) != len(ids) - 1 or fewest < k:
         raise Unusable(
             f"{fewest} of {k} log-probabilities of a token (start vLLM with --max-logprobs {k}, or choose a smaller k)"
         )
     return best
+
+
+def _best(entry: Candidates, k: int) -> list[tuple[int, float]]:
+    """The k most probable ones: the prompt's own token may be one more."""
+    return sorted(entry.items(), key=lambda x: (-x[1], x[0]))[:k]
 
 
 def _choice(answer: Any) -> dict[str, Any]:
@@ -109,7 +114,9 @@ def _token(word: str, token_of: TokenOf) -> int | None:
 
 
 def _without_tokenizer(word: str) -> int | None:
-    raise Unusable(f"the token {word!r} as text (pass the tokenizer, or a server that takes return_tokens_as_token_ids)")
+    raise Unusable(
+        f"the token {word!r} as text (pass the tokenizer, or a server that takes return_tokens_as_token_ids)"
+    )
 
 
 def words_of(tokenizer: Any) -> TokenOf:

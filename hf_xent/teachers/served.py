@@ -23,7 +23,7 @@ from .protocols import PROTOCOLS, answered, candidates, request, words_of
 from .server import Refused, Server, Unusable
 from .top_k import assembled
 
-NOT_UNDERSTOOD = (400, 404, 422, 501)
+NOT_UNDERSTOOD = (400, 422)
 """The statuses of a request that has a field that the server does not take."""
 
 
@@ -98,7 +98,7 @@ class ServedTeacher:
         first = [self._values(document) for document in documents[:1]]
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                return first + [*pool.map(self._values, documents[1:])]
+                return [*first, *pool.map(self._values, documents[1:])]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

@@ -30,7 +30,7 @@ REMEDIES = {
 
 
 class Unusable(Exception):
-    """An answer that was not what was asked for, or none; `wait` is how many seconds the server wants to be left alone."""
+    """No answer, or not what was asked for; `wait` is how many seconds the server wants to be left alone."""
 
     def __init__(self, what: str, wait: float = 0.0):
         super().__init__(what)
@@ -100,7 +100,9 @@ class Server:
             if error.code in BUSY or error.code >= 500:
                 raise Unusable(f"status {error.code} ({said})", _wait(error.headers.get("Retry-After"))) from error
             remedy = REMEDIES.get(error.code, "change the request as it says")
-            raise Refused(f"{self.url}{path} answers with status {error.code} ({said}): {remedy}", error.code) from error
+            raise Refused(
+                f"{self.url}{path} answers with status {error.code} ({said}): {remedy}", error.code
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             cause = error.reason if isinstance(error, URLError) else error
             raise Unusable(f"no answer ({type(cause).__name__}: {_shortened(str(cause).encode())})") from error

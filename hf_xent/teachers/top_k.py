@@ -22,9 +22,7 @@ class Top(NamedTuple):
     rest: Tensor
 
 
-def top_k_of(
-    hidden: Tensor, head: Head, k: int, *, temperature: float = 1.0, memory_budget: int | None = None
-) -> Top:
+def top_k_of(hidden: Tensor, head: Head, k: int, *, temperature: float = 1.0, memory_budget: int | None = None) -> Top:
     """The k most probable tokens of each row, a few rows of logits at a time."""
 
     def best(logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def write_cache(
         tokenizer: The tokenizer of the data, whose fingerprint is kept.
         source: What the data are called.
         progress: Called with the number of tokens that are done and of all.
-        **options: `kind`, `k`, `dtype` and `temperature` of `hf_xent.teachers.forms.Form`; `shard_rows` (256), documents
-            in a file; `batch_rows` (8), documents in a forward pass.
+        **options: `kind`, `k`, `dtype` and `temperature` of `hf_xent.teachers.forms.Form`; `shard_rows` (256),
+            documents in a file; `batch_rows` (8), documents in a forward pass.
 
     Returns:
         What was written.
@@ -87,6 +88,7 @@ def write_cache(
         raise ValueError(f"write_cache does not take {unknown[0]!r}: see its documentation for the options")
     if options.get("kind", "top_k") == "top_k" and options.get("k") is None:
         options["k"] = getattr(teacher, "k", None)
+    dataset = dataset.select_columns([IDS]).with_format("numpy") if _has_ids(dataset) else dataset
     numbers, tokens, content = _scan(dataset)
     named = (
         getattr(teacher, "name", type(teacher).__name__),
@@ -101,8 +103,7 @@ def write_cache(
         if shard.is_file():
             skipped += 1
         else:
-            report = _Report(progress, done, tokens)
-            replace_atomically(shard, lambda draft, rows=rows, report=report: _write(draft, teacher, rows, cache, report))
+            replace_atomically(shard, partial(_write, teacher, rows, cache, _Report(progress, done, tokens)))
         done += sum(map(len, rows))
         if progress is not None:
             progress(done, tokens)
@@ -131,6 +132,10 @@ class _Report:
             self.progress(self.done, self.tokens)
 
 
+def _has_ids(dataset: Any) -> bool:
+    return IDS in (getattr(dataset, "column_names", None) or ())
+
+
 def _scan(dataset: Any) -> tuple[list[int], int, str]:
     """The numbers of rows that have tokens, the number of all tokens, and a hash of them."""
     if not hasattr(dataset, "__len__"):
@@ -150,7 +155,7 @@ def _scan(dataset: Any) -> tuple[list[int], int, str]:
     return numbers, tokens, digest.hexdigest()
 
 
-def _write(draft: Path, teacher: Teacher, rows: Sequence[np.ndarray], cache: Cache, report: _Report) -> None:
+def _write(teacher: Teacher, rows: Sequence[np.ndarray], cache: Cache, report: _Report, draft: Path) -> None:
     """Write the documents of a file, the longest ones first, so that batches have little padding."""
     import pyarrow as pa
 
