@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,11 @@ class Caching:
     model: str | None = option("The name of a server's model [default: the only one].", None)
     concurrency: int | None = option("How many requests a server gets at a time [default: 4].", None, min=1)
 
+    @property
+    def is_server(self) -> bool:
+        """Whether the teacher is behind an address."""
+        return self.teacher.startswith(("http://", "https://"))
+
 
 def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Written:
     """Write a cache with its card, or what it lacks.
@@ -53,39 +58,18 @@ def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Wri
         ValueError: The teacher, the data or an option cannot be used, or the folder holds something else.
         RuntimeError: A server does not answer; what is written stays.
     """
-    import torch
-
     from .. import hub
-    from ..data import load_text
-    from ..models import loading
-    from ..models.quiet import quiet_loading
-    from ..teachers import load, write_cache
+    from ..teachers import write_cache
     from ..teachers.forms import Form
-    from ..teachers.tokens import tokenized
 
-    is_server = run.teacher.startswith(("http://", "https://"))
     form = Form(run.kind, run.k, run.dtype, run.temperature)  # before anything is loaded
-    if is_server and run.tokenizer is None:
+    if run.is_server and run.tokenizer is None:
         raise ValueError("tokenizer is not given: name that of the server's model, which a server does not tell")
-    if is_server and (run.kind, run.temperature) != ("top_k", 1):
+    if run.is_server and (form.kind, form.temperature) != ("top_k", 1):
         raise ValueError(
             "a server gives the most probable tokens at temperature 1: choose kind top_k and temperature 1"
         )
-    with quiet_loading():
-        from transformers import AutoTokenizer
-
-        with loading.explain_load_errors(run.tokenizer or run.teacher) as place:
-            tokenizer = AutoTokenizer.from_pretrained(place)
-        dataset = tokenized(
-            load_text(run.dataset, run.split, run.column), tokenizer, column=run.column, max_length=run.max_length
-        )
-        options: dict[str, Any] = {"model": run.model, "concurrency": run.concurrency}
-        if is_server:
-            options["k"] = form.k
-        else:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            options |= {"dtype": run.teacher_dtype, "device": device}
-        teacher = load(run.teacher, tokenizer=tokenizer, **options)
+    teacher, tokenizer, dataset = _loaded(run)
     found = write_cache(
         teacher,
         dataset,
@@ -93,15 +77,38 @@ def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Wri
         tokenizer=tokenizer,
         source=run.dataset,
         progress=report,
-        kind=form.kind,
-        k=form.k,
-        dtype=form.dtype,
-        temperature=form.temperature,
+        **asdict(form),
         shard_rows=run.shard_rows,
         batch_rows=run.batch_rows,
     )
     (Path(run.output) / "README.md").write_text(card(found, hub.render), encoding="utf-8")
     return found
+
+
+def _loaded(run: Caching) -> tuple[Any, Any, Any]:
+    """The teacher, the tokenizer and the tokenized documents."""
+    import torch
+
+    from ..data import load_text
+    from ..models import loading
+    from ..models.quiet import quiet_loading
+    from ..teachers import load
+    from ..teachers.tokens import tokenized
+
+    with quiet_loading():
+        from transformers import AutoTokenizer
+
+        with loading.explain_load_errors(run.tokenizer or run.teacher) as place:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        texts = load_text(run.dataset, run.split, run.column)
+        dataset = tokenized(texts, tokenizer, column=run.column, max_length=run.max_length)
+        options: dict[str, Any] = {"model": run.model, "concurrency": run.concurrency}
+        if run.is_server:
+            options["k"] = 64 if run.k is None else run.k
+        else:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            options |= {"dtype": run.teacher_dtype, "device": device}
+        return load(run.teacher, tokenizer=tokenizer, **options), tokenizer, dataset
 
 
 def card(found: Written, render: Callable[..., str]) -> str:

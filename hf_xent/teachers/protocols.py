@@ -59,7 +59,7 @@ def candidates(
         if protocol == "prompt_logprobs":
             given = choice["prompt_logprobs"]
             _check_length(len(given), len(ids), at_most=len(ids))
-            found += [_by_id(entry, own) for entry, own in zip(given[1:], ids[1:], strict=True)]
+            found += [_by_id(entry, own, k) for entry, own in zip(given[1:], ids[1:], strict=True)]
         else:
             words, given = choice["logprobs"]["tokens"], choice["logprobs"]["top_logprobs"]
             _check_length(len(given), len(ids), at_most=len(ids) + 1)  # it may have generated one
@@ -94,11 +94,11 @@ def _check_length(found: int, tokens: int, at_most: int) -> None:
         raise Unusable(f"log-probabilities of {found} tokens for a prompt of {tokens}")
 
 
-def _by_id(entry: dict[str, Any], own: int) -> Candidates:
-    found = {int(token): float(value["logprob"]) for token, value in entry.items()}
-    if own not in found:
+def _by_id(entry: dict[str, Any], own: int, k: int) -> Candidates:
+    """Those of rank 1 to k, if ranks are given: the prompt's own token may have any."""
+    if str(own) not in entry:
         raise Unusable(f"log-probabilities without that of the prompt's own token {own}")
-    return found
+    return {int(token): float(x["logprob"]) for token, x in entry.items() if (x.get("rank") or 1) <= k}
 
 
 def _by_word(entry: dict[str, Any], word: str, own: int, token_of: TokenOf) -> Candidates | None:

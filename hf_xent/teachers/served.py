@@ -71,8 +71,8 @@ class ServedTeacher:
 
     @property
     def name(self) -> str:
-        """The model's name and the server's address."""
-        return f"{self.model} at {self.server.url}"
+        """The model's name; its server may have another address when a cache is continued."""
+        return self.model
 
     def targets(self, batch: Mapping[str, Any]) -> TopK:
         """The k most probable tokens behind each token of the batch's documents.

@@ -38,5 +38,6 @@ def tokenized(dataset: Any, tokenizer: Any, *, column: str = "text", max_length:
         assistant_only_loss=False,
         max_length=max_length,
         truncation_mode="keep_start",
+        shuffle_dataset=False,
     )
     return SFTTrainer._prepare_dataset(trainer, dataset, tokenizer, args, False, None, "cached")

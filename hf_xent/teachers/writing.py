@@ -80,23 +80,11 @@ def write_cache(
         ValueError: An option is unknown or out of its range, the data set has no documents, the folder has another
             cache, or the teacher does not say what the kind needs.
     """
-    start = time.perf_counter()
-    layout = {name: options.pop(name, default) for name, default in (("shard_rows", 256), ("batch_rows", 8))}
-    for name, value in layout.items():
-        check_count(name, value, 1)
-    if unknown := [name for name in options if name not in {field.name for field in fields(Form)}]:
-        raise ValueError(f"write_cache does not take {unknown[0]!r}: see its documentation for the options")
-    if options.get("kind", "top_k") == "top_k" and options.get("k") is None:
-        options["k"] = getattr(teacher, "k", None)
+    start, folder = time.perf_counter(), Path(folder)
     dataset = dataset.select_columns([IDS]).with_format("numpy") if _has_ids(dataset) else dataset
-    numbers, tokens, content = _scan(dataset)
-    named = (
-        getattr(teacher, "name", type(teacher).__name__),
-        "" if tokenizer is None else fingerprint_tokenizer(tokenizer),
-    )
-    cache = Cache(Form(**options), *named, source, content, len(numbers), tokens, **layout)
-    folder = Path(folder)
+    cache, numbers = _plan(teacher, dataset, tokenizer, source, options)
     cache.claim(folder)
+    tokens = cache.tokens
     shards, done, skipped = cache.shards(folder), 0, 0
     for shard, first in zip(shards, range(0, len(numbers), cache.shard_rows), strict=True):
         rows = [np.asarray(dataset[i][IDS], dtype=np.int32) for i in numbers[first : first + cache.shard_rows]]
@@ -116,6 +104,24 @@ def write_cache(
         time.perf_counter() - start,
         skipped,
     )
+
+
+def _plan(
+    teacher: Teacher, dataset: Any, tokenizer: Any, source: str, options: dict[str, Any]
+) -> tuple[Cache, list[int]]:
+    """What the cache is to hold, and the numbers of the rows that have tokens."""
+    layout = {name: options.pop(name, default) for name, default in (("shard_rows", 256), ("batch_rows", 8))}
+    for name, value in layout.items():
+        check_count(name, value, 1)
+    if unknown := [name for name in options if name not in {field.name for field in fields(Form)}]:
+        raise ValueError(f"write_cache does not take {unknown[0]!r}: see its documentation for the options")
+    if options.get("kind", "top_k") == "top_k" and options.get("k") is None:
+        options["k"] = getattr(teacher, "k", None)
+    form = Form(**options)
+    numbers, tokens, content = _scan(dataset)
+    name = getattr(teacher, "name", type(teacher).__name__)
+    fingerprint = "" if tokenizer is None else fingerprint_tokenizer(tokenizer)
+    return Cache(form, name, fingerprint, source, content, len(numbers), tokens, **layout), numbers
 
 
 @dataclass
