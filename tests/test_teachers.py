@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
+from trl import pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from typer.testing import CliRunner
 
 from hf_xent import cli, losses, teachers
@@ -149,6 +151,20 @@ def test_stored_targets_are_found_however_batches_are_made(name, tmp_path):
         "arrow", data_files=str(tmp_path / "cache" / "*.arrow"), split="train", cache_dir=tmp_path / "hub"
     )
     assert_says(StoredTeacher.from_dataset(raw.shuffle(seed=1), teacher.head).targets(batch), batch, tolerance)
+
+
+@pytest.mark.parametrize("strategy", [None, "bfd"])
+def test_batches_that_trl_packs_are_found(strategy, tmp_path):
+    write_cache(local(), data(), tmp_path / "cache", k=4, dtype="float32")
+    dataset = data().map(lambda row: {"labels": row["input_ids"]})
+    dataset = pack_dataset(dataset, 24, strategy) if strategy else dataset
+    padding_free = strategy == "bfd"
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free, pad_to_multiple_of=8)
+    batch = collator([dataset[i] for i in range(len(dataset))])
+    target = load(tmp_path / "cache").targets(batch)
+    assert_says(target, batch)
+    predicts = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:] != -100
+    assert predicts.any() and target.mask[predicts].all()
 
 
 def test_batches_say_where_documents_are():
@@ -532,6 +548,7 @@ def test_the_command_writes_a_cache_that_training_finds(tmp_path):
     command += ["--output", tmp_path / "cache"]
     result = CliRunner().invoke(cli.app, [*map(str, command), "--json"], catch_exceptions=False)
     summary = json.loads(result.stdout)
+    assert f"{summary['tokens']} tokens of 26 bytes, about 0.0 MB in" in " ".join(result.stderr.split())
     assert (summary["rows"], summary["k"], summary["files"], summary["files_before"]) == (3, 3, 1, 0)
     again = CliRunner().invoke(cli.app, [*map(str, command)], catch_exceptions=False)
     assert "1, of which 1 were there before" in again.stdout and "bytes per token" in again.stdout
