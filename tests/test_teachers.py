@@ -283,6 +283,7 @@ def test_a_resumed_cache_is_the_uninterrupted_one_byte_for_byte(kind, tmp_path):
             write_cache(Unreliable(batches), data(), tmp_path / "parts", **options)
         with pytest.raises(ValueError, match=r"run the command that writes it again, which continues"):
             load(tmp_path / "parts")
+    (tmp_path / "parts" / ".data-00000-of-00003.77.arrow").write_text("of a run that was killed")
     written = write_cache(local(), data(), tmp_path / "parts", **options)
     assert written.skipped == 1 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
     again = write_cache(Unreliable(0), data(), tmp_path / "parts", **options)  # asks nothing

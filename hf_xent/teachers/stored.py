@@ -165,8 +165,10 @@ class StoredTeacher:
         return _flat(self.rows[number : number + 1], IDS)
 
     def _all_tokens(self) -> Iterator[np.ndarray]:
-        for number in range(len(self.rows)):
-            yield self._tokens(number)
+        for table in self.rows.select_columns([IDS]).iter(1000):
+            column = table.column(IDS).combine_chunks()
+            tokens, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            yield from map(tokens.__getitem__, map(slice, offsets[:-1], offsets[1:]))
 
 
 def _flat(table: Any, name: str) -> np.ndarray:

@@ -98,6 +98,8 @@ def write_cache(
         done += sum(map(len, rows))
         if progress is not None:
             progress(done, tokens)
+    for draft in (*folder.glob(".data-*"), *folder.glob(".head.*")):  # of runs that were killed
+        draft.unlink()
     head = folder / FILE
     return Written(
         folder,
