@@ -14,9 +14,9 @@ from ..ops.divergences import stream_divergence
 from ..ops.request import Request
 from ..ops.row_loss import RowLoss
 from ..options.ranges import check_number
-from . import top_k
+from . import several, top_k
 from .base import Loss, apply_weights
-from .targets import TopK
+from .targets import Several, TopK
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Distillation(Loss):
         """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
         if isinstance(teacher, TopK):
             return top_k.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
         tempered, teacher = head.tempered(self.temperature), self.frozen_teacher(teacher, head)
         weight = weight * self.temperature**2
         total, stats = super().per_token(hidden, tempered, labels, weight, teacher, request)
@@ -97,6 +99,8 @@ class RowDivergence(Distillation):
         """One visit of both models; statistics are the student's at temperature 1."""
         if isinstance(teacher, TopK):
             return top_k.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
 
         def sums(_: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
             return {"loss": self.temperature**2 * self.divergence(student, teacher)}
