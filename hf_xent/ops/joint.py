@@ -146,7 +146,8 @@ class _Joint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        tensors, ready = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # read once: checkpoints allow no more
+        tensors, ready = saved[: ctx.count], saved[ctx.count :]
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or higher.under_function_transform(upstream):
             with torch.enable_grad():  # a view leaves out what reaches a tensor through another (tied embeddings)
