@@ -57,7 +57,7 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
         args = (kwargs.pop("input"),)
     if func in COMMUTATIVE and len(args) == 2 and isinstance(args[1], Answering) and not kwargs:
         args = args if isinstance(args[0], Answering) else args[::-1]
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     rule = first.answers.get(func) if isinstance(first, Answering) else None
     if rule is not None and not first.is_dense:
         answer = rule(*args, **kwargs)

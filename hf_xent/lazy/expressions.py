@@ -1,9 +1,9 @@
 """`LazyExpression`: what torch functions make of lazy logits, recorded as long as it has rows of a vocabulary.
 
 A divergence of two models is an expression in both models' logits: softmaxes, products, logarithms, a mask of tokens,
-and a sum. It is recorded until something with fewer numbers is asked for (a sum over the vocabulary, or over all), which
-is then computed a chunk of rows at a time (`hf_xent.ops.joint`), with its gradients. Whatever else is done to it makes
-the dense tensor, once, with autograd, as for lazy logits.
+and a sum. It is recorded until something with fewer numbers is asked for (a sum over the vocabulary, or over all),
+which is then computed a chunk of rows at a time (`hf_xent.ops.joint`), with its gradients. Whatever else is done to it
+makes the dense tensor, once, with autograd, as for lazy logits.
 
 Logits are recorded if the losses of their model are computed outside of it: `patch(model, always=True)`, or within
 `lazily(model)`.
@@ -12,7 +12,7 @@ Logits are recorded if the losses of their model are computed outside of it: `pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..ops.joint import stream_rows
 from ..ops.request import Request
 from .answering import Answering
+from .answers import Answer
 from .graph import without_save_hooks
 from .nodes import MARK, Input, Node, Operation, Product, evaluate, grouped, inputs_of, leaves_of, map_inputs, same_rows
 from .state import PatchState
@@ -38,7 +39,7 @@ class LazyExpression(Answering):
 
     node: Node
     front: int
-    answers = {}  # `shapes` registers them
+    answers: ClassVar[dict[Any, Answer]] = {}  # `shapes` registers them
 
     def retain_grad(self) -> None:
         """Keep the gradient of these values in `.grad`, as in torch; this makes them dense."""
@@ -195,13 +196,15 @@ def streamed(node: Node, finish: Callable[[Tensor], Tensor], *, total: bool) -> 
 
     def function(products: list[Tensor], some: list[Tensor], same: list[Tensor]) -> Tensor:
         given = {id(x): z for group, z in zip(groups, products, strict=True) for x in group}
-        others: list[tuple[Input, Tensor]] = [*zip(rows, some, strict=True), *zip(shared, same, strict=True)]
-        return finish(evaluate(node, given | {id(x): tensor for x, tensor in others}))
+        pairs: list[tuple[Input, Tensor]] = [*zip(rows, some, strict=True), *zip(shared, same, strict=True)]
+        return finish(evaluate(node, given | {id(x): tensor for x, tensor in pairs}))
 
     budgets = [state.request.memory_budget for state in states.values()]
     request = Request(memory_budget=next((b for b in budgets if b is not None), None))
     pairs = [(_flat(group[0].hidden), group[0].raw) for group in groups]
-    found = stream_rows(function, pairs, [_flat(x.tensor) for x in rows], [x.tensor for x in shared], request, total=total)
+    found = stream_rows(
+        function, pairs, [_flat(x.tensor) for x in rows], [x.tensor for x in shared], request, total=total
+    )
     return hooked(_hooks([x for group in groups for x in group]), found)
 
 

@@ -124,9 +124,7 @@ def _rows(x: Tensor, rows: torch.Size, size: int) -> Rows:
     return Rows(x, version(x))
 
 
-def _softmax(
-    function: Any, x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None
-) -> Any:
+def _softmax(function: Any, x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: torch.dtype | None = None) -> Any:
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     if not _is_recorded(x) or canonical_dim(x, dim) != x.ndim - 1:
         return NotImplemented
@@ -145,6 +143,7 @@ def _loss(
     each = _record(function, input, target, reduction="none", **options)
     if reduction == "none" or not isinstance(each, LazyExpression):
         return each
+    _layout(function, (input, target), {"reduction": reduction, **options})  # for torch's warning about a mean
     total = _reduce(torch.mean if reduction == "mean" else torch.sum, each)
     return total / each.shape[0] if reduction == "batchmean" else total
 
@@ -158,13 +157,21 @@ def _kl_div(
 
 def _stack(tensors: Any, dim: int = 0) -> Any:
     """Expressions of the same rows, one after the other."""
-    if not isinstance(tensors, (tuple, list)) or not all(_is_recorded(x) and not _front(x) for x in tensors):
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(x, Tensor) for x in tensors):
+        return NotImplemented
+    first = next((x for x in tensors if _is_recorded(x)), None)
+    if first is None or any(_front(x) or x.shape != first.shape for x in tensors) or not first.numel():
         return NotImplemented
     layout = _layout(torch.stack, (tuple(tensors), dim), {})
     if dim not in (0, -layout.ndim):
         return NotImplemented
-    node = Operation.of(torch.stack, [_node_of(x) for x in tensors])
-    return express(node, layout, tensors[0].device, front=1)
+    try:
+        nodes = [_operand(x, first) for x in tensors]
+    except _Dense:
+        return NotImplemented
+    if any(isinstance(x, Shared) for x in nodes):  # a single row looks like one
+        return NotImplemented
+    return express(Operation.of(torch.stack, nodes), layout, first.device, front=1)
 
 
 def _reduce(function: Any, x: Any, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:

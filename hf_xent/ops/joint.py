@@ -2,10 +2,10 @@
 
     f(z_1[t], ..., z_k[t], rows[t], shared)          z_i = hidden_i W_i^T + b_i,   t = 1 .. N
 
-One chunk of all products is in memory; strip by strip, in the cache, autograd turns them into their gradients, in place.
-A sum over all rows has its gradients ready when the forward ends: three matmuls for a head that trains, one for another.
-Rows themselves, whose upstream gradients come later, are computed again in the backward. Every tensor that requires a
-gradient gets it: hidden states and heads of any of the models, `rows` and `shared`.
+One chunk of all products is in memory; strip by strip, in the cache, autograd turns them into their gradients, in
+place. A sum over all rows has its gradients ready when the forward ends: three matmuls for a head that trains, one for
+another. Rows themselves, whose upstream gradients come later, are computed again in the backward. Every tensor that
+requires a gradient gets it: hidden states and heads of any of the models, `rows` and `shared`.
 """
 
 from __future__ import annotations
@@ -216,7 +216,10 @@ def _strips(
         span = group[0][0]
         leaves = _Leaves(
             [strip.detach().requires_grad_(bool(p.needs)) for (_, strip), p in zip(group, problems, strict=True)],
-            [x.detach().requires_grad_(need) for x, need in zip([*(r[span] for r in rows), *shared], train, strict=True)],
+            [
+                x.detach().requires_grad_(need)
+                for x, need in zip([*(r[span] for r in rows), *shared], train, strict=True)
+            ],
         )
         with torch.set_grad_enabled(any(needs)):
             found = job.function(leaves.products, leaves.others[: job.rows], leaves.others[job.rows :])
