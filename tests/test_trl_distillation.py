@@ -177,7 +177,9 @@ def test_an_adapter_on_the_head_and_a_softcap_count(tmp_path):
     student, teacher = tiny("gemma2 softcap", tie_word_embeddings=False), tiny(std=0.3)
     config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     student = peft.inject_adapter_in_model(config, student)
-    args = trl.DistillationConfig(**options_of(tmp_path, beta=0.3, temperature=1.7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own fields are deprecated in transformers
+        args = trl.DistillationConfig(**options_of(tmp_path, beta=0.3, temperature=1.7))
     prompts = datasets.Dataset.from_dict({"prompt": TEXTS})
     trainer = hf_xent.trainers.stream_distillation(
         trl.DistillationTrainer(
