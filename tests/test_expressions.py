@@ -1,5 +1,8 @@
 """Expressions over lazy logits: losses of two models' logits as users write them, without either model's logits."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -264,6 +267,22 @@ def test_a_graph_is_made_where_torch_makes_one(leaves):
     with torch.no_grad():
         assert not each.sum().requires_grad
     assert (each > 0.01).sum() == (each.dense() > 0.01).sum()
+
+
+def test_nothing_waits_for_the_garbage_collector(leaves):
+    """Neither what a step was computed from nor what it had in between: cycles would keep both."""
+    gc.collect()
+    gc.disable()
+    try:
+        hidden = leaves[0] * 1
+        student, teacher = lazy_of(hidden, *leaves[1:])
+        each = student.softmax(-1)[VALID] * teacher[VALID].softmax(-1)
+        (each.sum() + each.sum(-1).square().sum()).backward()
+        kept, before = weakref.ref(hidden), len(gc.get_objects())
+        del hidden, student, teacher, each
+        assert kept() is None and len(gc.get_objects()) < before
+    finally:
+        gc.enable()
 
 
 def test_logits_of_a_model_that_computes_its_own_loss_are_not_recorded():

@@ -144,18 +144,16 @@ def _activated(raw: Tensor, recipe: Recipe) -> Tensor:
 def inputs_of(node: Node) -> list[Input]:
     """The inputs of a graph, each object once."""
     found: dict[int, Input] = {}
-    seen: set[int] = set()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, Input):
-            found[id(node)] = node
-        elif isinstance(node, Operation) and id(node) not in seen:
-            seen.add(id(node))
-            for leaf in tree_leaves((node.args, node.kwargs)):
-                visit(leaf)
-
-    visit(node)
-    return list(found.values())
+    waiting, seen = [node], set[int]()
+    while waiting:
+        x = waiting.pop()
+        if isinstance(x, Operation):
+            if id(x) not in seen:
+                seen.add(id(x))
+                waiting += [leaf for leaf in reversed(tree_leaves((x.args, x.kwargs))) if isinstance(leaf, Node)]
+        else:
+            found[id(x)] = x
+    return [*found.values()]
 
 
 def map_inputs(node: Node, change: Callable[[Any], Any]) -> Node:
@@ -171,16 +169,12 @@ def _rebuilt(node: Any, memo: dict[int, Any]) -> Any:
     return memo[id(node)] if isinstance(node, Node) else node
 
 
-def evaluate(node: Node, given: dict[int, Tensor]) -> Tensor:
+def evaluate(node: Any, given: dict[int, Tensor]) -> Any:
     """The value of a graph, from those of its inputs by their id; what is found is added to `given`."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, Operation) and id(x) not in given:
-            args, kwargs = tree_map(value, (x.args, x.kwargs))
-            given[id(x)] = x.function(*args, **kwargs)
-        return given[id(x)] if isinstance(x, Node) else x
-
-    return value(node)
+    if isinstance(node, Operation) and id(node) not in given:
+        args, kwargs = tree_map(lambda x: evaluate(x, given), (node.args, node.kwargs))
+        given[id(node)] = node.function(*args, **kwargs)
+    return given[id(node)] if isinstance(node, Node) else node
 
 
 def grouped(inputs: list[Input]) -> tuple[list[list[Product]], list[Rows], list[Shared]]:
