@@ -20,7 +20,7 @@ METHODS = {
 """File -> the public names in it; a new trainer is registered here and nowhere else."""
 
 _FILES = {name: f".{file}" for file, names in METHODS.items() for name in names}
-_FILES["PatchCallback"] = "..callbacks.patching"
+_FILES |= {"PatchCallback": "..callbacks.patching", "stream_distillation": ".trl_distillation"}
 __all__ = sorted(_FILES)
 
 
