@@ -1,6 +1,6 @@
 """Distillation across vocabularies: losses against dense formulas and TRL's code, and the teacher that reads text."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +106,24 @@ def test_shared_tokens_equal_the_formula(objective, others):
     torch.testing.assert_close(stats.entropy[stats.mask], -(logp.exp() * logp).sum(-1)[stats.mask])
     mean = objective(p.hidden, p.head, p.labels, teacher=p.target, num_items=11)
     torch.testing.assert_close(mean, found / 11)  # positions without an opinion count, with 0
+
+
+@dataclass(frozen=True)
+class Mixed(ForwardKL):
+    """A divergence with a share of cross-entropy."""
+
+    ce_weight: float = 0.25
+
+
+def test_cross_entropy_is_mixed_in_where_the_teacher_is_silent_too():
+    p = problem()
+    found, stats = Mixed().compute(p.hidden, p.head, p.labels, teacher=p.target, reduction="sum", observe=("top",))
+    logits = p.head.logits(p.hidden)
+    wanted = 0.75 * expected(ForwardKL(), p) + 0.25 * F.cross_entropy(
+        logits.flatten(0, 1), p.labels.flatten(), reduction="sum"
+    )
+    assert_equal(found, wanted, p.leaves)
+    assert (stats.loss[p.labels != -100] > 0).all() and not stats.loss[p.labels == -100].any()
 
 
 @each

@@ -114,7 +114,12 @@ def per_token(
 ) -> tuple[Tensor, Stats]:
     """`Loss.per_token` of a `Distillation` with such a target; `objective.across` has the loss of rows."""
     losses = objective.temperature**2 * _losses(objective, hidden, head, labels, target, request)
-    stats = objective.student_stats(hidden, head, labels, request)
+    share = getattr(objective, "ce_weight", 0.0)  # not every loss with a teacher mixes cross-entropy in
+    if share:
+        stats = stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
+        losses = (1 - share) * losses - share * stats.logp  # 0 at ignored positions, too
+    else:
+        stats = objective.student_stats(hidden, head, labels, request)
     return apply_weights(losses, weight, stats, request)
 
 
