@@ -72,7 +72,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     special = {token: entry.content for token, entry in added.items() if entry.special}
     special |= {token: tokenizer.convert_ids_to_tokens(token) for token in tokenizer.all_special_ids}
     pieces = {token: piece for piece, token in tokenizer.get_vocab().items() if token not in added | special}
-    model = type(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)).__name__
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # those written in Python have none
+    model = "" if backend is None else type(backend.model).__name__
     fallback = frozenset[int]()
     if any(SPACE in piece for piece in pieces.values()):
         fallback = frozenset(token for token, piece in pieces.items() if _BYTE.fullmatch(piece))
@@ -85,7 +86,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
             " or sentencepiece"
         )
     ordinary |= {token: entry.content.encode() for token, entry in added.items() if token not in special}
-    roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
+    found = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    roles = dict(zip(ROLES, found, strict=True))
     if roles["unk"] in (roles["eos"], roles["bos"], roles["pad"]):  # named, but never made: GPT-2's
         del roles["unk"]
     return Vocabulary(ordinary, special, {role: x for role, x in roles.items() if x is not None}, fallback)
