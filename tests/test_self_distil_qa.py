@@ -1,19 +1,27 @@
 """Self-distillation for question answering: formula, weights, teachers, steps against a readable loop, resumption."""
 
 import copy
+from itertools import groupby
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, Trainer, XLNetConfig
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    Trainer,
+    XLNetConfig,
+    XLNetForQuestionAnswering,
+)
 from transformers import TrainingArguments as Arguments
-from transformers import XLNetForQuestionAnswering
 
 from hf_xent import hub
 from hf_xent.losses.spans import span_divergence
 from hf_xent.metrics.answers import map_at_k
-from hf_xent.trainers import AnswerMetrics, SelfDistilQAConfig, SelfDistilQATrainer
+from hf_xent.trainers import SelfDistilQAConfig, SelfDistilQATrainer
 from hf_xent.trainers.epoch_teacher import FILE
 
 ROWS, LENGTH = 12, 9
@@ -83,7 +91,9 @@ def test_divergence_is_the_formula_s(dtype):
         p, q = (softmax(x.detach().double().numpy() / temperature) for x in (t, s))
         expected += temperature**2 * (p * np.log(p / q)).sum() / (2 * 5)
         gradient = torch.tensor(temperature * (q - p) / (2 * 5))
-        torch.testing.assert_close(s.grad, gradient.to(dtype), rtol=1e-5 if dtype != torch.bfloat16 else 8e-3, atol=1e-7)
+        torch.testing.assert_close(
+            s.grad, gradient.to(dtype), rtol=1e-5 if dtype != torch.bfloat16 else 8e-3, atol=1e-7
+        )
     assert loss.item() == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -210,7 +220,7 @@ def test_a_resumed_run_is_the_same(tmp_path, teacher):
         assert torch.equal(a, b)
     if teacher == "epoch":
         (checkpoint / FILE).unlink()
-        with pytest.raises(ValueError, match="^the checkpoint has no teacher of its epoch: resume one"):
+        with pytest.raises(ValueError, match=r"^the checkpoint has no teacher of its epoch: resume one"):
             trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -225,22 +235,37 @@ def test_bfloat16_is_autocast_for_the_teacher_too(tmp_path, teacher):
     assert logged(found[True], "kl") == pytest.approx(logged(found[False], "kl"), rel=0.2)
 
 
+def test_every_epoch_begins_with_its_number(tmp_path):
+    """A data set that draws its rows by epoch, and stays at those of an epoch that is resumed."""
+
+    class Drawn(torch.utils.data.Dataset):
+        epochs: ClassVar[list[int]] = []
+        set_epoch = staticmethod(epochs.append)
+        __len__, __getitem__ = rows().__len__, rows().__getitem__
+
+    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4}
+    trainer_of(tmp_path, data=Drawn(), **options).train()
+    assert [epoch for epoch, _ in groupby(Drawn.epochs)] == [0, 1, 2], "accelerate may say it again"
+    trainer_of(tmp_path, data=Drawn(), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [epoch for epoch, _ in groupby(Drawn.epochs)] == [0, 1, 2, 1, 2]
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     """By one line, before the training; a dropout without effect at its first step."""
-    with pytest.raises(ValueError, match="^the model has no dropout, so that"):
+    with pytest.raises(ValueError, match=r"^the model has no dropout, so that"):
         trainer_of(tmp_path, encoder(0.0))
     for options in ({"weight": 0}, {"teacher": "epoch"}):
         trainer_of(tmp_path, encoder(0.0), max_steps=1, **options).train()
     idle = encoder(0.0)
     idle.unused = torch.nn.Dropout(0.5)
-    with pytest.raises(ValueError, match="^the model has no dropout, so that"):
+    with pytest.raises(ValueError, match=r"^the model has no dropout, so that"):
         trainer_of(tmp_path, idle).train()
-    with pytest.raises(ValueError, match="^model is a BertForSequenceClassification, which does not take start_pos"):
+    with pytest.raises(ValueError, match=r"^model is a BertForSequenceClassification, which does not take start_pos"):
         trainer_of(tmp_path, encoder(kind=BertForSequenceClassification))
-    with pytest.raises(ValueError, match="^a batch has no end_positions: make it by"):
+    with pytest.raises(ValueError, match=r"^a batch has no end_positions: make it by"):
         trainer_of(tmp_path, data=rows().remove_columns("end_positions")).train()
     xlnet = XLNetForQuestionAnswering(XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32))
-    with pytest.raises(ValueError, match="^the model's outputs are .*, without start_logits: choose"):
+    with pytest.raises(ValueError, match=r"^the model's outputs are .*, without start_logits: choose"):
         trainer_of(tmp_path, xlnet).train()
 
 

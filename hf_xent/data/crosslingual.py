@@ -70,15 +70,14 @@ class CrossLingual(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """The window of a row in this epoch: the model's inputs, and the first and last token of the answer."""
         row = mixed(self.languages, index, *self.pair(index))
-        parts = (row[name] for name in COLUMNS)
-        windows = windows_of(*parts, self.tokenizer, self.max_length, self.stride)
+        windows = windows_of(row, self.tokenizer, self.max_length, self.stride)
         answered = [w for w in windows if w["offsets"][w["start_positions"]] != [0, 0]]
         return {name: x for name, x in (answered or windows)[0].items() if name not in ("id", "offsets")}
 
 
 def language_pairs(languages: Mapping[str, Any], *, same_language: bool = False) -> list[tuple[str, str]]:
     """All pairs (language of the question, language of the context), by default of two languages that differ."""
-    return [pair for pair in product(languages, repeat=2) if same_language or pair[0] != pair[1]]
+    return [(asked, read) for asked, read in product(languages, languages) if same_language or asked != read]
 
 
 def mixed(languages: Mapping[str, Any], index: int, question: str, context: str) -> dict[str, Any]:

@@ -58,27 +58,22 @@ def windows(rows: Any, tokenizer: Any, max_length: int = 384, stride: int = 128)
         raise ValueError(f"rows have no column {', '.join(missing)}, but {', '.join(rows.column_names)}: rename them")
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        parts = zip(*(batch[name] for name in COLUMNS), strict=True)
-        found = [window for part in parts for window in windows_of(*part, tokenizer, max_length, stride)]
+        parts = (dict(zip(COLUMNS, part, strict=True)) for part in zip(*(batch[name] for name in COLUMNS), strict=True))
+        found = [window for part in parts for window in windows_of(part, tokenizer, max_length, stride)]
         return {name: [window[name] for window in found] for name in found[0]}
 
     return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="windows")
 
 
 def windows_of(
-    row_id: str,
-    question: str,
-    context: str,
-    answers: Mapping[str, Sequence[Any]],
-    tokenizer: Any,
-    max_length: int = 384,
-    stride: int = 128,
+    row: Mapping[str, Any], tokenizer: Any, max_length: int = 384, stride: int = 128
 ) -> list[dict[str, Any]]:
-    """The windows of one row; see `windows`.
+    """The windows of one row, a mapping with the columns of `COLUMNS`; see `windows`.
 
     Raises:
         ValueError: An answer that is not where it should be, or a question that leaves no room for a context.
     """
+    row_id, question, context, answers = (row[name] for name in COLUMNS)
     span = _span(row_id, context, answers)
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     room -= len(tokenizer(question, add_special_tokens=False)["input_ids"])

@@ -69,7 +69,7 @@ MEASURES: dict[str, Callable[[str, list[str]], float]] = {"exact_match": exact_m
 
 
 def _joined(part: Any) -> np.ndarray:
-    """Logits [N, T]; batches that `eval_do_concat_batches=False` leaves apart are padded as transformers pads others."""
+    """Logits [N, T]; batches that `eval_do_concat_batches=False` leaves apart are padded as transformers does."""
     if not isinstance(part, list):
         return np.asarray(part)
     padded = np.full((sum(map(len, part)), max(batch.shape[1] for batch in part)), -100.0, dtype=np.float32)

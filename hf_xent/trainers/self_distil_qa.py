@@ -2,8 +2,8 @@
 
     loss = CE + a T^2 KL(softmax(t / T) || softmax(s / T))          each the mean of start and end, over the rows
 
-CE is the model's own loss; s are its logits, t the teacher's, both over all positions of a row. The weight a is mAP@k of
-the teacher on the batch, the mean of start and end (`hf_xent.metrics.answers`):
+CE is the model's own loss; s are its logits, t the teacher's, both over all positions of a row. The weight a is the
+teacher's mAP@k on the batch, the mean of start and end (`hf_xent.metrics.answers`):
 
     a = 1/2 sum over {start, end} of the mean over rows of 1 / rank of the first of the teacher's k likeliest positions
         in [gold - tolerance, gold + tolerance); 0 if none is
@@ -84,7 +84,9 @@ class SelfDistilQAConfig(Options, Tokenless, TrainingArguments):
         },
     )
     temperature: float = field(default=2.0, metadata={"help": "T of the divergence, which is multiplied by T^2."})
-    top_k: int = field(default=10, metadata={"help": "k of mAP@k: how many of the teacher's likeliest positions count."})
+    top_k: int = field(
+        default=10, metadata={"help": "k of mAP@k: how many of the teacher's likeliest positions count."}
+    )
     tolerance: int = field(
         default=5, metadata={"help": "Positions from this many below the true one to one fewer above it are hits."}
     )
@@ -144,11 +146,10 @@ class SelfDistilQATrainer(Method, Carded, Trainer):
 
     def __init__(self, model: Any, args: SelfDistilQAConfig | None = None, **kwargs: Any):
         args = self.configured(args, kwargs)
-        kind = type(inner_of(model))
+        kind: Any = type(inner_of(model))
         if not set(POSITIONS) <= set(parameters_of(kind)):
             raise ValueError(
-                f"model is a {kind.__name__}, which does not take start_positions: use"
-                " AutoModelForQuestionAnswering"
+                f"model is a {kind.__name__}, which does not take start_positions: use AutoModelForQuestionAnswering"
             )
         if args.fixed_weight != 0 and args.teacher == "current" and not has_dropout(model):
             raise ValueError(NO_DROPOUT)
