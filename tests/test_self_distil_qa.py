@@ -250,6 +250,15 @@ def test_every_epoch_begins_with_its_number(tmp_path):
     assert [epoch for epoch, _ in groupby(Drawn.epochs)] == [0, 1, 2, 1, 2]
 
 
+def test_a_stream_trains(tmp_path):
+    """Its length is unknown, so transformers takes all steps for one epoch, which has one teacher."""
+    trainer = trainer_of(tmp_path, data=rows().to_iterable_dataset(), teacher="epoch", max_steps=5)
+    renewed, renew = [], trainer._teacher.renew
+    trainer._teacher.renew = lambda model: renewed.append(trainer.state.global_step) or renew(model)
+    trainer.train()
+    assert len(logged(trainer, "kl")) == 5 and renewed == [0]
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     """By one line, before the training; a dropout without effect at its first step."""
     with pytest.raises(ValueError, match=r"^the model has no dropout, so that"):
@@ -273,7 +282,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     ("options", "message"),
     [
         ({"weight": "mrr"}, r"weight is 'mrr': choose 'map' or a number in \[0, inf\)"),
-        ({"weight": -1}, r"weight is -1: write it as text"),
+        ({"weight": -1}, r"weight is '-1': choose 'map' or a number in \[0, inf\)"),
         ({"weight": 1.0, "top_k": 5}, "top_k is 5, but weight is 1.0, which does not read it: .*"),
         ({"weight": 0, "temperature": 1.0}, "temperature is 1.0, but weight is 0, so there is no teacher: .*"),
         ({"teacher": "ema"}, "teacher is 'ema': choose 'current' or 'epoch'"),

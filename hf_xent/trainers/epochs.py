@@ -14,7 +14,7 @@ class EpochCallback(TrainerCallback):
     def __init__(self, begin: Callable[[int, bool], None]):
         self.begin = begin
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        self.begin(state.global_step // steps, state.global_step % steps > 0)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer, whose `state.epoch` is a whole number between epochs, and else a fraction."""
+        epoch, part = divmod(state.epoch or 0.0, 1)
+        self.begin(int(epoch), part > 0)

@@ -92,7 +92,7 @@ class SelfDistilQAConfig(Options, Tokenless, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if is_number(self.weight, "[0, inf)"):
+        if is_number(self.weight, "(-inf, inf)"):
             self.weight = str(self.weight)
         super().__post_init__()
         if self.weight != "map":
