@@ -31,9 +31,10 @@ COLUMNS = ("id", "question", "context", "answers")
 
 
 class Answer(NamedTuple):
-    """A candidate: its text, which is empty for no answer, and the sum of its two logits."""
+    """A candidate: its text, which is empty for no answer, its first character, and the sum of its two logits."""
 
     text: str
+    start: int
     score: float
 
 
@@ -131,7 +132,7 @@ def answers_of(
         no_answer: Whether the empty answer is a candidate, as in SQuAD 2. It is taken for CLS at the first token.
 
     Returns:
-        Row id -> its answers. A row without a window with a token of the context has the empty answer.
+        Row id -> its answers, each place of the context once. A row without a token of a context has the empty answer.
 
     Raises:
         ValueError: Logits of another number of windows, or options out of their range.
@@ -147,18 +148,26 @@ def answers_of(
     ids, offsets = features["id"], features["offsets"]
     for row_id, pairs, start, end in zip(ids, offsets, starts, ends, strict=True):
         spans = _best(np.asarray(pairs), start, end, n_best, max_answer_tokens)
-        found[row_id] += [Answer(contexts[row_id][first:last], score) for first, last, score in spans]
+        found[row_id] += [_answer(contexts[row_id], *span) for span in spans]
         empty[row_id] = min(empty[row_id], float(start[0] + end[0]))
     if no_answer:
         for row_id, score in empty.items():
-            found[row_id].append(Answer("", score))
-    return {row_id: _ordered(answers)[:n_best] or [Answer("", 0.0)] for row_id, answers in found.items()}
+            found[row_id].append(Answer("", 0, score))
+    return {row_id: _ordered(answers)[:n_best] or [Answer("", 0, 0.0)] for row_id, answers in found.items()}
+
+
+def _answer(context: str, first: int, last: int, score: float) -> Answer:
+    """The answer at some characters, without the space around it that some tokenizers give to a word."""
+    text = context[first:last]
+    return Answer(text.strip(), first + len(text) - len(text.lstrip()), score)
 
 
 def _ordered(answers: Iterable[Answer]) -> list[Answer]:
-    """The best one first, each text once: neighboring windows share spans."""
-    best = sorted(answers, key=lambda answer: -answer.score)
-    return list({answer.text: answer for answer in reversed(best)}.values())[::-1]
+    """The best one first, each place once: neighboring windows share spans."""
+    best: dict[tuple[str, int], Answer] = {}
+    for answer in sorted(answers, key=lambda answer: -answer.score):
+        best.setdefault((answer.text, answer.start), answer)
+    return list(best.values())
 
 
 def _best(
@@ -170,16 +179,12 @@ def _best(
 ) -> list[tuple[int, int, float]]:
     """The best spans of a window: their characters [first, last) and scores."""
     tokens = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
-    scores = start[tokens][:, None] + end[tokens][None]
-    gaps = tokens[None] - tokens[:, None]
-    scores = np.where((gaps >= 0) & (gaps < max_tokens), scores, -np.inf)
-    order = np.argsort(-scores, axis=None, kind="stable")[:count]
-    rows, columns = np.unravel_index(order, scores.shape)
-    return [
-        (int(offsets[tokens[i], 0]), int(offsets[tokens[j], 1]), float(scores[i, j]))
-        for i, j in zip(rows, columns, strict=True)
-        if np.isfinite(scores[i, j])
-    ]
+    first, last = np.triu_indices(len(tokens))
+    first, last = first[last - first < max_tokens], last[last - first < max_tokens]
+    scores = start[tokens[first]] + end[tokens[last]]
+    best = np.argpartition(-scores, count - 1)[:count] if count < len(scores) else np.arange(len(scores))
+    best = best[np.argsort(-scores[best], kind="stable")]
+    return [(int(offsets[tokens[first[i]], 0]), int(offsets[tokens[last[i]], 1]), float(scores[i])) for i in best]
 
 
 def _span(row_id: str, context: str, answers: Mapping[str, Sequence[Any]]) -> tuple[int, int] | None:
