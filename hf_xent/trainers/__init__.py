@@ -12,6 +12,7 @@ METHODS = {
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
+    "self_distil_qa": ("AnswerMetrics", "SelfDistilQAConfig", "SelfDistilQATrainer"),
     "sft": ("StreamedSFTConfig", "StreamedSFTTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
