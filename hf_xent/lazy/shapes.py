@@ -64,9 +64,11 @@ def _empty(x: Any) -> Any:
 
 
 def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
-    if memory_format is torch.preserve_format:
-        return derive(x)
-    return derive(x, layout=None) if memory_format is torch.contiguous_format else NotImplemented
+    if memory_format not in (torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    copy = derive(x) if memory_format is torch.preserve_format else derive(x, layout=None)
+    copy.copy_of = x if x.differentiable and not torch.is_grad_enabled() else None
+    return copy
 
 
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
