@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from ..ops.divergences import stream_divergence
 from ..ops.request import Request
 from ..ops.row_loss import RowLoss
 from ..options.ranges import check_number
+from . import several
 from .base import Loss, apply_weights
+from .targets import Several
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,11 @@ class Distillation(Loss):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
         tempered, teacher = head.tempered(self.temperature), self.frozen_teacher(teacher, head)
         weight = weight * self.temperature**2
         total, stats = super().per_token(hidden, tempered, labels, weight, teacher, request)
@@ -83,9 +88,11 @@ class RowDivergence(Distillation):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
 
         def sums(_: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
             return {"loss": self.temperature**2 * self.divergence(student, teacher)}

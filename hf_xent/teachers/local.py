@@ -60,7 +60,8 @@ class LocalTeacher:
 
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         model: Any = inner_of(self.model)
-        names = parameters_of(type(model))
+        model_class: Any = type(model)
+        names = parameters_of(model_class)
         taken = {*names, *(SEQUENCES if "kwargs" in names else ())} - {"labels", "shift_labels", "use_cache"}
         device = next((p.device for p in model.parameters() if not p.is_meta), batch["input_ids"].device)
         inputs = {name: x for name, x in batch.items() if name in taken}
