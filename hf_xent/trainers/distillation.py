@@ -37,7 +37,8 @@ from ..ops import Head, Stats
 from ..options.ranges import is_number
 from ..patching import lazily, patch_state
 from ..teachers.base import Teacher
-from ..teachers.local import LocalTeacher
+from ..teachers.loading import load
+from ..teachers.placing import parts_of, place, refuse_known_texts
 from ..teachers.unadapted import UnadaptedTeacher
 from .batches import lazy, targets
 from .on_policy import Draw, prompts_of, sampled, whole
@@ -118,8 +119,8 @@ class DistillationTrainer(StreamedSFTTrainer):
     Args:
         model: The student, a causal LM, or its Hub id or path. It is patched.
         teacher: A teacher of `hf_xent.teachers`; a model, or its Hub id or path; the folder of a cache; the http(s) URL
-            of a server; 'base' for the student without its adapters (of PEFT); or a list of these. A model is moved to
-            the student's device.
+            of a server; 'base' for the student without its adapters (of PEFT); or a list of the others. A model is moved
+            to the student's device.
         args: The configuration; `DistillationConfig(output_dir="out")` if it is left out.
         teacher_weights: One number for each of several teachers; they take precedence over `args.teacher_weights`.
         **kwargs: As for `trl.SFTTrainer`, but without `compute_loss_func`.
@@ -152,12 +153,16 @@ class DistillationTrainer(StreamedSFTTrainer):
     ):
         args = self.configured(args, kwargs)
         weights = args.teacher_weights if teacher_weights is None else teacher_weights
-        found = None if teacher == BASE else teacher_of(teacher, weights)  # fails before the student is prepared
+        found = None
+        if not isinstance(teacher, str) or teacher != BASE:  # which needs the student that super() makes
+            found = load(teacher, weights=weights, tokenizer=kwargs.get("processing_class"))
+            refuse_known_texts(found, args.on_policy)
         super().__init__(model, args, **kwargs)
         self.objective = objective_of(args)
         self.teacher: Teacher = UnadaptedTeacher(self.model) if found is None else found
-        if isinstance(self.teacher, LocalTeacher) and self.place_model_on_device:
-            self.teacher.model.to(self.args.device)
+        if self.place_model_on_device:
+            for part in parts_of(self.teacher):
+                place(part, self.args.device)
 
     @property
     def card_facts(self) -> Mapping[str, str]:
@@ -268,8 +273,3 @@ def mixed(
     other, of_labels = cross_entropy()
     stats.values["loss"] = torch.lerp(stats.loss, of_labels.loss, ce_weight)
     return (1 - ce_weight) * loss + ce_weight * other, stats
-
-
-def teacher_of(given: Any, weights: Sequence[float] | None) -> Teacher:
-    """A teacher from an object, a model, a name or an address, or several of these."""
-    return given if hasattr(given, "targets") else LocalTeacher(given)

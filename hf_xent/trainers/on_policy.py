@@ -12,19 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from random import Random
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
 
 from ..generation.sampling import responses
 from ..models.contexts import eval_mode
 from ..models.padding import padded
+from ..teachers.documents import documents_of
 
 REPLACED = (
     *("input_ids", "labels", "attention_mask", "position_ids", "seq_idx"),
@@ -56,8 +53,7 @@ def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
     """The tokens before the first predicted label of every sequence of a batch that has one.
 
     Args:
-        batch: `input_ids` and `labels` [B, T], with `attention_mask` [B, T] (0 or 1) or, for sequences that follow each
-            other in a row, `position_ids` [B, T].
+        batch: `input_ids` and `labels` [B, T], and what tells documents apart (`hf_xent.teachers.documents`).
 
     Raises:
         ValueError: The batch has something that samples would not have: weights, images.
@@ -67,26 +63,13 @@ def prompts_of(batch: Mapping[str, Any]) -> list[list[int]]:
             f"on_policy replaces a batch by samples, but it has {', '.join(unknown)}, which samples do not have: leave"
             " these columns out, or set on_policy to 0"
         )
-    ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask")
-    kept = torch.ones_like(ids) if mask is None else mask
-    starts = _starts(ids, None if mask is not None else batch.get("position_ids"))
     found = []
-    for row in range(len(ids)):
-        bounds = [*starts[row].nonzero().flatten().tolist(), ids.shape[1]]
-        for begin, end in pairwise(bounds):
-            inside = kept[row, begin:end].bool()
-            tokens, targets = ids[row, begin:end][inside].tolist(), labels[row, begin:end][inside].tolist()
-            # the first token of a sequence is predicted by none
-            first = next((t for t in range(1, len(tokens)) if targets[t] != -100), None)
-            found += [] if first is None else [tokens[:first]]
+    for document in documents_of(batch):
+        labels = batch["labels"][document.row, document.columns].tolist()
+        # the first token of a sequence is predicted by none
+        first = next(i for i in range(1, len(labels)) if labels[i] != -100)
+        found.append(document.ids[:first].tolist())
     return found
-
-
-def _starts(ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    """Where sequences begin, [B, T]."""
-    starts = torch.zeros_like(ids, dtype=torch.bool) if position_ids is None else position_ids == 0
-    return starts | F.one_hot(torch.zeros_like(ids[:, 0]), ids.shape[1]).bool()
 
 
 def sampled(
