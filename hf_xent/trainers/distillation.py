@@ -119,8 +119,8 @@ class DistillationTrainer(StreamedSFTTrainer):
     Args:
         model: The student, a causal LM, or its Hub id or path. It is patched.
         teacher: A teacher of `hf_xent.teachers`; a model, or its Hub id or path; the folder of a cache; the http(s) URL
-            of a server; 'base' for the student without its adapters (of PEFT); or a list of the others. A model is moved
-            to the student's device.
+            of a server; 'base' for the student without its adapters (of PEFT); or a list of others. A model is moved to
+            the student's device.
         args: The configuration; `DistillationConfig(output_dir="out")` if it is left out.
         teacher_weights: One number for each of several teachers; they take precedence over `args.teacher_weights`.
         **kwargs: As for `trl.SFTTrainer`, but without `compute_loss_func`.
