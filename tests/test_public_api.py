@@ -11,9 +11,10 @@ from hf_xent import detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
-TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig
-    LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO
-    SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer"""
+TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
+    F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer
+    OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
+    XentConfig XentTrainer"""
 PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",

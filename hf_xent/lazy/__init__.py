@@ -19,7 +19,8 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 Where the weight is there only while the head is called, whatever is computed runs in a call of its own (`source`).
 """
 
-from . import arithmetic, consumers, shapes, traced_rules  # noqa: F401  they register their rules
+from . import arithmetic, consumers, recorded, shapes, traced_rules  # noqa: F401  they register their rules
+from .expressions import LazyExpression
 from .objective import OBJECTIVE, Objective, check_sequences
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
@@ -27,6 +28,7 @@ from .traced import TracedLogits
 
 __all__ = [
     "OBJECTIVE",
+    "LazyExpression",
     "LazyLogits",
     "Objective",
     "PatchState",

@@ -78,8 +78,9 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(whole_weight(inner_of(model), head))
     unpatch(model)  # after all checks
-    state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
-    installation = Installation(state, always=int(always))
+    request = Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail)
+    state = PatchState(request, always=int(always))
+    installation = Installation(state)
     if objective != CrossEntropy():
         installation.objective = ModelLoss(objective, state)
     installation.install(model)
@@ -183,13 +184,12 @@ def lazily(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: The model is not patched.
     """
-    patch_state(model)
-    installation: Any = installation_of(inner_of(model))
-    installation.always += 1  # a count, since these contexts may overlap in any order
+    state = patch_state(model)
+    state.always += 1  # a count, since these contexts may overlap in any order
     try:
         yield
     finally:
-        installation.always -= 1
+        state.always -= 1
 
 
 def compare(model: nn.Module, *, tokens: int = 24, batch: Mapping[str, Any] | None = None) -> Comparison:
