@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..detection.fingerprints import fingerprint_tokenizer
 from ..losses.targets import TopK
+from ..models.fingerprints import fingerprint_tokenizer
 from ..models.padding import padded
 from ..ops import Head
 from ..ops.top_k import top_k_of
