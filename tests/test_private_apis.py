@@ -72,7 +72,7 @@ API = {
     # trl: what our trainers override, the forward it puts on a model, its kernel in the benchmark
     f"{DPO}._prepare_dataset": ("trainers", ("dataset", "processing_class", "args", "dataset_name")),
     f"{SFT}._prepare_dataset": (
-        "trainers", ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
+        "trainers, teachers", ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
     ),
     f"{SFT}._reject_skip_prepare_without_labels": ("trainers", ("datasets", "data_collator")),
     f"{DPO}._precompute_ref_logps": ("trainers", ("dataset", "name", "batch_size")),

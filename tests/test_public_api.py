@@ -7,13 +7,14 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import detection, losses, ops, trainers
+from hf_xent import detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
-TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig
-    LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO
-    SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer"""
+TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
+    F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer
+    OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
+    XentConfig XentTrainer"""
 PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
@@ -22,6 +23,7 @@ PUBLIC = {
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr TotalVariation get
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
+    teachers: """LocalTeacher ServedTeacher SeveralTeachers StoredTeacher Teacher load write_cache""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

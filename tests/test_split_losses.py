@@ -21,6 +21,7 @@ from hf_xent.losses import EMO
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
+from hf_xent.ops.row_loss import RowLoss, at_ids
 from hf_xent.patching import patch_state
 from hf_xent.trainers.divergence import noisefit, rdrop
 from support.models import V, batch, gradients, tiny
@@ -42,7 +43,17 @@ LOSSES = {
     "jsd": "jsd:beta=0.3, temperature=1.5",
     "total_variation": "total_variation:temperature=2.0",
 }
+
+
+def powers(_, first, second, ids, power):
+    """A loss with constants of every token: token ids and a number."""
+    terms = ((1 + power[:, None]) * first).exp() * second
+    return {"loss": terms.sum(-1) + (at_ids(first, ids) * power[:, None]).sum(-1)}
+
+
+IDS = torch.arange(36).reshape(2, 6, 3) * 41 % V
 PASSES = {
+    "rows of constants": RowLoss(powers, ((0, 1.5), (1, 1.0)), (IDS, torch.linspace(0, 2, 12).reshape(2, 6))),
     "noisefit v1": noisefit(temperature=2.0, ce_weight=0.3, consistency_weight=0.7),
     "noisefit v2": noisefit(temperature=1.5, version="v2"),
     "rdrop": rdrop(weight=0.7),
@@ -110,7 +121,7 @@ def of_a_loss(text, part, *, whole_teacher=False, **options):
 
 def of_passes(name, part):
     hidden = [part.leaves["hidden"], part.leaves["other"], part.leaves["hidden"].roll(1, 0)]
-    count = 2 if name == "rdrop" else 3
+    count = 3 if "noisefit" in name else 2
     request = Request(("top", "rank", "entropy"), memory_budget=20_000)
     total, stats = stream_divergence(PASSES[name], hidden[:count], part.head, part.labels, request, 0.25)
     found = {"total": total, **stats.values} | {f"by {n}": g for n, g in part.gradients(total).items()}

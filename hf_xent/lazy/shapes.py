@@ -70,9 +70,14 @@ def _empty(x: Any) -> Any:
 
 
 def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
-    if memory_format is torch.preserve_format:
-        return x.copied() if isinstance(x, LazyExpression) else derive(x)
-    return _contiguous_copy(x) if memory_format is torch.contiguous_format else NotImplemented
+    if memory_format not in (torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    preserved = memory_format is torch.preserve_format
+    if isinstance(x, LazyExpression):
+        return x.copied() if preserved else _contiguous_copy(x)
+    copy = derive(x) if preserved else _contiguous_copy(x)
+    copy.copy_of = x if x.differentiable and not torch.is_grad_enabled() else None
+    return copy
 
 
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:

@@ -24,6 +24,8 @@ LOSSES: Registry[type[Loss]] = Registry(
         "reverse_kl": "reverse_kl:ReverseKL",
         "jsd": "jsd:JSD",
         "total_variation": "total_variation:TotalVariation",
+        "universal_logit": "universal_logit:UniversalLogit",
+        "gold": "gold:GOLD",
     },
     package=__name__,
 )

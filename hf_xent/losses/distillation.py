@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ from ..ops.divergences import stream_divergence
 from ..ops.request import Request
 from ..ops.row_loss import RowLoss
 from ..options.ranges import check_number
+from . import other_vocabulary, several, top_k
 from .base import Loss, apply_weights
+from .other_vocabulary import OtherVocabulary
+from .targets import Several, TopK
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,28 @@ class Distillation(Loss):
     def __post_init__(self) -> None:
         check_number(self, "temperature", "(0, inf)", "choose a positive number")
 
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence [N], a sum over columns of log-probabilities [N, V], differentiable by the student's."""
+        raise NotImplementedError
+
+    def across(self, target: OtherVocabulary, head: Head) -> Callable[..., Tensor]:
+        """The loss [n] of rows of logits of both models, [n, V] and [n, V2], of a teacher with another vocabulary."""
+        return other_vocabulary.on_shared_tokens(self, target, head)
+
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """The terms that `of` does not have, in the shape of labels, 0 at ignored positions; heads are tempered."""
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """`of` from one visit of the student, plus the terms that remain; statistics are those at temperature 1."""
+        if isinstance(teacher, TopK):
+            return top_k.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, OtherVocabulary):
+            return other_vocabulary.per_token(self, hidden, head, labels, weight, teacher, request)
         tempered, teacher = head.tempered(self.temperature), self.frozen_teacher(teacher, head)
         weight = weight * self.temperature**2
         total, stats = super().per_token(hidden, tempered, labels, weight, teacher, request)
@@ -58,7 +77,7 @@ class Distillation(Loss):
         if teacher_head.vocabulary != head.vocabulary:
             raise ValueError(
                 f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}:"
-                " choose a teacher with the same vocabulary"
+                " choose a teacher with the same vocabulary, or pass a losses.other_vocabulary.OtherVocabulary"
             )
         return hidden.detach(), teacher_head.detach().tempered(self.temperature)
 
@@ -83,9 +102,15 @@ class RowDivergence(Distillation):
         raise NotImplementedError
 
     def per_token(
-        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Payload | None, request: Request
+        self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
     ) -> tuple[Tensor, Stats]:
         """One visit of both models; statistics are the student's at temperature 1."""
+        if isinstance(teacher, TopK):
+            return top_k.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, Several):
+            return several.per_token(self, hidden, head, labels, weight, teacher, request)
+        if isinstance(teacher, OtherVocabulary):
+            return other_vocabulary.per_token(self, hidden, head, labels, weight, teacher, request)
 
         def sums(_: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
             return {"loss": self.temperature**2 * self.divergence(student, teacher)}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats
@@ -40,6 +41,11 @@ class ForwardKL(Distillation):
         """Minus the sum of the teacher's entropy and its expectation of the student's logits."""
         stats = stream_stats(*teacher, labels, ("entropy", "payload"), request, (hidden, head))
         return -stats.entropy - stats.payload
+
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """sum p (log p - log q); a banned token (-inf) adds nothing to it."""
+        logp = teacher.clamp(min=-1e30)
+        return torch.linalg.vecdot(logp.exp(), logp - student.clamp(min=-1e30))
 
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both models."""

@@ -47,6 +47,11 @@ class ReverseKL(Distillation):
         with torch.no_grad():
             return stream_stats(*teacher, labels, ("lse",), request).lse
 
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """sum q (log q - log p); a banned token (-inf) adds nothing to it."""
+        logq = student.clamp(min=-1e30)
+        return torch.linalg.vecdot(logq.exp(), logq - teacher.clamp(min=-1e30))
+
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both models."""
         student = (logits / self.temperature).log_softmax(-1)

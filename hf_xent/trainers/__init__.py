@@ -6,12 +6,14 @@ from typing import Any
 from ..system import extras
 
 METHODS = {
+    "distillation": ("DistillationConfig", "DistillationTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
+    "self_distil_qa": ("AnswerMetrics", "SelfDistilQAConfig", "SelfDistilQATrainer"),
     "sft": ("StreamedSFTConfig", "StreamedSFTTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
