@@ -40,7 +40,7 @@ def test_names_are_frozen_and_exist(module):
 
 def test_names_of_trainers_are_those_of_their_registry():
     named = [name for names in trainers.METHODS.values() for name in names]
-    assert sorted(trainers.__all__) == sorted([*named, "PatchCallback"])
+    assert sorted(trainers.__all__) == sorted([*named, "PatchCallback", "stream_distillation"])
     assert set(TRAINERS.split()) <= set(trainers.__all__), "frozen; new ones are in hf_xent.trainers alone"
     for name in trainers.__all__:
         assert getattr(trainers, name).__name__ == name
