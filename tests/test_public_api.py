@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import detection, losses, ops, trainers
+from hf_xent import classes, detection, losses, ops, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -22,6 +22,7 @@ PUBLIC = {
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr TotalVariation get
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
+    classes: "Aspects ClassLoss LOSSES get predict resize",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

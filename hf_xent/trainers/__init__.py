@@ -6,6 +6,7 @@ from typing import Any
 from ..system import extras
 
 METHODS = {
+    "classes": ("ClassConfig", "ClassTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
