@@ -100,7 +100,10 @@ def test_losses_against_a_few_tokens_equal_dense_formulas(name, tail):
             objective = losses.get(name, temperature=temperature)
             target, leaves = teacher(k, own, tail, OPINIONS if k == 3 else None), operands()
             hidden, weight, bias = leaves
-            head, tokens = Head(weight, bias, scale=0.7, softcap=4.0), torch.rand(2, 3, dtype=torch.float64)
+            head = (
+                Head(weight, bias, scale=0.7, softcap=4.0) if k == 1 else Head(weight, bias, scale=1 if k == 3 else 2)
+            )
+            tokens = torch.rand(2, 3, dtype=torch.float64)
             expected = torch.where(LABELS != -100, dense_loss(objective, head.logits(hidden), target), 0.0)
             options = {"teacher": target, "memory_budget": 2 * V * 8}
             for reduction in ("mean", "none"):

@@ -56,19 +56,19 @@ def _of_classes(objective: Any, target: TopK, constants: tuple[Tensor, ...], siz
     everything = target.ids.shape[-1] == size
 
     def of(entries: Entries, logp: Tensor, rest: Tensor, opinion: Tensor) -> dict[str, Tensor]:
-        others = entries.moments["lse", temperature]
+        others = entries.others[temperature]
         if everything:
             rest = torch.full_like(rest, LOWEST)
         elif own != temperature:  # the student's others
             with torch.no_grad():
-                rest = others.detach() + own / temperature * (rest - entries.moments["lse", own].detach())
+                rest = others.detach() + own / temperature * (rest - entries.others[own].detach())
         teacher = torch.cat([logp * (own / temperature), rest[:, None]], 1).log_softmax(-1)
         student = torch.cat([entries.given / temperature, others[:, None]], 1) - entries.lse(temperature)[:, None]
         divergence = torch.where(opinion, objective.divergence(student, teacher), 0.0)
         return {"loss": (1 - w) * temperature**2 * divergence + w * (entries.lse() - entries.label if w else 0.0)}
 
-    temperatures = (temperature,) if everything else (temperature, own)
-    return EntryLoss(of, tuple(("lse", t) for t in temperatures), constants)
+    softmaxes = dict.fromkeys((temperature, 1.0) if w else (temperature,))
+    return EntryLoss(of, tuple(softmaxes), constants, () if everything or own in softmaxes else (own,))
 
 
 def _of_rows(objective: Any, target: TopK, constants: tuple[Tensor, ...], size: int) -> RowLoss:
