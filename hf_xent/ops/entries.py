@@ -83,7 +83,7 @@ class EntryLoss(Constants):
 
         def values(logits: Tensor, labels: Tensor, *rows: Tensor) -> Tensor:
             loss = self.with_rows(rows)
-            found = loss.at(_whole(_local(loss, logits[:, 0], labels), shard))
+            found = loss.at(_whole(_local(loss, logits[:, 0], labels, shard), shard))
             names[:] = found
             return torch.stack([*found.values()], 1)
 
@@ -110,13 +110,13 @@ class EntryLoss(Constants):
             grads["hidden"] = grads["hidden"].view(shape)
         if not chunks:
             empty = problem.hidden.new_empty(0, problem.head.size, dtype=wide(problem.hidden.dtype))
-            return concatenate([], problem) | self.at(_local(self, empty, problem.labels)), grads
+            return concatenate([], problem) | self.at(_local(self, empty, problem.labels, problem.head.shard)), grads
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, grads
 
 
-def _local(loss: EntryLoss, z: Tensor, labels: Tensor) -> Entries:
+def _local(loss: EntryLoss, z: Tensor, labels: Tensor, shard: Shard | None) -> Entries:
     """The entries of rows of logits [n, V] with a graph, of this rank's columns where the vocabulary is split."""
-    others, found = with_entries(z, loss.rows[0], -torch.inf), {}
+    others, found = with_entries(z, loss.rows[0], -torch.inf, split=shard is not None), {}
     for temperature in loss.temperatures:
         u = others if temperature == 1 else others / temperature
         largest = u.detach().amax(-1)
