@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_xent import losses
 from hf_xent.losses.targets import TopK
-from hf_xent.ops import Head
+from hf_xent.ops import Head, vocab_stats
 from hf_xent.ops.top_k import top_k_of
 from support.oracle import Largest, assert_no_worse, gradients
 
@@ -215,6 +215,19 @@ def test_two_halves_are_the_whole_batch():
     for tail in ("class", "uniform"):
         empty = objective(hidden, Head(weight), torch.full_like(LABELS, -100), teacher=replace(target, tail=tail))
         assert empty == 0 and all(not g.any() for g in gradients(empty, [hidden, weight]))
+
+
+@pytest.mark.parametrize("tail", ["class", "uniform"])
+def test_statistics_beside_the_loss_are_the_students_at_temperature_1(tail):
+    hidden, weight, bias = operands()
+    objective, names = losses.get("jsd", temperature=2.0), ("lse", "target", "entropy", "rank")
+    expected = vocab_stats(hidden, Head(weight, bias), LABELS, outputs=names)
+    for observe in ((), names[2:]):
+        options = {"teacher": teacher(3, 2.0, tail), "token_weight": OPINIONS.double() / 3, "observe": observe}
+        found, stats = objective.compute(hidden, Head(weight, bias), LABELS, reduction="sum", **options)
+        for name in ("lse", "target", *observe):
+            torch.testing.assert_close(getattr(stats, name), getattr(expected, name).detach())
+        torch.testing.assert_close(found.detach(), (stats.loss * OPINIONS).sum() / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
