@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_xent
 from hf_xent import losses
 from hf_xent.losses import EMO
+from hf_xent.losses.other_vocabulary import OtherVocabulary
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
@@ -41,6 +42,7 @@ LOSSES = {
     "reverse_kl": "reverse_kl:temperature=0.7",
     "jsd": "jsd:beta=0.3, temperature=1.5",
     "total_variation": "total_variation:temperature=2.0",
+    "universal_logit": "universal_logit:temperature=1.5",
 }
 PASSES = {
     "noisefit v1": noisefit(temperature=2.0, ce_weight=0.3, consistency_weight=0.7),
@@ -106,6 +108,18 @@ def of_a_loss(text, part, *, whole_teacher=False, **options):
     found |= {f"tokens by {n}": g for n, g in part.gradients((tokens * weights).sum()).items()}
     hidden = torch.autograd.grad(call(), part.leaves["hidden"], create_graph=True)[0]
     return found | {f"twice by {n}": g for n, g in part.gradients(hidden.square().sum()).items()}
+
+
+def of_another_vocabulary(part):
+    """A teacher of which half of the tokens are shared, in another order."""
+    ids, mask = torch.arange(1, V, 2), part.labels != 5
+    found = {}
+    for name, teacher in (("split", part.teacher), ("whole", part.whole_teacher)):
+        target = OtherVocabulary(*teacher, ids, ids.flip(0), mask)
+        for loss in ("jsd:beta=0.3", "gold"):
+            value = losses.get(loss)(part.leaves["hidden"], part.head, part.labels, teacher=target, memory_budget=8000)
+            found |= {f"{name} {loss}": value} | {f"{name} {loss} by {n}": g for n, g in part.gradients(value).items()}
+    return found
 
 
 def of_passes(name, part):
@@ -208,6 +222,7 @@ CASES = {
     **{f"tail {text}": partial(of_tail, text) for text in TAILED},
     "statistics": partial(of_statistics, None),
     "statistics, reference": partial(of_statistics, "reference"),
+    "another vocabulary": of_another_vocabulary,
     "trained payload": of_trained_payload,
     "nothing": of_nothing,
 }  # fmt: skip
