@@ -7,7 +7,8 @@ any pairing of their tokens otherwise (data processing inequality: merging class
 shared token is as likely in two models that split text differently is an assumption, of this and of every such loss.
 
 Only positions before which both models have read the same text have an opinion (`hf_xent.models.alignment`). Rows of
-both models are held for a chunk of tokens at a time, and computed again in the backward.
+both models are held for a chunk of tokens at a time, and computed again in the backward. If a head is split over ranks,
+the rows of a chunk are gathered.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def _losses(
     theirs = autocast_head(theirs, target.hidden)
     factors = () if target.spans is None else _factors(target.spans, hidden, (ours, theirs), labels, request)
     width = ours.vocabulary + theirs.vocabulary
-    step = rows_in(request.budget(head, len(rows.flat), rows.hidden.element_size()), width, rows.hidden.dtype)
+    step = rows_in(_budget(rows, (ours, theirs), request), width, rows.hidden.dtype)
 
     def of(logits: Tensor, second: Tensor, *factors: Tensor) -> Tensor:
         with torch.no_grad():
@@ -147,6 +148,12 @@ def _losses(
     with torch.autocast(labels.device.type, enabled=False):
         losses = map_rows(of, rows.hidden, rows.head, (second, *map(rows.select, factors)), step)
     return rows.scatter({"loss": losses}).loss
+
+
+def _budget(rows: Rows, heads: tuple[Head, Head], request: Request) -> int:
+    """Bytes of rows in memory at a time: as many as were asked for, or what either head has by default."""
+    budgets = [request.budget(head, len(rows.flat), rows.hidden.element_size()) for head in heads]
+    return sum(budgets) if request.memory_budget is None else budgets[0]
 
 
 def _factors(
