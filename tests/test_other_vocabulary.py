@@ -1,6 +1,6 @@
 """Distillation across vocabularies: losses against dense formulas and TRL's code, and the teacher that reads text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +11,7 @@ from tokenizers import normalizers
 from torch.nn import functional as F
 
 from hf_xent import losses
-from hf_xent.losses import JSD, ForwardKL, ReverseKL, TotalVariation
+from hf_xent.losses import JSD, ForwardKL, ReverseKL, SkewKL, TotalVariation
 from hf_xent.losses.other_vocabulary import OtherVocabulary, Spans
 from hf_xent.models.vocabularies import vocabulary_of
 from hf_xent.ops import Head
@@ -23,7 +23,9 @@ from support.vocabularies import byte_level, byte_offsets, sentencepiece, trl_ul
 
 V, V2, D, D2, T = 29, 41, 6, 5, 7
 SHARED = ([3, 0, 28, 11, 5, 17], [40, 2, 7, 1, 39, 20])
-OBJECTIVES = [ForwardKL(), ReverseKL(temperature=2.0), JSD(beta=0.3), TotalVariation(temperature=0.7)]
+OBJECTIVES = [
+    ForwardKL(), ReverseKL(temperature=2.0), JSD(beta=0.3), SkewKL(reverse=True), TotalVariation(temperature=0.7)
+]  # fmt: skip
 each = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda x: type(x).__name__)
 
 
@@ -57,6 +59,8 @@ def divergence(objective, p, q):
     """The divergence of a teacher p and a student q, from its definition."""
     if isinstance(objective, TotalVariation):
         return (p - q).abs().sum(-1) / 2
+    if isinstance(objective, SkewKL):
+        return torch.special.xlogy(q, q / ((1 - objective.alpha) * p + objective.alpha * q)).sum(-1)
     if isinstance(objective, JSD):
         m = objective.beta * p + (1 - objective.beta) * q
         kl_p, kl_q = (torch.special.xlogy(x, x / m).sum(-1) for x in (p, q))
@@ -108,16 +112,11 @@ def test_shared_tokens_equal_the_formula(objective, others):
     torch.testing.assert_close(mean, found / 11)  # positions without an opinion count, with 0
 
 
-@dataclass(frozen=True)
-class Mixed(ForwardKL):
-    """A divergence with a share of cross-entropy."""
-
-    ce_weight: float = 0.25
-
-
 def test_cross_entropy_is_mixed_in_where_the_teacher_is_silent_too():
     p = problem()
-    found, stats = Mixed().compute(p.hidden, p.head, p.labels, teacher=p.target, reduction="sum", observe=("top",))
+    found, stats = ForwardKL(ce_weight=0.25).compute(
+        p.hidden, p.head, p.labels, teacher=p.target, reduction="sum", observe=("top",)
+    )
     logits = p.head.logits(p.hidden)
     wanted = 0.75 * expected(ForwardKL(), p) + 0.25 * F.cross_entropy(
         logits.flatten(0, 1), p.labels.flatten(), reduction="sum"
