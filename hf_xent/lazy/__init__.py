@@ -8,7 +8,8 @@ The operations that a causal LM applies to its logits before the loss are record
 (scale, softcap, dtype casts), row slices and reshapes act on hidden, a vocabulary slice on the weight; a LoRA branch
 and a bias join the head. Functions that need a few floats per token (`F.cross_entropy`, `nll_loss` and `gather` of
 `log_softmax`, `logsumexp`, `argmax`) are computed by `hf_xent.ops`. Any other operation, and any argument that is not
-known here, makes the dense tensor, once, with autograd: always correct, but the logits are materialized.
+known here, makes the dense tensor, once, with autograd: always correct, but the logits are materialized. Where losses
+are computed outside of the model, what is done to its logits is recorded first: see `expressions`.
 
 Memory is shared as in torch: writes to a view change its base, writes to a copy do not. Operands are kept, not copied,
 so logits have to be read before the weights change (`optimizer.step()`); to read them afterwards is an error.

@@ -53,7 +53,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`, in the place of
             the model's cross-entropy, whose targets it gets; None keeps the cross-entropy.
         observe: Names of statistics to sum beside the loss (see `PatchState.take`).
-        always: Whether logits are lazy without labels too, for losses that are computed outside the model.
+        always: Whether logits are lazy without labels too, for losses outside of the model, or of two models' logits.
         impl: 'reference', 'chunked' or 'triton' (see `hf_xent.vocab_stats`).
         memory_budget: Bytes of logits in memory at a time (see `hf_xent.vocab_stats`).
         tail: Relative error allowed in the gradient of the logits, to compress that of unlikely tokens (see
@@ -78,8 +78,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(whole_weight(inner_of(model), head))
     unpatch(model)  # after all checks
-    request = Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail)
-    state = PatchState(request, always=int(always))
+    state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail), always=int(always))
     installation = Installation(state)
     if objective != CrossEntropy():
         installation.objective = ModelLoss(objective, state)
@@ -177,6 +176,8 @@ def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Ite
 @contextmanager
 def lazily(model: nn.Module) -> Iterator[None]:
     """A context in which a patched model's logits are lazy without labels too, for losses computed outside of it.
+
+    What is done to them in the context is recorded, as with `patch(model, always=True)`.
 
     Args:
         model: The model, also inside wrappers.
