@@ -25,6 +25,8 @@ from hf_xent.teachers.documents import documents_of
 from hf_xent.teachers.forms import Form, factors_of
 from hf_xent.teachers.heads import load_head, save_head
 from hf_xent.teachers.index import Index
+from hf_xent.teachers.other_vocabulary import OtherVocabularyTeacher
+from hf_xent.teachers.placing import parts_of
 from hf_xent.teachers.protocols import candidates, words_of
 from hf_xent.teachers.tokens import tokenized
 from hf_xent.trainers import DistillationConfig, DistillationTrainer
@@ -377,8 +379,10 @@ def test_several_teachers_are_a_weighted_sum():
     mixture = 0.75 * p + 0.25 * q
     to_mixture = (mixture * (mixture.log() - logp)).sum(-1)
     apart = (0.75 * p * (p.log() - mixture.log()) + 0.25 * q * (q.log() - mixture.log())).sum(-1)
+    nll = -logp.gather(-1, labels[valid][:, None]).squeeze(-1)
     expected = {
         "forward_kl": to_mixture + apart,  # distilling the mixture, up to what the student has no part in
+        "forward_kl:ce_weight=0.25": 0.75 * (to_mixture + apart) + 0.25 * nll,  # which is counted once
         "total_variation": (0.75 * (p - logp.exp()).abs() + 0.25 * (q - logp.exp()).abs()).sum(-1) / 2,
     }
     for name, losses_of_tokens in expected.items():
@@ -516,11 +520,20 @@ def test_load_takes_whatever_names_a_teacher(tmp_path):
     both = load([str(tmp_path / "model"), tmp_path / "cache"], weights=[1, 3], tail="student", dtype="bfloat16")
     assert both.weights == (0.25, 0.75) and both.teachers[1].tail == "student"
     assert both.teachers[0].model.dtype == torch.bfloat16
+    own = tiny_tokenizer()
+    own.add_tokens("<more>")
+    assert isinstance(load(str(tmp_path / "model"), tokenizer=own), LocalTeacher)
+    other = load(
+        str(tmp_path / "model"), tokenizer=tiny_tokenizer("other words make other tokens " * 8), others="ignore"
+    )
+    assert isinstance(other, OtherVocabularyTeacher) and other.others == "ignore"
+    assert [*parts_of(SeveralTeachers([other, teacher]))] == [other.teacher, teacher]
     for spec, options, message in (
         (model, {"tail": "class"}, "tail is 'class', which has no effect on a model: leave it out"),
         (tmp_path / "cache", {"k": 3}, "k is 3, which has no effect on a cache"),
         (teacher, {"device": "cpu"}, "device is 'cpu', which has no effect on a teacher already"),
         (teacher, {"weights": [1.0]}, "weights are .*, but there is one teacher"),
+        (str(tmp_path / "model"), {"others": "class"}, "others is 'class', but .* has the student's vocabulary"),
         (str(tmp_path / "nowhere"), {}, "model is '.*nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):
