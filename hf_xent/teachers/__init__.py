@@ -13,6 +13,7 @@ from typing import Any
 
 FILES = {
     "LocalTeacher": "local",
+    "OtherVocabularyTeacher": "other_vocabulary",
     "ServedTeacher": "served",
     "SeveralTeachers": "several",
     "StoredTeacher": "stored",
