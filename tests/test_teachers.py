@@ -25,7 +25,7 @@ from hf_xent.teachers.documents import documents_of
 from hf_xent.teachers.forms import Form, factors_of
 from hf_xent.teachers.heads import load_head, save_head
 from hf_xent.teachers.index import Index
-from hf_xent.teachers.other_vocabulary import OtherVocabularyTeacher
+from hf_xent.teachers.other_vocabulary import OtherVocabularyTeacher, PaddedTeacher
 from hf_xent.teachers.placing import parts_of
 from hf_xent.teachers.protocols import candidates, words_of
 from hf_xent.teachers.tokens import tokenized
@@ -522,7 +522,8 @@ def test_load_takes_whatever_names_a_teacher(tmp_path):
     assert both.teachers[0].model.dtype == torch.bfloat16
     own = tiny_tokenizer()
     own.add_tokens("<more>")
-    assert isinstance(load(str(tmp_path / "model"), tokenizer=own), LocalTeacher)
+    padded = load(str(tmp_path / "model"), tokenizer=own)
+    assert isinstance(padded, PaddedTeacher) and isinstance(*parts_of(padded), LocalTeacher)
     other = load(
         str(tmp_path / "model"), tokenizer=tiny_tokenizer("other words make other tokens " * 8), others="ignore"
     )

@@ -63,7 +63,8 @@ class OtherVocabulary:
         hidden: The teacher's hidden states [..., D2], in the leading shape of the student's labels.
         head: Its head.
         student_ids: The shared tokens [S], ids of the student's without repetition; None if both heads have the same
-            tokens, or for `universal_logit`, which reads none.
+            tokens, or for `universal_logit`, which reads none. With `others='ignore'` one of the heads may then have
+            more rows, which pad it and are no tokens.
         teacher_ids: The same tokens as ids of the teacher's [S].
         mask: Which positions the teacher has an opinion about [...]; None is all of them.
         others: What becomes of the tokens that are not shared, a name of `OTHERS`.
@@ -88,21 +89,6 @@ class OtherVocabulary:
         if sizes[0] != sizes[1]:
             raise ValueError(f"student_ids has shape {sizes[0]} but teacher_ids {sizes[1]}: pass the same tokens twice")
 
-    @classmethod
-    def padded(cls, hidden: Tensor, head: Head, size: int, mask: Tensor | None = None) -> OtherVocabulary:
-        """The same tokenizer under heads of different sizes, as of models whose vocabularies are padded differently.
-
-        The rows that only one of the heads has are no tokens; both softmaxes are over the common ones.
-
-        Args:
-            hidden: As above.
-            head: The teacher's head.
-            size: The number of rows of the student's head.
-            mask: As above.
-        """
-        ids = torch.arange(min(size, head.vocabulary), device=hidden.device)
-        return cls(hidden, head, ids, ids, mask, others="ignore")
-
 
 def per_token(
     objective: Any,
@@ -114,11 +100,22 @@ def per_token(
     request: Request,
 ) -> tuple[Tensor, Stats]:
     """`Loss.per_token` of a `Distillation` with such a target; `objective.across` has the loss of rows."""
+    if _is_plain(target, head):
+        plain: tuple[Tensor, Stats] = objective.per_token(
+            hidden, head, labels, weight, (target.hidden, target.head), request
+        )
+        return plain
     divergence = _losses(objective, hidden, head, labels, target, request)
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.ce_weight > 0):
         stats = stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
     losses = objective.with_cross_entropy(divergence, -stats.logp)  # 0 at ignored positions, too
     return apply_weights(losses, weight, stats, request)
+
+
+def _is_plain(target: OtherVocabulary, head: Head) -> bool:
+    """Whether it is a teacher of the same tokens whose head turns out to have no other padding."""
+    same_rows = target.student_ids is None and target.head.vocabulary == head.vocabulary
+    return same_rows and target.others == "ignore" and target.mask is None and target.spans is None
 
 
 def _losses(
@@ -205,12 +202,12 @@ def columns_of(target: OtherVocabulary, head: Head, loss: str) -> tuple[Columns,
     sizes, device = (head.vocabulary, target.head.vocabulary), head.weight.device
     ours, theirs = target.student_ids, target.teacher_ids
     if ours is None or theirs is None:
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] and target.others != "ignore":
             raise ValueError(
                 f"student_ids is None, but the teacher's head has {sizes[1]} tokens, the student's {sizes[0]}, and"
                 f" {loss} compares shared ones: pass those of hf_xent.models.vocabularies.shared_tokens"
             )
-        ours = theirs = torch.arange(sizes[0], device=device)
+        ours = theirs = torch.arange(min(sizes), device=device)
     return Columns(ours.to(device), sizes[0], "student"), Columns(theirs.to(device), sizes[1], "teacher")
 
 

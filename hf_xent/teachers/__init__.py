@@ -14,6 +14,7 @@ from typing import Any
 FILES = {
     "LocalTeacher": "local",
     "OtherVocabularyTeacher": "other_vocabulary",
+    "PaddedTeacher": "other_vocabulary",
     "ServedTeacher": "served",
     "SeveralTeachers": "several",
     "StoredTeacher": "stored",

@@ -98,19 +98,14 @@ def _named(spec: Any, tokenizer: Any, dtype: Any = "auto", device: Any = None, *
     """A model that is loaded, in its own tokens if the student's are others."""
     from ..models import loading
     from .local import LocalTeacher
-    from .other_vocabulary import OtherVocabularyTeacher
+    from .other_vocabulary import for_student
 
     model, own = loading.load(str(spec), dtype)
     teacher = LocalTeacher(model if device is None else model.to(device))
     student = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
-    if student is not None and not _agree(student.get_vocab(), own.get_vocab()):
-        return OtherVocabularyTeacher(teacher, own, student, **across)
+    if student is not None:
+        return for_student(teacher, own, student, **across)
     if across:
         name, value = next(iter(across.items()))
-        raise ValueError(f"{name} is {value!r}, but {spec} has the student's vocabulary: leave it out")
+        raise ValueError(f"{name} is {value!r}, but tokenizer is None: pass the student's, or leave {name} out")
     return teacher
-
-
-def _agree(student: dict[str, int], teacher: dict[str, int]) -> bool:
-    """Whether two vocabularies are the same, but for tokens that one of them has added."""
-    return student.items() <= teacher.items() or teacher.items() <= student.items()

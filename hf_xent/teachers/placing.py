@@ -9,7 +9,7 @@ import torch
 
 from .base import Teacher
 from .local import LocalTeacher
-from .other_vocabulary import OtherVocabularyTeacher
+from .other_vocabulary import OtherVocabularyTeacher, PaddedTeacher
 from .several import SeveralTeachers
 from .stored import StoredTeacher
 
@@ -19,7 +19,7 @@ def parts_of(teacher: Teacher) -> Iterator[Teacher]:
     if isinstance(teacher, SeveralTeachers):
         for part in teacher.teachers:
             yield from parts_of(part)
-    elif isinstance(teacher, OtherVocabularyTeacher):
+    elif isinstance(teacher, OtherVocabularyTeacher | PaddedTeacher):
         yield from parts_of(teacher.teacher)
     else:
         yield teacher
