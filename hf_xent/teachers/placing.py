@@ -9,15 +9,18 @@ import torch
 
 from .base import Teacher
 from .local import LocalTeacher
+from .other_vocabulary import OtherVocabularyTeacher, PaddedTeacher
 from .several import SeveralTeachers
 from .stored import StoredTeacher
 
 
 def parts_of(teacher: Teacher) -> Iterator[Teacher]:
-    """The teachers that a teacher consists of, or itself."""
+    """The teachers that a teacher consists of or asks, or itself."""
     if isinstance(teacher, SeveralTeachers):
         for part in teacher.teachers:
             yield from parts_of(part)
+    elif isinstance(teacher, OtherVocabularyTeacher | PaddedTeacher):
+        yield from parts_of(teacher.teacher)
     else:
         yield teacher
 

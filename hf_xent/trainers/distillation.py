@@ -113,7 +113,8 @@ class DistillationTrainer(StreamedSFTTrainer):
 
     Evaluations compute the same loss, on the texts of their data set. Logged beside what `StreamedSFTTrainer` logs,
     means over labels: `divergence`, D(p, q) at temperature T in nats per token, without the factors T^2 and 1 - w; and
-    `perplexity` of the labels. On policy also `on_policy_share`, the share of batches that were sampled, and
+    `perplexity` of the labels; `teacher_coverage`, the share of labels about which a teacher with another tokenizer, or
+    from a cache, has an opinion. On policy also `on_policy_share`, the share of batches that were sampled, and
     `generated_length`, tokens of a completion, an end token included.
 
     Args:
@@ -134,7 +135,7 @@ class DistillationTrainer(StreamedSFTTrainer):
     config_class: type = DistillationConfig
     args: DistillationConfig
     objective: Distillation
-    means = ("divergence", "nll", "on_policy_share", "generated_length")
+    means = ("divergence", "nll", "teacher_coverage", "on_policy_share", "generated_length")
     refused_options: Mapping[str, str] = {
         "loss": "the loss is a divergence from the teacher: choose objective",
         "tail": "divergences have exact gradients only: leave it 0",
@@ -153,13 +154,13 @@ class DistillationTrainer(StreamedSFTTrainer):
     ):
         args = self.configured(args, kwargs)
         weights = args.teacher_weights if teacher_weights is None else teacher_weights
-        found = None
-        if not isinstance(teacher, str) or teacher != BASE:  # which needs the student that super() makes
-            found = load(teacher, weights=weights, tokenizer=kwargs.get("processing_class"))
-            refuse_known_texts(found, args.on_policy)
         super().__init__(model, args, **kwargs)
         self.objective = objective_of(args)
-        self.teacher: Teacher = UnadaptedTeacher(self.model) if found is None else found
+        if isinstance(teacher, str) and teacher == BASE:
+            self.teacher: Teacher = UnadaptedTeacher(self.model)
+        else:
+            self.teacher = load(teacher, weights=weights, tokenizer=self._tokenizer)
+        refuse_known_texts(self.teacher, args.on_policy)
         if self.place_model_on_device:
             for part in parts_of(self.teacher):
                 place(part, self.args.device)
@@ -208,6 +209,9 @@ class DistillationTrainer(StreamedSFTTrainer):
         if weights is not None:
             labels = torch.where(weights == 0, -100, labels)
         given = self.teacher.targets({name: x for name, x in inputs.items() if name != TOKENS})
+        if (mask := getattr(given, "mask", None)) is not None:  # it has no opinion about some positions
+            valid = labels.to(mask.device) != -100
+            self._note("teacher_coverage", (mask & valid).sum(), valid.sum())
         state = patch_state(self.model)
         with lazily(model):
             output = model(**{name: x for name, x in inputs.items() if name not in NOT_OF_MODEL})
