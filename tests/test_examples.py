@@ -155,6 +155,65 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
         assert sum(rows[0][name] for name in example["CONTINENTS"]) == pytest.approx(1)
 
 
+def test_cloze_questions_are_about_what_all_leads_share(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cloze_questions as cloze
+
+    pages = {"en": {"Fox": "Fox was born in 1931 near Dog Hill. It slept.", "Cat": "In 1900."},
+             "fr": {"Fox": "Fox, né à Dog Hill en 1931, 1931 fois.", "Chat": "En 1900."}}  # fmt: skip
+    monkeypatch.setattr(cloze, "leads", pages.get)
+    rows = cloze.aligned(["en", "fr"])
+    assert rows["en"]["id"] == rows["fr"]["id"] == ["Fox: 1931", "Fox: Dog Hill"]
+    assert rows["en"]["question"] == [
+        "Fox was born in ? near Dog Hill. It slept.",
+        "Fox was born in 1931 near ? . It slept.",
+    ]
+    assert rows["fr"][0]["answers"] == {"text": ["1931"], "answer_start": [22]}
+    assert cloze.shortened("A b c. " * 80) == ("A b c. " * 57).strip() and cloze.place("19", "In 1900.") == -1
+
+
+def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
+    """Tiny encoder, made-up leads of two languages: every arm runs, and those with a teacher have a divergence."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cloze_questions
+    from transformers import BertConfig, BertModel
+
+    words = {"en": "the fox jumps over Dog{} in 19{} and wakes", "fr": "le dog saute sur Dog{} en 19{} et dort"}
+    pages = {
+        name: {f"T{i}": text.format(i, i) for i in range(10, 19 - 3 * (name == "fr"))} for name, text in words.items()
+    }
+    monkeypatch.setattr(cloze_questions, "leads", pages.get)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    BertModel(BertConfig(vocab_size=90, **sizes)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(" ".join(words.values()) * 8).save_pretrained(tmp_path / "model")
+    options = {"languages": "en,fr", "epochs": 1, "LAYERS": 1, "FIRST_ROWS": 4}
+    found, example = compared("self_distil_qa", monkeypatch, str(tmp_path / "model"), tmp_path / "out", **options)
+    assert set(found) == set(example["ARMS"])
+    assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
+    assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
+def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
+    """Oracle and student are one tiny model; answers are asked once, and shuffled ones are another training."""
+    tiny(std=0.5, vocab_size=90, max_position_embeddings=256).save_pretrained(model)
+    tiny_tokenizer(f"{TEXT} {'Yes No ' * 40}").save_pretrained(model)
+    for i, genre in enumerate("aehjlp" * 2):
+        texts = [f"{f'{word}/nn ' * 14}the/at {genre}/nn {word}/nn" for word in TEXT.split()[1:6]]
+        (tmp_path / f"c{genre}{i // 6:02}").write_text("\n\n".join(texts))
+    options = {
+        "encoder": model,
+        "corpus": f"brown:{tmp_path}",
+        "train": 5,
+        "epochs": 1,
+        "TEST": 2,
+        "QUESTIONS": ("Is it?", "the fox?"),
+    }
+    found, example = compared("aspects", monkeypatch, model, tmp_path / "out", **options)
+    assert set(found) == {*example["ARMS"], "information"}
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("accuracy", "macro F1"))
+    assert len({rows[0]["loss"] for arm, rows in found.items() if arm in example["ARMS"]}) == 3
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6 * 5 * 2
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name
 def test_osp_rounds_compares_all_arms(tmp_path, monkeypatch, model):
     """Every arm runs, and DPO reads the self-judge's pairs."""

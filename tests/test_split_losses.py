@@ -21,6 +21,7 @@ from hf_xent.losses import EMO
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
+from hf_xent.ops.row_loss import RowLoss, at_ids
 from hf_xent.patching import patch_state
 from hf_xent.trainers.divergence import noisefit, rdrop
 from support.models import V, batch, gradients, tiny
@@ -40,9 +41,20 @@ LOSSES = {
     "forward_kl": "forward_kl:temperature=2.0",
     "reverse_kl": "reverse_kl:temperature=0.7",
     "jsd": "jsd:beta=0.3, temperature=1.5",
-    "total_variation": "total_variation:temperature=2.0",
+    "skew_kl": "skew_kl:reverse=True, ce_weight=0.4, temperature=2.0",
+    "total_variation": "total_variation:temperature=2.0, ce_weight=0.4",
 }
+
+
+def powers(_, first, second, ids, power):
+    """A loss with constants of every token: token ids and a number."""
+    terms = ((1 + power[:, None]) * first).exp() * second
+    return {"loss": terms.sum(-1) + (at_ids(first, ids) * power[:, None]).sum(-1)}
+
+
+IDS = torch.arange(36).reshape(2, 6, 3) * 41 % V
 PASSES = {
+    "rows of constants": RowLoss(powers, ((0, 1.5), (1, 1.0)), (IDS, torch.linspace(0, 2, 12).reshape(2, 6))),
     "noisefit v1": noisefit(temperature=2.0, ce_weight=0.3, consistency_weight=0.7),
     "noisefit v2": noisefit(temperature=1.5, version="v2"),
     "rdrop": rdrop(weight=0.7),
@@ -110,7 +122,7 @@ def of_a_loss(text, part, *, whole_teacher=False, **options):
 
 def of_passes(name, part):
     hidden = [part.leaves["hidden"], part.leaves["other"], part.leaves["hidden"].roll(1, 0)]
-    count = 2 if name == "rdrop" else 3
+    count = 3 if "noisefit" in name else 2
     request = Request(("top", "rank", "entropy"), memory_budget=20_000)
     total, stats = stream_divergence(PASSES[name], hidden[:count], part.head, part.labels, request, 0.25)
     found = {"total": total, **stats.values} | {f"by {n}": g for n, g in part.gradients(total).items()}
@@ -171,7 +183,7 @@ def of_nothing(part):
     return found
 
 
-LOW = ("cross_entropy", "emo", "eisl", "forward_kl", "reverse_kl", "jsd", "total_variation")
+LOW = ("cross_entropy", "emo", "eisl", "forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")
 
 
 def low_precision(part):
@@ -203,7 +215,7 @@ def dense(name, dtype):
 CASES = {
     **{name: partial(of_a_loss, text) for name, text in LOSSES.items()},
     **{f"{name}, whole teacher": partial(of_a_loss, LOSSES[name], whole_teacher=True)
-       for name in ("forward_kl", "reverse_kl", "jsd", "total_variation")},
+       for name in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")},
     **{name: partial(of_passes, name) for name in PASSES},
     **{f"tail {text}": partial(of_tail, text) for text in TAILED},
     "statistics": partial(of_statistics, None),
@@ -247,7 +259,7 @@ def largest_of(shard):
     """The numbers in the largest tensor that a loss makes of 64 tokens, with room for 8 rows."""
     head = Head(torch.randn(min(shard.width, V - shard.start), D, requires_grad=True), shard=shard)
     hidden, labels, found = torch.randn(64, D, requires_grad=True), torch.randint(V, (64,)), {}
-    for name in ("emo:cost='current'", "forward_kl", "reverse_kl", "jsd", "total_variation"):
+    for name in ("emo:cost='current'", "forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation"):
         for reduction in ("mean", "none"):
             with Largest() as largest:
                 options = {"memory_budget": 8 * V * 4 // 4, "reduction": reduction, "teacher": (hidden, head)}

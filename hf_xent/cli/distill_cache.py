@@ -9,7 +9,8 @@ from typer import Argument
 
 from ..experiments.distill_cache import Caching, write
 from .app import unpack_packaged
-from .options import TEXT_HELP, Column, Json, Split, check_dtype, options_from
+from .distill_train import Column
+from .options import TEXT_HELP, Json, Split, check_dtype, options_from
 from .output import emit, err
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def cache(run: Caching, as_json: Json = False) -> None:
     )
     with rich.Progress(*columns, console=err) as bars:
         task = bars.add_task("tokens", total=None)
-        found = write(run, lambda done, total: bars.update(task, completed=done, total=total))
+        report = lambda done, total: bars.update(task, completed=done, total=total)  # noqa: E731  one line
+        found = write(run, report, lambda line: err.print(line, highlight=False))
     emit(_summary(found), _table(found), f"cache in {found.folder}", as_json=as_json)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .fields import option
 
 if TYPE_CHECKING:
+    from ..teachers.forms import Form
     from ..teachers.writing import Written
 
 
@@ -44,12 +45,15 @@ class Caching:
         return self.teacher.startswith(("http://", "https://"))
 
 
-def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Written:
+def write(
+    run: Caching, report: Callable[[int, int], None] | None = None, note: Callable[[str], None] | None = None
+) -> Written:
     """Write a cache with its card, or what it lacks.
 
     Args:
         run: The settings.
         report: Called with the number of tokens that are done and of all.
+        note: Called with a line on what is to be written, before it is.
 
     Returns:
         What was written.
@@ -70,6 +74,8 @@ def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Wri
             "a server gives the most probable tokens at temperature 1: choose kind top_k and temperature 1"
         )
     teacher, tokenizer, dataset = _loaded(run)
+    if note is not None:
+        note(_estimate(form, teacher, dataset, run.output))
     found = write_cache(
         teacher,
         dataset,
@@ -83,6 +89,15 @@ def write(run: Caching, report: Callable[[int, int], None] | None = None) -> Wri
     )
     (Path(run.output) / "README.md").write_text(card(found, hub.render), encoding="utf-8")
     return found
+
+
+def _estimate(form: Form, teacher: Any, dataset: Any, output: str) -> str:
+    """How much is to be written, in one line."""
+    from ..patching import head_of
+
+    features = head_of(teacher.model).in_features if form.kind == "hidden" else None
+    tokens, each = sum(map(len, dataset["input_ids"])), form.bytes_per_token(features)
+    return f"{tokens:,} tokens of {each} bytes, about {tokens * each / 1e6:,.1f} MB in {output}"
 
 
 def _loaded(run: Caching) -> tuple[Any, Any, Any]:
@@ -101,6 +116,10 @@ def _loaded(run: Caching) -> tuple[Any, Any, Any]:
         with loading.explain_load_errors(run.tokenizer or run.teacher) as place:
             tokenizer = AutoTokenizer.from_pretrained(place)
         texts = load_text(run.dataset, run.split, run.column)
+        kept = ["prompt", "completion"] if run.column == "completion" else [run.column]  # as training does
+        if missing := [name for name in kept if name not in texts.column_names]:
+            raise ValueError(f"dataset {run.dataset!r} has no column {missing[0]!r} beside its completions: add it")
+        texts = texts.select_columns(kept)
         dataset = tokenized(texts, tokenizer, column=run.column, max_length=run.max_length)
         options: dict[str, Any] = {"model": run.model, "concurrency": run.concurrency}
         if run.is_server:

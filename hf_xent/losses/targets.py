@@ -3,6 +3,7 @@
     (hidden, head)     the teacher's last hidden states and its head: all of its distribution, not written down
     TopK               its k most probable tokens and the mass of all others, as a cache or a server has them
     Several            several of these, with weights
+    OtherVocabulary    hidden states and head of a teacher with other tokens (`hf_xent.losses.other_vocabulary`)
 
 All have the leading shape of the student's labels, [...], and are aligned with the student's logits: entry t is about
 the token that logit t predicts. No gradient flows to any of them.

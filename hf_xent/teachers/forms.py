@@ -5,8 +5,10 @@
     hidden   int8                hidden [n, D], scale float32 [n]                         D + 8
     top_k    float16, float32    ids int32 [n, k], logp [n, k], rest float32 [n]          6 k + 8, 8 k + 8
 
-int8 is round(h / scale) with scale = max |h| / 127 at each position. `rest` is the log-probability of all other tokens
-together; NaN marks a position that the teacher has no opinion about.
+int8 is round(h / (f scale)), where scale is the largest |h / f| of the position over 127, and f has a power of two for
+each feature, since few features are many times larger than the others. Read back, it is h / f: the head that is written
+beside it has its columns multiplied by f, which is exact. `rest` is the log-probability of all other tokens together;
+NaN marks a position that the teacher has no opinion about.
 """
 
 from __future__ import annotations
@@ -77,8 +79,12 @@ class Form:
         scale = {"scale": ("float32", False)} if self.dtype == "int8" else {}
         return {"hidden": (self.dtype, True), **scale}
 
-    def encoded(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def encoded(self, values: Mapping[str, np.ndarray], factors: np.ndarray | float = 1.0) -> dict[str, np.ndarray]:
         """The columns of tokens [n, ...], from float32 `hidden` [n, D], or from `ids`, `logp` and `rest`.
+
+        Args:
+            values: What the teacher says.
+            factors: f of int8 [D].
 
         Raises:
             ValueError: Hidden states have no value in the dtype.
@@ -90,11 +96,12 @@ class Form:
             if not np.isfinite(hidden).all() or np.abs(hidden).max(initial=0) > np.finfo(self.dtype).max:
                 raise ValueError(f"dtype is {self.dtype!r}, which does not hold all hidden states: choose float32")
             return {"hidden": hidden.astype(self.dtype)}
-        scale = np.maximum(np.abs(hidden).max(-1), np.finfo(np.float32).tiny).astype(np.float32) / np.float32(127)
+        hidden = hidden / np.asarray(factors, np.float32)
+        scale = np.maximum(np.abs(hidden).max(-1), np.float32(1e-30)) / np.float32(127)
         return {"hidden": np.rint(hidden / scale[:, None]).astype(np.int8), "scale": scale}
 
     def decoded(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What `encoded` was given, from its columns, up to rounding."""
+        """What `encoded` was given, from its columns, up to rounding; of int8 it is h / f."""
         if self.kind == "hidden" and self.dtype == "int8":
             return {"hidden": columns["hidden"].astype(np.float32) * columns["scale"][:, None]}
         return dict(columns)
@@ -108,6 +115,16 @@ class Form:
             for name, (dtype, wide) in self.columns.items()
         }
         return Features({"input_ids": List(Value("int32")), **columns})
+
+
+def factors_of(hidden: np.ndarray) -> np.ndarray:
+    """f of int8 [D], from hidden states [n, D]: the largest |h| of each feature, rounded up to a power of two.
+
+    A feature that is small in these states gets not less than a thousandth of the largest one.
+    """
+    largest = np.abs(hidden).max(0).astype(np.float32)
+    found: np.ndarray = np.exp2(np.ceil(np.log2(np.maximum(largest, max(float(largest.max()), 1e-30) / 1000))))
+    return found.astype(np.float32)
 
 
 def remaining(logp: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ was cut off is found, too: a causal model's targets for the first tokens are the
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
@@ -22,10 +23,14 @@ class Index:
 
     def __init__(self, documents: Iterable[np.ndarray], tokens_of: Callable[[int], np.ndarray]):
         self.tokens_of = tokens_of
-        listed = [(key, number) for number, ids in enumerate(documents) for key in _keys(ids).values()]
-        keys = np.array([key for key, _ in listed], dtype=np.uint64)
+        listed, numbers = array("Q"), array("q")  # a cache may have millions of documents
+        for number, ids in enumerate(documents):
+            found = _keys(ids).values()
+            listed.extend(found)
+            numbers.extend([number] * len(found))
+        keys = np.array(listed, dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
-        self.keys, self.numbers = keys[order], np.array([number for _, number in listed], dtype=np.int64)[order]
+        self.keys, self.numbers = keys[order], np.array(numbers, dtype=np.int64)[order]
 
     def find(self, ids: np.ndarray) -> int | None:
         """The first document that begins with these tokens [n], int32, or None."""

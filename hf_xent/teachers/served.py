@@ -17,11 +17,11 @@ import numpy as np
 
 from ..losses.targets import TAILS, TopK
 from ..options.ranges import check_count
+from .assembling import assembled
 from .documents import Document, documents_of
 from .forms import LARGEST_K, remaining
 from .protocols import PROTOCOLS, answered, candidates, request, words_of
 from .server import Refused, Server, Unusable
-from .top_k import assembled
 
 NOT_UNDERSTOOD = (400, 422)
 """The statuses of a request that has a field that the server does not take."""

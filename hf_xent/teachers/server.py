@@ -22,6 +22,7 @@ LONGEST = 300.0
 """Seconds that are waited at most before a request is made again."""
 BUSY = (408, 425, 429)
 REMEDIES = {
+    400: "change the request as it says (vLLM takes a k up to its option --max-logprobs)",
     401: "pass api_key, or set OPENAI_API_KEY",
     403: "pass api_key, or set OPENAI_API_KEY",
     404: "check the address and the model's name: completions are asked for at <url>/completions",

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..losses.targets import TAILS, TopK
 from ..ops import Head, Payload
 from . import cache
+from .assembling import assembled
 from .documents import Document, documents_of
 from .forms import Form, remaining
 from .heads import FILE, load_head
 from .index import Index
 from .local import moved
-from .top_k import assembled
 
 IDS = "input_ids"
 
@@ -62,7 +62,7 @@ class StoredTeacher:
         folder = Path(folder)
         form = cache.read(folder).form
         rows = cache.documents(folder)
-        head = load_head(folder / FILE) if form.kind == "hidden" else None
+        head = load_head(folder / FILE)[0] if form.kind == "hidden" else None
         return cls(rows, form, head, tail=tail, name=f"the cache {folder}")
 
     @classmethod
@@ -165,8 +165,10 @@ class StoredTeacher:
         return _flat(self.rows[number : number + 1], IDS)
 
     def _all_tokens(self) -> Iterator[np.ndarray]:
-        for number in range(len(self.rows)):
-            yield self._tokens(number)
+        for table in self.rows.select_columns([IDS]).iter(1000):
+            column = table.column(IDS).combine_chunks()
+            tokens, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            yield from map(tokens.__getitem__, map(slice, offsets[:-1], offsets[1:]))
 
 
 def _flat(table: Any, name: str) -> np.ndarray:

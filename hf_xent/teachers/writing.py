@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import blake2b
@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..detection.fingerprints import fingerprint_tokenizer
 from ..losses.targets import TopK
+from ..models.fingerprints import fingerprint_tokenizer
 from ..models.padding import padded
+from ..ops import Head
+from ..ops.top_k import top_k_of
 from ..options.ranges import check_count
 from ..system.files import replace_atomically
 from .base import Teacher
 from .cache import Cache
-from .forms import Form
-from .heads import FILE, save_head
+from .forms import Form, factors_of
+from .heads import FILE, load_head, save_head
 from .stored import IDS
-from .top_k import top_k_of
 
 Progress = Callable[[int, int], None]
 
@@ -85,16 +86,20 @@ def write_cache(
     cache, numbers = _plan(teacher, dataset, tokenizer, source, options)
     cache.claim(folder)
     tokens = cache.tokens
+    writer = _Writer(teacher, cache, folder, _Report(progress, 0, tokens))
     shards, done, skipped = cache.shards(folder), 0, 0
     for shard, first in zip(shards, range(0, len(numbers), cache.shard_rows), strict=True):
         rows = [np.asarray(dataset[i][IDS], dtype=np.int32) for i in numbers[first : first + cache.shard_rows]]
         if shard.is_file():
             skipped += 1
         else:
-            replace_atomically(shard, partial(_write, teacher, rows, cache, _Report(progress, done, tokens)))
+            writer.report.done = done
+            replace_atomically(shard, partial(writer.write, rows))
         done += sum(map(len, rows))
         if progress is not None:
             progress(done, tokens)
+    for draft in (*folder.glob(".data-*"), *folder.glob(".head.*")):  # of runs that were killed
+        draft.unlink()
     head = folder / FILE
     return Written(
         folder,
@@ -161,48 +166,57 @@ def _scan(dataset: Any) -> tuple[list[int], int, str]:
     return numbers, tokens, digest.hexdigest()
 
 
-def _write(teacher: Teacher, rows: Sequence[np.ndarray], cache: Cache, report: _Report, draft: Path) -> None:
-    """Write the documents of a file, the longest ones first, so that batches have little padding."""
-    import pyarrow as pa
+@dataclass
+class _Writer:
+    """Writes files of a cache."""
 
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    writer = None
-    with pa.OSFile(str(draft), "wb") as sink:
-        for first in range(0, len(order), cache.batch_rows):
-            chosen = [rows[i] for i in order[first : first + cache.batch_rows]]
-            columns = list(_encoded(teacher, chosen, cache, draft.parent))
-            if writer is None:
-                width = next(x.shape[1] for name, x in columns[0].items() if cache.form.columns[name][1])
-                schema = cache.form.features(width).arrow_schema
-                writer = pa.ipc.new_stream(sink, schema)
-            writer.write_batch(_record(schema, chosen, columns))
-            report.add(sum(map(len, chosen)))
-        assert writer is not None  # there are rows
-        writer.close()
+    teacher: Teacher
+    cache: Cache
+    folder: Path
+    report: _Report
+    factors: np.ndarray | None = None
 
+    def write(self, rows: Sequence[np.ndarray], draft: Path) -> None:
+        """Write the documents of a file, the longest ones first, so that batches have little padding."""
+        import pyarrow as pa
 
-def _encoded(
-    teacher: Teacher, rows: Sequence[np.ndarray], cache: Cache, folder: Path
-) -> Iterator[dict[str, np.ndarray]]:
-    """The columns of each document."""
-    ids, mask = padded([row.tolist() for row in rows])
-    found = teacher.targets({IDS: ids, "attention_mask": mask})
-    real = mask.bool()
-    if cache.form.kind == "hidden":
+        form, writer = self.cache.form, None
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        with pa.OSFile(str(draft), "wb") as sink:
+            for first in range(0, len(order), self.cache.batch_rows):
+                chosen = [rows[i] for i in order[first : first + self.cache.batch_rows]]
+                columns = self._columns(chosen)
+                if writer is None:
+                    width = next(x.shape[1] for name, x in columns.items() if form.columns[name][1])
+                    schema = form.features(width).arrow_schema
+                    writer = pa.ipc.new_stream(sink, schema)
+                writer.write_batch(_record(schema, chosen, columns))
+                self.report.add(sum(map(len, chosen)))
+            assert writer is not None  # there are rows
+            writer.close()
+
+    def _columns(self, rows: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """The columns of documents, one after the other."""
+        ids, mask = padded([row.tolist() for row in rows])
+        found, form = self.teacher.targets({IDS: ids, "attention_mask": mask}), self.cache.form
+        if form.kind == "top_k":
+            return form.encoded({name: x.cpu().numpy() for name, x in _top_k(found, mask.bool(), form).items()})
         if not isinstance(found, tuple):
             raise ValueError(
                 f"kind is 'hidden', but this teacher has none, only a {type(found).__name__}: choose kind='top_k'"
             )
-        if not (folder / FILE).is_file():
-            save_head(found[1], folder / FILE)
-        values = {"hidden": found[0][real].float()}
-    else:
-        values = _top_k(found, real, cache.form)
-    arrays = {name: x.cpu().numpy() for name, x in values.items()}
-    ends = np.cumsum([len(row) for row in rows])
-    encoded = cache.form.encoded(arrays)
-    for row, end in zip(rows, ends, strict=True):
-        yield {name: x[end - len(row) : end] for name, x in encoded.items()}
+        hidden = found[0][mask.bool()].float().cpu().numpy()
+        if self.factors is None:
+            self.factors = self._of_features(hidden, found[1])
+        return form.encoded({"hidden": hidden}, self.factors)
+
+    def _of_features(self, hidden: np.ndarray, head: Head) -> np.ndarray:
+        """The factors of features, which the first batch decides; they are kept with the head."""
+        file, stored = self.folder / FILE, self.cache.form.dtype == "int8"
+        if not file.is_file():
+            save_head(head, file, factors_of(hidden) if stored else None)
+        factors = load_head(file)[1]
+        return np.ones(1, np.float32) if factors is None else factors
 
 
 def _top_k(found: Any, real: Tensor, form: Form) -> dict[str, Tensor]:
@@ -225,16 +239,16 @@ def _top_k(found: Any, real: Tensor, form: Form) -> dict[str, Tensor]:
     return {"ids": found.ids[real], "logp": found.logp[real], "rest": rest[real]}
 
 
-def _record(schema: Any, rows: Sequence[np.ndarray], columns: Sequence[dict[str, np.ndarray]]) -> Any:
+def _record(schema: Any, rows: Sequence[np.ndarray], columns: dict[str, np.ndarray]) -> Any:
     """Documents as a batch of Arrow's."""
     import pyarrow as pa
 
     offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
     arrays = []
     for field in schema:
-        parts = rows if field.name == IDS else [document[field.name] for document in columns]
-        values = pa.array(np.concatenate(parts).reshape(-1))
-        if parts[0].ndim > 1:
-            values = pa.FixedSizeListArray.from_arrays(values, parts[0].shape[1])
+        column = np.concatenate(rows) if field.name == IDS else columns[field.name]
+        values = pa.array(column.reshape(-1))
+        if column.ndim > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, column.shape[1])
         arrays.append(pa.ListArray.from_arrays(offsets, values).cast(field.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
