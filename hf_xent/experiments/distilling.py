@@ -25,7 +25,9 @@ class Distilling(Training):
         "The weight of each of several teachers [default: all alike].", None
     )
     objective: str = option(
-        "The divergence, with options if any: forward_kl, reverse_kl, 'jsd:beta=0.5', total_variation.", "forward_kl"
+        "The divergence, with options if any: forward_kl, reverse_kl, 'jsd:beta=0.5',"
+        " 'skew_kl:alpha=0.1', total_variation.",
+        "forward_kl",
     )
     temperature: float = option("T of both softmaxes in the divergence, which is multiplied by T^2.", 1.0)
     ce_weight: float = option("Weight of the labels' cross-entropy; the divergence has the rest.", 0.0)
@@ -92,7 +94,7 @@ def _trainer(run: Distilling, on_phase: Callable[[str], None]) -> Any:
     check_room(model, run.block_size, "block_size")
     if run.lora:
         model = adapted(model, run.lora)
-    teacher = BASE if run.teachers == [BASE] else _teacher(run, tokenizer)
+    teacher = BASE if run.teachers == [BASE] else _teacher(run, model, tokenizer)
     on_phase("reading the text")
     train, held_out = _documents(run)
     trainer = DistillationTrainer(
@@ -119,11 +121,30 @@ def _config(run: Distilling) -> Any:
     )
 
 
-def _teacher(run: Distilling, tokenizer: Any) -> Any:
-    from ..teachers import load
+def _teacher(run: Distilling, model: Any, tokenizer: Any) -> Any:
+    """The teachers, each in the student's vocabulary."""
+    from ..teachers import SeveralTeachers, load
 
     names = run.teachers if len(run.teachers) > 1 else run.teachers[0]
-    return load(names, tokenizer=tokenizer, weights=run.teacher_weights, tail=run.tail, k=run.k)
+    found = load(names, tokenizer=tokenizer, weights=run.teacher_weights, tail=run.tail, k=run.k)
+    if not isinstance(found, SeveralTeachers):
+        return _translated(found, run.teachers[0], model, tokenizer)
+    pairs = zip(found.teachers, run.teachers, strict=True)
+    return SeveralTeachers([_translated(one, name, model, tokenizer) for one, name in pairs], found.weights)
+
+
+def _translated(teacher: Any, name: str, model: Any, tokenizer: Any) -> Any:
+    """A teacher that is a model, in the student's vocabulary; caches and servers are in it already."""
+    from transformers import AutoTokenizer
+
+    from ..models.loading import resolve
+    from ..teachers import LocalTeacher
+    from ..teachers.other_vocabulary import for_student
+
+    if not isinstance(teacher, LocalTeacher):
+        return teacher
+    own, head = AutoTokenizer.from_pretrained(resolve(name)), model.get_output_embeddings()
+    return for_student(teacher, own, tokenizer, head.weight.shape[0])
 
 
 def _documents(run: Distilling) -> tuple[Any, Any]:

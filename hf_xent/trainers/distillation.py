@@ -3,11 +3,11 @@
     loss_t = (1 - w) T^2 D(p_t, q_t) + w CE(label_t, q_t)       mean over the labels of a step
 
 p_t and q_t are the softmaxes of teacher and student at temperature T (in the cross-entropy, of weight w, at 1), D is a
-divergence of the registry: KL in both directions, Jensen-Shannon, total variation. Labels say which positions count,
-and what the cross-entropy is of. Without `on_policy` the texts are those of the data set (with completions that the
-teacher has written, that is sequence-level distillation, Kim and Rush 2016). A share of `on_policy` of the batches has
-completions that the student samples itself, at every step anew, and learns what the teacher thinks of them; no gradient
-flows through the sampling.
+divergence of the registry: KL in both directions, skewed or not, Jensen-Shannon, total variation. Labels say which
+positions count, and what the cross-entropy is of. Without `on_policy` the texts are those of the data set (completions
+that the teacher has written make it sequence-level distillation). A share of `on_policy` of the batches has completions
+that the student samples itself, anew at every step, and learns what the teacher thinks of them; no gradient flows
+through the sampling.
 
 Teachers are of any hidden size: models, caches, servers, several with weights (`hf_xent.teachers`). A model that is a
 teacher is neither trained nor saved; every process has a copy.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import losses
-from ..losses.cross_entropy import CrossEntropy
 from ..losses.distillation import Distillation
 from ..ops import Head, Stats
 from ..options.ranges import is_number
@@ -217,15 +216,16 @@ class DistillationTrainer(StreamedSFTTrainer):
             output = model(**{name: x for name, x in inputs.items() if name not in NOT_OF_MODEL})
 
         def compute(hidden: Tensor, head: Head) -> tuple[Tensor, Stats]:
-            options = {
-                "num_items": items,
-                "token_weight": None if weights is None else weights.to(hidden.device),
+            return self.objective.compute(
+                hidden,
+                head,
+                labels.to(hidden.device),
+                num_items=items,
+                token_weight=None if weights is None else weights.to(hidden.device),
+                teacher=given,
+                observe=state.observe,
                 **state.options,
-            }
-            found = self.objective.compute(
-                hidden, head, labels.to(hidden.device), teacher=given, observe=state.observe, **options
             )
-            return mixed(*found, self.args.ce_weight, lambda: CrossEntropy().compute(hidden, head, labels, **options))
 
         loss, stats = lazy(output.logits, labels.shape[1], "distillation").with_head(compute)
         state.record(stats)
@@ -241,11 +241,11 @@ class DistillationTrainer(StreamedSFTTrainer):
         return nn.functional.pad(weights, (0, 1))[..., 1:]
 
     def _note_means(self, stats: Stats) -> None:
-        args, tokens, nll = self.args, stats.mask.sum(), stats.nll.sum()
+        loss, tokens, nll = self.objective, stats.mask.sum(), stats.nll.sum()
         self._note("nll", nll, tokens)
-        if args.ce_weight < 1:
-            divergence = (stats.loss.sum() - args.ce_weight * nll) / (1 - args.ce_weight)
-            self._note("divergence", divergence / self.objective.temperature**2, tokens)
+        if loss.ce_weight < 1:  # otherwise the loss says nothing of the divergence
+            divergence = (stats.loss.sum() - loss.ce_weight * nll) / (1 - loss.ce_weight)
+            self._note("divergence", divergence / loss.temperature**2, tokens)
 
     def _means(self, training: bool) -> dict[str, float]:
         """Means over labels and batches, with the perplexity in place of the mean log-probability."""
@@ -260,20 +260,10 @@ def objective_of(args: DistillationConfig) -> Distillation:
     Raises:
         ValueError: It is unknown, compares with no teacher, or an option is given twice.
     """
-    changed = {"temperature": args.temperature} if args.temperature != 1 else {}
+    given = {name: getattr(args, name) for name in ("temperature", "ce_weight")}
+    changed = {name: x for name, x in given.items() if x != getattr(type(args), name)}
     objective = losses.get(args.objective, **changed)
     if not isinstance(objective, Distillation):
         known = [name for name, loss in losses.LOSSES.items() if issubclass(loss, Distillation)]
         raise ValueError(f"objective is {args.objective!r}, which has no teacher: choose one of {', '.join(known)}")
     return objective
-
-
-def mixed(
-    loss: Tensor, stats: Stats, ce_weight: float, cross_entropy: Callable[[], tuple[Tensor, Stats]]
-) -> tuple[Tensor, Stats]:
-    """The divergence mixed with cross-entropy, which is computed if it counts."""
-    if not ce_weight:
-        return loss, stats
-    other, of_labels = cross_entropy()
-    stats.values["loss"] = torch.lerp(stats.loss, of_labels.loss, ce_weight)
-    return (1 - ce_weight) * loss + ce_weight * other, stats
