@@ -181,6 +181,26 @@ def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
     assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
     assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
+def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
+    """Oracle and student are one tiny model; answers are asked once, and shuffled ones are another training."""
+    tiny(std=0.5, vocab_size=90, max_position_embeddings=256).save_pretrained(model)
+    tiny_tokenizer(f"{TEXT} {'Yes No ' * 40}").save_pretrained(model)
+    for i, genre in enumerate("aehjlp" * 2):
+        texts = [f"{f'{word}/nn ' * 14}the/at {genre}/nn {word}/nn" for word in TEXT.split()[1:6]]
+        (tmp_path / f"c{genre}{i // 6:02}").write_text("\n\n".join(texts))
+    options = {
+        "encoder": model,
+        "corpus": f"brown:{tmp_path}",
+        "train": 5,
+        "epochs": 1,
+        "TEST": 2,
+        "QUESTIONS": ("Is it?", "the fox?"),
+    }
+    found, example = compared("aspects", monkeypatch, model, tmp_path / "out", **options)
+    assert set(found) == {*example["ARMS"], "information"}
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("accuracy", "macro F1"))
+    assert len({rows[0]["loss"] for arm, rows in found.items() if arm in example["ARMS"]}) == 3
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6 * 5 * 2
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name

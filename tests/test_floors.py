@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops", "options", "system", "registry"),
-    1: ("losses", "ranking", "data", "hub", "models", "metrics"),
+    1: ("losses", "ranking", "classes", "data", "hub", "models", "metrics"),
     2: ("lazy", "patching"),
     3: ("trainers", "callbacks", "detection", "generation", "ln_free", "teachers"),
     4: ("bench", "experiments"),

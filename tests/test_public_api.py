@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import detection, losses, ops, teachers, trainers
+from hf_xent import classes, detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -20,10 +20,11 @@ PUBLIC = {
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         token_logprobs vocab_loss vocab_stats""",
-    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr TotalVariation get
+    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation get
         linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
     teachers: """LocalTeacher ServedTeacher SeveralTeachers StoredTeacher Teacher load write_cache""",
+    classes: "Aspects ClassLoss LOSSES get predict resize",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -41,7 +41,8 @@ LOSSES = {
     "forward_kl": "forward_kl:temperature=2.0",
     "reverse_kl": "reverse_kl:temperature=0.7",
     "jsd": "jsd:beta=0.3, temperature=1.5",
-    "total_variation": "total_variation:temperature=2.0",
+    "skew_kl": "skew_kl:reverse=True, ce_weight=0.4, temperature=2.0",
+    "total_variation": "total_variation:temperature=2.0, ce_weight=0.4",
 }
 
 
@@ -182,7 +183,7 @@ def of_nothing(part):
     return found
 
 
-LOW = ("cross_entropy", "emo", "eisl", "forward_kl", "reverse_kl", "jsd", "total_variation")
+LOW = ("cross_entropy", "emo", "eisl", "forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")
 
 
 def low_precision(part):
@@ -214,7 +215,7 @@ def dense(name, dtype):
 CASES = {
     **{name: partial(of_a_loss, text) for name, text in LOSSES.items()},
     **{f"{name}, whole teacher": partial(of_a_loss, LOSSES[name], whole_teacher=True)
-       for name in ("forward_kl", "reverse_kl", "jsd", "total_variation")},
+       for name in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")},
     **{name: partial(of_passes, name) for name in PASSES},
     **{f"tail {text}": partial(of_tail, text) for text in TAILED},
     "statistics": partial(of_statistics, None),
@@ -258,7 +259,7 @@ def largest_of(shard):
     """The numbers in the largest tensor that a loss makes of 64 tokens, with room for 8 rows."""
     head = Head(torch.randn(min(shard.width, V - shard.start), D, requires_grad=True), shard=shard)
     hidden, labels, found = torch.randn(64, D, requires_grad=True), torch.randint(V, (64,)), {}
-    for name in ("emo:cost='current'", "forward_kl", "reverse_kl", "jsd", "total_variation"):
+    for name in ("emo:cost='current'", "forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation"):
         for reduction in ("mean", "none"):
             with Largest() as largest:
                 options = {"memory_budget": 8 * V * 4 // 4, "reduction": reduction, "teacher": (hidden, head)}

@@ -566,6 +566,13 @@ def test_the_command_writes_a_cache_that_training_finds(tmp_path):
     assert "the 3 most probable next tokens" in card and "path: data-*.arrow" in card
     documents = tokenized(Dataset.from_dict({"text": TEXTS}), tiny_tokenizer(), max_length=6)["input_ids"]
     assert load(tmp_path / "cache").targets(padded_batch(documents)).mask.any()
+    answers = tmp_path / "answers.jsonl"  # with a text, which is not what training by completions reads
+    answers.write_text("\n".join(json.dumps({"prompt": x, "completion": " dog", "text": "fox"}) for x in TEXTS))
+    command = ["distill", "cache", tmp_path / "model", answers, "--column", "completion", "--k", 3]
+    command += ["--output", tmp_path / "completions", "--json"]
+    CliRunner().invoke(cli.app, [*map(str, command)], catch_exceptions=False)
+    found = load(tmp_path / "completions").rows.with_format(None)["input_ids"][:]
+    assert tiny_tokenizer()(TEXTS[0] + " dog</s>")["input_ids"] in found
     assert len(load_dataset(str(tmp_path / "cache"), split="train", cache_dir=tmp_path / "hub")) == 3
     with pytest.raises(ValueError, match=r"tokenizer is not given: name that of the server's model"):
         CliRunner().invoke(cli.app, ["distill", "cache", "http://127.0.0.1:9/v1", "pydoc"], catch_exceptions=False)

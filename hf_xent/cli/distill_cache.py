@@ -9,7 +9,8 @@ from typer import Argument
 
 from ..experiments.distill_cache import Caching, write
 from .app import unpack_packaged
-from .options import TEXT_HELP, Column, Json, Split, check_dtype, options_from
+from .distill_train import Column
+from .options import TEXT_HELP, Json, Split, check_dtype, options_from
 from .output import emit, err
 
 if TYPE_CHECKING:

@@ -200,7 +200,7 @@ class ModelJudge:
         if not rows:
             return torch.empty(0)
         questions = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
-        verdicts = self._verdicts([answers for _, answers in questions])
+        verdicts = verdict_tokens(self.format, [answers for _, answers in questions])
         prompts = [prompt for prompt, _ in questions]
         longest, room = max(map(len, prompts)), positions(self.model)
         if room is not None and longest > room:
@@ -219,29 +219,49 @@ class ModelJudge:
         item = {**row, "prompt": text_of(row["prompt"]), "first": first, "second": second}
         return self.format.encode(item, self.tokenizer)
 
-    def _verdicts(self, answers: list[list[list[int]]]) -> list[int]:
-        """The two tokens of the verdicts, which have to be the same in every prompt."""
-        distinct = {tuple(token for verdict in pair for token in verdict) for pair in answers}
-        [tokens, *others] = distinct
-        if others or len(tokens) != 2 or len(set(tokens)) != 2 or len(answers[0]) != 2:
-            raise ValueError(
-                f"the verdicts {self.format.answers} have the tokens {sorted(distinct)}: choose two different ones that"
-                " are always one token each"
-            )
-        return list(tokens)
-
     def _odds(self, prompts: list[list[int]], verdicts: list[int]) -> Tensor:
         """sigma(z_A - z_B) [n] after n prompts of any lengths."""
         model = self.model
         ids, mask = padded(prompts, device=model.device)
         with torch.no_grad(), eval_mode(model), patched(model, always=True):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            last = logits[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-            if isinstance(last, LazyLogits):
-                z = last.with_head(lambda h, head: head[torch.tensor(verdicts, device=h.device)].logits(h))
-            else:  # the logits are computed already: take those of one position
-                z = last[:, verdicts]
-        return (z[:, 0] - z[:, 1]).sigmoid()
+        return odds(logits, mask.sum(1) - 1, verdicts)
+
+
+def verdict_tokens(format: Format, answers: Sequence[list[list[int]]]) -> list[int]:
+    """The two tokens of a format's answers, which have to be the same after every prompt.
+
+    Args:
+        format: The format, for the message.
+        answers: The tokens of both answers after each prompt, as `Format.encode` returns them.
+
+    Raises:
+        ValueError: The answers are not two different single tokens.
+    """
+    distinct = {tuple(token for verdict in pair for token in verdict) for pair in answers}
+    [tokens, *others] = distinct
+    if others or len(tokens) != 2 or len(set(tokens)) != 2 or len(answers[0]) != 2:
+        raise ValueError(
+            f"the verdicts {format.answers} have the tokens {sorted(distinct)}: choose two different ones that are"
+            " always one token each"
+        )
+    return list(tokens)
+
+
+def odds(logits: LazyLogits | Tensor, last: Tensor, verdicts: list[int]) -> Tensor:
+    """sigma(z_A - z_B) [n] at one position of each row, from two rows of the head.
+
+    Args:
+        logits: The logits [n, T, V] of a patched model.
+        last: The position [n] of each row.
+        verdicts: The tokens A and B.
+    """
+    at = logits[torch.arange(len(last), device=last.device), last]
+    if isinstance(at, LazyLogits):
+        z = at.with_head(lambda h, head: head[torch.tensor(verdicts, device=h.device)].logits(h))
+    else:  # the logits are computed already: take those of one position
+        z = at[:, verdicts]
+    return (z[:, 0] - z[:, 1]).sigmoid()
 
 
 def text_of(prompt: str | Sequence[Row]) -> str:

@@ -79,4 +79,4 @@ class GOLD(UniversalLogit):
         p, q = (second["teacher"].detach() / self.temperature).softmax(-1), (logits / self.temperature).softmax(-1)
         m = torch.lerp(q, p, self.beta)
         matched = self.beta * (p * (p / m).log()).sum(-1) + (1 - self.beta) * (q * (q / m).log()).sum(-1)
-        return self.temperature**2 * self._weights(p.shape[-1], p.shape[-1])[0] * matched
+        return self.dense(self._weights(p.shape[-1], p.shape[-1])[0] * matched, logits, labels)

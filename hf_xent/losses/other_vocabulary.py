@@ -113,13 +113,10 @@ def per_token(
     request: Request,
 ) -> tuple[Tensor, Stats]:
     """`Loss.per_token` of a `Distillation` with such a target; `objective.across` has the loss of rows."""
-    losses = objective.temperature**2 * _losses(objective, hidden, head, labels, target, request)
-    share = getattr(objective, "ce_weight", 0.0)  # not every loss with a teacher mixes cross-entropy in
-    if share:
+    divergence = _losses(objective, hidden, head, labels, target, request)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and objective.ce_weight > 0):
         stats = stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
-        losses = (1 - share) * losses - share * stats.logp  # 0 at ignored positions, too
-    else:
-        stats = objective.student_stats(hidden, head, labels, request)
+    losses = objective.with_cross_entropy(divergence, -stats.logp)  # 0 at ignored positions, too
     return apply_weights(losses, weight, stats, request)
 
 

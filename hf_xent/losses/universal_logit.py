@@ -67,7 +67,7 @@ class UniversalLogit(Distillation):
         p, q = (second["teacher"].detach() / self.temperature).softmax(-1), (logits / self.temperature).softmax(-1)
         size = max(p.shape[-1], q.shape[-1])
         p, q = (F.pad(x, (0, size - x.shape[-1])).sort(-1).values for x in (p, q))
-        return self.temperature**2 * (p - q).abs().sum(-1)
+        return self.dense((p - q).abs().sum(-1), logits, labels)
 
 
 def merged(logits: tuple[Tensor, Tensor], factors: tuple[Tensor, ...]) -> list[Tensor]:

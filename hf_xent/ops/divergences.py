@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, higher, split_rows
+from . import chunked, closed_form, higher, split_rows
 from .alike import split_alike
 from .autograd import scaled
 from .buffers import Buffers, Gradients
@@ -160,12 +160,14 @@ def _visit(
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
     alone = replace(problem, payload=None, hidden=problem.hidden[:, 0])  # the first pass
+    known = bool(chunks) and _formula(function, problem) is not None and alone.outputs <= function.knows
     statistics, values = [], dict[str, Tensor]()
     for tokens, span in zip(chunks, rows, strict=True):
         products, second = buffers.load(span)
         by_token = products.unflatten(0, (-1, passes))
-        local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
-        statistics.append(merge_ranks(alone, local, tokens))
+        if not known:
+            local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
+            statistics.append(merge_ranks(alone, local, tokens))
         for strip, found in _differentiate_(function[tokens], problem, tokens, (by_token, second), weight[tokens]):
             for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
                 whole = values.setdefault(name, value.new_empty(count))
@@ -189,6 +191,10 @@ def _differentiate_(
         yield slice(None), split_rows.differentiate_(function, problem, tokens, products, weight, PARTS)
         return
     passes, second = products
+    if (closed := _formula(function, problem)) is not None and second is not None:
+        pair = passes[:, 0], second
+        yield from closed_form.differentiate_(closed, problem, problem.labels[tokens], pair, weight)
+        return
     trains, labels = bool(problem.needs), problem.labels[tokens]
     others = repeat(None) if second is None else (strip for _, strip in strips(second, PARTS))
     for (span, strip), other in zip(strips(passes, PARTS), others, strict=False):
@@ -201,3 +207,8 @@ def _differentiate_(
             if trains:
                 passes[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
         yield span, {name: value.detach() for name, value in values.items()}
+
+
+def _formula(function: RowLoss, problem: Problem) -> closed_form.Closed | None:
+    """The gradient as a formula, if there is one; the ranks of a split head differentiate their sums apart."""
+    return function.closed if problem.payload is not None and problem.head.shard is None else None

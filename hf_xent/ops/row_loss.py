@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .closed_form import Closed
 from .rows import Rows
 
 
@@ -51,11 +52,16 @@ class RowLoss(Constants):
             passes), and the temperature.
         rows: Constants of every token, in the shape of labels with any further dimensions. Those of dtype int64 are
             token ids, and count as labels do.
+        closed: For a single pass and a second model: the same with the gradient as a formula, where autograd would need
+            ten times the memory; `closed_form.Closed` tells how. None if there is none.
+        knows: The statistics at temperature 1 of the first softmax that `closed` returns, too, by their names.
     """
 
     sums: Callable[..., dict[str, Tensor]]
     softmaxes: tuple[tuple[int, float], ...]
     rows: tuple[Tensor, ...] = ()
+    closed: Closed | None = None
+    knows: frozenset[str] = frozenset()
 
     def over(self, labels: Tensor, *logp: Tensor) -> dict[str, Tensor]:
         """The sums over the columns of log-probabilities [n, V], one of each softmax."""

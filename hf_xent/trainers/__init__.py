@@ -6,6 +6,7 @@ from typing import Any
 from ..system import extras
 
 METHODS = {
+    "classes": ("ClassConfig", "ClassTrainer"),
     "distillation": ("DistillationConfig", "DistillationTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
