@@ -181,6 +181,8 @@ def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
     assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
     assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
+
+
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
     """Oracle and student are one tiny model; answers are asked once, and shuffled ones are another training."""
     tiny(std=0.5, vocab_size=90, max_position_embeddings=256).save_pretrained(model)
