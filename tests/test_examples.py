@@ -146,7 +146,7 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
 
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
     """Oracle and student are one tiny model; answers are asked once, and shuffled ones are another training."""
-    tiny(std=0.5, vocab_size=90, max_position_embeddings=256, num_hidden_layers=3).save_pretrained(model)
+    tiny(std=0.5, vocab_size=90, max_position_embeddings=256).save_pretrained(model)
     tiny_tokenizer(f"{TEXT} {'Yes No ' * 40}").save_pretrained(model)
     for i, genre in enumerate("aehjlp" * 2):
         texts = [f"{f'{word}/nn ' * 14}the/at {genre}/nn {word}/nn" for word in TEXT.split()[1:6]]
