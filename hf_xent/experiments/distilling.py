@@ -122,7 +122,7 @@ def _config(run: Distilling) -> Any:
 
 
 def _teacher(run: Distilling, tokenizer: Any) -> Any:
-    """The teachers, each asked in its own tokens."""
+    """The teachers; a model with another vocabulary is asked in its own tokens."""
     from ..teachers import load
 
     names = run.teachers if len(run.teachers) > 1 else run.teachers[0]
