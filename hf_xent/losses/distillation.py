@@ -50,7 +50,7 @@ class Distillation(Loss):
     ce_weight: float = field(default=0.0, kw_only=True)
     """w in [0, 1]: the share of the cross-entropy with the labels, at temperature 1; the divergence has 1 - w."""
 
-    uses: tuple[str, ...] = ()
+    uses = Loss.uses[:0]  # none; not annotated, which would make it a field
     needs_teacher = True
 
     def __post_init__(self) -> None:
