@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from benchmarks import compression, dpo, first_gpu, roofline, tails
+from benchmarks import caches, compression, dpo, first_gpu, roofline, tails
 from benchmarks import kernels as compilation
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
@@ -66,6 +66,20 @@ def costs(
 
     config = BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu")
     output.write_text(objectives.page(config), encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command(name="caches")
+def teacher_caches(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = caches.FILE,
+    model: Model = "smollm2",
+    data: Text = "pydoc",
+    documents: Annotated[int, Option(help="Number of documents.", min=1)] = 4,
+    length: Annotated[int, Option(help="Tokens of a document.", min=2)] = 128,
+    noise: Annotated[float, Option(help="Noise in the student's weights, relative to their size.", min=0.0)] = 0.1,
+) -> None:
+    """Measure the size of a teacher's caches per token, and what their form does to loss and gradient."""
+    output.write_text(caches.page(model, data, documents, length, noise), encoding="utf-8")
     print(f"written: {output}")
 
 

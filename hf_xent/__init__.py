@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # at run time a name is imported on first use: torch takes a 
     from .losses import linear_cross_entropy
     from .ops import Head, Stats, map_logits, token_logprobs, vocab_loss, vocab_stats
     from .patching import Comparison, compare, patch, seam_of, unpatch
+    from .trainers.distillation import DistillationConfig, DistillationTrainer
     from .trainers.dxo import DXOConfig, DXOTrainer
     from .trainers.emo import EMOConfig, EMOTrainer
     from .trainers.f2c import F2CConfig, F2CTrainer
@@ -39,6 +40,8 @@ __all__ = [
     "Comparison",
     "DXOConfig",
     "DXOTrainer",
+    "DistillationConfig",
+    "DistillationTrainer",
     "EMOConfig",
     "EMOTrainer",
     "F2CConfig",

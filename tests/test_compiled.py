@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import hf_xent
 from hf_xent import Head, linear_cross_entropy, vocab_loss, vocab_stats
 from hf_xent.lazy import LazyLogits, TracedLogits
-from hf_xent.losses import EMO, CrossEntropy, Focal, ForwardKL
+from hf_xent.losses import EMO, CrossEntropy, Focal, ForwardKL, ReverseKL
 from hf_xent.patching import patch_state
 from support.models import V, batch, gradients, tiny
 from support.oracle import assert_no_worse
@@ -78,6 +78,10 @@ FUNCTIONAL = {
     "forward kl": lambda h, w, b, y: ForwardKL(temperature=2.0)(
         h, Head(w, b), y, teacher=(h.detach()[..., :5], Head(TEACHER))
     ),
+    "forward kl and cross-entropy": lambda h, w, b, y: ForwardKL(temperature=2.0, ce_weight=0.3)(
+        h, Head(w, b), y, teacher=(h.detach()[..., :5], Head(TEACHER))
+    ),
+    "reverse kl": lambda h, w, b, y: ReverseKL()(h, Head(w, b), y, teacher=(h.detach()[..., :5], Head(TEACHER))),
     "vocab_loss": lambda h, w, b, y: vocab_loss(CrossEntropy(), h, Head(w, b), y, token_weight=0.5)[0],
 }
 

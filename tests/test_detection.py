@@ -23,7 +23,6 @@ from hf_xent import detection
 from hf_xent.data.brown import Brown
 from hf_xent.detection import scores as registry
 from hf_xent.detection.counts import CountedText, count, frequencies, smoothed
-from hf_xent.detection.fingerprints import fingerprint_tokenizer
 from hf_xent.detection.scorer import TextScorer
 from hf_xent.detection.scores import base as score_files
 from hf_xent.experiments.labels import binary_labels
@@ -32,6 +31,7 @@ from hf_xent.lazy import next_token_labels
 from hf_xent.metrics import modules
 from hf_xent.metrics import ranking as metrics
 from hf_xent.models.anatomy import positions
+from hf_xent.models.fingerprints import fingerprint_tokenizer
 from hf_xent.ops import Stats
 from hf_xent.patching import lazily, patch, patch_state, unpatch
 from support.models import CONFIGS, V, tiny, tiny_tokenizer

@@ -125,6 +125,17 @@ def test_noisefit_qa_compares_all_arms(tmp_path, monkeypatch, model):
     assert [arm for arm, rows in found.items() if "divergence" in rows[0]] == ["NoiseFiT, sigma 0", "NoiseFiT"]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default sets it
+def test_distill_compares_all_arms(tmp_path, monkeypatch, model):
+    (tmp_path / "t.txt").write_text(TEXT * 40)
+    options = {"steps": 2, "data": str(tmp_path / "t.txt"), "HELD_OUT": 4}
+    found, example = compared("distill", monkeypatch, model, tmp_path / "out", **options)
+    assert set(found) == {*example["ARMS"], example["UNTRAINED"], example["DENSE"]}
+    dense, streamed = found[example["DENSE"]][0], found["forward KL"][0]
+    assert dense["error"] < 1e-6 and dense["KL"] == pytest.approx(streamed["KL"], abs=1e-6)
+    assert all(rows[0]["MiB"] > 0 for arm, rows in found.items() if arm != example["UNTRAINED"])
+
+
 def test_short_answers_counts_answers_and_pairs(monkeypatch):
     """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
     example = runpy.run_path(str(EXAMPLES / "short_answers.py"))
@@ -142,6 +153,45 @@ def test_f2c_classification_compares_all_arms(tmp_path, monkeypatch, model):
     assert constant["agreement"] == 1 and constant["accuracy"] == found["untrained"][0]["constant_accuracy"]
     for rows in found.values():
         assert sum(rows[0][name] for name in example["CONTINENTS"]) == pytest.approx(1)
+
+
+def test_cloze_questions_are_about_what_all_leads_share(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cloze_questions as cloze
+
+    pages = {"en": {"Fox": "Fox was born in 1931 near Dog Hill. It slept.", "Cat": "In 1900."},
+             "fr": {"Fox": "Fox, né à Dog Hill en 1931, 1931 fois.", "Chat": "En 1900."}}  # fmt: skip
+    monkeypatch.setattr(cloze, "leads", pages.get)
+    rows = cloze.aligned(["en", "fr"])
+    assert rows["en"]["id"] == rows["fr"]["id"] == ["Fox: 1931", "Fox: Dog Hill"]
+    assert rows["en"]["question"] == [
+        "Fox was born in ? near Dog Hill. It slept.",
+        "Fox was born in 1931 near ? . It slept.",
+    ]
+    assert rows["fr"][0]["answers"] == {"text": ["1931"], "answer_start": [22]}
+    assert cloze.shortened("A b c. " * 80) == ("A b c. " * 57).strip() and cloze.place("19", "In 1900.") == -1
+
+
+def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
+    """Tiny encoder, made-up leads of two languages: every arm runs, and those with a teacher have a divergence."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cloze_questions
+    from transformers import BertConfig, BertModel
+
+    words = {"en": "the fox jumps over Dog{} in 19{} and wakes", "fr": "le dog saute sur Dog{} en 19{} et dort"}
+    pages = {
+        name: {f"T{i}": text.format(i, i) for i in range(10, 19 - 3 * (name == "fr"))} for name, text in words.items()
+    }
+    monkeypatch.setattr(cloze_questions, "leads", pages.get)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    BertModel(BertConfig(vocab_size=90, **sizes)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(" ".join(words.values()) * 8).save_pretrained(tmp_path / "model")
+    options = {"languages": "en,fr", "epochs": 1, "LAYERS": 1, "FIRST_ROWS": 4}
+    found, example = compared("self_distil_qa", monkeypatch, str(tmp_path / "model"), tmp_path / "out", **options)
+    assert set(found) == set(example["ARMS"])
+    assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
+    assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
 
 
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):

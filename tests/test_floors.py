@@ -14,7 +14,7 @@ FLOORS = {
     0: ("ops", "options", "system", "registry"),
     1: ("losses", "ranking", "classes", "data", "hub", "models", "metrics"),
     2: ("lazy", "patching"),
-    3: ("trainers", "callbacks", "detection", "generation", "ln_free"),
+    3: ("trainers", "callbacks", "detection", "generation", "ln_free", "teachers"),
     4: ("bench", "experiments"),
     5: ("cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }

@@ -24,6 +24,7 @@ from hf_xent.losses import (
     ForwardKL,
     MixCE,
     ReverseKL,
+    SkewKL,
     TaiLr,
     TotalVariation,
     sequence,
@@ -55,10 +56,11 @@ SETTINGS = {  # more than the defaults, with which every registered loss is trie
         {"variant": "emo", "gt_detach": True},
     ],
     "eisl": [{}, {"ngrams": (1, 3, 0, -1), "weights": (0.4, 0.3, 0.2, 0.1), "ngram_factor": 0.7, "ce_factor": 0.5}],
-    "forward_kl": [{}, {"temperature": 2.0}],
+    "forward_kl": [{}, {"temperature": 2.0}, {"ce_weight": 0.25}],
     "reverse_kl": [{}, {"temperature": 2.0}],
-    "jsd": [{}, {"beta": 0.1, "temperature": 2.0}],
-    "total_variation": [{}, {"temperature": 2.0}],
+    "jsd": [{}, {"beta": 0.1, "temperature": 2.0}, {"temperature": 0.5, "ce_weight": 0.6}],
+    "skew_kl": [{}, {"temperature": 2.0, "ce_weight": 0.3}, {"alpha": 0.4, "reverse": True}],
+    "total_variation": [{}, {"temperature": 2.0, "ce_weight": 1.0}],
 }
 CASES = [(name, options) for name in LOSSES for options in SETTINGS.get(name, [{}])]
 every = pytest.mark.parametrize(
@@ -585,15 +587,13 @@ def test_tailr_and_mixce_identities():
     torch.testing.assert_close(found, gradients(((-nll).exp().detach() * nll).sum(), p))
 
 
-DIVERGENCES = (ForwardKL(), ReverseKL(), JSD(), TotalVariation())
+DIVERGENCES = (ForwardKL(), ReverseKL(), JSD(), SkewKL(), SkewKL(reverse=True), TotalVariation())
 
 
 # --- teachers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "loss", [ForwardKL(), ReverseKL(), JSD(), ForwardKL(temperature=3.0), JSD(beta=0.2), TotalVariation()], ids=repr
-)
+@pytest.mark.parametrize("loss", [*DIVERGENCES, ForwardKL(temperature=3.0), JSD(beta=0.2)], ids=repr)
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(loss, impl, device):
     p = problem(torch.float32, device)
     found = per_token(loss, p, teacher=(p.hidden, p.head), impl=impl)
@@ -629,6 +629,67 @@ def test_jsd_is_symmetric_at_one_half_and_ends_in_the_kls():
         torch.testing.assert_close(
             per_token(JSD(beta=1 - 1e-7), p, teacher=p.teacher) / 1e-7, reverse, rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_skewed_divergences_end_in_the_kls_and_add_up_to_jsd(temperature):
+    p, same = problem(), {"temperature": temperature}
+
+    def solved(*terms):
+        each = sum(factor * per_token(loss, p, teacher=p.teacher) for factor, loss in terms)
+        return each, *gradients(each.sum(), p)
+
+    for reverse, limit in ((False, ForwardKL(**same)), (True, ReverseKL(**same))):
+        found = solved((1.0, SkewKL(alpha=1e-9, reverse=reverse, **same)))
+        torch.testing.assert_close(found, solved((1.0, limit)), rtol=1e-5, atol=1e-7)
+        # a teacher that rules out all but one token, so that a KL is nearly all of its logits
+        sure = 40 * p.teacher[0], p.teacher[1]
+        for loss in (SkewKL(alpha=0.2, reverse=reverse, **same), SkewKL(alpha=0.2, reverse=reverse)):
+            bound = -math.log(0.2) * loss.temperature**2
+            assert (per_token(loss, p, teacher=sure) <= bound).all()
+    halves = (0.3, SkewKL(alpha=0.3, **same)), (0.7, SkewKL(alpha=0.7, reverse=True, **same))
+    torch.testing.assert_close(solved(*halves), solved((1.0, JSD(beta=0.3, **same))))
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=repr)
+def test_cross_entropy_is_mixed_in_at_temperature_one(loss):
+    """Against autograd on dense logits, with banned tokens, for one visit, none of the tokens twice, and no graph."""
+    p, w = problem(), 0.3
+    mixed = replace(loss, temperature=2.5, ce_weight=w)
+    one, other = CrossEntropy(), replace(loss, temperature=2.5)
+    call = {"teacher": p.teacher}
+    expected = w * one(p.hidden, p.head, p.labels) + (1 - w) * other(p.hidden, p.head, p.labels, **call)
+    found, stats = mixed.compute(p.hidden, p.head, p.labels, observe=("entropy",), **call)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, p), gradients(expected, p))
+    plain = vocab_stats(p.hidden, p.head, p.labels, outputs=("lse", "target", "entropy"))
+    for name in ("lse", "target", "entropy"):
+        torch.testing.assert_close(getattr(stats, name), getattr(plain, name).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(mixed(p.hidden, p.head, p.labels, **call), expected.detach())
+    only = replace(loss, ce_weight=1.0)(p.hidden, p.head, p.labels, **call)
+    torch.testing.assert_close(only, one(p.hidden, p.head, p.labels))
+
+
+@pytest.mark.parametrize("loss", DIVERGENCES, ids=repr)
+def test_banned_tokens_add_nothing_to_a_divergence(loss):
+    """A bias of -inf on both sides equals a vocabulary without these tokens."""
+    p = problem()
+    banned = torch.zeros(V, dtype=torch.bool).index_fill_(0, torch.tensor([3, V - 1]), True)
+    p.labels[p.labels == 3] = p.labels[p.labels == V - 1] = 5
+    hidden, teacher = p.teacher
+    other = torch.randn(V, dtype=torch.float64)
+
+    def solved(keep, *biases):
+        head = Head(p.head.weight[keep], biases[0][keep])
+        labels = torch.where(p.labels == -100, p.labels, keep.cumsum(0)[p.labels.clamp(min=0)] - 1)
+        call = {"teacher": (hidden, Head(teacher.weight[keep], biases[1][keep]))}
+        total = replace(loss, ce_weight=0.2)(p.hidden, head, labels, **call)
+        return total, *torch.autograd.grad(total, [p.hidden, p.head.weight])
+
+    everything = torch.ones(V, dtype=torch.bool)
+    biases = [x.detach().masked_fill(banned, -math.inf) for x in (p.head.bias, other)]
+    torch.testing.assert_close(solved(everything, *biases), solved(~banned, p.head.bias.detach(), other))
 
 
 # --- EISL ------------------------------------------------------------------------------------------------------------
@@ -904,6 +965,9 @@ def test_get():
         (lambda: EISL(floor=1), "floor is 1: choose"),
         (lambda: ForwardKL(temperature=0), "temperature is 0: choose a positive number"),
         (lambda: JSD(beta=1), "beta is 1: choose a share in"),
+        (lambda: SkewKL(alpha=0), "alpha is 0: choose a share in .0, 1., or the forward_kl"),
+        (lambda: SkewKL(reverse=1), "reverse is 1"),
+        (lambda: TotalVariation(ce_weight=1.5), r"ce_weight is 1.5: choose a share in \[0, 1\]"),
     ],
 )
 def test_errors_of_options(make, message):
@@ -977,14 +1041,15 @@ def test_float16_gradients_are_scaled_by_a_power_of_two(weight):
 # --- whole rows of two models ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [JSD(beta=0.3), TotalVariation()], ids=repr)
+@pytest.mark.parametrize("loss", [replace(x, ce_weight=0.5, temperature=2.0) for x in DIVERGENCES], ids=repr)
 def test_whole_rows_of_two_models_are_never_all_in_memory(loss, monkeypatch):
-    """Of 200 tokens no tensor has more than a few rows of the vocabulary, and each is computed once."""
+    """Of 200 tokens no tensor has more than a few rows of the vocabulary; each is computed once, without a graph."""
     p = problem(labels=torch.randint(V, (200,)))
     rows = []
-    counted = lambda *args: rows.append(len(args[0])) or type(loss).divergence(loss, *args)  # noqa: E731
+    counted = lambda *args: rows.append(len(args[0])) or type(loss).slope(loss, *args)  # noqa: E731
     monkeypatch.setattr(divergences, "map_rows", None)  # which would compute them twice
-    object.__setattr__(loss, "divergence", counted)
+    object.__setattr__(loss, "slope", counted)
+    object.__setattr__(loss, "divergence", None)  # which autograd would differentiate
     with Largest() as largest:
         loss(p.hidden, p.head, p.labels, teacher=p.teacher, memory_budget=10 * V * 8).backward()
     assert sum(rows) == 200 and max(rows) <= 5

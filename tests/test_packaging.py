@@ -69,7 +69,7 @@ def test_every_import_is_a_dependency(folder):
     """Rooms of an extra import what it brings; all others import core, but for what is named here."""
     extras = {
         **dict.fromkeys(("data", "detection", "generation", "metrics", "system"), "detect"),
-        **dict.fromkeys(("trainers", "callbacks", "experiments", "hub", "ln_free", "patching"), "train"),
+        **dict.fromkeys(("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers"), "train"),
         **dict.fromkeys(("bench", "cli"), "all"),  # TRL is a contestant
     }
     brought = CORE_NAMES | (names_of(extras[folder]) if folder in extras else set())

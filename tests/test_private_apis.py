@@ -24,6 +24,7 @@ from support.models import tiny
 
 PACKAGE = Path(hf_xent.__file__).parent
 TRAINER, DPO, SFT = "transformers.Trainer", "trl.DPOTrainer", "trl.SFTTrainer"
+DISTILLATION = "trl.DistillationTrainer"
 
 API = {
     # torch: what a backward knows of its graph, other ways to differentiate, and tensors that are wrapped
@@ -72,11 +73,12 @@ API = {
     # trl: what our trainers override, the forward it puts on a model, its kernel in the benchmark
     f"{DPO}._prepare_dataset": ("trainers", ("dataset", "processing_class", "args", "dataset_name")),
     f"{SFT}._prepare_dataset": (
-        "trainers", ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
+        "trainers, teachers", ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name")
     ),
     f"{SFT}._reject_skip_prepare_without_labels": ("trainers", ("datasets", "data_collator")),
     f"{DPO}._precompute_ref_logps": ("trainers", ("dataset", "name", "batch_size")),
     f"{DPO}._set_signature_columns_if_needed": ("trainers", ()),
+    f"{DISTILLATION}._compute_loss": ("trainers", ("unwrapped_student", "inputs", "num_items_in_batch")),
     f"{DPO}._compute_loss": ("trainers", ("model", "inputs", "return_outputs")),
     f"{DPO}.compute_ref_log_probs": ("trainers", ("model", "inputs")),
     f"{DPO}._name": ("trainers", ()),
@@ -97,6 +99,8 @@ API = {
 
 
 OF_TRL_1_16 = {
+    f"{DISTILLATION}._compute_loss",
+    "trl: DistillationTrainer._forward_redirection",
     f"{SFT}._reject_skip_prepare_without_labels",
     "trl.kernels.ChunkedLogProbFunction",
     "trl.trainer.utils.FusedCausalLMOutput",
@@ -245,6 +249,10 @@ HELD = {
     "transformers: Trainer._train_batch_size": (
         "trainers",
         lambda: says("self._train_batch_size", "transformers", "trainer.py"),
+    ),
+    "trl: DistillationTrainer._forward_redirection": (
+        "trainers",
+        lambda: says("self._forward_redirection(", "trl", "trainer/distillation_trainer.py"),
     ),
     "trl: DPOTrainer._metrics": ("trainers", lambda: says("self._metrics = {", "trl", "trainer/dpo_trainer.py")),
     "trl: KTO's _stored_metrics": (

@@ -7,21 +7,24 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, losses, ops, trainers
+from hf_xent import classes, detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
-TRAINERS = """DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig F2CTrainer LNRemovalCallback LNRemovalConfig
-    LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO
-    SPOConfig SPOOptions SPOTrainer XentConfig XentTrainer"""
+TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
+    F2CTrainer LNRemovalCallback LNRemovalConfig LNRemovalTrainer NoiseFiTConfig NoiseFiTTrainer
+    OSPConfig OSPTrainer PatchCallback SPCEConfig SPCETrainer SPO SPOConfig SPOOptions SPOTrainer
+    XentConfig XentTrainer"""
 PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         token_logprobs vocab_loss vocab_stats""",
-    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL TaiLr TotalVariation get
-        linear_cross_entropy table""",
+    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation
+        get linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
+    teachers: """LocalTeacher OtherVocabularyTeacher PaddedTeacher ServedTeacher SeveralTeachers StoredTeacher
+        Teacher load write_cache""",
     classes: "Aspects ClassLoss LOSSES get predict resize",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
@@ -39,7 +42,7 @@ def test_names_are_frozen_and_exist(module):
 
 def test_names_of_trainers_are_those_of_their_registry():
     named = [name for names in trainers.METHODS.values() for name in names]
-    assert sorted(trainers.__all__) == sorted([*named, "PatchCallback"])
+    assert sorted(trainers.__all__) == sorted([*named, "PatchCallback", "stream_distillation"])
     assert set(TRAINERS.split()) <= set(trainers.__all__), "frozen; new ones are in hf_xent.trainers alone"
     for name in trainers.__all__:
         assert getattr(trainers, name).__name__ == name

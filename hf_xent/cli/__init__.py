@@ -5,6 +5,7 @@ from .bench import bench, report
 from .check import check, losses
 from .data import data
 from .detect import detect
+from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
 from .publish import publish
@@ -16,3 +17,4 @@ for command in (train, check, losses, generate, detect, publish, bench, report):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")
+app.add_typer(distill, name="distill")

@@ -27,6 +27,7 @@ EXTRAS = {
     "bench": "bench",
     "data": "detect",
     "detect": "detect",
+    "distill": "train",
     "ln-free": "detect",
     "report": "bench",
     "train": "train",

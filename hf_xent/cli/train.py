@@ -78,8 +78,8 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     from ..models.quiet import quiet_loading
 
     titles = {STOCK: STOCK, PATCHED: PATCHED} if compare else {PATCHED: run.loss}
-    with _progress() as progress:
-        report = _reporter(progress, titles, run.steps)
+    with progress_bars() as progress:
+        report = reporter(progress, titles, run.steps)
         if compare:
             with quiet_loading():
                 outcomes = side_by_side(run, report)
@@ -90,7 +90,7 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     return outcomes
 
 
-def _reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable[[str, int | str], None]:
+def reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable[[str, int | str], None]:
     """A function `report(arm, step or phase)` that moves the bar of an arm; without a terminal it prints lines."""
     bars = {arm: progress.add_task(title, total=steps, phase="starting") for arm, title in titles.items()}
 
@@ -107,7 +107,8 @@ def _reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callabl
     return report
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
+    """Bars of steps, on standard error."""
     from rich import progress as rich
 
     columns = (

@@ -184,7 +184,7 @@ def _opened(file: Path, **options: Any) -> Any:
 
 def _rows(files: Iterable[Path]) -> int:
     """The number of rows of Parquet files."""
-    from pyarrow import parquet  # type: ignore[import-untyped]  # lazy, and a dependency of `datasets`
+    from pyarrow import parquet
 
     return sum(parquet.read_metadata(file).num_rows for file in files)
 

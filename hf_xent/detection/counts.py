@@ -32,10 +32,10 @@ from ..data import DATASETS
 from ..data.files import BUILDERS, expanded_path, first_line, suffix_of
 from ..data.text import Opened, opened
 from ..models.cache import cache_folder
+from ..models.fingerprints import fingerprint_tokenizer
 from ..options.ranges import check_count
 from ..system import renamed
 from ..system.files import write_atomically
-from .fingerprints import fingerprint_tokenizer
 
 T = TypeVar("T")
 BATCH = 256  # the number of documents that are tokenized at a time

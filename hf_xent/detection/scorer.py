@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from ..lazy import LazyLogits, next_token_labels
 from ..models.anatomy import positions
 from ..models.contexts import eval_mode
+from ..models.fingerprints import fingerprint_model, fingerprint_tokenizer
 from ..ops import Head, Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched
 from .counts import CountedText, frequencies, tracked
-from .fingerprints import fingerprint_model, fingerprint_tokenizer
 from .scores import SECOND_MODEL, get
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")

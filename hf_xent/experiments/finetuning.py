@@ -17,10 +17,9 @@ STOCK, PATCHED = "stock", "hf_xent"
 
 
 @dataclass(frozen=True)
-class Run:
-    """All settings of a fine-tuning run; each field is an option of `hf-xent train`."""
+class Training:
+    """The settings that all trainings of a causal LM on text share."""
 
-    loss: str = option(f"The loss, with options if any, such as 'focal:gamma=3': {LOSSES.names()}.", "cross_entropy")
     model: str = "smollm2"  # a packaged model, or any Hub id or path of a causal LM
     dataset: str = "pydoc"  # any source of `hf_xent.data.load_text`
     split: str | None = None  # of the dataset, such as 'train[:10%]'
@@ -42,12 +41,20 @@ class Run:
     memory_budget: int | None = option(
         "Bytes of logits in memory at a time [default: half a byte for each number in the head, or more].", None
     )
-    tail: float = option(
-        "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact.", 0.0
-    )
     output: str = option("Folder for the model, its checkpoints, results.json and curves.png.", "out/train")
     save_steps: int = option("Write a checkpoint after every so many steps; 0 writes none.", 0, min=0)
     resume: bool = option("Resume from the newest checkpoint in the output folder.", False)
+    save: bool = option("Save the fine-tuned model.", True)
+
+
+@dataclass(frozen=True)
+class Run(Training):
+    """All settings of a fine-tuning run; each field is an option of `hf-xent train`."""
+
+    loss: str = option(f"The loss, with options if any, such as 'focal:gamma=3': {LOSSES.names()}.", "cross_entropy")
+    tail: float = option(
+        "Relative error allowed to the gradient of the logits by compressing unlikely tokens; 0 is exact.", 0.0
+    )
     save: bool = option("Save the fine-tuned model (never with --compare).", True)
 
 
@@ -63,6 +70,7 @@ class Outcome:
     eval_after: float
     tokens_per_step: int
     logs: list[dict[str, float]]
+    evaluations: list[dict[str, float]]  # before and after, without their prefix
 
     @property
     def peak(self) -> int:
@@ -90,17 +98,28 @@ def fit(
     Raises:
         ValueError: If the model or the text cannot be used, or there is no checkpoint to resume from.
     """
+    return fitted(run, arm, lambda: _trainer(run, arm, on_phase), before_step, on_phase)
+
+
+def fitted(
+    run: Training,
+    arm: str,
+    make_trainer: Callable[[], Any],
+    before_step: Callable[[int], None],
+    on_phase: Callable[[str], None],
+) -> Outcome:
+    """`fit` with a trainer that the caller makes."""
     with quiet_loading():
         on_phase("loading the libraries")
-        trainer, watch = _trainer(run, arm, on_phase), _watch(before_step)
+        trainer, watch = make_trainer(), _watch(before_step)
         trainer.add_callback(watch)
         checkpoint = _checkpoint(run)
         on_phase("evaluating")
-        eval_before = trainer.evaluate()["eval_loss"]
+        before = trainer.evaluate()
         on_phase("training")
         trainer.train(resume_from_checkpoint=checkpoint)
         on_phase("evaluating")
-        eval_after = trainer.evaluate()["eval_loss"]
+        after = trainer.evaluate()
         if run.save:
             on_phase("saving")
             trainer.save_model(run.output)
@@ -111,10 +130,11 @@ def fit(
         losses=[entry["loss"] for entry in logs],
         seconds=watch.seconds,
         memory=watch.memory,
-        eval_before=eval_before,
-        eval_after=eval_after,
+        eval_before=before["eval_loss"],
+        eval_after=after["eval_loss"],
         tokens_per_step=run.batch_size * run.accumulation * run.block_size,
         logs=logs,
+        evaluations=[{name.removeprefix("eval_"): x for name, x in found.items()} for found in (before, after)],
     )
 
 
@@ -131,20 +151,20 @@ def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
     model, tokenizer = loading.load(run.model, dtype=run.dtype)
     check_room(model, run.block_size, "block_size")
     if run.lora:
-        model = _adapted(model, run.lora)
+        model = adapted(model, run.lora)
     on_phase("reading the text")
     train, held_out = _blocks(run, tokenizer)
     options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     if arm == PATCHED:
-        config = XentConfig(**_arguments(run), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
+        config = XentConfig(**arguments_of(run), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
         trainer: Trainer = XentTrainer(model, config, **options)
     else:
-        trainer = Trainer(model, TrainingArguments(**_arguments(run)), **options)
+        trainer = Trainer(model, TrainingArguments(**arguments_of(run)), **options)
     trainer.remove_callback(PrinterCallback)  # the caller shows progress and numbers
     return trainer
 
 
-def _adapted(model: Any, rank: int) -> Any:
+def adapted(model: Any, rank: int) -> Any:
     """The model with LoRA adapters of this rank; all other weights are frozen."""
     from peft import LoraConfig, get_peft_model
 
@@ -153,7 +173,7 @@ def _adapted(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _checkpoint(run: Run) -> str | None:
+def _checkpoint(run: Training) -> str | None:
     """The newest checkpoint; a finished one is refused, since Trainer would take one step too many."""
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -186,8 +206,8 @@ def _blocks(run: Run, tokenizer: Any) -> tuple[Any, Any]:
     return split["train"], split["test"]
 
 
-def _arguments(run: Run) -> dict[str, Any]:
-    """The training arguments that both arms share."""
+def arguments_of(run: Training) -> dict[str, Any]:
+    """The training arguments that all arms share."""
     import torch
     from transformers import TrainingArguments
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .finetuning import Outcome, Run
+from .finetuning import Outcome, Run, Training
 
 
-def write_results(folder: Path, run: Run, outcomes: list[Outcome]) -> Path:
+def write_results(folder: Path, run: Training, outcomes: list[Outcome]) -> Path:
     """Write the run and everything its arms measured to `results.json` in a folder; returns the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
@@ -36,7 +36,7 @@ def summarize(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
         "dataset": run.dataset,
         "loss": run.loss,
         "steps": run.steps,
-        "runs": {outcome.arm: _numbers(outcome) for outcome in outcomes},
+        "runs": {outcome.arm: numbers(outcome) for outcome in outcomes},
     }
     if len(outcomes) == 2:
         stock, ours = outcomes
@@ -50,7 +50,8 @@ def summarize(run: Run, outcomes: list[Outcome]) -> dict[str, Any]:
     return summary
 
 
-def _numbers(outcome: Outcome) -> dict[str, float]:
+def numbers(outcome: Outcome) -> dict[str, float]:
+    """Losses, times and memory of one outcome."""
     median = statistics.median(_steady(outcome.seconds))
     return {
         "first_loss": outcome.losses[0],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from datetime import UTC, datetime
 from enum import Enum
@@ -43,6 +44,11 @@ class Carded:
 
     objective: Any = None
     """The loss, for trainers that have one of the registry."""
+
+    @property
+    def card_facts(self) -> Mapping[str, str]:
+        """What the settings do not tell, such as a teacher: a title and a line each."""
+        return {}
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, **metadata: Any
@@ -117,6 +123,7 @@ def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] |
         method=_docs(type(trainer)),
         loss=_loss(trainer.objective),
         settings=settings(trainer.args),
+        facts=trainer.card_facts,
         hardware=hardware(trainer.args.device),
         versions={library: version(library) for library in LIBRARIES if library in sys.modules},
         plot=_plot(trainer.state.log_history, folder / "loss.png"),

@@ -23,6 +23,7 @@ AUTO = {
     "MaskedLM": "fill-mask",
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
+    "QuestionAnswering": "question-answering",
 }
 """Suffix of a class AutoModelFor... of transformers -> the Hub's name of the task of its models."""
 BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```", re.DOTALL)

@@ -8,7 +8,8 @@ The operations that a causal LM applies to its logits before the loss are record
 (scale, softcap, dtype casts), row slices and reshapes act on hidden, a vocabulary slice on the weight; a LoRA branch
 and a bias join the head. Functions that need a few floats per token (`F.cross_entropy`, `nll_loss` and `gather` of
 `log_softmax`, `logsumexp`, `argmax`) are computed by `hf_xent.ops`. Any other operation, and any argument that is not
-known here, makes the dense tensor, once, with autograd: always correct, but the logits are materialized.
+known here, makes the dense tensor, once, with autograd: always correct, but the logits are materialized. Where losses
+are computed outside of the model, what is done to its logits is recorded first: see `expressions`.
 
 Memory is shared as in torch: writes to a view change its base, writes to a copy do not. Operands are kept, not copied,
 so logits have to be read before the weights change (`optimizer.step()`); to read them afterwards is an error.
@@ -19,7 +20,8 @@ The wrapper has its own grad_fn, so code below Python (custom autograd functions
 Where the weight is there only while the head is called, whatever is computed runs in a call of its own (`source`).
 """
 
-from . import arithmetic, consumers, shapes, traced_rules  # noqa: F401  they register their rules
+from . import arithmetic, consumers, recorded, shapes, traced_rules  # noqa: F401  they register their rules
+from .expressions import LazyExpression
 from .objective import OBJECTIVE, Objective, check_sequences
 from .state import PatchState, Seam, TokenSums, next_token_labels
 from .tensor import LazyLogits
@@ -27,6 +29,7 @@ from .traced import TracedLogits
 
 __all__ = [
     "OBJECTIVE",
+    "LazyExpression",
     "LazyLogits",
     "Objective",
     "PatchState",

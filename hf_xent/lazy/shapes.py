@@ -5,6 +5,7 @@ Each rule returns the result, or NotImplemented: then torch's function is applie
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from ..ops import Head
 from ..ops.rows import FLOATS
-from .answers import register
+from .answers import Answer, register
+from .expressions import LazyExpression
 from .source import changed, shape_of
 from .tensor import LazyLogits, make
-from .values import is_view, meta_like
+from .values import LazyTensor, is_view, meta_like
 
 _OPERANDS = ("hidden", "raw", "source", "product_of", "operands")
 _ATTRIBUTES = (*_OPERANDS, "recipe", "dtype", "device", "state", "reads", "hooks")
@@ -39,8 +41,10 @@ def change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -
     return derive(x, raw=raw if x.source is None else shape_of(raw), source=changed(x.source, change), **changes)
 
 
-def _cast(x: LazyLogits, dtype: torch.dtype) -> LazyLogits:
-    return x if dtype == x.dtype else derive(x, dtype=dtype)
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    if dtype == x.dtype:
+        return x
+    return x.cast(dtype) if isinstance(x, LazyExpression) else derive(x, dtype=dtype)
 
 
 def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
@@ -56,27 +60,42 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     if dtype not in FLOATS:
         return NotImplemented
     same = (device, dtype) == (x.device, x.dtype)
+    if isinstance(x, LazyExpression):
+        return NotImplemented if device != x.device else x if same and not copy else x.cast(dtype)
     return x if same and not copy else derive(x, device=device, dtype=dtype)
 
 
 def _empty(x: Any) -> Any:
-    return torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(x, LazyLogits) else x
+    return torch.empty(0, dtype=x.dtype, device=x.device) if isinstance(x, LazyTensor) else x
 
 
 def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
-    if memory_format is torch.preserve_format:
-        return derive(x)
-    return derive(x, layout=None) if memory_format is torch.contiguous_format else NotImplemented
+    if memory_format not in (torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    preserved = memory_format is torch.preserve_format
+    if isinstance(x, LazyExpression):
+        return x.copied() if preserved else _contiguous_copy(x)
+    copy = derive(x) if preserved else _contiguous_copy(x)
+    copy.copy_of = x if x.differentiable and not torch.is_grad_enabled() else None
+    return copy
 
 
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    return x if x.is_contiguous() else derive(x, layout=None)
+    return x if x.is_contiguous() else _contiguous_copy(x)
 
 
-def detach(x: LazyLogits) -> LazyLogits:
+def _contiguous_copy(x: Any) -> Any:
+    if isinstance(x, LazyExpression):
+        return x.copied(torch.empty(x.shape, dtype=x.dtype, device="meta"))
+    return derive(x, layout=None)
+
+
+def detach(x: Any) -> Any:
     """The same values without a graph, still lazy."""
+    if isinstance(x, LazyExpression):
+        return x.detached()
     return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
 
 
@@ -101,12 +120,10 @@ def _change_shape(x: LazyLogits, layout: Callable[..., Tensor], sizes: tuple[Any
     return _change_rows(x, lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
 
 
-def _change_rows(
-    x: LazyLogits,
-    on_hidden: Callable[[Tensor], Tensor],
-    on_dense: Callable[[Tensor], Tensor],
-) -> LazyLogits:
+def _change_rows(x: Any, on_hidden: Callable[[Tensor], Tensor], on_dense: Callable[[Tensor], Tensor]) -> Any:
     """Other rows of x: a view if the same operation gives a view of the dense tensor, else a copy."""
+    if isinstance(x, LazyExpression):
+        return x.with_rows(on_hidden, on_dense)
     dense = meta_like(x)
     parent = (x, on_dense) if is_view(on_dense(dense), dense) else None
     return derive(x, hidden=on_hidden(x.hidden), parent=parent)
@@ -155,9 +172,10 @@ def canonical_dim(x: LazyLogits, dim: Any, count: int | None = None) -> int | No
     return dim % count if isinstance(dim, int) and not isinstance(dim, bool) and -count <= dim < count else None
 
 
-def _getitem(x: LazyLogits, index: Any) -> Any:
+def _getitem(x: Any, index: Any) -> Any:
     """Rows by slices, integers, masks or index tensors; a slice of the vocabulary in the last canonical_dim."""
-    index = tuple(_normalized_index(i, x.hidden.device) for i in (index if isinstance(index, tuple) else (index,)))
+    device = x.device if isinstance(x, LazyExpression) else x.hidden.device
+    index = tuple(_normalized_index(i, device) for i in (index if isinstance(index, tuple) else (index,)))
     if not all(
         i is None or i is ... or (isinstance(i, (int, slice, Tensor)) and not isinstance(i, bool)) for i in index
     ):
@@ -192,17 +210,17 @@ def _consumed_dims(i: Any) -> int:
     return 0 if i is None or i is ... else 1
 
 
-def _index_rows(x: LazyLogits, index: tuple[Any, ...]) -> LazyLogits:
-    if any(isinstance(i, Tensor) for i in index):  # a copy
+def _index_rows(x: Any, index: tuple[Any, ...]) -> Any:
+    if any(isinstance(i, Tensor) for i in index) and not isinstance(x, LazyExpression):  # a copy
         return derive(x, hidden=x.hidden[index])
     return _change_rows(x, lambda h: h[index], lambda d: d[index])
 
 
-def _slice_vocabulary(x: LazyLogits, part: slice, layout: Tensor | None) -> Any:
+def _slice_vocabulary(x: Any, part: slice, layout: Tensor | None) -> Any:
     """A slice of the vocabulary: a view, or a copy with the strides of `layout` if the whole index makes a copy."""
     if part == slice(None) or range(*part.indices(x.shape[-1])) == range(x.shape[-1]):
         return x
-    if x.recipe.log_probs or x.raw.shard is not None:
+    if isinstance(x, LazyExpression) or x.recipe.log_probs or x.raw.shard is not None:
         return NotImplemented
     if layout is not None:
         return change_head(x, lambda raw: raw[part], layout=layout)
@@ -231,3 +249,16 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _T.__getitem__: _getitem,
 }
 register(_RULES)
+
+
+def _of_expression(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule for expressions whose rows come first."""
+
+    @functools.wraps(rule)
+    def changed(x: Any, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if x.front else rule(x, *args, **kwargs)
+
+    return changed
+
+
+LazyExpression.answers.update({function: Answer(_of_expression(rule)) for function, rule in _RULES.items()})

@@ -60,6 +60,9 @@ class PatchState:
     """The last torch function that needed the values of lazy logits."""
     training: bool = True
     """The model's mode in its last forward."""
+    always: int = 0
+    """How many callers want lazy logits without labels, for losses outside of the model; then what they do to the
+    logits is recorded (`hf_xent.lazy.expressions`)."""
     sums: TokenSums = field(default_factory=TokenSums)
     """Sums over tokens, by mode, if anything is observed."""
     traced_objective: Any = None

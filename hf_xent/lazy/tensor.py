@@ -1,4 +1,4 @@
-"""`LazyLogits`: how it is made, its methods beyond torch's, and how torch functions are applied to it."""
+"""`LazyLogits`: how it is made, and its methods beyond torch's."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..ops import Head, Stats
 from ..ops.dispatch import stream_stats
+from .answering import Answering
 from .answers import ANSWERS
-from .functions import COMMUTATIVE, DIFFERENTIATING, METADATA, OF_WRAPPER, writes
 from .graph import Connected, Recipe
 from .operands import Operands, operands_of
 from .source import Compute, Source, copied
 from .state import PatchState, next_token_labels
-from .values import LazyTensor, densify, map_lazy, meta_like, requires_grad_of, run_on_views
+from .values import meta_like, requires_grad_of
 from .wrappers import Hook, hooked, is_of_wrapper
 
 
-class LazyLogits(LazyTensor):
+class LazyLogits(Answering):
     """A head's output [..., V] that has not been computed; see `hf_xent.lazy`. A patched head returns it.
 
     Attributes:
@@ -31,6 +30,8 @@ class LazyLogits(LazyTensor):
         state: Options and counts, shared by all lazy logits of a model.
         is_dense: Whether the dense values exist.
     """
+
+    answers = ANSWERS
 
     @staticmethod
     def of(hidden: Tensor, raw: Head, state: PatchState | None = None, *, source: Source | None = None) -> LazyLogits:
@@ -119,7 +120,7 @@ class LazyLogits(LazyTensor):
         Raises:
             RuntimeError: A loss was computed without them before, so no gradient passes through them.
         """
-        self._check_gradient("logits.retain_grad()", self.reads)
+        self.check_gradient("logits.retain_grad()", self.reads)
         self.dense().retain_grad()
 
     def register_hook(self, hook: Callable[[Tensor], Any]) -> Any:
@@ -142,76 +143,12 @@ class LazyLogits(LazyTensor):
                 self.hidden.register_hook(lambda gradient: (hook(gradient), None)[1])
             with torch._C.DisableTorchFunctionSubclass():
                 return super().register_hook(hook)
-        self._check_gradient("logits.register_hook()", self.reads)
+        self.check_gradient("logits.register_hook()", self.reads)
         return self.dense().register_hook(hook)
-
-    @staticmethod
-    def _check_gradient(call: str, reads: set[int]) -> None:
-        """Raises: RuntimeError if `reads` has a tensor whose gradient does not pass through these logits."""
-        if reads:
-            raise RuntimeError(
-                f"{call}: a loss was computed without making these logits, so they do not get its gradient: compute it"
-                " from out.logits.dense(), or from a model that is not patched (hf_xent.unpatch)"
-            )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():  # values and counts kept here cannot be traced
-            return torch.compiler.disable(cls._answer)(func, args, kwargs)
-        return cls._answer(func, args, kwargs)
-
-    @classmethod
-    def _answer(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        kwargs = dict(kwargs or {})
-        if not args and isinstance(kwargs.get("input"), LazyLogits):
-            args = (kwargs.pop("input"),)
-        if func in COMMUTATIVE and len(args) == 2 and isinstance(args[1], LazyLogits) and not kwargs:
-            args = args if isinstance(args[0], LazyLogits) else args[::-1]
-        if func in ANSWERS and isinstance(args[0] if args else None, LazyLogits) and not args[0].is_dense:
-            answer = ANSWERS[func](*args, **kwargs)
-            if answer is not NotImplemented:
-                return answer
-        elif func in METADATA and (func in OF_WRAPPER or not args[0].has_values):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func in DIFFERENTIATING:
-            for x in tree_leaves((args[1:], kwargs.get("inputs"))):
-                if isinstance(x, LazyLogits):
-                    cls._check_gradient("the gradient by logits", x.reads - {id(x)})
-        if kwargs.get("out") is not None:  # out= has no graph in torch, so values are enough
-            return func(*map_lazy(lambda x: x.dense().detach(), args), **densify(kwargs))
-        if not writes(func):
-            answer = run_on_views(func, args, kwargs)
-            if answer is not NotImplemented:
-                return answer
-        note_operation(func, args, kwargs)
-        answer = func(*densify(args), **densify(kwargs))
-        written = writes(func) and isinstance(args[0] if args else None, LazyLogits) and answer is args[0].dense_values
-        return args[0] if written else answer  # as an in-place operation returns its tensor
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # torch's stub has the C function of the base class
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # below autograd: the caller's graph ends at the wrapper, and Connected.backward gets its gradient
-        aliased = any(argument.alias_info is not None for argument in func._schema.arguments)
-
-        def value(x: LazyTensor) -> Tensor:
-            with torch.overrides.enable_reentrant_dispatch():  # values that are kept need a graph
-                return (x.dense() if aliased else x.readable_values()).detach()
-
-        return func(*map_lazy(value, args), **map_lazy(value, kwargs or {}))
-
-
-def note_operation(func: Any, args: Any, kwargs: Any) -> None:
-    """Remember that a function needs the values of its lazy arguments, which do not exist yet."""
-    for x in tree_leaves((args, kwargs)):
-        if isinstance(x, LazyLogits) and not x.has_values:
-            x.state.operation = torch.overrides.resolve_name(func) or getattr(func, "__name__", "")
 
 
 def make(  # noqa: PLR0913  the attributes of a lazy tensor

@@ -36,6 +36,7 @@ class LazyTensor(torch.Tensor):
     reads: set[int]  # ids of the tensors of one head output from which a gradient passes to the operands directly
     source: Source | None  # where the weights are, if they are there during a call of the head only
     hooks: list[Hook]  # of wrappers, for the gradients of what is computed from these logits
+    copy_of: LazyTensor | None = None  # the tensor of which this is a copy, made without a graph
 
     def check_operands(self) -> None:
         """Raises: RuntimeError if an operand was changed in place since the head was called."""
@@ -60,11 +61,13 @@ class LazyTensor(torch.Tensor):
         """Continue the graph of the lazy tensor that a wrapper's autograd function has returned; False for others."""
         with torch._C.DisableTorchFunctionSubclass():
             hook = pass_through(self.grad_fn)
-        if hook is None or self.parent is None:
+        base = self.copy_of if self.parent is None else self.parent[0]
+        if hook is None or base is None:
             return False
-        base = self.parent[0]
         self.hidden, self.raw, self.differentiable = base.hidden, base.raw, base.differentiable
-        self.hooks, self.parent = [*base.hooks, hook], (base, lambda d: d.view_as(d))
+        self.hooks = [*base.hooks, hook]
+        if self.parent is not None:  # a view, which a copy is not
+            self.parent = (base, lambda d: d.view_as(d))
         return True
 
     def with_raw(self, compute: Compute) -> Any:

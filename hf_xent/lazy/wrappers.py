@@ -1,8 +1,9 @@
 """What training wrappers put on the outputs of a model, so that they notice where the backward begins.
 
-FSDP and DeepSpeed register hooks on the outputs' gradients, and DeepSpeed passes the outputs through an autograd
-function that returns gradients unchanged. Lazy logits never get a gradient: whatever is computed from them afterwards
-gets these hooks instead. They only gather weights, set states and scale by a number, so that they are right there too.
+FSDP and DeepSpeed register hooks on the outputs' gradients; DeepSpeed, and DDP with `find_unused_parameters`, pass the
+outputs (DDP copies of them) through an autograd function that returns gradients unchanged. Lazy logits never get a
+gradient: whatever is computed from them afterwards gets these hooks instead. They only gather weights, set states and
+scale by a number, so that they are right there too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .source import map_tensors
 
 Hook = Callable[[Tensor], Any]
 _LIBRARIES = ("torch.distributed.", "deepspeed.")
+_OF_FUNCTIONS = ("torch.nn.parallel.distributed", "deepspeed.")
 
 
 def is_of_wrapper(hook: Any) -> bool:
@@ -26,12 +28,13 @@ def is_of_wrapper(hook: Any) -> bool:
 def pass_through(node: Any) -> Hook | None:
     """The backward of a wrapper's autograd function as a hook; None for other nodes of the graph."""
     function = getattr(node, "_forward_cls", None)
-    if not str(getattr(function, "__module__", "")).startswith("deepspeed."):
+    if not str(getattr(function, "__module__", "")).startswith(_OF_FUNCTIONS):
         return None
 
     def hook(gradient: Tensor) -> Tensor:
         found = node.apply(gradient)
-        return found[0] if isinstance(found, tuple) else found
+        # DDP's has no gradient for its first argument, which is no tensor
+        return next(x for x in found if x is not None) if isinstance(found, tuple) else found
 
     return hook
 

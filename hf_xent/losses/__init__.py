@@ -23,7 +23,10 @@ LOSSES: Registry[type[Loss]] = Registry(
         "forward_kl": "forward_kl:ForwardKL",
         "reverse_kl": "reverse_kl:ReverseKL",
         "jsd": "jsd:JSD",
+        "skew_kl": "skew_kl:SkewKL",
         "total_variation": "total_variation:TotalVariation",
+        "universal_logit": "universal_logit:UniversalLogit",
+        "gold": "gold:GOLD",
     },
     package=__name__,
 )

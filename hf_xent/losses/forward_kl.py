@@ -2,11 +2,11 @@
 
     loss = T^2 KL(teacher || student) = T^2 (lse_s - H_t - sum_j t_j z_j)
 
-t and H_t are the teacher's softmax and entropy, z and lse_s the student's logits, all at temperature T. The last term
-is the payload of the teacher's softmax: the student's logits are never kept.
+t and H_t are the teacher's softmax and entropy, z and lse_s the student's logits, all at temperature T. Its derivative
+by z / T is the difference of the two softmaxes. `ce_weight` mixes cross-entropy in.
 
 Source: Hinton, Vinyals, Dean 2015, Distilling the Knowledge in a Neural Network, arXiv:1503.02531.
-Statistics: lse of the student; entropy and payload of the teacher.
+Statistics: none (whole rows); under torch.compile the student's lse, the teacher's entropy and payload.
 Relations: ReverseKL seeks one mode of the teacher; JSD is between the two.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..ops import Head, Payload, Stats
@@ -41,8 +42,19 @@ class ForwardKL(Distillation):
         stats = stream_stats(*teacher, labels, ("entropy", "payload"), request, (hidden, head))
         return -stats.entropy - stats.payload
 
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """sum p (log p - log q); a banned token (-inf) adds nothing to it."""
+        logp = teacher.clamp(min=-1e30)
+        return torch.linalg.vecdot(logp.exp(), logp - student.clamp(min=-1e30))
+
+    def slope(self, q: Tensor, logq: Tensor, p: Tensor, logp: Tensor) -> Tensor:
+        """q - p."""
+        value = torch.linalg.vecdot(p, logp.sub_(logq))
+        torch.sub(q, p, out=logq)
+        return value
+
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both models."""
         student = (logits / self.temperature).log_softmax(-1)
         teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
-        return self.temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)
+        return self.dense((teacher.exp() * (teacher - student)).sum(-1), logits, labels)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..options.ranges import check_number
-from .distillation import RowDivergence
+from .distillation import Distillation
 
 
 @dataclass(frozen=True)
-class JSD(RowDivergence):
+class JSD(Distillation):
     """`T^2 (beta KL(teacher || m) + (1 - beta) KL(student || m))` per token, m the mixture with beta of the teacher.
 
     Raises:
@@ -46,9 +46,16 @@ class JSD(RowDivergence):
         forward, reverse = torch.linalg.vecdot(p, logp - logm), torch.linalg.vecdot(q, logq - logm)
         return self.beta * forward + (1 - self.beta) * reverse
 
+    def slope(self, q: Tensor, logq: Tensor, p: Tensor, logp: Tensor) -> Tensor:
+        """(1 - beta) q (log q - log m - KL(q || m))."""
+        logm = torch.lerp(q, p, self.beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
+        forward, reverse = torch.linalg.vecdot(p, logp.sub_(logm)), torch.linalg.vecdot(q, logq.sub_(logm))
+        logq.sub_(reverse[:, None]).mul_(q).mul_(1 - self.beta)
+        return self.beta * forward + (1 - self.beta) * reverse
+
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense probabilities of both models."""
         p, q = (second["teacher"].detach() / self.temperature).softmax(-1), (logits / self.temperature).softmax(-1)
         m = self.beta * p + (1 - self.beta) * q
         loss = self.beta * (p * (p / m).log()).sum(-1) + (1 - self.beta) * (q * (q / m).log()).sum(-1)
-        return self.temperature**2 * loss
+        return self.dense(loss, logits, labels)

@@ -7,7 +7,7 @@ full-vocabulary divergence of every token; sequence-level policy gradients are n
 
 Source: Gu et al. 2024, MiniLLM, arXiv:2306.08543; Agarwal et al. 2024, On-Policy Distillation of Language Models,
 arXiv:2306.13649.
-Statistics: entropy and payload of the student; lse of the teacher.
+Statistics: none (whole rows); under torch.compile the student's entropy and payload, the teacher's lse.
 Relations: ForwardKL covers all modes of the teacher; JSD is between the two.
 """
 
@@ -47,8 +47,19 @@ class ReverseKL(Distillation):
         with torch.no_grad():
             return stream_stats(*teacher, labels, ("lse",), request).lse
 
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """sum q (log q - log p); a banned token (-inf) adds nothing to it."""
+        logq = student.clamp(min=-1e30)
+        return torch.linalg.vecdot(logq.exp(), logq - teacher.clamp(min=-1e30))
+
+    def slope(self, q: Tensor, logq: Tensor, p: Tensor, logp: Tensor) -> Tensor:
+        """q (log q - log p - D)."""
+        value = torch.linalg.vecdot(q, logq.sub_(logp))
+        logq.sub_(value[:, None]).mul_(q)
+        return value
+
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense logits of both models."""
         student = (logits / self.temperature).log_softmax(-1)
         teacher = (second["teacher"].detach() / self.temperature).log_softmax(-1)
-        return self.temperature**2 * (student.exp() * (student - teacher)).sum(-1)
+        return self.dense((student.exp() * (student - teacher)).sum(-1), logits, labels)

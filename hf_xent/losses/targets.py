@@ -3,6 +3,7 @@
     (hidden, head)     the teacher's last hidden states and its head: all of its distribution, not written down
     TopK               its k most probable tokens and the mass of all others, as a cache or a server has them
     Several            several of these, with weights
+    OtherVocabulary    hidden states and head of a teacher with other tokens (`hf_xent.losses.other_vocabulary`)
 
 All have the leading shape of the student's labels, [...], and are aligned with the student's logits: entry t is about
 the token that logit t predicts. No gradient flows to any of them.
@@ -11,6 +12,7 @@ the token that logit t predicts. No gradient flows to any of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,3 +39,25 @@ class TopK:
     tail: str = "class"
     temperature: float = 1.0
     mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """What several teachers say. A token's loss is the weighted sum of its losses against each.
+
+    Args:
+        parts: The teachers' targets, in any of these forms.
+        weights: One number >= 0 for each, with sum 1: a term of the loss that has no teacher is counted once then.
+
+    Raises:
+        ValueError: The weights do not fit.
+    """
+
+    parts: tuple[Any, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) != len(self.weights) or not self.parts:
+            raise ValueError(f"{len(self.weights)} weights are given for {len(self.parts)} parts: pass one for each")
+        if min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights are {self.weights}: choose numbers >= 0 whose sum is 1")

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from .distillation import RowDivergence
+from .distillation import Distillation
 
 
 @dataclass(frozen=True)
-class TotalVariation(RowDivergence):
+class TotalVariation(Distillation):
     """`T^2 1/2 sum_j |p_j - q_j|` per token between the teacher p and the student q, both at temperature T.
 
     Raises:
@@ -31,7 +32,14 @@ class TotalVariation(RowDivergence):
         """1/2 sum |p - q|."""
         return (teacher.exp() - student.exp()).abs().sum(-1) / 2
 
+    def slope(self, q: Tensor, logq: Tensor, p: Tensor, logp: Tensor) -> Tensor:
+        """q (s - sum q s), with s half the sign of q - p."""
+        value = torch.linalg.vector_norm(torch.sub(q, p, out=logp), 1, -1) / 2
+        torch.sign(logp, out=logq)
+        logq.sub_(torch.linalg.vecdot(q, logq)[:, None]).mul_(q).mul_(0.5)
+        return value
+
     def reference(self, logits: Tensor, labels: Tensor, **second: Tensor) -> Tensor:
         """The definition on dense probabilities of both models."""
         p, q = (second["teacher"].detach() / self.temperature).softmax(-1), (logits / self.temperature).softmax(-1)
-        return self.temperature**2 * (p - q).abs().sum(-1) / 2
+        return self.dense((p - q).abs().sum(-1) / 2, logits, labels)

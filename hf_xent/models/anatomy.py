@@ -46,3 +46,16 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
             f"model is a {type(model).__name__} without an nn.ModuleList of its {count} layers: pass one that has it"
         )
     return list(lists[0])
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some module of a model has a probability of dropout above 0, also one that it passes to a function.
+
+    Numbers are told by their names (`dropout`, `attention_dropout`, `layerdrop` ...), so it may be one without effect.
+    """
+    for module in model.modules():
+        kind = type(module).__name__.lower()
+        numbers = {name: x for name, x in vars(module).items() if isinstance(x, float)}  # p is that of nn.Dropout
+        if any(x > 0 and ("drop" in name or (name == "p" and "drop" in kind)) for name, x in numbers.items()):
+            return True
+    return False

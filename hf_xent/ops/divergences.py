@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked, higher, split_rows
+from . import chunked, closed_form, higher, split_rows
 from .alike import split_alike
 from .autograd import scaled
 from .buffers import Buffers, Gradients
 from .dispatch import payload_of, problem_of, stream_stats, unit_of
+from .entries import EntryLoss
 from .functional import map_rows, rows_in
 from .head import Head, Payload
 from .problem import TENSORS, Problem, pieces
@@ -38,7 +39,7 @@ PARTS = 8  # strips are so many times smaller than others, since autograd keeps 
 
 
 def stream_divergence(
-    function: RowLoss,
+    function: RowLoss | EntryLoss,
     passes: Sequence[Tensor],
     head: Head,
     labels: Tensor,
@@ -49,7 +50,7 @@ def stream_divergence(
     """The sum of `token_weight * function(...)["loss"]` over the valid tokens, and detached statistics.
 
     Args:
-        function: The loss of whole rows.
+        function: The loss of whole rows, or of some entries of them and all others together, of a single pass.
         passes: Hidden states [..., D] of each pass.
         head: The head that turns them into logits.
         labels: Token ids [...], which select the positions that count.
@@ -62,12 +63,13 @@ def stream_divergence(
         The sum, and the statistics of the first pass that `request.observe` names, with `lse`, `target`, and what the
         function returned.
     """
-    assert second is None or len(passes) == 1  # one buffer has all passes, another the second model
+    assert len(passes) == 1 or (second is None and isinstance(function, RowLoss))  # one buffer has all passes
     head, second = split_alike(head, second)
     outputs = ("lse", "target", *request.observe)
     rows = Rows(passes[0], head, labels, request.ignore_index)
     problem = problem_of(rows, outputs, None, request, chunked)
     weight = rows.select(torch.as_tensor(token_weight, device=labels.device).expand(labels.shape))
+    function = function.of_valid(rows)
     if second is not None:
         second = payload_of(rows, (second[0].detach(), second[1].detach()))
     hidden = [problem.hidden, *(autocast_for(head, rows.select(h, trailing=1)) for h in passes[1:])]
@@ -89,22 +91,24 @@ def stream_divergence(
     return total, stats
 
 
-def _mapped(function: RowLoss, problem: Problem) -> dict[str, Tensor]:
+def _mapped(function: RowLoss | EntryLoss, problem: Problem) -> dict[str, Tensor]:
     """What the function returns for all tokens, with a graph, by rows that are computed again in the backward."""
+    if isinstance(function, EntryLoss):
+        return function.mapped(problem)
     names: list[str] = []
     head, shard, second = problem.head, problem.head.shard, problem.payload
 
-    def values(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
-        rows = [*logits.unbind(1)]
-        if second is not None:
-            rows.append(replace(second[1], shard=None).logits(*hidden))
-        found = function(labels, *rows) if shard is None else split_rows.sums_over_ranks(function, labels, rows, shard)
+    def values(logits: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
+        rows, first = [*logits.unbind(1)], len(others) - len(function.rows)
+        rows += [replace(second[1], shard=None).logits(hidden) for hidden in others[:first] if second is not None]
+        loss = function.with_rows(others[first:])
+        found = loss(labels, *rows) if shard is None else split_rows.sums_over_ranks(loss, labels, rows, shard)
         names[:] = found
         return torch.stack([*found.values()], 1)
 
     budget = problem.memory_budget // problem.hidden.shape[1]
     step = rows_in(budget, head.size if shard is None else shard.width, problem.hidden.dtype)
-    rows = (problem.label_columns, *(() if second is None else second[:1]))
+    rows = (problem.label_columns, *(() if second is None else second[:1]), *function.rows)
     found = map_rows(values, copy_to_ranks(problem.hidden, shard), replace(head, shard=None), rows, step)
     return dict(zip(names, found.unbind(1), strict=True))
 
@@ -115,7 +119,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        function: RowLoss,
+        function: RowLoss | EntryLoss,
         problem: Problem,
         weight: Tensor,
         unit: Any,
@@ -143,8 +147,12 @@ class _Sum(torch.autograd.Function):
         return None, None, None, None, None, *scaled(grads, upstream, empty=not len(labels))
 
 
-def _visit(function: RowLoss, problem: Problem, weight: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _visit(
+    function: RowLoss | EntryLoss, problem: Problem, weight: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Statistics and what the function returns, [N] each, and the weighted sum's gradients."""
+    if isinstance(function, EntryLoss):
+        return function.visit(problem, weight)
     count, passes, _ = problem.hidden.shape
     flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
     most = min(len(flat.rows()), chunked.most_chunks(flat))  # sums of a weight gradient in its own dtype
@@ -152,13 +160,15 @@ def _visit(function: RowLoss, problem: Problem, weight: Tensor) -> tuple[dict[st
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
     alone = replace(problem, payload=None, hidden=problem.hidden[:, 0])  # the first pass
+    known = bool(chunks) and _formula(function, problem) is not None and alone.outputs <= function.knows
     statistics, values = [], dict[str, Tensor]()
     for tokens, span in zip(chunks, rows, strict=True):
         products, second = buffers.load(span)
         by_token = products.unflatten(0, (-1, passes))
-        local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
-        statistics.append(merge_ranks(alone, local, tokens))
-        for strip, found in _differentiate_(function, problem, tokens, (by_token, second), weight[tokens]):
+        if not known:
+            local = fold(alone, tokens, (by_token[:, 0], None), keep=True)
+            statistics.append(merge_ranks(alone, local, tokens))
+        for strip, found in _differentiate_(function[tokens], problem, tokens, (by_token, second), weight[tokens]):
             for name, value in found.items():  # into one tensor: small ones would keep what strips need apart
                 whole = values.setdefault(name, value.new_empty(count))
                 whole[tokens][strip] = value
@@ -181,6 +191,10 @@ def _differentiate_(
         yield slice(None), split_rows.differentiate_(function, problem, tokens, products, weight, PARTS)
         return
     passes, second = products
+    if (closed := _formula(function, problem)) is not None and second is not None:
+        pair = passes[:, 0], second
+        yield from closed_form.differentiate_(closed, problem, problem.labels[tokens], pair, weight)
+        return
     trains, labels = bool(problem.needs), problem.labels[tokens]
     others = repeat(None) if second is None else (strip for _, strip in strips(second, PARTS))
     for (span, strip), other in zip(strips(passes, PARTS), others, strict=False):
@@ -189,7 +203,12 @@ def _differentiate_(
             logits = [*problem.head.activate(raw).unbind(1)]
             if other is not None and problem.payload is not None:
                 logits.append(problem.payload[1].activate(other))
-            values = function(labels[span], *logits)
+            values = function[span](labels[span], *logits)
             if trains:
                 passes[span] = torch.autograd.grad((values["loss"] * weight[span]).sum(), raw)[0]
         yield span, {name: value.detach() for name, value in values.items()}
+
+
+def _formula(function: RowLoss, problem: Problem) -> closed_form.Closed | None:
+    """The gradient as a formula, if there is one; the ranks of a split head differentiate their sums apart."""
+    return function.closed if problem.payload is not None and problem.head.shard is None else None

@@ -41,7 +41,7 @@ def merge_ranks(problem: Problem, values: dict[str, Tensor], rows: slice = slice
     if "rank" in local:
         local["rank"] = counts_above(problem, rows)
     names = sorted(local)
-    stacked = _all_gather(torch.stack([local[name] for name in names]), head.shard.group)  # [ranks, statistics, N]
+    stacked = all_gather(torch.stack([local[name] for name in names]), head.shard.group)  # [ranks, statistics, N]
     return _whole_rows(dict(zip(names, stacked.unbind(1), strict=True)))
 
 
@@ -85,7 +85,8 @@ def reduce_from_ranks(problem: Problem, grads: dict[str, Tensor]) -> dict[str, T
     return grads
 
 
-def _all_gather(x: Tensor, group: Any) -> Tensor:
+def all_gather(x: Tensor, group: Any) -> Tensor:
+    """The tensors of all ranks, of one shape: [ranks, ...]."""
     gathered = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(gathered.unbind(0)), x.contiguous(), group=group)
     return gathered

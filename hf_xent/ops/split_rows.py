@@ -27,7 +27,7 @@ def sums_over_ranks(loss: RowLoss, labels: Tensor, logits: list[Tensor], shard: 
     """The sums of whole rows from this rank's columns of their logits [n, V_r], with a graph of any order."""
     normalizers = {key: _normalizer(tempered(logits, key), shard) for key in loss.softmaxes}
     logp = [tempered(logits, key) - copy_to_ranks(normalizers[key], shard)[:, None] for key in loss.softmaxes]
-    values = loss.sums(labels, *logp)
+    values = loss.over(labels, *logp)
     stacked = sum_ranks(torch.stack([*values.values()]), shard)
     return dict(zip(values, stacked, strict=True))
 
@@ -57,7 +57,7 @@ def differentiate_(
     for span, _, logits in _logits(problem, products, parts):
         with torch.set_grad_enabled(trains):
             offsets = normalizers[:, span].detach().requires_grad_(trains)
-            values = loss.sums(labels[span], *_log_probs(loss, logits, dict(zip(keys, offsets, strict=True))))
+            values = loss[span].over(labels[span], *_log_probs(loss, logits, dict(zip(keys, offsets, strict=True))))
             if trains:
                 slopes.append(torch.autograd.grad((values["loss"] * weight[span]).sum(), offsets)[0])
         names = [*values]
@@ -88,7 +88,8 @@ def _gradient_(
                     strict=True,
                 )
             )
-            total = (loss.sums(labels[span], *(logp[key] for key in loss.softmaxes))["loss"] * weight[span]).sum()
+            values = loss[span].over(labels[span], *(logp[key] for key in loss.softmaxes))
+            total = (values["loss"] * weight[span]).sum()
             for key, slope in zip(keys, slopes[:, span], strict=True):
                 if key[0] < passes.shape[1]:  # a second model is constant
                     total = total + (slope * logp[key].exp().sum(-1)).sum()

@@ -50,10 +50,13 @@ class Patch(Protocol):
     """The patch on a model, as calls and hooks use it (`installation.Installation`)."""
 
     state: PatchState
-    always: int
     previous_forward: Any
     fused: FusedHead | None
     traced: bool  # whether the head has to return lazy logits to the program that torch.compile traces now
+
+    @property
+    def always(self) -> int:
+        """How many callers need lazy logits without labels."""
 
     def make_heads_lazy(self, inner: nn.Module) -> None:
         """Put lazy forwards on the head as it is now."""

@@ -24,7 +24,6 @@ class Installation:
     """The patch, which a model keeps as an attribute. A replica has its own, with the same state."""
 
     state: PatchState
-    always: int  # how many callers need lazy logits without labels
     objective: ModelLoss | None = None
     loss_function: Any = None  # the one that the user had set before, or None
     previous_forward: Any = None  # the forward that was on the model's instance, or None
@@ -33,6 +32,11 @@ class Installation:
     lazy_forwards: list[OwnForward] = field(default_factory=list)
     fused: FusedHead | None = None  # TRL's, after a trainer has installed it
     traced: bool = False  # whether the head has to return lazy logits to the program that torch.compile traces now
+
+    @property
+    def always(self) -> int:
+        """How many callers need lazy logits without labels."""
+        return self.state.always
 
     def install(self, model: nn.Module) -> None:
         """Patch a model that has no patch."""

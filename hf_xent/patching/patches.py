@@ -53,7 +53,7 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
         loss: A registry name, with options after it as in 'focal:gamma=3', or a `hf_xent.losses.Loss`, in the place of
             the model's cross-entropy, whose targets it gets; None keeps the cross-entropy.
         observe: Names of statistics to sum beside the loss (see `PatchState.take`).
-        always: Whether logits are lazy without labels too, for losses that are computed outside the model.
+        always: Whether logits are lazy without labels too, for losses outside of the model, or of two models' logits.
         impl: 'reference', 'chunked' or 'triton' (see `hf_xent.vocab_stats`).
         memory_budget: Bytes of logits in memory at a time (see `hf_xent.vocab_stats`).
         tail: Relative error allowed in the gradient of the logits, to compress that of unlikely tokens (see
@@ -78,8 +78,8 @@ def patch(  # noqa: PLR0913  one keyword per choice that the user has
     if type(objective).bind is not Loss.bind:
         objective = objective.bind(whole_weight(inner_of(model), head))
     unpatch(model)  # after all checks
-    state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail))
-    installation = Installation(state, always=int(always))
+    state = PatchState(Request(tuple(observe), impl=impl, memory_budget=memory_budget, tail=tail), always=int(always))
+    installation = Installation(state)
     if objective != CrossEntropy():
         installation.objective = ModelLoss(objective, state)
     installation.install(model)
@@ -177,19 +177,20 @@ def patched(model: Model, loss: str | Loss | None = None, **options: Any) -> Ite
 def lazily(model: nn.Module) -> Iterator[None]:
     """A context in which a patched model's logits are lazy without labels too, for losses computed outside of it.
 
+    What is done to them in the context is recorded, as with `patch(model, always=True)`.
+
     Args:
         model: The model, also inside wrappers.
 
     Raises:
         ValueError: The model is not patched.
     """
-    patch_state(model)
-    installation: Any = installation_of(inner_of(model))
-    installation.always += 1  # a count, since these contexts may overlap in any order
+    state = patch_state(model)
+    state.always += 1  # a count, since these contexts may overlap in any order
     try:
         yield
     finally:
-        installation.always -= 1
+        state.always -= 1
 
 
 def compare(model: nn.Module, *, tokens: int = 24, batch: Mapping[str, Any] | None = None) -> Comparison:

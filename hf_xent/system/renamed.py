@@ -27,6 +27,7 @@ MODULES = {
     "data.variants": "trainers.variants",
     "detection.callback": "callbacks.membership",
     "detection.corpus": "detection.counts",
+    "detection.fingerprints": "models.fingerprints",
     "detection.metrics": "metrics.ranking",
     "detection.modules": "metrics.modules",
     "embedded": "models.packaged",

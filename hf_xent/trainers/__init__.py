@@ -7,12 +7,14 @@ from ..system import extras
 
 METHODS = {
     "classes": ("ClassConfig", "ClassTrainer"),
+    "distillation": ("DistillationConfig", "DistillationTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
     "osp": ("OSPConfig", "OSPTrainer"),
+    "self_distil_qa": ("AnswerMetrics", "SelfDistilQAConfig", "SelfDistilQATrainer"),
     "sft": ("StreamedSFTConfig", "StreamedSFTTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
@@ -21,7 +23,7 @@ METHODS = {
 """File -> the public names in it; a new trainer is registered here and nowhere else."""
 
 _FILES = {name: f".{file}" for file, names in METHODS.items() for name in names}
-_FILES["PatchCallback"] = "..callbacks.patching"
+_FILES |= {"PatchCallback": "..callbacks.patching", "stream_distillation": ".trl_distillation"}
 __all__ = sorted(_FILES)
 
 

@@ -51,7 +51,8 @@ from ..generation import sampling as generation
 from ..generation.judging import SCHEMES, Judge, ModelJudge, both_orders, ranked_pairs
 from ..models.contexts import eval_mode
 from ..system.files import write_atomically
-from .osp_data import EpochCallback, Round, answer_like, check_prompts, encode_prompts
+from .epochs import EpochCallback
+from .osp_data import Round, answer_like, check_prompts, encode_prompts
 from .refusals import refuse_options
 from .spce import SPCEConfig, SPCETrainer
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import Dataset as RowsByNumber
-from transformers import TrainerCallback
 
 
 class Round(RowsByNumber):
@@ -23,18 +21,6 @@ class Round(RowsByNumber):
     def __getitem__(self, index: int) -> dict[str, Any]:
         assert self.rows is not None  # made when the epoch began
         return self.rows[index]
-
-
-class EpochCallback(TrainerCallback):
-    """Calls `begin(epoch, resumed)` before an epoch's batches; `resumed` if training resumes within the epoch."""
-
-    def __init__(self, begin: Callable[[int, bool], None]):
-        self.begin = begin
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
-        self.begin(state.global_step // steps, state.global_step % steps > 0)
 
 
 def check_prompts(dataset: Any, columns: tuple[str, ...]) -> None:

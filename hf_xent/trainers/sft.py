@@ -141,15 +141,10 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
         """What TRL's `compute_loss` reads of its fused head, with the registered loss as the log-probability."""
         state, training = patch_state(self.model), self.model.training
         state.take(training=training)
-        output = model(**inputs, **({} if items is None else {"num_items_in_batch": items}))
+        loss, output = self._scored(model, inputs, items)
         sums = state.take(training=training)
         if not sums:
             raise RuntimeError(f"no loss was computed without logits: {state.why_dense}; train with trl.SFTTrainer")
-        loss, aux_loss = output.loss, getattr(output, "aux_loss", None)
-        if self.aux_loss_enabled and aux_loss is not None:  # TRL adds it, with a weight of its own
-            inner: Any = inner_of(self.model)
-            weight = getattr(inner, "router_aux_loss_coef", self.router_aux_loss_coef)
-            loss = loss - weight * aux_loss.to(loss.device)
         if self._in_training is False:
             self._predictions = self._measured(output.logits, inputs)
         divisor = 1 if items is not None else sums["tokens"].clamp(min=1)  # TRL divides by it
@@ -158,8 +153,18 @@ class StreamedSFTTrainer(Weighted, Evaluated, Method, Carded, SFTTrainer):
             label_mask=sums["tokens"],
             entropy=sums["entropy"],
             is_top1=sums["correct"],
-            aux_loss=aux_loss,
+            aux_loss=getattr(output, "aux_loss", None),
         )
+
+    def _scored(self, model: Any, inputs: dict[str, Any], items: Any) -> tuple[Any, Any]:
+        """The registered loss of a batch, divided by `items` if given, and the model's output."""
+        output = model(**inputs, **({} if items is None else {"num_items_in_batch": items}))
+        loss, aux_loss = output.loss, getattr(output, "aux_loss", None)
+        if self.aux_loss_enabled and aux_loss is not None:  # TRL adds it, with a weight of its own
+            inner: Any = inner_of(self.model)
+            weight = getattr(inner, "router_aux_loss_coef", self.router_aux_loss_coef)
+            loss = loss - weight * aux_loss.to(loss.device)
+        return loss, output
 
 
 @dataclass(eq=False)
