@@ -23,7 +23,8 @@ PUBLIC = {
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation
         get linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
-    teachers: """LocalTeacher ServedTeacher SeveralTeachers StoredTeacher Teacher load write_cache""",
+    teachers: """LocalTeacher OtherVocabularyTeacher PaddedTeacher ServedTeacher SeveralTeachers StoredTeacher
+        Teacher load write_cache""",
     classes: "Aspects ClassLoss LOSSES get predict resize",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }

@@ -19,7 +19,7 @@ from transformers import (
 from transformers import TrainingArguments as Arguments
 
 from hf_xent import hub
-from hf_xent.losses.spans import span_divergence
+from hf_xent.classes.spans import span_divergence
 from hf_xent.metrics.answers import map_at_k
 from hf_xent.trainers import SelfDistilQAConfig, SelfDistilQATrainer
 from hf_xent.trainers.epoch_teacher import FILE

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import hf_xent
 from hf_xent import losses
 from hf_xent.losses import EMO
+from hf_xent.losses.other_vocabulary import OtherVocabulary
 from hf_xent.losses.targets import TopK
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
@@ -43,6 +44,7 @@ LOSSES = {
     "forward_kl": "forward_kl:temperature=2.0",
     "reverse_kl": "reverse_kl:temperature=0.7",
     "jsd": "jsd:beta=0.3, temperature=1.5",
+    "universal_logit": "universal_logit:temperature=1.5",
     "skew_kl": "skew_kl:reverse=True, ce_weight=0.4, temperature=2.0",
     "total_variation": "total_variation:temperature=2.0, ce_weight=0.4",
 }
@@ -130,6 +132,18 @@ def of_tokens(text, tail, part):
         found |= {f"{name} of {k}": x for name, x in target._asdict().items()}
         options = {"teacher": TopK(*target, tail, 1.5)}
         found |= {f"{name}, {k}": x for name, x in of_a_loss(text, part, **options).items()}
+    return found
+
+
+def of_another_vocabulary(part):
+    """A teacher of which half of the tokens are shared, in another order."""
+    ids, mask = torch.arange(1, V, 2), part.labels != 5
+    found = {}
+    for name, teacher in (("split", part.teacher), ("whole", part.whole_teacher)):
+        target = OtherVocabulary(*teacher, ids, ids.flip(0), mask)
+        for loss in ("jsd:beta=0.3", "gold"):
+            value = losses.get(loss)(part.leaves["hidden"], part.head, part.labels, teacher=target, memory_budget=8000)
+            found |= {f"{name} {loss}": value} | {f"{name} {loss} by {n}": g for n, g in part.gradients(value).items()}
     return found
 
 
@@ -236,6 +250,7 @@ CASES = {
     **{f"tail {text}": partial(of_tail, text) for text in TAILED},
     "statistics": partial(of_statistics, None),
     "statistics, reference": partial(of_statistics, "reference"),
+    "another vocabulary": of_another_vocabulary,
     "trained payload": of_trained_payload,
     "nothing": of_nothing,
 }  # fmt: skip

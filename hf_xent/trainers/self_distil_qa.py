@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..classes.spans import Logits, span_divergence
 from ..hub import Carded, Tokenless
-from ..losses.spans import Logits, span_divergence
 from ..metrics.answers import map_at_k
 from ..models.anatomy import has_dropout
 from ..options.ranges import is_number
