@@ -46,11 +46,15 @@ def runs_of(hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> dict[str,
     return runs | {"forward_kl, student": against("forward_kl", "student"), DENSE: dense}
 
 
-def measured(run: Run, leaves: list[Tensor]) -> tuple[float, int]:
-    """Processor seconds of a loss and its gradients, and the most bytes beyond those of the gradients."""
+def seconds_of(run: Run, leaves: list[Tensor]) -> float:
+    """Processor seconds of a loss and its gradients."""
     started = process_time()
     torch.autograd.grad(run(), leaves)
-    seconds = process_time() - started
+    return process_time() - started
+
+
+def memory_of(run: Run, leaves: list[Tensor]) -> int:
+    """The most bytes that torch has allocated at a time for a loss and its gradients, without those of the gradients."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(run(), leaves)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -59,7 +63,7 @@ def measured(run: Run, leaves: list[Tensor]) -> tuple[float, int]:
     for event in sorted(found, key=lambda e: e.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
-    return seconds, peak - sum(x.nbytes for x in leaves)
+    return peak - sum(x.nbytes for x in leaves)
 
 
 def table(config: BenchConfig, k: int) -> str:
@@ -68,12 +72,12 @@ def table(config: BenchConfig, k: int) -> str:
     tensors = activations(config)
     hidden, weight = (tensors[name].float().requires_grad_() for name in ("hidden", "weight"))
     runs = runs_of(hidden, weight, tensors["labels"], k)
-    rounds = [{name: measured(run, [hidden, weight]) for name, run in runs.items()} for _ in range(config.repeats)]
-    logits, lines = len(hidden) * len(weight) * 4, []
-    for name in runs:
-        ratios = [found[name][0] / found[BASE][0] for found in rounds]
-        memory = min(found[name][1] for found in rounds)
-        seconds = min(found[name][0] for found in rounds)
+    leaves, lines = [hidden, weight], []
+    rounds = [{name: seconds_of(run, leaves) for name, run in runs.items()} for _ in range(config.repeats)]
+    for name, run in runs.items():
+        ratios = [found[name] / found[BASE] for found in rounds]
+        memory, logits = memory_of(run, leaves), len(hidden) * len(weight) * 4
+        seconds = min(found[name] for found in rounds)
         lines.append(
             f"| {name} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {seconds:.2f} |"
             f" {memory / 2**20:.0f} | {memory / logits:.2f} |"

@@ -290,5 +290,5 @@ def test_what_is_measured_is_one_loss():
     runs = benchmark.runs_of(hidden[0].detach().requires_grad_(), weight, LABELS[1], 3)
     torch.testing.assert_close(runs["forward_kl, class"](), runs["forward_kl, student"]())
     torch.testing.assert_close(runs["forward_kl, uniform"](), runs[benchmark.DENSE]())
-    seconds, memory = benchmark.measured(lambda: (hidden @ weight.T).square().sum(), [hidden, weight])
-    assert seconds > 0 and memory >= 2 * 6 * V * 4
+    run, leaves = lambda: (hidden @ weight.T).square().sum(), [hidden, weight]
+    assert benchmark.seconds_of(run, leaves) > 0 and benchmark.memory_of(run, leaves) >= 2 * 6 * V * 4
