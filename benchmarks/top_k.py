@@ -54,7 +54,7 @@ def seconds_of(run: Run, leaves: list[Tensor]) -> float:
 
 
 def memory_of(run: Run, leaves: list[Tensor]) -> int:
-    """The most bytes that torch has allocated at a time for a loss and its gradients, without those of the gradients."""
+    """The most bytes that torch has allocated at a time for a loss and its gradients, without the gradients."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         torch.autograd.grad(run(), leaves)
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
