@@ -82,10 +82,8 @@ def write_cache(
         ValueError: An option is unknown or out of its range, the data set has no documents, the folder has another
             cache, or the teacher does not say what the kind needs.
     """
-    start, folder = time.perf_counter(), Path(folder)
+    start, folder, teacher = time.perf_counter(), Path(folder), _asked(teacher)
     dataset = dataset.select_columns([IDS]).with_format("numpy") if _has_ids(dataset) else dataset
-    if isinstance(teacher, PaddedTeacher):  # who reads the cache says what the student's head is
-        teacher = teacher.teacher
     cache, numbers = _plan(teacher, dataset, tokenizer, source, options)
     cache.claim(folder)
     tokens = cache.tokens
@@ -112,6 +110,11 @@ def write_cache(
         time.perf_counter() - start,
         skipped,
     )
+
+
+def _asked(teacher: Any) -> Teacher:
+    """The teacher, all rows of its head: who reads the cache knows the student's."""
+    return teacher.teacher if isinstance(teacher, PaddedTeacher) else teacher
 
 
 def _plan(
