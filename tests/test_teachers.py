@@ -534,7 +534,12 @@ def test_load_takes_whatever_names_a_teacher(tmp_path):
         (tmp_path / "cache", {"k": 3}, "k is 3, which has no effect on a cache"),
         (teacher, {"device": "cpu"}, "device is 'cpu', which has no effect on a teacher already"),
         (teacher, {"weights": [1.0]}, "weights are .*, but there is one teacher"),
-        (str(tmp_path / "model"), {"others": "class"}, "others is 'class', but .* has the student's vocabulary"),
+        (str(tmp_path / "model"), {"others": "class"}, "others is 'class', but tokenizer is None"),
+        (
+            str(tmp_path / "model"),
+            {"others": "class", "tokenizer": own},
+            "others is 'class', but .* has the student's vocabulary",
+        ),
         (str(tmp_path / "nowhere"), {}, "model is '.*nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):

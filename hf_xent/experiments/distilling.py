@@ -94,7 +94,7 @@ def _trainer(run: Distilling, on_phase: Callable[[str], None]) -> Any:
     check_room(model, run.block_size, "block_size")
     if run.lora:
         model = adapted(model, run.lora)
-    teacher = BASE if run.teachers == [BASE] else _teacher(run, model, tokenizer)
+    teacher = BASE if run.teachers == [BASE] else _teacher(run, tokenizer)
     on_phase("reading the text")
     train, held_out = _documents(run)
     trainer = DistillationTrainer(
@@ -121,30 +121,12 @@ def _config(run: Distilling) -> Any:
     )
 
 
-def _teacher(run: Distilling, model: Any, tokenizer: Any) -> Any:
-    """The teachers, each in the student's vocabulary."""
-    from ..teachers import SeveralTeachers, load
+def _teacher(run: Distilling, tokenizer: Any) -> Any:
+    """The teachers; a model with another vocabulary is asked in its own tokens."""
+    from ..teachers import load
 
     names = run.teachers if len(run.teachers) > 1 else run.teachers[0]
-    found = load(names, tokenizer=tokenizer, weights=run.teacher_weights, tail=run.tail, k=run.k)
-    if not isinstance(found, SeveralTeachers):
-        return _translated(found, run.teachers[0], model, tokenizer)
-    pairs = zip(found.teachers, run.teachers, strict=True)
-    return SeveralTeachers([_translated(one, name, model, tokenizer) for one, name in pairs], found.weights)
-
-
-def _translated(teacher: Any, name: str, model: Any, tokenizer: Any) -> Any:
-    """A teacher that is a model, in the student's vocabulary; caches and servers are in it already."""
-    from transformers import AutoTokenizer
-
-    from ..models.loading import resolve
-    from ..teachers import LocalTeacher
-    from ..teachers.other_vocabulary import for_student
-
-    if not isinstance(teacher, LocalTeacher):
-        return teacher
-    own, head = AutoTokenizer.from_pretrained(resolve(name)), model.get_output_embeddings()
-    return for_student(teacher, own, tokenizer, head.weight.shape[0])
+    return load(names, tokenizer=tokenizer, weights=run.teacher_weights, tail=run.tail, k=run.k)
 
 
 def _documents(run: Distilling) -> tuple[Any, Any]:

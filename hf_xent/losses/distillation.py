@@ -166,7 +166,7 @@ class Distillation(Loss):
         if teacher_head.vocabulary != head.vocabulary:
             raise ValueError(
                 f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}:"
-                " choose one with the same vocabulary, or pass it as a teachers.PaddedTeacher if the tokens are the same,"
-                " as a teachers.OtherVocabularyTeacher if not"
+                " choose one with the same vocabulary, or pass it as a teachers.PaddedTeacher if the tokens are the"
+                " same, as a teachers.OtherVocabularyTeacher if not"
             )
         return hidden.detach(), teacher_head.detach().tempered(self.temperature)

@@ -105,7 +105,6 @@ def _named(spec: Any, tokenizer: Any, dtype: Any = "auto", device: Any = None, *
     student = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if student is not None:
         return for_student(teacher, own, student, **across)
-    if across:
-        name, value = next(iter(across.items()))
+    for name, value in across.items():
         raise ValueError(f"{name} is {value!r}, but tokenizer is None: pass the student's, or leave {name} out")
     return teacher

@@ -202,7 +202,8 @@ class PaddedTeacher:
 
     def targets(self, batch: Mapping[str, Any]) -> OtherVocabulary:
         """The teacher's answer, over the rows that both heads have."""
-        return OtherVocabulary(*self.teacher.targets(batch), others="ignore")
+        hidden, head = self.teacher.targets(batch)
+        return OtherVocabulary(hidden, head, others="ignore")
 
 
 def for_student(

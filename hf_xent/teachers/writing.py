@@ -25,6 +25,7 @@ from .base import Teacher
 from .cache import Cache
 from .forms import Form, factors_of
 from .heads import FILE, load_head, save_head
+from .other_vocabulary import PaddedTeacher
 from .stored import IDS
 
 Progress = Callable[[int, int], None]
@@ -83,6 +84,8 @@ def write_cache(
     """
     start, folder = time.perf_counter(), Path(folder)
     dataset = dataset.select_columns([IDS]).with_format("numpy") if _has_ids(dataset) else dataset
+    if isinstance(teacher, PaddedTeacher):  # who reads the cache says what the student's head is
+        teacher = teacher.teacher
     cache, numbers = _plan(teacher, dataset, tokenizer, source, options)
     cache.claim(folder)
     tokens = cache.tokens
