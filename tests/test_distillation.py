@@ -115,6 +115,11 @@ def with_lora():
     return peft.get_peft_model(tiny(std=0.3), config)
 
 
+def with_prompt_tuning():
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny(std=0.3), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 CASES = {
     "text": ({"objective": "forward_kl", "temperature": 2.0}, texts, tiny),
     "mixed": ({"objective": "forward_kl:temperature=0.5", "ce_weight": 0.3}, answers, tiny),
@@ -124,6 +129,7 @@ CASES = {
     "chat": ({"objective": "reverse_kl", "assistant_only_loss": True, "max_length": None}, chats, tiny),
     "softcap": ({"objective": "skew_kl"}, texts, lambda std: tiny("gemma2 softcap", std=std)),
     "LoRA": ({"objective": "jsd", "temperature": 3.0, "ce_weight": 0.5}, texts, lambda std: with_lora()),
+    "prompt tuning": ({}, lambda: texts(loss_weight=[1.0, 2.0, 0.5, 0.5] * 2), lambda std: with_prompt_tuning()),
     "weights": ({"objective": "forward_kl"}, lambda: texts(loss_weight=[1.0, 2.0, 0.0, 0.5] * 2), tiny),
 }
 
@@ -138,7 +144,7 @@ def test_a_step_is_that_of_dense_logits(tmp_path, case):
     with trainer._step(training=True):
         trainer.compute_loss(trainer.model, dict(batch)).backward()
     found, ours, means = trainer.objective, gradients(trainer.model), trainer._means(True)
-    name, _, beta = options["objective"].partition(":beta=")
+    name, _, beta = options.get("objective", "forward_kl").partition(":beta=")
     expected, divergence, nll = dense(
         hf_xent.unpatch(trainer.model), teacher_model(), batch, name.partition(":")[0], found.temperature,
         options.get("ce_weight", 0.0), **({"beta": float(beta)} if beta else {}),
@@ -292,6 +298,16 @@ def test_no_logits_are_made(tmp_path):
         trainer.evaluate()
     assert largest.numel <= max(p.numel() for p in student.parameters()) < size * 8 * V
     assert patch_state(student).materialized == patch_state(teacher).materialized == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_it_does_without(tmp_path):
+    found = []
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        trainer = fit(tmp_path, texts(), objective="jsd", ce_weight=0.3, max_steps=2, **options)
+        found.append([(entry["loss"], entry["divergence"]) for entry in logs_of(trainer)])
+        torch.compiler.reset()
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=0)
 
 
 def test_bfloat16_is_no_worse_than_torch(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from benchmarks import top_k as benchmark
 from hf_xent import losses
 from hf_xent.losses.targets import TopK
 from hf_xent.ops import Head, vocab_stats
@@ -281,3 +282,13 @@ def test_a_target_that_does_not_fit_is_refused(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         losses.get("forward_kl")(hidden, Head(weight), LABELS, teacher=replace(teacher(3), **changes))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_measured_is_one_loss():
+    """Tails that are one computation, and dense torch beside the uniform tail, give equal losses; memory is counted."""
+    hidden, weight, _ = (x.detach().float().requires_grad_() for x in operands())
+    runs = benchmark.runs_of(hidden[0].detach().requires_grad_(), weight, LABELS[1], 3)
+    torch.testing.assert_close(runs["forward_kl, class"](), runs["forward_kl, student"]())
+    torch.testing.assert_close(runs["forward_kl, uniform"](), runs[benchmark.DENSE]())
+    run, leaves = lambda: (hidden @ weight.T).square().sum(), [hidden, weight]
+    assert benchmark.seconds_of(run, leaves) > 0 and benchmark.memory_of(run, leaves) >= 2 * 6 * V * 4

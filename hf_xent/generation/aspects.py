@@ -30,9 +30,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import tqdm
 
 from ..data import Format
-from ..detection.fingerprints import fingerprint_model
 from ..models.anatomy import positions
 from ..models.contexts import eval_mode
+from ..models.fingerprints import fingerprint_model
 from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import inner_of, patched

@@ -50,7 +50,6 @@ class Distillation(Loss):
     ce_weight: float = field(default=0.0, kw_only=True)
     """w in [0, 1]: the share of the cross-entropy with the labels, at temperature 1; the divergence has 1 - w."""
 
-    uses = Loss.uses[:0]  # none; not annotated, which would make it a field
     needs_teacher = True
 
     def __post_init__(self) -> None:
@@ -98,7 +97,7 @@ class Distillation(Loss):
         if type(teacher) in FORMS:
             return FORMS[type(teacher)](self, hidden, head, labels, weight, teacher, request)
         teacher = self.frozen_teacher(teacher, head)
-        if torch.compiler.is_compiling() and self.uses:
+        if torch.compiler.is_compiling() and type(self).of is not Loss.of:
             return self._of_statistics(hidden, head, labels, weight, teacher, request)
         return stream_divergence(self.row_loss(), [hidden], head, labels, request, weight, teacher)
 

@@ -32,6 +32,8 @@ class SkewKL(Distillation):
         ValueError: A field is out of its range.
     """
 
+    uses = ()
+
     alpha: float = 0.1
     """alpha in (0, 1): the share of the first distribution in the second."""
     reverse: bool = False
