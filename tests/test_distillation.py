@@ -269,6 +269,7 @@ def test_a_student_learns_from_itself_without_adapters(tmp_path):
     for teacher in ("base", tiny(std=0.3)):
         trainer = fit(tmp_path, answers(), with_lora(), teacher, max_steps=2, objective="reverse_kl")
         found.append(trainer)
+    assert found[0].card_facts == {"Teacher": "the student without its adapters"}
     for ours, theirs in zip(*map(logs_of, found), strict=True):
         assert ours["divergence"] > 1e-4
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -457,6 +458,8 @@ def test_a_cache_is_a_teacher_but_not_of_samples(folder):
             for source in (str(folder / "cache"), teacher)
         ]
         assert found[0] == pytest.approx(found[1], rel=1e-5)
+    several = trainer_of(folder, rows, teacher=[str(folder / "cache"), str(folder / "teacher")])
+    assert several.card_facts == {"Teacher": "0.5 a cache + 0.5 a local model"}
     with pytest.raises(ValueError, match=r"on_policy is 0\.5, but a teacher is a cache"):
         trainer_of(folder, rows, teacher=[str(folder / "cache"), teacher], on_policy=0.5)
 

@@ -1,8 +1,9 @@
-"""Where a trainer puts its teachers, and which of them it cannot use for texts that are new."""
+"""Where a trainer puts its teachers, what it says of them, and which it cannot use for texts that are new."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .base import Teacher
 from .local import LocalTeacher
 from .several import SeveralTeachers
 from .stored import StoredTeacher
+from .unadapted import UnadaptedTeacher
 
 
 def parts_of(teacher: Any) -> Iterator[Teacher]:
@@ -30,6 +32,19 @@ def place(teacher: Teacher, device: torch.device) -> None:
     model: Any = teacher.model
     if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
         model.to(device)
+
+
+def described(teacher: Any) -> str:
+    """A teacher in a few words without paths, for a card."""
+    if isinstance(teacher, SeveralTeachers):
+        pairs = zip(teacher.weights, teacher.teachers, strict=True)
+        return " + ".join(f"{weight:g} {described(part)}" for weight, part in pairs)
+    if isinstance(teacher, StoredTeacher):
+        return "a cache"
+    if isinstance(teacher, UnadaptedTeacher):
+        return "the student without its adapters"
+    name = str(getattr(teacher, "name", type(teacher).__name__))
+    return "a local model" if Path(name).exists() else name
 
 
 def refuse_known_texts(teacher: Teacher, on_policy: float) -> None:

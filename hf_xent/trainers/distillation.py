@@ -23,7 +23,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +36,7 @@ from ..options.ranges import is_number
 from ..patching import lazily, patch_state
 from ..teachers.base import Teacher
 from ..teachers.loading import load
-from ..teachers.placing import parts_of, place, refuse_known_texts
+from ..teachers.placing import described, parts_of, place, refuse_known_texts
 from ..teachers.unadapted import UnadaptedTeacher
 from .batches import lazy, targets
 from .on_policy import Draw, prompts_of, sampled, whole
@@ -166,9 +165,8 @@ class DistillationTrainer(StreamedSFTTrainer):
 
     @property
     def card_facts(self) -> Mapping[str, str]:
-        """The teacher, for the model's card; a path is not shown."""
-        name = str(getattr(self.teacher, "name", type(self.teacher).__name__))
-        return {"Teacher": "a local model" if Path(name).exists() else name}
+        """The teacher, for the model's card."""
+        return {"Teacher": described(self.teacher)}
 
     @property
     def _virtual_tokens(self) -> int:
