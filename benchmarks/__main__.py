@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from benchmarks import caches, compression, dpo, first_gpu, roofline, tails
+from benchmarks import caches, compression, dpo, first_gpu, roofline, tails, top_k
 from benchmarks import kernels as compilation
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
@@ -81,6 +81,18 @@ def teacher_caches(
     """Measure the size of a teacher's caches per token, and what their form does to loss and gradient."""
     output.write_text(caches.page(model, data, documents, length, noise), encoding="utf-8")
     print(f"written: {output}")
+
+
+@app.command(name="top-k")
+def top_k_losses(
+    model: Model = "smollm2",
+    data: Text = "pydoc",
+    tokens: Annotated[int, Option(help="Number of tokens.", min=1)] = 1024,
+    k: Annotated[int, Option(help="Tokens of the teacher at every position.", min=1)] = 64,
+    repeats: Annotated[int, Option(help="Rounds.", min=1)] = 3,
+) -> None:
+    """Measure distillation against a teacher's k most probable tokens beside cross-entropy and dense torch."""
+    print(top_k.table(BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu"), k))
 
 
 @app.command(name="dpo")

@@ -32,7 +32,7 @@ def dense(model, tokenizer, format=FORMAT):
     return torch.tensor(found).reshape(len(TEXTS), len(QUESTIONS))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert bias", "opt", *SETTINGS])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert bias", "opt", "mixtral aux loss", *SETTINGS])
 def test_answers_are_those_of_full_logits(name, tokenizer):
     """Rows of four lengths, whose beginnings are shared by three questions; heads with scale, softcap and bias."""
     model = tiny(name, vocab_size=V)

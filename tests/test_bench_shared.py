@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_xent.bench import CONTESTANTS, OBJECTIVES, BenchConfig, Contestant, Journal, Row, markdown, run_shared
+from hf_xent.bench import (
+    CONTESTANTS,
+    OBJECTIVES,
+    BenchConfig,
+    Contestant,
+    Journal,
+    Row,
+    markdown,
+    run_shared,
+    two_models,
+)
 from hf_xent.bench import shared as module
 from hf_xent.bench.contestants import BASE, FLOOR, GROUPS, for_objective
 from hf_xent.bench.inputs import truth
@@ -151,13 +161,16 @@ def test_objectives_on_the_same_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
         [BASE, "hf_xent"],
         [BASE, "hf_xent"],
         [BASE, *OURS],
+        *[[BASE, "hf_xent"]] * 3,
     ]
     for group, name in zip(found, OBJECTIVES, strict=True):
         assert {row.status for row in group} == {"ok"} and {row.objective for row in group} == {name}
         assert all(max(row.loss_error, row.hidden_error, row.weight_error) < 1e-5 for row in group)
     assert sorted(name for method, name in loads if method == "load") == ["bench dense", "bench hf_xent"]
     text = markdown([row for group in found for row in group])
-    assert text.count("\n| dense |") == 4 and "D=16, float32; cross-entropy of logits capped at 30" in text
+    assert (
+        text.count("\n| dense |") == len(OBJECTIVES) and "D=16, float32; cross-entropy of logits capped at 30" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +185,8 @@ def test_contestants_of_other_objectives(name: str, objective: str) -> None:
     hidden = (1.5 * torch.randn(21, 16)).requires_grad_()
     weight, labels = torch.randn(301, 16, requires_grad=True), torch.randint(301, (21,))
     if not contestant.gated:
-        assert name == FLOOR and contestant.loss is CONTESTANTS[FLOOR].loss and contestant.logits == 1
+        floor = two_models.matmuls if OBJECTIVES[objective].with_teacher else CONTESTANTS[FLOOR].loss
+        assert name == FLOOR and contestant.loss is floor and contestant.logits == 1
         return
     expected = truth(hidden, weight, labels, "cpu", objective)
     plain = truth(hidden, weight, labels, "cpu")
@@ -189,9 +203,20 @@ def test_the_truth_of_objectives_is_torch_s_own() -> None:
     nll = -p.log_prob(labels)
     capped = 30 * torch.tanh(logits / 30)
     smooth = 0.9 * nll - 0.1 * logits.log_softmax(-1).mean(-1)
-    expected = (nll, capped.logsumexp(-1) - capped[range(9), labels], smooth, nll - 0.1 * p.entropy())
+    q = (5 * torch.randn(9, 30, dtype=torch.float64)).softmax(-1)
+    middle, kl = (p.probs + q) / 2, lambda a, b: (a * (a / b).log()).sum(-1)
+    expected = (
+        nll,
+        capped.logsumexp(-1) - capped[range(9), labels],
+        smooth,
+        nll - 0.1 * p.entropy(),
+        kl(q, p.probs),
+        kl(p.probs, q),
+    )
+    expected += ((kl(p.probs, middle) + kl(q, middle)) / 2,)
     for objective, losses in zip(OBJECTIVES.values(), expected, strict=True):
-        torch.testing.assert_close(objective.on_logits(logits, labels), losses)
+        second = (q.log() + 1,) if objective.with_teacher else ()
+        torch.testing.assert_close(objective.on_logits(logits, labels, *second), losses)
 
 
 def test_every_contestant_has_a_group_and_known_objectives() -> None:

@@ -22,6 +22,7 @@ from hf_xent import classes
 from hf_xent.classes import Aspects
 from hf_xent.trainers import ClassConfig, ClassTrainer
 from support.models import tiny
+from support.ranks import run_ranks
 
 K, Q, ROWS = 3, 2, 12
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -119,7 +120,7 @@ def test_resize_keeps_the_rows_of_the_classes(tmp_path):
         assert logits.shape == (4, K + Q) and model.config.num_labels == K + Q == len(model.config.label2id)
         assert [*model.config.label2id.values()] == [*range(K + Q)] and model.config.id2label[K] == "OUTPUT_3"
         assert model.config.id2label[0] == before.config.id2label[0]
-        assert model.config.hf_xent_loss == {"name": "aspects", "questions": Q, "alpha": 2.0, "classes": K}
+        assert model.config.hf_xent_loss == {"loss": "aspects", "questions": Q, "alpha": 2.0, "classes": K}
         assert model.get_submodule(name).weight[K:].std() > 0
         model.save_pretrained(tmp_path / name)
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
@@ -182,6 +183,23 @@ def test_resume_is_bit_equal(tmp_path):
     assert_same_weights(resumed.model, straight.model)
 
 
+def on_a_rank(rank, folder):
+    trainer = fit(folder, per_device_train_batch_size=2, train_sampling_strategy="sequential")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {name: p.detach() for name, p in trainer.model.named_parameters()}, losses
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_process_with_all_rows(tmp_path):
+    """2 x 2 rows are 1 x 4, also where one of the ranks has an ignored label."""
+    ranks = run_ranks(2, on_a_rank, tmp_path, str(tmp_path / "ranks"))
+    alone = fit(tmp_path / "alone", train_sampling_strategy="sequential")
+    for weights, losses in ranks:
+        for name, expected in alone.model.named_parameters():
+            torch.testing.assert_close(weights[name], expected.detach(), rtol=1e-4, atol=1e-5)
+        assert losses == pytest.approx([e["loss"] for e in alone.state.log_history if "loss" in e], rel=1e-4)
+
+
 def test_evaluation_predicts_classes(tmp_path):
     """Loss with and without the column, of which the latter is cross-entropy; classes for metrics and `predict`."""
     measure = lambda found: {"accuracy": float((found.predictions == found.label_ids).mean())}  # noqa: E731
@@ -227,7 +245,8 @@ def test_adapters_and_cards(tmp_path):
     [after] = [p for n, p in trainer.model.named_parameters() if "classifier.modules_to_save" in n and "weight" in n]
     assert after.shape == before.shape and not torch.equal(after, before)
     trainer.create_model_card("taught")
-    assert "arXiv:2501.13341" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "- `questions`: 2" in card and "CE(softmax(z_1..z_K), y) + alpha mean_q" in card
 
 
 def test_refusals(tmp_path):

@@ -1,7 +1,9 @@
 """DistillationTrainer: against dense logits of both models written down, and what a run must repeat to the bit."""
 
 import itertools
+import json
 import re
+import shutil
 import warnings
 
 import datasets
@@ -11,10 +13,15 @@ import torch
 import trl
 from packaging.version import Version
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hf_xent
+from hf_xent import cli
 from hf_xent.hub import validate
 from hf_xent.patching import patch, patch_state
+from hf_xent.teachers import LocalTeacher, write_cache
+from hf_xent.teachers.tokens import tokenized
 from hf_xent.trainers import DistillationConfig, DistillationTrainer, StreamedSFTConfig
 from hf_xent.trainers.on_policy import Draw, prompts_of
 from support.models import V, assert_same_gradients, gradients, tiny
@@ -78,6 +85,8 @@ def divergences(name, z, y, heat, beta=0.5):
     def kl(a, b):
         return (a * (a / b).log()).sum(-1)
 
+    if name == "skew_kl":
+        return kl(p, 0.1 * p + 0.9 * q)
     if name == "jsd":
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m) + (1 - beta) * kl(q, m)
@@ -106,6 +115,11 @@ def with_lora():
     return peft.get_peft_model(tiny(std=0.3), config)
 
 
+def with_prompt_tuning():
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny(std=0.3), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
 CASES = {
     "text": ({"objective": "forward_kl", "temperature": 2.0}, texts, tiny),
     "mixed": ({"objective": "forward_kl:temperature=0.5", "ce_weight": 0.3}, answers, tiny),
@@ -113,8 +127,9 @@ CASES = {
     "packed": ({"objective": "jsd:beta=0.2", "packing": True}, texts, tiny),
     "padding-free": ({"objective": "total_variation", "padding_free": True, "max_length": None}, answers, tiny),
     "chat": ({"objective": "reverse_kl", "assistant_only_loss": True, "max_length": None}, chats, tiny),
-    "softcap": ({"objective": "jsd"}, texts, lambda std: tiny("gemma2 softcap", std=std)),
+    "softcap": ({"objective": "skew_kl"}, texts, lambda std: tiny("gemma2 softcap", std=std)),
     "LoRA": ({"objective": "jsd", "temperature": 3.0, "ce_weight": 0.5}, texts, lambda std: with_lora()),
+    "prompt tuning": ({}, lambda: texts(loss_weight=[1.0, 2.0, 0.5, 0.5] * 2), lambda std: with_prompt_tuning()),
     "weights": ({"objective": "forward_kl"}, lambda: texts(loss_weight=[1.0, 2.0, 0.0, 0.5] * 2), tiny),
 }
 
@@ -129,7 +144,7 @@ def test_a_step_is_that_of_dense_logits(tmp_path, case):
     with trainer._step(training=True):
         trainer.compute_loss(trainer.model, dict(batch)).backward()
     found, ours, means = trainer.objective, gradients(trainer.model), trainer._means(True)
-    name, _, beta = options["objective"].partition(":beta=")
+    name, _, beta = options.get("objective", "forward_kl").partition(":beta=")
     expected, divergence, nll = dense(
         hf_xent.unpatch(trainer.model), teacher_model(), batch, name.partition(":")[0], found.temperature,
         options.get("ce_weight", 0.0), **({"beta": float(beta)} if beta else {}),
@@ -285,6 +300,16 @@ def test_no_logits_are_made(tmp_path):
     assert patch_state(student).materialized == patch_state(teacher).materialized == 0
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_it_does_without(tmp_path):
+    found = []
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        trainer = fit(tmp_path, texts(), objective="jsd", ce_weight=0.3, max_steps=2, **options)
+        found.append([(entry["loss"], entry["divergence"]) for entry in logs_of(trainer)])
+        torch.compiler.reset()
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=0)
+
+
 def test_bfloat16_is_no_worse_than_torch(tmp_path):
     found = {}
     for dtype in (torch.bfloat16, torch.float64):
@@ -374,3 +399,72 @@ def test_what_does_not_fit_is_refused(tmp_path):
     rows = answers().add_column("loss_weight", [1.0] * 8)
     with pytest.raises(ValueError, match="on_policy replaces a batch by samples, but it has token_weights"):
         fit(tmp_path, rows, on_policy=0.5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny teacher, a tiny student and their tokenizer, on disk, and prompts with completions."""
+    for name, model in {"teacher": teacher_model(), "student": tiny(std=0.3, num_hidden_layers=1)}.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    rows = datasets.Dataset.from_dict({"text": TEXTS, **answers().to_dict()})
+    rows.to_json(tmp_path / "rows.jsonl")
+    return tmp_path
+
+
+def run_command(folder, *more):
+    """The summary of `hf-xent distill train`, and the losses and logs of its steps."""
+    arguments = [
+        *("distill", "train", folder / "student", "--teacher", folder / "teacher", "--dataset", folder / "rows.jsonl"),
+        *("--output", folder / "out", "--batch-size", 2, "--save-steps", 2, "--learning-rate", 0.01, "--json", *more),
+    ]
+    result = CliRunner().invoke(cli.app, [str(x) for x in arguments], catch_exceptions=False)
+    (outcome,) = json.loads((folder / "out" / "results.json").read_text())["outcomes"]
+    return json.loads(result.stdout), outcome
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_command_trains_and_resumes(folder):
+    sampling = ("--column", "completion", "--on-policy", 0.5, "--max-new-tokens", 3)
+    options = ("--steps", 4, "--objective", "jsd:beta=0.3", "--ce-weight", 0.1, *sampling)
+    teacher_model(vocab_size=V + 4).save_pretrained(folder / "teacher")  # the same tokens, and rows that are of none
+    summary, outcome = run_command(folder, *options)
+    assert summary["after"]["divergence"] < summary["before"]["divergence"] and summary["steps"] == 4
+    assert {"on_policy_share", "divergence"} <= outcome["logs"][0].keys() and len(outcome["losses"]) == 4
+    assert "Teacher: a local model" in (folder / "out" / "README.md").read_text()
+    shutil.rmtree(folder / "out" / "checkpoint-4")
+    again, resumed = run_command(folder, *options, "--resume")
+    assert resumed["losses"] == outcome["losses"] and again["after"] == summary["after"]
+
+
+def test_the_command_names_what_is_missing(folder):
+    with pytest.raises(ValueError, match="teacher is not given: name a model, a cache or a server"):
+        CliRunner().invoke(cli.app, ["distill", "train", str(folder / "student")], catch_exceptions=False)
+    with pytest.raises(ValueError, match="on_policy is 0, so nothing is sampled"):
+        run_command(folder, "--max-new-tokens", 3)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_cache_is_a_teacher_but_not_of_samples(folder):
+    """Hidden states that were stored are those of the model, packed or not."""
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    stored = tokenized(rows, tokenizer(), max_length=None)
+    write_cache(LocalTeacher(teacher), stored, folder / "cache", kind="hidden", dtype="float32", tokenizer=tokenizer())
+    for options in ({}, {"packing": True}):
+        found = [
+            logs_of(fit(folder, rows, teacher=source, **options))[0]["loss"]
+            for source in (str(folder / "cache"), teacher)
+        ]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+    with pytest.raises(ValueError, match=r"on_policy is 0\.5, but a teacher is a cache"):
+        trainer_of(folder, rows, teacher=[str(folder / "cache"), teacher], on_policy=0.5)
+
+
+def test_several_teachers_have_weights(tmp_path):
+    teachers = [teacher_model(), tiny(std=0.3, num_hidden_layers=1)]
+    trainer = fit(tmp_path, texts(), teacher=teachers, teacher_weights=[3.0, 1.0], objective="reverse_kl")
+    batch = batch_of(trainer)
+    each = [float(dense(tiny(std=0.3), hf_xent.unpatch(x), batch, "reverse_kl")[0].detach()) for x in teachers]
+    assert logs_of(trainer)[0]["loss"] == pytest.approx(0.75 * each[0] + 0.25 * each[1], rel=1e-5)
+    assert "0.75 GPT2LMHeadModel + 0.25 LlamaForCausalLM" in trainer.card_facts["Teacher"]

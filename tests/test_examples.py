@@ -125,6 +125,17 @@ def test_noisefit_qa_compares_all_arms(tmp_path, monkeypatch, model):
     assert [arm for arm, rows in found.items() if "divergence" in rows[0]] == ["NoiseFiT, sigma 0", "NoiseFiT"]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default sets it
+def test_distill_compares_all_arms(tmp_path, monkeypatch, model):
+    (tmp_path / "t.txt").write_text(TEXT * 40)
+    options = {"steps": 2, "data": str(tmp_path / "t.txt"), "HELD_OUT": 4}
+    found, example = compared("distill", monkeypatch, model, tmp_path / "out", **options)
+    assert set(found) == {*example["ARMS"], example["UNTRAINED"], example["DENSE"]}
+    dense, streamed = found[example["DENSE"]][0], found["forward KL"][0]
+    assert dense["error"] < 1e-6 and dense["KL"] == pytest.approx(streamed["KL"], abs=1e-6)
+    assert all(rows[0]["MiB"] > 0 for arm, rows in found.items() if arm != example["UNTRAINED"])
+
+
 def test_short_answers_counts_answers_and_pairs(monkeypatch):
     """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
     example = runpy.run_path(str(EXAMPLES / "short_answers.py"))

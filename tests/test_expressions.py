@@ -59,6 +59,12 @@ LOSSES = {
     "a mixture": lambda s, t: torch.logaddexp(s.log_softmax(-1) - 1, t.log_softmax(-1)).logsumexp(-1).sum(),
     "a stack of both": lambda s, t: (torch.stack([s.exp(), t.exp()]) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)).sum(),
     "its own teacher": lambda s, t: (s.detach().softmax(-1) * (s * 2).log_softmax(-1)).sum(),
+    "cross-entropy": lambda s, t: F.cross_entropy(
+        (s.masked_fill(t < -1.5, -1e4) + 0.5 * t).view(-1, V), LABELS.view(-1), label_smoothing=0.1
+    ),
+    "negative log-likelihood": lambda s, t: F.nll_loss(
+        torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1))[0], LABELS[0], reduction="none"
+    ).sum(),
     "no token": lambda s, t: (s.log_softmax(-1) * t.softmax(-1))[torch.zeros(B, T, dtype=torch.bool)].sum(),
     "a few columns": topk,
     "shapes": lambda s, t: (s.exp() * t.exp()).view(-1, V).unsqueeze(0)[0].reshape(T, B, V)[1:].transpose(0, 1).sum(),

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hf_xent
-from hf_xent.lazy import LazyLogits
+from hf_xent.lazy import LazyLogits, PatchState
 from hf_xent.ops import Head
 from support.models import tiny
 
@@ -86,6 +86,12 @@ STEPS = {
     "iterated": lambda t: next(iter(t)),
     "unbind": lambda t: t.unbind(0)[0],
     "expand": lambda t: t.expand(2, *t.shape),
+    "exponentials": lambda t: t.exp(),
+    "chosen numbers": lambda t: torch.where(t > 0, t.abs(), -0.5),
+    "times its softmax": lambda t: t.softmax(-1) * t,
+    "times a row": lambda t: t * torch.linspace(1, 2, t.numel() // t.shape[-1]).view(*t.shape[:-1], 1),
+    "centered": lambda t: t - t.float().mean(-1, keepdim=True),
+    "stack and sum": lambda t: torch.stack([t, t * t]).sum(0),
     "losses": lambda t: F.cross_entropy(t.reshape(-1, t.shape[-1]), labels_of(t), reduction="none"),
 }
 WRITES = {
@@ -130,11 +136,14 @@ def weighted_sum(tensors):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("grad", [False, True], ids=["values", "gradients"])
 def test_random_programs_of_views_copies_reads_and_writes(seed, grad):
-    """Ten programs: after every step both sides raise the same, at the end all tensors and gradients are the same."""
+    """Ten programs: after every step both sides raise the same, at the end all tensors and gradients are the same.
+
+    In those of odd seeds, what is done to the logits is recorded.
+    """
     rng = random.Random(seed)
     for _ in range(10):
         hidden, weight = torch.randn(2, 4, 3, requires_grad=grad), torch.randn(V, 3)
-        dense, lazy = [hidden @ weight.T], [LazyLogits.of(hidden, Head(weight))]
+        dense, lazy = [hidden @ weight.T], [LazyLogits.of(hidden, Head(weight), PatchState(always=seed % 2))]
         for _ in range(rng.randint(2, 9)):
             i, table = rng.randrange(len(dense)), rng.choice([STEPS] * 4 + [WRITES] * 2 + [READS])
             name = rng.choice(list(table))

@@ -1043,7 +1043,7 @@ def test_float16_gradients_are_scaled_by_a_power_of_two(weight):
 
 @pytest.mark.parametrize("loss", [replace(x, ce_weight=0.5, temperature=2.0) for x in DIVERGENCES], ids=repr)
 def test_whole_rows_of_two_models_are_never_all_in_memory(loss, monkeypatch):
-    """Of 200 tokens no tensor has more than a few rows of the vocabulary, and each is computed once, without a graph."""
+    """Of 200 tokens no tensor has more than a few rows of the vocabulary; each is computed once, without a graph."""
     p = problem(labels=torch.randint(V, (200,)))
     rows = []
     counted = lambda *args: rows.append(len(args[0])) or type(loss).slope(loss, *args)  # noqa: E731

@@ -1,29 +1,33 @@
 """Distillation across vocabularies: losses against dense formulas and TRL's code, and the teacher that reads text."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from packaging.version import Version
 from tokenizers import normalizers
 from torch.nn import functional as F
 
 from hf_xent import losses
-from hf_xent.losses import JSD, ForwardKL, ReverseKL, TotalVariation
+from hf_xent.losses import JSD, ForwardKL, ReverseKL, SkewKL, TotalVariation
 from hf_xent.losses.other_vocabulary import OtherVocabulary, Spans
 from hf_xent.models.vocabularies import vocabulary_of
 from hf_xent.ops import Head
 from hf_xent.patching import lazily, patch
 from hf_xent.teachers.other_vocabulary import OtherVocabularyTeacher, PaddedTeacher, for_student, sequences
+from hf_xent.trainers import DistillationConfig, DistillationTrainer
 from support.models import tiny
 from support.oracle import Largest, assert_no_worse
 from support.vocabularies import byte_level, byte_offsets, sentencepiece, trl_uld
 
 V, V2, D, D2, T = 29, 41, 6, 5, 7
 SHARED = ([3, 0, 28, 11, 5, 17], [40, 2, 7, 1, 39, 20])
-OBJECTIVES = [ForwardKL(), ReverseKL(temperature=2.0), JSD(beta=0.3), TotalVariation(temperature=0.7)]
+OBJECTIVES = [
+    ForwardKL(), ReverseKL(temperature=2.0), JSD(beta=0.3), SkewKL(reverse=True), TotalVariation(temperature=0.7)
+]  # fmt: skip
 each = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda x: type(x).__name__)
 
 
@@ -57,6 +61,8 @@ def divergence(objective, p, q):
     """The divergence of a teacher p and a student q, from its definition."""
     if isinstance(objective, TotalVariation):
         return (p - q).abs().sum(-1) / 2
+    if isinstance(objective, SkewKL):
+        return torch.special.xlogy(q, q / ((1 - objective.alpha) * p + objective.alpha * q)).sum(-1)
     if isinstance(objective, JSD):
         m = objective.beta * p + (1 - objective.beta) * q
         kl_p, kl_q = (torch.special.xlogy(x, x / m).sum(-1) for x in (p, q))
@@ -108,16 +114,11 @@ def test_shared_tokens_equal_the_formula(objective, others):
     torch.testing.assert_close(mean, found / 11)  # positions without an opinion count, with 0
 
 
-@dataclass(frozen=True)
-class Mixed(ForwardKL):
-    """A divergence with a share of cross-entropy."""
-
-    ce_weight: float = 0.25
-
-
 def test_cross_entropy_is_mixed_in_where_the_teacher_is_silent_too():
     p = problem()
-    found, stats = Mixed().compute(p.hidden, p.head, p.labels, teacher=p.target, reduction="sum", observe=("top",))
+    found, stats = ForwardKL(ce_weight=0.25).compute(
+        p.hidden, p.head, p.labels, teacher=p.target, reduction="sum", observe=("top",)
+    )
     logits = p.head.logits(p.hidden)
     wanted = 0.75 * expected(ForwardKL(), p) + 0.25 * F.cross_entropy(
         logits.flatten(0, 1), p.labels.flatten(), reduction="sum"
@@ -184,7 +185,7 @@ def test_bfloat16_is_no_worse_than_torch():
 @pytest.mark.parametrize(("size", "size2"), [(V, V + 3), (V + 3, V)])
 def test_padded_heads_are_compared_over_common_tokens(objective, size, size2):
     p = problem(size=size, size2=size2, shared=None)
-    p.target = OtherVocabulary.padded(p.target.hidden, p.target.head, size, p.target.mask)
+    p.target = replace(p.target, others="ignore")
     q, t = ((x[:, :V] / x[:, :V].sum(-1, keepdim=True)) for x in dense(p, objective.temperature))
     wanted = objective.temperature**2 * divergence(objective, t, q).sum()
     assert_equal(objective(p.hidden, p.head, p.labels, teacher=p.target, reduction="sum"), wanted, p.leaves)
@@ -467,15 +468,46 @@ def test_a_model_learns_from_one_with_another_tokenizer(pair):
 
 def test_a_padded_head_needs_no_text(pair):
     student, _ = pair
-    teacher = for_student(Lookup(310), student, student, 300)
     batch, _ = collated(student, "right")
-    assert isinstance(teacher, PaddedTeacher) and teacher.name == "lookup"
-    target = teacher.targets(batch)
-    assert target.others == "ignore" and target.student_ids.tolist() == target.teacher_ids.tolist() == [*range(300)]
-    hidden, head = for_student(Lookup(300), student, student, 300).targets(batch)
-    assert hidden.shape[:2] == batch["input_ids"].shape and head.vocabulary == 300
-    assert isinstance(for_student(Lookup(370), pair[1], student, 300, others="ignore"), OtherVocabularyTeacher)
-    with pytest.raises(ValueError, match="spans is 'observed', but teacher and student have the same tokens"):
-        for_student(Lookup(310), student, student, 300, spans="observed")
+    hidden, labels = torch.randn(*batch["input_ids"].shape, D, dtype=torch.float64), batch["input_ids"]
+    head, found = Head(torch.randn(300, D, dtype=torch.float64)), {}
+    for size in (300, 310):
+        teacher = for_student(Lookup(size), student, student)
+        assert isinstance(teacher, PaddedTeacher) and teacher.name == "lookup"
+        answer, wider = teacher.teacher.targets(batch)
+        cut = answer, Head(wider.weight[:300])
+        for objective in (JSD(), ForwardKL(ce_weight=0.3)):
+            value = objective(hidden, head, labels, teacher=teacher.targets(batch))
+            torch.testing.assert_close(value, objective(hidden, head, labels, teacher=cut))
+        found[size] = losses.get("universal_logit")(hidden, head, labels, teacher=teacher.targets(batch))
+    assert len(found) == 2 and all(x > 0 for x in found.values())
+    assert isinstance(for_student(Lookup(370), pair[1], student, others="ignore"), OtherVocabularyTeacher)
+    with pytest.raises(ValueError, match="spans is 'observed', but lookup has the student's vocabulary: leave it out"):
+        for_student(Lookup(310), student, student, spans="observed")
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 1, 2, 2\)"):
         sequences({"input_ids": torch.zeros(1, 2), "attention_mask": torch.ones(1, 1, 2, 2)})
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers and TRL, of each other's deprecated options
+def test_the_trainer_asks_a_model_in_its_own_tokens(pair, tmp_path):
+    """By its folder alone; the first loss is that of the untrained models, and the share of covered labels is known."""
+    student, theirs = pair
+    model = tiny("gpt2", vocab_size=370, n_embd=16)
+    model.save_pretrained(tmp_path / "teacher")
+    theirs.save_pretrained(tmp_path / "teacher")
+    data = Dataset.from_dict({"text": [text.removesuffix("</s>") for text in TEXTS]})
+    options = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 3, "learning_rate": 0.01}
+    options |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "bf16": False, "disable_tqdm": True}
+    args = DistillationConfig(str(tmp_path / "out"), objective="jsd", **options)
+    given = {"train_dataset": data, "processing_class": student}
+    trainer = DistillationTrainer(tiny("llama", vocab_size=300), str(tmp_path / "teacher"), args, **given)
+    batch = trainer.data_collator([trainer.train_dataset[k] for k in range(3)])
+    asker = OtherVocabularyTeacher(Local(model), theirs, student)
+    with torch.no_grad(), lazily(trainer.model):
+        logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    wanted = JSD()(logits.hidden, logits.head, labels, teacher=asker.targets(batch))
+    trainer.train()
+    first, second, _ = trainer.state.log_history
+    assert first["loss"] == pytest.approx(float(wanted), rel=1e-4) and second["loss"] < first["loss"]
+    assert first["teacher_coverage"] == pytest.approx(asker.coverage) and 0.1 < asker.coverage < 0.9

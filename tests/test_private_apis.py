@@ -52,6 +52,7 @@ API = {
     "transformers.PreTrainedModel.loss_function": ("patching", ()),
     "transformers.loss.loss_utils.ForMaskedLMLoss": ("patching", ("logits", "labels", "vocab_size")),
     "transformers.PreTrainedModel._keys_to_ignore_on_save": ("trainers", ()),
+    "transformers.PreTrainedModel._is_stateful": ("generation", ()),
     "transformers.PreTrainedConfig.get_config_dict": ("ln_free", ("pretrained_model_name_or_path",)),
     "transformers.PreTrainedConfig._attn_implementation": ("ln_free", ()),
     "transformers.AutoModelForCausalLM._model_mapping": ("ln_free", ()),

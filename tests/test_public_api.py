@@ -20,10 +20,11 @@ PUBLIC = {
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
         token_logprobs vocab_loss vocab_stats""",
-    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation get
-        linear_cross_entropy table""",
+    losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation
+        get linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
-    teachers: """LocalTeacher ServedTeacher SeveralTeachers StoredTeacher Teacher load write_cache""",
+    teachers: """LocalTeacher OtherVocabularyTeacher PaddedTeacher ServedTeacher SeveralTeachers StoredTeacher
+        Teacher load write_cache""",
     classes: "Aspects ClassLoss LOSSES get predict resize",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }

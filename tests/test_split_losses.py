@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM
 import hf_xent
 from hf_xent import losses
 from hf_xent.losses import EMO
+from hf_xent.losses.other_vocabulary import OtherVocabulary
+from hf_xent.losses.targets import TopK
 from hf_xent.ops import Head, Shard, vocab_loss, vocab_stats
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
 from hf_xent.ops.row_loss import RowLoss, at_ids
+from hf_xent.ops.top_k import top_k_of
 from hf_xent.patching import patch_state
 from hf_xent.trainers.divergence import noisefit, rdrop
 from support.models import V, batch, gradients, tiny
@@ -41,6 +44,7 @@ LOSSES = {
     "forward_kl": "forward_kl:temperature=2.0",
     "reverse_kl": "reverse_kl:temperature=0.7",
     "jsd": "jsd:beta=0.3, temperature=1.5",
+    "universal_logit": "universal_logit:temperature=1.5",
     "skew_kl": "skew_kl:reverse=True, ce_weight=0.4, temperature=2.0",
     "total_variation": "total_variation:temperature=2.0, ce_weight=0.4",
 }
@@ -110,7 +114,7 @@ def of_a_loss(text, part, *, whole_teacher=False, **options):
         loss = loss.bind(part.whole["weight"])
     teacher = part.whole_teacher if whole_teacher else part.teacher
     call = partial(loss, part.leaves["hidden"], part.head, part.labels, memory_budget=8000, **options)
-    call = partial(call, teacher=teacher) if loss.needs_teacher else call
+    call = partial(call, teacher=teacher) if loss.needs_teacher and "teacher" not in options else call
     mean, tokens = call(), call(reduction="none")
     found = {"mean": mean, "tokens": tokens}
     found |= {f"mean by {n}": g for n, g in part.gradients(mean).items()}
@@ -118,6 +122,29 @@ def of_a_loss(text, part, *, whole_teacher=False, **options):
     found |= {f"tokens by {n}": g for n, g in part.gradients((tokens * weights).sum()).items()}
     hidden = torch.autograd.grad(call(), part.leaves["hidden"], create_graph=True)[0]
     return found | {f"twice by {n}": g for n, g in part.gradients(hidden.square().sum()).items()}
+
+
+def of_tokens(text, tail, part):
+    """As `of_a_loss`, against the most probable tokens of the split teacher, which are found first."""
+    found = {}
+    for k in (3, V - 1):
+        target = top_k_of(*part.teacher, k, temperature=1.5, memory_budget=8000)
+        found |= {f"{name} of {k}": x for name, x in target._asdict().items()}
+        options = {"teacher": TopK(*target, tail, 1.5)}
+        found |= {f"{name}, {k}": x for name, x in of_a_loss(text, part, **options).items()}
+    return found
+
+
+def of_another_vocabulary(part):
+    """A teacher of which half of the tokens are shared, in another order."""
+    ids, mask = torch.arange(1, V, 2), part.labels != 5
+    found = {}
+    for name, teacher in (("split", part.teacher), ("whole", part.whole_teacher)):
+        target = OtherVocabulary(*teacher, ids, ids.flip(0), mask)
+        for loss in ("jsd:beta=0.3", "gold"):
+            value = losses.get(loss)(part.leaves["hidden"], part.head, part.labels, teacher=target, memory_budget=8000)
+            found |= {f"{name} {loss}": value} | {f"{name} {loss} by {n}": g for n, g in part.gradients(value).items()}
+    return found
 
 
 def of_passes(name, part):
@@ -217,9 +244,13 @@ CASES = {
     **{f"{name}, whole teacher": partial(of_a_loss, LOSSES[name], whole_teacher=True)
        for name in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation")},
     **{name: partial(of_passes, name) for name in PASSES},
+    **{f"{text}, {tail}": partial(of_tokens, text, tail)
+       for text, tail in (("jsd:beta=0.3, temperature=1.5", "class"), ("reverse_kl:ce_weight=0.3", "uniform"),
+                          ("forward_kl:temperature=2.0, ce_weight=0.3", "student"))},
     **{f"tail {text}": partial(of_tail, text) for text in TAILED},
     "statistics": partial(of_statistics, None),
     "statistics, reference": partial(of_statistics, "reference"),
+    "another vocabulary": of_another_vocabulary,
     "trained payload": of_trained_payload,
     "nothing": of_nothing,
 }  # fmt: skip

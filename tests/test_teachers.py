@@ -25,8 +25,11 @@ from hf_xent.teachers.documents import documents_of
 from hf_xent.teachers.forms import Form, factors_of
 from hf_xent.teachers.heads import load_head, save_head
 from hf_xent.teachers.index import Index
+from hf_xent.teachers.other_vocabulary import OtherVocabularyTeacher, PaddedTeacher
+from hf_xent.teachers.placing import parts_of
 from hf_xent.teachers.protocols import candidates, words_of
 from hf_xent.teachers.tokens import tokenized
+from hf_xent.trainers import DistillationConfig, DistillationTrainer
 from support.completions_server import serving
 from support.models import SETTINGS, V, tiny, tiny_tokenizer
 from support.oracle import Largest
@@ -195,17 +198,21 @@ def test_an_index_compares_tokens_and_finds_prefixes():
 
 
 @pytest.mark.parametrize("objective", ["forward_kl:temperature=2.0", "reverse_kl", "jsd", "total_variation"])
-def test_losses_of_stored_hidden_states_are_those_of_the_model(objective, tmp_path):
-    write_cache(local(), data(), tmp_path / "cache", kind="hidden", dtype="float32", batch_rows=3)
+def test_losses_of_stored_targets_are_those_of_the_model(objective, tmp_path):
+    """Also those of its most probable tokens, if these are all."""
+    temperature = 2.0 if "temperature" in objective else 1.0
+    write_cache(local(), data(), tmp_path / "hidden", kind="hidden", dtype="float32", batch_rows=3)
+    write_cache(local(), data(), tmp_path / "all", k=V, dtype="float32", temperature=temperature, batch_rows=3)
     batch = packed_batch([rows()[1], rows()[4]])
     labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[..., 1:]
     student = torch.randn(1, labels.shape[1], 6, requires_grad=True)
     head = Head(torch.randn(V, 6, requires_grad=True))
     found = []
-    for teacher in (load(tmp_path / "cache"), local()):
+    for teacher in (local(), load(tmp_path / "hidden"), load(tmp_path / "all")):
         loss = losses.get(objective)(student, head, labels, teacher=teacher.targets(batch))
         found.append((loss, *torch.autograd.grad(loss, (student, head.weight))))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    for stored in found[1:]:
+        torch.testing.assert_close(stored, found[0], atol=1e-5, rtol=1e-4)
 
 
 def test_what_is_not_stored_is_an_error_of_one_line(tmp_path):
@@ -372,8 +379,10 @@ def test_several_teachers_are_a_weighted_sum():
     mixture = 0.75 * p + 0.25 * q
     to_mixture = (mixture * (mixture.log() - logp)).sum(-1)
     apart = (0.75 * p * (p.log() - mixture.log()) + 0.25 * q * (q.log() - mixture.log())).sum(-1)
+    nll = -logp.gather(-1, labels[valid][:, None]).squeeze(-1)
     expected = {
         "forward_kl": to_mixture + apart,  # distilling the mixture, up to what the student has no part in
+        "forward_kl:ce_weight=0.25": 0.75 * (to_mixture + apart) + 0.25 * nll,  # which is counted once
         "total_variation": (0.75 * (p - logp.exp()).abs() + 0.25 * (q - logp.exp()).abs()).sum(-1) / 2,
     }
     for name, losses_of_tokens in expected.items():
@@ -511,11 +520,26 @@ def test_load_takes_whatever_names_a_teacher(tmp_path):
     both = load([str(tmp_path / "model"), tmp_path / "cache"], weights=[1, 3], tail="student", dtype="bfloat16")
     assert both.weights == (0.25, 0.75) and both.teachers[1].tail == "student"
     assert both.teachers[0].model.dtype == torch.bfloat16
+    own = tiny_tokenizer()
+    own.add_tokens("<more>")
+    padded = load(str(tmp_path / "model"), tokenizer=own)
+    assert isinstance(padded, PaddedTeacher) and isinstance(*parts_of(padded), LocalTeacher)
+    other = load(
+        str(tmp_path / "model"), tokenizer=tiny_tokenizer("other words make other tokens " * 8), others="ignore"
+    )
+    assert isinstance(other, OtherVocabularyTeacher) and other.others == "ignore"
+    assert [*parts_of(SeveralTeachers([other, teacher]))] == [other.teacher, teacher]
     for spec, options, message in (
         (model, {"tail": "class"}, "tail is 'class', which has no effect on a model: leave it out"),
         (tmp_path / "cache", {"k": 3}, "k is 3, which has no effect on a cache"),
         (teacher, {"device": "cpu"}, "device is 'cpu', which has no effect on a teacher already"),
         (teacher, {"weights": [1.0]}, "weights are .*, but there is one teacher"),
+        (str(tmp_path / "model"), {"others": "class"}, "others is 'class', but tokenizer is None"),
+        (
+            str(tmp_path / "model"),
+            {"others": "class", "tokenizer": own},
+            "others is 'class', but .* has the student's vocabulary",
+        ),
         (str(tmp_path / "nowhere"), {}, "model is '.*nowhere'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -546,6 +570,25 @@ def test_documents_are_tokenized_as_trl_does(tmp_path):
     assert tokenized(data(), tokenizer)["input_ids"][:] == rows()
     with pytest.raises(ValueError, match=r"has the columns body: name the one that holds text"):
         tokenized(Dataset.from_dict({"body": TEXTS}), tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # as above
+def test_training_from_a_cache_is_training_from_the_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    dataset = Dataset.from_dict({"text": TEXTS * 3})
+    documents = tokenized(dataset, tokenizer)
+    write_cache(local(), documents, tmp_path / "hidden", kind="hidden", dtype="float32")
+    write_cache(local(), documents, tmp_path / "all", k=V, dtype="float32")
+    found = []
+    for teacher in (local(), [str(tmp_path / "hidden"), str(tmp_path / "all")]):  # both are the model
+        options = {"use_cpu": True, "bf16": False, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
+        options |= {"max_steps": 2, "learning_rate": 1e-3, "packing": True, "max_length": 24}  # some are cut off
+        args = DistillationConfig(output_dir=tmp_path, per_device_train_batch_size=2, **options)
+        student = tiny("llama", std=0.05)
+        trainer = DistillationTrainer(student, teacher, args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        found.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_the_command_writes_a_cache_that_training_finds(tmp_path):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hf_xent import Head, LazyLogits, linear_cross_entropy, losses, token_logprobs
 from hf_xent.losses import LOSSES, CrossEntropy
+from hf_xent.losses.targets import TopK
 from hf_xent.ops.divergences import stream_divergence
 from hf_xent.ops.request import Request
 from hf_xent.ops.row_loss import RowLoss, at_ids
@@ -75,6 +76,25 @@ def its_rows(h, w):
     return losses[VALID].sum()
 
 
+def against_entries(name, tail):
+    """A loss against the two tokens IDS of a teacher, and its dense form where the others are one class."""
+    logp = FACTORS.log_softmax(-1) - 0.5
+    target = TopK(IDS, logp, torch.log1p(-logp.exp().sum(-1)), tail)
+    objective = losses.get(name)
+
+    def classes(h, w):
+        logq = (h @ w.T).log_softmax(-1)
+        others = logq.scatter(1, IDS, -torch.inf).logsumexp(-1, keepdim=True)
+        student, teacher = (
+            torch.cat([logq.gather(1, IDS), others], 1),
+            torch.cat([target.logp, target.rest[:, None]], 1),
+        )
+        return objective.reference(student[VALID], LABELS[VALID], teacher=teacher[VALID]).mean()
+
+    streamed = lambda h, w: objective(h, Head(w), LABELS, teacher=target)  # noqa: E731
+    return streamed, classes if tail == "class" else None
+
+
 def smoothed(h, w):
     return linear_cross_entropy(h, w, LABELS, class_weight=CLASSES, label_smoothing=0.1)
 
@@ -91,6 +111,8 @@ FUNCTIONS = {
     ),
     "R-Drop": (in_passes(rdrop(), 1.0, 0.9), None),
     "rows of constants": (in_passes(RowLoss(with_rows, ((0, 1.0),), (IDS, FACTORS, POWER)), 1.0), its_rows),
+    "a class of all other tokens": against_entries("jsd", "class"),
+    "other tokens alike": against_entries("reverse_kl", "uniform"),
     "NoiseFiT": (in_passes(noisefit(), 1.0, 0.9, 1.1), None),
 }
 # the reference of EISL is of one run of labels, and these are two

@@ -124,6 +124,17 @@ def test_special_tokens_are_matched_written_out_or_left_out(tokenizers):
     assert found.student_lengths[0] == found.teacher_lengths[0] == 0, "each has a bos of its own"
 
 
+def test_a_marker_of_chats_that_is_called_bos_stays():
+    student, teacher = (byte_level(300, eos="<|end|>", extra=["<|user|>"]) for _ in range(2))
+    student.bos_token = "<|user|>"
+    ids = student("<|user|>the fox<|end|>")["input_ids"]
+    for started in (None, "<|user|>"):
+        teacher.bos_token = started
+        (found,) = Translation(student, teacher)([ids])
+        assert found.teacher_ids == ids and found.student_lengths == found.teacher_lengths
+        assert found.student_lengths[0] == 1
+
+
 def test_sampled_tokens_and_cut_characters_have_exact_offsets(tokenizers):
     student, teacher = tokenizers["bytes"], tokenizers["more bytes"]
     letters = [student.convert_tokens_to_ids(letter) for letter in "theĠfox"]  # as no tokenizer would split it

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..losses.cross_entropy import CrossEntropy
-from . import methods
+from . import methods, two_models
 from .methods import Method
-from .objectives import CAP, CAPPED, PLAIN, REWARDED, SMOOTHED, SMOOTHING
+from .objectives import CAP, CAPPED, DIVERGENCES, PLAIN, REWARDED, SMOOTHED, SMOOTHING
 
 Outputs = Callable[[Tensor, Tensor], dict[str, Tensor]]  # hidden, weight -> the tensors that the function writes to
 
@@ -119,12 +119,19 @@ GROUPS = ("dense", "hf_xent", "peers")  # in the order in which they run
 FLOAT32_LOGITS = 10  # 16-bit [N, V] tensors that an objective of float32 logits has in memory at once
 OTHERS = (CAPPED, SMOOTHED, REWARDED)
 
+
+def _of_divergences(method: Method) -> dict[str, Method]:
+    """The functions of all objectives with a teacher."""
+    return {name: partial(method, objective=name) for name in DIVERGENCES}
+
+
 CONTESTANTS: dict[str, Contestant] = {
     BASE: Contestant(
         methods.dense,
         logits=3,
         group="dense",
-        objectives={name: partial(methods.dense_float32, objective=name) for name in OTHERS},
+        objectives={name: partial(methods.dense_float32, objective=name) for name in OTHERS}
+        | _of_divergences(two_models.dense),
         about="plain torch, all logits at once",
     ),
     "dense float32 logits": Contestant(
@@ -149,8 +156,8 @@ CONTESTANTS: dict[str, Contestant] = {
         outputs=methods.matmul_outputs,
         logits=1,
         group="dense",
-        objectives=dict.fromkeys(OTHERS, methods.matmuls),
-        about="the matrix products alone, no softmax between them",
+        objectives=dict.fromkeys(OTHERS, methods.matmuls) | dict.fromkeys(DIVERGENCES, two_models.matmuls),
+        about="the matrix products alone, no softmax between them; four where there is a teacher",
     ),
     "torch chunked": Contestant(
         methods.torch_chunked, _needs_torch_2_13, group="dense", about="`F.linear_cross_entropy`, default options"
@@ -162,7 +169,12 @@ CONTESTANTS: dict[str, Contestant] = {
         group="dense",
         about="`F.linear_cross_entropy`, best chunk size by hand",
     ),
-    "trl": Contestant(methods.trl, _needs_trl_kernel, about="TRL's fused head"),
+    "trl": Contestant(
+        methods.trl,
+        _needs_trl_kernel,
+        objectives=_of_divergences(two_models.trl),
+        about="TRL's fused head, and its fused divergence",
+    ),
     "liger": Contestant(
         methods.liger,
         partial(_needs_cuda, "liger_kernel"),
@@ -204,6 +216,7 @@ CONTESTANTS: dict[str, Contestant] = {
             CAPPED: partial(methods.eager, softcap=CAP),
             SMOOTHED: partial(methods.eager, loss=CrossEntropy(label_smoothing=SMOOTHING)),
             REWARDED: partial(methods.eager, loss=methods.EntropyBonus()),
+            **_of_divergences(two_models.streamed),
         },
         about="this package, as `patch` uses it",
     ),

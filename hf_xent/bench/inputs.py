@@ -32,6 +32,7 @@ from ..system.files import replace_atomically
 from .calibrated import DEFAULT_LAW, check_shape, generate
 from .config import CALIBRATED, DTYPES, EXPORTED, RANDOM, SHAPED, BenchConfig
 from .objectives import OBJECTIVES, PLAIN
+from .two_models import teacher_of
 
 BLOCK = 512  # tokens per block of text: long enough for realistic contexts
 # Floating-point operations of a float64 truth on a CPU: two minutes on two idle cores. A float32 truth cannot
@@ -104,11 +105,13 @@ def truth(hidden: Tensor, weight: Tensor, labels: Tensor, device: str, objective
     N, (V, D) = len(hidden), weight.shape
     affordable = device != "cpu" or 6 * N * V * D <= AFFORDABLE
     dtype = torch.float64 if hidden.dtype == torch.float32 and affordable else torch.float32
+    other = teacher_of(hidden).to(device, dtype)
     hidden, weight = (x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight))
     labels, total = labels.to(device), torch.zeros((), device=device, dtype=dtype)
     rows = max(1, (TRUTH_BYTES if device == "cpu" else 8 * TRUTH_BYTES) // (V * dtype.itemsize))
-    for h, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        loss = OBJECTIVES[objective].on_logits(F.linear(h, weight), y).sum() / N
+    for h, y, t in zip(hidden.split(rows), labels.split(rows), other.split(rows), strict=True):
+        second = (F.linear(t, weight.detach()),) if OBJECTIVES[objective].with_teacher else ()
+        loss = OBJECTIVES[objective].on_logits(F.linear(h, weight), y, *second).sum() / N
         loss.backward()
         total += loss.detach()
     assert hidden.grad is not None and weight.grad is not None

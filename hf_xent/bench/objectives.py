@@ -5,13 +5,16 @@ They define the truth that the gate compares with, and what dense torch computes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 PLAIN, CAPPED, SMOOTHED, REWARDED = "cross-entropy", "softcap", "label smoothing", "entropy bonus"
+FORWARD_KL, REVERSE_KL, SYMMETRIC = DIVERGENCES = ("forward kl", "reverse kl", "jsd")
 CAP = 30.0  # of Gemma 2
 SMOOTHING = 0.1
 BONUS = 0.1
@@ -19,12 +22,14 @@ BONUS = 0.1
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss of dense logits."""
+    """A loss of dense logits, of one model or of a student and a teacher."""
 
-    on_logits: Callable[[Tensor, Tensor], Tensor]
-    """logits [N, V], labels [N] -> losses [N], nats."""
+    on_logits: Callable[..., Tensor]
+    """logits [N, V], labels [N], and the teacher's logits [N, V] if there is one -> losses [N], nats."""
     about: str
     """Its description in the heading of a table."""
+    with_teacher: bool = False
+    """Whether it compares with a second model."""
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,10 +49,32 @@ def _rewarded(logits: Tensor, labels: Tensor) -> Tensor:
     return BONUS * (logp.exp() * logp).sum(-1) - logp.gather(-1, labels[:, None])[:, 0]
 
 
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    """KL of the first to the second, of log-probabilities."""
+    return F.kl_div(second, first, log_target=True, reduction="none").sum(-1)
+
+
+def _forward_kl(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    return _divergence(teacher.log_softmax(-1), logits.log_softmax(-1))
+
+
+def _reverse_kl(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    return _divergence(logits.log_softmax(-1), teacher.log_softmax(-1))
+
+
+def _jsd(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    q, p = logits.log_softmax(-1), teacher.log_softmax(-1)
+    mixture = torch.logaddexp(q, p) - math.log(2)
+    return (_divergence(p, mixture) + _divergence(q, mixture)) / 2
+
+
 OBJECTIVES: dict[str, Objective] = {
     PLAIN: Objective(_cross_entropy, "cross-entropy"),
     CAPPED: Objective(_capped, f"cross-entropy of logits capped at {CAP:g}"),
     SMOOTHED: Objective(_smoothed, f"cross-entropy with label smoothing {SMOOTHING:g}"),
     REWARDED: Objective(_rewarded, f"cross-entropy less {BONUS:g} times the entropy"),
+    FORWARD_KL: Objective(_forward_kl, "KL of the teacher to the student", with_teacher=True),
+    REVERSE_KL: Objective(_reverse_kl, "KL of the student to the teacher", with_teacher=True),
+    SYMMETRIC: Objective(_jsd, "Jensen-Shannon divergence of student and teacher", with_teacher=True),
 }
 """Name -> objective."""

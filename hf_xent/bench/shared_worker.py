@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .config import BenchConfig
-from .contestants import BASE, FLOOR, Contestant
+from .contestants import BASE, CONTESTANTS, FLOOR, Contestant
 from .inputs import Facts, on_device, truth
 from .measured import Errors, Measured, allowed, passes, tolerance
 from .memory import PeakMemory, free_bytes
-from .methods import iterate, matmul_outputs, matmuls
+from .methods import iterate, matmul_outputs
+from .objectives import PLAIN
 from .rows import ABSENT, WRONG
 from .timer import time_calls
 from .worker import answer, relative_error
@@ -37,6 +38,9 @@ def serve_shared(pipe: Connection, threads: int) -> None:
 
 class SharedJob:
     """The inputs and the truth of a config, and the measurement of one contestant after another."""
+
+    objective = PLAIN
+    """Of the contestant that is measured."""
 
     def load(self, config: BenchConfig) -> Facts:
         """Draw the inputs of a config on its device."""
@@ -75,6 +79,7 @@ class SharedJob:
         Returns:
             The measurements, with the ratio to the bare matmuls; the parent knows the time of dense.
         """
+        self.objective = objective
         need, free = contestant.logits * self.facts.logits_bytes, free_bytes(self.config.device)
         if need > free:
             return Measured(
@@ -122,11 +127,12 @@ class SharedJob:
         found.ratios = {FLOOR: [statistics.median(found.times) / statistics.median(yard)] if yard else []}
 
     def matmul_times(self, repeats: int) -> list[float]:
-        """Seconds of the three bare matmuls after one untimed iteration; none if their logits do not fit."""
+        """Seconds of the objective's bare matmuls after one untimed iteration; none if their logits do not fit."""
         if self.facts.logits_bytes + self.facts.weight_bytes > 0.9 * free_bytes(self.config.device):
             return []
         hidden, weight = self.hidden.detach(), self.weight.detach()
-        outputs = matmul_outputs(hidden, weight)
+        outputs, matmuls = matmul_outputs(hidden, weight), CONTESTANTS[FLOOR].method(self.objective)
+        assert matmuls is not None
         times = self.seconds(partial(matmuls, hidden, weight, self.labels, **outputs), 1 + repeats)[1:]
         outputs.clear()
         self.release()

@@ -64,5 +64,5 @@ class ClassLoss:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """The fields of the loss."""
-        return asdict(self)
+        """The loss as a dictionary for JSON: its name under 'loss', which is that of its file, and its fields."""
+        return {"loss": type(self).__module__.rsplit(".", 1)[-1], **asdict(self)}

@@ -50,7 +50,7 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
         config.id2label, config.label2id = names, {label: i for i, label in names.items()}
         if hasattr(model, "num_labels"):
             model.num_labels = width
-    config.hf_xent_loss = {"name": _name(loss), **loss.describe(), "classes": classes}
+    config.hf_xent_loss = {**loss.describe(), "classes": classes}
 
 
 def predict(model: Any, logits: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def predict(model: Any, logits: Tensor) -> Tensor:
     if not stored:
         return logits.argmax(-1)
     stored.pop("classes")
-    return get(stored.pop("name"), **stored).predict(logits)
+    return get(stored.pop("loss"), **stored).predict(logits)
 
 
 def _head(model: Any, classes: int) -> tuple[str, nn.Linear]:
@@ -86,10 +86,3 @@ def _widened(head: nn.Linear, width: int, std: float) -> nn.Linear:
     new.requires_grad_(weight.requires_grad)
     new.train(head.training)
     return new
-
-
-def _name(loss: ClassLoss) -> str:
-    """The registry name of a loss; that of its class for one that is not registered."""
-    from . import LOSSES
-
-    return next((entry for name, entry in LOSSES.exported.items() if name == type(loss).__name__), type(loss).__name__)

@@ -58,7 +58,11 @@ def bench(
         str, Option(help="Comma-separated names; all by default. 'dense' always runs, since the others are compared.")
     ] = "",
     objectives: Annotated[
-        str, Option(help="cross-entropy, softcap, label smoothing or entropy bonus; several, or 'all'.")
+        str,
+        Option(
+            help="cross-entropy, softcap, label smoothing, entropy bonus; with a teacher forward kl, reverse kl, jsd;"
+            " several, or 'all'."
+        ),
     ] = "cross-entropy",
     repeats: Annotated[int, Option(help="Timed iterations of each contestant.", min=1)] = 10,
     device: Device = None,

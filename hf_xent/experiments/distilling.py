@@ -25,7 +25,9 @@ class Distilling(Training):
         "The weight of each of several teachers [default: all alike].", None
     )
     objective: str = option(
-        "The divergence, with options if any: forward_kl, reverse_kl, 'jsd:beta=0.5', total_variation.", "forward_kl"
+        "The divergence, with options if any: forward_kl, reverse_kl, 'jsd:beta=0.5',"
+        " 'skew_kl:alpha=0.1', total_variation.",
+        "forward_kl",
     )
     temperature: float = option("T of both softmaxes in the divergence, which is multiplied by T^2.", 1.0)
     ce_weight: float = option("Weight of the labels' cross-entropy; the divergence has the rest.", 0.0)
@@ -120,6 +122,7 @@ def _config(run: Distilling) -> Any:
 
 
 def _teacher(run: Distilling, tokenizer: Any) -> Any:
+    """The teachers; a model with another vocabulary is asked in its own tokens."""
     from ..teachers import load
 
     names = run.teachers if len(run.teachers) > 1 else run.teachers[0]

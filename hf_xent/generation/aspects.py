@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import tqdm
 
 from ..data import Format
-from ..detection.fingerprints import fingerprint_model
 from ..models.anatomy import positions
 from ..models.contexts import eval_mode
+from ..models.fingerprints import fingerprint_model
 from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import inner_of, patched
@@ -39,6 +40,9 @@ from .judging import Row, odds, verdict_tokens
 
 QUESTION = Format("Text: {text}\n\nAnswer a question about the text by Yes or No alone. {question}", ("Yes", "No"))
 """The default prompt; another one may use any field of a row. Its part before `{question}` is computed once a row."""
+
+KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+"""The layers of a cache that hold nothing else, and whose rows can be selected."""
 
 Pair = tuple[int, int]  # a row and a question
 
@@ -171,14 +175,16 @@ def _shared(prompts: list[list[int]]) -> int:
 
 
 def _past(model: Any, beginnings: list[list[int]]) -> Any:
-    """Keys and values of n beginnings of equal length; None for models whose state cannot be continued by many tokens
-    (recurrent ones) and for beginnings without tokens.
+    """Keys and values of n beginnings of equal length; None if there are none, or the model keeps other states, too.
+
+    The states of recurrent layers cannot be continued by padded rows, nor can those of all kinds be selected by row.
     """
     if not beginnings[0] or getattr(inner_of(model), "_is_stateful", False):
         return None
     output = model(input_ids=torch.tensor(beginnings, device=model.device), use_cache=True)
     past = getattr(output, _cache_name(model), None)
-    return past if hasattr(past, "batch_select_indices") else None
+    layers = getattr(past, "layers", ())
+    return past if layers and all(type(layer) in KEYS_AND_VALUES for layer in layers) else None
 
 
 def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, places: list[int]) -> Tensor:
@@ -190,8 +196,8 @@ def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, pla
     else:
         past = deepcopy(past)  # the forward pass appends to it
         past.batch_select_indices(torch.tensor(places, device=ids.device))
-        mask = torch.cat([mask.new_ones(len(rows), past.get_seq_length()), mask], dim=1)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=True, **{_cache_name(model): past}).logits
+        # no mask: padding is on the right, which no earlier token attends to, and some models take no longer masks
+        logits = model(input_ids=ids, use_cache=True, **{_cache_name(model): past}).logits
     return odds(logits, last, verdicts)
 
 

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..classes.base import ClassLoss
 from ..losses.base import Loss
 from ..system import figures
 from ..system.machine import cpu_name
@@ -219,8 +220,9 @@ def _results(history: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
-    """The fields of a loss of the registry and the docstring of its file; None for another loss."""
-    return (objective.describe(), _docs(type(objective))) if isinstance(objective, Loss) else None
+    """The fields of a loss of a registry and the docstring of its file; None for another loss."""
+    known = isinstance(objective, Loss | ClassLoss)
+    return (objective.describe(), _docs(type(objective))) if known else None
 
 
 def _docs(cls: type) -> str:

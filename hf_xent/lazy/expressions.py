@@ -67,7 +67,8 @@ class LazyExpression(Answering):
     def compute_values(self) -> Tensor:
         """The dense values; nothing is kept."""
         self.check_operands()
-        self.state.materialized += 1
+        for state in states_of(inputs_of(self.node)):
+            state.materialized += 1
         with (
             torch.set_grad_enabled(self.differentiable),
             torch.autocast(self.device.type, enabled=False),
@@ -190,8 +191,8 @@ def streamed(node: Node, finish: Callable[[Tensor], Tensor], *, total: bool) -> 
     for x in inputs:
         x.check()
     groups, rows, shared = grouped(inputs)
-    states: dict[int, PatchState] = {id(x.state): x.state for group in groups for x in group}
-    for state in states.values():
+    states = states_of(inputs)
+    for state in states:
         state.streamed += 1
 
     def function(products: list[Tensor], some: list[Tensor], same: list[Tensor]) -> Tensor:
@@ -199,13 +200,18 @@ def streamed(node: Node, finish: Callable[[Tensor], Tensor], *, total: bool) -> 
         pairs: list[tuple[Input, Tensor]] = [*zip(rows, some, strict=True), *zip(shared, same, strict=True)]
         return finish(evaluate(node, given | {id(x): tensor for x, tensor in pairs}))
 
-    budgets = [state.request.memory_budget for state in states.values()]
+    budgets = [state.request.memory_budget for state in states]
     request = Request(memory_budget=next((b for b in budgets if b is not None), None))
     pairs = [(_flat(group[0].hidden), group[0].raw) for group in groups]
     found = stream_rows(
         function, pairs, [_flat(x.tensor) for x in rows], [x.tensor for x in shared], request, total=total
     )
     return hooked(_hooks([x for group in groups for x in group]), found)
+
+
+def states_of(inputs: list[Input]) -> list[PatchState]:
+    """The states of the models whose logits are among the inputs, each once."""
+    return [*{id(x.state): x.state for x in inputs if isinstance(x, Product)}.values()]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rules that record what torch functions make of lazy logits, and those that compute what has fewer numbers than they.
 
     recorded    functions of single numbers, softmax, log_softmax, divergences; a stack, and what is reduced over it
-    computed    sums, means and other reductions over the vocabulary, a few columns, sums over everything
+    computed    reductions over the vocabulary, a few columns, losses of labels, sums and means over everything
 
 Each rule returns the result, or NotImplemented: then torch's function is applied to the dense tensors.
 """
@@ -219,6 +219,27 @@ def _gather(x: Any, dim: int, index: Any, *, sparse_grad: bool = False) -> Any:
     return found.reshape(index.shape).to(x.dtype)
 
 
+def _label_loss(  # noqa: PLR0913  the arguments are torch's
+    function: Any, x: Any, target: Any, weight: Any = None, size_average: Any = None, ignore_index: int = -100,
+    reduce: Any = None, reduction: str = "mean", **smoothing: float,
+) -> Any:  # fmt: skip
+    """The cross-entropy of an expression [N, V]: of logits that were masked or shifted. 0 if every label is ignored."""
+    given = isinstance(x, LazyExpression) and _is_recorded(x) and type(target) is Tensor and x.ndim == 2
+    if not given or weight is not None or size_average is not None or reduce is not None:
+        return NotImplemented
+    if target.dtype != torch.int64 or target.shape != x.shape[:1] or reduction not in ("none", "mean", "sum"):
+        return NotImplemented
+    labels = Rows(target[:, None].clone(), 0)
+    node = Operation.of(_of_labels, function, _node_of(x), labels, {"ignore_index": ignore_index, **smoothing})
+    found = streamed(node, lambda value: value, total=reduction != "none")
+    return (found / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else found).to(x.dtype)
+
+
+def _of_labels(function: Any, value: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+    """The losses [n] of some rows."""
+    return function(value, labels.squeeze(-1), reduction="none", **options)
+
+
 _T = torch.Tensor
 _NUMBERS = (
     "abs absolute exp expm1 log log1p log2 neg negative square sqrt rsqrt reciprocal sigmoid tanh relu clamp clip"
@@ -251,6 +272,8 @@ for _name in ("sum", "mean", "logsumexp", "amax", "amin", "argmax", "argmin"):
     RECORDED.update(dict.fromkeys((getattr(_T, _name), _own), Answer(partial(_reduce, _own))))
 for _own in (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss):
     RECORDED[_own] = Answer(partial(_loss, _own))
-RECORDED[F.kl_div] = Answer(_kl_div)
+RECORDED.update(
+    {F.kl_div: Answer(_kl_div)} | {f: Answer(partial(_label_loss, f)) for f in (F.cross_entropy, F.nll_loss)}
+)
 RECORDED[torch.stack] = Answer(_stack)
 RECORDED.update(dict.fromkeys((_T.gather, torch.gather), Answer(_gather)))

@@ -105,7 +105,7 @@ class Loss:
         reduction: str = "mean",
         num_items: Tensor | float | None = None,
         token_weight: Tensor | None = None,  # [...], constant
-        teacher: Payload | None = None,
+        teacher: Any = None,
         observe: tuple[str, ...] = (),
         ignore_index: int = -100,
         impl: str | None = None,
@@ -123,11 +123,12 @@ class Loss:
             num_items: The divisor of the sum in place of the sum of weights: the number of tokens of the whole
                 accumulated batch, as transformers' Trainer counts it.
             token_weight: Weights [...], constant.
-            teacher: (hidden [..., D2], head) of the model to compare with, for losses that need one.
+            teacher: (hidden [..., D2], head) of the model to compare with, for losses that need one; or what else
+                `hf_xent.losses.targets` has.
             observe: Names of further statistics to return.
             ignore_index: The label of positions to ignore.
             impl: 'reference', 'chunked' or 'triton', as in `hf_xent.vocab_stats`. Losses of whole rows (JSD, total
-                variation) are computed in one way, whatever it is.
+                variation) and of a teacher's k tokens are computed in one way, whatever it is.
             memory_budget: Bytes of logits in memory at a time, as in `hf_xent.vocab_stats`.
             tail: Relative error allowed in the gradient of the logits, as in `hf_xent.vocab_loss`; 0 is exact.
 
@@ -149,7 +150,7 @@ class Loss:
         labels: Tensor,
         request: Request,
         reduction: Reduction,
-        teacher: Payload | None = None,
+        teacher: Any = None,
     ) -> tuple[Tensor, Stats]:
         """`compute` with a request for its keywords; the reduction decides whether losses stay unreduced."""
         labels = token_ids(labels)

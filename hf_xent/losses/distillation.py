@@ -2,9 +2,9 @@
 
     loss = (1 - w) T^2 D(p, q) + w CE
 
-p is the teacher's softmax and q the student's, both of z / T; CE is the student's cross-entropy with the label, of z. One
-visit computes the products of both models, turns the student's into the gradient by the formula that each divergence
-has, and multiplies it with the head and the hidden states: four matmuls.
+p is the teacher's softmax and q the student's, both of z / T; CE is the student's cross-entropy with the label, of z.
+One visit computes the products of both models, turns the student's into the gradient by the formula that each
+divergence has, and multiplies it with the head and the hidden states: four matmuls.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..ops import Head, Payload, Stats
 from ..ops.closed_form import Memory, log_softmax_
@@ -38,7 +39,7 @@ FORMS: dict[type, Callable[..., tuple[Tensor, Stats]]] = {
 
 @dataclass(frozen=True)
 class Distillation(Loss):
-    """Base of the divergences between a student q = softmax(z / T) and a teacher p, times T^2, mixed with cross-entropy.
+    """Base of the divergences between a student q = softmax(z / T) and a teacher p, times T^2, with a share of CE.
 
     A subclass writes `divergence` and `slope`. The teacher may have any hidden size and gets no gradient. Labels select
     the positions that count, and are what the cross-entropy is of.
@@ -49,7 +50,6 @@ class Distillation(Loss):
     ce_weight: float = field(default=0.0, kw_only=True)
     """w in [0, 1]: the share of the cross-entropy with the labels, at temperature 1; the divergence has 1 - w."""
 
-    uses = ()
     needs_teacher = True
 
     def __post_init__(self) -> None:
@@ -84,9 +84,11 @@ class Distillation(Loss):
         return loss + self.ce_weight * nll if self.ce_weight else loss
 
     def dense(self, divergence: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of dense logits [N, V] and D [N], for `reference`."""
-        nll = torch.nn.functional.cross_entropy(logits, labels.long(), reduction="none")
-        return (1 - self.ce_weight) * self.temperature**2 * divergence + self.ce_weight * nll
+        """The loss of D [N], and of dense logits [N, V] with the labels, for `reference`."""
+        loss = (1 - self.ce_weight) * self.temperature**2 * divergence
+        if not self.ce_weight:
+            return loss
+        return loss + self.ce_weight * cross_entropy(logits, labels.long(), reduction="none")
 
     def per_token(
         self, hidden: Tensor, head: Head, labels: Tensor, weight: Tensor, teacher: Any, request: Request
@@ -95,7 +97,7 @@ class Distillation(Loss):
         if type(teacher) in FORMS:
             return FORMS[type(teacher)](self, hidden, head, labels, weight, teacher, request)
         teacher = self.frozen_teacher(teacher, head)
-        if torch.compiler.is_compiling() and self.uses:
+        if torch.compiler.is_compiling() and type(self).of is not Loss.of:
             return self._of_statistics(hidden, head, labels, weight, teacher, request)
         return stream_divergence(self.row_loss(), [hidden], head, labels, request, weight, teacher)
 
@@ -135,7 +137,7 @@ class Distillation(Loss):
         return values | {"loss": self.with_cross_entropy(divergence, values["lse"] - values["target"])}, z
 
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
-        """The terms of D that `of` does not have, in the shape of labels, 0 at ignored positions; heads are tempered."""
+        """The terms of D that `of` does not have, in the shape of labels, 0 if ignored; heads are tempered."""
         raise NotImplementedError
 
     def _of_statistics(
@@ -163,6 +165,7 @@ class Distillation(Loss):
         if teacher_head.vocabulary != head.vocabulary:
             raise ValueError(
                 f"the teacher's head has {teacher_head.vocabulary} tokens but the student's {head.vocabulary}:"
-                " choose a teacher with the same vocabulary, or pass a losses.other_vocabulary.OtherVocabulary"
+                " choose one with the same vocabulary, or pass it as a teachers.PaddedTeacher if the tokens are the"
+                " same, as a teachers.OtherVocabularyTeacher if not"
             )
         return hidden.detach(), teacher_head.detach().tempered(self.temperature)

@@ -30,6 +30,8 @@ class JSD(Distillation):
         ValueError: A field is out of its range.
     """
 
+    uses = ()
+
     beta: float = 0.5
     """beta in (0, 1): the teacher's share of the mixture."""
 

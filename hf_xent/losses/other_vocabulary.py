@@ -7,7 +7,8 @@ any pairing of their tokens otherwise (data processing inequality: merging class
 shared token is as likely in two models that split text differently is an assumption, of this and of every such loss.
 
 Only positions before which both models have read the same text have an opinion (`hf_xent.models.alignment`). Rows of
-both models are held for a chunk of tokens at a time, and computed again in the backward.
+both models are held for a chunk of tokens at a time, and computed again in the backward. If a head is split over ranks,
+the rows of a chunk are gathered.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class OtherVocabulary:
         hidden: The teacher's hidden states [..., D2], in the leading shape of the student's labels.
         head: Its head.
         student_ids: The shared tokens [S], ids of the student's without repetition; None if both heads have the same
-            tokens, or for `universal_logit`, which reads none.
+            tokens, or for `universal_logit`, which reads none. With `others='ignore'` one of the heads may then have
+            more rows, which pad it and are no tokens.
         teacher_ids: The same tokens as ids of the teacher's [S].
         mask: Which positions the teacher has an opinion about [...]; None is all of them.
         others: What becomes of the tokens that are not shared, a name of `OTHERS`.
@@ -87,21 +89,6 @@ class OtherVocabulary:
         if sizes[0] != sizes[1]:
             raise ValueError(f"student_ids has shape {sizes[0]} but teacher_ids {sizes[1]}: pass the same tokens twice")
 
-    @classmethod
-    def padded(cls, hidden: Tensor, head: Head, size: int, mask: Tensor | None = None) -> OtherVocabulary:
-        """The same tokenizer under heads of different sizes, as of models whose vocabularies are padded differently.
-
-        The rows that only one of the heads has are no tokens; both softmaxes are over the common ones.
-
-        Args:
-            hidden: As above.
-            head: The teacher's head.
-            size: The number of rows of the student's head.
-            mask: As above.
-        """
-        ids = torch.arange(min(size, head.vocabulary), device=hidden.device)
-        return cls(hidden, head, ids, ids, mask, others="ignore")
-
 
 def per_token(
     objective: Any,
@@ -113,11 +100,22 @@ def per_token(
     request: Request,
 ) -> tuple[Tensor, Stats]:
     """`Loss.per_token` of a `Distillation` with such a target; `objective.across` has the loss of rows."""
+    if _is_plain(target, head):
+        plain: tuple[Tensor, Stats] = objective.per_token(
+            hidden, head, labels, weight, (target.hidden, target.head), request
+        )
+        return plain
     divergence = _losses(objective, hidden, head, labels, target, request)
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.ce_weight > 0):
         stats = stream_stats(hidden, head, labels, ("lse", "target", *request.observe), request)
     losses = objective.with_cross_entropy(divergence, -stats.logp)  # 0 at ignored positions, too
     return apply_weights(losses, weight, stats, request)
+
+
+def _is_plain(target: OtherVocabulary, head: Head) -> bool:
+    """Whether it is a teacher of the same tokens whose head turns out to have no other padding."""
+    same_rows = target.student_ids is None and target.head.vocabulary == head.vocabulary
+    return same_rows and target.others == "ignore" and target.mask is None and target.spans is None
 
 
 def _losses(
@@ -133,7 +131,7 @@ def _losses(
     theirs = autocast_head(theirs, target.hidden)
     factors = () if target.spans is None else _factors(target.spans, hidden, (ours, theirs), labels, request)
     width = ours.vocabulary + theirs.vocabulary
-    step = rows_in(request.budget(head, len(rows.flat), rows.hidden.element_size()), width, rows.hidden.dtype)
+    step = rows_in(_budget(rows, (ours, theirs), request), width, rows.hidden.dtype)
 
     def of(logits: Tensor, second: Tensor, *factors: Tensor) -> Tensor:
         with torch.no_grad():
@@ -144,6 +142,12 @@ def _losses(
     with torch.autocast(labels.device.type, enabled=False):
         losses = map_rows(of, rows.hidden, rows.head, (second, *map(rows.select, factors)), step)
     return rows.scatter({"loss": losses}).loss
+
+
+def _budget(rows: Rows, heads: tuple[Head, Head], request: Request) -> int:
+    """Bytes of rows in memory at a time: as many as were asked for, or what either head has by default."""
+    budgets = [request.budget(head, len(rows.flat), rows.hidden.element_size()) for head in heads]
+    return sum(budgets) if request.memory_budget is None else budgets[0]
 
 
 def _factors(
@@ -198,12 +202,12 @@ def columns_of(target: OtherVocabulary, head: Head, loss: str) -> tuple[Columns,
     sizes, device = (head.vocabulary, target.head.vocabulary), head.weight.device
     ours, theirs = target.student_ids, target.teacher_ids
     if ours is None or theirs is None:
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] and target.others != "ignore":
             raise ValueError(
                 f"student_ids is None, but the teacher's head has {sizes[1]} tokens, the student's {sizes[0]}, and"
                 f" {loss} compares shared ones: pass those of hf_xent.models.vocabularies.shared_tokens"
             )
-        ours = theirs = torch.arange(sizes[0], device=device)
+        ours = theirs = torch.arange(min(sizes), device=device)
     return Columns(ours.to(device), sizes[0], "student"), Columns(theirs.to(device), sizes[1], "teacher")
 
 

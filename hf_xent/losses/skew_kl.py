@@ -1,6 +1,7 @@
 """Skewed KL distillation: a KL divergence whose second distribution has a share of the first, so that it is bounded.
 
-    loss = T^2 KL(p || m)      m = alpha p + (1 - alpha) q              reverse: T^2 KL(q || m), m = (1 - alpha) p + alpha q
+    loss = T^2 KL(p || m)      m = alpha p + (1 - alpha) q
+    with `reverse`: T^2 KL(q || m)      m = (1 - alpha) p + alpha q
 
 p is the teacher, q the student, both at temperature T. No ratio exceeds 1 / alpha: the loss is at most
 log(1 / alpha) times T^2, and its gradient is bounded too, where that of a KL explodes on tokens that the second
@@ -30,6 +31,8 @@ class SkewKL(Distillation):
     Raises:
         ValueError: A field is out of its range.
     """
+
+    uses = ()
 
     alpha: float = 0.1
     """alpha in (0, 1): the share of the first distribution in the second."""

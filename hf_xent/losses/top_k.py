@@ -46,36 +46,36 @@ def per_token(
     constants = _with_opinions(target, labels, request.ignore_index, wide(hidden.dtype))
     _check_ids(constants[0], size)
     uniform = target.tail == "uniform" and target.ids.shape[-1] < size
-    loss = (_of_rows if uniform else _of_classes)(objective, target, constants, size)
+    loss = (_of_rows if uniform else _of_classes)(objective, target, constants, head)
     return stream_divergence(loss, [hidden], head, labels, request, weight)
 
 
-def _of_classes(objective: Any, target: TopK, constants: tuple[Tensor, ...], size: int) -> EntryLoss:
+def _of_classes(objective: Any, target: TopK, constants: tuple[Tensor, ...], head: Head) -> EntryLoss:
     """The loss of k + 1 numbers a token, for 'class' and 'student', and where k tokens are all there are."""
-    temperature, own, w = objective.temperature, target.temperature, _ce_weight(objective)
-    everything = target.ids.shape[-1] == size
+    temperature, own = objective.temperature, target.temperature
+    everything = target.ids.shape[-1] == head.vocabulary
 
     def of(entries: Entries, logp: Tensor, rest: Tensor, opinion: Tensor) -> dict[str, Tensor]:
-        others = entries.moments["lse", temperature]
+        others = entries.others[temperature]
         if everything:
             rest = torch.full_like(rest, LOWEST)
         elif own != temperature:  # the student's others
             with torch.no_grad():
-                rest = others.detach() + own / temperature * (rest - entries.moments["lse", own].detach())
+                rest = others.detach() + own / temperature * (rest - entries.others[own].detach())
         teacher = torch.cat([logp * (own / temperature), rest[:, None]], 1).log_softmax(-1)
         student = torch.cat([entries.given / temperature, others[:, None]], 1) - entries.lse(temperature)[:, None]
         divergence = torch.where(opinion, objective.divergence(student, teacher), 0.0)
-        return {"loss": (1 - w) * temperature**2 * divergence + w * (entries.lse() - entries.label if w else 0.0)}
+        return {"loss": objective.with_cross_entropy(divergence, entries.lse() - entries.label)}
 
-    temperatures = (temperature,) if everything else (temperature, own)
-    return EntryLoss(of, tuple(("lse", t) for t in temperatures), constants)
+    softmaxes = dict.fromkeys((temperature, 1.0) if objective.ce_weight else (temperature,))
+    return EntryLoss(of, tuple(softmaxes), constants, () if everything or own in softmaxes else (own,))
 
 
-def _of_rows(objective: Any, target: TopK, constants: tuple[Tensor, ...], size: int) -> RowLoss:
+def _of_rows(objective: Any, target: TopK, constants: tuple[Tensor, ...], head: Head) -> RowLoss:
     """The loss of whole rows of the student and one number for all of the teacher's others, for 'uniform'."""
-    temperature, w = objective.temperature, _ce_weight(objective)
+    temperature = objective.temperature
     ids, logp, rest, opinion = constants
-    count = size - ids.shape[-1]
+    count, split = head.vocabulary - ids.shape[-1], head.shard is not None
     power = target.temperature / temperature
     logp, other = logp * power, (rest - math.log(count)) * power
     lse = torch.cat([logp, other[..., None] + math.log(count)], -1).logsumexp(-1)
@@ -83,19 +83,15 @@ def _of_rows(objective: Any, target: TopK, constants: tuple[Tensor, ...], size: 
     def sums(labels: Tensor, *rows: Tensor) -> dict[str, Tensor]:
         student, (ids, logp, other, opinion) = rows[0], rows[-4:]
         here = (ids >= 0) & (ids < student.shape[1])
-        even = with_entries(student, ids, other[:, None].expand_as(ids))  # the divergence of equal numbers is 0
+        # the divergence of equal numbers is 0
+        even = with_entries(student, ids, other[:, None].expand_as(ids), split=split)
         others = objective.divergence(even, other[:, None])
         given = objective.divergence(at_ids(student, ids), torch.where(here, logp, 0.0))
-        loss = (1 - w) * temperature**2 * torch.where(opinion, others + given, 0.0)
-        return {"loss": loss - w * at_labels(rows[1], labels) if w else loss}
+        divergence = torch.where(opinion, others + given, 0.0)
+        return {"loss": objective.with_cross_entropy(divergence, -at_labels(rows[-5], labels))}
 
-    softmaxes = ((0, temperature), (0, 1.0)) if w else ((0, temperature),)
+    softmaxes = ((0, temperature), (0, 1.0)) if objective.ce_weight else ((0, temperature),)
     return RowLoss(sums, softmaxes, (ids, logp - lse[..., None], other - lse, opinion))
-
-
-def _ce_weight(objective: Any) -> float:
-    """The share of the cross-entropy in the loss."""
-    return getattr(objective, "ce_weight", 0.0)
 
 
 def _with_opinions(target: TopK, labels: Tensor, ignored: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -28,6 +28,8 @@ class TotalVariation(Distillation):
         ValueError: A field is out of its range.
     """
 
+    uses = ()
+
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """1/2 sum |p - q|."""
         return (teacher.exp() - student.exp()).abs().sum(-1) / 2

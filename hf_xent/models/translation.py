@@ -6,7 +6,8 @@ student's bytes (a normalizer, an unknown token), there is no translation.
 
 special tokens   a student's is the teacher's of the same spelling, else of the same role (`eos`, ...); without one, the
                  markers of chats are written out in letters, and tokens that have a role are left out
-beginning        the student's `bos` is left out, and the teacher gets its own if its tokenizer puts one there
+beginning        the student's `bos` is left out, and the teacher gets its own if its tokenizer puts one there; a marker
+                 of chats that is called `bos` is treated like the others
 spaces           a space that a sentencepiece tokenizer puts before text is not one of the text
 end              bytes of a character that a sequence cuts off are left out
 """
@@ -81,12 +82,17 @@ class Translation:
                 yield ours.ordinary[token]
             elif token not in ours.special or token == ours.roles.get("unk"):
                 yield None
-            elif k == 0 and token == ours.roles.get("bos"):
+            elif k == 0 and token == ours.roles.get("bos") and not self._is_marker(token):
                 yield b""
             elif token in self.specials:
                 yield self.specials[token]
             else:
                 yield b"" if token in ours.roles.values() else ours.special[token].encode()
+
+    def _is_marker(self, bos: int) -> bool:
+        """Whether a `bos` is more than that: the teacher has it, too, but not as what its tokenizer begins with."""
+        other = self.specials.get(bos)
+        return other is not None and [other] != self.start and self.theirs.special[other] == self.ours.special[bos]
 
     def _written(self, parts: list[Part]) -> str | None:
         """The text for the teacher's tokenizer; None if bytes inside of it are no characters."""

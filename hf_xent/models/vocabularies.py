@@ -113,7 +113,7 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
         ValueError: The tokens of one of them do not spell the text (`vocabulary_of`), or none is shared.
     """
     if same_vocabulary(student, teacher):
-        every = torch.tensor(sorted(student.get_vocab().values()))
+        every = torch.tensor(sorted({*student.get_vocab().values()} & {*teacher.get_vocab().values()}))
         return every, every
     ours, theirs = vocabulary_of(student), vocabulary_of(teacher)
     ours_by_bytes, theirs_by_bytes = ours.by_bytes(), theirs.by_bytes()
@@ -137,5 +137,9 @@ def shared_specials(ours: Vocabulary, theirs: Vocabulary) -> dict[int, int]:
 
 
 def same_vocabulary(student: Any, teacher: Any) -> bool:
-    """Whether two tokenizers have the same tokens under the same ids; heads over them may still differ in padding."""
-    return student is teacher or student.get_vocab() == teacher.get_vocab()
+    """Whether two tokenizers have the same tokens under the same ids, but for what one of them has beside those.
+
+    Heads over one vocabulary may still differ: they are padded to different sizes.
+    """
+    ours, theirs = student.get_vocab().items(), teacher.get_vocab().items()
+    return student is teacher or ours <= theirs or theirs <= ours

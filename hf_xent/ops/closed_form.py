@@ -17,8 +17,8 @@ from .problem import Problem
 from .statistics import wide
 
 # Bytes of a strip on a CPU, of which five fit its cache together; on accelerators strips only bound scratch memory.
-STRIP_BYTES, GPU_STRIP_BYTES = 512 << 10, 32 << 20
-LOWEST = -1e4  # the log-probability of a banned token, finite: times its probability of 0 it adds nothing
+STRIP_BYTES, GPU_STRIP_BYTES = 1 << 20, 32 << 20
+DEPTH = 1e4  # how far below the largest logit a banned token's is, finite: times its probability of 0 it adds nothing
 
 Closed = Callable[[Tensor, Tensor, Tensor, "Memory"], tuple[dict[str, Tensor], Tensor]]
 """(labels [n], the student's logits [n, V], the teacher's) -> values, and the gradient of 'loss' by the student's.
@@ -47,8 +47,8 @@ def log_softmax_(z: Tensor, p: Tensor) -> Tensor:
     torch.softmax(z, -1, out=p)
     total = p.sum(-1)  # torch's softmax sums a long row in order, which errs by 2.5e-5 over 262144 columns
     lse = largest + (total / p.amax(-1)).log()
-    p.div_(total[:, None])
-    z.sub_(lse[:, None]).clamp_(min=LOWEST)
+    p.mul_(total.reciprocal()[:, None])  # several times faster than a division by rows
+    z.sub_(lse[:, None])
     return lse
 
 
@@ -84,6 +84,8 @@ def _activated(head: Head, raw: Tensor, memory: Memory, name: str) -> tuple[Tens
     if raw.dtype != wide(raw.dtype):
         raw = memory.like(raw, name).copy_(raw)
     z = head.activate(raw)
+    if head.bias is not None:  # which alone may ban tokens
+        torch.maximum(z, z.amax(-1, keepdim=True) - DEPTH, out=z)
     return z, head.slope(z)
 
 

@@ -94,8 +94,10 @@ def at_ids(x: Tensor, ids: Tensor) -> Tensor:
     return torch.where((ids >= 0) & (ids < x.shape[1]), entries, 0.0)
 
 
-def with_entries(x: Tensor, ids: Tensor, value: Tensor | float) -> Tensor:
-    """Rows of x [n, V] with other numbers [n, k], or one, at their ids [n, k], if these are among the columns."""
+def with_entries(x: Tensor, ids: Tensor, value: Tensor | float, *, split: bool) -> Tensor:
+    """Rows of x [n, V] with other numbers [n, k], or one, at their ids [n, k]; if `split`, some are not among these."""
+    if not split:
+        return x.scatter(1, ids, value)
     size = x.shape[1]
     places = torch.where((ids >= 0) & (ids < size), ids, size)  # a column more takes what belongs to none
     return pad(x, (0, 1)).scatter_(1, places, value)[:, :size]

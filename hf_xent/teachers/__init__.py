@@ -13,6 +13,8 @@ from typing import Any
 
 FILES = {
     "LocalTeacher": "local",
+    "OtherVocabularyTeacher": "other_vocabulary",
+    "PaddedTeacher": "other_vocabulary",
     "ServedTeacher": "served",
     "SeveralTeachers": "several",
     "StoredTeacher": "stored",

@@ -15,7 +15,7 @@ TAKEN = {
     "a model": (),
     "a cache": ("tail",),
     "a server": ("tail", "model", "k", "concurrency", "api_key", "retries", "backoff", "timeout"),
-    "a model's name": ("device", "dtype"),
+    "a model's name": ("device", "dtype", "spans", "others"),
 }
 """What a teacher is made of -> the options that have an effect on it."""
 
@@ -31,10 +31,12 @@ def load(
 
     Args:
         spec: A teacher, which is returned as it is; a model; 'http://...' or 'https://...', a server; the folder of a
-            cache; the path, Hub id or packaged name ('smollm2') of a causal LM; or a list of these.
-        tokenizer: The student's tokenizer, for servers that answer with the texts of tokens.
+            cache; the path, Hub id or packaged name ('smollm2') of a causal LM; or a list of these. A model that is
+            loaded and has another vocabulary than the student is asked in its own tokens.
+        tokenizer: The student's tokenizer: to see that, and for servers that answer with the texts of tokens.
         weights: One number for each of a list; None weighs all alike.
-        **options: `device` and `dtype` of a model that is loaded; `tail` of a cache or a server, what is assumed about
+        **options: `device` and `dtype` of a model that is loaded, `spans` and `others` of one with another vocabulary
+            (`hf_xent.teachers.other_vocabulary`); `tail` of a cache or a server, what is assumed about
             the tokens that it does not have ('class', 'uniform' or 'student'); `model`, `k`, `concurrency`, `api_key`,
             `retries`, `backoff` and `timeout` of a server. One that is None is left at its default.
 
@@ -87,10 +89,22 @@ def _load(spec: Any, kind: str, tokenizer: Any, options: dict[str, Any]) -> Teac
         from .stored import StoredTeacher
 
         return StoredTeacher.from_folder(spec, **options)
-    from ..models import loading
     from .local import LocalTeacher
 
-    if kind == "a model":
-        return LocalTeacher(spec)
-    model = loading.load(str(spec), options.get("dtype", "auto"))[0]
-    return LocalTeacher(model.to(options["device"]) if "device" in options else model)
+    return LocalTeacher(spec) if kind == "a model" else _named(spec, tokenizer, **options)
+
+
+def _named(spec: Any, tokenizer: Any, dtype: Any = "auto", device: Any = None, **across: Any) -> Teacher:
+    """A model that is loaded, in its own tokens if the student's are others."""
+    from ..models import loading
+    from .local import LocalTeacher
+    from .other_vocabulary import for_student
+
+    model, own = loading.load(str(spec), dtype)
+    teacher = LocalTeacher(model if device is None else model.to(device))
+    student = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if student is not None:
+        return for_student(teacher, own, student, **across)
+    for name, value in across.items():
+        raise ValueError(f"{name} is {value!r}, but tokenizer is None: pass the student's, or leave {name} out")
+    return teacher

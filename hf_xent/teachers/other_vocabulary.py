@@ -186,37 +186,35 @@ def _columns(rows: list[tuple[int, int, int]], device: torch.device) -> tuple[Te
 
 
 class PaddedTeacher:
-    """A teacher with the student's tokenizer, whose head has another number of rows.
+    """A teacher with the student's tokens, whose head may have another number of rows: Qwen's have 151936 or 152064.
 
     Args:
         teacher: A teacher that answers with (hidden states, head).
-        size: The number of rows of the student's head.
     """
 
-    def __init__(self, teacher: Teacher, size: int):
-        self.teacher, self.size = teacher, size
+    def __init__(self, teacher: Teacher):
+        self.teacher = teacher
 
     @property
     def name(self) -> str:
         """The name of the teacher that is asked."""
         return getattr(self.teacher, "name", type(self.teacher).__name__)
 
-    def targets(self, batch: Mapping[str, Any]) -> Any:
-        """The teacher's answer, over the common tokens if the heads differ."""
+    def targets(self, batch: Mapping[str, Any]) -> OtherVocabulary:
+        """The teacher's answer, over the rows that both heads have."""
         hidden, head = self.teacher.targets(batch)
-        return (hidden, head) if head.vocabulary == self.size else OtherVocabulary.padded(hidden, head, self.size)
+        return OtherVocabulary(hidden, head, others="ignore")
 
 
 def for_student(
-    teacher: Teacher, tokenizer: Any, student_tokenizer: Any, size: int, **options: Any
+    teacher: Teacher, tokenizer: Any, student_tokenizer: Any, **options: Any
 ) -> OtherVocabularyTeacher | PaddedTeacher:
-    """A teacher for a student whose head, or tokenizer, may be another one.
+    """A teacher for a student whose tokenizer, or whose head, may be another one.
 
     Args:
         teacher: A teacher that answers with (hidden states, head).
         tokenizer: Its tokenizer.
         student_tokenizer: The student's.
-        size: The number of rows of the student's head.
         **options: Those of `OtherVocabularyTeacher`.
 
     Returns:
@@ -227,10 +225,11 @@ def for_student(
     """
     if not same_vocabulary(student_tokenizer, tokenizer):
         return OtherVocabularyTeacher(teacher, tokenizer, student_tokenizer, **options)
+    padded = PaddedTeacher(teacher)
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, but teacher and student have the same tokens: leave it out")
-    return PaddedTeacher(teacher, size)
+            raise ValueError(f"{name} is {value!r}, but {padded.name} has the student's vocabulary: leave it out")
+    return padded
 
 
 def sequences(batch: Mapping[str, Any]) -> list[list[int]]:

@@ -13,13 +13,14 @@ from .several import SeveralTeachers
 from .stored import StoredTeacher
 
 
-def parts_of(teacher: Teacher) -> Iterator[Teacher]:
-    """The teachers that a teacher consists of, or itself."""
-    if isinstance(teacher, SeveralTeachers):
-        for part in teacher.teachers:
+def parts_of(teacher: Any) -> Iterator[Teacher]:
+    """The teachers that a teacher asks (several, or one in another vocabulary), or itself."""
+    asked = teacher.teachers if isinstance(teacher, SeveralTeachers) else [getattr(teacher, "teacher", None)]
+    for part in asked:
+        if part is None:
+            yield teacher
+        else:
             yield from parts_of(part)
-    else:
-        yield teacher
 
 
 def place(teacher: Teacher, device: torch.device) -> None:

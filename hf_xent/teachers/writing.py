@@ -25,6 +25,7 @@ from .base import Teacher
 from .cache import Cache
 from .forms import Form, factors_of
 from .heads import FILE, load_head, save_head
+from .other_vocabulary import PaddedTeacher
 from .stored import IDS
 
 Progress = Callable[[int, int], None]
@@ -81,7 +82,7 @@ def write_cache(
         ValueError: An option is unknown or out of its range, the data set has no documents, the folder has another
             cache, or the teacher does not say what the kind needs.
     """
-    start, folder = time.perf_counter(), Path(folder)
+    start, folder, teacher = time.perf_counter(), Path(folder), _asked(teacher)
     dataset = dataset.select_columns([IDS]).with_format("numpy") if _has_ids(dataset) else dataset
     cache, numbers = _plan(teacher, dataset, tokenizer, source, options)
     cache.claim(folder)
@@ -109,6 +110,11 @@ def write_cache(
         time.perf_counter() - start,
         skipped,
     )
+
+
+def _asked(teacher: Any) -> Teacher:
+    """The teacher, all rows of its head: who reads the cache knows the student's."""
+    return teacher.teacher if isinstance(teacher, PaddedTeacher) else teacher
 
 
 def _plan(

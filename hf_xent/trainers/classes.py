@@ -76,40 +76,40 @@ class ClassTrainer(Method, Carded, Trainer):
         self, model: Any, args: ClassConfig | None = None, *, loss: str | ClassLoss | None = None, **kwargs: Any
     ):
         args = self.configured(args, kwargs)
-        self.class_loss = classes.get(loss or args.loss)
+        self.objective = classes.get(loss or args.loss)
         self._fit_head(model)
         self._check_columns(kwargs.get("train_dataset"))
         if kwargs.get("preprocess_logits_for_metrics") is None:
             kwargs["preprocess_logits_for_metrics"] = self._predicted
-        self.averages_items = not self.class_loss.per_row  # training_step then divides by the accumulated batches
+        self.averages_items = not self.objective.per_row  # training_step then divides by the accumulated batches
         super().__init__(model=model, args=args, **kwargs)
-        self.model_accepts_loss_kwargs = self.class_loss.per_row  # the labels of a step are counted for us
+        self.model_accepts_loss_kwargs = self.objective.per_row  # the labels of a step are counted for us
 
     def _fit_head(self, model: Any) -> None:
         """Resizes the head. Raises: ValueError for a PEFT model that has not been resized."""
         if not hasattr(model, "peft_config"):
-            classes.resize(model, self.class_loss)
+            classes.resize(model, self.objective)
         elif not getattr(model.config, "hf_xent_loss", None):
             raise ValueError(
                 f"model is a {type(model).__name__} whose head was not resized: call hf_xent.classes.resize(model,"
-                f" {self.class_loss!r}) before the adapter is added"
+                f" {self.objective!r}) before the adapter is added"
             )
 
     def _check_columns(self, dataset: Any) -> None:
-        known = getattr(dataset, "column_names", None) or self.class_loss.columns  # not known before it is read
-        if missing := [column for column in self.class_loss.columns if column not in known]:
+        known = getattr(dataset, "column_names", None) or self.objective.columns  # not known before it is read
+        if missing := [column for column in self.objective.columns if column not in known]:
             raise ValueError(
-                f"train_dataset has the columns {', '.join(known)}, but {self.class_loss!r} needs {', '.join(missing)}:"
+                f"train_dataset has the columns {', '.join(known)}, but {self.objective!r} needs {', '.join(missing)}:"
                 " add the column"
             )
 
     def _predicted(self, logits: Any, labels: Any) -> Tensor:
         """The classes, instead of logits."""
-        return self.class_loss.predict(logits[0] if isinstance(logits, tuple) else logits)
+        return self.objective.predict(logits[0] if isinstance(logits, tuple) else logits)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.class_loss.columns]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.objective.columns]))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -122,8 +122,8 @@ class ClassTrainer(Method, Carded, Trainer):
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
-        columns = {name: inputs.pop(name) for name in self.class_loss.columns if name in inputs}
-        missing = [name for name in self.class_loss.columns if name not in columns] if model.training else []
+        columns = {name: inputs.pop(name) for name in self.objective.columns if name in inputs}
+        missing = [name for name in self.objective.columns if name not in columns] if model.training else []
         if labels is None or missing:
             raise ValueError(f"a batch has {', '.join(inputs)}: give labels{''.join(f' and {m}' for m in missing)}")
         outputs = model(**inputs)
@@ -135,8 +135,8 @@ class ClassTrainer(Method, Carded, Trainer):
             )
         kept = labels != -100
         columns = {name: values[kept] for name, values in columns.items()}
-        loss = self.class_loss(logits[kept].float(), labels[kept], **columns)
-        if self.class_loss.per_row:
+        loss = self.objective(logits[kept].float(), labels[kept], **columns)
+        if self.objective.per_row:
             count = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = loss.sum() / count
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -148,5 +148,5 @@ class ClassTrainer(Method, Carded, Trainer):
     ) -> Any:
         """As `Trainer`; rows without labels may have the columns of the loss, which the model does not take."""
         if "labels" not in inputs:
-            inputs = {name: value for name, value in inputs.items() if name not in self.class_loss.columns}
+            inputs = {name: value for name, value in inputs.items() if name not in self.objective.columns}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

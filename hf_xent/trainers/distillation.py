@@ -3,11 +3,11 @@
     loss_t = (1 - w) T^2 D(p_t, q_t) + w CE(label_t, q_t)       mean over the labels of a step
 
 p_t and q_t are the softmaxes of teacher and student at temperature T (in the cross-entropy, of weight w, at 1), D is a
-divergence of the registry: KL in both directions, Jensen-Shannon, total variation. Labels say which positions count,
-and what the cross-entropy is of. Without `on_policy` the texts are those of the data set (with completions that the
-teacher has written, that is sequence-level distillation, Kim and Rush 2016). A share of `on_policy` of the batches has
-completions that the student samples itself, at every step anew, and learns what the teacher thinks of them; no gradient
-flows through the sampling.
+divergence of the registry: KL in both directions, skewed or not, Jensen-Shannon, total variation. Labels say which
+positions count, and what the cross-entropy is of. Without `on_policy` the texts are those of the data set (completions
+that the teacher has written make it sequence-level distillation). A share of `on_policy` of the batches has completions
+that the student samples itself, anew at every step, and learns what the teacher thinks of them; no gradient flows
+through the sampling.
 
 Teachers are of any hidden size: models, caches, servers, several with weights (`hf_xent.teachers`). A model that is a
 teacher is neither trained nor saved; every process has a copy.
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import losses
-from ..losses.cross_entropy import CrossEntropy
 from ..losses.distillation import Distillation
 from ..ops import Head, Stats
 from ..options.ranges import is_number
@@ -113,7 +112,8 @@ class DistillationTrainer(StreamedSFTTrainer):
 
     Evaluations compute the same loss, on the texts of their data set. Logged beside what `StreamedSFTTrainer` logs,
     means over labels: `divergence`, D(p, q) at temperature T in nats per token, without the factors T^2 and 1 - w; and
-    `perplexity` of the labels. On policy also `on_policy_share`, the share of batches that were sampled, and
+    `perplexity` of the labels; `teacher_coverage`, the share of labels about which a teacher with another tokenizer, or
+    from a cache, has an opinion. On policy also `on_policy_share`, the share of batches that were sampled, and
     `generated_length`, tokens of a completion, an end token included.
 
     Args:
@@ -134,7 +134,7 @@ class DistillationTrainer(StreamedSFTTrainer):
     config_class: type = DistillationConfig
     args: DistillationConfig
     objective: Distillation
-    means = ("divergence", "nll", "on_policy_share", "generated_length")
+    means = ("divergence", "nll", "teacher_coverage", "on_policy_share", "generated_length")
     refused_options: Mapping[str, str] = {
         "loss": "the loss is a divergence from the teacher: choose objective",
         "tail": "divergences have exact gradients only: leave it 0",
@@ -153,13 +153,13 @@ class DistillationTrainer(StreamedSFTTrainer):
     ):
         args = self.configured(args, kwargs)
         weights = args.teacher_weights if teacher_weights is None else teacher_weights
-        found = None
-        if not isinstance(teacher, str) or teacher != BASE:  # which needs the student that super() makes
-            found = load(teacher, weights=weights, tokenizer=kwargs.get("processing_class"))
-            refuse_known_texts(found, args.on_policy)
         super().__init__(model, args, **kwargs)
         self.objective = objective_of(args)
-        self.teacher: Teacher = UnadaptedTeacher(self.model) if found is None else found
+        if isinstance(teacher, str) and teacher == BASE:
+            self.teacher: Teacher = UnadaptedTeacher(self.model)
+        else:
+            self.teacher = load(teacher, weights=weights, tokenizer=self._tokenizer)
+        refuse_known_texts(self.teacher, args.on_policy)
         if self.place_model_on_device:
             for part in parts_of(self.teacher):
                 place(part, self.args.device)
@@ -208,20 +208,24 @@ class DistillationTrainer(StreamedSFTTrainer):
         if weights is not None:
             labels = torch.where(weights == 0, -100, labels)
         given = self.teacher.targets({name: x for name, x in inputs.items() if name != TOKENS})
+        if (mask := getattr(given, "mask", None)) is not None:  # it has no opinion about some positions
+            valid = labels.to(mask.device) != -100
+            self._note("teacher_coverage", (mask & valid).sum(), valid.sum())
         state = patch_state(self.model)
         with lazily(model):
             output = model(**{name: x for name, x in inputs.items() if name not in NOT_OF_MODEL})
 
         def compute(hidden: Tensor, head: Head) -> tuple[Tensor, Stats]:
-            options = {
-                "num_items": items,
-                "token_weight": None if weights is None else weights.to(hidden.device),
+            return self.objective.compute(
+                hidden,
+                head,
+                labels.to(hidden.device),
+                num_items=items,
+                token_weight=None if weights is None else weights.to(hidden.device),
+                teacher=given,
+                observe=state.observe,
                 **state.options,
-            }
-            found = self.objective.compute(
-                hidden, head, labels.to(hidden.device), teacher=given, observe=state.observe, **options
             )
-            return mixed(*found, self.args.ce_weight, lambda: CrossEntropy().compute(hidden, head, labels, **options))
 
         loss, stats = lazy(output.logits, labels.shape[1], "distillation").with_head(compute)
         state.record(stats)
@@ -237,11 +241,11 @@ class DistillationTrainer(StreamedSFTTrainer):
         return nn.functional.pad(weights, (0, 1))[..., 1:]
 
     def _note_means(self, stats: Stats) -> None:
-        args, tokens, nll = self.args, stats.mask.sum(), stats.nll.sum()
+        loss, tokens, nll = self.objective, stats.mask.sum(), stats.nll.sum()
         self._note("nll", nll, tokens)
-        if args.ce_weight < 1:
-            divergence = (stats.loss.sum() - args.ce_weight * nll) / (1 - args.ce_weight)
-            self._note("divergence", divergence / self.objective.temperature**2, tokens)
+        if loss.ce_weight < 1:  # otherwise the loss says nothing of the divergence
+            divergence = (stats.loss.sum() - loss.ce_weight * nll) / (1 - loss.ce_weight)
+            self._note("divergence", divergence / loss.temperature**2, tokens)
 
     def _means(self, training: bool) -> dict[str, float]:
         """Means over labels and batches, with the perplexity in place of the mean log-probability."""
@@ -256,20 +260,10 @@ def objective_of(args: DistillationConfig) -> Distillation:
     Raises:
         ValueError: It is unknown, compares with no teacher, or an option is given twice.
     """
-    changed = {"temperature": args.temperature} if args.temperature != 1 else {}
+    given = {name: getattr(args, name) for name in ("temperature", "ce_weight")}
+    changed = {name: x for name, x in given.items() if x != getattr(type(args), name)}
     objective = losses.get(args.objective, **changed)
     if not isinstance(objective, Distillation):
         known = [name for name, loss in losses.LOSSES.items() if issubclass(loss, Distillation)]
         raise ValueError(f"objective is {args.objective!r}, which has no teacher: choose one of {', '.join(known)}")
     return objective
-
-
-def mixed(
-    loss: Tensor, stats: Stats, ce_weight: float, cross_entropy: Callable[[], tuple[Tensor, Stats]]
-) -> tuple[Tensor, Stats]:
-    """The divergence mixed with cross-entropy, which is computed if it counts."""
-    if not ce_weight:
-        return loss, stats
-    other, of_labels = cross_entropy()
-    stats.values["loss"] = torch.lerp(stats.loss, of_labels.loss, ce_weight)
-    return (1 - ce_weight) * loss + ce_weight * other, stats
