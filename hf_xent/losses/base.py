@@ -127,8 +127,8 @@ class Loss:
                 `hf_xent.losses.targets` has.
             observe: Names of further statistics to return.
             ignore_index: The label of positions to ignore.
-            impl: 'reference', 'chunked' or 'triton', as in `hf_xent.vocab_stats`. Losses of whole rows (JSD, total
-                variation) and of a teacher's k tokens are computed in one way, whatever it is.
+            impl: 'reference', 'chunked' or 'triton', as in `hf_xent.vocab_stats`. Losses of whole rows (all with a
+                teacher) are computed in one way, whatever it is.
             memory_budget: Bytes of logits in memory at a time, as in `hf_xent.vocab_stats`.
             tail: Relative error allowed in the gradient of the logits, as in `hf_xent.vocab_loss`; 0 is exact.
 
