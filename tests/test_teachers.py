@@ -259,19 +259,18 @@ class Stopped(Exception):
     """The power went out."""
 
 
-class Unreliable:
+class Unreliable(LocalTeacher):
     """A teacher that fails after some batches."""
 
-    name = local().name
-
     def __init__(self, batches):
+        super().__init__(tiny("gemma2 softcap"))
         self.batches = batches
 
     def targets(self, batch):
         if self.batches == 0:
             raise Stopped
         self.batches -= 1
-        return local().targets(batch)
+        return super().targets(batch)
 
 
 def contents(folder):
@@ -313,6 +312,10 @@ def test_another_cache_in_a_folder_is_refused(tmp_path):
             write_cache(local(), data(), folder, **options)
     with pytest.raises(ValueError, match=r"a cache with content = '\w+', not '\w+': choose another folder"):
         write_cache(local(), data((5, 9)), folder, k=5)
+    changed = local()
+    changed.model.lm_head.weight.data[0] += 1  # as after more training, in the same folder
+    with pytest.raises(ValueError, match=r"a cache with weights = '\w+\.\.\., not '\w+\.\.\.: choose another folder"):
+        write_cache(changed, data(), folder, k=5)
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
@@ -607,6 +610,7 @@ def test_the_command_writes_a_cache_that_training_finds(tmp_path):
     assert "1, of which 1 were there before" in again.stdout and "bytes per token" in again.stdout
     card = (tmp_path / "cache" / "README.md").read_text()
     assert "the 3 most probable next tokens" in card and "path: data-*.arrow" in card
+    assert "# What model says about texts.jsonl" in card and str(tmp_path) not in card
     documents = tokenized(Dataset.from_dict({"text": TEXTS}), tiny_tokenizer(), max_length=6)["input_ids"]
     assert load(tmp_path / "cache").targets(padded_batch(documents)).mask.any()
     answers = tmp_path / "answers.jsonl"  # with a text, which is not what training by completions reads

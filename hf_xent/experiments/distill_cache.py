@@ -81,7 +81,7 @@ def write(
         dataset,
         run.output,
         tokenizer=tokenizer,
-        source=run.dataset,
+        source=Path(run.dataset).name if Path(run.dataset).exists() else run.dataset,
         progress=report,
         **asdict(form),
         shard_rows=run.shard_rows,

@@ -28,7 +28,9 @@ class Cache:
 
     form: Form
     teacher: str
-    """The path, Hub id or address of the teacher."""
+    """The Hub id of the teacher, or the name of its folder, or that of a server's model."""
+    weights: str
+    """A fingerprint of the teacher's configuration and weights; empty for one that is not a model here."""
     tokenizer: str
     """A fingerprint of the tokenizer; empty if it is not known."""
     dataset: str

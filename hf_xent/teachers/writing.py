@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from ..losses.targets import TopK
-from ..models.fingerprints import fingerprint_tokenizer
+from ..models.fingerprints import fingerprint_model, fingerprint_tokenizer
 from ..models.padding import padded
 from ..ops import Head
 from ..ops.top_k import top_k_of
 from ..options.ranges import check_count
+from ..patching import inner_of
 from ..system.files import replace_atomically
 from .base import Teacher
 from .cache import Cache
 from .forms import Form, factors_of
 from .heads import FILE, load_head, save_head
+from .local import LocalTeacher
 from .other_vocabulary import PaddedTeacher
 from .stored import IDS
 
@@ -131,8 +133,10 @@ def _plan(
     form = Form(**options)
     numbers, tokens, content = _scan(dataset)
     name = getattr(teacher, "name", type(teacher).__name__)
-    fingerprint = "" if tokenizer is None else fingerprint_tokenizer(tokenizer)
-    return Cache(form, name, fingerprint, source, content, len(numbers), tokens, **layout), numbers
+    name = Path(name).name if Path(name).is_dir() else name  # a path of this machine tells others nothing
+    weights = fingerprint_model(inner_of(teacher.model)) if isinstance(teacher, LocalTeacher) else ""
+    own = "" if tokenizer is None else fingerprint_tokenizer(tokenizer)
+    return Cache(form, name, weights, own, source, content, len(numbers), tokens, **layout), numbers
 
 
 @dataclass
