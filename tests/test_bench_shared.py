@@ -254,13 +254,14 @@ def test_calibrated_inputs_name_their_source() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # torch's compiler is full of them
 def test_every_input_is_compiled_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch compiles one function for eight inputs; then it would run what was not compiled, and say so in a log."""
+    """Torch compiles one function for as many inputs as its limit; others run as they are, and a log says so."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a run that was killed leaves halves of files
     from torch._dynamo.utils import counters
 
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch.compiler.reset()
     counters.clear()
-    for V in range(300, 305):
+    for V in (300, 301):
         hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(V, 16, requires_grad=True)
         labels = torch.randint(V, (5,))
         for objective in ("cross-entropy", "softcap"):
@@ -268,7 +269,7 @@ def test_every_input_is_compiled_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert method is not None
             loss = iterate(method, hidden, weight, labels)
             torch.testing.assert_close(loss, truth(hidden, weight, labels, "cpu", objective)["loss"])
-    assert counters["stats"]["unique_graphs"] == 10
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.gpu

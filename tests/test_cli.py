@@ -426,7 +426,7 @@ def test_figures_leave_pyplot_as_it_is(tmp_path):
     matplotlib.use("svg")
     mine = pyplot.figure()
     try:
-        outcome = Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [])
+        outcome = Outcome("stock", [2.0, 1.0], [1.0, 1.0], [9, 9], 2.0, 1.0, 8, [], [])
         shape = {"V": 5, "D": 2, "dtype": "float32", "source": "random", "device": "here"}
         rows = [bench.Row("dense", "ok", N=n, time_ms=1.0, peak_mib=1.0, **shape) for n in (2, 4)]
         drawn = [

@@ -255,7 +255,7 @@ def test_templates_are_files_of_the_package():
     sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
     names = {name for source in sources for name in re.findall(r'\brender\(\s*"(\w+)"', source)}
     assert {path.name for path in (package / "hub" / "templates").iterdir()} == {f"{name}.md" for name in names}
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 # --- pushes

@@ -157,7 +157,7 @@ CONTESTANTS: dict[str, Contestant] = {
         logits=1,
         group="dense",
         objectives=dict.fromkeys(OTHERS, methods.matmuls) | dict.fromkeys(DIVERGENCES, two_models.matmuls),
-        about="the matrix products alone, no softmax between them; four where there is a teacher",
+        about="the matrix products alone, no softmax between them",
     ),
     "torch chunked": Contestant(
         methods.torch_chunked, _needs_torch_2_13, group="dense", about="`F.linear_cross_entropy`, default options"
@@ -173,7 +173,7 @@ CONTESTANTS: dict[str, Contestant] = {
         methods.trl,
         _needs_trl_kernel,
         objectives=_of_divergences(two_models.trl),
-        about="TRL's fused head, and its fused divergence",
+        about="TRL's fused head",
     ),
     "liger": Contestant(
         methods.liger,

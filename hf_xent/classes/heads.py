@@ -31,8 +31,9 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
     Raises:
         ValueError: The model has no such head, or was resized for a loss of another width.
     """
-    loss = get(loss)
-    config = model.config
+    loss, config = get(loss), getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"model is a {type(model).__name__} without configuration: pass a classifier of transformers")
     before = getattr(config, "hf_xent_loss", None)
     classes = before["classes"] if before else config.num_labels
     width = loss.outputs(classes)

@@ -86,7 +86,8 @@ class ClassTrainer(Method, Carded, Trainer):
         self.model_accepts_loss_kwargs = self.objective.per_row  # the labels of a step are counted for us
 
     def _fit_head(self, model: Any) -> None:
-        """Resizes the head. Raises: ValueError for a PEFT model that has not been resized."""
+        """Resizes the head. Raises: ValueError for what is no model, or a PEFT model that has not been resized."""
+        inner_of(model)
         if not hasattr(model, "peft_config"):
             classes.resize(model, self.objective)
         elif not getattr(model.config, "hf_xent_loss", None):

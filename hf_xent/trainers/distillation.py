@@ -144,7 +144,7 @@ class DistillationTrainer(StreamedSFTTrainer):
     def __init__(
         self,
         model: PreTrainedModel | str,
-        teacher: Teacher | nn.Module | str | Sequence[Any],
+        teacher: Teacher | nn.Module | str | Sequence[Any] | None = None,
         args: DistillationConfig | None = None,
         *,
         teacher_weights: Sequence[float] | None = None,
@@ -153,6 +153,8 @@ class DistillationTrainer(StreamedSFTTrainer):
         args = self.configured(args, kwargs)
         weights = args.teacher_weights if teacher_weights is None else teacher_weights
         super().__init__(model, args, **kwargs)
+        if teacher is None:
+            raise ValueError("teacher is None: pass a model or its name, a cache's folder, a server's URL or 'base'")
         self.objective = objective_of(args)
         if isinstance(teacher, str) and teacher == BASE:
             self.teacher: Teacher = UnadaptedTeacher(self.model)

@@ -69,7 +69,7 @@ class SelfDistilQAConfig(Options, Tokenless, TrainingArguments):
     ranges: ClassVar[dict[str, str]] = {"temperature": "(0, inf)", "top_k": "[1, inf)", "tolerance": "[1, inf)"}
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {"teacher": ("current", "epoch")}
 
-    weight: str = field(
+    weight: str = field(  # or a number; text on the command line
         default="map",
         metadata={
             "help": "Weight of the divergence: 'map' (mAP@k of the teacher on the batch), or a number of at least 0;"
