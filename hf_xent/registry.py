@@ -98,6 +98,20 @@ class Registry(MutableMapping[str, T], Generic[T]):
             raise ValueError(f"{self.kind} is {name!r}: choose one of {self.names()}")
         return self[name]
 
+    def instance(self, given: Any, base: type, /, **options: Any) -> Any:
+        """The object that was given, if it is a `base`, or else what `build` makes of it.
+
+        Raises:
+            ValueError: As `build`, or options stand beside an object.
+        """
+        if not isinstance(given, base):
+            return self.build(given, **options)
+        if options:
+            raise ValueError(
+                f"{self.kind} is an object, {given!r}: set {', '.join(options)} on the object, not beside it"
+            )
+        return given
+
     def build(self, text: str, /, **options: Any) -> Any:
         """An instance of an entry. An entry that is not a class is configured by its method `with_options`.
 

@@ -31,11 +31,8 @@ def get(loss: str | ClassLoss, **options: Any) -> ClassLoss:
     """
     from .base import ClassLoss
 
-    if isinstance(loss, ClassLoss):
-        if options:
-            raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on the object, not beside it")
-        return loss
-    return LOSSES.build(loss, **options)
+    found: ClassLoss = LOSSES.instance(loss, ClassLoss, **options)
+    return found
 
 
 __all__ = sorted(("LOSSES", *LOSSES.exported, *_HOMES, "get"))

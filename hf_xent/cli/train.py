@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, fit
+from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, Training, fit
 from .app import unpack_packaged
 from .options import Column, DType, Json, Model, Split, Text, check_dtype, options_from
 from .output import emit, err
@@ -67,6 +67,11 @@ def _check(run: Run) -> None:
             f"loss is {run.loss!r}: it needs a teacher model, which this command has no option for; choose another"
         )
     objective.check_tail(run.tail)
+    check_training(run)
+
+
+def check_training(run: Training) -> None:
+    """Check the options that all trainings share. Raises: ValueError."""
     check_dtype(run.dtype)
     if not 0 < run.learning_rate < math.inf:
         raise ValueError(f"learning_rate is {run.learning_rate}: choose a positive number")

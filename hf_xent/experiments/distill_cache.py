@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .documents import load_documents
 from .fields import option
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def _loaded(run: Caching) -> tuple[Any, Any, Any]:
     """The teacher, the tokenizer and the tokenized documents."""
     import torch
 
-    from ..data import load_text
     from ..models import loading
     from ..models.quiet import quiet_loading
     from ..teachers import load
@@ -115,11 +115,7 @@ def _loaded(run: Caching) -> tuple[Any, Any, Any]:
 
         with loading.explain_load_errors(run.tokenizer or run.teacher) as place:
             tokenizer = AutoTokenizer.from_pretrained(place)
-        texts = load_text(run.dataset, run.split, run.column)
-        kept = ["prompt", "completion"] if run.column == "completion" else [run.column]  # as training does
-        if missing := [name for name in kept if name not in texts.column_names]:
-            raise ValueError(f"dataset {run.dataset!r} has no column {missing[0]!r} beside its completions: add it")
-        texts = texts.select_columns(kept)
+        texts = load_documents(run.dataset, run.split, run.column)  # as training does
         dataset = tokenized(texts, tokenizer, column=run.column, max_length=run.max_length)
         options: dict[str, Any] = {"model": run.model, "concurrency": run.concurrency}
         if run.is_server:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .documents import load_documents
 from .fields import option
 from .finetuning import Outcome, Training, adapted, arguments_of, fitted
 
@@ -130,14 +131,9 @@ def _teacher(run: Distilling, tokenizer: Any) -> Any:
 
 
 def _documents(run: Distilling) -> tuple[Any, Any]:
-    """The documents to train on, and those held out: prompts and completions, or else texts."""
-    from ..data import load_text
-
-    rows = load_text(run.dataset, run.split, run.column)
-    kept = ["prompt", "completion"] if run.column == "completion" else [run.column]
-    if missing := [name for name in kept if name not in rows.column_names]:
-        raise ValueError(f"dataset {run.dataset!r} has no column {missing[0]!r} beside its completions: add it")
+    """The documents to train on, and those held out."""
+    rows = load_documents(run.dataset, run.split, run.column)
     if len(rows) < 2:
         raise ValueError(f"dataset {run.dataset!r} has one row, but two are needed: one is held out")
-    parts = rows.select_columns(kept).train_test_split(test_size=min(run.eval_blocks, len(rows) // 2), seed=run.seed)
+    parts = rows.train_test_split(test_size=min(run.eval_blocks, len(rows) // 2), seed=run.seed)
     return parts["train"], parts["test"]

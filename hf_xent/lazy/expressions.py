@@ -21,10 +21,10 @@ from ..ops.joint import stream_rows
 from ..ops.request import Request
 from .answering import Answering
 from .answers import Answer
-from .graph import without_save_hooks
+from .graph import apart, was_written, without_save_hooks
 from .nodes import MARK, Input, Node, Operation, Product, evaluate, grouped, inputs_of, leaves_of, map_inputs, same_rows
 from .state import PatchState
-from .values import meta_like, requires_grad_of
+from .values import is_view, meta_like, requires_grad_of
 from .wrappers import Hook, hooked
 
 
@@ -83,9 +83,8 @@ class LazyExpression(Answering):
         """Other rows: a view if the same operation gives a view of the dense tensor, else a copy."""
         before = meta_like(self)
         after, once = on_dense(before), same_rows(change)
-        shared = after.untyped_storage()._cdata == before.untyped_storage()._cdata
         node = map_inputs(self.node, lambda x: x.with_rows(once))
-        if shared:
+        if is_view(after, before):
             return express(node, after, self.device, parent=(self, on_dense), reads=self.reads)
         self.note_read(MARK)
         return express(node, after, self.device)
@@ -125,17 +124,14 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         """The gradients of the inputs; the value is computed again."""
-        if any(not values.is_inference() and values._version for values in ctx.memory):
+        if was_written(ctx.memory):
             raise RuntimeError(
                 "an expression over logits was written to in place and also passed to a custom autograd function, whose"
                 " gradient ignores the write: give the function its .dense()"
             )
         create_graph, needs = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
         with torch.enable_grad():
-            views = [
-                t.view_as(t) if create_graph and need else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
+            views = apart(ctx.saved_tensors, needs, create_graph)
             rest = iter(views)
             node = map_inputs(ctx.node, lambda x: x.with_tensors(lambda _: next(rest)))
             value = dense_value(node, upstream.shape).to(upstream.dtype)

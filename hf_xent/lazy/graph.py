@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,7 +69,7 @@ class Connected(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         """The gradients of the operands; the value is computed again."""
-        if any(not values.is_inference() and values._version for values in ctx.memory):
+        if was_written(ctx.memory):
             raise RuntimeError(
                 "logits were written to in place and also passed to a custom autograd function, whose gradient ignores"
                 " the write: give the function out.logits.dense()"
@@ -82,16 +83,29 @@ class Connected(torch.autograd.Function):
         needs = ctx.needs_input_grad[-len(ctx.saved_tensors) :]
         create_graph = torch.is_grad_enabled()  # these gradients are to be differentiated again
         with torch.enable_grad():
-            # a view keeps the graph, and leaves out what reaches an operand through another (tied embeddings)
-            inputs = [
-                None if t is None else t.view_as(t) if create_graph and need else t.detach().requires_grad_(need)
-                for t, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
+            inputs = apart(ctx.saved_tensors, needs, create_graph)
             hidden, *tensors = inputs
             value = ctx.recipe.value(hidden, ctx.head.with_tensors(*tensors)).to(upstream.device, ctx.dtype)
         differentiable = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
         grads = iter(torch.autograd.grad(value, differentiable, upstream, create_graph=create_graph))
         return None, None, None, None, None, *(next(grads) if need else None for need in needs)
+
+
+def was_written(memory: list[Tensor]) -> bool:
+    """Whether values that were kept have been written to in place."""
+    return any(not values.is_inference() and values._version for values in memory)
+
+
+def apart(tensors: Sequence[Tensor | None], needs: Sequence[bool], create_graph: bool) -> list[Any]:
+    """The tensors of a function as the inputs of another computation of it, each with a gradient of its own.
+
+    If its gradients are to be differentiated again they are views, which keep the graph, and leave out what reaches one
+    of them through another (tied embeddings).
+    """
+    return [
+        None if t is None else t.view_as(t) if create_graph and need else t.detach().requires_grad_(need)
+        for t, need in zip(tensors, needs, strict=True)
+    ]
 
 
 class Values(torch.autograd.Function):

@@ -52,11 +52,8 @@ def get(loss: str | Loss | None, **options: Any) -> Loss:
     """
     from .base import Loss
 
-    if isinstance(loss, Loss):
-        if options:
-            raise ValueError(f"loss is an object, {loss!r}: set {', '.join(options)} on the object, not beside it")
-        return loss
-    return LOSSES.build(loss or "cross_entropy", **options)
+    found: Loss = LOSSES.instance(loss or "cross_entropy", Loss, **options)
+    return found
 
 
 def table() -> list[dict[str, Any]]:

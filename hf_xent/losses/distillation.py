@@ -78,10 +78,10 @@ class Distillation(Loss):
         """
         raise NotImplementedError
 
-    def with_cross_entropy(self, divergence: Tensor, nll: Tensor) -> Tensor:
-        """The loss from D and the negative log-probabilities of the labels."""
+    def with_cross_entropy(self, divergence: Tensor, nll: Tensor | None) -> Tensor:
+        """The loss from D and the negative log-probabilities of the labels; None if these have no share in it."""
         loss = (1 - self.ce_weight) * self.temperature**2 * divergence
-        return loss + self.ce_weight * nll if self.ce_weight else loss
+        return loss if nll is None or not self.ce_weight else loss + self.ce_weight * nll
 
     def dense(self, divergence: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of D [N], and of dense logits [N, V] with the labels, for `reference`."""
@@ -105,7 +105,7 @@ class Distillation(Loss):
         """The loss of rows of both models' logits, of which the teacher's are divided by the temperature."""
 
         def sums(labels: Tensor, student: Tensor, teacher: Tensor, plain: Tensor | None = None) -> dict[str, Tensor]:
-            nll = student.new_zeros(()) if plain is None else -at_labels(plain, labels)
+            nll = None if plain is None else -at_labels(plain, labels)
             return {"loss": self.with_cross_entropy(self.divergence(student, teacher), nll)}
 
         softmaxes = ((0, self.temperature), (1, 1.0), *([(0, 1.0)] if self.ce_weight else []))
@@ -115,26 +115,26 @@ class Distillation(Loss):
     def _in_place(self, labels: Tensor, z: Tensor, other: Tensor, memory: Memory) -> tuple[dict[str, Tensor], Tensor]:
         """`closed_form.Closed` of the loss: the student's logits z become its gradient."""
         temperature, w = self.temperature, self.ce_weight
-        values, columns = {"target": z.gather(-1, labels[:, None]).squeeze(-1)}, torch.arange(len(z), device=z.device)
+        target, lse = z.gather(-1, labels[:, None]).squeeze(-1), None
         plain, p, q = None, memory.like(z, "p"), memory.like(z, "q")
         if temperature != 1:
             if w:  # of the same products, another softmax
                 plain = memory.like(z, "plain")
-                values["lse"] = log_softmax_(memory.like(z, "log plain").copy_(z), plain)
+                lse = log_softmax_(memory.like(z, "log plain").copy_(z), plain)
             z = z.div_(temperature)
-        lse = log_softmax_(z, q)
-        if temperature == 1:
-            values["lse"], plain = lse, q
+            log_softmax_(z, q)
+        else:
+            lse, plain = log_softmax_(z, q), q
         log_softmax_(other, p)
         divergence = self.slope(q, z, p, other)
         if (factor := (1 - w) * temperature) != 1:
             z.mul_(factor)
         if w and plain is not None:
             z.add_(plain, alpha=w)
-            z[columns, labels] -= w
-        if "lse" not in values:
-            return {"loss": self.with_cross_entropy(divergence, divergence)}, z  # w is 0
-        return values | {"loss": self.with_cross_entropy(divergence, values["lse"] - values["target"])}, z
+            z[torch.arange(len(z), device=z.device), labels] -= w
+        if lse is None:
+            return {"loss": self.with_cross_entropy(divergence, None)}, z
+        return {"lse": lse, "target": target, "loss": self.with_cross_entropy(divergence, lse - target)}, z
 
     def remaining_terms(self, hidden: Tensor, head: Head, labels: Tensor, teacher: Payload, request: Request) -> Tensor:
         """The terms of D that `of` does not have, in the shape of labels, 0 if ignored; heads are tempered."""

@@ -185,13 +185,19 @@ def rows_in(budget: int, size: int, dtype: torch.dtype) -> int:
 
 def map_rows(fn: Callable[..., Tensor], hidden: Tensor, head: Head, rows: Sequence[Tensor], step: int) -> Tensor:
     """`map_logits` of operands that are checked, `step` rows at a time: ranks of a split head need the same steps."""
-
-    def run(function: Callable[..., Tensor], *part: Tensor) -> Tensor:
-        # torch.func has no saved-tensor hooks, which checkpoints need: there all logits are kept
-        return function(*part) if under_function_transform() else checkpoint(function, *part, use_reentrant=False)
-
+    run = recomputed(lambda h, *r: fn(head.logits(h), *r))
     parts = []
     for i in range(0, max(1, len(hidden)), step):
         part = [x[i : i + step] for x in (hidden, *rows)]
-        parts.append(run(lambda h, *r: fn(head.logits(h), *r), *part))
+        parts.append(run(*part))
     return torch.cat(parts)
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor | None) -> Callable[..., Tensor]:
+    """The function, computed again in the backward in place of keeping what it needs there.
+
+    torch.func has no saved-tensor hooks, which checkpoints need: where it is at work, also by `tensors`, all is kept.
+    """
+    if under_function_transform(*tensors):
+        return function
+    return lambda *part: checkpoint(function, *part, use_reentrant=False)

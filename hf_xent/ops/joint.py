@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from . import chunked, higher
 from .autograd import scaled
 from .buffers import Buffers, Gradients
+from .functional import recomputed
 from .head import Payload
 from .problem import TENSORS, TILE, Problem, pieces
 from .request import Request
@@ -121,15 +121,11 @@ class _Job:
             problems, rows, shared = self.of(given, [False] * len(given))
             return self.function([p.head.logits(p.hidden) for p in problems], rows, shared)
 
-        run = part if higher.under_function_transform(*tensors) else _checkpointed(part)
+        run = recomputed(part, *tensors)
         found = []
         for chunk in self.chunks or [slice(0, 0)]:
             found.append(run(*(x[chunk] if c and x is not None else x for x, c in zip(tensors, cut, strict=True))))
         return torch.cat(found).sum() if self.total else torch.cat(found)
-
-
-def _checkpointed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args: checkpoint(function, *args, use_reentrant=False)
 
 
 class _Joint(torch.autograd.Function):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -48,6 +50,18 @@ def check_text(owner: Any, name: str) -> None:
     value = getattr(owner, name)
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r}: write it as text")
+
+
+def check_fields(owner: Any, ranges: Mapping[str, str]) -> None:
+    """Refuse the fields of a dataclass that are out of their interval, or, True or False by default, are neither.
+
+    Raises: ValueError that names the option, its value and what to choose.
+    """
+    for option in fields(owner):
+        if option.name in ranges:
+            check_number(owner, option.name, ranges[option.name])
+        elif isinstance(option.default, bool):
+            check_flag(owner, option.name)
 
 
 def is_number(value: Any, interval: str) -> bool:

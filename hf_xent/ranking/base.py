@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..options.ranges import check_flag, check_number
+from ..options.ranges import check_fields
 
 State = dict[str, Tensor]
 
@@ -52,11 +52,7 @@ class RankingLoss:
     """Whether a batch needs both classes."""
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if option.name in self.ranges:
-                check_number(self, option.name, self.ranges[option.name])
-            elif isinstance(option.default, bool):
-                check_flag(self, option.name)
+        check_fields(self, self.ranges)
 
     def state(self, rows: int) -> State:
         """The state before the first batch: scalars, and tensors [rows] with one entry for each training row."""

@@ -1,0 +1,25 @@
+"""The documents of a data set that distillation reads: texts, or prompts and completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load_documents(dataset: str, split: str | None, column: str) -> Any:
+    """The rows of a source of text, with the columns that are read.
+
+    Args:
+        dataset: Any source of `hf_xent.data.load_text`.
+        split: A split of it, or a slice of one.
+        column: The column of text; 'completion' stands for answers to the prompts in the column 'prompt'.
+
+    Raises:
+        ValueError: The source cannot be read, or has completions without prompts.
+    """
+    from ..data import load_text
+
+    rows = load_text(dataset, split, column)
+    kept = ["prompt", "completion"] if column == "completion" else [column]
+    if missing := [name for name in kept if name not in rows.column_names]:
+        raise ValueError(f"dataset {dataset!r} has no column {missing[0]!r} beside its completions: add it")
+    return rows.select_columns(kept)
