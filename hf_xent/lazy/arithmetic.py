@@ -24,7 +24,7 @@ from ..ops.higher import under_function_transform
 from ..ops.rows import FLOATS
 from .answers import register
 from .operands import Operand
-from .shapes import change_head, derive
+from .shapes import change_head
 from .source import join, shape_of
 from .tensor import LazyLogits
 from .values import meta_like
@@ -82,7 +82,7 @@ def _add_in_place(x: LazyLogits, other: Any) -> Any:
         return NotImplemented
     new = _add(x, other)
     if new is not NotImplemented:
-        new = derive(new, dtype=x.dtype)
+        new = new.derived(dtype=x.dtype)
         for name in ("hidden", "raw", "recipe", "operands", "source", "product_of", "hooks", "differentiable"):
             setattr(x, name, getattr(new, name))
     return new
@@ -94,7 +94,7 @@ def _zeros_like(x: LazyLogits, *, dtype: Any = None, requires_grad: bool = False
         return NotImplemented
     raw = Head(x.raw.weight.new_empty((x.raw.size, 0), device=x.hidden.device), shard=x.raw.shard)
     layout = torch.empty_like(meta_like(x))
-    return derive(x, hidden=x.hidden[..., :0].detach(), raw=raw, source=None, layout=layout)
+    return x.derived(hidden=x.hidden[..., :0].detach(), raw=raw, source=None, layout=layout)
 
 
 def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
@@ -104,7 +104,7 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
     dtype, layout = torch.promote_types(x.dtype, y.dtype), torch.empty_like(meta_like(x))
     for zeros, other in ((x, y), (y, x)):
         if zeros.raw.weight.shape[1] == 0 and zeros.raw.adapter is zeros.raw.bias is None:
-            return derive(other, dtype=dtype, layout=layout)
+            return other.derived(dtype=dtype, layout=layout)
     is_there = x.source is y.source is None
     same = is_there and x.product_of is not None and x.product_of is y.product_of and x.raw.weight is y.raw.weight
     big, small = (x, y) if x.raw.weight.shape[1] >= y.raw.weight.shape[1] else (y, x)
@@ -122,7 +122,7 @@ def _add_products(x: LazyLogits, y: LazyLogits) -> Any:
     hidden, raw = pair(big.hidden, heads[0], extra * ratio, heads[1])
     operands, hooks = x.operands + y.operands, [*x.hooks, *(h for h in y.hooks if h not in x.hooks)]
     attributes = {"dtype": dtype, "layout": layout, "operands": operands, "source": source, "hooks": hooks}
-    return derive(big, hidden=hidden, raw=raw, product_of=big.product_of, **attributes)
+    return big.derived(hidden=hidden, raw=raw, product_of=big.product_of, **attributes)
 
 
 def _sum_of_heads(raw: Head, branch: Head, ratio: float, dtype: torch.dtype, same: bool) -> Head:
@@ -158,7 +158,7 @@ def _multiply(x: LazyLogits, other: Any) -> Any:
     if x.recipe.log_probs or not x.is_floating_point():
         return NotImplemented
     recipe = x.recipe.times(number)
-    return derive(x, recipe=recipe) if recipe.is_regular else NotImplemented
+    return x.derived(recipe=recipe) if recipe.is_regular else NotImplemented
 
 
 def _scale_columns(x: LazyLogits, other: Any) -> Any:
@@ -223,7 +223,7 @@ def _matmul(x: LazyLogits, other: Any) -> Any:
 def _tanh(x: LazyLogits) -> Any:
     if x.recipe.outer is not None or x.recipe.log_probs:
         return NotImplemented
-    return derive(x, recipe=replace(x.recipe, outer=1.0))
+    return x.derived(recipe=replace(x.recipe, outer=1.0))
 
 
 _T = torch.Tensor

@@ -19,7 +19,7 @@ from ..ops.dispatch import stream_stats
 from ..ops.rows import token_ids
 from .answers import register
 from .objective import loss_of
-from .shapes import canonical_dim, derive, detach
+from .shapes import canonical_dim
 from .tensor import LazyLogits
 from .weighting import weigh
 
@@ -83,7 +83,7 @@ def _log_softmax(
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype or x.dtype
     if not _is_last(x, dim) or x.recipe.log_probs or not dtype.is_floating_point:
         return NotImplemented
-    return derive(x, recipe=replace(x.recipe, log_probs=True), dtype=dtype, layout=None)
+    return x.derived(recipe=replace(x.recipe, log_probs=True), dtype=dtype, layout=None)
 
 
 def _gather(x: LazyLogits, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
@@ -107,7 +107,7 @@ def _argmax(x: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     if not _is_last(x, dim):
         return NotImplemented
     with torch.no_grad():
-        top = _scalar_stats(detach(x), None, ("top",)).top
+        top = _scalar_stats(x.detached(), None, ("top",)).top
     return top.unsqueeze(-1) if keepdim else top
 
 

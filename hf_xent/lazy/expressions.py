@@ -89,10 +89,11 @@ class LazyExpression(Answering):
         self.note_read(MARK)
         return express(node, after, self.device)
 
-    def copied(self, layout: Tensor | None = None) -> LazyExpression:
-        """The same values in memory of their own."""
+    def copied(self, *, contiguous: bool = False) -> LazyExpression:
+        """The same values in memory of their own, with these strides or those of a contiguous tensor."""
         self.note_read(MARK)
-        layout = torch.empty_like(meta_like(self)) if layout is None else layout
+        strides = torch.contiguous_format if contiguous else torch.preserve_format
+        layout = torch.empty_like(meta_like(self), memory_format=strides)
         return express(self.node, layout, self.device, front=self.front)
 
     def cast(self, dtype: torch.dtype) -> LazyExpression:

@@ -18,36 +18,21 @@ from ..ops.rows import FLOATS
 from .answers import Answer, register
 from .expressions import LazyExpression
 from .source import changed, shape_of
-from .tensor import LazyLogits, make
-from .values import LazyTensor, is_view, meta_like
-
-_OPERANDS = ("hidden", "raw", "source", "product_of", "operands")
-_ATTRIBUTES = (*_OPERANDS, "recipe", "dtype", "device", "state", "reads", "hooks")
-
-
-def derive(x: LazyLogits, **changes: Any) -> LazyLogits:
-    """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
-    attributes = {name: getattr(x, name) for name in _ATTRIBUTES}
-    same_shape = changes.keys() <= {"raw", "source", "recipe", "dtype", "device"}
-    layout = torch.empty_like(meta_like(x)) if same_shape else None  # with the strides of torch's result
-    if "hidden" in changes:  # other rows than those of the product
-        attributes["product_of"] = None
-    return make(**{**attributes, "layout": layout, **changes})
+from .tensor import LazyLogits
+from .values import LazyTensor, meta_like
 
 
 def change_head(x: LazyLogits, change: Callable[[Head], Head], **changes: Any) -> LazyLogits:
     """A lazy tensor of a head that is a function of that of x."""
     raw = change(x.raw)
-    return derive(x, raw=raw if x.source is None else shape_of(raw), source=changed(x.source, change), **changes)
+    return x.derived(raw=raw if x.source is None else shape_of(raw), source=changed(x.source, change), **changes)
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if dtype == x.dtype:
-        return x
-    return x.cast(dtype) if isinstance(x, LazyExpression) else derive(x, dtype=dtype)
+    return x if dtype == x.dtype else x.cast(dtype)
 
 
-def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
     """`.to(dtype)`, `.to(device)`, `.to(other)`; on another device the results will be there, the operands stay."""
     copy = kwargs.pop("copy", False)
     if len(args) > 2 and isinstance(args[-1], bool):  # (device or other, dtype, non_blocking, copy)
@@ -59,10 +44,9 @@ def _to(x: LazyLogits, *args: Any, **kwargs: Any) -> Any:
     device, dtype = device or x.device, dtype or x.dtype
     if dtype not in FLOATS:
         return NotImplemented
-    same = (device, dtype) == (x.device, x.dtype)
-    if isinstance(x, LazyExpression):
-        return NotImplemented if device != x.device else x if same and not copy else x.cast(dtype)
-    return x if same and not copy else derive(x, device=device, dtype=dtype)
+    if device != x.device:
+        return NotImplemented if isinstance(x, LazyExpression) else x.derived(device=device, dtype=dtype)
+    return x if dtype == x.dtype and not copy else x.cast(dtype)
 
 
 def _empty(x: Any) -> Any:
@@ -72,31 +56,21 @@ def _empty(x: Any) -> Any:
 def _clone(x: LazyLogits, *, memory_format: Any = torch.preserve_format) -> Any:
     if memory_format not in (torch.preserve_format, torch.contiguous_format):
         return NotImplemented
-    preserved = memory_format is torch.preserve_format
-    if isinstance(x, LazyExpression):
-        return x.copied() if preserved else _contiguous_copy(x)
-    copy = derive(x) if preserved else _contiguous_copy(x)
-    copy.copy_of = x if x.differentiable and not torch.is_grad_enabled() else None
+    copy = x.copied(contiguous=memory_format is torch.contiguous_format)
+    if isinstance(copy, LazyLogits):  # wrappers' functions get logits, not expressions
+        copy.copy_of = x if x.differentiable and not torch.is_grad_enabled() else None
     return copy
 
 
 def _contiguous(x: LazyLogits, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    return x if x.is_contiguous() else _contiguous_copy(x)
+    return x if x.is_contiguous() else x.copied(contiguous=True)
 
 
-def _contiguous_copy(x: Any) -> Any:
-    if isinstance(x, LazyExpression):
-        return x.copied(torch.empty(x.shape, dtype=x.dtype, device="meta"))
-    return derive(x, layout=None)
-
-
-def detach(x: Any) -> Any:
+def _detach(x: Any) -> Any:
     """The same values without a graph, still lazy."""
-    if isinstance(x, LazyExpression):
-        return x.detached()
-    return derive(x, hidden=x.hidden.detach(), raw=x.raw.detach(), parent=(x, lambda d: d.detach()))
+    return x.detached()
 
 
 def _reshape(x: LazyLogits, *sizes: Any, shape: Any = None) -> Any:
@@ -117,16 +91,7 @@ def _change_shape(x: LazyLogits, layout: Callable[..., Tensor], sizes: tuple[Any
     after = layout(meta_like(x), sizes).shape  # raises torch's error for sizes that do not fit
     if not after or after[-1] != x.shape[-1]:
         return NotImplemented
-    return _change_rows(x, lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
-
-
-def _change_rows(x: Any, on_hidden: Callable[[Tensor], Tensor], on_dense: Callable[[Tensor], Tensor]) -> Any:
-    """Other rows of x: a view if the same operation gives a view of the dense tensor, else a copy."""
-    if isinstance(x, LazyExpression):
-        return x.with_rows(on_hidden, on_dense)
-    dense = meta_like(x)
-    parent = (x, on_dense) if is_view(on_dense(dense), dense) else None
-    return derive(x, hidden=on_hidden(x.hidden), parent=parent)
+    return x.with_rows(lambda h: h.reshape(*after[:-1], h.shape[-1]), lambda d: layout(d, after))
 
 
 def _view_as(x: LazyLogits, other: Tensor) -> Any:
@@ -148,14 +113,14 @@ def _unsqueeze(x: LazyLogits, dim: int) -> Any:
     at = canonical_dim(x, dim, x.ndim + 1)
     if at is None or at == x.ndim:
         return NotImplemented
-    return _change_rows(x, lambda h: h.unsqueeze(at), lambda d: d.unsqueeze(at))
+    return x.with_rows(lambda h: h.unsqueeze(at), lambda d: d.unsqueeze(at))
 
 
 def _squeeze(x: LazyLogits, dim: int) -> Any:
     at = canonical_dim(x, dim)
     if at is None or at == x.ndim - 1:
         return NotImplemented
-    return _change_rows(x, lambda h: h.squeeze(at), lambda d: d.squeeze(at))
+    return x.with_rows(lambda h: h.squeeze(at), lambda d: d.squeeze(at))
 
 
 def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
@@ -163,7 +128,7 @@ def _transpose(x: LazyLogits, dim0: int, dim1: int) -> Any:
     a, b = canonical_dim(x, dim0), canonical_dim(x, dim1)
     if a is None or b is None or x.ndim - 1 in (a, b):
         return NotImplemented
-    return _change_rows(x, lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
+    return x.with_rows(lambda h: h.transpose(a, b), lambda d: d.transpose(a, b))
 
 
 def canonical_dim(x: LazyLogits, dim: Any, count: int | None = None) -> int | None:
@@ -212,8 +177,8 @@ def _consumed_dims(i: Any) -> int:
 
 def _index_rows(x: Any, index: tuple[Any, ...]) -> Any:
     if any(isinstance(i, Tensor) for i in index) and not isinstance(x, LazyExpression):  # a copy
-        return derive(x, hidden=x.hidden[index])
-    return _change_rows(x, lambda h: h[index], lambda d: d[index])
+        return x.derived(hidden=x.hidden[index])
+    return x.with_rows(lambda h: h[index], lambda d: d[index])
 
 
 def _slice_vocabulary(x: Any, part: slice, layout: Tensor | None) -> Any:
@@ -231,7 +196,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 _T = torch.Tensor
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((_T.clone, torch.clone), _clone),
-    **dict.fromkeys((_T.detach, torch.detach), detach),
+    **dict.fromkeys((_T.detach, torch.detach), _detach),
     **dict.fromkeys((_T.reshape, torch.reshape), _reshape),
     **dict.fromkeys((_T.flatten, torch.flatten), _flatten),
     **dict.fromkeys((_T.unsqueeze, torch.unsqueeze), _unsqueeze),

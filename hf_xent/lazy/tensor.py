@@ -17,8 +17,13 @@ from .graph import Connected, Recipe
 from .operands import Operands, operands_of
 from .source import Compute, Source, copied
 from .state import PatchState, next_token_labels
-from .values import meta_like, requires_grad_of
+from .values import is_view, meta_like, requires_grad_of
 from .wrappers import Hook, hooked, is_of_wrapper
+
+_ATTRIBUTES = (
+    *("hidden", "raw", "source", "product_of", "operands"),
+    *("recipe", "dtype", "device", "state", "reads", "hooks"),
+)
 
 
 class LazyLogits(Answering):
@@ -145,6 +150,35 @@ class LazyLogits(Answering):
                 return super().register_hook(hook)
         self.check_gradient("logits.register_hook()", self.reads)
         return self.dense().register_hook(hook)
+
+    def derived(self, **changes: Any) -> LazyLogits:
+        """A lazy tensor with some attributes changed: a copy, unless a `parent` is passed that it is a view of."""
+        attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
+        same_shape = changes.keys() <= {"raw", "source", "recipe", "dtype", "device"}
+        layout = torch.empty_like(meta_like(self)) if same_shape else None  # with the strides of torch's result
+        if "hidden" in changes:  # other rows than those of the product
+            attributes["product_of"] = None
+        return make(**{**attributes, "layout": layout, **changes})
+
+    def with_rows(self, change: Callable[[Tensor], Tensor], on_dense: Callable[[Tensor], Tensor]) -> LazyLogits:
+        """Other rows: a view if the same operation gives a view of the dense tensor, else a copy."""
+        dense = meta_like(self)
+        parent = (self, on_dense) if is_view(on_dense(dense), dense) else None
+        return self.derived(hidden=change(self.hidden), parent=parent)
+
+    def copied(self, *, contiguous: bool = False) -> LazyLogits:
+        """The same values in memory of their own, with these strides or those of a contiguous tensor."""
+        return self.derived(layout=None) if contiguous else self.derived()
+
+    def cast(self, dtype: torch.dtype) -> LazyLogits:
+        """The same numbers in another dtype."""
+        return self.derived(dtype=dtype)
+
+    def detached(self) -> LazyLogits:
+        """A view without a graph."""
+        return self.derived(
+            hidden=self.hidden.detach(), raw=self.raw.detach(), parent=(self, lambda dense: dense.detach())
+        )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # mypy drops keywords' names in dunder methods
         state = "dense" if self.is_dense else "not computed"
