@@ -24,6 +24,16 @@ DEVICES = ("cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU]))
 EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "peft", "psutil", "scipy", "sklearn", "trl")
 
 
+@pytest.fixture
+def without_progress_bars() -> Iterator[None]:
+    """Nothing is drawn while data sets are prepared."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(
     collector: pytest.Collector,

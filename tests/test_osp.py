@@ -14,7 +14,10 @@ from support.models import tiny, tiny_tokenizer
 from support.ranks import run_ranks
 
 # TRL's configuration sets the old name of the option
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("without_progress_bars"),
+]
 TEXT = "the quick brown fox jumps over the lazy dog or is a b " * 8
 PROMPTS = ["the quick", "a lazy brown", "the", "fox jumps over"]
 FORMAT = Format("{prompt} over {first} or {second} is", ("a", "b"))
@@ -24,13 +27,6 @@ COMMON = {
     "save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "beta": 0.5,
     "gradient_checkpointing": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def prompts(**columns):

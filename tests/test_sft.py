@@ -17,7 +17,10 @@ from support.models import V, tiny, tiny_tokenizer
 from support.oracle import Largest
 
 FUSED = Version(trl.__version__) >= Version("1.16")
-pytestmark = pytest.mark.skipif(not FUSED, reason="TRL has the fused head since 1.16")
+pytestmark = [
+    pytest.mark.skipif(not FUSED, reason="TRL has the fused head since 1.16"),
+    pytest.mark.usefixtures("without_progress_bars"),
+]
 
 TEXTS = ["the quick brown fox", "jumps over", "the lazy dog the quick", "fox over the dog"] * 2
 ROWS = [1.0, 2.0, 0.0, 0.5] * 2
@@ -27,13 +30,6 @@ TEMPLATE = (
     "{% endgeneration %}{% else %}<s>dog{{ m.content }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<s>fox<s>{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def tokenizer():

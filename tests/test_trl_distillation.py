@@ -18,18 +18,14 @@ from hf_xent.patching import patch_state
 from support.models import V, tiny, tiny_tokenizer
 from support.oracle import Largest
 
-pytestmark = pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="written for TRL 1.16 and later")
+pytestmark = [
+    pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="written for TRL 1.16 and later"),
+    pytest.mark.usefixtures("without_progress_bars"),
+]
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 TEXTS = ["the quick brown fox jumps", "over", "the lazy dog the quick", "fox over the dog jumps over the lazy fox"]
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def tokenizer():

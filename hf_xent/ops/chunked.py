@@ -24,7 +24,7 @@ from torch import Tensor
 from .algebra import Coefficients, coefficients, row_factor
 from .buffers import Buffers, Gradients, longest
 from .gpu.launch import can_launch
-from .problem import Problem, Upstream
+from .problem import Problem, Upstream, pieces
 from .ranks import merge_ranks
 from .statistics import wide
 from .tail import Survey
@@ -123,6 +123,15 @@ def eager(problem: Problem, upstream: Upstream, uses: tuple[str, ...]) -> tuple[
         out.push(rows, all_columns, z, pay, coef, factor)
         parts.append(values)
     return concatenate(parts, problem), out.finish()
+
+
+def chunks_of(problem: Problem, tokens: int) -> list[slice]:
+    """Chunks of tokens for one visit, of a problem with one row or more for each.
+
+    Their rows fit the memory budget, unless there would be more chunks than weight gradients are summed over.
+    """
+    most = min(len(problem.rows()), most_chunks(problem))
+    return pieces(tokens, math.ceil(tokens / most)) if tokens else []
 
 
 def most_chunks(problem: Problem) -> float:

@@ -9,7 +9,6 @@ that is split over ranks is no exception: `split_rows` has the sums over its par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -26,7 +25,7 @@ from .dispatch import payload_of, problem_of, stream_stats, unit_of
 from .entries import EntryLoss
 from .functional import map_rows, rows_in
 from .head import Head, Payload
-from .problem import TENSORS, Problem, pieces
+from .problem import TENSORS, Problem
 from .ranks import merge_ranks, reduce_from_ranks
 from .request import Request
 from .row_loss import RowLoss
@@ -155,8 +154,7 @@ def _visit(
         return function.visit(problem, weight)
     count, passes, _ = problem.hidden.shape
     flat = replace(problem, hidden=problem.hidden.flatten(0, 1), labels=problem.labels.repeat_interleave(passes))
-    most = min(len(flat.rows()), chunked.most_chunks(flat))  # sums of a weight gradient in its own dtype
-    chunks = pieces(count, math.ceil(count / most)) if count else []
+    chunks = chunked.chunks_of(flat, count)
     rows, columns = [slice(passes * part.start, passes * part.stop) for part in chunks], slice(0, problem.head.size)
     buffers, out = Buffers(flat, rows), Gradients(flat, rows, [columns])
     alone = replace(problem, payload=None, hidden=problem.hidden[:, 0])  # the first pass

@@ -27,7 +27,7 @@ from . import chunked
 from .buffers import Buffers, Gradients
 from .functional import map_rows, rows_in
 from .head import Head
-from .problem import Problem, pieces
+from .problem import Problem
 from .ranks import merge_ranks, reduce_from_ranks
 from .row_loss import Constants, at_ids, at_labels, with_entries
 from .shard import Shard, copy_to_ranks, sum_ranks
@@ -96,8 +96,7 @@ class EntryLoss(Constants):
         """Statistics and values of `of`, [N] each, and the gradients of the weighted sum of its loss."""
         shape = problem.hidden.shape
         problem = replace(problem, hidden=problem.hidden.flatten(0, 1))  # a single pass
-        most, columns = min(len(problem.rows()), chunked.most_chunks(problem)), slice(0, problem.head.size)
-        chunks = pieces(shape[0], math.ceil(shape[0] / most)) if shape[0] else []
+        chunks, columns = chunked.chunks_of(problem, shape[0]), slice(0, problem.head.size)
         buffers, out = Buffers(problem, chunks), Gradients(problem, chunks, [columns])
         parts = []
         for tokens in chunks:
