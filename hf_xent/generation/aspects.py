@@ -17,7 +17,6 @@ sharing of the row's tokens is ours.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -36,6 +35,7 @@ from ..models.fingerprints import fingerprint_model
 from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import inner_of, patched
+from ..patching.calls import parameters_of
 from .judging import Row, odds, verdict_tokens
 
 QUESTION = Format("Text: {text}\n\nAnswer a question about the text by Yes or No alone. {question}", ("Yes", "No"))
@@ -203,4 +203,5 @@ def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, pla
 
 def _cache_name(model: Any) -> str:
     """The name of the keys and values in a model's inputs and outputs, which transformers 5.24 has changed."""
-    return "cache" if "cache" in inspect.signature(inner_of(model).forward).parameters else "past_key_values"
+    kind: Any = type(inner_of(model))
+    return "cache" if "cache" in parameters_of(kind) else "past_key_values"

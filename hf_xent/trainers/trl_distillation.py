@@ -16,7 +16,6 @@ Source: Agarwal et al. 2024, On-Policy Distillation of Language Models, arXiv:23
 
 from __future__ import annotations
 
-import inspect
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -30,6 +29,7 @@ from ..losses.jsd import JSD
 from ..losses.reverse_kl import ReverseKL
 from ..ops import Head, Stats
 from ..patching import ensure_patched, inner_of, lazily, patch_state
+from ..patching.calls import parameters_of
 
 Trainer = TypeVar("Trainer")
 _NEEDED = ("_compute_loss", "_forward_redirection", "teacher_model", "beta", "temperature")
@@ -118,7 +118,8 @@ def _logits_of(model: Any, inputs: dict[str, Any], count: int) -> LazyLogits:
         RuntimeError: The model made its logits, for a reason that the message names.
     """
     ensure_patched(model)
-    names = inspect.signature(inner_of(model).forward).parameters
+    kind: Any = type(inner_of(model))
+    names = parameters_of(kind)
     passed = {name: x for name, x in inputs.items() if name in names and name != "labels"}
     if "logits_to_keep" in names:
         passed["logits_to_keep"] = count + 1  # the last one predicts nothing
