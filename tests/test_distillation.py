@@ -27,10 +27,12 @@ from hf_xent.trainers.on_policy import Draw, prompts_of
 from support.models import V, assert_same_gradients, gradients, tiny
 from support.oracle import Largest, assert_no_worse
 from support.ranks import run_ranks
-from test_sft import TEXTS, chats, quiet, texts, tokenizer
+from test_sft import TEXTS, chats, texts, tokenizer
 
-pytestmark = pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL has the fused head since 1.16")
-quiet = quiet  # the fixture, for this module too
+pytestmark = [
+    pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="TRL has the fused head since 1.16"),
+    pytest.mark.usefixtures("without_progress_bars"),
+]
 
 
 def answers():
