@@ -5,12 +5,15 @@ import json
 import re
 import shutil
 import warnings
+from functools import partial
+from importlib.util import find_spec
 
 import datasets
 import peft
 import pytest
 import torch
 import trl
+from accelerate import Accelerator
 from packaging.version import Version
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -19,14 +22,18 @@ from typer.testing import CliRunner
 import hf_xent
 from hf_xent import cli
 from hf_xent.hub import validate
-from hf_xent.patching import patch, patch_state
+from hf_xent.lazy import next_token_labels
+from hf_xent.patching import lazily, patch, patch_state
 from hf_xent.teachers import LocalTeacher, write_cache
 from hf_xent.teachers.tokens import tokenized
+from hf_xent.teachers.unadapted import UnadaptedTeacher
 from hf_xent.trainers import DistillationConfig, DistillationTrainer, StreamedSFTConfig
-from hf_xent.trainers.on_policy import Draw, prompts_of
+from hf_xent.trainers.on_policy import Draw, prompts_of, sampled, whole
 from support.models import V, assert_same_gradients, gradients, tiny
+from support.models import batch as tokens_and_labels
 from support.oracle import Largest, assert_no_worse
 from support.ranks import run_ranks
+from support.sharded import ZERO, in_fsdp1, in_fsdp2
 from test_sft import TEXTS, chats, texts, tokenizer
 
 pytestmark = [
@@ -330,7 +337,7 @@ def test_bfloat16_is_no_worse_than_torch(tmp_path):
 
 
 def on_a_rank(rank, folder):
-    """A step of both ranks together, on their own samples too."""
+    """A step of both ranks together, on their own samples too; ZeRO-3 last: it changes how models are made."""
     trainer = fit(folder, answers(), per_device_train_batch_size=4, ce_weight=0.3)
     sampled = fit(folder, answers(), per_device_train_batch_size=4, on_policy=1.0, max_new_tokens=4)
     batches, items = sampled.get_batch_samples(iter([batch_of(sampled)]), 1, torch.device("cpu"))
@@ -341,11 +348,122 @@ def on_a_rank(rank, folder):
         "items": int(items),
         "labels": batches[0]["labels"].tolist(),
         "sampled": [float(p.detach().sum()) for p in sampled.model.parameters()],
+        "FSDP": {kind: under_fsdp(rank, folder, wrap) for kind, wrap in SHARDED.items()},
+        "ZeRO-3": partitioned(folder) if find_spec("deepspeed") else None,
     }
 
 
-def test_two_ranks_are_one(tmp_path):
-    first, second = run_ranks(2, on_a_rank, tmp_path, str(tmp_path))
+def loaded(folder, name):
+    """A model; from a file, since ZeRO-3 partitions models as they are made, and their random numbers are others."""
+    model = AutoModelForCausalLM.from_pretrained(folder / name.removesuffix(" with LoRA"))
+    if not name.endswith("LoRA"):
+        return model
+    return peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
+
+
+PARTITIONED = {
+    "names": {"model": "student", "teacher": "teacher", "ce_weight": 0.3},
+    "objects": {"model": partial(loaded, name="student"), "teacher": partial(loaded, name="teacher")},
+    "base": {"model": partial(loaded, name="student with LoRA"), "teacher": "base", "ce_weight": 0.3},
+    "on policy": {"model": "student", "teacher": "teacher", "on_policy": 1.0, "max_new_tokens": 4},
+}
+
+
+def three_steps(folder, model, teacher, **options):
+    """Logs of three steps and the loss of an evaluation, and how often logits were made."""
+    model, teacher = (
+        x(folder) if callable(x) else "base" if x == "base" else str(folder / x) for x in (model, teacher)
+    )
+    trainer = fit(folder, answers(), model, teacher, max_steps=3, **options)
+    logs = [[entry[name] for name in ("loss", "divergence", "grad_norm")] for entry in logs_of(trainer)]
+    return [*logs, [trainer.evaluate()["eval_loss"]]], patch_state(trainer.model).materialized
+
+
+SHARDED = {
+    "FSDP1": partial(in_fsdp1, apart=()),
+    "FSDP1, head apart": partial(in_fsdp1, apart=("lm_head",)),
+    "FSDP2": in_fsdp2,
+}
+
+
+def under_fsdp(rank, folder, wrap=lambda model: model):
+    """Losses, summed over ranks, with a teacher that is sharded and with the student's base; this rank's samples.
+
+    The trainer's parts, not the trainer: accelerate prepares no model for FSDP on a CPU.
+    """
+    ids, labels = tokens_and_labels(rows=4)
+    half = {"input_ids": ids[2 * rank :][:2], "labels": labels[2 * rank :][:2]}
+    student, teacher = (wrap(patch(loaded(folder, name))) for name in ("student", "wide teacher"))
+    found = {"teacher": loss_of(student, LocalTeacher(teacher), **half)}
+    with whole(student, Accelerator(cpu=True)) as model:
+        samples = sampled(model, half, tokens=5, temperature=1.0, seed=rank, pad=0)
+    adapted = UnadaptedTeacher(loaded(folder, "student with LoRA"))
+    if wrap is not in_fsdp2:
+        adapted.model = wrap(adapted.model)
+        found["base"] = loss_of(adapted.model, adapted, **half)
+    return found, samples["input_ids"]
+
+
+def loss_of(student, teacher, input_ids, labels):
+    """The sum of the divergences over the labels of this rank's rows."""
+    given = teacher.targets({"input_ids": input_ids})
+    with lazily(student):
+        logits = student(input_ids=input_ids).logits
+    objective, labels = hf_xent.losses.get("jsd"), next_token_labels(labels)
+    loss = logits.with_head(lambda hidden, head: objective(hidden, head, labels, num_items=1, teacher=given))
+    loss.backward()
+    return loss.detach()
+
+
+def partitioned(folder):
+    """The same of two ranks, with student and teacher partitioned by ZeRO-3."""
+    settings = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 3, **ZERO},
+        "zero_allow_untested_optimizer": True,
+    }
+    more = {"deepspeed": settings, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    return {name: three_steps(folder, **options, **more) for name, options in PARTITIONED.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    wide = tiny(std=0.3, hidden_size=48, head_dim=12)  # of a class that FSDP's units know
+    for name, model in (("student", tiny(std=0.3)), ("teacher", teacher_model()), ("wide teacher", wide)):
+        model.save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    with_lora().save_pretrained(folder / "adapter")
+    return folder, run_ranks(2, on_a_rank, folder, folder)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharded_models_learn_and_sample_as_whole_ones(kind, ranks):
+    folder, both = ranks
+    for rank, found in enumerate(both):
+        (losses, samples), (expected, same) = found["FSDP"][kind], under_fsdp(rank, folder)
+        assert torch.equal(samples, same)
+        for name, loss in losses.items():
+            torch.testing.assert_close(loss, expected[name])
+
+
+@pytest.mark.parametrize("name", PARTITIONED)
+def test_models_partitioned_by_zero3_learn_as_whole_ones(name, ranks):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    folder, (first, second) = ranks
+    found, materialized = first["ZeRO-3"][name]
+    assert found == second["ZeRO-3"][name][0] and materialized == 0
+    if name == "on policy":  # ranks sample on their own
+        assert all(loss == pytest.approx(divergence) and norm > 0 for loss, divergence, norm in found[:3])
+    else:
+        expected, _ = three_steps(folder, **PARTITIONED[name])
+        for ours, one in zip(found, expected, strict=True):
+            assert ours == pytest.approx(one, rel=1e-4, abs=1e-6)  # the divergence is a difference of losses
+
+
+def test_two_ranks_are_one(ranks, tmp_path):
+    _, (first, second) = ranks
     alone = fit(tmp_path, answers(), ce_weight=0.3)
     log = logs_of(alone)[0]
     assert first["kind"] == "DistributedDataParallel" and first["items"] == second["items"]

@@ -86,6 +86,8 @@ API = {
     "trl.trainer.utils.add_fused_lm_head": ("patching", ("model", "outputs", "temperature", "cast_lm_head_to_fp32")),
     "trl.trainer.utils.FusedCausalLMOutput": ("patching", ("loss", "log_probs", "label_mask", "aux_loss")),
     "trl.trainer.utils.use_adapter": ("trainers", ("model", "adapter_name")),
+    "trl.models.prepare_deepspeed": ("teachers", ("model", "accelerator")),
+    "trl.models.unwrap_model_for_generation": ("trainers", ("model", "accelerator")),
     "trl.kernels.ChunkedLogProbFunction": ("bench", ()),
     # huggingface_hub, evaluate
     "huggingface_hub.utils.sha.git_hash": ("hub", ("data",)),

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed
 
 from .base import Teacher
 from .local import LocalTeacher
@@ -25,13 +26,18 @@ def parts_of(teacher: Any) -> Iterator[Teacher]:
             yield from parts_of(part)
 
 
-def place(teacher: Teacher, device: torch.device) -> None:
-    """Move a teacher's model to a device, unless it is quantized or split over devices, where it stays as it was."""
-    if not isinstance(teacher, LocalTeacher):
+def place(teacher: Teacher, accelerator: Any) -> None:
+    """Move a teacher's model to a trainer's device, or partition it over the processes as ZeRO-3 does the student's.
+
+    A model that is quantized or split over devices stays as it was, and one that is the student where that is.
+    """
+    if not isinstance(teacher, LocalTeacher) or isinstance(teacher, UnadaptedTeacher):
         return
     model: Any = teacher.model
-    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
-        model.to(device)
+    if is_deepspeed_zero3_enabled():
+        teacher.model = prepare_deepspeed(model, accelerator)
+    elif getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
+        model.to(accelerator.device)
 
 
 def described(teacher: Any) -> str:

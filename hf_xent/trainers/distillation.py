@@ -10,7 +10,7 @@ that the student samples itself, anew at every step, and learns what the teacher
 through the sampling.
 
 Teachers are of any hidden size: models, caches, servers, several with weights (`hf_xent.teachers`). A model that is a
-teacher is neither trained nor saved; every process has a copy.
+teacher is neither trained nor saved. Every process has a copy of it, or, under ZeRO-3, its part, as of the student.
 
 Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531; on policy, Agarwal et al. 2024, arXiv:2306.13649; sequence-level
 distillation, Kim, Rush 2016, arXiv:1606.07947.
@@ -119,7 +119,7 @@ class DistillationTrainer(StreamedSFTTrainer):
         model: The student, a causal LM, or its Hub id or path. It is patched.
         teacher: A teacher of `hf_xent.teachers`; a model, or its Hub id or path; the folder of a cache; the http(s) URL
             of a server; 'base' for the student without its adapters (of PEFT); or a list of others. A model is moved to
-            the student's device.
+            the student's device, and partitioned where ZeRO-3 partitions the student.
         args: The configuration; `DistillationConfig(output_dir="out")` if it is left out.
         teacher_weights: One number for each of several teachers; they take precedence over `args.teacher_weights`.
         **kwargs: As for `trl.SFTTrainer`, but without `compute_loss_func`.
@@ -161,9 +161,8 @@ class DistillationTrainer(StreamedSFTTrainer):
         else:
             self.teacher = load(teacher, weights=weights, tokenizer=self._tokenizer)
         refuse_known_texts(self.teacher, args.on_policy)
-        if self.place_model_on_device:
-            for part in parts_of(self.teacher):
-                place(part, self.args.device)
+        for part in parts_of(self.teacher):
+            place(part, self.accelerator)
 
     @property
     def card_facts(self) -> Mapping[str, str]:
@@ -207,6 +206,8 @@ class DistillationTrainer(StreamedSFTTrainer):
         labels, weights = targets(inputs), self._shifted_weights(inputs)
         if weights is not None:
             labels = torch.where(weights == 0, -100, labels)
+        if isinstance(self.teacher, UnadaptedTeacher):
+            self.teacher.model = self.model  # FSDP has wrapped it since
         given = self.teacher.targets({name: x for name, x in inputs.items() if name != TOKENS})
         if (mask := getattr(given, "mask", None)) is not None:  # it has no opinion about some positions
             valid = labels.to(mask.device) != -100

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from random import Random
 from typing import Any, NamedTuple
 
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models import unwrap_model_for_generation
 
@@ -109,5 +110,8 @@ def whole(model: Any, accelerator: Any) -> Iterator[Any]:
     if is_deepspeed_zero3_enabled():
         with unwrap_model_for_generation(model, accelerator) as unwrapped:
             yield unwrapped
+    elif isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            yield accelerator.unwrap_model(model)
     else:
         yield accelerator.unwrap_model(model)

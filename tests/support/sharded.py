@@ -137,11 +137,16 @@ def fsdp1(rank, loss, where, name="llama", silent=False, apart=("lm_head",), ori
     return result(model, found, grads)
 
 
-def fsdp2(rank, loss, where, name="llama", silent=False):
-    model = patched(name, loss, where)
+def in_fsdp2(model):
+    """FSDP2, with each decoder layer and the head apart."""
     mesh = init_device_mesh("cpu", (2,))
     for part in (*model.model.layers, model.lm_head, model):
         fully_shard(part, mesh=mesh)
+    return model
+
+
+def fsdp2(rank, loss, where, name="llama", silent=False):
+    model = in_fsdp2(patched(name, loss, where))
     found = loss_of(model, loss, where, rank, silent)
     found.backward()
     return result(model, found, {name: p.grad.full_tensor() for name, p in model.named_parameters()})
