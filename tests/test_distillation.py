@@ -533,10 +533,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run_command(folder, *more):
+def run_command(folder, *more, teacher="teacher"):
     """The summary of `hf-xent distill train`, and the losses and logs of its steps."""
     arguments = [
-        *("distill", "train", folder / "student", "--teacher", folder / "teacher", "--dataset", folder / "rows.jsonl"),
+        *("distill", "train", folder / "student", "--teacher", folder / teacher, "--dataset", folder / "rows.jsonl"),
         *("--output", folder / "out", "--batch-size", 2, "--save-steps", 2, "--learning-rate", 0.01, "--json", *more),
     ]
     result = CliRunner().invoke(cli.app, [str(x) for x in arguments], catch_exceptions=False)
@@ -558,9 +558,29 @@ def test_the_command_trains_and_resumes(folder):
     assert resumed["losses"] == outcome["losses"] and again["after"] == summary["after"]
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_command_reads_chats(folder):
+    """In a column of any name; what a cache says of them is found in training."""
+    with pytest.raises(ValueError, match="assistant_only_loss=True"):
+        run_command(folder, "--assistant-only-loss")
+    rows, found = folder / "rows.jsonl", []
+    for column in ("messages", "talks"):
+        datasets.Dataset.from_dict({column: chats()["messages"]}).to_json(rows)
+        found.append(run_command(folder, "--column", column, "--steps", 2, "--assistant-only-loss")[0]["after"])
+    assert found[0] == found[1] and found[0]["divergence"] > 0
+    command = ["distill", "cache", folder / "teacher", rows, "--column", "talks", "--kind", "hidden"]
+    command += ["--dtype", "float32", "--output", folder / "cache", "--json"]
+    CliRunner().invoke(cli.app, [*map(str, command)], catch_exceptions=False)
+    more = ("--column", "talks", "--steps", 2, "--assistant-only-loss")
+    assert run_command(folder, *more, teacher="cache")[0]["after"] == pytest.approx(found[0])
+
+
 def test_the_command_names_what_is_missing(folder):
     with pytest.raises(ValueError, match="teacher is not given: name a model, a cache or a server"):
         CliRunner().invoke(cli.app, ["distill", "train", str(folder / "student")], catch_exceptions=False)
+    with pytest.raises(ValueError, match="ce_weight is 0, but with new adapters the student is its teacher 'base'"):
+        arguments = ["distill", "train", str(folder / "student"), "--teacher", "base", "--lora", "4"]
+        CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
     with pytest.raises(ValueError, match="on_policy is 0, so nothing is sampled"):
         run_command(folder, "--max-new-tokens", 3)
 

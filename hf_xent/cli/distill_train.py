@@ -22,7 +22,11 @@ METRICS = ("loss", "divergence", "perplexity", "mean_token_accuracy", "entropy")
 """What the table has of both evaluations."""
 Student = Annotated[str, Argument(help=MODEL_HELP.replace("model", "student", 1))]
 Column = Annotated[
-    str, Option(help="Column that holds the text; 'completion' for answers to the prompts in the column 'prompt'.")
+    str,
+    Option(
+        help="Column that holds the texts, or chats ('messages'); 'completion' for answers to the prompts in the column"
+        " 'prompt'."
+    ),
 ]
 
 

@@ -32,7 +32,7 @@ class Opened(NamedTuple):
     """Returns the dataset, checked."""
 
 
-def load_text(source: str | Path, split: str | None = None, column: str = "text") -> Dataset:
+def load_text(source: str | Path, split: str | None = None, column: str = "text", *, chats: bool = False) -> Dataset:
     """A dataset with a column of text, from a name in DATASETS, a local file, a folder of files, or a Hub dataset id.
 
     A .txt file is one row; .jsonl, .json, .csv, .tsv and .parquet files are rows with columns; a folder is searched for
@@ -43,6 +43,7 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
         source: The name, path or Hub id; a name or an id may have a configuration, 'wikitext:wikitext-2-v1'.
         split: As for `datasets`, 'train' or 'train[:1%]'; None for 'train', or for the only split.
         column: The column that has to hold text.
+        chats: Whether it may hold chats, too: lists of messages, which have 'role' and 'content'.
 
     Returns:
         A `datasets.Dataset`.
@@ -50,10 +51,10 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
     Raises:
         ValueError: For a source that is none of these, or that has no rows, no `column`, or no text in it.
     """
-    return opened(source, split, column).rows()
+    return opened(source, split, column, chats=chats).rows()
 
 
-def opened(source: str | Path, split: str | None = None, column: str = "text") -> Opened:
+def opened(source: str | Path, split: str | None = None, column: str = "text", *, chats: bool = False) -> Opened:
     """Opens a source without reading its rows; arguments and errors are those of `load_text`."""
     if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
         raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
@@ -73,8 +74,8 @@ def opened(source: str | Path, split: str | None = None, column: str = "text") -
         dataset = lambda: raw  # noqa: E731  as above
 
     def rows() -> Dataset:
-        checked = _checked(dataset(), column, source)
-        if not any(text and text.strip() for text in checked[column]):
+        checked = _checked(dataset(), column, source, chats)
+        if not any(text and (not isinstance(text, str) or text.strip()) for text in checked[column]):
             raise ValueError(f"{source} has only empty texts in its column {column!r}: choose another")
         return checked
 
@@ -131,13 +132,15 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     return type(dataset).from_dict({"input_ids": [carried], "labels": [list(carried)]})
 
 
-def _checked(dataset: Dataset, column: str, source: str) -> Dataset:
+def _checked(dataset: Dataset, column: str, source: str, chats: bool = False) -> Dataset:
     if column not in dataset.column_names:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")
     if not len(dataset):
         raise ValueError(f"{source} has no rows: choose another split or source")
     feature = dataset.features[column]
     dtype = getattr(feature, "dtype", None)  # a list has none
+    if chats and {"role", "content"} <= {*(getattr(feature, "feature", None) or ())}:  # a list of messages
+        return dataset
     if dtype not in TEXT:
         raise _not_text(column, source, str(dtype or feature))
     return dataset

@@ -119,11 +119,11 @@ def _loaded(run: Caching) -> tuple[Any, Any, Any]:
         dataset = tokenized(texts, tokenizer, column=run.column, max_length=run.max_length)
         options: dict[str, Any] = {"model": run.model, "concurrency": run.concurrency}
         if run.is_server:
-            options["k"] = 64 if run.k is None else run.k
+            options |= {"k": 64 if run.k is None else run.k, "tokenizer": tokenizer}
         else:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             options |= {"dtype": run.teacher_dtype, "device": device}
-        return load(run.teacher, tokenizer=tokenizer, **options), tokenizer, dataset
+        return load(run.teacher, **options), tokenizer, dataset
 
 
 def card(found: Written, render: Callable[..., str]) -> str:

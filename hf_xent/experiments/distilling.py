@@ -43,6 +43,9 @@ class Distilling(Training):
         None,
     )
     k: int | None = option("How many tokens a server is asked for at each position [default: 64].", None, min=1)
+    assistant_only_loss: bool = option(
+        "Learn the assistant's turns of chats alone; the chat template has to mark them.", False
+    )
     batch_size: int = option("Documents per forward pass.", 4, min=1)
     block_size: int = option("Tokens that are kept of a document, from its start.", 192, min=2)
     eval_blocks: int = option("Documents held out for evaluation.", 16, min=1)
@@ -50,9 +53,14 @@ class Distilling(Training):
 
     @property
     def teachers(self) -> list[str]:
-        """The teachers' names. Raises: ValueError if there is none."""
+        """The teachers' names. Raises: ValueError if there is none, or nothing to learn from it."""
         if not self.teacher:
             raise ValueError("teacher is not given: name a model, a cache or a server, --teacher smollm2")
+        if self.teacher == ["base"] and not self.ce_weight:
+            raise ValueError(
+                "ce_weight is 0, but with new adapters the student is its teacher 'base': set ce_weight above 0, so"
+                " that it learns the labels and stays near to what it was"
+            )
         return self.teacher
 
 
@@ -117,6 +125,7 @@ def _config(run: Distilling) -> Any:
         on_policy=run.on_policy,
         memory_budget=run.memory_budget,
         dataset_text_field=run.column,
+        assistant_only_loss=run.assistant_only_loss,
         max_length=run.block_size,
         **{name: value for name, value in sampling.items() if value is not None},
     )
