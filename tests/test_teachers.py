@@ -252,7 +252,10 @@ def test_columns_of_a_users_data_set_are_targets_too():
     target = StoredTeacher.from_dataset(dataset, tail="uniform").targets(batch)
     assert_says(target, batch)
     assert target.tail == "uniform" and not target.mask[0, len(documents[0]) :].any()
-    assert torch.isfinite(target.logp).all() and (target.ids.sort(-1).values.diff() > 0).all()  # valid everywhere
+    hidden = torch.randn(*batch["input_ids"].shape, 8, requires_grad=True)
+    losses.get("forward_kl")(hidden, Head(torch.randn(V, 8)), batch["input_ids"], teacher=target).backward()
+    told = hidden.grad[target.mask]
+    assert torch.isfinite(hidden.grad).all() and told.abs().sum() == hidden.grad.abs().sum() > 0  # none by the others
 
 
 class Stopped(Exception):

@@ -98,7 +98,10 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def rows_of(hidden: Tensor, size: int, count: int) -> Tensor:
     """Uninitialized rows [count, size] whose stride the copy engine can write."""
     stride = size if size % 8 == 0 else -(-size // 64) * 64
-    return hidden.new_empty(count, stride)[:, :size]
+    rows = hidden.new_empty(count, stride)
+    if INTERPRETED:  # CPUs with AMX multiply up to three numbers past the end of a row by 0: NaN, if they are NaN
+        rows[:, size:] = 0
+    return rows[:, :size]
 
 
 def exponentials(hidden: Tensor, head: Head, labels: Tensor, outputs: frozenset[str], e: Tensor | None) -> Exponentials:
