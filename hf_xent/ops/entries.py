@@ -25,6 +25,7 @@ from torch import distributed as dist
 
 from . import chunked
 from .buffers import Buffers, Gradients
+from .closed_form import softmax_
 from .functional import map_rows, rows_in
 from .head import Head
 from .problem import Problem
@@ -188,11 +189,10 @@ def _measure_(
     for temperature in loss.temperatures:
         u = z if temperature == 1 else z / temperature
         _set_(u, loss.rows[0], lowest, split=head.shard is not None)
-        largest = u.amax(-1)
-        e = u.softmax(-1) if u.data_ptr() == products.data_ptr() and kept != 1 else torch.softmax(u, -1, out=u)
-        total = e.sum(-1)  # torch's own sum of a long row is less exact
-        nothing = largest == lowest
-        found[temperature] = torch.where(nothing, -torch.inf, largest + (total / e.amax(-1)).log())
+        e = torch.empty_like(u) if u.data_ptr() == products.data_ptr() and kept != 1 else u
+        lse, total = softmax_(u, e)
+        nothing = lse == lowest  # so large that the logarithm of the number of columns is lost in it
+        found[temperature] = torch.where(nothing, -torch.inf, lse)
         if temperature == kept:
             sums, stored = torch.where(nothing, torch.inf, total), e
     if stored.data_ptr() != products.data_ptr():
