@@ -349,6 +349,7 @@ def on_a_rank(rank, folder):
         "labels": batches[0]["labels"].tolist(),
         "sampled": [float(p.detach().sum()) for p in sampled.model.parameters()],
         "FSDP": {kind: under_fsdp(rank, folder, wrap) for kind, wrap in SHARDED.items()},
+        "split": split_heads(folder),
         "ZeRO-3": partitioned(folder) if find_spec("deepspeed") else None,
     }
 
@@ -404,6 +405,14 @@ def under_fsdp(rank, folder, wrap=lambda model: model):
     return found, samples["input_ids"]
 
 
+def split_heads(folder):
+    """The loss of a student that is split by its vocabulary, with a whole teacher, and with one that is split, too."""
+    ids, labels = tokens_and_labels(rows=4)
+    split = partial(AutoModelForCausalLM.from_pretrained, tp_plan="auto")
+    teachers = loaded(folder, "wide teacher"), split(folder / "wide teacher")
+    return [loss_of(patch(split(folder / "student")), LocalTeacher(teacher), ids, labels) for teacher in teachers]
+
+
 def loss_of(student, teacher, input_ids, labels):
     """The sum of the divergences over the labels of this rank's rows."""
     given = teacher.targets({"input_ids": input_ids})
@@ -446,6 +455,15 @@ def test_sharded_models_learn_and_sample_as_whole_ones(kind, ranks):
         assert torch.equal(samples, same)
         for name, loss in losses.items():
             torch.testing.assert_close(loss, expected[name])
+
+
+def test_models_that_are_split_by_their_vocabulary_learn_as_whole_ones(ranks):
+    folder, both = ranks
+    ids, labels = tokens_and_labels(rows=4)
+    expected = loss_of(patch(loaded(folder, "student")), LocalTeacher(loaded(folder, "wide teacher")), ids, labels)
+    for rank in both:
+        for loss in rank["split"]:
+            torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("name", PARTITIONED)
