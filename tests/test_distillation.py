@@ -366,15 +366,16 @@ PARTITIONED = {
     "names": {"model": "student", "teacher": "teacher", "ce_weight": 0.3},
     "objects": {"model": partial(loaded, name="student"), "teacher": partial(loaded, name="teacher")},
     "base": {"model": partial(loaded, name="student with LoRA"), "teacher": "base", "ce_weight": 0.3},
+    "itself": {"model": partial(loaded, name="student"), "teacher": "itself", "ce_weight": 0.3},
     "on policy": {"model": "student", "teacher": "teacher", "on_policy": 1.0, "max_new_tokens": 4},
 }
 
 
 def three_steps(folder, model, teacher, **options):
     """Logs of three steps and the loss of an evaluation, and how often logits were made."""
-    model, teacher = (
-        x(folder) if callable(x) else "base" if x == "base" else str(folder / x) for x in (model, teacher)
-    )
+    named = lambda x: x(folder) if callable(x) else str(folder / x)  # noqa: E731
+    model = named(model)
+    teacher = {"base": "base", "itself": model}.get(teacher) or named(teacher)
     trainer = fit(folder, answers(), model, teacher, max_steps=3, **options)
     logs = [[entry[name] for name in ("loss", "divergence", "grad_norm")] for entry in logs_of(trainer)]
     return [*logs, [trainer.evaluate()["eval_loss"]]], patch_state(trainer.model).materialized

@@ -26,13 +26,11 @@ def parts_of(teacher: Any) -> Iterator[Teacher]:
             yield from parts_of(part)
 
 
-def place(teacher: Teacher, accelerator: Any) -> None:
+def place(teacher: LocalTeacher, accelerator: Any) -> None:
     """Move a teacher's model to a trainer's device, or partition it over the processes as ZeRO-3 does the student's.
 
-    A model that is quantized or split over devices stays as it was, and one that is the student where that is.
+    A model that is quantized or split over devices stays as it was.
     """
-    if not isinstance(teacher, LocalTeacher) or isinstance(teacher, UnadaptedTeacher):
-        return
     model: Any = teacher.model
     if is_deepspeed_zero3_enabled():
         teacher.model = prepare_deepspeed(model, accelerator)

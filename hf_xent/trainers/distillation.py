@@ -33,9 +33,10 @@ from .. import losses
 from ..losses.distillation import Distillation
 from ..ops import Head, Stats
 from ..options.ranges import is_number
-from ..patching import lazily, patch_state
+from ..patching import inner_of, lazily, patch_state
 from ..teachers.base import Teacher
 from ..teachers.loading import load
+from ..teachers.local import LocalTeacher
 from ..teachers.placing import described, parts_of, place, refuse_known_texts
 from ..teachers.unadapted import UnadaptedTeacher
 from .batches import lazy, targets
@@ -161,8 +162,11 @@ class DistillationTrainer(StreamedSFTTrainer):
         else:
             self.teacher = load(teacher, weights=weights, tokenizer=self._tokenizer)
         refuse_known_texts(self.teacher, args.on_policy)
-        for part in parts_of(self.teacher):
-            place(part, self.accelerator)
+        local = [part for part in parts_of(self.teacher) if isinstance(part, LocalTeacher)]
+        self._own = [part for part in local if inner_of(part.model) is inner_of(self.model)]  # the student itself
+        for part in local:
+            if part not in self._own:
+                place(part, self.accelerator)
 
     @property
     def card_facts(self) -> Mapping[str, str]:
@@ -206,8 +210,8 @@ class DistillationTrainer(StreamedSFTTrainer):
         labels, weights = targets(inputs), self._shifted_weights(inputs)
         if weights is not None:
             labels = torch.where(weights == 0, -100, labels)
-        if isinstance(self.teacher, UnadaptedTeacher):
-            self.teacher.model = self.model  # FSDP has wrapped it since
+        for part in self._own:
+            part.model = self.model  # FSDP has wrapped it since
         given = self.teacher.targets({name: x for name, x in inputs.items() if name != TOKENS})
         if (mask := getattr(given, "mask", None)) is not None:  # it has no opinion about some positions
             valid = labels.to(mask.device) != -100
