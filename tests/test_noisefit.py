@@ -478,7 +478,7 @@ def test_batches_without_labels_are_zeros(tmp_path, rows, method, accumulation):
 def test_a_compiled_model_trains_as_it_does_without(tmp_path, rows, method):
     """The same noise, which the program that is compiled in the first step draws anew in every step."""
     found = []
-    for options in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
         noise = {} if method == "rdrop" else {"noise_std": 2.0, "sigma_power": 1}
         trainer = fit(tmp_path, rows, method=method, max_steps=3, **noise, **options)
         found.append((losses_of(trainer), trainer.noise_layers, trainer.evaluate()["eval_perplexity"]))
