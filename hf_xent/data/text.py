@@ -138,12 +138,14 @@ def _checked(dataset: Dataset, column: str, source: str, chats: bool = False) ->
     if not len(dataset):
         raise ValueError(f"{source} has no rows: choose another split or source")
     feature = dataset.features[column]
-    dtype = getattr(feature, "dtype", None)  # a list has none
-    if chats and {"role", "content"} <= {*(getattr(feature, "feature", None) or ())}:  # a list of messages
+    if is_text(feature) or (chats and {"role", "content"} <= {*(getattr(feature, "feature", None) or ())}):
         return dataset
-    if dtype not in TEXT:
-        raise _not_text(column, source, str(dtype or feature))
-    return dataset
+    raise _not_text(column, source, str(getattr(feature, "dtype", None) or feature))
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column of this feature holds text."""
+    return getattr(feature, "dtype", None) in TEXT  # a list has no dtype
 
 
 def _not_text(column: str, source: str, type_name: str) -> ValueError:

@@ -19,13 +19,13 @@ def load_documents(dataset: str, split: str | None, column: str) -> Any:
     Raises:
         ValueError: The source cannot be read, or has completions without prompts.
     """
-    from ..data.text import TEXT, load_text
+    from ..data.text import is_text, load_text
 
     rows = load_text(dataset, split, column, chats=True)
     kept = ["prompt", "completion"] if column == "completion" else [column]
     if missing := [name for name in kept if name not in rows.column_names]:
         raise ValueError(f"dataset {dataset!r} has no column {missing[0]!r} beside its completions: add it")
     rows = rows.select_columns(kept)
-    if column in ("completion", CHATS) or getattr(rows.features[column], "dtype", None) in TEXT:
+    if column in ("completion", CHATS) or is_text(rows.features[column]):
         return rows
     return rows.rename_column(column, CHATS)

@@ -11,7 +11,7 @@ Source: Agarwal et al. 2024, On-Policy Distillation of Language Models, arXiv:23
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from random import Random
 from typing import Any, NamedTuple
 
@@ -110,8 +110,7 @@ def whole(model: Any, accelerator: Any) -> Iterator[Any]:
     if is_deepspeed_zero3_enabled():
         with unwrap_model_for_generation(model, accelerator) as unwrapped:
             yield unwrapped
-    elif isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            yield accelerator.unwrap_model(model)
-    else:
+        return
+    is_sharded = isinstance(model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False) if is_sharded else nullcontext():
         yield accelerator.unwrap_model(model)
