@@ -25,7 +25,7 @@ PUBLIC = {
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
     teachers: """LocalTeacher OtherVocabularyTeacher PaddedTeacher ServedTeacher SeveralTeachers StoredTeacher
         Teacher load write_cache""",
-    classes: "Aspects ClassLoss LOSSES get predict resize",
+    classes: "ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize table",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -64,9 +64,9 @@ class Aspects(ClassLoss):
         bce = F.binary_cross_entropy_with_logits(answers, aspects.to(answers.dtype), reduction="none")
         return loss + self.alpha * bce.mean(-1)
 
-    def predict(self, logits: Tensor) -> Tensor:
-        """The most likely of the first K."""
-        return logits[..., : -self.questions].argmax(-1)
+    def scores(self, logits: Tensor) -> Tensor:
+        """The probabilities of the K classes."""
+        return logits[..., : -self.questions].softmax(-1)
 
     def reference(self, logits: Any, labels: Any, aspects: Any = None, **_: Any) -> np.ndarray:
         """-log p_y - alpha / Q sum_q [P_q log s_q + (1 - P_q) log(1 - s_q)], with s = sigmoid(z)."""
