@@ -31,7 +31,7 @@ _HOMES = {
 }
 
 
-def get(loss: str | ClassLoss | Any, **options: Any) -> ClassLoss:
+def get(loss: Any, **options: Any) -> ClassLoss:
     """A loss of classes by name.
 
     Args:
