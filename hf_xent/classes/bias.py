@@ -1,6 +1,6 @@
 """Bias loss: rows whose last feature map varies much weigh more, those with little to see weigh less.
 
-    mean_i (exp(alpha v'_i) - beta) CE_i,   v' = (v - min v) / (max v - min v)
+    mean_i (exp(alpha v'_i) - beta) CE_i   v' = (v - min v) / (max v - min v)
 
 v_i is the unbiased variance over all entries of the row's last feature map, or of its last hidden states without
 padding; it has no gradient. In the mode 'local' v' is between 0 and 1. In the mode 'global', the authors' default, the
@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 from .base import ClassLoss
 
-MODES = ("global", "local")
 EQUAL = 1e-6  # relative to the largest: a smaller spread of variances is that of float32's rounding
 
 
@@ -68,8 +67,10 @@ class Bias(ClassLoss):
     ranges: ClassVar[dict[str, str]] = {"alpha": "[0, inf)", "beta": "[0, 1]", "largest": "[1, inf)"}
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if self.mode not in ("global", "local"):
             raise ValueError(f"mode is {self.mode!r}: choose 'global' or 'local'")
+        if self.mode == "local" and self.largest != type(self).largest:
+            raise ValueError(f"largest is {self.largest} in the mode 'local', where v' is at most 1: leave it out")
         super().__post_init__()
 
     def state(self, features: int, classes: int) -> nn.Module | None:
@@ -91,7 +92,7 @@ class Bias(ClassLoss):
             ValueError: There is not one feature map for each row.
         """
         if feature_map is None or len(feature_map) != len(labels):
-            found = "None" if feature_map is None else f"{tuple(feature_map.shape)}"
+            found = None if feature_map is None else tuple(feature_map.shape)
             raise ValueError(f"feature_map is {found} for {len(labels)} labels: choose a task of one label a row")
         ce = F.cross_entropy(logits, labels, reduction="none")
         if not len(labels):

@@ -1,6 +1,6 @@
 """Dice loss: the overlap of the probabilities of each class with its rows, over the whole batch, as F1 counts it.
 
-    sum_c [1 - (2 sum_i w_ic y_ic + smooth) / (sum_i w_ic^2 + sum_i y_ic + smooth)],   w = (1 - p)^alpha p
+    sum_c [1 - (2 sum_i w_ic y_ic + smooth) / (sum_i w_ic^2 + sum_i y_ic + smooth)]   w = (1 - p)^alpha p
 
 y_ic is 1 if row i is of class c. With one logit p is its sigmoid, the labels are 0 and 1, and only class 1 has a term;
 with several, p is the softmax. Without `squared` the denominator has sum_i w_ic. Rows that are correct and certain

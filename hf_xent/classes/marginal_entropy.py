@@ -1,6 +1,6 @@
 """Cross-entropy, and a push of the batch's mean prediction towards the uniform one.
 
-    mean_i CE_i + weight sum_c m_c log(m_c + 1e-6),   m = mean_i softmax(z_i)
+    mean_i CE_i + weight sum_c m_c log(m_c + 1e-6)   m = mean_i softmax(z_i)
 
 The second term is minus the entropy of the mean prediction, at least -log K. It keeps a model that learns from its own
 labels from sending all rows to a few classes. If the data's classes are not equally frequent it pulls to the wrong

@@ -1,9 +1,10 @@
 """Pairs of rows: predictions of the same class are drawn together and those of two classes apart, beside cross-entropy.
 
-    mean CE + weight (mean_same [KL(p_i, p_j) + KL(p_j, p_i)] + mean_other [h(KL(p_i, p_j)) + h(KL(p_j, p_i))]),   h(x) = max(0, margin - x)
+    mean CE + weight (mean_same [KL_ij + KL_ji] + mean_other [h(KL_ij) + h(KL_ji)])   h(x) = max(0, margin - x)
 
-The means are over all pairs of the batch that have the same label, and over all that have two labels; a kind of which
-the batch has no pair adds nothing. Batches of few rows of many classes have hardly a pair of the first kind.
+KL_ij is the divergence of row i's softmax from row j's. The means are over all pairs of the batch that have the same
+label, and over all that have two; a kind of which the batch has no pair adds nothing. A batch of few rows and many
+classes hardly has a pair of the first kind.
 
 It is a number of the batch: accumulated batches and ranks have only their own pairs, for which
 `ClassConfig(gather=True)` takes the rows of all ranks.
@@ -45,7 +46,8 @@ class Pairs(ClassLoss):
         log_p = logits.log_softmax(-1)
         ce = F.nll_loss(log_p, labels, reduction="sum") / max(1, len(labels))
         p = log_p.exp()
-        kl = (p * log_p).sum(-1, keepdim=True) - p @ log_p.T  # [N, N], a row from another
+        # [N, N], in float64: a difference of near numbers, whose product neither autocast nor TF32 may round
+        kl = ((p * log_p).double().sum(-1, keepdim=True) - p.double() @ log_p.double().T).to(p.dtype)
         same = labels[:, None] == labels
         other, same = ~same, same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         return ce + self.weight * (_of_pairs(kl, same) + _of_pairs((self.margin - kl).relu(), other))

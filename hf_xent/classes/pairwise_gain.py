@@ -1,4 +1,4 @@
-"""Pairwise ranking by gains: in each list, a row of larger gain is to score higher, the more so the larger the difference.
+"""Pairwise ranking by gains: rows of larger gain score higher in their list, where large differences weigh more.
 
     mean over lists of (1/n) sum_(g_i > g_j) log10(1 + g_i - g_j) log(1 + exp(s_j - s_i))
 
@@ -56,9 +56,15 @@ class PairwiseGain(ClassLoss):
         return 1
 
     def __call__(self, logits: Tensor, labels: Tensor, list_id: Tensor | None = None, **_: Any) -> Tensor:
-        """The loss, a scalar, of scores [N, 1], gains [N] and the lists' numbers [N]; one list, if there are none."""
+        """The loss, a scalar, of scores [N, 1], gains [N] and the lists' numbers [N].
+
+        Raises:
+            ValueError: The rows have no lists.
+        """
+        if list_id is None:
+            raise ValueError("list_id is None: add the column, in which rows of one list have the same number")
         scores = logits[:, 0].tanh() if self.tanh else logits[:, 0]
-        lists = torch.zeros_like(labels) if list_id is None else list_id.flatten()
+        lists = list_id.flatten()
         above = labels.to(scores.dtype)[:, None] - labels.to(scores.dtype)  # [N, N], a row's gain over another's
         together = lists[:, None] == lists
         rank = (together & (above < 0)).sum(1)
@@ -80,7 +86,7 @@ class PairwiseGain(ClassLoss):
         """The formula in a loop over lists and pairs."""
         scores, gains = np.asarray(logits, np.float64)[:, 0], np.asarray(labels, np.float64)
         scores = np.tanh(scores) if self.tanh else scores
-        lists = np.zeros(len(gains)) if list_id is None else np.asarray(list_id).ravel()
+        lists = np.asarray(list_id).ravel()
         losses = []
         for each in np.unique(lists):
             s, g = scores[lists == each], gains[lists == each]

@@ -1,9 +1,10 @@
 """Tversky loss: the dice loss with a weight for false positives and one for false negatives.
 
-    sum_c [1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth)],   TP = sum_i p y, FP = sum_i p (1 - y), FN = sum_i (1 - p) y
+    sum_c [1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth)]
 
-p is the softmax, or the sigmoid of one logit, as in dice, and the sums run over the batch. With alpha = beta = 0.5 and
-half of its `smooth` it is the plain dice loss (alpha 0, not squared); beta > alpha asks for more recall.
+TP = sum_i p y, FP = sum_i p (1 - y) and FN = sum_i (1 - p) y are sums over the batch, where p is the softmax, or the
+sigmoid of one logit, and y the one-hot label, as in dice. With alpha = beta = 0.5 and half of its `smooth` it is the
+plain dice loss (alpha 0, not squared); beta > alpha asks for more recall.
 
 It is a number of the batch: what dice says about accumulated batches and ranks holds here.
 

@@ -12,7 +12,9 @@ VARIANTS = {
     "bias": ["bias", "bias:mode=local, alpha=1.0, beta=0.1"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
     "dice": [
-        "dice", "dice:smooth=0.1, alpha=0.7, squared=False", "dice:hard_negatives=0.4",
+        "dice",
+        "dice:smooth=0.1, alpha=0.7, squared=False",
+        "dice:hard_negatives=0.4",
         "dice:alpha=0.0, hard_negatives=1.0",
     ],
     "symmetric_ce": ["symmetric_ce", "symmetric_ce:alpha=0.2, ce_weight=0.0"],
