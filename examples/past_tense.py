@@ -37,44 +37,37 @@ TRAIN, VALIDATION, TEST = 800, 400, 1000
 
 
 @cache
-def sentences(source: str) -> tuple[Any, list[Any], list[Any]]:
-    """The tokenizer, and words and tags of the sentences in documents of even and of odd numbers."""
+def sentences(source: str) -> list[Any]:
+    """Words and tags of the sentences in documents of even and of odd numbers, and the tokenizer."""
     corpus, _, encoder = source.partition("@")
-    parts: tuple[list[Any], list[Any]] = ([], [])
+    found: list[Any] = [[], [], AutoTokenizer.from_pretrained(encoder)]
     for row in data.load(f"brown:{corpus}", split="train"):
         lines = [[line.split() for line in row[name].split("\n")] for name in ("text", "tags")]
-        parts[int(row["name"][2:]) % 2] += [pair for pair in zip(*lines, strict=True) if len(pair[0]) in WORDS]
-    return AutoTokenizer.from_pretrained(encoder), *parts
+        found[int(row["name"][2:]) % 2].extend(pair for pair in zip(*lines, strict=True) if len(pair[0]) in WORDS)
+    return found
 
 
 def rows(source: str, seed: int) -> list[Dataset]:
     """Training sentences of a seed, and those for validation and test, which are the same for all."""
-    tokenizer, even, odd = sentences(source)
-    train = np.random.default_rng(seed).permutation(len(even))[:TRAIN]
-    rest = np.random.default_rng(0).permutation(len(odd))
-    parts = [
-        [even[i] for i in train],
-        *([odd[i] for i in rest[a:][:n]] for a, n in ((0, VALIDATION), (VALIDATION, TEST))),
-    ]
-    return [Dataset.from_list([encoded(tokenizer, *pair) for pair in part]) for part in parts]
+    even, odd, tokenizer = sentences(source)
+    train, rest = (np.random.default_rng(s).permutation(len(x)) for s, x in ((seed, even), (0, odd)))
+    parts = (even, train[:TRAIN]), (odd, rest[:VALIDATION]), (odd, rest[VALIDATION:][:TEST])
+    return [Dataset.from_list([encoded(tokenizer, *pool[i]) for i in order]) for pool, order in parts]
 
 
 def encoded(tokenizer: Any, words: list[str], tags: list[str]) -> dict[str, Any]:
     """Tokens, of which the first of each word has its label: 1 for the tag, also in headlines and titles (`vbd-hl`)."""
-    row = tokenizer(words, is_split_into_words=True, truncation=True, max_length=128)
+    row, known = tokenizer(words, is_split_into_words=True), [int(tag.partition("-")[0] == TAG) for tag in tags]
     places = row.word_ids()
-    new = [i is not None and i != before for before, i in zip([None, *places], places, strict=False)]
-    return {
-        **row,
-        "labels": [int(tags[i].partition("-")[0] == TAG) if x else -100 for i, x in zip(places, new, strict=True)],
-    }
+    first = [i is not None and i != before for before, i in zip([None, *places], places, strict=False)]
+    return {**row, "labels": [known[i] if new else -100 for i, new in zip(places, first, strict=True)]}
 
 
 def model(source: str) -> tuple[Any, Any]:
     """The encoder's first layers under a new head, and what pads tokens and labels."""
     options = {"num_labels": 2, "num_hidden_layers": LAYERS}
     found = AutoModelForTokenClassification.from_pretrained(source.partition("@")[2], **options)
-    return found, DataCollatorForTokenClassification(sentences(source)[0])
+    return found, DataCollatorForTokenClassification(sentences(source)[-1])
 
 
 def measured(loss: Any, validation: Any, test: Any) -> dict[str, float]:
