@@ -11,11 +11,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import tiny_vit
 import torch
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
-
-from hf_xent import data
 
 ARMS: dict[str, dict[str, Any]] = {
     "cross-entropy": {"loss": "cross_entropy"},
@@ -37,28 +36,24 @@ CLASSES = 10
 
 
 @cache
-def images(split: str) -> tuple[torch.Tensor, np.ndarray]:
-    """Pixels from -1 to 1 [N, 1, 28, 28], and labels [N]."""
-    rows = data.load("mnist", split=split)
-    pixels = np.stack([np.asarray(image, np.float32) for image in rows["image"]])
-    return torch.tensor(pixels / 127.5 - 1)[:, None], np.array(rows["label"])
+def images(split: str, seed: int) -> list[dict[str, Any]]:
+    """Pixels and label of every digit, in an order of the seed."""
+    return tiny_vit.images("mnist", split, seed)
 
 
 def rows(source: str, seed: int) -> list[list[dict[str, Any]]]:
     """Rows for training and validation, with `source` % of wrong labels, and for the test."""
-    pixels, labels = images("train")
     draw = np.random.default_rng(seed)
-    order = draw.permutation(len(labels))[: TRAIN + VALIDATION]
-    wrong = draw.random(len(order)) < int(source) / 100
-    noisy = (labels[order] + wrong * draw.integers(1, CLASSES, len(order))) % CLASSES
-    parts = (pixels[order][:TRAIN], noisy[:TRAIN]), (pixels[order][TRAIN:], noisy[TRAIN:]), images("test")
-    return [[{"pixel_values": x, "labels": int(y)} for x, y in zip(*part, strict=True)] for part in parts]
+    noisy = []
+    for row in images("train", seed)[: TRAIN + VALIDATION]:
+        wrong = draw.integers(1, CLASSES) if draw.random() < int(source) / 100 else 0
+        noisy.append({**row, "labels": int(row["labels"] + wrong) % CLASSES})
+    return [noisy[:TRAIN], noisy[TRAIN:], images("test", 0)]
 
 
 def model(source: str) -> tuple[Any, None]:
     """The classifier, from random weights; batches are the trainer's."""
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-    config = ViTConfig(**sizes, image_size=28, patch_size=7, num_channels=1, num_labels=CLASSES)
+    config = ViTConfig(image_size=tiny_vit.SIDE, patch_size=7, num_channels=1, num_labels=CLASSES, **tiny_vit.SHAPE)
     return ViTForImageClassification(config), None
 
 
