@@ -13,6 +13,11 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
     "loss",
     {
         "aspects": "aspects:Aspects",
+        "hl_gauss": "hl_gauss:HLGauss",
+        "ordinal": "ordinal:Ordinal",
+        "squared_error": "squared_error:SquaredError",
+        "svm": "svm:SVM",
+        "two_hot": "two_hot:TwoHot",
     },
     package=__name__,
 )
@@ -28,6 +33,7 @@ _HOMES = {
     "OfStatistics": "of_statistics",
     "predict": "heads",
     "resize": "heads",
+    "return_values": "value_outputs",
 }
 
 

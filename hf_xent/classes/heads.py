@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import get
 from .base import ClassLoss
+from .shared_direction import share_direction
 
 
 def resize(model: Any, loss: str | ClassLoss) -> None:
@@ -53,6 +54,7 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
     if new := width != config.num_labels:
         _replace_head(model, classes, width, keep=loss.labels == "classes" and width > classes)
     if (head := head_of(model)) is not None:
+        share_direction(head, False)  # that of a loss before, in the same session
         loss.prepare(head, new)
     config.hf_xent_loss = {**loss.describe(), "classes": classes}
 

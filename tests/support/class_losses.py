@@ -11,8 +11,15 @@ VARIANTS = {
     "aspects": ["aspects:questions=1", "aspects:questions=5, alpha=0.5", "aspects:questions=7, alpha=0.0"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
     "comp_sum": ["comp_sum:tau=1.7", "comp_sum:tau=0.5"],
+    "hl_gauss": ["hl_gauss:low=-1.5, high=1", "hl_gauss:low=-3, high=3, bins=7, sigma_ratio=2.0, padded=False"],
+    "two_hot": ["two_hot:low=-1.5, high=1, bins=5", "two_hot:low=-3, high=3, bins=2"],
+    "ordinal": [
+        "ordinal", "ordinal:kind=softmax", "ordinal:kind=corn", "ordinal:kind=corn, normalize=K",
+        "ordinal:kind=corn, normalize=pairs",
+    ],
+    "svm": ["svm", "svm:C=2.0, norm_weight=0.0"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
-}
+}  # fmt: skip
 """Name -> the losses that are tested; those that are not named are tested with their defaults."""
 COLUMNS = {"aspects": lambda loss, n: torch.rand(n, loss.questions)}
 """Column -> its entries for a loss and n rows."""
