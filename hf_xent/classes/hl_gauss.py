@@ -2,10 +2,10 @@
 
     p_i = [erf((b_i+1 - y) / (sqrt2 sigma)) - erf((b_i - y) / (sqrt2 sigma))] / Z     and sum_i -p_i log softmax(z)_i
 
-The edges b_0..b_m are equally spaced, sigma is `sigma_ratio` times the width of a bin, and Z makes the sum of p one. The
-prediction is the mean of the softmax over the centers of bins. A normal distribution that the ends of the support cut
-off has another mean than its label, so the support is padded: it goes 3 sigma beyond `low` and `high`. As sigma goes to
-0, this is cross-entropy of the bin that has the label.
+The edges b_0..b_m are equally spaced, sigma is `sigma_ratio` times the width of a bin, and Z makes the sum of p one.
+The prediction is the mean of the softmax over the centers of bins. A normal distribution that the ends of the support
+cut off has another mean than its label, so the support is padded: it goes 3 sigma beyond `low` and `high`. As sigma
+goes to 0, this is cross-entropy of the bin that has the label.
 
 `low` and `high` have to be set: 'hl_gauss:low=0, high=5'. Labels beyond are taken for the nearer end.
 
@@ -45,8 +45,8 @@ class HLGauss(Bins):
         super().__post_init__()
         if self.padded and self.bins <= 6 * self.sigma_ratio:
             raise ValueError(
-                f"bins is {self.bins}: choose more than 6 sigma_ratio, {6 * self.sigma_ratio:g}, which the padding takes,"
-                " or padded=False"
+                f"bins is {self.bins}: the padding alone takes 6 sigma_ratio, {6 * self.sigma_ratio:g}: choose"
+                " more, or padded=False"
             )
 
     @property

@@ -3,7 +3,7 @@
     coral: -sum_k [t_k log s(l_k) + (1 - t_k) log(1 - s(l_k))],  t_k = 1[y > k]     softmax: -log(s(l_y-1) - s(l_y))
 
 s is the sigmoid, and classes count from 0. 'coral', ordinal cross-entropy: s(l_k) = P(y > k), where all l_k = w x + b_k
-share their direction w (`shared_direction`), and the K - 1 biases are the thresholds. 'softmax', ordinal softmax: the
+share their direction w (`ordinal_head`), and the K - 1 biases are the thresholds. 'softmax', ordinal softmax: the
 likelihood of the class under the same model, with l_0 = z_0 and l_k = l_k-1 - softplus(z_k), so that thresholds are in
 order for every row and no probability is negative. In closed form P(k) = s(l_k-1) s(-l_k) s(z_k), whose logarithm loses
 nothing. 'corn': s(l_k) = P(y > k | y > k - 1), learned by the rows with y > k - 1 alone, so P(y > k) is a product.
@@ -18,9 +18,8 @@ Relations: cross-entropy takes every wrong class for equally wrong; SquaredError
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .base import ClassLoss
-from .shared_direction import share_direction
+from .ordinal_head import share_direction, start_thresholds
 
 KINDS = ("coral", "corn", "softmax")
 DIVISORS = (None, "K", "pairs")
@@ -43,7 +42,6 @@ class Ordinal(ClassLoss):
     normalize: str | None = None
     """What divides the sum of 'corn' over logits: None nothing, 'K' the classes, 'pairs' the (row, logit) pairs that
     are learned in the batch, which makes it a loss of the batch, as in its authors' code."""
-    ranges: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,29 +62,20 @@ class Ordinal(ClassLoss):
         return classes - 1
 
     def prepare(self, head: nn.Module, new: bool) -> None:
-        """One direction for 'coral'; thresholds of a new head in order: the authors' for 'coral', and for 'softmax'
-        those of equal classes.
+        """One direction for 'coral'; for it and 'softmax', thresholds of a new head in order.
 
         Raises:
             ValueError: 'coral' for a head without a bias, such as that of Llama.
         """
         bias: Any = head.bias
-        if self.kind == "coral":
-            if bias is None:
-                raise ValueError(
-                    "kind is 'coral', whose thresholds are the biases of the head, but the head has none: choose"
-                    " kind='softmax' or 'corn'"
-                )
-            share_direction(head, True)
+        if self.kind == "coral" and bias is None:
+            raise ValueError(
+                "kind is 'coral', whose thresholds are the biases of the head, but the head has none: choose"
+                " kind='softmax' or 'corn'"
+            )
+        share_direction(head, self.kind == "coral")
         if new and bias is not None and self.kind != "corn":
-            width = len(bias)
-            start = [(width - k) / width for k in range(width)]
-            if self.kind == "softmax":
-                levels = [math.log((width - k) / (k + 1)) for k in range(width)]
-                gaps = [above - below for above, below in zip(levels, levels[1:], strict=False)]
-                start = [levels[0], *(math.log(math.expm1(gap)) for gap in gaps)]
-            with torch.no_grad():
-                bias.copy_(torch.tensor(start))
+            start_thresholds(bias, gaps=self.kind == "softmax")
 
     def levels(self, logits: Tensor) -> Tensor:
         """l [..., K - 1] of logits [..., K - 1]: themselves, but for 'softmax', which puts them in order."""
@@ -129,11 +118,11 @@ class Ordinal(ClassLoss):
     def beyond(self, logits: Tensor) -> Tensor:
         """P(y > k) [..., K - 1]."""
         if self.kind == "corn":
-            return F.logsigmoid(logits).cumsum(-1).exp()
+            return logits.sigmoid().cumprod(-1)
         return self.levels(logits).sigmoid()
 
     def scores(self, logits: Tensor) -> Tensor:
-        """P(k) [..., K]. Where the levels of 'coral' are not in order, a higher one is taken for the least before it."""
+        """P(k) [..., K]. A level of 'coral' that is above one before it, out of order, is taken for that one."""
         beyond = self.beyond(logits).cummin(-1).values
         return F.pad(beyond, (1, 0), value=1) - F.pad(beyond, (0, 1))
 

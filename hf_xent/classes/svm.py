@@ -2,8 +2,9 @@
 
     C sum_c max(0, 1 - y_c f_c)^2 + weight / 2 |W|^2     with y_c = 1 for the row's class, -1 for the others
 
-f are the outputs of the head. |W|^2 is that of the head's weights, without bias, and is added once a step (`penalty`). A
-class whose margin y_c f_c is at least 1 has no gradient. The prediction is the largest output, not the sign.
+f are the outputs of the head. |W|^2 is that of the head's weights, without bias, and is added once a step (`penalty`).
+A class whose margin y_c f_c is at least 1 has no gradient. The prediction is the largest output; the authors' code
+takes the largest sign, and so the first of several positive outputs.
 
 The authors sum over a batch of N = 256 rows, with weight 1 of the norm. A trainer takes the mean over rows, which is
 their objective divided by N if the weight is 1/N: the default. The same ratio with `norm_weight=1` needs C 256 times as
@@ -11,7 +12,7 @@ large. A support vector machine on a whole data set of M rows has `norm_weight=1
 
 Source: Agarap 2017, A Neural Network Architecture Combining GRU and SVM, arXiv:1709.03082 (C 0.5, batches of 256); Tang
 2013, Deep Learning using Linear Support Vector Machines, arXiv:1306.0239.
-Relations: cross-entropy never stops to push a row that is right; this does, at margin 1. Its outputs are no
+Relations: cross-entropy never stops pushing a row that is right; this does, at margin 1, and its outputs are no
 probabilities.
 """
 

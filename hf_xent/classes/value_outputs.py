@@ -68,7 +68,7 @@ def return_values(model: Model, loss: str | ClassLoss | None = None) -> Model:
     for module in model.modules():
         if getattr(module, "config", None) is config and hasattr(module, "num_labels"):
             module.num_labels = 1  # type: ignore[assignment]
-    config.__class__ = _of_one_label(type(config))
+    _read_as_one(config)
     return model
 
 
@@ -87,6 +87,18 @@ class _OneLabel:
     """What is put before the class of a configuration, whose names of labels stay as they are and are saved."""
 
     num_labels = 1
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        plain: Any = object.__new__(type(self).__mro__[2])  # a class that a pickle finds under its name
+        plain.__dict__.update(self.__dict__)
+        return _read_as_one, (plain,)
+
+
+def _read_as_one(config: Any) -> Any:
+    """The configuration, whose number of labels is read as 1 from now on."""
+    kind: Any = type(config)
+    config.__class__ = _of_one_label(kind)
+    return config
 
 
 @cache

@@ -1,16 +1,19 @@
-"""A head whose outputs share one direction and differ by their biases, in an ordinary linear layer.
+"""Heads of ordered classes: outputs that share one direction and differ by their biases, and where thresholds start.
 
     z_k = w x + b_k     every row of the weight is w, and gets the sum of the rows' gradients
 
-Rows that are equal and have equal gradients stay equal, and the layer is saved and loaded as any other. The gradient is
-changed by a forward hook and not by one of the weight, because copies of a layer, such as the one that PEFT trains
-(`modules_to_save`), keep the first and lose the second.
+The layer is an ordinary linear one. Rows that are equal and have equal gradients stay equal, and the layer is saved and
+loaded as any other. The gradient is changed by a forward hook and not by one of the weight, because copies of a layer,
+such as the one that PEFT trains (`modules_to_save`), keep the first and lose the second. The norm of the gradient
+counts every row.
 
 Source: Cao, Mirjalili and Raschka 2020, arXiv:1901.07884, whose layer has one weight and K - 1 biases.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +36,23 @@ def share_direction(head: nn.Module, shared: bool) -> None:
     if shared:
         with torch.no_grad():
             layer.weight.copy_(layer.weight[:1].clone().expand_as(layer.weight))
+
+
+def start_thresholds(bias: Tensor, gaps: bool) -> None:
+    """Sets the biases [K - 1] of a new head of K ordered classes.
+
+    Args:
+        bias: (K - 1, ..., 1) / (K - 1) from now on, as CORAL's authors start it, unless it is of gaps.
+        gaps: Whether all but the first are the softplus's argument of the gap to the one before. They then start where
+            all classes are equally likely.
+    """
+    width = len(bias)
+    start = [(width - k) / width for k in range(width)]
+    if gaps:
+        levels = [math.log((width - k) / (k + 1)) for k in range(width)]
+        start = [levels[0], *(math.log(math.expm1(above - below)) for above, below in pairwise(levels))]
+    with torch.no_grad():
+        bias.copy_(torch.tensor(start))
 
 
 def _through_the_sum(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
