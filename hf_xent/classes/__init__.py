@@ -13,6 +13,9 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
     "loss",
     {
         "aspects": "aspects:Aspects",
+        "core_tuning": "core_tuning:CoreTuning",
+        "hybrid": "hybrid:Hybrid",
+        "supcon": "supcon:SupCon",
     },
     package=__name__,
 )
@@ -28,6 +31,8 @@ _HOMES = {
     "OfStatistics": "of_statistics",
     "predict": "heads",
     "resize": "heads",
+    "ssim": "structure",
+    "supervised_contrastive": "supcon",
 }
 
 

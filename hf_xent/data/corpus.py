@@ -156,7 +156,9 @@ class InstalledCorpus(Corpus):
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()
-    """Columns of whole numbers; the others are text."""
+    """Columns of whole numbers; those that are neither these nor images are text."""
+    images: tuple[str, ...] = ()
+    """Columns of images."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows of `make`, or those of a copy."""
@@ -165,10 +167,11 @@ class InstalledCorpus(Corpus):
         return split_of_train(self.make(), split, source.streaming)
 
     def features(self) -> Any:
-        """Columns of text and of whole numbers."""
-        from datasets import Features, Value
+        """Columns of text, of whole numbers and of images."""
+        from datasets import Features, Image, Value
 
-        return Features({name: Value("int64" if name in self.numbers else "string") for name in self.columns})
+        kinds = {name: Value("int64" if name in self.numbers else "string") for name in self.columns}
+        return Features({**kinds, **{name: Image() for name in self.images}})
 
     def _complaint(self, source: Source, error: Exception) -> str:
         if source.path is not None:

@@ -11,6 +11,14 @@ VARIANTS = {
     "aspects": ["aspects:questions=1", "aspects:questions=5, alpha=0.5", "aspects:questions=7, alpha=0.0"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
     "comp_sum": ["comp_sum:tau=1.7", "comp_sum:tau=0.5"],
+    "core_tuning": ["core_tuning", "core_tuning:eta=0.5, temperature=0.2, concentration=0.4, least=0.3, projection=5"],
+    "hybrid": [
+        "hybrid",
+        "hybrid:padding=valid, window=7, sigma=1.0",
+        "hybrid:terms=iou, smooth=1.0",
+        "hybrid:terms=bce",
+    ],
+    "supcon": ["supcon", "supcon:eta=0.0, projection=3"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
 }
 """Name -> the losses that are tested; those that are not named are tested with their defaults."""
