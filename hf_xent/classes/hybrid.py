@@ -56,9 +56,10 @@ class Hybrid(ClassLoss):
     ranges: ClassVar[dict[str, str]] = {"sigma": "(0, inf)", "smooth": "(0, inf)"}
 
     def __post_init__(self) -> None:
-        chosen = str(self.terms).split("+")
+        chosen = [term.strip() for term in str(self.terms).split("+")]
         if not set(chosen) <= set(TERMS) or len(chosen) != len(set(chosen)):
             raise ValueError(f"terms is {self.terms!r}: join some of {', '.join(TERMS)} by +, each once")
+        object.__setattr__(self, "terms", "+".join(chosen))  # without the spaces that options as text come with
         check_count("window", self.window, 1)
         if self.window % 2 == 0:
             raise ValueError(f"window is {self.window}: choose an odd number, so that a window has a centre")

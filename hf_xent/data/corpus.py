@@ -5,6 +5,7 @@
     membership   text, label (non-member, member), source, length        length in characters
     generated    text, label (human, ai), model, domain, category        the last two may be null
     text         as in the docstring of the dataset's file
+    images       as in the docstring of the dataset's file
 
 Every row is checked as it is read, streaming or not: the published columns exist, text is not empty, a label is 0 or 1.
 Rows are neither dropped nor reordered.
@@ -39,7 +40,7 @@ class Corpus:
 
     title: str
     family: str
-    """'membership', 'generated' or 'text'."""
+    """'membership', 'generated', 'text' or 'images'."""
     license: str
     """The Hub's name for it."""
     caveat: str

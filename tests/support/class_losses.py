@@ -16,7 +16,7 @@ VARIANTS = {
         "hybrid",
         "hybrid:padding=valid, window=7, sigma=1.0",
         "hybrid:terms=iou, smooth=1.0",
-        "hybrid:terms=bce",
+        "hybrid:terms=bce+ssim",
     ],
     "supcon": ["supcon", "supcon:eta=0.0, projection=3"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
