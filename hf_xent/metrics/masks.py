@@ -7,7 +7,8 @@
 The overlap is dominated by the inside of large masks; boundary F asks where they end. A boundary is made of the pixels
 of a mask that have one of their four neighbours outside of it; the border of the image, and ignored pixels (-100), are
 no outside. Distances are Euclidean, so a tolerance of 1 allows the four neighbours, and one of 1.5 the diagonal ones.
-Where neither image has the class, both measures are 1; where one has it, they are 0.
+Where neither image has the class, both measures are 1; where one has it, they are 0. Where no boundary is seen in
+either, boundary F is the overlap.
 """
 
 from __future__ import annotations
