@@ -14,13 +14,16 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
     {
         "aspects": "aspects:Aspects",
         "bias": "bias:Bias",
+        "core_tuning": "core_tuning:CoreTuning",
         "dice": "dice:Dice",
         "hl_gauss": "hl_gauss:HLGauss",
+        "hybrid": "hybrid:Hybrid",
         "marginal_entropy": "marginal_entropy:MarginalEntropy",
         "ordinal": "ordinal:Ordinal",
         "pairs": "pairs:Pairs",
         "pairwise_gain": "pairwise_gain:PairwiseGain",
         "squared_error": "squared_error:SquaredError",
+        "supcon": "supcon:SupCon",
         "svm": "svm:SVM",
         "symmetric_ce": "symmetric_ce:SymmetricCE",
         "tversky": "tversky:Tversky",
@@ -41,6 +44,8 @@ _HOMES = {
     "predict": "heads",
     "resize": "heads",
     "return_values": "value_outputs",
+    "ssim": "structure",
+    "supervised_contrastive": "supcon",
 }
 
 

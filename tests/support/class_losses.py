@@ -29,6 +29,14 @@ VARIANTS = {
         "ordinal:kind=corn, normalize=pairs",
     ],
     "svm": ["svm", "svm:C=2.0, norm_weight=0.0"],
+    "core_tuning": ["core_tuning", "core_tuning:eta=0.5, temperature=0.2, concentration=0.4, least=0.3, projection=5"],
+    "hybrid": [
+        "hybrid",
+        "hybrid:padding=valid, window=7, sigma=1.0",
+        "hybrid:terms=iou, smooth=1.0",
+        "hybrid:terms=bce+ssim",
+    ],
+    "supcon": ["supcon", "supcon:eta=0.0, projection=3"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
 }  # fmt: skip
 """Name -> the losses that are tested; those that are not named are tested with their defaults."""
