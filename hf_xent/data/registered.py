@@ -15,6 +15,7 @@ DATASETS: Registry[Corpus] = Registry(
         "bookmia": "bookmia:CORPUS",
         "brown": "brown:CORPUS",
         "cities": "cities:CORPUS",
+        "composites": "composites:CORPUS",
         "dactyl": "dactyl:CORPUS",
         "mimir": "mimir:CORPUS",
         "patentmia": "patentmia:CORPUS",
