@@ -4,9 +4,10 @@
     python examples/gru_svm.py phishing [--output out/gru-svm]
 
 Agarap 2017 (arXiv:1709.03082) reports 84 % against 71 % of test accuracy on connections to the honeypots of Kyoto
-University. Those data were out of reach here, so that nothing is said about them: these are two other tables. Each seed cuts the rows anew, three fifths for training, one for validation and one for the test, and sets
-weights, dropout and the order of rows. Every arm takes, under every seed, the learning rate of three that has the best
-macro F1 in validation. Both arms differ in the loss alone; a logistic regression of the same numbers is the control.
+University. Those data were out of reach here: these are two other tables, and say nothing about them. Each seed cuts
+the rows anew (three fifths for training, one for validation, one for the test), and sets weights, dropout and order.
+Every arm takes, under every seed, the learning rate of three with the best macro F1 in validation. The arms differ in
+the loss alone, and a logistic regression of the same numbers is the control.
 Decided before: there is a difference on a table if the 95 % interval of SVM minus softmax excludes 0 in both metrics.
 """
 
