@@ -423,3 +423,5 @@ def test_refusals_of_values():
     model = classes.return_values(llama(1), "two_hot:low=0, high=1")
     with pytest.raises(ValueError, match=r"but model returns the values of TwoHot.*: save the model and load it"):
         classes.return_values(model, "two_hot:low=0, high=2")
+    with pytest.raises(ValueError, match="model returns values in place of its 51 logits: save it and load it"):
+        classes.resize(model, "two_hot:low=0, high=1")

@@ -33,11 +33,16 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
         loss: The loss, or its name.
 
     Raises:
-        ValueError: The model has no such head, has too few classes, or was resized for a loss of another width.
+        ValueError: The model has no such head, has too few classes, was resized for a loss of another width, or returns
+            values (`return_values`).
     """
     loss, config = get(loss), getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model is a {type(model).__name__} without configuration: pass a classifier of transformers")
+    if config.num_labels != len(config.id2label):
+        raise ValueError(
+            f"model returns values in place of its {len(config.id2label)} logits: save it and load it to train these"
+        )
     before = getattr(config, "hf_xent_loss", None)
     classes = before["classes"] if before else config.num_labels
     if classes < loss.least_classes:
