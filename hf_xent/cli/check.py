@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -49,6 +49,7 @@ def check(
 
 
 def losses(
+    classes: Annotated[bool, Option("--classes", help="The losses of classifiers, in place of those of tokens.")] = False,
     markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -58,19 +59,29 @@ def losses(
     """
     if markdown and as_json:
         raise ValueError("markdown and json are both given, but only one format can be printed: leave one of them out")
-    from ..losses import table as table_of_losses
+    if classes:
+        from ..classes import table as table_of_losses
+    else:
+        from ..losses import table as table_of_losses
 
-    rows = table_of_losses()
+    rows, unit = table_of_losses(), "row" if classes else "token"
     if markdown:
-        print("| loss | per token | statistics | source |\n|---|---|---|---|")
+        columns = ("labels", "needs") if classes else ("statistics",)
+        header = ["loss", f"per {unit}", *columns, "source"]
+        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         for row in rows:
-            print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
+            cells = [f"`{row['name']}`", f"`{row['formula']}`", *(_text(row[name]) for name in columns), row["source"]]
+            print(f"| {' | '.join(cells)} |")
         return
-    table = Table(title="losses (--json has their help texts)", show_lines=True)
+    table = Table(title=f"losses of {'classes' if classes else 'tokens'} (--json has their help texts)", show_lines=True)
     table.add_column("name", no_wrap=True)
-    table.add_column("per token, source", overflow="fold")
+    table.add_column(f"per {unit}, source", overflow="fold")
     table.add_column("options", overflow="fold")
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
         table.add_row(row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]", literal(options))
     emit(rows, table, as_json=as_json)
+
+
+def _text(cell: Any) -> str:
+    return cell if isinstance(cell, str) else ", ".join(cell)
