@@ -257,7 +257,7 @@ def test_refusals(tmp_path):
 
     refused("label_smoothing_factor is 0.1, but the loss of classes decides", label_smoothing_factor=0.1)
     refused("train_dataset has the columns .*, but Aspects.* needs aspects: add the column", dataset=rows(aspects=None))
-    refused("a batch has input_ids, attention_mask: give labels$", dataset=rows(labels=None))
+    refused("a batch has input_ids, attention_mask, aspects: give labels$", dataset=rows(labels=None))
     refused("shape .4, 2. for 4 rows, .* give each row 4 probabilities, or set questions", loss=Aspects(4))
     refused("with values from .* to 1.5: give each row 2", dataset=rows(aspects=[[0.5, 1.5]] * ROWS))
     refused(r"has logits of shape \(4, 5\) for labels of shape \(4, 7\)", dataset=rows(labels=[[1] * 7] * ROWS))

@@ -22,7 +22,7 @@ from hf_xent import hub
 from hf_xent.classes.spans import span_divergence
 from hf_xent.metrics.answers import map_at_k
 from hf_xent.trainers import SelfDistilQAConfig, SelfDistilQATrainer
-from hf_xent.trainers.epoch_teacher import FILE
+from hf_xent.trainers.epoch_teacher import EpochTeacher
 
 ROWS, LENGTH = 12, 9
 
@@ -210,7 +210,7 @@ def test_a_resumed_run_is_the_same(tmp_path, teacher):
     whole = trainer_of(tmp_path, **options)
     whole.train()
     checkpoint = tmp_path / "checkpoint-4"
-    assert (checkpoint / FILE).exists() == (teacher == "epoch")
+    assert (checkpoint / EpochTeacher.file).exists() == (teacher == "epoch")
     other = encoder()
     other.qa_outputs.reset_parameters()
     resumed = trainer_of(tmp_path, other, **options)
@@ -219,7 +219,7 @@ def test_a_resumed_run_is_the_same(tmp_path, teacher):
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
     if teacher == "epoch":
-        (checkpoint / FILE).unlink()
+        (checkpoint / EpochTeacher.file).unlink()
         with pytest.raises(ValueError, match=r"^the checkpoint has no teacher of its epoch: resume one"):
             trainer_of(tmp_path, **options).train(resume_from_checkpoint=str(checkpoint))
 

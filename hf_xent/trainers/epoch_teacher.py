@@ -12,12 +12,12 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-FILE = "epoch_teacher.safetensors"
-
 
 class EpochTeacher:
     """Keeps a frozen copy of a model; it takes as much memory as the model's weights."""
 
+    file = "epoch_teacher.safetensors"
+    """Its name in a checkpoint."""
     model: Any = None
     """The copy; None before the first epoch."""
 
@@ -28,11 +28,11 @@ class EpochTeacher:
     def save(self, checkpoint: str) -> None:
         """Writes the weights into the folder of a checkpoint."""
         if self.model is not None:
-            save_model(self.model, str(Path(checkpoint) / FILE))
+            save_model(self.model, str(Path(checkpoint) / self.file))
 
     def load(self, checkpoint: str, like: nn.Module) -> None:
         """Reads the weights from the folder of a checkpoint, if it has some, into a copy of a model of their shape."""
-        path = Path(checkpoint) / FILE
+        path = Path(checkpoint) / self.file
         if path.is_file():
             self.renew(like)
             load_model(self.model, str(path))
