@@ -49,7 +49,7 @@ def check(
 
 
 def losses(
-    classes: Annotated[bool, Option("--classes", help="The losses of classifiers, in place of those of tokens.")] = False,
+    classes: Annotated[bool, Option("--classes", help="The losses of classifiers, not those of tokens.")] = False,
     markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +73,8 @@ def losses(
             cells = [f"`{row['name']}`", f"`{row['formula']}`", *(_text(row[name]) for name in columns), row["source"]]
             print(f"| {' | '.join(cells)} |")
         return
-    table = Table(title=f"losses of {'classes' if classes else 'tokens'} (--json has their help texts)", show_lines=True)
+    title = "losses of classes" if classes else "losses"
+    table = Table(title=f"{title} (--json has their help texts)", show_lines=True)
     table.add_column("name", no_wrap=True)
     table.add_column(f"per {unit}, source", overflow="fold")
     table.add_column("options", overflow="fold")

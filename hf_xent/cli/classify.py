@@ -75,7 +75,7 @@ def _of_training(outcome: Classified) -> dict[str, float]:
         "first_loss": outcome.losses[0],
         "last_loss": outcome.losses[-1],
         "seconds_per_step": statistics.median(outcome.seconds[1:] or outcome.seconds),
-        "peak_memory_mib": max(outcome.memory) / 2**20,
+        "peak_memory_mib": outcome.memory / 2**20,
     }
 
 

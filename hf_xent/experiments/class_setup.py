@@ -220,7 +220,8 @@ def _numbered(task: Task, data: Labeled, source: str) -> list[Any]:
 
 def _texts(data: Labeled) -> list[str]:
     pairs = data.rows["text_pair"] if "text_pair" in data.rows.column_names else None
-    return list(data.rows["text"]) if pairs is None else [" | ".join(pair) for pair in zip(data.rows["text"], pairs, strict=True)]
+    firsts = data.rows["text"]
+    return list(firsts) if pairs is None else [" | ".join(pair) for pair in zip(firsts, pairs, strict=True)]
 
 
 def _size(data: Labeled) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bench.memory import PeakMemory
 from ..models.quiet import quiet_loading
 from .class_settings import Classifying, Report
 from .class_setup import prepared
@@ -27,8 +28,8 @@ class Classified:
     losses: list[float] = field(default_factory=list)
     """The training loss of each step."""
     seconds: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
-    """Peak memory of each step, bytes."""
+    memory: int = 0
+    """Peak memory of the training, bytes."""
     predictions: str = ""
     """The file of predictions."""
     predicted: dict[str, float] = field(default_factory=dict)
@@ -56,14 +57,15 @@ def classified(run: Classifying, report: Report = SILENT) -> Classified:
         task = prepared(run, loss, report)
         trainer, steps = task.trainer, task.steps
         report.total(steps)
-        watch = watching(report.step)
+        watch = watching(report.step, memory=False)
         trainer.add_callback(watch)
         checkpoint = checkpoint_of(run, steps)
         report.phase("evaluating")
         before = after = _evaluated(trainer)
         if steps:
             report.phase("training")
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with PeakMemory(trainer.args.device) as memory:
+                trainer.train(resume_from_checkpoint=checkpoint)
             report.phase("evaluating")
             after = _evaluated(trainer)
             if run.save:
@@ -79,7 +81,7 @@ def classified(run: Classifying, report: Report = SILENT) -> Classified:
         after=after,
         losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         seconds=watch.seconds,
-        memory=watch.memory,
+        memory=memory.peak if steps else 0,
         predictions=str(path),
         predicted=predicted,
     )

@@ -242,8 +242,11 @@ def arguments_of(run: Tuning, steps: int) -> dict[str, Any]:
     }
 
 
-def watching(before_step: Callable[[int], None]) -> Any:
-    """A callback that calls `before_step`, and measures time and memory of every optimizer step."""
+def watching(before_step: Callable[[int], None], memory: bool = True) -> Any:
+    """A callback that calls `before_step`, and measures time and memory of every optimizer step.
+
+    Without `memory`, time alone: garbage is collected before memory is measured, which takes long beside a small step.
+    """
     from transformers import TrainerCallback
 
     from ..bench.memory import PeakMemory
@@ -255,11 +258,14 @@ def watching(before_step: Callable[[int], None]) -> Any:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             before_step(state.global_step)
-            self.meter = PeakMemory(args.device).__enter__()
+            if memory:
+                self.meter = PeakMemory(args.device).__enter__()
             self.start = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.seconds.append(time.perf_counter() - self.start)
+            if not memory:
+                return
             self.meter.__exit__()
             self.memory.append(self.meter.peak)
 
