@@ -95,6 +95,20 @@ def top_k_losses(
     print(top_k.table(BenchConfig(model=model, data=data, tokens=tokens, repeats=repeats, device="cpu"), k))
 
 
+@app.command(name="classifiers")
+def classifier_steps(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/classifiers.md"),
+    encoder: Annotated[str | None, Option(help="Path or Hub id of an encoder of text; none by default.")] = None,
+    rounds: Annotated[int, Option(help="Turns of each trainer.", min=1)] = 5,
+    steps: Annotated[int, Option(help="Steps of a turn, of which the first two are not timed.", min=3)] = 12,
+) -> None:
+    """Measure a step of ClassTrainer under several losses beside that of transformers' Trainer."""
+    from benchmarks import classifiers  # lazy: transformers' Trainer with its dependencies
+
+    output.write_text(classifiers.page(encoder, rounds, steps) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="dpo")
 def dpo_step(
     model: Model = "smollm2",

@@ -261,8 +261,8 @@ def test_refusals(tmp_path):
     refused("shape .4, 2. for 4 rows, .* give each row 4 probabilities, or set questions", loss=Aspects(4))
     refused("with values from .* to 1.5: give each row 2", dataset=rows(aspects=[[0.5, 1.5]] * ROWS))
     refused(r"has logits of shape \(4, 5\) for labels of shape \(4, 7\)", dataset=rows(labels=[[1] * 7] * ROWS))
-    with pytest.raises(ValueError, match="loss is 'dice': choose one of aspects"):
-        classes.get("dice")
+    with pytest.raises(ValueError, match="loss is 'overlap': choose one of aspects"):
+        classes.get("overlap")
     with pytest.raises(ValueError, match="set alpha on the object, not beside it"):
         classes.get(Aspects(), alpha=1)
     for options, message in (({"questions": 0}, "questions is 0"), ({"alpha": -1}, r"alpha is -1: choose a number")):

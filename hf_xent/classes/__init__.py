@@ -13,6 +13,13 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
     "loss",
     {
         "aspects": "aspects:Aspects",
+        "bias": "bias:Bias",
+        "dice": "dice:Dice",
+        "marginal_entropy": "marginal_entropy:MarginalEntropy",
+        "pairs": "pairs:Pairs",
+        "pairwise_gain": "pairwise_gain:PairwiseGain",
+        "symmetric_ce": "symmetric_ce:SymmetricCE",
+        "tversky": "tversky:Tversky",
     },
     package=__name__,
 )

@@ -4,8 +4,8 @@
     needs      what `__call__` gets as keywords beside logits and labels:
                  'features'     [N, D], what the last layer saw; differentiable
                  'head'         that layer: an nn.Linear of W outputs
-                 'feature_map'  [N, L, D] or [N, C, H, W], the last hidden states of each row, and, where the batch has
-                                an attention mask, `mask` [N, L]
+                 'feature_map'  [N, L, D] or [N, C, H, W], the last hidden states of each row, with a `mask` [N, L] or
+                                [N, C], False for padding
                  'second'       [N, W], detached logits of a second model or pass
                  'state'        the module of `state`
                  'column:NAME'  a column of the data, as the keyword NAME, one entry a row

@@ -207,9 +207,8 @@ class RowReader:
         last, mask = states[-1], inputs.get("attention_mask")
         if labels.ndim > 1:  # each token is a row
             last, mask = last.unsqueeze(2), None
-        if mask is None or mask.shape != last.shape[:2]:
-            return {"feature_map": last, "mask": torch.ones(last.shape[:2], dtype=torch.bool, device=last.device)}
-        return {"feature_map": last, "mask": mask.bool()}
+        every = torch.ones(last.shape[: labels.ndim + 1], dtype=torch.bool, device=last.device)
+        return {"feature_map": last, "mask": every if mask is None or mask.shape != every.shape else mask.bool()}
 
 
 def at_size(logits: Tensor, labels: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Lists(Sampler[int]):
             raise ValueError(f"train_dataset is a {type(dataset).__name__} whose column {column} is not known: pass a"
                              " datasets.Dataset, or train_sampling_strategy='sequential'")  # fmt: skip
         lists: dict[Any, list[int]] = defaultdict(list)
-        for i, name in enumerate(dataset[column]):
+        for i, name in enumerate(dataset.with_format(None)[column]):
             lists[name].append(i)
         self.lists = [*lists.values()]
         longest = max(map(len, self.lists))

@@ -95,7 +95,9 @@ def _balanced(dataset: Any, classes: int) -> list[float]:
     """
     if "labels" not in (getattr(dataset, "column_names", None) or ()):
         raise ValueError("class_weights is 'balanced', which needs a train_dataset with a column labels: give numbers")
-    counts = Counter(int(y) for part in dataset["labels"] for y in (part if isinstance(part, list) else [part]))
+    counts = Counter(
+        int(y) for part in dataset.with_format(None)["labels"] for y in (part if isinstance(part, list) else [part])
+    )
     counts.pop(IGNORED, None)
     if absent := [k for k in range(classes) if not counts[k]]:
         raise ValueError(

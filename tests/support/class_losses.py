@@ -9,12 +9,26 @@ from hf_xent import classes
 
 VARIANTS = {
     "aspects": ["aspects:questions=1", "aspects:questions=5, alpha=0.5", "aspects:questions=7, alpha=0.0"],
+    "bias": ["bias", "bias:mode=local, alpha=1.0, beta=0.1"],
+    "dice": [
+        "dice",
+        "dice:smooth=0.1, alpha=0.7, squared=False",
+        "dice:hard_negatives=0.4",
+        "dice:alpha=0.0, hard_negatives=1.0",
+    ],
+    "pairs": ["pairs", "pairs:margin=0.5, weight=0.3"],
+    "pairwise_gain": ["pairwise_gain", "pairwise_gain:top=2", "pairwise_gain:top=0, tanh=True"],
+    "symmetric_ce": ["symmetric_ce", "symmetric_ce:alpha=0.2, ce_weight=0.0"],
+    "tversky": ["tversky", "tversky:alpha=0.3, beta=0.7, smooth=0.01"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
     "comp_sum": ["comp_sum:tau=1.7", "comp_sum:tau=0.5"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
 }
 """Name -> the losses that are tested; those that are not named are tested with their defaults."""
-COLUMNS = {"aspects": lambda loss, n: torch.rand(n, loss.questions)}
+COLUMNS = {
+    "aspects": lambda loss, n: torch.rand(n, loss.questions),
+    "list_id": lambda loss, n: torch.randint(2, (n,)),
+}
 """Column -> its entries for a loss and n rows."""
 NAMES = [text for name in (*classes.LOSSES, *classes.OF_STATISTICS) for text in VARIANTS.get(name, [name])]
 N, K, D = 7, 4, 6
