@@ -13,7 +13,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
-    ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
@@ -62,6 +61,12 @@ def losses(monkeypatch):
     """A loss of values and one of lists, whatever the registry has."""
     monkeypatch.setitem(classes.LOSSES.entries, "squared", Squared)
     monkeypatch.setitem(classes.LOSSES.entries, "ordered", Ordered)
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch):
+    """Garbage of all imported libraries is not collected: that takes longer than these trainings do."""
+    monkeypatch.setattr("gc.collect", lambda: 0)
 
 
 def invoke(*arguments):
@@ -164,19 +169,27 @@ def test_without_steps_a_classifier_is_evaluated_and_predicts(trained, texts, tm
 
 def test_a_run_resumes_where_it_stopped(encoder, texts, tmp_path):
     options = {"dataset": texts, "label": "place", "output": tmp_path, "save-steps": 2, "model": encoder}
-    first = classify("cross_entropy", **options)
+    first = classify("cross_entropy", "--no-save", **options)
     losses = json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"]
-    with pytest.raises(ValueError, match="nothing to resume: checkpoint-4 .* choose more steps"):
-        classify("cross_entropy", "--resume", **options)
+    with pytest.raises(ValueError, match=r"nothing to resume: checkpoint-4 .* choose more steps"):
+        classify("cross_entropy", "--no-save", "--resume", **options)
     shutil.rmtree(tmp_path / "checkpoint-4")
-    again = classify("cross_entropy", "--resume", **options)
+    again = classify("cross_entropy", "--no-save", "--resume", **options)
     assert json.loads((tmp_path / "results.json").read_text())["outcomes"][0]["losses"] == losses
     assert again["after"] == first["after"]
 
 
 def test_a_classifier_teaches_another_whose_adapters_are_merged(trained, encoder, texts, tmp_path):
     teacher, _ = trained
-    options = {"dataset": texts, "label": "place", "output": tmp_path, "model": encoder, "lora": 2, "steps": 40, "learning-rate": 0.05}
+    options = {
+        "dataset": texts,
+        "label": "place",
+        "output": tmp_path,
+        "model": encoder,
+        "lora": 2,
+        "steps": 40,
+        "learning-rate": 0.05,
+    }
     found = classify("forward_kl", second=teacher, **options)
     assert found["after"]["loss"] < found["before"]["loss"]
     assert not (tmp_path / "adapter_config.json").exists()
@@ -195,7 +208,7 @@ def test_words_are_tagged_and_their_labels_are_those_of_first_pieces(encoder, tm
     data = table(
         tmp_path / "rows.csv", ["tokens", "tags"], [(" ".join(row), " ".join(kind[w] for w in row)) for row in rows]
     )
-    found = classify("focal", model=encoder, dataset=data, output=tmp_path, steps=25)
+    found = classify("focal", "--no-save", model=encoder, dataset=data, output=tmp_path, steps=25)
     assert found["task"] == "tokens" and found["after"]["accuracy"] > 0.6
     shown = read(tmp_path / "predictions.csv")
     held = sorted({int(line["row"]) for line in shown})
@@ -203,7 +216,9 @@ def test_words_are_tagged_and_their_labels_are_those_of_first_pieces(encoder, tm
     assert all(x["token"] == rows[int(x["row"])][int(x["word"])] and x["label"] == kind[x["token"]] for x in shown)
     right = np.mean([x["label"] == x["predicted"] for x in shown])
     assert right == pytest.approx(found["after"]["accuracy"])
-    cut = classify("focal", **{"model": encoder, "dataset": data, "output": tmp_path, "steps": 1, "max-length": 2})
+    cut = classify(
+        "focal", "--no-save", **{"model": encoder, "dataset": data, "output": tmp_path, "steps": 1, "max-length": 2}
+    )
     assert len(read(tmp_path / "predictions.csv")) < len(shown) and cut["predicted"]["rows"] == len(held)
 
 
@@ -241,7 +256,7 @@ def test_values_are_learned_from_pairs_of_texts(encoder, tmp_path):
     rows = [(i, a, b, b.count("sea") / 2) for i, (a, b) in enumerate(pairs)]
     data = table(tmp_path / "rows.csv", ["id", "first", "second", "score"], rows)
     options = {"model": encoder, "dataset": data, "column": "first,second", "label": "score", "output": tmp_path}
-    found = classify("squared", **options, steps=30)
+    found = classify("squared", "--no-save", **options, steps=30)
     assert found["classes"] is None and found["after"]["mae"] < found["before"]["mae"]
     assert set(found["after"]) == {"loss", "mae", "rmse", "pearson"}
     shown = read(tmp_path / "predictions.csv")
@@ -251,10 +266,34 @@ def test_values_are_learned_from_pairs_of_texts(encoder, tmp_path):
     with pytest.raises(ValueError, match=r"rows.csv has no column 'list': choose one of id, first"):
         classify("ordered", **options)
     table(data, ["list", "first", "second", "score"], [(f"l{row[0] // 4}", *row[1:]) for row in rows])
-    ranked = classify("ordered", **options)
+    ranked = classify("ordered", "--no-save", **options)
     assert set(ranked["after"]) == {"loss", "spearman"}
     held = [int(row["row"]) // 4 for row in read(tmp_path / "predictions.csv")]
     assert all(held.count(name) == 4 for name in held), "lists are held out as a whole"
+
+
+@pytest.mark.parametrize("model", ["mlp:hidden=16, dropout=0.0", "gru:hidden=16"])
+def test_tables_are_standardized_by_the_model(model, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3)) * (1, 100, 1e4) + (0, 50, 1e6)
+    data = table(tmp_path / "rows.csv", ["a", "b", "c", "label"], [(*row, int(row[1] > 50)) for row in x.tolist()])
+    output = tmp_path / "out"
+    found = classify("cross_entropy", model=model, dataset=data, output=output, steps=90)
+    assert found["task"] == "table" and found["classes"] == ["0", "1"] and found["after"]["accuracy"] >= 0.7
+    held = [int(row["row"]) for row in read(output / "predictions.csv")]
+    saved = AutoModelForSequenceClassification.from_pretrained(output)
+    trained = np.delete(x, held, axis=0)
+    assert saved.mean.tolist() == pytest.approx(trained.mean(0)) and saved.std.tolist() == pytest.approx(trained.std(0))
+    again = classify(model=output, dataset=data, steps=0, output=tmp_path / "again")
+    scores = {row["row"]: row["score 1"] for row in read(tmp_path / "again" / "predictions.csv")}
+    assert all(scores[row["row"]] == row["score 1"] for row in read(output / "predictions.csv"))
+    assert again["rows"]["held_out"] == 40
+    if model.startswith("gru"):
+        return
+    with pytest.raises(ValueError, match=r"has 2 values a row \(a, b\), but the model was made for 3 \(a, b, c\)"):
+        classify(model=output, dataset=data, steps=0, column="a,b")
+    with pytest.raises(ValueError, match=r"lora is 2, but the body .* has no linear layer"):
+        classify("cross_entropy", model=model, dataset=data, lora=2)
 
 
 def test_columns_tell_the_task(tmp_path):
@@ -280,9 +319,9 @@ def test_names_of_classes_come_from_their_type_and_a_new_head_takes_others(train
     rows = {"text": ["wave fish", "wind star"] * 6, "label": [0, 1] * 5 + [-1, 1]}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
     options = {"dataset": tmp_path / "data", "steps": 1, "output": tmp_path / "out"}
-    with pytest.raises(ValueError, match="a classifier of 3 classes .*, but there are labels 'z', 'a': give it a new"):
+    with pytest.raises(ValueError, match=r"a classifier of 3 classes .*, but there are labels 'z', 'a': give it a new"):
         classify(model=output, **options)
-    found = classify("--new-head", model=output, **options)
+    found = classify("--new-head", "--no-save", model=output, **options)
     assert found["classes"] == ["z", "a"] and found["rows"]["unlabeled"] == 1
     few = table(tmp_path / "few.csv", ["text", "place"], [("wave", "sky"), ("fish", "sea"), ("wind", "sky")])
     found = classify("--no-save", model=output, dataset=few, label="place", steps=1, output=tmp_path / "few")

@@ -64,7 +64,8 @@ def losses(
     else:
         from ..losses import table as table_of_losses
 
-    rows, unit = table_of_losses(), "row" if classes else "token"
+    rows = [{"source": "", **row} for row in table_of_losses()]  # one that a user adds may have none
+    unit = "row" if classes else "token"
     if markdown:
         columns = ("labels", "needs") if classes else ("statistics",)
         header = ["loss", f"per {unit}", *columns, "source"]

@@ -116,16 +116,14 @@ def part(data: Labeled, labels: list[Any] | None, indices: np.ndarray, encode: C
 
 
 def encoder(classifier: Classifier, columns: Columns, max_length: int | None) -> Callable[[Any], Any]:
-    """A function from rows to rows that `Collator` takes: tokenized, or standardized numbers; images stay as they are.
+    """A function from rows to rows that `Collator` takes: texts are tokenized, images and numbers stay as they are.
 
     Raises:
         ValueError: The model has not so many positions.
     """
     task, processor = columns.task, classifier.processor
-    if task == "image":
+    if task in ("image", "table"):
         return lambda rows: rows
-    if task == "table":
-        return lambda rows: rows.map(lambda row: {"values": _standardized(row["values"], classifier.model.config)})
     from ..models.anatomy import check_room, positions
 
     if max_length is None:
@@ -149,34 +147,27 @@ def encoder(classifier: Classifier, columns: Columns, max_length: int | None) ->
     return lambda rows: rows.map(apply, batched=True, remove_columns=[task if task == "tokens" else "text"])
 
 
-def standardize(config: Any, data: Labeled, indices: np.ndarray) -> None:
-    """Writes the columns of a table, their means and their deviations over some rows into a model's configuration."""
+def standardize(model: Any, data: Labeled, indices: np.ndarray) -> None:
+    """Makes a model of tables standardize values by their means and deviations over some rows, and know the columns."""
+    import torch
+
     values = np.asarray(data.rows.select(indices)["values"], np.float64)
     deviations = values.std(0)
-    config.hf_xent_table = {
-        "columns": list(data.columns.inputs),
-        "means": values.mean(0).tolist(),
-        "deviations": np.where(deviations > 0, deviations, 1.0).tolist(),
-    }
+    config = model.config
+    config.mean, config.std = values.mean(0).tolist(), np.where(deviations > 0, deviations, 1.0).tolist()
+    model.mean, model.std = torch.tensor(config.mean), torch.tensor(config.std)
+    config.hf_xent_columns = list(data.columns.inputs)
 
 
 def check_table(config: Any, data: Labeled, source: str) -> None:
-    """Raises: ValueError if a model was trained on another table."""
-    table = getattr(config, "hf_xent_table", None)
-    if table is None:
-        return
-    if len(table["means"]) != len(data.rows[0]["values"]):
+    """Raises: ValueError if a model was trained on other columns."""
+    wanted, found = getattr(config, "hf_xent_columns", None), list(data.columns.inputs)
+    count = len(data.rows[0]["values"])
+    if count != config.features or (wanted is not None and len(found) > 1 and found != wanted):
         raise ValueError(
-            f"{source} has {len(data.rows[0]['values'])} values a row ({', '.join(data.columns.inputs)}), but the"
-            f" model was trained on {len(table['means'])} ({', '.join(table['columns'])}): name them with --column"
+            f"{source} has {count} values a row ({', '.join(found)}), but the model was made for {config.features}"
+            f" ({', '.join(wanted or ())}): name these with --column"
         )
-
-
-def _standardized(values: Sequence[float], config: Any) -> list[float]:
-    table = getattr(config, "hf_xent_table", None)
-    if table is None:
-        return list(values)
-    return [(x - m) / s for x, m, s in zip(values, table["means"], table["deviations"], strict=True)]
 
 
 def _flat(data: Labeled) -> list[Any]:
@@ -188,7 +179,7 @@ class Collator:
     """Rows of `encoder` to a batch of tensors.
 
     Args:
-        classifier: The model, whose dtype images and numbers get, and its processor.
+        classifier: The model, whose dtype images get, and its processor.
         task: The task.
         columns: The columns of the loss, which become tensors.
     """
@@ -202,7 +193,7 @@ class Collator:
 
         processor, dtype = self.classifier.processor, self.classifier.model.dtype
         if self.task == "table":
-            batch = {"values": torch.tensor([row["values"] for row in rows], dtype=dtype)}
+            batch = {"values": torch.tensor([row["values"] for row in rows])}
         elif self.task == "image":
             pictures = [row["image"].convert("RGB") for row in rows]
             batch = {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"].to(dtype)}

@@ -115,7 +115,7 @@ def _task(run: Classifying, loss: Any, data: Labeled, classifier: Classifier) ->
         train, held = divided(indices, run.eval_share or SHARE, run.seed, groups)
     if data.columns.task == "table":
         if not classifier.trained:
-            standardize(classifier.model.config, data, train)
+            standardize(classifier.model, data, train)
         check_table(classifier.model.config, data, run.dataset)
     encode = encoder(classifier, data.columns, run.max_length)
     parts = [part(data, labels, rows, encode) for rows in (train, held)]

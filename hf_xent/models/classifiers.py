@@ -41,7 +41,7 @@ class Wanted:
     dtype: str = "float32"
     new_head: bool = False
     """Whether a checkpoint that is a classifier already gets a new head."""
-    size: tuple[int, int] | int | None = None
+    size: Any = None
     """For new models, the height and width of images, or the number of values in a row of a table."""
 
 
@@ -77,7 +77,9 @@ def load_classifier(name: str, wanted: Wanted) -> Classifier:
         if NEW[kind] != wanted.task:
             raise ValueError(f"model is {name!r}, which is for the task {NEW[kind]}: choose another for {wanted.task}")
         with _options_of(name):
-            model = _tiny_vit(wanted, **parse(options)) if kind == "tiny-vit" else _table(kind, wanted, parse(options))
+            model = (
+                _tiny_vit(wanted, **parse(options)) if kind == "tiny-vit" else _table(wanted, kind, **parse(options))
+            )
         _name_classes(model.config, wanted.names)
         processor = _processor(model, model.config.image_size) if kind == "tiny-vit" else None
         return Classifier(model.to(_dtype(wanted)).eval(), processor, wanted.names, False)
@@ -123,10 +125,10 @@ def _is_classifier(config: Any, task: str) -> bool:
 def _is_table(name: str) -> bool:
     import transformers
 
-    from ..models import table  # noqa: F401  registers its classes with transformers
+    from .table import TableConfig  # registers itself with transformers
 
     with explain_load_errors(name) as source:
-        return hasattr(transformers.AutoConfig.from_pretrained(source), "values")
+        return isinstance(transformers.AutoConfig.from_pretrained(source), TableConfig)
 
 
 def _classes_of(config: Any, wanted: Wanted, name: str) -> list[str] | None:
@@ -194,10 +196,12 @@ def _tiny_vit(
     return ViTForImageClassification(config)
 
 
-def _table(kind: str, wanted: Wanted, options: dict[str, Any]) -> Any:
+def _table(wanted: Wanted, kind: str, hidden: int = 256, layers: int = 1, dropout: float = 0.15) -> Any:
+    """A classifier of rows of numbers, which does not standardize them yet."""
     from .table import TableConfig, TableForSequenceClassification
 
-    config = TableConfig(values=wanted.size, encoder=kind, num_labels=wanted.outputs, **options)
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "dropout": dropout}
+    config = TableConfig(features=wanted.size, encoder=kind, num_labels=wanted.outputs, **sizes)
     return TableForSequenceClassification(config)
 
 
