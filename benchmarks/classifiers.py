@@ -63,10 +63,8 @@ def page(encoder: str | None, rounds: int, steps: int) -> str:
         cells = (_cell(times[name][arm], times[name][STOCK]) for name in models)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     title = "# Steps of classifiers\n\n`python -m benchmarks classifiers --encoder FOLDER` makes this page.\n\n"
-    about = (
-        f"{title}{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: median milliseconds of a"
-    )
-    about += f" step of {ROWS} rows, and the ratio to {STOCK}; {rounds} rounds of {steps - 2} steps, in turns."
+    about = f"{title}{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: median milliseconds of"
+    about += f" a step of {ROWS} rows, and the ratio to {STOCK}; {rounds} rounds of {steps - 2} steps, in turns."
     return "\n".join([about, "", *lines])
 
 

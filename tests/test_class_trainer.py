@@ -96,6 +96,8 @@ KINDS = {
     ),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("kind", KINDS)
+OPTIONS = {"hl_gauss": ":low=0, high=1", "two_hot": ":low=0, high=1"}
+LOSSES = [f"{name}{OPTIONS.get(name, '')}" for name in (*classes.LOSSES, *classes.OF_STATISTICS)]
 
 
 def data_of(batch):
@@ -161,6 +163,26 @@ def test_cross_entropy_is_the_loss_of_every_kind_of_classifier(kind, tmp_path):
         for parameter in reference.parameters():
             parameter -= 0.05 * (0 if parameter.grad is None else parameter.grad)
     assert_same(trainer.model, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", LOSSES)
+def test_every_loss_trains(text, tmp_path):
+    """On rows it is meant for: finite, and the loss of the same rows falls."""
+    loss = classes.get(text)
+    kind = "segmentation" if loss.labels == "masks" else "sequence"
+    model, batch = KINDS[kind][0](), KINDS[kind][1]()
+    if loss.labels != "masks":
+        batch["labels"] = torch.rand(N) if loss.labels == "values" else torch.arange(N) % K
+    columns = {"aspects": torch.rand(N, 50), "list_id": torch.arange(N) // 4}
+    batch |= {name: columns[name] for name in loss.columns}
+    options = {"max_steps": 8, "per_device_train_batch_size": N, "per_device_eval_batch_size": N, "momentum": 0.5}
+    if "second" not in loss.needs:
+        del options["momentum"]
+    trainer = trainer_of(tmp_path, model, batch, loss, optim="adamw_torch", learning_rate=0.01, **options)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    moves = {"second", "feature_map"} & {*loss.needs}  # a teacher, or weights of rows, which move with the model
+    assert np.isfinite([*logged, trainer.evaluate()["eval_loss"]]).all() and (moves or logged[-1] < logged[0])
 
 
 @pytest.mark.parametrize("kind", ["sequence", "token", "segmentation"])

@@ -66,7 +66,6 @@ API = {
     f"{TRAINER}._set_signature_columns_if_needed": ("trainers", ()),
     f"{TRAINER}._determine_best_metric": ("trainers", ("metrics", "trial")),
     f"{TRAINER}._prepare_inputs": ("trainers", ("inputs",)),
-    "transformers.PreTrainedModel._keys_to_ignore_on_save": ("trainers", ()),
     f"{TRAINER}._save": ("trainers", ("output_dir", "state_dict")),
     f"{TRAINER}._load_from_checkpoint": ("trainers", ("resume_from_checkpoint",)),
     f"{TRAINER}._load_best_model": ("trainers", ()),
