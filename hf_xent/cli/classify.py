@@ -32,12 +32,12 @@ def classify(run: Classifying, as_json: Json = False) -> None:
     Example: hf-xent classify focal:gamma=2 --model my/encoder --dataset rows.csv --epochs 3 --predict new.csv
     """
     check_training(run)
-    run.check()
+    run.check_sources()
     from ..experiments.classifying import classified
     from ..experiments.results import write_results
 
     with progress_bars() as progress:
-        move = reporter(progress, {ARM: run.loss}, None)
+        move = reporter(progress, {ARM: run.loss or ARM}, None)
         [task] = progress.task_ids
         report = Report(
             step=lambda step: move(ARM, step),
@@ -50,7 +50,7 @@ def classify(run: Classifying, as_json: Json = False) -> None:
     summary = {
         "model": run.model,
         "dataset": run.dataset,
-        "loss": run.loss,
+        "loss": outcome.loss,
         "task": outcome.task,
         "classes": outcome.names,
         "rows": outcome.rows,
@@ -84,7 +84,7 @@ def _table(run: Classifying, outcome: Classified, summary: dict[str, Any]) -> Ta
     columns = {"before": outcome.before, "after": outcome.after} if outcome.losses else {"value": outcome.after}
     if run.predict and len(outcome.predicted) > 1:
         columns[Path(run.predict).name] = outcome.predicted
-    table = Table(f"{outcome.rows['held_out']} held-out rows", title=f"{run.model} on {run.dataset}: {run.loss}")
+    table = Table(f"{outcome.rows['held_out']} held-out rows", title=f"{run.model} on {run.dataset}: {outcome.loss}")
     for name in columns:
         table.add_column(name, justify="right")
     for measure in outcome.after:

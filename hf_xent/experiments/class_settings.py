@@ -25,8 +25,10 @@ DATA_HELP = (
 class Classifying(Tuning):
     """All settings of a classifier's training; each field is an option of `hf-xent classify`."""
 
-    loss: str = option(
-        "The loss, with options if any, such as 'focal:gamma=3'; `hf-xent losses --classes` lists all.", "cross_entropy"
+    loss: str | None = option(
+        "The loss, with options if any, such as 'focal:gamma=3'; `hf-xent losses --classes` lists all [default: the one"
+        " that the model was trained with, or cross_entropy].",
+        None,
     )
     model: str = option(MODEL_HELP, "")
     dataset: str = option(DATA_HELP, "")
@@ -64,14 +66,8 @@ class Classifying(Tuning):
     predictions: str | None = option("CSV file for predictions [default: predictions.csv in the output folder].", None)
     output: str = option("Folder for the model, its checkpoints, predictions.csv and results.json.", "out/classify")
 
-    def check(self) -> Any:
-        """The loss. Raises: ValueError for options that cannot be used, or have no effect."""
-        from .. import classes
-
-        loss = classes.get(self.loss)
-        for name in ("model", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is not given: name one with --{name}")
+    def check(self, loss: Any) -> None:
+        """Raises: ValueError for options that cannot be used under the loss, or have no effect."""
         if loss.labels == "masks":
             raise ValueError(f"loss is {self.loss!r}, which is of images of labels: train it with hf_xent.ClassTrainer")
         for name in ("epochs", "eval_share"):
@@ -80,7 +76,23 @@ class Classifying(Tuning):
                 raise ValueError(f"{name} is {value:g}: choose a number between 0 and {upper:g}")
         for unread, reason in self._unread(loss).items():
             raise ValueError(f"{unread} is given, but {reason}: leave it out")
-        return loss
+        self._check_teacher(loss)
+
+    def check_sources(self) -> None:
+        """Raises: ValueError if the model or the data are not named."""
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not given: name one with --{name}")
+
+    def _check_teacher(self, loss: Any) -> None:
+        """Raises: ValueError if nothing would be learned but what the model itself says."""
+        of_tokens = getattr(loss, "loss", None)
+        copies = self.second in (None, "average", "model")
+        if copies and self.steps != 0 and getattr(of_tokens, "needs_teacher", False) and not of_tokens.ce_weight:
+            raise ValueError(
+                f"second is {self.second or 'not given'}, but {self.loss} learns nothing but what the teacher says:"
+                f" name a classifier with --second, or set the loss to '{self.loss}:ce_weight=0.5'"
+            )
 
     def _unread(self, loss: Any) -> dict[str, str]:
         """Options that have no effect -> why."""

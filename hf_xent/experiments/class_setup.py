@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.rows import Columns, Labeled, load_labeled
-from ..models.classifiers import Classifier, Wanted, load_classifier
+from ..models.classifiers import Classifier, Wanted, load_classifier, stored_loss
 from .class_rows import (
     Collator,
     Part,
@@ -73,7 +74,7 @@ class Task:
         return write_predictions(path, self.loss, logits, rows, shown), {"rows": len(rows.indices), **found}
 
 
-def prepared(run: Classifying, loss: Any, report: Report) -> Task:
+def prepared(run: Classifying, report: Report) -> Task:
     """Reads the rows, loads the model, and makes the trainer.
 
     Raises:
@@ -81,6 +82,9 @@ def prepared(run: Classifying, loss: Any, report: Report) -> Task:
     """
     from transformers import set_seed
 
+    loss = _loss(run)
+    run = replace(run, loss=written(loss))
+    run.check(loss)
     report.phase("reading the rows")
     inputs = tuple(run.column.split(",")) if run.column else ()
     data = load_labeled(run.dataset, run.split, Columns(run.task, inputs, run.label, loss.columns))
@@ -88,7 +92,7 @@ def prepared(run: Classifying, loss: Any, report: Report) -> Task:
         raise ValueError(f"{run.dataset} has no column of labels: name one with --label, of {', '.join(data.found)}")
     if loss.labels == "values" and data.columns.task == "tokens":
         raise ValueError(f"task is tokens, but {run.loss} is a loss of values: choose a loss of classes")
-    names = None if loss.labels == "values" else class_names(data, run.dataset, run.loss)
+    names = None if loss.labels == "values" else class_names(data, run.dataset, str(run.loss))
     report.phase("loading the model")
     set_seed(run.seed)
     wanted = Wanted(
@@ -105,14 +109,47 @@ def prepared(run: Classifying, loss: Any, report: Report) -> Task:
     return _task(run, loss, data, classifier)
 
 
+def _loss(run: Classifying) -> Any:
+    """The loss that is named, or the one that the model was trained with, whose options are kept with its name."""
+    from .. import classes
+
+    if run.loss and run.steps != 0:
+        return classes.get(run.loss)
+    stored = stored_loss(run.model)
+    if stored is None or (run.loss and run.loss != stored["loss"]):
+        return classes.get(run.loss or "cross_entropy")
+    options = {name: value for name, value in stored.items() if name not in ("loss", "classes")}
+    return classes.get(stored["loss"], **options)
+
+
+def written(loss: Any) -> str:
+    """A loss as text: its name, and the options that are not its defaults."""
+    from .. import classes
+
+    options = loss.describe()
+    name = options.pop("loss")
+    default = next((row["options"] for row in classes.table() if row["name"] == name), {})
+    given = [f"{key}={value}" for key, value in options.items() if value != default.get(key)]
+    return f"{name}:{', '.join(given)}" if given else name
+
+
+def _in_range(loss: Any, labels: Sequence[float]) -> Any:
+    """A loss of bins from the least to the largest label, if its range was not set."""
+    unset = {name: end(labels) for name, end in (("low", min), ("high", max)) if getattr(loss, name, 0) is None}
+    return replace(loss, **unset) if unset else loss
+
+
 def _task(run: Classifying, loss: Any, data: Labeled, classifier: Classifier) -> Task:
-    labels = as_ids(data, classifier.names) if classifier.names else as_numbers(data, run.dataset, run.loss)
+    labels = as_ids(data, classifier.names) if classifier.names else as_numbers(data, run.dataset, str(run.loss))
     indices = known(labels)
     counts = {"unlabeled": len(labels) - len(indices)}
     train = held = indices
     if run.steps != 0:
         groups = data.rows[loss.together] if loss.together else None
         train, held = divided(indices, run.eval_share or SHARE, run.seed, groups)
+    if loss.labels == "values":
+        loss = _in_range(loss, [labels[i] for i in train])
+        run = replace(run, loss=written(loss))
     if data.columns.task == "table":
         if not classifier.trained:
             standardize(classifier.model, data, train)
@@ -145,13 +182,14 @@ def _trainer(run: Classifying, loss: Any, classifier: Classifier, parts: list[Pa
         second = {"second": _teacher(run, classifier, task)}
     config = ClassConfig(
         **arguments_of(run, steps or 1),
-        loss=run.loss,
+        loss=str(run.loss),
         remove_unused_columns=False,
         **{name: value for name, value in options.items() if value is not None},
     )
     trainer = ClassTrainer(
         model,
         config,
+        loss=loss,
         train_dataset=parts[0].rows,
         eval_dataset=parts[1].rows,
         processing_class=classifier.processor,
@@ -213,7 +251,7 @@ def _numbered(task: Task, data: Labeled, source: str) -> list[Any]:
     """The labels of rows to predict."""
     names = task.classifier.names
     if names is None:
-        return as_numbers(data, source, task.run.loss)
+        return as_numbers(data, source, str(task.run.loss))
     check_names(data, names, source)
     return as_ids(data, names)
 

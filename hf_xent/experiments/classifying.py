@@ -18,6 +18,8 @@ class Classified:
     """What a run did and measured."""
 
     task: str
+    loss: str
+    """The loss, with the options that are not its defaults."""
     names: list[str] | None
     """The classes in the order of their ids."""
     rows: dict[str, int]
@@ -52,9 +54,9 @@ def classified(run: Classifying, report: Report = SILENT) -> Classified:
     Raises:
         ValueError: An option, the data or the model cannot be used, or there is no checkpoint to resume from.
     """
-    loss = run.check()
+    run.check_sources()
     with quiet_loading():
-        task = prepared(run, loss, report)
+        task = prepared(run, report)
         trainer, steps = task.trainer, task.steps
         report.total(steps)
         watch = watching(report.step, memory=False)
@@ -75,6 +77,7 @@ def classified(run: Classifying, report: Report = SILENT) -> Classified:
         path, predicted = task.predict(Path(run.predictions or Path(run.output, "predictions.csv")))
     return Classified(
         task=task.data.columns.task,
+        loss=str(task.run.loss),
         names=task.classifier.names,
         rows=task.counts,
         before=before,

@@ -88,6 +88,18 @@ def load_classifier(name: str, wanted: Wanted) -> Classifier:
     return _checkpoint(name, wanted)
 
 
+def stored_loss(name: str) -> dict[str, Any] | None:
+    """The loss that a checkpoint was trained with, as its configuration describes it; None for another model."""
+    if name.partition(":")[0] in NEW:
+        return None
+    import transformers
+
+    if find_spec(f"{__package__}.table"):
+        import_module(f"{__package__}.table")  # registers itself with transformers
+    with explain_load_errors(name) as source:
+        return getattr(transformers.AutoConfig.from_pretrained(source), "hf_xent_loss", None)
+
+
 def _checkpoint(name: str, wanted: Wanted) -> Classifier:
     import transformers
 
