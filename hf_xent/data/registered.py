@@ -12,12 +12,18 @@ from .files import expanded_path
 DATASETS: Registry[Corpus] = Registry(
     "dataset",
     {
+        "bfi": "bfi:CORPUS",
         "bookmia": "bookmia:CORPUS",
+        "breast_cancer": "breast_cancer:CORPUS",
         "brown": "brown:CORPUS",
         "cities": "cities:CORPUS",
         "dactyl": "dactyl:CORPUS",
+        "diabetes": "diabetes:CORPUS",
+        "faces": "faces:CORPUS",
         "mimir": "mimir:CORPUS",
+        "mnist": "mnist:CORPUS",
         "patentmia": "patentmia:CORPUS",
+        "phishing": "phishing:CORPUS",
         "pydoc": "pydoc:CORPUS",
         "wiki": "wiki:CORPUS",
         "wikimia": "wikimia:CORPUS",

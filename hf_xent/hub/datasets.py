@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from .. import hub
-from ..data import DATASETS, LABELS, Corpus, load
+from ..data import DATASETS, Corpus, load
 
 SHARD = 500 * 2**20
 """The approximate number of bytes of rows in a file."""
@@ -93,7 +93,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
     total = sum(len(rows) for rows in parts.values())
     head = DatasetCardData(
         license=corpus.license,
-        language=corpus.language,
+        language=corpus.language or None,
         pretty_name=" ".join(filter(None, [corpus.title, Path(config).name])),
         task_categories=list(corpus.tasks),
         size_categories=_size(total),
@@ -111,7 +111,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
 
 def _labels(corpus: Corpus, rows: Any) -> str:
     """The number of rows with each label, as text."""
-    names = LABELS.get(corpus.family, ())
+    names = getattr(corpus.features().get("label"), "names", ())
     labels = rows["label"][:] if names else []
     return ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(names))
 
