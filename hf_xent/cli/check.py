@@ -65,25 +65,38 @@ def losses(
         from ..losses import table as table_of_losses
 
     rows = [{"source": "", **row} for row in table_of_losses()]  # one that a user adds may have none
-    unit = "row" if classes else "token"
     if markdown:
-        columns = ("labels", "needs") if classes else ("statistics",)
-        header = ["loss", f"per {unit}", *columns, "source"]
-        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        for row in rows:
-            cells = [f"`{row['name']}`", f"`{row['formula']}`", *(_text(row[name]) for name in columns), row["source"]]
-            print(f"| {' | '.join(cells)} |")
+        print("\n".join(_of_classes(rows) if classes else _of_tokens(rows)))
         return
-    title = "losses of classes" if classes else "losses"
-    table = Table(title=f"{title} (--json has their help texts)", show_lines=True)
+    table = Table(title=f"losses{' of classes' if classes else ''} (--json has their help texts)", show_lines=True)
     table.add_column("name", no_wrap=True)
-    table.add_column(f"per {unit}, source", overflow="fold")
+    table.add_column(f"per {'row' if classes else 'token'}, source", overflow="fold")
+    if classes:
+        table.add_column("labels, needs", overflow="fold")
     table.add_column("options", overflow="fold")
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
-        table.add_row(row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]", literal(options))
+        cells = [row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]"]
+        cells += ["\n".join([row["labels"], *row["needs"]])] if classes else []
+        table.add_row(*cells, literal(options))
     emit(rows, table, as_json=as_json)
 
 
-def _text(cell: Any) -> str:
-    return cell if isinstance(cell, str) else ", ".join(cell)
+def _of_tokens(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| loss | per token | statistics | source |", "|---|---|---|---|"]
+    return lines + [f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |" for row in rows]
+
+
+def _of_classes(rows: list[dict[str, Any]]) -> list[str]:
+    """Those that are losses of classes alone as a table, the others by name."""
+    from ..classes import OF_STATISTICS
+
+    lines = ["| loss | per row, or per batch | labels | needs | source |", "|---|---|---|---|---|"]
+    for row in (row for row in rows if row["name"] not in OF_STATISTICS):
+        needs = ", ".join(row["needs"])
+        lines.append(f"| `{row['name']}` | `{row['formula']}` | {row['labels']} | {needs} | {row['source']} |")
+    return [
+        *lines,
+        "",
+        f"These losses of tokens are losses of classes, too: {', '.join(f'`{n}`' for n in OF_STATISTICS)}.",
+    ]

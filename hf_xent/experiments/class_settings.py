@@ -69,7 +69,9 @@ class Classifying(Tuning):
     def check(self, loss: Any) -> None:
         """Raises: ValueError for options that cannot be used under the loss, or have no effect."""
         if loss.labels == "masks":
-            raise ValueError(f"loss is {self.loss!r}, which is of images of labels: train it with hf_xent.ClassTrainer")
+            raise ValueError(
+                f"loss is {self.loss!r}, which is of images of labels: train it with hf_xent.trainers.ClassTrainer"
+            )
         for name in ("epochs", "eval_share"):
             value, upper = getattr(self, name), 1 if name == "eval_share" else math.inf
             if value is not None and not 0 < value < upper:
@@ -86,7 +88,7 @@ class Classifying(Tuning):
 
     def _check_teacher(self, loss: Any) -> None:
         """Raises: ValueError if nothing would be learned but what the model itself says."""
-        of_tokens = getattr(loss, "loss", None)
+        of_tokens: Any = getattr(loss, "loss", None)
         copies = self.second in (None, "average", "model")
         if copies and self.steps != 0 and getattr(of_tokens, "needs_teacher", False) and not of_tokens.ce_weight:
             raise ValueError(

@@ -128,7 +128,7 @@ def written(loss: Any) -> str:
 
     options = loss.describe()
     name = options.pop("loss")
-    default = next((row["options"] for row in classes.table() if row["name"] == name), {})
+    default: dict[str, Any] = next((row["options"] for row in classes.table() if row["name"] == name), {})
     given = [f"{key}={value}" for key, value in options.items() if value != default.get(key)]
     return f"{name}:{', '.join(given)}" if given else name
 

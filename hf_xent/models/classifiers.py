@@ -94,8 +94,8 @@ def stored_loss(name: str) -> dict[str, Any] | None:
         return None
     import transformers
 
-    if find_spec(f"{__package__}.table"):
-        import_module(f"{__package__}.table")  # registers itself with transformers
+    from . import table  # noqa: F401  registers itself with transformers
+
     with explain_load_errors(name) as source:
         return getattr(transformers.AutoConfig.from_pretrained(source), "hf_xent_loss", None)
 
