@@ -68,7 +68,7 @@ def test_the_order_of_rows_is_that_of_the_losses(text):
     if is_random(loss) and not loss.per_row:
         return
     order = torch.randperm(len(logits))
-    moved = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    moved = {k: v.detach()[order] if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     found = evaluated(loss, logits, labels, copy.deepcopy(given))
     again = evaluated(loss, logits[order], labels[order], copy.deepcopy(moved))
     torch.testing.assert_close(again, found[order] if loss.per_row else found)

@@ -66,6 +66,7 @@ BROWN = {
 }
 PROSE = ['He said "no".\n\nIn ` May (or June): Two lines 1/2?', 'Caf\xe9, "ok"']
 SENTENCES = ["He said `` `` no '' .\nIn ` May ( or June ) : :\nTwo lines 1/2 ? !", "Caf\xe9 , `` ok ''"]
+TAGS = ["pps vbd `` `` at '' .\nin ` np ( cc np ) : :\ncd nns cd . .", "nn , `` uh ''"]
 
 
 def test_brown_is_rendered_from_its_tags(tmp_path: Path) -> None:
@@ -75,6 +76,8 @@ def test_brown_is_rendered_from_its_tags(tmp_path: Path) -> None:
     assert rows["name"][:] == ["ca01", "cr09"]
     assert rows["text"][:] == SENTENCES
     assert rows["prose"][:] == PROSE
+    assert rows["tags"][:] == TAGS
+    assert [len(line.split()) for line in TAGS[0].split("\n")] == [len(x.split()) for x in SENTENCES[0].split("\n")]
     assert load("brown", tmp_path, split="train[1:]").to_list() == [rows[1]]
     assert list(load("brown", tmp_path, split="train", streaming=True)) == list(rows)
     for source, message in (

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
+import hf_xent
 from support.models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -214,6 +216,114 @@ def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("accuracy", "macro F1"))
     assert len({rows[0]["loss"] for arm, rows in found.items() if arm in example["ARMS"]}) == 3
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 6 * 5 * 2
+
+
+@pytest.fixture
+def class_losses(tmp_path, monkeypatch):
+    """`class_losses(task, arms=None)`: the results of a task with tiny rows and one step, and the module of the task.
+
+    Packages of data that tests lack are stood in for: digits and answers are random, but as many as there are classes.
+    """
+    from PIL import Image
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(40)]
+    digits = {"image": images, "label": [i % 10 for i in range(40)]}
+    answers = {"values": draw.integers(1, 7, (60, 24)).tolist(), "label": [i % 6 for i in range(60)]}
+    load = hf_xent.data.load
+    stand_ins = {"mnist": datasets.Dataset.from_dict(digits), "bfi:N1": datasets.Dataset.from_dict(answers)}
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: stand_ins.get(name) or load(name, **options))
+
+    def run(task, **sizes):
+        example = runpy.run_path(str(EXAMPLES / "class_losses.py"))
+        chosen = example["TASKS"][task.partition(":")[0]]
+        for name, value in {"RATES": (1e-3,), **sizes}.items():
+            monkeypatch.setattr(chosen, name, value)
+        training = {name: value for name, value in chosen.TRAINING.items() if name != "num_train_epochs"}
+        monkeypatch.setattr(chosen, "TRAINING", {**training, "max_steps": 1, "use_cpu": True})
+        found = example["main"](task, seeds=1, output=tmp_path / "out")
+        assert set(found) == set(chosen.ARMS) and {row[0]["rate"] for row in found.values()} <= set(chosen.RATES)
+        [folder] = (tmp_path / "out").iterdir()
+        stored = json.loads((folder / "results.json").read_text())
+        for arm, rows in found.items():
+            tried = stored["tried"][arm]
+            assert rows[0]["validation"] == max(tried.values()) == tried[str(rows[0]["rate"])], arm
+        assert all(f"| {arm} |" in (folder / "README.md").read_text() for arm in found)
+        monkeypatch.setitem(example["main"].__globals__, "run", None)
+        assert example["main"](task, seeds=1, output=tmp_path / "out") == found, "nothing is run twice"
+        return found, chosen
+
+    return run
+
+
+@pytest.mark.slow
+def test_class_losses_of_digits(class_losses):
+    found, digits = class_losses("mnist:40", TRAIN=24, VALIDATION=16)
+    assert all(0 <= rows[0]["accuracy"] <= 1 for rows in found.values())
+    assert [arm for arm, rows in found.items() if "NLL" not in rows[0]] == ["L2-SVM"]
+    right = [row["labels"] for row in digits.images("train", 0)]
+    for share, low, high in (("0", 0, 0), ("40", 0.1, 0.7), ("100", 1, 1)):
+        train, validation, test = digits.rows(share, 0)
+        wrong = np.mean([row["labels"] != label for row, label in zip([*train, *validation], right, strict=True)])
+        assert low <= wrong <= high and [row["labels"] for row in test] == [
+            row["labels"] for row in digits.images("test", 0)
+        ]
+
+
+@pytest.mark.slow
+def test_class_losses_of_tags(class_losses, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    words, sizes = TEXT.split(), {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=90, num_hidden_layers=2, **sizes)).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path / "encoder")
+    for name in ("ca01", "ca02"):
+        lines = [
+            " ".join(f"{w}/{('vbd', 'vbd-hl', 'vb', 'nn-vbd')[(i + k) % 4]}" for k, w in enumerate(words))
+            for i in range(9)
+        ]
+        (tmp_path / name).write_text("\n".join([*lines, "short/vbd"]))
+    found, past_tense = class_losses(f"tags:{tmp_path}@{tmp_path / 'encoder'}", TRAIN=6, VALIDATION=4, TEST=5)
+    assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in past_tense.METRICS)
+    [row, *_] = past_tense.rows(f"tags:{tmp_path}@{tmp_path / 'encoder'}".partition(":")[2], 0)[0]
+    assert len(row["labels"]) == len(row["input_ids"]) > len(words)
+    labels = [label for label in row["labels"] if label >= 0]
+    assert len(labels) == len(words) and labels[:4].count(1) == 2  # vbd and vbd-hl, not vb or nn-vbd
+
+
+@pytest.mark.slow
+def test_class_losses_of_progression(class_losses):
+    found, progression = class_losses("diabetes")
+    assert [arm for arm, rows in found.items() if "mean absolute error" not in rows[0]] == [
+        "PA-BCE, first 6",
+        "PA-BCE, all",
+    ]
+    parts = [part.with_format("numpy") for part in progression.rows("", 0)]
+    assert [len(set(part["list_id"][:].tolist())) for part in parts] == [12, 5, 5]
+    np.testing.assert_allclose(parts[0]["values"][:].mean(0), 0, atol=1e-6)
+    gains = torch.tensor(parts[2]["labels"][:])
+    loss = hf_xent.classes.get("pairwise_gain")
+    assert progression.ranked(loss, gains[:, None], gains) == {"pairs in order": 1, "first three": 1}
+    assert progression.ranked(loss, -gains[:, None], gains)["pairs in order"] == 0
+    assert progression.ranked(loss, 0 * gains[:, None], gains)["pairs in order"] == 0.5
+
+
+@pytest.mark.slow
+def test_class_losses_of_answers(class_losses):
+    found, answers = class_losses("bfi:N1", RATES=(1e-3, 1e-2), TRAIN=30, VALIDATION=12)
+    assert [arm for arm, rows in found.items() if "NLL" not in rows[0]] == ["squared error"]
+    assert all(0 <= rows[0]["mean absolute error"] <= 5 >= rows[0]["kappa"] for rows in found.values())
+    p = torch.tensor([[0.4, 0.0, 0.0, 0.0, 0.3, 0.3], [0.6, 0.1, 0.1, 0.1, 0.1, 0.0]])
+    assert answers.chosen(hf_xent.classes.get("cross_entropy"), p.clamp(min=1e-9).log()).tolist() == [4, 0]
+    numbers = torch.tensor([[-3.0], [2.6], [9.0]])
+    assert answers.chosen(hf_xent.classes.get("squared_error"), numbers).tolist() == [0, 3, 5]
+
+
+def test_class_losses_refuses_other_tasks(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(ValueError, match="task is 'news': choose one of mnist, tags, diabetes, bfi"):
+        runpy.run_path(str(EXAMPLES / "class_losses.py"))["main"]("news", output=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL sets the old name

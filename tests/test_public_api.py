@@ -25,7 +25,8 @@ PUBLIC = {
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
     teachers: """LocalTeacher OtherVocabularyTeacher PaddedTeacher ServedTeacher SeveralTeachers StoredTeacher
         Teacher load write_cache""",
-    classes: "ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize table",
+    classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
+        table""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -60,6 +60,35 @@ def test_results_of_other_settings_are_refused(tmp_path):
         study(tmp_path, settings={"steps": 30})
 
 
+def test_tuned_tries_each_value_once_and_keeps_it(tmp_path):
+    made, asked = study(tmp_path), []
+
+    def cut_off(value):
+        asked.append(value)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return -((value - 0.1) ** 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        made.tuned("ours", (1, 0.1, 0.01), cut_off)
+    again = study(tmp_path)
+    assert again.tuned("ours", (1, 0.1, 0.01), cut_off) == 0.1 and asked == [1, 0.1, 0.01, 0.01]
+    assert study(tmp_path).tuned("ours", (1, 0.1), cut_off, higher=False) == 1 and len(asked) == 4
+    again.record("ours", 0, loss=1.0)  # keeps what was tried
+    assert study(tmp_path).tried == {"ours": {1.0: pytest.approx(-0.81), 0.1: 0.0, 0.01: pytest.approx(-0.0081)}}
+
+
+def test_tuned_takes_the_earlier_of_equals_and_no_run_that_diverged(tmp_path, capsys):
+    made = study(tmp_path)
+    assert made.tuned("ours", (3e-4, 1e-3, 3e-3), {3e-4: np.nan, 1e-3: 0.5, 3e-3: 0.5}.get) == 1e-3
+    assert study(tmp_path).tuned("ours", (3e-4, 3e-3), {}.get) == 3e-3  # NaN is read back
+    with pytest.raises(ValueError, match=r"values is .0\.0003., of which none has a metric for 'ours': try smaller"):
+        made.tuned("ours", (3e-4,), {}.get)
+    made.report("Text.")
+    card = (tmp_path / "README.md").read_text()
+    assert "## Tried on validation rows\n\n- ours: nan at 0.0003, 0.5 at 0.001, 0.5 at 0.003\n" in card
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", json.dumps({"other": 1})])
 def test_what_is_no_results_file_is_refused(tmp_path, broken):
     (tmp_path / "results.json").write_text(broken)

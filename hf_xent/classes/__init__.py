@@ -14,12 +14,20 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
     {
         "aspects": "aspects:Aspects",
         "bias": "bias:Bias",
+        "core_tuning": "core_tuning:CoreTuning",
         "dice": "dice:Dice",
+        "hl_gauss": "hl_gauss:HLGauss",
+        "hybrid": "hybrid:Hybrid",
         "marginal_entropy": "marginal_entropy:MarginalEntropy",
+        "ordinal": "ordinal:Ordinal",
         "pairs": "pairs:Pairs",
         "pairwise_gain": "pairwise_gain:PairwiseGain",
+        "squared_error": "squared_error:SquaredError",
+        "supcon": "supcon:SupCon",
+        "svm": "svm:SVM",
         "symmetric_ce": "symmetric_ce:SymmetricCE",
         "tversky": "tversky:Tversky",
+        "two_hot": "two_hot:TwoHot",
     },
     package=__name__,
 )
@@ -35,6 +43,9 @@ _HOMES = {
     "OfStatistics": "of_statistics",
     "predict": "heads",
     "resize": "heads",
+    "return_values": "value_outputs",
+    "ssim": "structure",
+    "supervised_contrastive": "supcon",
 }
 
 

@@ -12,6 +12,7 @@
     per_row    whether it returns one number a row, [N], which a trainer sums over batches; else a number of the batch
     outputs    the width W of the head, for K classes
     scores     a number for each class, of which `predict` takes the largest, from logits
+    value      the number that logits stand for, where labels are values or classes in an order
     reference  the paper's formula in float64, written without looking at `__call__`
 
 Rows without a label (-100, or a value that is nan) are left out before the loss is called; in images they stay -100.
@@ -87,6 +88,16 @@ class ClassLoss:
     def predict(self, logits: Tensor) -> Tensor:
         """The classes [...] that logits [..., W] stand for; numbers, if labels are values."""
         return self.scores(logits).argmax(-1)
+
+    def value(self, logits: Tensor) -> Tensor:
+        """The numbers [...] that logits [..., W] stand for, with a gradient.
+
+        Raises:
+            ValueError: The loss is of classes without an order.
+        """
+        raise ValueError(
+            f"loss is {self!r}, whose classes are no numbers: choose hl_gauss, two_hot, ordinal or squared_error"
+        )
 
     def reference(self, logits: Any, labels: Any, **given: Any) -> np.ndarray:
         """What `__call__` returns, from the paper's formula in numpy and float64."""

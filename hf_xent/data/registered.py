@@ -17,6 +17,7 @@ DATASETS: Registry[Corpus] = Registry(
         "breast_cancer": "breast_cancer:CORPUS",
         "brown": "brown:CORPUS",
         "cities": "cities:CORPUS",
+        "composites": "composites:CORPUS",
         "dactyl": "dactyl:CORPUS",
         "diabetes": "diabetes:CORPUS",
         "faces": "faces:CORPUS",

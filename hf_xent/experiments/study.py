@@ -2,6 +2,7 @@
 
     study = Study("EMO", ("perplexity", "entropy"), baseline="cross-entropy", output=Path("out/emo"), seeds=3)
     for arm, seed in study.runs(ARMS):                    # the runs that results.json does not have yet
+        rate = study.tuned(arm, (1e-4, 3e-4, 1e-3), lambda rate: validated(arm, rate))      # tried once for each arm
         study.record(arm, seed, perplexity=23.5, entropy=3.02)
     study.report("What was run, and what it shows.")
 
@@ -15,8 +16,9 @@ which is wide for three seeds. It covers what the seed determines (data, order, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -55,6 +57,8 @@ class Study:
     settings: dict[str, Any] = field(default_factory=dict)
     results: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict, init=False)
     """Arm -> seed -> metric -> number."""
+    tried: dict[str, dict[float, float]] = field(default_factory=dict, init=False)
+    """Arm -> value that `tuned` has tried -> its validation metric."""
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
@@ -71,6 +75,8 @@ class Study:
                 " another output folder"
             )
         self.results = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in results.items()}
+        tried = stored.get("tried", {})  # studies before it was kept have none
+        self.tried = {arm: {float(value): score for value, score in scores.items()} for arm, scores in tried.items()}
 
     @property
     def file(self) -> Path:
@@ -98,7 +104,38 @@ class Study:
             metrics: Metric -> number.
         """
         self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
-        text = json.dumps({"settings": self.settings, "results": self.results}, indent=1)
+        self._write()
+
+    def tuned(self, arm: str, values: Iterable[float], run: Callable[[float], float], *, higher: bool = True) -> float:
+        """The value of an option, such as the learning rate, under which an arm does best on validation rows.
+
+        What has been tried is kept on disk as results are, and is not tried again.
+
+        Args:
+            arm: The arm to tune; each has its own best value.
+            values: The values to try, in this order.
+            run: Trains with a value and returns the metric of validation rows, never of the rows that are reported.
+            higher: Whether a higher metric is better; False for errors and losses.
+
+        Returns:
+            The best value, the earlier one of equals. A metric that is NaN, of a run that diverged, is the worst.
+
+        Raises:
+            ValueError: There are no values, or every run has diverged.
+        """
+        values = [float(value) for value in values]
+        for value in values:
+            if value not in self.tried.get(arm, {}):
+                self.tried.setdefault(arm, {})[value] = float(run(value))
+                self._write()
+        scores = {value: self.tried[arm][value] for value in values if not isnan(self.tried[arm][value])}
+        if not scores:
+            raise ValueError(f"values is {values}, of which none has a metric for {arm!r}: try smaller ones")
+        return (max if higher else min)(scores, key=scores.__getitem__)
+
+    def _write(self) -> None:
+        stored = {"settings": self.settings, "results": self.results} | ({"tried": self.tried} if self.tried else {})
+        text = json.dumps(stored, indent=1)
         replace_atomically(self.file, lambda draft: draft.write_text(text))
 
     def values(self, arm: str, metric: str) -> dict[int, float]:

@@ -93,7 +93,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
     total = sum(len(rows) for rows in parts.values())
     head = DatasetCardData(
         license=corpus.license,
-        language=corpus.language or None,
+        language=corpus.language,
         pretty_name=" ".join(filter(None, [corpus.title, Path(config).name])),
         task_categories=list(corpus.tasks),
         size_categories=_size(total),

@@ -1,3 +1,3 @@
-"""Floor 1: measures of predictions: rankings, identification, calibration, consistency, diversity; and modules for
-`evaluate`.
+"""Floor 1: measures of predictions: rankings, identification, calibration, consistency, diversity, masks; and modules
+for `evaluate`.
 """

@@ -22,8 +22,23 @@ VARIANTS = {
     "tversky": ["tversky", "tversky:alpha=0.3, beta=0.7, smooth=0.01"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
     "comp_sum": ["comp_sum:tau=1.7", "comp_sum:tau=0.5"],
+    "hl_gauss": ["hl_gauss:low=-1.5, high=1", "hl_gauss:low=-3, high=3, bins=7, sigma_ratio=2.0, padded=False"],
+    "two_hot": ["two_hot:low=-1.5, high=1, bins=5", "two_hot:low=-3, high=3, bins=2"],
+    "ordinal": [
+        "ordinal", "ordinal:kind=softmax", "ordinal:kind=corn", "ordinal:kind=corn, normalize=K",
+        "ordinal:kind=corn, normalize=pairs",
+    ],
+    "svm": ["svm", "svm:C=2.0, norm_weight=0.0"],
+    "core_tuning": ["core_tuning", "core_tuning:eta=0.5, temperature=0.2, concentration=0.4, least=0.3, projection=5"],
+    "hybrid": [
+        "hybrid",
+        "hybrid:padding=valid, window=7, sigma=1.0",
+        "hybrid:terms=iou, smooth=1.0",
+        "hybrid:terms=bce+ssim",
+    ],
+    "supcon": ["supcon", "supcon:eta=0.0, projection=3"],
     "forward_kl": ["forward_kl:temperature=2.0, ce_weight=0.3"],
-}
+}  # fmt: skip
 """Name -> the losses that are tested; those that are not named are tested with their defaults."""
 COLUMNS = {
     "aspects": lambda loss, n: torch.rand(n, loss.questions),
