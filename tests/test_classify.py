@@ -299,6 +299,20 @@ def test_tables_are_standardized_by_the_model(model, tmp_path):
         classify("cross_entropy", model=model, dataset=data, lora=2)
 
 
+def test_the_range_of_bins_is_that_of_the_labels_and_stays_with_the_model(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    data = table(tmp_path / "rows.csv", ["a", "b", "label"], [(*row, row[0] + 5) for row in x.tolist()])
+    options = {"dataset": data, "learning-rate": None, "output": tmp_path / "out"}
+    found = classify("hl_gauss:bins=21", model="mlp:hidden=8", **options)
+    held = [int(row["row"]) for row in read(tmp_path / "out" / "predictions.csv")]
+    labels = np.delete(x[:, 0] + 5, held)
+    assert found["loss"] == f"hl_gauss:low={labels.min()}, high={labels.max()}, bins=21"
+    again = classify(**{**options, "model": tmp_path / "out", "steps": 0, "output": tmp_path / "again"})
+    assert (
+        again["loss"] == found["loss"] and 4 < float(read(tmp_path / "again" / "predictions.csv")[0]["predicted"]) < 6
+    )
+
+
 def test_columns_tell_the_task(tmp_path):
     """Numbers of a table are all columns of numbers but the labels."""
     data = table(tmp_path / "t.csv", ["a", "name", "b", "target"], [(1, "x", 0.5, "1"), (2, "y", 1e3, "0")])

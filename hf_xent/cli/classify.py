@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,7 @@ def classify(run: Classifying, as_json: Json = False) -> None:
 
     Example: hf-xent classify focal:gamma=2 --model my/encoder --dataset rows.csv --epochs 3 --predict new.csv
     """
-    check_training(run)
+    check_training(run if run.learning_rate is not None else replace(run, learning_rate=1.0))  # None is a default
     run.check_sources()
     from ..experiments.classifying import classified
     from ..experiments.results import write_results

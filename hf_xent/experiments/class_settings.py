@@ -11,6 +11,8 @@ from .fields import option
 from .finetuning import Tuning
 
 EPOCHS, SHARE = 3.0, 0.2
+RATE, RATE_OF_NEW = 2e-5, 1e-3
+"""Learning rates of checkpoints, and of new models."""
 MODEL_HELP = (
     "The model: any Hub id or path of an encoder, decoder or classifier; 'tiny-vit' for images, 'gru' or 'mlp' for"
     " tables are new ones, with options as in 'gru:hidden=64'."
@@ -46,6 +48,9 @@ class Classifying(Tuning):
         min=0,
     )
     batch_size: int = option("Rows per forward pass.", 16, min=1)
+    learning_rate: float | None = option(  # type: ignore[assignment]  # None is replaced before it is used
+        f"Peak learning rate of AdamW, decayed linearly [default: {RATE:g}, and {RATE_OF_NEW:g} for new models].", None
+    )
     max_length: int | None = option("Tokens that are kept of a text, from its start [default: 256].", None, min=2)
     eval_share: float | None = option(f"Share of the rows that is held out for evaluation [default: {SHARE}].", None)
     class_weights: str | None = option("'balanced', or a weight for each class with commas: '1,2.5'.", None)

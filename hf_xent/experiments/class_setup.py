@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..data.rows import Columns, Labeled, load_labeled
-from ..models.classifiers import Classifier, Wanted, load_classifier, stored_loss
+from ..models.classifiers import Classifier, Wanted, is_new, load_classifier, stored_loss
 from .class_rows import (
     Collator,
     Part,
@@ -26,7 +26,7 @@ from .class_rows import (
     part,
     standardize,
 )
-from .class_settings import EPOCHS, SHARE, Classifying, Report
+from .class_settings import EPOCHS, RATE, RATE_OF_NEW, SHARE, Classifying, Report
 from .finetuning import arguments_of
 from .predictions import measures, write_predictions
 
@@ -83,7 +83,8 @@ def prepared(run: Classifying, report: Report) -> Task:
     from transformers import set_seed
 
     loss = _loss(run)
-    run = replace(run, loss=written(loss))
+    rate = RATE_OF_NEW if is_new(run.model) else RATE
+    run = replace(run, loss=written(loss), learning_rate=rate if run.learning_rate is None else run.learning_rate)
     run.check(loss)
     report.phase("reading the rows")
     inputs = tuple(run.column.split(",")) if run.column else ()

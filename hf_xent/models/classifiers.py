@@ -88,9 +88,14 @@ def load_classifier(name: str, wanted: Wanted) -> Classifier:
     return _checkpoint(name, wanted)
 
 
+def is_new(name: str) -> bool:
+    """Whether a name stands for a new model with random weights."""
+    return name.partition(":")[0] in NEW
+
+
 def stored_loss(name: str) -> dict[str, Any] | None:
     """The loss that a checkpoint was trained with, as its configuration describes it; None for another model."""
-    if name.partition(":")[0] in NEW:
+    if is_new(name):
         return None
     import transformers
 
