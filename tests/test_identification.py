@@ -1,7 +1,11 @@
 """Verification, closed-set and open-set identification: embeddings worked by hand, and loops over thresholds."""
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 from hf_xent.metrics import ranking
 from hf_xent.metrics.identification import (
@@ -115,3 +119,24 @@ def test_refusals():
         with pytest.raises(ValueError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_example_measures_every_protocol(tmp_path, monkeypatch):
+    """On images that are a brightness of their label and noise."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    example = import_module("identities")
+
+    def images(name, split, seed):
+        classes, count = {"mnist": (10, 900), "faces": (2, 200)}[name]
+        labels = np.random.default_rng(seed).integers(0, classes, count)
+        noise = torch.Generator().manual_seed(seed)
+        draw = lambda label: label / 5 - 1 + 0.1 * torch.randn(1, 28, 28, generator=noise)  # noqa: E731
+        return [{"pixel_values": draw(int(label)), "labels": int(label)} for label in labels]
+
+    monkeypatch.setattr(example.tiny_vit, "images", images)
+    monkeypatch.setattr(example, "RATES", (2e-3,))
+    found = example.main(epochs=2, seeds=1, output=tmp_path)
+    assert list(found) == list(example.ARMS)
+    assert all(set(rows[0]) == set(example.METRICS) for rows in found.values())
+    assert found["cross-entropy"][0]["AUROC"] > 0.7

@@ -1,5 +1,8 @@
 """The classifier of rows of numbers: its formula, what is saved and loaded, training, and what is refused."""
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +157,14 @@ def test_configurations_that_are_refused(options, message):
 def test_rows_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"values has shape \(5, 2\): give rows of 3 numbers, \[B, T\]"):
         tiny("gru")(rows()[:, :2])
+
+
+@pytest.mark.slow
+def test_the_example_compares_both_heads_and_a_control(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    example = import_module("gru_svm")
+    monkeypatch.setattr(example, "RATES", (3e-3,))
+    found = example.main("breast_cancer", epochs=2, seeds=1, output=tmp_path)
+    assert list(found) == ["GRU, softmax", "GRU, SVM", "logistic regression"]
+    assert all(rows[0]["accuracy"] > 0.8 for rows in found.values())
+    assert "GRU-SVM on breast_cancer" in (tmp_path / "breast_cancer" / "README.md").read_text()
