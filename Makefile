@@ -49,6 +49,7 @@ bench: venv  ## time against dense torch and other libraries (ARGS="--tokens 409
 
 report: venv  ## the tables of README.md, and the pages and plots of benchmarks/results/*.csv
 	.venv/bin/hf-xent losses --markdown | .venv/bin/python .ci/between.py README.md losses
+	.venv/bin/hf-xent losses --classes --markdown | .venv/bin/python .ci/between.py README.md "class losses"
 	.venv/bin/hf-xent report $(ARGS)
 
 # The heads of Gemma 2 2B, TRL's own benchmark, Qwen3 1.7B and Llama 3 8B.

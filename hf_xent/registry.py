@@ -151,13 +151,24 @@ class Registry(MutableMapping[str, T], Generic[T]):
         """The documentation in an entry's file: `name`, `object`, `summary`, `formula`, `options` (defaults), their
         `help`, and its sections (`source`, `statistics`, `relations`, ...) by their titles.
         """
+        path, object_name = self._place(name)
+        return {"name": name, "object": object_name, **_documentation(path, object_name)}
+
+    def constants(self, name: str) -> dict[str, Any]:
+        """The constants of an entry's class that are literals, also inherited ones, read without importing it."""
+        entry = self.entries[name]
+        if isinstance(entry, type):  # added by a user, who has imported it
+            return {key: value for base in reversed(entry.__mro__) for key, value in vars(base).items()}
+        path, object_name = self._place(name)
+        return _constants(path, _definition(_tree(path), object_name))
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        """The file of an entry, and its name there."""
         entry = self.entries[name]
         if isinstance(entry, str):
             file, _, object_name = entry.partition(":")
-            path = Path(sys.modules[self.package].__path__[0], *file.split(".")).with_suffix(".py")
-        else:
-            path, object_name = Path(str(sys.modules[entry.__module__].__file__)), getattr(entry, "__name__", "")
-        return {"name": name, "object": object_name, **_documentation(path, object_name)}
+            return Path(sys.modules[self.package].__path__[0], *file.split(".")).with_suffix(".py"), object_name
+        return Path(str(sys.modules[entry.__module__].__file__)), getattr(entry, "__name__", "")
 
     def table(self) -> list[dict[str, Any]]:
         """One row per entry, for help texts, the documentation and the README."""
@@ -237,6 +248,21 @@ def _options(path: Path, node: ast.AST | None) -> dict[str, tuple[Any, str]]:
             name = ast.unparse(field.target)
             options[name] = (_value(field.value), text or options.get(name, (None, ""))[1])
     return options
+
+
+def _constants(path: Path, node: ast.AST | None) -> dict[str, Any]:
+    """Name -> value of what a class body sets to a literal, without the fields of a dataclass."""
+    found: dict[str, Any] = {}
+    if not isinstance(node, ast.ClassDef):
+        return found
+    for base in reversed(node.bases):
+        found |= _constants(*_resolved(path, ast.unparse(base)))
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and line.value and "ClassVar" in ast.unparse(line.annotation):
+            found[ast.unparse(line.target)] = _value(line.value)
+        elif isinstance(line, ast.Assign):
+            found |= {ast.unparse(target): _value(line.value) for target in line.targets}
+    return found
 
 
 def _resolved(path: Path, name: str) -> tuple[Path, ast.AST | None]:

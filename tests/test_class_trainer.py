@@ -368,7 +368,8 @@ def test_a_loss_of_the_batch_is_that_of_all_ranks_rows(tmp_path):
     """2 x 4 rows with `gather` are 1 x 8, where one rank has an ignored label; without, they are not."""
     one = fit(tmp_path, KINDS["sequence"][0](), KINDS["sequence"][1](), OfTheBatch(), per_device_train_batch_size=N)
     for gather in (True, False):
-        for weights, loss in run_ranks(2, on_a_rank, tmp_path / str(gather), str(tmp_path / "ranks"), gather):
+        (folder := tmp_path / str(gather)).mkdir()
+        for weights, loss in run_ranks(2, on_a_rank, folder, str(tmp_path / "ranks"), gather):
             assert (loss == pytest.approx(one.state.log_history[0]["loss"], rel=1e-4)) == gather
             gaps = [(weights[n] - p).abs().max() for n, p in one.model.named_parameters()]
             assert (max(gaps) < 1e-5) == gather

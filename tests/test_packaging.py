@@ -26,7 +26,8 @@ EXTRAS = {
     extra: [Requirement(line) for line in lines] for extra, lines in PROJECT["project"]["optional-dependencies"].items()
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # module -> distribution, where they differ
-BROUGHT = {"jinja2": "torch", "pandas": "datasets", "pyarrow": "datasets"}  # what comes with what is named
+# What comes with what is named.
+BROUGHT = {"PIL": "matplotlib", "jinja2": "torch", "pandas": "datasets", "pyarrow": "datasets"}
 OPTIONAL = {
     "cut_cross_entropy",
     "deepspeed",

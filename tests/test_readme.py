@@ -45,7 +45,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize("line", commands())
 def test_commands_run(line, tmp_path):
     _, command, *rest = shlex.split(line)
-    output = ["--output", str(tmp_path)] if command in ("train", "bench") else []
+    output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify") else []
     result = CliRunner().invoke(cli.app, [command, *rest, *SMALLER.get(command, []), *output])
     assert result.exit_code == 0, result.output
 
@@ -89,6 +89,12 @@ def test_table_of_losses_is_generated():
     """If this fails: `make report`."""
     shown = re.search(r"<!-- losses -->\n(.*?)<!-- /losses -->", README, re.DOTALL).group(1)
     assert shown == CliRunner().invoke(cli.app, ["losses", "--markdown"]).stdout
+
+
+def test_table_of_losses_of_classes_is_generated():
+    """If this fails: `make report`."""
+    shown = re.search(r"<!-- class losses -->\n(.*?)<!-- /class losses -->", README, re.DOTALL).group(1)
+    assert shown == CliRunner().invoke(cli.app, ["losses", "--classes", "--markdown"]).stdout
 
 
 def test_table_of_results_is_generated():

@@ -79,10 +79,20 @@ def get(loss: Any, **options: Any) -> ClassLoss:
 
 
 def table() -> list[dict[str, Any]]:
-    """The losses of classes as a table, read from their files without importing them, as `hf_xent.losses.table`."""
+    """The losses of classes as a table, read from their files without importing them, as `hf_xent.losses.table`.
+
+    A row has, beside what is there, `labels` ('classes', 'values' or 'masks') and `needs`, as `ClassLoss` has them.
+    """
     from ..losses import LOSSES as TOKEN_LOSSES
 
-    return [*LOSSES.table(), *(TOKEN_LOSSES.row(name) for name in OF_STATISTICS)]
+    rows = []
+    for name in LOSSES:
+        constants = LOSSES.constants(name)
+        rows.append({**LOSSES.row(name), "labels": constants["labels"], "needs": list(constants["needs"])})
+    for name in OF_STATISTICS:
+        needs = ["second"] if TOKEN_LOSSES.constants(name)["needs_teacher"] else []
+        rows.append({**TOKEN_LOSSES.row(name), "labels": "classes", "needs": needs})
+    return rows
 
 
 __all__ = sorted(("LOSSES", "OF_STATISTICS", *LOSSES.exported, *_HOMES, "get", "table"))

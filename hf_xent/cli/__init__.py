@@ -3,6 +3,7 @@
 from .app import app, main
 from .bench import bench, report
 from .check import check, losses
+from .classify import classify
 from .data import data
 from .detect import detect
 from .distill import app as distill
@@ -13,7 +14,7 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, check, losses, generate, detect, publish, bench, report):
+for command in (train, classify, check, losses, generate, detect, publish, bench, report):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")

@@ -25,6 +25,7 @@ app = typer.Typer(
 
 EXTRAS = {
     "bench": "bench",
+    "classify": "train",
     "data": "detect",
     "detect": "detect",
     "distill": "train",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -49,6 +49,7 @@ def check(
 
 
 def losses(
+    classes: Annotated[bool, Option("--classes", help="The losses of classifiers, not those of tokens.")] = False,
     markdown: Annotated[bool, Option("--markdown", help="A Markdown table, as in the README.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -58,19 +59,44 @@ def losses(
     """
     if markdown and as_json:
         raise ValueError("markdown and json are both given, but only one format can be printed: leave one of them out")
-    from ..losses import table as table_of_losses
+    if classes:
+        from ..classes import table as table_of_losses
+    else:
+        from ..losses import table as table_of_losses
 
-    rows = table_of_losses()
+    rows = [{"source": "", **row} for row in table_of_losses()]  # one that a user adds may have none
     if markdown:
-        print("| loss | per token | statistics | source |\n|---|---|---|---|")
-        for row in rows:
-            print(f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |")
+        print("\n".join(_of_classes(rows) if classes else _of_tokens(rows)))
         return
-    table = Table(title="losses (--json has their help texts)", show_lines=True)
+    table = Table(title=f"losses{' of classes' if classes else ''} (--json has their help texts)", show_lines=True)
     table.add_column("name", no_wrap=True)
-    table.add_column("per token, source", overflow="fold")
+    table.add_column(f"per {'row' if classes else 'token'}, source", overflow="fold")
+    if classes:
+        table.add_column("labels, needs", overflow="fold")
     table.add_column("options", overflow="fold")
     for row in rows:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
-        table.add_row(row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]", literal(options))
+        cells = [row["name"], f"{literal(row['formula'])}\n[dim]{literal(row['source'])}[/]"]
+        cells += ["\n".join([row["labels"], *row["needs"]])] if classes else []
+        table.add_row(*cells, literal(options))
     emit(rows, table, as_json=as_json)
+
+
+def _of_tokens(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| loss | per token | statistics | source |", "|---|---|---|---|"]
+    return lines + [f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |" for row in rows]
+
+
+def _of_classes(rows: list[dict[str, Any]]) -> list[str]:
+    """Those that are losses of classes alone as a table, the others by name."""
+    from ..classes import OF_STATISTICS
+
+    lines = ["| loss | per row, or per batch | labels | needs | source |", "|---|---|---|---|---|"]
+    for row in (row for row in rows if row["name"] not in OF_STATISTICS):
+        needs = ", ".join(row["needs"])
+        lines.append(f"| `{row['name']}` | `{row['formula']}` | {row['labels']} | {needs} | {row['source']} |")
+    return [
+        *lines,
+        "",
+        f"These losses of tokens are losses of classes, too: {', '.join(f'`{n}`' for n in OF_STATISTICS)}.",
+    ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, Training, fit
+from ..experiments.finetuning import PATCHED, STOCK, Outcome, Run, Tuning, fit
 from .app import unpack_packaged
 from .options import Column, DType, Json, Model, Split, Text, check_dtype, options_from
 from .output import emit, err
@@ -70,7 +70,7 @@ def _check(run: Run) -> None:
     check_training(run)
 
 
-def check_training(run: Training) -> None:
+def check_training(run: Tuning) -> None:
     """Check the options that all trainings share. Raises: ValueError."""
     check_dtype(run.dtype)
     if not 0 < run.learning_rate < math.inf:
@@ -95,8 +95,11 @@ def _outcomes(run: Run, compare: bool) -> list[Outcome]:
     return outcomes
 
 
-def reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable[[str, int | str], None]:
-    """A function `report(arm, step or phase)` that moves the bar of an arm; without a terminal it prints lines."""
+def reporter(progress: Progress, titles: dict[str, str], steps: int | None) -> Callable[[str, int | str], None]:
+    """A function `report(arm, step or phase)` that moves the bar of an arm; without a terminal it prints lines.
+
+    The number of steps may be set later, as the total of the bar.
+    """
     bars = {arm: progress.add_task(title, total=steps, phase="starting") for arm, title in titles.items()}
 
     def report(arm: str, event: int | str) -> None:
@@ -106,8 +109,10 @@ def reporter(progress: Progress, titles: dict[str, str], steps: int) -> Callable
             return
         if isinstance(event, str):
             err.print(f"{titles[arm]}: {event}", highlight=False)
-        elif event and event % max(1, steps // 5) == 0:
-            err.print(f"{titles[arm]}: {event} of {steps} steps", highlight=False)
+            return
+        total = int(progress.tasks[bars[arm]].total or 0)
+        if event and event % max(1, total // 5) == 0:
+            err.print(f"{titles[arm]}: {event} of {total} steps", highlight=False)
 
     return report
 

@@ -6,6 +6,7 @@
     generated    text, label (human, ai), model, domain, category        the last two may be null
     text         as in the docstring of the dataset's file
     images       as in the docstring of the dataset's file
+    labeled      values (numbers) or image, label: see `labeled.py`
 
 Every row is checked as it is read, streaming or not: the published columns exist, text is not empty, a label is 0 or 1.
 Rows are neither dropped nor reordered.
@@ -40,7 +41,7 @@ class Corpus:
 
     title: str
     family: str
-    """'membership', 'generated', 'text' or 'images'."""
+    """'membership', 'generated', 'text', 'images' or 'labeled'."""
     license: str
     """The Hub's name for it."""
     caveat: str
@@ -127,7 +128,9 @@ class Corpus:
             )
         if not source.streaming:
             self._count(rows, source, split)
-        progress = {} if source.streaming else {"desc": self.title}
+        return self._in_schema(rows, columns, {} if source.streaming else {"desc": self.title})
+
+    def _in_schema(self, rows: Any, columns: list[str], progress: dict[str, str]) -> Any:
         return rows.map(self.row, remove_columns=columns, features=self.features(), **progress)
 
     def _count(self, rows: Any, source: Source, split: str | None) -> None:
@@ -153,7 +156,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class InstalledCorpus(Corpus):
-    """A dataset made from an installed package; its only split is 'train'."""
+    """A dataset made from an installed package; its only split is 'train', unless it says otherwise."""
 
     make: Callable[[], Any] = field(kw_only=True)
     numbers: tuple[str, ...] = ()
@@ -179,7 +182,8 @@ class InstalledCorpus(Corpus):
             return super()._complaint(source, error)
         if isinstance(error, ImportError):
             return first_line(error)
-        return f"split: {self.title!r} has only 'train'; choose it, or a slice of it such as 'train[:90%]'"
+        names, first = " and ".join(map(repr, self.splits)), next(iter(self.splits))
+        return f"split: {self.title!r} has only {names}; choose one, or a slice such as '{first}[:90%]'"
 
 
 def select_split(parts: dict[str, Any], split: str | None) -> Any:

@@ -56,22 +56,8 @@ def load_text(source: str | Path, split: str | None = None, column: str = "text"
 
 def opened(source: str | Path, split: str | None = None, column: str = "text", *, chats: bool = False) -> Opened:
     """Opens a source without reading its rows; arguments and errors are those of `load_text`."""
-    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
-        raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
-    source, path = str(source), expanded_path(source)
-    key, _, config = source.partition(":")
-    if key in DATASETS:
-        corpus, copy = DATASETS[key], Source(config=config)
-        raw = _only(corpus.read(copy, split), source)
-        dataset = lambda: corpus.unify(raw, copy, split or "train")  # noqa: E731  one of three, one line each
-    elif os.path.exists(path):
-        raw = _local(path, split, column)
-        dataset = lambda: raw  # noqa: E731  as above
-    elif suffix_of(path) in BUILDERS:
-        raise ValueError(f"no file {source}: give the path of an existing file or folder")
-    else:
-        raw = _hub(source, split)
-        dataset = lambda: raw  # noqa: E731  as above
+    raw, dataset = _found(source, split, column)
+    source = str(source)
 
     def rows() -> Dataset:
         checked = _checked(dataset(), column, source, chats)
@@ -80,6 +66,18 @@ def opened(source: str | Path, split: str | None = None, column: str = "text", *
         return checked
 
     return Opened(raw._fingerprint, rows)  # datasets has no public name for it
+
+
+def load_rows(source: str | Path, split: str | None = None) -> Dataset:
+    """All columns of a source of `load_text`, whatever they hold; cells of .csv and .tsv files are text.
+
+    Raises:
+        ValueError: For a source that is none of these, or that has no rows.
+    """
+    rows = _found(source, split)[1]()
+    if not len(rows):
+        raise ValueError(f"{source} has no rows: choose another split or source")
+    return rows
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text") -> Dataset:
@@ -132,6 +130,25 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, 
     return type(dataset).from_dict({"input_ids": [carried], "labels": [list(carried)]})
 
 
+def _found(source: str | Path, split: str | None, column: str | None = None) -> tuple[Dataset, Callable[[], Dataset]]:
+    """The rows of a source as they are there, and a function that gives them as they are used."""
+    if not isinstance(source, (str, os.PathLike)) or not str(source).strip():
+        raise ValueError(f"source is {source!r}: pass one name, path or Hub id")
+    source, path = str(source), expanded_path(source)
+    key, _, config = source.partition(":")
+    if key in DATASETS:
+        corpus, copy = DATASETS[key], Source(config=config)
+        published = _only(corpus.read(copy, split), source)
+        return published, lambda: corpus.unify(published, copy, split or "train")
+    if os.path.exists(path):
+        rows = _local(path, split, column)
+    elif suffix_of(path) in BUILDERS:
+        raise ValueError(f"no file {source}: give the path of an existing file or folder")
+    else:
+        rows = _hub(source, split)
+    return rows, lambda: rows
+
+
 def _checked(dataset: Dataset, column: str, source: str, chats: bool = False) -> Dataset:
     if column not in dataset.column_names:
         raise ValueError(f"{source} has no column {column!r}: choose one of {', '.join(dataset.column_names)}")
@@ -153,13 +170,13 @@ def _not_text(column: str, source: str, type_name: str) -> ValueError:
     return ValueError(f"{source} holds {type_name}, not text, in its column {column!r}: choose another or convert it")
 
 
-def _local(path: Path, split: str | None, column: str) -> Dataset:
+def _local(path: Path, split: str | None, column: str | None) -> Dataset:
     kind, files = files_of(path)
     try:
         rows = split_of_train(table(kind, files), split or "train", streaming=False)
     except Exception as error:  # `datasets` raises many types of them
         raise ValueError(f"cannot read {path} (split {split or 'train'}): {first_line(error)}") from error
-    if kind == "csv" and column in rows.column_names and (type_ := inferred_type(rows[column])):
+    if kind == "csv" and column is not None and column in rows.column_names and (type_ := inferred_type(rows[column])):
         raise _not_text(column, str(path), type_)
     return rows
 

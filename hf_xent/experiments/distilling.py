@@ -118,7 +118,7 @@ def _config(run: Distilling) -> Any:
 
     sampling = {"max_new_tokens": run.max_new_tokens, "sampling_temperature": run.sampling_temperature}
     return DistillationConfig(
-        **arguments_of(run),
+        **arguments_of(run, run.steps),
         objective=run.objective,
         temperature=run.temperature,
         ce_weight=run.ce_weight,

@@ -17,17 +17,14 @@ STOCK, PATCHED = "stock", "hf_xent"
 
 
 @dataclass(frozen=True)
-class Training:
-    """The settings that all trainings of a causal LM on text share."""
+class Tuning:
+    """The settings that all trainings share."""
 
-    model: str = "smollm2"  # a packaged model, or any Hub id or path of a causal LM
+    model: str = "smollm2"  # a packaged model, or any Hub id or path
     dataset: str = "pydoc"  # any source of `hf_xent.data.load_text`
     split: str | None = None  # of the dataset, such as 'train[:10%]'
-    column: str = "text"  # the column that holds the text
-    steps: int = option("Optimizer steps.", 30, min=1)
     batch_size: int = option("Blocks per forward pass.", 4, min=1)
     accumulation: int = option("Forward passes per optimizer step.", 1, min=1)
-    block_size: int = option("Tokens per block.", 192, min=2)
     learning_rate: float = option("Peak learning rate of AdamW, decayed linearly.", 2e-5)
     lora: int = option(
         "Rank of LoRA adapters on all linear layers but the head, the rest frozen; 0 trains all weights.", 0, min=0
@@ -35,16 +32,25 @@ class Training:
     gradient_checkpointing: bool = option(
         "Compute each layer's activations again in the backward pass instead of keeping them.", False
     )
-    eval_blocks: int = option("Blocks held out for evaluation.", 4, min=1)
     seed: int = option("Seed of batches, dropout and everything else.", 0, min=0, max=2**32 - 1)
     dtype: str = "float32"  # of the model: float32, bfloat16 or float16
-    memory_budget: int | None = option(
-        "Bytes of logits in memory at a time [default: half a byte for each number in the head, or more].", None
-    )
     output: str = option("Folder for the model, its checkpoints, results.json and curves.png.", "out/train")
     save_steps: int = option("Write a checkpoint after every so many steps; 0 writes none.", 0, min=0)
     resume: bool = option("Resume from the newest checkpoint in the output folder.", False)
     save: bool = option("Save the fine-tuned model.", True)
+
+
+@dataclass(frozen=True)
+class Training(Tuning):
+    """The settings that all trainings of a causal LM on text share."""
+
+    column: str = "text"  # the column that holds the text
+    steps: int = option("Optimizer steps.", 30, min=1)
+    block_size: int = option("Tokens per block.", 192, min=2)
+    eval_blocks: int = option("Blocks held out for evaluation.", 4, min=1)
+    memory_budget: int | None = option(
+        "Bytes of logits in memory at a time [default: half a byte for each number in the head, or more].", None
+    )
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ def fitted(
     """`fit` with a trainer that the caller makes."""
     with quiet_loading():
         on_phase("loading the libraries")
-        trainer, watch = make_trainer(), _watch(before_step)
+        trainer, watch = make_trainer(), watching(before_step)
         trainer.add_callback(watch)
-        checkpoint = _checkpoint(run)
+        checkpoint = checkpoint_of(run, run.steps)
         on_phase("evaluating")
         before = trainer.evaluate()
         on_phase("training")
@@ -156,10 +162,12 @@ def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
     train, held_out = _blocks(run, tokenizer)
     options: dict[str, Any] = {"train_dataset": train, "eval_dataset": held_out, "processing_class": tokenizer}
     if arm == PATCHED:
-        config = XentConfig(**arguments_of(run), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail)
+        config = XentConfig(
+            **arguments_of(run, run.steps), loss=run.loss, memory_budget=run.memory_budget, tail=run.tail
+        )
         trainer: Trainer = XentTrainer(model, config, **options)
     else:
-        trainer = Trainer(model, TrainingArguments(**arguments_of(run)), **options)
+        trainer = Trainer(model, TrainingArguments(**arguments_of(run, run.steps)), **options)
     trainer.remove_callback(PrinterCallback)  # the caller shows progress and numbers
     return trainer
 
@@ -173,8 +181,8 @@ def adapted(model: Any, rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def _checkpoint(run: Training) -> str | None:
-    """The newest checkpoint; a finished one is refused, since Trainer would take one step too many."""
+def checkpoint_of(run: Tuning, steps: int) -> str | None:
+    """The newest checkpoint of a run that resumes; a finished one is refused: Trainer would take one step too many."""
     from transformers.trainer_utils import get_last_checkpoint
 
     if not run.resume:
@@ -183,9 +191,9 @@ def _checkpoint(run: Training) -> str | None:
     if checkpoint is None:
         raise ValueError(f"no checkpoint in {run.output}: train with save_steps first, or without resume")
     step = int(checkpoint.rsplit("-", 1)[1])
-    if step >= run.steps:
+    if step >= steps:
         raise ValueError(
-            f"nothing to resume: {Path(checkpoint).name} in {run.output} is at step {step} of {run.steps}, choose"
+            f"nothing to resume: {Path(checkpoint).name} in {run.output} is at step {step} of {steps}, choose"
             " more steps"
         )
     return checkpoint
@@ -206,8 +214,8 @@ def _blocks(run: Run, tokenizer: Any) -> tuple[Any, Any]:
     return split["train"], split["test"]
 
 
-def arguments_of(run: Training) -> dict[str, Any]:
-    """The training arguments that all arms share."""
+def arguments_of(run: Tuning, steps: int) -> dict[str, Any]:
+    """The training arguments that all trainings share."""
     import torch
     from transformers import TrainingArguments
 
@@ -218,7 +226,7 @@ def arguments_of(run: Training) -> dict[str, Any]:
         checkpointing: run.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if run.gradient_checkpointing else None,
         "output_dir": run.output,
-        "max_steps": run.steps,
+        "max_steps": steps,
         "per_device_train_batch_size": run.batch_size,
         "per_device_eval_batch_size": run.batch_size,
         "gradient_accumulation_steps": run.accumulation,
@@ -234,8 +242,11 @@ def arguments_of(run: Training) -> dict[str, Any]:
     }
 
 
-def _watch(before_step: Callable[[int], None]) -> Any:
-    """A callback that calls `before_step`, and measures time and memory of every optimizer step."""
+def watching(before_step: Callable[[int], None], memory: bool = True) -> Any:
+    """A callback that calls `before_step`, and measures time and memory of every optimizer step.
+
+    Without `memory`, time alone: garbage is collected before memory is measured, which takes long beside a small step.
+    """
     from transformers import TrainerCallback
 
     from ..bench.memory import PeakMemory
@@ -247,11 +258,14 @@ def _watch(before_step: Callable[[int], None]) -> Any:
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             before_step(state.global_step)
-            self.meter = PeakMemory(args.device).__enter__()
+            if memory:
+                self.meter = PeakMemory(args.device).__enter__()
             self.start = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.seconds.append(time.perf_counter() - self.start)
+            if not memory:
+                return
             self.meter.__exit__()
             self.memory.append(self.meter.peak)
 

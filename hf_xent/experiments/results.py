@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .finetuning import Outcome, Run, Training
+from .finetuning import Outcome, Run, Tuning
 
 
-def write_results(folder: Path, run: Training, outcomes: list[Outcome]) -> Path:
+def write_results(folder: Path, run: Tuning, outcomes: list[Any]) -> Path:
     """Write the run and everything its arms measured to `results.json` in a folder; returns the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from .. import hub
-from ..data import DATASETS, LABELS, Corpus, load
+from ..data import DATASETS, Corpus, load
 
 SHARD = 500 * 2**20
 """The approximate number of bytes of rows in a file."""
@@ -111,7 +111,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
 
 def _labels(corpus: Corpus, rows: Any) -> str:
     """The number of rows with each label, as text."""
-    names = LABELS.get(corpus.family, ())
+    names = getattr(corpus.features().get("label"), "names", ())
     labels = rows["label"][:] if names else []
     return ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(names))
 

@@ -1,1 +1,3 @@
-"""Floor 1: measures of predictions: rankings, calibration, consistency, diversity, masks; modules for `evaluate`."""
+"""Floor 1: measures of predictions: rankings, identification, calibration, consistency, diversity, masks; and modules
+for `evaluate`.
+"""

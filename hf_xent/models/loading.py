@@ -26,16 +26,23 @@ def load(model: str = DEFAULT, dtype: Any = "auto", *, as_saved: bool = False) -
         ImportError: The package of a packaged model is missing; the message has the command that installs it.
         ValueError: If there is no such model, its weights are broken, or no tokenizer is beside it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # imported here: it takes seconds
+    from transformers import AutoModelForCausalLM  # imported here: it takes seconds
 
     with explain_load_errors(model) as source:
         loader = (_saved_class(source) if as_saved else None) or AutoModelForCausalLM
         loaded = loader.from_pretrained(source, dtype=dtype)
+    return loaded, tokenizer_of(model)
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer beside a model. Raises: ValueError if there is none."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up for GPT-2
             raise ValueError("it has no tokens")
-        return loaded, tokenizer
+        return tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
