@@ -62,13 +62,14 @@ def main(task: str, seeds: int = 3, output: Path = Path("out/class_losses")) -> 
     chosen = TASKS.get(task.partition(":")[0])
     if chosen is None:
         raise ValueError(f"task is {task!r}: choose one of {', '.join(TASKS)}")
-    folder = output / "".join(c if c.isalnum() else "-" for c in task)
-    settings = {"task": task, "rates": list(chosen.RATES), **chosen.TRAINING}
-    study = Study(f"Losses of classes: {task}", chosen.METRICS, next(iter(chosen.ARMS)), folder, seeds, settings)
+    shown = task.partition(":")[0] if "@" in task else task  # without folders of this machine
+    folder = output / shown.replace(":", "-")
+    settings = {"task": shown, "rates": list(chosen.RATES), **chosen.TRAINING}
+    study = Study(f"Losses of classes: {shown}", chosen.METRICS, next(iter(chosen.ARMS)), folder, seeds, settings)
     for arm, seed in study.runs(chosen.ARMS):
         rate = study.tuned(arm, chosen.RATES, lambda value, arm=arm: run(task, arm, 0, value, folder)["validation"])
         study.record(arm, seed, rate=rate, **run(task, arm, seed, rate, folder))
-    return study.report(f"Made by `examples/class_losses.py {task}` of hf_xent.\n\n{chosen.__doc__}")
+    return study.report(f"Made by `examples/class_losses.py {shown}` of hf_xent.\n\n{chosen.__doc__}")
 
 
 if __name__ == "__main__":
