@@ -43,7 +43,8 @@ def run(name: str, arm: str, seed: int, rate: float, folder: Path) -> dict[str, 
     set_seed(seed)
     config = ClassConfig(
         output_dir=str(folder / "run"), learning_rate=rate, seed=seed, save_strategy="no", logging_strategy="no",
-        report_to="none", disable_tqdm=True, **task.TRAINING, **task.ARMS[arm],
+        warmup_steps=0.1, dataloader_pin_memory=False, report_to="none", disable_tqdm=True,
+        **task.TRAINING, **task.ARMS[arm],
     )  # fmt: skip
     model, collator = task.model(source)
     trainer = ClassTrainer(

@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 RATES = (3e-4, 1e-3, 3e-3)
 METRICS = ("accuracy", "NLL")
-TRAINING = {"num_train_epochs": 5, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 500}
+TRAINING = {"num_train_epochs": 8, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 500}
 TRAIN, VALIDATION = 3000, 1000
 CLASSES = 10
 
