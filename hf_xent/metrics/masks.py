@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.ndimage import distance_transform_edt
 
 from ..options.ranges import is_number
 
@@ -77,12 +78,6 @@ def _masks(labels: ArrayLike, predictions: ArrayLike, label: int) -> tuple[np.nd
 
 def _near(mask: np.ndarray, distance: float) -> np.ndarray:
     """The pixels with one of the mask within a distance."""
-    r = int(distance)
-    height, width = mask.shape[-2:]
-    padded = np.pad(mask, [(0, 0)] * (mask.ndim - 2) + [(r, r), (r, r)])
-    near = np.zeros_like(mask)
-    for i in range(2 * r + 1):
-        for j in range(2 * r + 1):
-            if (i - r) ** 2 + (j - r) ** 2 <= distance**2:
-                near |= padded[..., i : i + height, j : j + width]
-    return near
+    images = mask.reshape(-1, *mask.shape[-2:])  # an image without any has none near; the transform would invent one
+    near = [distance_transform_edt(~image) <= distance if image.any() else image for image in images]
+    return np.reshape(near, mask.shape)

@@ -22,38 +22,34 @@ ATTRIBUTE = "hf_xent_loss_state"
 FILE = "loss_state.safetensors"
 
 
-def attach(model: nn.Module, state: nn.Module | None, like: torch.Tensor) -> None:
-    """Makes the state of a loss a part of a model, on the device of a tensor; a state it had before is removed."""
+def attach(model: nn.Module, state: nn.Module | None, like: torch.Tensor) -> nn.Module | None:
+    """Makes the state of a loss a part of a model, on the device of a tensor, and returns it; one it had is removed."""
     if hasattr(model, ATTRIBUTE):
         delattr(model, ATTRIBUTE)
     if state is None:
-        return
+        return None
     model.add_module(ATTRIBUTE, state.to(like.device))
     if hasattr(model, "_keys_to_ignore_on_save"):
         own = {f"{ATTRIBUTE}.{name}" for name in state.state_dict()}
         ignored: Any = model._keys_to_ignore_on_save
         setattr(model, "_keys_to_ignore_on_save", {*(ignored or ()), *own})  # noqa: B010  # known to no type checker
+    return state
 
 
-def attached(model: nn.Module) -> Any:
-    """The state that is a part of a model, or None."""
-    return getattr(model, ATTRIBUTE, None)
-
-
-def save(model: nn.Module, checkpoint: str) -> None:
-    """Writes the state into the folder of a checkpoint."""
-    if (state := attached(model)) is not None:
+def save(state: nn.Module | None, checkpoint: str) -> None:
+    """Writes the state, if there is one, into the folder of a checkpoint."""
+    if state is not None:
         save_model(state, str(Path(checkpoint) / FILE))
 
 
-def load(model: nn.Module, checkpoint: str) -> None:
+def load(state: nn.Module | None, checkpoint: str) -> None:
     """Reads the state from the folder of a checkpoint.
 
     Raises:
         ValueError: The checkpoint has none, but the loss has.
     """
     path = Path(checkpoint) / FILE
-    if (state := attached(model)) is None:
+    if state is None:
         return
     if not path.is_file():
         raise ValueError(f"the checkpoint {checkpoint} has no {FILE}: resume one that was trained under this loss")

@@ -120,7 +120,7 @@ class ClassTrainer(Method, Carded, Trainer):
         dataset = kwargs.get("train_dataset")
         check_data(dataset, self.objective)
         self._weights = None if args.class_weights is None else class_weights(args.class_weights, dataset, model)
-        self._add_state(model)
+        self._state = class_state.attach(model, self._new_state(model), next(model.parameters()))
         if kwargs.get("preprocess_logits_for_metrics") is None:
             kwargs["preprocess_logits_for_metrics"] = self._predicted
         self.averages_items = not self.objective.per_row  # training_step then divides by the accumulated batches
@@ -130,11 +130,9 @@ class ClassTrainer(Method, Carded, Trainer):
         self._average: class_state.AveragedTeacher | None = None
         self._set_second()
 
-    def _add_state(self, model: Any) -> None:
+    def _new_state(self, model: Any) -> nn.Module | None:
         head = self.reader.head
-        features = 0 if head is None else head.in_features
-        state = self.objective.state(features, classes_of(model))
-        class_state.attach(model, state, next(model.parameters()))
+        return self.objective.state(0 if head is None else head.in_features, classes_of(model))
 
     def _set_second(self) -> None:
         """Prepares the model of the second pass."""
@@ -221,8 +219,8 @@ class ClassTrainer(Method, Carded, Trainer):
         objective = self.objective
         if "head" in objective.needs:
             rows.given["head"] = self.reader.head
-        if (state := class_state.attached(self.accelerator.unwrap_model(model))) is not None:
-            rows.given["state"] = state
+        if self._state is not None:
+            rows.given["state"] = self._state
         if self.args.gather and self.args.world_size > 1 and model.training:
             rows = gathered(rows, self.accelerator)
         loss = objective(rows.logits, rows.labels, **rows.given)
@@ -248,17 +246,16 @@ class ClassTrainer(Method, Carded, Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            class_state.save(self.accelerator.unwrap_model(self.model), output_dir)
+            class_state.save(self._state, output_dir)
             if self._average is not None:
                 self._average.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            class_state.load(unwrapped, checkpoint)
+            class_state.load(self._state, checkpoint)
             if self._average is not None:
-                self._average.load(checkpoint, unwrapped)
+                self._average.load(checkpoint, self.accelerator.unwrap_model(self.model))
 
 
 def _without_states(outputs: Any) -> dict[str, Tensor]:
