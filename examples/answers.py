@@ -28,7 +28,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "CORN": {"loss": "ordinal:kind=corn"},
     "squared error": {"loss": "squared_error"},
 }
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 METRICS = ("mean absolute error", "kappa", "NLL")
 TRAINING = {"num_train_epochs": 15, "per_device_train_batch_size": 64, "per_device_eval_batch_size": 1000}
 TRAIN, VALIDATION, CLASSES = 1600, 500, 6

@@ -26,7 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "PA-BCE, first 6": {"loss": "pairwise_gain"},
     "PA-BCE, all": {"loss": "pairwise_gain:top=0"},
 }
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 METRICS = ("mean absolute error", "pairs in order", "first three")
 TRAINING = {"num_train_epochs": 60, "per_device_train_batch_size": 40, "per_device_eval_batch_size": 100}
 LIST, PARTS = 20, (240, 100, 100)

@@ -358,21 +358,36 @@ class OfTheBatch(ClassLoss):
         return logits.gather(1, labels[:, None]).var()
 
 
+def padded():
+    """The first half of the rows has two tokens of padding."""
+    return {**KINDS["sequence"][1](), "input_ids": ids(pads=2), "attention_mask": ids(pads=2).ne(0).long()}
+
+
 def on_a_rank(rank, folder, gather):
-    trainer = fit(folder, KINDS["sequence"][0](), KINDS["sequence"][1](), OfTheBatch(), gather=gather)
-    return {name: p.detach() for name, p in trainer.model.named_parameters()}, trainer.state.log_history[0]["loss"]
+    batch = padded()
+    cut = lambda rows: {n: x[:, :3] if rank == 0 and x.ndim > 1 else x for n, x in collate(rows).items()}  # noqa: E731
+    runs = []
+    for loss in (OfTheBatch(), "bias:mode=local", "supcon"):
+        trainer = trainer_of(folder, KINDS["sequence"][0](), batch, loss, gather=gather)
+        trainer.data_collator = cut
+        trainer.train()
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        runs.append((weights, trainer.state.log_history[0]["loss"]))
+    return runs
 
 
 @pytest.mark.slow
 def test_a_loss_of_the_batch_is_that_of_all_ranks_rows(tmp_path):
-    """2 x 4 rows with `gather` are 1 x 8, where one rank has an ignored label; without, they are not."""
-    one = fit(tmp_path, KINDS["sequence"][0](), KINDS["sequence"][1](), OfTheBatch(), per_device_train_batch_size=N)
+    """2 x 4 rows with `gather` are 1 x 8, of other lengths and with an ignored label; without, they are not."""
+    losses, batch = (OfTheBatch(), "bias:mode=local", "supcon"), padded()
+    ones = [fit(tmp_path, KINDS["sequence"][0](), batch, x, per_device_train_batch_size=N) for x in losses]
     for gather in (True, False):
         (folder := tmp_path / str(gather)).mkdir()
-        for weights, loss in run_ranks(2, on_a_rank, folder, str(tmp_path / "ranks"), gather):
-            assert (loss == pytest.approx(one.state.log_history[0]["loss"], rel=1e-4)) == gather
-            gaps = [(weights[n] - p).abs().max() for n, p in one.model.named_parameters()]
-            assert (max(gaps) < 1e-5) == gather
+        for runs in run_ranks(2, on_a_rank, folder, str(tmp_path / "ranks"), gather):
+            for one, (weights, loss) in zip(ones, runs, strict=True):
+                assert (loss == pytest.approx(one.state.log_history[0]["loss"], rel=1e-4)) == gather
+                gaps = [(weights[n] - p).abs().max() for n, p in one.model.named_parameters()]
+                assert (max(gaps) < 1e-5) == gather
 
 
 def test_adapters_train_the_head_with_features_and_state(tmp_path):
@@ -383,7 +398,7 @@ def test_adapters_train_the_head_with_features_and_state(tmp_path):
     trainer = fit(tmp_path, adapted, batch, Probe())
     head = trainer.model.base_model.model.classifier
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
-    assert getattr(trainer.model, ATTRIBUTE).calls == 2
+    assert getattr(trainer.model, ATTRIBUTE).calls == 2 and trainer.evaluate()["eval_loss"] > 0
     trainer.save_model(tmp_path / "adapter")
     assert not [key for key in peft.load_peft_weights(str(tmp_path / "adapter")) if ATTRIBUTE in key]
 

@@ -38,6 +38,9 @@ API = {
     "torch.Tensor._make_wrapper_subclass": ("lazy", ()),
     "torch.Tensor._backward_hooks": ("lazy", ()),
     "torch.Tensor._version": ("lazy", ()),
+    "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
+        "trainers", ("module", "params_and_buffers_to_ignore"),
+    ),
     "torch.utils._pytree.tree_map": ("lazy", ("func", "tree")),
     "torch.utils._pytree.tree_leaves": ("lazy", ("tree",)),
     "torch.overrides.get_default_nowrap_functions": ("lazy", ()),

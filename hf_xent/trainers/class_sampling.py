@@ -55,11 +55,18 @@ class Lists(Sampler[int]):
         self.epoch = epoch
 
 
+_PADDED = {"feature_map", "mask"}
+
+
 def gathered(rows: Rows, accelerator: Any) -> Rows:
     """The rows of all processes, which may have different numbers of them; gradients reach those of this one."""
     counts = accelerator.gather(torch.tensor([len(rows.labels)], device=rows.labels.device)).tolist()
     join = lambda x: _joined(x, counts, accelerator)  # noqa: E731
-    given = {k: join(v) if isinstance(v, Tensor) else v for k, v in rows.given.items()}
+    given = {k: join(v) if isinstance(v, Tensor) else v for k, v in rows.given.items() if k not in _PADDED}
+    for name in sorted(_PADDED & {*rows.given}):  # sequences, whose lengths are those of each process's batch
+        value = rows.given[name].contiguous()  # accelerate makes integers of flags, but on the ranks that pad alone
+        value = value.long() if value.dtype == torch.bool else value
+        given[name] = join(accelerator.pad_across_processes(value, dim=1)).to(rows.given[name].dtype)
     return Rows(join(rows.logits), join(rows.labels), given)
 
 

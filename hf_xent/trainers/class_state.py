@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
@@ -34,6 +36,25 @@ def attach(model: nn.Module, state: nn.Module | None, like: torch.Tensor) -> nn.
         ignored: Any = model._keys_to_ignore_on_save
         setattr(model, "_keys_to_ignore_on_save", {*(ignored or ()), *own})  # noqa: B010  # known to no type checker
     return state
+
+
+def average_over_ranks(model: nn.Module, state: nn.Module) -> None:
+    """Lets a state's gradients be means over all processes, which data parallelism cannot do by itself.
+
+    Its parameters are used after the model's forward, so that DDP would take them for unused ones. They are left out of
+    it, and averaged where their gradients are. An accumulated gradient is the same on all ranks before the next part is
+    added, so the mean of the sums is the sum of the means.
+    """
+    names = [f"{ATTRIBUTE}.{name}" for name, _ in state.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    for parameter in state.parameters():
+        parameter.register_post_accumulate_grad_hook(_average)
+
+
+def _average(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
 
 
 def save(state: nn.Module | None, checkpoint: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import classes
 from ..classes.base import ClassLoss
@@ -31,7 +31,7 @@ from ..hub import Carded, Tokenless
 from ..patching.heads import inner_of
 from . import class_state
 from .base import Method, Options
-from .class_rows import RowReader, Rows, at_size, flat
+from .class_rows import POSITIONS, RowReader, Rows, at_size, flat
 from .class_sampling import Lists, gathered
 from .class_setup import check_data, check_effect, class_weights, classes_of, fit_head
 from .refusals import OWN_LOSS
@@ -115,6 +115,7 @@ class ClassTrainer(Method, Carded, Trainer):
         args = self.configured(args, kwargs)
         self.objective = classes.get(loss or args.loss)
         check_effect(args, self.objective, second)
+        set_seed(args.seed)  # as the stock trainer does, but before the head and the state are drawn
         fit_head(model, self.objective)
         self.reader = RowReader(model, self.objective)
         dataset = kwargs.get("train_dataset")
@@ -128,11 +129,22 @@ class ClassTrainer(Method, Carded, Trainer):
         self.model_accepts_loss_kwargs = self.objective.per_row  # the labels of a step are counted for us
         self._second: Any = second
         self._average: class_state.AveragedTeacher | None = None
+        self._set_state()
         self._set_second()
 
     def _new_state(self, model: Any) -> nn.Module | None:
         head = self.reader.head
         return self.objective.state(0 if head is None else head.in_features, classes_of(model))
+
+    def _set_state(self) -> None:
+        """Prepares the state for several processes. Raises: ValueError for a trained one under FSDP or DeepSpeed."""
+        if self._state is None or not [*self._state.parameters()] or self.args.world_size == 1:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"loss is {self.objective!r}, which trains layers beside the model: train it without FSDP and DeepSpeed"
+            )
+        class_state.average_over_ranks(self.model, self._state)
 
     def _set_second(self) -> None:
         """Prepares the model of the second pass."""
@@ -195,8 +207,7 @@ class ClassTrainer(Method, Carded, Trainer):
         inputs, labels = dict(inputs), self.reader.labels(inputs)
         columns = {name: inputs.pop(name) for name in self.objective.columns if name in inputs}
         missing = [name for name in self.objective.columns if name not in columns] if model.training else []
-        for name in self.label_names:
-            inputs.pop(name, None)
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", *POSITIONS)}
         if missing:
             raise ValueError(f"a batch has {', '.join(inputs)}: give {' and '.join(missing)}")
         rows, outputs = self.reader.read(model, inputs, labels)
