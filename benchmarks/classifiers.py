@@ -57,14 +57,17 @@ def page(encoder: str | None, rounds: int, steps: int) -> str:
     for _ in range(rounds):
         for name, source in models.items():
             for arm in times[name]:
-                _run(arm, source, steps, times[name][arm])
+                _run(arm, source, steps if source else 5 * steps, times[name][arm])
     lines = [f"| | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
     for arm in (STOCK, *LOSSES):
         cells = (_cell(times[name][arm], times[name][STOCK]) for name in models)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     title = "# Steps of classifiers\n\n`python -m benchmarks classifiers --encoder FOLDER` makes this page.\n\n"
-    about = f"{title}{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: median milliseconds of"
-    about += f" a step of {ROWS} rows, and the ratio to {STOCK}; {rounds} rounds of {steps - 2} steps, in turns."
+    about = (
+        f"{title}{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}: median\nmilliseconds of"
+    )
+    about += f" a step of {ROWS} rows, and the ratio to {STOCK}; {rounds} rounds of {steps - 2} steps of"
+    about += f" text\nor {5 * steps - 2} of images, in turns."
     return "\n".join([about, "", *lines])
 
 
