@@ -433,6 +433,23 @@ def test_a_trained_model_is_served_by_a_pipeline(tmp_path):
     assert classes.predict(trainer.model, logits).item() == logits.argmax()
 
 
+@pytest.mark.parametrize(
+    ("kind", "auto", "task"),
+    [
+        ("image", "ImageClassification", "image-classification"),
+        ("audio", "AudioClassification", "audio-classification"),
+        ("segmentation", "SemanticSegmentation", "image-segmentation"),
+        ("token", "TokenClassification", "token-classification"),
+    ],
+)
+def test_cards_load_the_model_by_its_kind(kind, auto, task, tmp_path):
+    trainer = trainer_of(tmp_path, KINDS[kind][0](), KINDS[kind][1](), "focal:gamma=3")
+    trainer.create_model_card("seen")
+    card = (tmp_path / "README.md").read_text()
+    assert f"AutoModelFor{auto}.from_pretrained(" in card and f"pipeline_tag: {task}" in card
+    assert "gamma" in card and "reads them" not in card
+
+
 def test_refusals(tmp_path):
     sequence, batch = KINDS["sequence"][0], KINDS["sequence"][1]()
 

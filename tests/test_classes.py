@@ -247,6 +247,7 @@ def test_adapters_and_cards(tmp_path):
     trainer.create_model_card("taught")
     card = (tmp_path / "README.md").read_text()
     assert "- `questions`: 2" in card and "CE(softmax(z_1..z_K), y) + alpha mean_q" in card
+    assert "`hf_xent.classes.predict(model, logits)` reads them" in card, "its outputs are not classes"
 
 
 def test_refusals(tmp_path):

@@ -168,3 +168,11 @@ def test_the_example_compares_both_heads_and_a_control(tmp_path, monkeypatch):
     assert list(found) == ["GRU, softmax", "GRU, SVM", "logistic regression"]
     assert all(rows[0]["accuracy"] > 0.8 for rows in found.values())
     assert "GRU-SVM on breast_cancer" in (tmp_path / "breast_cancer" / "README.md").read_text()
+
+
+def test_its_card_loads_it_in_a_process_that_knows_transformers_alone():
+    from hf_xent.hub.usage import usage_of
+
+    usage = usage_of(TableForSequenceClassification(TableConfig(3, num_labels=2)))
+    assert "from hf_xent.models.table import TableForSequenceClassification" in usage.code
+    assert usage.library == "hf_xent"

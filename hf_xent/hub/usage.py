@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ AUTO = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "SemanticSegmentation": "image-segmentation",
 }
 """Suffix of a class AutoModelFor... of transformers -> the Hub's name of the task of its models."""
 BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```", re.DOTALL)
@@ -70,6 +73,16 @@ def usage_of(model: Any) -> Usage | None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "config"):
         return None
+    found, loss = _of_class(model, base), getattr(base.config, "hf_xent_loss", None)
+    if found is None or loss is None or loss["classes"] == base.config.num_labels:
+        return found
+    return replace(found, note="Its outputs are not its classes: `hf_xent.classes.predict(model, logits)` reads them.")
+
+
+def _of_class(model: Any, base: Any) -> Usage | None:
+    """How a model is loaded, by the names of its class."""
+    if type(base).__module__.startswith("hf_xent.models."):  # of no other library
+        return replace(_loads(type(base).__module__, type(base).__name__, None), library="hf_xent")
     names = [cls.__name__ for cls in type(base).__mro__]  # with its bases: sharding derives a class for the model
     auto = _auto_of(base, names)
     if getattr(model, "peft_config", None):  # set in models of PEFT
