@@ -450,6 +450,24 @@ def test_cards_load_the_model_by_its_kind(kind, auto, task, tmp_path):
     assert "gamma" in card and "reads them" not in card
 
 
+def test_losses_that_need_whole_weights_are_refused_where_they_are_in_parts(tmp_path, monkeypatch):
+    """The flag is set by hand: accelerate shards no model on a CPU."""
+    prepare = transformers.Trainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        prepare(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharded)
+    for loss, why in (
+        ("supcon", "trains layers beside the model"), ("core_tuning", "trains layers"), ("svm", "reads the weights"),
+        ("symmetric_ce", "second is 'average', a copy of the whole model"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{why}.*train.* without FSDP and DeepSpeed"):
+            trainer_of(tmp_path, KINDS["sequence"][0](), KINDS["sequence"][1](), loss)
+    trainer_of(tmp_path, KINDS["sequence"][0](), KINDS["sequence"][1](), "svm:norm_weight=0.0")
+
+
 def test_refusals(tmp_path):
     sequence, batch = KINDS["sequence"][0], KINDS["sequence"][1]()
 

@@ -137,14 +137,21 @@ class ClassTrainer(Method, Carded, Trainer):
         return self.objective.state(0 if head is None else head.in_features, classes_of(model))
 
     def _set_state(self) -> None:
-        """Prepares the state for several processes. Raises: ValueError for a trained one under FSDP or DeepSpeed."""
-        if self._state is None or not [*self._state.parameters()] or self.args.world_size == 1:
-            return
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                f"loss is {self.objective!r}, which trains layers beside the model: train it without FSDP and DeepSpeed"
-            )
-        class_state.average_over_ranks(self.model, self._state)
+        """Prepares the state for several processes.
+
+        Raises:
+            ValueError: The weights are in parts, and the loss needs whole ones.
+
+        Under FSDP and DeepSpeed a rank has whole weights within the model's forward alone.
+        """
+        trains = self._state is not None and any(True for _ in self._state.parameters())
+        head = self.reader.head
+        reads = "head" in self.objective.needs or (head is not None and self.objective.penalty(head) is not None)
+        if (trains or reads) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            what = "trains layers beside the model" if trains else "reads the weights of the head"
+            raise ValueError(f"loss is {self.objective!r}, which {what}: train it without FSDP and DeepSpeed")
+        if self._state is not None and trains and self.args.world_size > 1:
+            class_state.average_over_ranks(self.model, self._state)
 
     def _set_second(self) -> None:
         """Prepares the model of the second pass."""
