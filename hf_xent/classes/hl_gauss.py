@@ -1,6 +1,6 @@
 """HL-Gauss: regression as cross-entropy with a normal distribution around the label, as mass in bins.
 
-    p_i = [erf((b_i+1 - y) / (sqrt2 sigma)) - erf((b_i - y) / (sqrt2 sigma))] / Z     and sum_i -p_i log softmax(z)_i
+    -sum_i p_i log softmax(z)_i   p_i = [erf((b_i+1 - y) / (sqrt2 sigma)) - erf((b_i - y) / (sqrt2 sigma))] / Z
 
 The edges b_0..b_m are equally spaced, sigma is `sigma_ratio` times the width of a bin, and Z makes the sum of p one.
 The prediction is the mean of the softmax over the centers of bins. A normal distribution that the ends of the support

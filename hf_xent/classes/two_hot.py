@@ -1,6 +1,6 @@
 """Two-hot: regression as cross-entropy with the two bins beside the label, weighted so that their mean is the label.
 
-    p_i = (c_i+1 - y) / (c_i+1 - c_i),  p_i+1 = 1 - p_i   for c_i <= y < c_i+1,     and sum_i -p_i log softmax(z)_i
+    -sum_i p_i log softmax(z)_i   p_i = (c_i+1 - y) / (c_i+1 - c_i) and p_i+1 = 1 - p_i for c_i <= y < c_i+1
 
 The centers c_i go from `low` to `high`, both included, so every label in the range is the mean of its target exactly.
 The prediction is the mean of the softmax over centers.

@@ -83,20 +83,26 @@ def losses(
 
 
 def _of_tokens(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| loss | per token | statistics | source |", "|---|---|---|---|"]
-    return lines + [f"| `{row['name']}` | `{row['formula']}` | {row['statistics']} | {row['source']} |" for row in rows]
+    head = ["| loss | per token | statistics | source |", "|---|---|---|---|"]
+    return head + [_line(row, row["statistics"], row["source"]) for row in rows]
 
 
 def _of_classes(rows: list[dict[str, Any]]) -> list[str]:
     """Those that are losses of classes alone as a table, the others by name."""
     from ..classes import OF_STATISTICS
 
-    lines = ["| loss | per row, or per batch | labels | needs | source |", "|---|---|---|---|---|"]
-    for row in (row for row in rows if row["name"] not in OF_STATISTICS):
-        needs = ", ".join(row["needs"])
-        lines.append(f"| `{row['name']}` | `{row['formula']}` | {row['labels']} | {needs} | {row['source']} |")
+    others = [row for row in rows if row["name"] not in OF_STATISTICS]
     return [
-        *lines,
+        "| loss | per row, or per batch | labels | needs | source |",
+        "|---|---|---|---|---|",
+        *(_line(row, row["labels"], ", ".join(row["needs"]), row["source"]) for row in others),
         "",
         f"These losses of tokens are losses of classes, too: {', '.join(f'`{n}`' for n in OF_STATISTICS)}.",
     ]
+
+
+def _line(row: dict[str, Any], *cells: str) -> str:
+    """A line of a Markdown table, whose cells end at a | that is not escaped, also within code."""
+    texts = (f"`{row['name']}`", f"`{row['formula']}`", *cells)
+    escaped = (text.replace("|", "\\|") for text in texts)
+    return f"| {' | '.join(escaped)} |"
