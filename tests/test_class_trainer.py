@@ -450,6 +450,20 @@ def test_cards_load_the_model_by_its_kind(kind, auto, task, tmp_path):
     assert "gamma" in card and "reads them" not in card
 
 
+@pytest.mark.parametrize("loss", ["supcon", "hl_gauss:low=0, high=1"])
+def test_the_seed_draws_new_heads_and_states(loss, tmp_path):
+    """Whatever was drawn before; another seed draws others."""
+    batch = KINDS["sequence"][1]()
+    batch["labels"] = torch.rand(N) if "gauss" in loss else batch["labels"]
+    drawn = []
+    for seed, before in ((1, 5), (1, 6), (2, 5)):
+        model = KINDS["sequence"][0]()
+        torch.manual_seed(before)
+        trainer = trainer_of(tmp_path, model, batch, loss, seed=seed)
+        drawn.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_losses_that_need_whole_weights_are_refused_where_they_are_in_parts(tmp_path, monkeypatch):
     """The flag is set by hand: accelerate shards no model on a CPU."""
     prepare = transformers.Trainer.create_accelerator_and_postprocess
