@@ -44,7 +44,7 @@ def resize(model: Any, loss: str | ClassLoss) -> None:
             f"model returns values in place of its {len(config.id2label)} logits: save it and load it to train these"
         )
     before = getattr(config, "hf_xent_loss", None)
-    classes = before["classes"] if before else config.num_labels
+    classes = classes_of(model)
     if classes < loss.least_classes:
         raise ValueError(
             f"model has num_labels={classes}, for which transformers takes labels for numbers, but {loss!r} is of"
@@ -77,6 +77,12 @@ def loss_of(model: Any) -> ClassLoss | None:
         return None
     stored.pop("classes")
     return get(stored.pop("loss"), **stored)
+
+
+def classes_of(model: Any) -> int:
+    """The number K of a model's classes, whatever the width of its head."""
+    stored = getattr(model.config, "hf_xent_loss", None)
+    return int(stored["classes"] if stored else model.config.num_labels)
 
 
 def head_of(model: Any) -> nn.Linear | None:

@@ -175,8 +175,9 @@ def _name_classes(config: Any, names: Sequence[str] | None) -> None:
 
 def _renew(model: Any) -> None:
     """Draws the head anew: the last linear layer with an output for each label."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
-    for head in heads[-1:]:
+    from ..classes.heads import head_of
+
+    if (head := head_of(model)) is not None:
         nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02))
         if head.bias is not None:
             nn.init.zeros_(head.bias)

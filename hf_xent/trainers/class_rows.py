@@ -41,7 +41,7 @@ _OTHER_TASKS = {
 
 @dataclass
 class Rows:
-    """The rows with a label."""
+    """The rows of a batch: all of them, or those with a label."""
 
     logits: Tensor
     """[N, W] in float32 or wider; [B, W, H, W'] for losses of masks."""
@@ -139,7 +139,9 @@ class RowReader:
             )
         return logits
 
-    def read(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Rows, Any]:
+    def read(
+        self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, columns: Mapping[str, Any]
+    ) -> tuple[Rows, Any]:
         """Runs the model. Returns all rows, with and without labels, and the model's outputs.
 
         Raises:
@@ -148,14 +150,14 @@ class RowReader:
         needs, more = self.objective.needs, {}
         if "feature_map" in needs:
             more["output_hidden_states"] = True
-        if self.head is not None and ("features" in needs or "head" in needs):
+        given = dict(columns)
+        if self.head is not None and "features" in needs:
             with inputs_of(self.head) as seen:
                 outputs = model(**inputs, **more)
-            given = {"features": self._features(seen[-1], inputs, labels)}
+            given["features"] = self._features(seen[-1], inputs, labels)
         else:
-            outputs, given = model(**inputs, **more), {}
+            outputs = model(**inputs, **more)
         logits = _wide(self.aligned(outputs, labels))
-        given = {name: value for name, value in given.items() if name in needs}
         if "feature_map" in needs:
             given |= self._feature_map(outputs, inputs, labels)
         rows = Rows(logits, labels, given)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import classes
 from ..classes.base import ClassLoss
-from ..classes.heads import head_of
+from ..classes.heads import classes_of, head_of
 from ..patching.heads import inner_of
 from .class_rows import IGNORED, RowReader
 
@@ -42,12 +42,6 @@ def fit_head(model: Any, loss: ClassLoss) -> None:
         )
     elif (head := head_of(model)) is not None:
         loss.prepare(head, new=False)
-
-
-def classes_of(model: Any) -> int:
-    """K, whatever the width of the head."""
-    stored = getattr(model.config, "hf_xent_loss", None)
-    return int(stored["classes"] if stored else model.config.num_labels)
 
 
 def check_data(dataset: Any, loss: ClassLoss) -> None:

@@ -27,13 +27,14 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import classes
 from ..classes.base import ClassLoss
+from ..classes.heads import classes_of
 from ..hub import Carded, Tokenless
 from ..patching.heads import inner_of
 from . import class_state
 from .base import Method, Options
 from .class_rows import POSITIONS, RowReader, Rows, at_size, flat
 from .class_sampling import Lists, gathered
-from .class_setup import check_data, check_effect, class_weights, classes_of, fit_head
+from .class_setup import check_data, check_effect, class_weights, fit_head
 from .refusals import OWN_LOSS
 from .rows import IDS
 
@@ -168,7 +169,7 @@ class ClassTrainer(Method, Carded, Trainer):
             self.add_callback(class_state.Averaging(self._average, unwrapped))
 
     def _predicted(self, logits: Any, labels: Any) -> Tensor:
-        """The classes, instead of logits; [2, B] of start and end in question answering."""
+        """The classes, instead of logits; [B, 2] of start and end in question answering."""
         if self.reader.answers:
             return torch.stack([self.objective.predict(part) for part in logits[:2]], 1)
         first = logits[0] if isinstance(logits, tuple) else logits
@@ -217,8 +218,7 @@ class ClassTrainer(Method, Carded, Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", *POSITIONS)}
         if missing:
             raise ValueError(f"a batch has {', '.join(inputs)}: give {' and '.join(missing)}")
-        rows, outputs = self.reader.read(model, inputs, labels)
-        rows.given |= flat(Rows(rows.logits, labels, columns)).given if columns else {}
+        rows, outputs = self.reader.read(model, inputs, labels, columns)
         if "second" in self.objective.needs:
             rows.given["second"] = self._second_logits(model, inputs, labels)
         loss = self._reduced(self.reader.labelled(rows), model, num_items_in_batch)
