@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, losses, ops, teachers, trainers
+from hf_xent import classes, detection, losses, ops, retrieval, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -27,6 +27,8 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
+    retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
+        interval minmax mutual_information pmi rank raw recall_at scores zscore""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)
