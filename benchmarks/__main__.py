@@ -128,6 +128,21 @@ def roofline_page(output: Annotated[Path, Option(help="The Markdown file to writ
     print(f"written: {output}")
 
 
+@app.command(name="retrieval")
+def grids_of_losses(
+    folder: Annotated[Path, Option(help="The folder of examples/loss_retrieval.py: prompts in en and fr.")],
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/retrieval.md"),
+    model: Model = "smollm2",
+    sources: Annotated[int, Option(help="Number of sources.", min=1)] = 3,
+    pairs: Annotated[int, Option(help="Pairs of each source that are read alone.", min=1)] = 24,
+) -> None:
+    """Measure a grid of losses with a shared source against every pair alone: CPU seconds and memory."""
+    from benchmarks import retrieval  # lazy: it needs the examples beside it
+
+    output.write_text(retrieval.page(folder, model, sources, pairs), encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command()
 def kernels(
     output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/kernels.md"),
