@@ -211,6 +211,13 @@ def test_loss_retrieval_reports_every_ranking(tmp_path, model):
     assert len(list((tmp_path / "out" / "grid" / "rows").iterdir())) == 3
     assert example["main"](tmp_path, tmp_path / "out", exact=2, model=model) == found
     assert (tmp_path / "out" / "results.md").read_text() == "\n".join(found) + "\n"
+    from benchmarks import retrieval
+
+    threads = torch.get_num_threads()
+    lines = retrieval.page(tmp_path, model, 1, 1).splitlines()
+    torch.set_num_threads(threads)
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| trees", "| chains", "| alone"]
+    assert "(estimate from 1 pairs each) | 1.0 |" in lines[-1]
 
 
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
