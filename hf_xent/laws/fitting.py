@@ -72,6 +72,8 @@ def fit(
     problem = Problem(law, features, delta)
     found = problem.search(truth)
     problem.check_determined(found, truth)
+    for one in features:
+        problem.law_at(found).check_domain(one)
     residuals = problem.errors(found, truth)
     draws = np.empty((0, len(law.parameters)))
     if bootstrap:
