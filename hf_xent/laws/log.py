@@ -54,8 +54,7 @@ class LogLaw(Law):
         without = np.ravel(features["tokens"])[np.ravel(self._logarithm(features) <= 0)]
         if len(without):
             raise ValueError(
-                f"tokens has {without[0]:.4g}, where A tokens^alpha is at most 1 and the law has no value: leave so few "
-                "tokens out"
+                f"tokens has {without[0]:.4g}, where A tokens^alpha is at most 1 and the law has no value: leave it out"
             )
 
     def solved(self, parts: list[Features], y: np.ndarray) -> Self:

@@ -66,7 +66,7 @@ class MultiPowerLaw(ScheduleLaw):
         super().__post_init__()
 
     def of_schedule(self, lr: np.ndarray, step: np.ndarray) -> Features:
-        """S1 at the steps [rows]; size and learning rate of each summed decay, [K], and its S_k at the steps, [rows, K]."""
+        """S1 at the steps, [rows]; size and rate of each summed decay, [K], and its S_k at the steps, [rows, K]."""
         area = np.cumsum(lr)
         first = after_warmup(lr) + 1
         drop = -np.diff(lr)[first - 1 :]  # of the steps first, first + 1, ...
