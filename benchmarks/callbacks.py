@@ -78,9 +78,9 @@ def page(rounds: int, steps: int, every: int) -> str:
     about = (
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}. A GPT-2 of"
         f" {_model().num_parameters()} parameters, {ROWS} x {LENGTH} tokens\na step; without a callback a step takes"
-        f" {1000 * plain:.1f} ms. {rounds} rounds of {timed} timed steps, in turns; shares are of a step's time,\nround by"
-        f" round. One evaluation of the geometry takes {1000 * statistics.median(one):.0f} ms. The target, decided before,"
-        f" is at most {TARGET:.0%}:\n"
+        f" {1000 * plain:.1f} ms. {rounds} rounds of {timed} timed steps, in turns; shares are of a step's time,\n"
+        f"round by round. One evaluation of the geometry takes {1000 * statistics.median(one):.0f} ms. The target,"
+        f" decided before, is at most {TARGET:.0%}:\n"
     )
     kept = [name for name, shares in (("CurveCallback", curve), ("GeometryCallback", geometry)) if _met(shares)]
     verdict = f"{' and '.join(kept)} met it." if kept else "neither met it."
