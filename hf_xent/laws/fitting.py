@@ -1,0 +1,229 @@
+"""One fitter for all laws: the Huber loss of errors in logarithms, minimized from many starts.
+
+Starts are a grid of the exponents, each with the coefficients of non-negative least squares. The best of them are
+refined by a trust-region method on transformed parameters, which have no bounds: methods that move along bounds stop
+early on these valleys.
+
+Source: Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3, the objective and its delta = 1e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from math import isinf
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from ..options.ranges import check_count, is_number
+from .base import TINY, Features, Law
+from .curves import Curve, Data, Part, parts_of
+from .fitted import Fit
+
+REFINED = 6  # starts that are refined; the others are only evaluated
+Residuals = Callable[[np.ndarray], np.ndarray]
+
+
+def fit(
+    law: str | Law | type[Law],
+    data: Data,
+    y: Any = None,
+    *,
+    delta: float | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+    block: int | None = None,
+) -> Fit:
+    """Find the parameters of a law.
+
+    The bootstrap of columns resamples the residuals of points, so that the sizes and tokens that were chosen stay. That
+    of curves flips the signs of whole blocks of successive residuals, since neighbours err alike.
+
+    Args:
+        law: A law by name, with options as in 'annealing:decay=0.99', or as a class or object.
+        data: A mapping of columns; or a curve or several.
+        y: The losses of the columns; curves have theirs.
+        delta: Where the Huber loss turns from squares to absolute values; by default the law's, 1e-3 for losses.
+        bootstrap: The number of draws for intervals and bands; 0 for none, 200 or more for an interval of 95 %.
+        seed: Of these draws.
+        block: Successive points of a curve that a draw keeps together; by default the root of their number.
+
+    Returns:
+        The fit.
+
+    Raises:
+        ValueError: There are too few points, a value is not positive and finite, or the data do not determine a
+            parameter; the message tells which.
+    """
+    from . import get
+
+    law = get(law)
+    parts = parts_of(law, data, y)
+    check_count("bootstrap", bootstrap, 0)
+    if block is not None:
+        check_count("block", block, 1)
+    delta = law.delta if delta is None else delta
+    if not is_number(delta, "(0, inf)"):
+        raise ValueError(f"delta is {delta!r}: choose a number > 0")
+    features = [law.features(**part.columns) for part in parts]
+    truth = _truth(law, parts, features)
+    problem = Problem(law, features, delta)
+    found = problem.search(truth)
+    problem.check_determined(found, truth)
+    residuals = problem.errors(found, truth)
+    draws = np.empty((0, len(law.parameters)))
+    if bootstrap:
+        blocks = _blocks(parts, block) if not isinstance(data, dict) and _are_curves(data) else None
+        draws = problem.bootstrap(found, residuals, blocks, (bootstrap, seed))
+    return Fit(
+        law=problem.law_at(found),
+        residuals=residuals,
+        objective=problem.cost(residuals),
+        delta=float(delta),
+        seen=_merged([law.extent(**part.columns) for part in parts]),
+        draws=draws,
+        resampled="nothing" if not bootstrap else "blocks of curves" if _are_curves(data) else "points",
+    )
+
+
+class Problem:
+    """A law on the features of its data: parameters [P] without bounds, and what they cost."""
+
+    def __init__(self, law: Law, features: list[Features], delta: float):
+        self.law, self.features, self.delta = law, features, delta
+        self.bounds = [law.bounds[name] for name in law.parameters]
+
+    def law_at(self, free: np.ndarray) -> Law:
+        """The law with transformed parameters."""
+        pairs = zip(self.law.parameters, free, self.bounds, strict=True)
+        return self.law.having(**{name: _bounded(value, bound) for name, value, bound in pairs})
+
+    def free_of(self, law: Law) -> np.ndarray:
+        """The transformed parameters of a law, [P]."""
+        pairs = zip(law.values.values(), self.bounds, strict=True)
+        return np.array([_free(value, bound) for value, bound in pairs])
+
+    def scale(self, y: np.ndarray) -> np.ndarray:
+        """Losses or scores in the space of the errors."""
+        return np.log(np.maximum(y, TINY)) if self.law.log_errors else y
+
+    def errors(self, free: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Truth - prediction in the space of the errors, [rows]."""
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            predicted = self.law_at(free).stacked(self.features)
+        return self.scale(truth) - self.scale(np.nan_to_num(predicted, nan=1e12, posinf=1e12, neginf=TINY))
+
+    def cost(self, errors: np.ndarray) -> float:
+        """The sum of Huber losses."""
+        size = np.abs(errors)
+        return float(np.where(size <= self.delta, size**2 / 2, self.delta * (size - self.delta / 2)).sum())
+
+    def refine(self, start: np.ndarray, truth: np.ndarray, loss: str = "huber") -> np.ndarray:
+        """The minimum near a start, [P]."""
+        found = least_squares(
+            self.errors, start, args=(truth,), loss=loss, f_scale=self.delta, xtol=1e-12, ftol=1e-12, gtol=1e-14,
+            max_nfev=400,
+        )  # fmt: skip
+        return found.x
+
+    def search(self, truth: np.ndarray) -> np.ndarray:
+        """The best of many starts, refined, [P]."""
+        names = [name for name in self.law.parameters if name in self.law.starts]
+        grid = [dict(zip(names, point, strict=True)) for point in product(*(self.law.starts[n] for n in names))]
+        starts = [self.free_of(self.law.having(**point).solved(self.features, truth)) for point in grid]
+        starts.sort(key=lambda start: self.cost(self.errors(start, truth)))
+        refined = [self.refine(self.refine(start, truth, "linear"), truth) for start in starts[:REFINED]]
+        return min(refined, key=lambda free: self.cost(self.errors(free, truth)))
+
+    def check_determined(self, found: np.ndarray, truth: np.ndarray) -> None:
+        """Refuse parameters that could change together, or alone, without changing a prediction.
+
+        Raises: ValueError that names them.
+        """
+        steps = 1e-4 * np.eye(len(found))
+        slopes = np.stack(
+            [(self.errors(found - s, truth) - self.errors(found + s, truth)) / 2e-4 for s in steps], axis=-1
+        )
+        effect = np.linalg.norm(slopes, axis=0) / np.sqrt(len(truth))
+        names = np.array(self.law.parameters)
+        idle = effect < 1e-7
+        if lost := [name for name in names[idle] if name not in self.law.linear]:
+            raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
+        _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / np.linalg.norm(slopes[:, ~idle], axis=0))
+        if sizes[-1] < 1e-5:
+            together = names[~idle][np.abs(directions[-1]) > 0.2]
+            raise ValueError(
+                f"{', '.join(together)} change together without changing a prediction: the data do not determine them, "
+                "add other sizes, tokens or schedules"
+            )
+
+    def bootstrap(
+        self, found: np.ndarray, residuals: np.ndarray, blocks: np.ndarray | None, draws: tuple[int, int]
+    ) -> np.ndarray:
+        """Parameters of refits to the fitted losses with resampled residuals, [draws, P]."""
+        count, seed = draws
+        rng = np.random.default_rng(seed)
+        fitted = self.law_at(found).stacked(self.features)
+        rows = len(residuals)
+        wide = residuals * np.sqrt(rows / max(1, rows - len(found)))  # a fit makes its residuals smaller than the noise
+        values = []
+        for _ in range(count):
+            if blocks is None:
+                noise = rng.choice(wide, rows)
+            else:
+                noise = wide * rng.choice([-1.0, 1.0], blocks.max() + 1)[blocks]
+            truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
+            values.append(list(self.law_at(self.refine(found, truth)).values.values()))
+        return np.array(values)
+
+
+def _bounded(free: float, bound: tuple[float, float]) -> float:
+    low, high = bound
+    if isinf(high):
+        return low + float(np.exp(np.clip(free, -300, 300)))
+    return low + (high - low) / (1 + float(np.exp(-np.clip(free, -300, 300))))
+
+
+def _free(value: float, bound: tuple[float, float]) -> float:
+    low, high = bound
+    share = value - low if isinf(high) else (value - low) / (high - value)
+    return float(np.log(max(share, 1e-100)))
+
+
+def _truth(law: Law, parts: list[Part], features: list[Features]) -> np.ndarray:
+    """The losses of all rows, as many as predictions and more than parameters."""
+    if any(part.y is None for part in parts):
+        raise ValueError("y is missing: give the losses of the columns")
+    truth = np.concatenate([np.asarray(part.y) for part in parts])
+    rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(features))
+    if rows != len(truth):
+        raise ValueError(f"y has {len(truth)} rows and the columns {rows}: give one loss a row")
+    if len(truth) <= len(law.parameters):
+        raise ValueError(
+            f"y has {len(truth)} points, and {type(law).__name__} has {len(law.parameters)} parameters: add points"
+        )
+    law.check_data([part.columns for part in parts])
+    return truth
+
+
+def _are_curves(data: Data) -> bool:
+    return isinstance(data, Curve) or not hasattr(data, "keys")
+
+
+def _blocks(parts: list[Part], block: int | None) -> np.ndarray:
+    """The block of each row; none spans two curves, [rows]."""
+    blocks: list[np.ndarray] = []
+    for part in parts:
+        rows = len(np.asarray(part.y))
+        first = blocks[-1][-1] + 1 if blocks else 0
+        blocks.append(first + np.arange(rows) // (block or max(1, round(np.sqrt(rows)))))
+    return np.concatenate(blocks)
+
+
+def _merged(extents: list[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    return {
+        name: (min(extent[name][0] for extent in extents), max(extent[name][1] for extent in extents))
+        for name in extents[0]
+    }
