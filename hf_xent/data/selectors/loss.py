@@ -32,9 +32,11 @@ class Loss(Selector):
                 "losses is None: pass losses=(tuned, base), the mean nats a token of every text under the model"
                 " fine-tuned on the target and under the base model"
             )
-        shapes = [np.shape(values) for values in self.losses]
-        if len(shapes) != 2 or shapes[0] != shapes[1] or len(shapes[0]) != 1:
-            raise ValueError(f"losses has the shapes {shapes}: pass two arrays [N], losses=(tuned, base)")
+        if len(self.losses) != 2:
+            raise ValueError(f"losses has {len(self.losses)} parts: pass two arrays [N], losses=(tuned, base)")
+        tuned, base = map(np.shape, self.losses)
+        if tuned != base or len(tuned) != 1:
+            raise ValueError(f"losses has the shapes {tuned} and {base}: pass two arrays [N], losses=(tuned, base)")
 
     def scores(self, texts: Sequence[str], target: Sequence[str], each: Each) -> np.ndarray:
         """The fall of the loss, nats a token [N]. Raises: ValueError for another number of losses than of texts."""

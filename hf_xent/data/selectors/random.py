@@ -1,6 +1,8 @@
 """A random order, the baseline of every selection.
 
-score ~ uniform(0, 1)
+    score ~ uniform(0, 1)
+
+Relations: Every other selector has to be better than this at the same number of tokens.
 """
 
 from __future__ import annotations
