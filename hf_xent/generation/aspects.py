@@ -19,13 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import tqdm
 
 from ..data import Format
@@ -35,14 +33,11 @@ from ..models.fingerprints import fingerprint_model
 from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import inner_of, patched
-from ..patching.calls import parameters_of
 from .judging import Row, odds, verdict_tokens
+from .prefixes import cache_name, can_be_continued, kept, selected
 
 QUESTION = Format("Text: {text}\n\nAnswer a question about the text by Yes or No alone. {question}", ("Yes", "No"))
 """The default prompt; another one may use any field of a row. Its part before `{question}` is computed once a row."""
-
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
-"""The layers of a cache that hold nothing else, and whose rows can be selected."""
 
 Pair = tuple[int, int]  # a row and a question
 
@@ -179,12 +174,9 @@ def _past(model: Any, beginnings: list[list[int]]) -> Any:
 
     The states of recurrent layers cannot be continued by padded rows, nor can those of all kinds be selected by row.
     """
-    if not beginnings[0] or getattr(inner_of(model), "_is_stateful", False):
+    if not beginnings[0] or not can_be_continued(model):
         return None
-    output = model(input_ids=torch.tensor(beginnings, device=model.device), use_cache=True)
-    past = getattr(output, _cache_name(model), None)
-    layers = getattr(past, "layers", ())
-    return past if layers and all(type(layer) in KEYS_AND_VALUES for layer in layers) else None
+    return kept(model, model(input_ids=torch.tensor(beginnings, device=model.device), use_cache=True))
 
 
 def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, places: list[int]) -> Tensor:
@@ -194,14 +186,7 @@ def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, pla
     if past is None:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     else:
-        past = deepcopy(past)  # the forward pass appends to it
-        past.batch_select_indices(torch.tensor(places, device=ids.device))
+        past = selected(past, torch.tensor(places, device=ids.device))
         # no mask: padding is on the right, which no earlier token attends to, and some models take no longer masks
-        logits = model(input_ids=ids, use_cache=True, **{_cache_name(model): past}).logits
+        logits = model(input_ids=ids, use_cache=True, **{cache_name(model): past}).logits
     return odds(logits, last, verdicts)
-
-
-def _cache_name(model: Any) -> str:
-    """The name of the keys and values in a model's inputs and outputs, which transformers 5.24 has changed."""
-    kind: Any = type(inner_of(model))
-    return "cache" if "cache" in parameters_of(kind) else "past_key_values"
