@@ -45,16 +45,11 @@ class Calibrator(nn.Module):
 
     def __init__(self, outputs: int, views: int = 0, hidden: int = 5, top: int = 4, temperature: float = 1.0):
         super().__init__()
-        for name, value, least in (
-            ("outputs", outputs, 1),
-            ("views", views, 0),
-            ("hidden", hidden, 1),
-            ("top", top, 1),
-        ):
-            check_count(name, value, least)
+        self.sizes = {"outputs": outputs, "views": views, "hidden": hidden, "top": top}
+        for name, value in self.sizes.items():
+            check_count(name, value, 0 if name == "views" else 1)
         if not is_number(temperature, f"[{LEAST}, {GREATEST}]"):
             raise ValueError(f"temperature is {temperature!r}: choose a number from {LEAST} to {GREATEST}")
-        self.sizes = {"outputs": outputs, "views": views, "hidden": hidden, "top": top}
         self.read = min(top, max(outputs, 2))
         self.bias = nn.Parameter(torch.tensor(math.log(temperature), dtype=torch.float64))
         if views:
@@ -64,7 +59,9 @@ class Calibrator(nn.Module):
 
     def temperatures(self, scores: Any, views: Any = None) -> Tensor:
         """The temperature of every row [M]; arguments and errors are those of a call."""
-        z, v = self._checked(scores, views)
+        return self._temperatures(*self._checked(scores, views))
+
+    def _temperatures(self, z: Tensor, v: Tensor | None) -> Tensor:
         return self.bias.exp().expand(len(z)) if v is None else self.log_temperatures(self.features(z, v)).exp()
 
     def features(self, scores: Tensor, views: Tensor) -> Tensor:
@@ -80,7 +77,8 @@ class Calibrator(nn.Module):
 
     def logits(self, scores: Any, views: Any = None) -> Tensor:
         """Scores over their temperature [M, C], float64; arguments and errors are those of a call."""
-        return self._checked(scores, views)[0] / self.temperatures(scores, views)[:, None]
+        z, v = self._checked(scores, views)
+        return z / self._temperatures(z, v)[:, None]
 
     def forward(self, scores: Any, views: Any = None) -> Tensor:
         """Calibrated probabilities.

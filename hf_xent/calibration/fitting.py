@@ -1,8 +1,9 @@
 """Fitting a calibrator on held-out rows: the best temperature for all of them, and from there one for each.
 
 Without views the objective is a function of one number. It may have several minima, so log T is searched on a grid over
-[log 0.1, log 10], which is then narrowed around its best point, again and again. With views a small network starts at that temperature and is trained by Adam on all rows at once; the weights of the least loss are kept,
-so the result is never worse on these rows than one temperature.
+[log 0.1, log 10], which is then narrowed around its best point, again and again. With views a small network starts at
+that temperature and is trained by Adam on all rows at once; the weights of the least loss are kept, so the result is
+never worse on these rows than one temperature.
 """
 
 from __future__ import annotations
