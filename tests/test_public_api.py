@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, losses, ops, teachers, trainers
+from hf_xent import calibration, classes, detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -27,7 +27,9 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
-    detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
+    detection: """BLIND CalibratedScore CountedText SCORES Score TextScorer blind calibrate evaluate frequencies get
+        score sweep""",
+    calibration: """OBJECTIVES Calibrator Training draw fit report""",
 }
 MODULES = (*PUBLIC, trainers)
 

@@ -95,11 +95,12 @@ def both_orders(judge: Judge, rows: Sequence[Row], first: Sequence[str], second:
     Raises:
         ValueError: The judge did not return n probabilities.
     """
-    ab, ba = (_probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
+    ab, ba = (probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
     return Verdicts((ab + 1 - ba) / 2, (ab - 0.5) * (ba - 0.5) <= 0)
 
 
-def _probabilities(verdicts: Sequence[float] | Tensor, n: int) -> Tensor:
+def probabilities(verdicts: Sequence[float] | Tensor, n: int) -> Tensor:
+    """What a judge answered n comparisons with [n], float64. Raises: ValueError for other than n probabilities."""
     p = torch.as_tensor(verdicts, dtype=torch.float64, device="cpu")
     if p.shape != (n,) or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
