@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, losses, ops, teachers, trainers
+from hf_xent import classes, detection, losses, ops, rasch, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -27,6 +27,7 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
+    rasch: """Facet Measure Rasch drop_misfits expected fit probabilities stack variance""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)
