@@ -8,6 +8,7 @@ import pytest
 
 import hf_xent
 from hf_xent import calibration, classes, detection, losses, ops, teachers, trainers
+from hf_xent import classes, detection, losses, ops, rasch, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -30,6 +31,8 @@ PUBLIC = {
     detection: """BLIND CalibratedScore CountedText SCORES Score TextScorer blind calibrate evaluate frequencies get
         score sweep""",
     calibration: """OBJECTIVES Calibrator Training draw fit report""",
+    rasch: """Facet Measure Rasch drop_misfits expected fit probabilities stack variance""",
+    detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)
 
