@@ -19,6 +19,7 @@ import numpy as np
 
 from ..laws import LAWS, Curve, Fit, Law, fit, get, read
 from ..laws.schedules import ScheduleLaw, after_warmup
+from ..models.quiet import quiet_loading
 from ..options.ranges import check_count, is_number
 from ..registry import parse
 
@@ -85,7 +86,9 @@ class Schedule:
             ValueError: transformers has no such schedule, or it depends on more than the step.
         """
         import torch
-        from transformers import get_scheduler
+
+        with quiet_loading():
+            from transformers import get_scheduler
 
         if self.name in WITHOUT_FORECAST:
             raise ValueError(f"schedule is {self.name!r}, which {WITHOUT_FORECAST[self.name]}: choose one of the step")
