@@ -15,6 +15,10 @@ LAWS: Registry[type[Law]] = Registry(
         "power": "power:PowerLaw",
         "parametric": "parametric:ParametricLoss",
         "annealing": "annealing:AnnealingLaw",
+        "multi_power": "multi_power:MultiPowerLaw",
+        "encoder_decoder": "encoder_decoder:EncoderDecoder",
+        "downstream": "downstream:DownstreamLoss",
+        "log": "log:LogLaw",
     },
     package=__name__,
 )
@@ -29,7 +33,10 @@ _OTHER_NAMES = {
     "Fit": "fitted",
     "Forecast": "fitted",
     "Errors": "fitted",
+    "Allocation": "allocation",
+    "Split": "allocation",
     "compute_optimal": "allocation",
+    "optimal_split": "allocation",
 }
 
 

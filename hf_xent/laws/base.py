@@ -108,7 +108,9 @@ class Law:
         """
         if unknown := [name for name, value in self.values.items() if isnan(value)]:
             raise ValueError(f"{unknown[0]} is nan: fit the law, or give it a value")
-        return self.of(self.features(**columns))
+        features = self.features(**columns)
+        self.check_domain(features)
+        return self.of(features)
 
     def extent(self, **columns: Any) -> dict[str, tuple[float, float]]:
         """The least and the largest value of what the law depends on: a fit keeps them.
@@ -130,6 +132,16 @@ class Law:
 
         Raises:
             ValueError: The forecast is known to fail.
+        """
+
+    def check_domain(self, features: Features) -> None:
+        """Refuse rows at which the formula has no value; by default none.
+
+        Args:
+            features: What `features` returned.
+
+        Raises:
+            ValueError: A row is such a one.
         """
 
     def check_data(self, parts: list[Mapping[str, Any]]) -> None:

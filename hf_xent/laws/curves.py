@@ -99,7 +99,7 @@ class Curve:
 
 
 def losses(values: Any) -> np.ndarray:
-    """Losses as an array of one dimension. Raises: ValueError, as one is not positive and finite."""
+    """Losses or scores as an array of one dimension. Raises: ValueError, as one is not positive and finite."""
     loss = np.atleast_1d(np.asarray(values, dtype=float))
     if loss.ndim != 1 or not np.all(np.isfinite(loss) & (loss > 0)):
         bad = f"the shape {loss.shape}" if loss.ndim != 1 else f"the value {first_bad(loss)!r}"

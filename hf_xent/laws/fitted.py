@@ -85,6 +85,8 @@ class Fit:
         for part in parts:
             self.law.check_within(self.seen, **part.columns)
         features = [self.law.features(**part.columns) for part in parts]
+        for one in features:
+            self.law.check_domain(one)
         loss = self.law.stacked(features)
         if not len(self.draws):
             return Forecast(loss, np.full_like(loss, np.nan), np.full_like(loss, np.nan))

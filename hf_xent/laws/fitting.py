@@ -72,6 +72,8 @@ def fit(
     problem = Problem(law, features, delta)
     found = problem.search(truth)
     problem.check_determined(found, truth)
+    for one in features:
+        problem.law_at(found).check_domain(one)
     residuals = problem.errors(found, truth)
     draws = np.empty((0, len(law.parameters)))
     if bootstrap:
@@ -120,11 +122,11 @@ class Problem:
         size = np.abs(errors)
         return float(np.where(size <= self.delta, size**2 / 2, self.delta * (size - self.delta / 2)).sum())
 
-    def refine(self, start: np.ndarray, truth: np.ndarray, loss: str = "huber") -> np.ndarray:
+    def refine(self, start: np.ndarray, truth: np.ndarray, loss: str = "huber", tolerance: float = 1e-12) -> np.ndarray:
         """The minimum near a start, [P]."""
         found = least_squares(
-            self.errors, start, args=(truth,), loss=loss, f_scale=self.delta, xtol=1e-12, ftol=1e-12, gtol=1e-14,
-            max_nfev=400,
+            self.errors, start, args=(truth,), loss=loss, f_scale=self.delta, xtol=tolerance, ftol=tolerance,
+            gtol=1e-14, max_nfev=400,
         )  # fmt: skip
         return found.x
 
@@ -134,7 +136,7 @@ class Problem:
         grid = [dict(zip(names, point, strict=True)) for point in product(*(self.law.starts[n] for n in names))]
         starts = [self.free_of(self.law.having(**point).solved(self.features, truth)) for point in grid]
         starts.sort(key=lambda start: self.cost(self.errors(start, truth)))
-        refined = [self.refine(self.refine(start, truth, "linear"), truth) for start in starts[:REFINED]]
+        refined = [self.refine(self.refine(start, truth, "linear", 1e-6), truth) for start in starts[:REFINED]]
         return min(refined, key=lambda free: self.cost(self.errors(free, truth)))
 
     def check_determined(self, found: np.ndarray, truth: np.ndarray) -> None:
@@ -175,7 +177,7 @@ class Problem:
             else:
                 noise = wide * rng.choice([-1.0, 1.0], blocks.max() + 1)[blocks]
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
-            values.append(list(self.law_at(self.refine(found, truth)).values.values()))
+            values.append(list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values()))
         return np.array(values)
 
 

@@ -150,7 +150,7 @@ class ScheduleLaw(Law):
             warnings.warn(
                 f"lr has {at['steps'][1]:g} steps, more than three times the {seen['steps'][1]:g} of the fit: "
                 "forecasts so far ahead are not tested",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def check_data(self, parts: list[Mapping[str, Any]]) -> None:
