@@ -37,7 +37,8 @@ class GeometryCallback(TrainerCallback):
     a dictionary for each step and layer: `step`, `tokens`, `layer`, `documents`, and the measures. Each is also an
     entry of the trainer's log history, with 'geometry_' before the names. The file is written from that history, so a
     resumed training goes on where its checkpoint was; a file of another training is moved to a name beside it. Tokens
-    are those of `include_num_input_tokens_seen`, which is switched on while the model trains.
+    are those of `include_num_input_tokens_seen`, which is switched on while the model trains: without padding, if the
+    trainer has a tokenizer that names it.
 
     Args:
         texts: Held-out documents: texts, lists of token ids, or `Documents`.
@@ -82,14 +83,16 @@ class GeometryCallback(TrainerCallback):
         """Measure the model, unless the training is resumed; called by the trainer."""
         self._tokens_counted = args.include_num_input_tokens_seen  # on every process: the count is gathered
         if self._tokens_counted == "no":
-            args.include_num_input_tokens_seen = "non_padding"
+            padding = getattr(kwargs.get("processing_class"), "pad_token_id", None)
+            args.include_num_input_tokens_seen = "all" if padding is None else "non_padding"
         if not state.is_world_process_zero:
             return
         model = kwargs["model"]
         check_layers(model, self.layers)
         _check_whole(model)
         if self.documents is None:
-            self.documents = Documents(self.texts, **{"tokenizer": kwargs.get("processing_class")} | self.reading)
+            reading: dict[str, Any] = {"tokenizer": kwargs.get("processing_class")}
+            self.documents = Documents(self.texts, **reading | self.reading)
         warn_if_few(len(self.documents), model.config.get_text_config().hidden_size)
         self.rows = [_unprefixed(entry) for entry in state.log_history if f"{PREFIX}layer" in entry]
         if not self.rows and (path := self._path(args)).exists():
