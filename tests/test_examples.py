@@ -6,6 +6,7 @@ import random
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import hf_xent
+import hf_xent.calibration
 from support.models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -487,3 +489,49 @@ def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     assert example["main"](**options) == found, "nothing is run twice"
     assert {path.name: path.read_text() for path in (tmp_path / "out" / "texts").iterdir()} == texts
     assert all(f"| {arm} |" in (tmp_path / "out" / "README.md").read_text() for arm in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mnist:20", "genres"])
+def test_calibration_compares_all_arms(tmp_path, monkeypatch, task):
+    """Made-up digits and a tiny encoder; every arm has one accuracy, and a second call runs nothing."""
+    from PIL import Image
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.setattr("hf_xent.calibration.fitting.Training", partial(hf_xent.calibration.Training, steps=5))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import digits
+    import unsure_digits
+    import unsure_genres
+
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(60)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [i % 10 for i in range(60)]})
+    load = hf_xent.data.load
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: rows if name == "mnist" else load(name, **options))
+    digits.images.cache_clear()
+    for module, sizes in ((digits, {"TRAIN": 20, "VALIDATION": 40}), (unsure_digits, {"EPOCHS": 1}),
+                          (unsure_genres, {"TRAIN": 6, "TEST": 8, "PASSES": 2})):  # fmt: skip
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    if task == "genres":
+        words = TEXT.split()
+        for i, genre in enumerate("aehjlp" * 2):
+            texts = [" ".join(f"{w}/nn" for w in draw.permutation(words * 2)[:20]) for _ in range(8)]
+            (tmp_path / f"c{genre}{i // 6:02}").write_text("\n\n".join(texts))
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        BertModel(BertConfig(vocab_size=90, **shape)).save_pretrained(tmp_path / "encoder")
+        tiny_tokenizer(TEXT).save_pretrained(tmp_path / "encoder")
+        task = f"genres:brown:{tmp_path}@{tmp_path / 'encoder'}"
+    example = runpy.run_path(str(EXAMPLES / "calibration.py"))
+    found = example["main"](task, seeds=1, output=tmp_path / "out")
+    digits.images.cache_clear()
+    assert set(found) == set(example["ARMS"]) and len({rows[0]["accuracy"] for rows in found.values()}) == 1
+    assert all(0 <= rows[0]["ECE"] <= 1 for rows in found.values())
+    folder = tmp_path / "out" / task.partition(":")[0]
+    assert len([*folder.glob("*.png")]) == 4 * (2 if "mnist" in task else 1)
+    assert "Against CA, own" in (folder / "README.md").read_text()
+    monkeypatch.setattr("hf_xent.calibration.report", None)
+    assert example["main"](task, seeds=1, output=tmp_path / "out") == found, "nothing is run twice"
+    with pytest.raises(ValueError, match="task is 'news': choose one of mnist, genres"):
+        example["main"]("news")

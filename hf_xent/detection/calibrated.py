@@ -113,9 +113,7 @@ def calibrate(
     seen = None if views is None else get(score).oriented(views)
     truth = np.asarray(labels, dtype=np.float64)
     if truth.shape != s.shape or s.ndim != 1 or (seen is not None and seen.shape[1:] != s.shape):
-        shapes = f"values has shape {s.shape}, labels {truth.shape}" + (
-            f", views {seen.shape}" if views is not None else ""
-        )
+        shapes = f"values has shape {s.shape}, labels {truth.shape}" + ("" if seen is None else f", views {seen.shape}")
         raise ValueError(f"{shapes}: pass one value and one label for every text, and views as [V, N]")
     if objective is None and (views is not None or options):
         raise ValueError("objective is None, so that T = 1: choose one, such as 'ca', for views and options to count")
