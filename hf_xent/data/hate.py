@@ -2,8 +2,8 @@
 
 Items: sentiment, respect, insult, humiliate, status, dehumanize, violence, genocide, attack_defend, hatespeech, as
 whole numbers. The publishers' measure of a comment, hate_speech_score (higher is more hateful), is that of a many-facet
-Rasch model of these items and raters. `hf_xent.rasch.stack(rows, hate.ITEMS, keep=["rater"], unit="unit")` makes the table
-that `hf_xent.rasch.fit` reads.
+Rasch model of these items and raters. `hf_xent.rasch.stack(rows, hate.ITEMS, keep=["rater"], unit="unit")` makes the
+table that `hf_xent.rasch.fit` reads.
 
 Source: Kennedy et al. 2020, Constructing interval variables via faceted Rasch measurement and multitask deep learning:
 a hate speech application, arXiv:2009.10277; Hub ucberkeley-dlab/measuring-hate-speech (CC BY 4.0).
