@@ -48,7 +48,7 @@ def fit(
         delta: Where the Huber loss turns from squares to absolute values; by default the law's, 1e-3 for losses.
         bootstrap: The number of draws for intervals and bands; 0 for none, 200 or more for an interval of 95 %.
         seed: Of these draws.
-        block: Successive points of a curve that a draw keeps together; by default the root of their number.
+        block: Successive points of a curve that a draw keeps together; by default the cube root of their number.
 
     Returns:
         The fit.
@@ -75,18 +75,17 @@ def fit(
     for one in features:
         problem.law_at(found).check_domain(one)
     residuals = problem.errors(found, truth)
-    draws = np.empty((0, len(law.parameters)))
-    if bootstrap:
-        blocks = _blocks(parts, block) if not isinstance(data, dict) and _are_curves(data) else None
-        draws = problem.bootstrap(found, residuals, blocks, (bootstrap, seed))
+    units = _units(parts, data, block)
+    count = len(np.unique(units))
     return Fit(
         law=problem.law_at(found),
         residuals=residuals,
         objective=problem.cost(residuals),
         delta=float(delta),
         seen=_merged([law.extent(**part.columns) for part in parts]),
-        draws=draws,
+        draws=problem.bootstrap(found, residuals, units, (bootstrap, seed)),
         resampled="nothing" if not bootstrap else "blocks of curves" if _are_curves(data) else "points",
+        units=count if bootstrap else 0,
     )
 
 
@@ -162,23 +161,31 @@ class Problem:
             )
 
     def bootstrap(
-        self, found: np.ndarray, residuals: np.ndarray, blocks: np.ndarray | None, draws: tuple[int, int]
+        self, found: np.ndarray, residuals: np.ndarray, units: np.ndarray, draws: tuple[int, int]
     ) -> np.ndarray:
-        """Parameters of refits to the fitted losses with resampled residuals, [draws, P]."""
+        """Parameters of refits to the fitted losses with resampled residuals.
+
+        Args:
+            found: The transformed parameters, [P].
+            residuals: [rows].
+            units: The block of each row, [rows]; blocks of one row each are points.
+            draws: How many, and their seed.
+
+        Returns:
+            [draws, P].
+        """
         count, seed = draws
         rng = np.random.default_rng(seed)
         fitted = self.law_at(found).stacked(self.features)
-        rows = len(residuals)
-        wide = residuals * np.sqrt(rows / max(1, rows - len(found)))  # a fit makes its residuals smaller than the noise
-        values = []
-        for _ in range(count):
-            if blocks is None:
-                noise = rng.choice(wide, rows)
-            else:
-                noise = wide * rng.choice([-1.0, 1.0], blocks.max() + 1)[blocks]
+        blocks = int(units.max()) + 1
+        wide = residuals * np.sqrt(blocks / max(1, blocks - len(found)))  # a fit makes them smaller than the noise
+        values = np.empty((count, len(found)))
+        for draw in range(count):
+            points = blocks == len(residuals)
+            noise = rng.choice(wide, blocks) if points else wide * rng.choice([-1.0, 1.0], blocks)[units]
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
-            values.append(list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values()))
-        return np.array(values)
+            values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
+        return values
 
 
 def _bounded(free: float, bound: tuple[float, float]) -> float:
@@ -214,13 +221,15 @@ def _are_curves(data: Data) -> bool:
     return isinstance(data, Curve) or not hasattr(data, "keys")
 
 
-def _blocks(parts: list[Part], block: int | None) -> np.ndarray:
-    """The block of each row; none spans two curves, [rows]."""
+def _units(parts: list[Part], data: Data, block: int | None) -> np.ndarray:
+    """The block of each row, [rows]: of a curve, successive rows; else each row is one."""
+    if not _are_curves(data):
+        return np.arange(sum(len(np.asarray(part.y)) for part in parts))
     blocks: list[np.ndarray] = []
     for part in parts:
         rows = len(np.asarray(part.y))
         first = blocks[-1][-1] + 1 if blocks else 0
-        blocks.append(first + np.arange(rows) // (block or max(1, round(np.sqrt(rows)))))
+        blocks.append(first + np.arange(rows) // (block or max(2, round(rows ** (1 / 3)))))
     return np.concatenate(blocks)
 
 
