@@ -9,9 +9,8 @@ Source: Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3, the objective and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from copy import copy
 from itertools import product
-from math import isinf
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from .curves import Curve, Data, Part, parts_of
 from .fitted import Fit
 
 REFINED = 6  # starts that are refined; the others are only evaluated
-Residuals = Callable[[np.ndarray], np.ndarray]
 
 
 def fit(
@@ -94,17 +92,24 @@ class Problem:
 
     def __init__(self, law: Law, features: list[Features], delta: float):
         self.law, self.features, self.delta = law, features, delta
-        self.bounds = [law.bounds[name] for name in law.parameters]
+        self.names = law.parameters
+        self.low, self.high = np.array([law.bounds[name] for name in self.names]).T
 
     def law_at(self, free: np.ndarray) -> Law:
-        """The law with transformed parameters."""
-        pairs = zip(self.law.parameters, free, self.bounds, strict=True)
-        return self.law.having(**{name: _bounded(value, bound) for name, value, bound in pairs})
+        """The law with transformed parameters, which are in their bounds whatever the numbers: no check is needed."""
+        grown = np.exp(np.clip(free, -300, 300))
+        with np.errstate(invalid="ignore"):  # of infinity, where the other form is taken
+            within = self.low + (self.high - self.low) * (grown / (1 + grown))
+        values = np.where(np.isinf(self.high), self.low + grown, within)
+        law = copy(self.law)
+        vars(law).update(zip(self.names, values.tolist(), strict=True))
+        return law
 
     def free_of(self, law: Law) -> np.ndarray:
         """The transformed parameters of a law, [P]."""
-        pairs = zip(law.values.values(), self.bounds, strict=True)
-        return np.array([_free(value, bound) for value, bound in pairs])
+        above = np.array([*law.values.values()]) - self.low
+        left = np.where(np.isinf(self.high), 1.0, self.high - self.low - above)
+        return np.log(np.maximum(above / left, 1e-100))
 
     def scale(self, y: np.ndarray) -> np.ndarray:
         """Losses or scores in the space of the errors."""
@@ -131,7 +136,7 @@ class Problem:
 
     def search(self, truth: np.ndarray) -> np.ndarray:
         """The best of many starts, refined, [P]."""
-        names = [name for name in self.law.parameters if name in self.law.starts]
+        names = [name for name in self.names if name in self.law.starts]
         grid = [dict(zip(names, point, strict=True)) for point in product(*(self.law.starts[n] for n in names))]
         starts = [self.free_of(self.law.having(**point).solved(self.features, truth)) for point in grid]
         starts.sort(key=lambda start: self.cost(self.errors(start, truth)))
@@ -148,7 +153,7 @@ class Problem:
             [(self.errors(found - s, truth) - self.errors(found + s, truth)) / 2e-4 for s in steps], axis=-1
         )
         effect = np.linalg.norm(slopes, axis=0) / np.sqrt(len(truth))
-        names = np.array(self.law.parameters)
+        names = np.array(self.names)
         idle = effect < 1e-7
         if lost := [name for name in names[idle] if name not in self.law.linear]:
             raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
@@ -186,19 +191,6 @@ class Problem:
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
             values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
         return values
-
-
-def _bounded(free: float, bound: tuple[float, float]) -> float:
-    low, high = bound
-    if isinf(high):
-        return low + float(np.exp(np.clip(free, -300, 300)))
-    return low + (high - low) / (1 + float(np.exp(-np.clip(free, -300, 300))))
-
-
-def _free(value: float, bound: tuple[float, float]) -> float:
-    low, high = bound
-    share = value - low if isinf(high) else (value - low) / (high - value)
-    return float(np.log(max(share, 1e-100)))
 
 
 def _truth(law: Law, parts: list[Part], features: list[Features]) -> np.ndarray:
