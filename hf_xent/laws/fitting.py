@@ -9,9 +9,8 @@ Source: Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3, the objective and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from copy import copy
 from itertools import product
-from math import isinf
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from .curves import Curve, Data, Part, parts_of
 from .fitted import Fit
 
 REFINED = 6  # starts that are refined; the others are only evaluated
-Residuals = Callable[[np.ndarray], np.ndarray]
 
 
 def fit(
@@ -48,7 +46,7 @@ def fit(
         delta: Where the Huber loss turns from squares to absolute values; by default the law's, 1e-3 for losses.
         bootstrap: The number of draws for intervals and bands; 0 for none, 200 or more for an interval of 95 %.
         seed: Of these draws.
-        block: Successive points of a curve that a draw keeps together; by default the root of their number.
+        block: Successive points of a curve that a draw keeps together; by default the cube root of their number.
 
     Returns:
         The fit.
@@ -75,18 +73,17 @@ def fit(
     for one in features:
         problem.law_at(found).check_domain(one)
     residuals = problem.errors(found, truth)
-    draws = np.empty((0, len(law.parameters)))
-    if bootstrap:
-        blocks = _blocks(parts, block) if not isinstance(data, dict) and _are_curves(data) else None
-        draws = problem.bootstrap(found, residuals, blocks, (bootstrap, seed))
+    units = _units(parts, data, block)
+    count = len(np.unique(units))
     return Fit(
         law=problem.law_at(found),
         residuals=residuals,
         objective=problem.cost(residuals),
         delta=float(delta),
         seen=_merged([law.extent(**part.columns) for part in parts]),
-        draws=draws,
+        draws=problem.bootstrap(found, residuals, units, (bootstrap, seed)),
         resampled="nothing" if not bootstrap else "blocks of curves" if _are_curves(data) else "points",
+        units=count if bootstrap else 0,
     )
 
 
@@ -95,17 +92,24 @@ class Problem:
 
     def __init__(self, law: Law, features: list[Features], delta: float):
         self.law, self.features, self.delta = law, features, delta
-        self.bounds = [law.bounds[name] for name in law.parameters]
+        self.names = law.parameters
+        self.low, self.high = np.array([law.bounds[name] for name in self.names]).T
 
     def law_at(self, free: np.ndarray) -> Law:
-        """The law with transformed parameters."""
-        pairs = zip(self.law.parameters, free, self.bounds, strict=True)
-        return self.law.having(**{name: _bounded(value, bound) for name, value, bound in pairs})
+        """The law with transformed parameters, which are in their bounds whatever the numbers: no check is needed."""
+        grown = np.exp(np.clip(free, -300, 300))
+        with np.errstate(invalid="ignore"):  # of infinity, where the other form is taken
+            within = self.low + (self.high - self.low) * (grown / (1 + grown))
+        values = np.where(np.isinf(self.high), self.low + grown, within)
+        law = copy(self.law)
+        vars(law).update(zip(self.names, values.tolist(), strict=True))
+        return law
 
     def free_of(self, law: Law) -> np.ndarray:
         """The transformed parameters of a law, [P]."""
-        pairs = zip(law.values.values(), self.bounds, strict=True)
-        return np.array([_free(value, bound) for value, bound in pairs])
+        above = np.array([*law.values.values()]) - self.low
+        left = np.where(np.isinf(self.high), 1.0, self.high - self.low - above)
+        return np.log(np.maximum(above / left, 1e-100))
 
     def scale(self, y: np.ndarray) -> np.ndarray:
         """Losses or scores in the space of the errors."""
@@ -132,7 +136,7 @@ class Problem:
 
     def search(self, truth: np.ndarray) -> np.ndarray:
         """The best of many starts, refined, [P]."""
-        names = [name for name in self.law.parameters if name in self.law.starts]
+        names = [name for name in self.names if name in self.law.starts]
         grid = [dict(zip(names, point, strict=True)) for point in product(*(self.law.starts[n] for n in names))]
         starts = [self.free_of(self.law.having(**point).solved(self.features, truth)) for point in grid]
         starts.sort(key=lambda start: self.cost(self.errors(start, truth)))
@@ -149,7 +153,7 @@ class Problem:
             [(self.errors(found - s, truth) - self.errors(found + s, truth)) / 2e-4 for s in steps], axis=-1
         )
         effect = np.linalg.norm(slopes, axis=0) / np.sqrt(len(truth))
-        names = np.array(self.law.parameters)
+        names = np.array(self.names)
         idle = effect < 1e-7
         if lost := [name for name in names[idle] if name not in self.law.linear]:
             raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
@@ -162,36 +166,31 @@ class Problem:
             )
 
     def bootstrap(
-        self, found: np.ndarray, residuals: np.ndarray, blocks: np.ndarray | None, draws: tuple[int, int]
+        self, found: np.ndarray, residuals: np.ndarray, units: np.ndarray, draws: tuple[int, int]
     ) -> np.ndarray:
-        """Parameters of refits to the fitted losses with resampled residuals, [draws, P]."""
+        """Parameters of refits to the fitted losses with resampled residuals.
+
+        Args:
+            found: The transformed parameters, [P].
+            residuals: [rows].
+            units: The block of each row, [rows]; blocks of one row each are points.
+            draws: How many, and their seed.
+
+        Returns:
+            [draws, P].
+        """
         count, seed = draws
         rng = np.random.default_rng(seed)
         fitted = self.law_at(found).stacked(self.features)
-        rows = len(residuals)
-        wide = residuals * np.sqrt(rows / max(1, rows - len(found)))  # a fit makes its residuals smaller than the noise
-        values = []
-        for _ in range(count):
-            if blocks is None:
-                noise = rng.choice(wide, rows)
-            else:
-                noise = wide * rng.choice([-1.0, 1.0], blocks.max() + 1)[blocks]
+        blocks = int(units.max()) + 1
+        wide = residuals * np.sqrt(blocks / max(1, blocks - len(found)))  # a fit makes them smaller than the noise
+        values = np.empty((count, len(found)))
+        for draw in range(count):
+            points = blocks == len(residuals)
+            noise = rng.choice(wide, blocks) if points else wide * rng.choice([-1.0, 1.0], blocks)[units]
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
-            values.append(list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values()))
-        return np.array(values)
-
-
-def _bounded(free: float, bound: tuple[float, float]) -> float:
-    low, high = bound
-    if isinf(high):
-        return low + float(np.exp(np.clip(free, -300, 300)))
-    return low + (high - low) / (1 + float(np.exp(-np.clip(free, -300, 300))))
-
-
-def _free(value: float, bound: tuple[float, float]) -> float:
-    low, high = bound
-    share = value - low if isinf(high) else (value - low) / (high - value)
-    return float(np.log(max(share, 1e-100)))
+            values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
+        return values
 
 
 def _truth(law: Law, parts: list[Part], features: list[Features]) -> np.ndarray:
@@ -214,13 +213,15 @@ def _are_curves(data: Data) -> bool:
     return isinstance(data, Curve) or not hasattr(data, "keys")
 
 
-def _blocks(parts: list[Part], block: int | None) -> np.ndarray:
-    """The block of each row; none spans two curves, [rows]."""
+def _units(parts: list[Part], data: Data, block: int | None) -> np.ndarray:
+    """The block of each row, [rows]: of a curve, successive rows; else each row is one."""
+    if not _are_curves(data):
+        return np.arange(sum(len(np.asarray(part.y)) for part in parts))
     blocks: list[np.ndarray] = []
     for part in parts:
         rows = len(np.asarray(part.y))
         first = blocks[-1][-1] + 1 if blocks else 0
-        blocks.append(first + np.arange(rows) // (block or max(1, round(np.sqrt(rows)))))
+        blocks.append(first + np.arange(rows) // (block or max(2, round(rows ** (1 / 3)))))
     return np.concatenate(blocks)
 
 
