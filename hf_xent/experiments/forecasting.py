@@ -164,7 +164,6 @@ def forecast(
             the law is known to fail: rates outside those of the curves, or steps at rate zero.
     """
     opened = opened_curves(curves)
-    found = fitted(opened, law, points=points, bootstrap=bootstrap, seed=seed)
     if isinstance(schedule, Schedule):
         if steps not in (None, schedule.steps):
             raise ValueError(f"steps is {steps} beside a Schedule of {schedule.steps}: set steps once")
@@ -173,6 +172,7 @@ def forecast(
             raise ValueError("steps is not given: give the optimizer steps of the run to predict")
         schedule = Schedule.like(opened, schedule, steps)
     lr = schedule.rates()
+    found = fitted(opened, law, points=points, bootstrap=bootstrap, seed=seed)
     step = np.arange(after_warmup(lr) + 1, len(lr) + 1)
     sizes = {"params": params_of(opened)} if "params" in found.law.columns else {}
     return Outlook(schedule, lr, step, *found.predict(lr=lr, step=step, **sizes), found)
