@@ -1,6 +1,8 @@
 """GeometryCallback in transformers' and TRL's trainers: what it measures, when, that it changes nothing, and resume."""
 
 import csv
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hf_xent.metrics.geometry import MEASURES, measures
 from hf_xent.models.features import Documents
 from support.models import V, tiny, tiny_tokenizer
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.filterwarnings("ignore:features have 32 columns")  # the tiny model's width, which is told
 
 DOCUMENTS = [torch.randint(3, V, (2 + i % 7,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(64)]
@@ -130,3 +133,57 @@ def test_options_out_of_range_are_refused(options, message):
 def test_what_cannot_be_measured_is_refused_before_the_training(tmp_path, callback, message):
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, callback)
+
+
+def example(name, monkeypatch):
+    """A script among the examples, which import one another."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+@pytest.mark.filterwarnings("ignore:documents number", "ignore:features have 24")  # enough for a test
+def test_the_example_of_pretraining_draws_both_arms(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    for i in range(50):
+        (tmp_path / "text" / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog again. "[i % 9 :] * 9)
+    script = example("geometry_pretraining", monkeypatch)
+    small = {"SIZE": {"n_layer": 1, "n_embd": 24, "n_head": 2}, "CONTEXT": 32, "LENGTH": 8, "ROWS": 2, "RESAMPLES": 2}
+    for name, value in small.items():
+        monkeypatch.setitem(script["main"].__globals__, name, value)
+    monkeypatch.setitem(script["train_tokenizer"].__globals__, "VOCABULARY", 270)
+    found = script["main"](text=str(tmp_path / "text"), steps=3, seeds=1, output=tmp_path / "out")
+    assert set(found) == {script["TEXT"], script["CONTROL"]}
+    curves = [read_curve(tmp_path / "out" / arm / "seed-0" / "geometry.csv") for arm in found]
+    assert all(curve["tokens"].tolist() == [0, 64, 128, 192] for curve in curves)
+    assert curves[0]["rankme"][0] == curves[1]["rankme"][0] and curves[0]["rankme"][3] != curves[1]["rankme"][3]
+    assert "| text | 0 |" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "curves.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:documents number", "ignore::FutureWarning")  # TRL passes old names of options
+def test_the_example_of_tuning_compares_labels_with_shuffled_ones(tmp_path, monkeypatch):
+    tiny(std=0.05, vocab_size=90, num_hidden_layers=3, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    script = example("geometry_tuning", monkeypatch)
+    for name, value in {"DOCUMENTS": 32, "LENGTH": 6, "RESAMPLES": 2}.items():
+        monkeypatch.setitem(script["main"].__globals__, name, value)
+    found = script["main"](model=str(tmp_path / "model"), steps=2, seeds=1, output=tmp_path / "out")
+    assert set(found) == {"SFT", "DPO"} and all(set(arms) == {"labels", "shuffled labels"} for arms in found.values())
+    rows = [arms[arm][0] for arms in found.values() for arm in arms]
+    assert all(row["RankMe change"] != 0 and row["RankMe change (sd)"] > 0 for row in rows)
+    assert len({row["RankMe before"] for row in rows}) == 1, "the model before is the same"
+    assert "- shuffled labels, seed 0: RankMe" in (tmp_path / "out" / "DPO" / "README.md").read_text()
+
+
+def test_shuffled_labels_are_the_same_rows(monkeypatch):
+    script = example("shuffled_labels", monkeypatch)
+    plain, mixed = (script["answers"](40, 0, shuffled) for shuffled in (False, True))
+    assert plain["prompt"][:] == mixed["prompt"][:] and sorted(plain["completion"]) == sorted(mixed["completion"])
+    assert plain["completion"][:] != mixed["completion"][:]
+    plain, mixed = (script["preferences"](40, 0, shuffled) for shuffled in (False, True))
+    swapped = [a == b for a, b in zip(plain["chosen"], mixed["rejected"], strict=True)]
+    assert 8 < sum(swapped) < 32
+    assert [{a, b} for a, b in zip(plain["chosen"], plain["rejected"], strict=True)] == [
+        {a, b} for a, b in zip(mixed["chosen"], mixed["rejected"], strict=True)
+    ]

@@ -72,8 +72,8 @@ def draw_curves(
             for i, run in enumerate(runs):
                 x, y = np.maximum(run["tokens"], least / 2), run[column]
                 axis.plot(x, y, color=color, lw=1.2, marker=".", label=None if i else arm)
-                if f"{column}_sd" in run:
-                    half = NORMAL * run[f"{column}_sd"]
+                half = NORMAL * run.get(f"{column}_sd", np.full(len(x), np.nan))
+                if np.isfinite(y - half).any():  # a collapsed resample has no alpha
                     axis.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
         axis.set(xscale="log", xlabel="tokens (left end: before the training)", title=LABELS.get(column, column))
     axes[0].legend(frameon=False)
