@@ -9,6 +9,7 @@ import pytest
 import hf_xent
 from hf_xent import classes, detection, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
+from hf_xent.data import selectors
 from hf_xent.registry import Registry
 
 TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
@@ -27,6 +28,7 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
+    selectors: """Compression Length Loss NGrams Random SELECTORS Selector get""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)
