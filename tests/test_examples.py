@@ -535,3 +535,36 @@ def test_calibration_compares_all_arms(tmp_path, monkeypatch, task):
     assert example["main"](task, seeds=1, output=tmp_path / "out") == found, "nothing is run twice"
     with pytest.raises(ValueError, match="task is 'news': choose one of mnist, genres"):
         example["main"]("news")
+
+
+def test_data_selection_compares_all_arms_at_equal_tokens(tmp_path, monkeypatch):
+    """Paragraphs of two genres, of which one is the target's; and it runs nothing twice."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import mixed_pool
+    import small_lm
+
+    words, draw = {"a": "the fox and a dog", "h": "of acts by law or vote"}, random.Random(0)
+    folder, general = tmp_path / "brown", mixed_pool.paragraphs
+    folder.mkdir()
+    for name in [f"{kind}{i:02}" for kind in "ah" for i in range(1, 9)]:
+        lines = [" ".join(f"{draw.choice(words[name[0]].split())}/nn" for _ in range(20)) for _ in range(5)]
+        (folder / f"c{name}").write_text("\n\n".join(lines))
+    for owner, name, value in (
+        (mixed_pool, "OTHERS", 25),
+        (mixed_pool, "HELD_OUT", 2),
+        (mixed_pool, "paragraphs", lambda text, genre: general(text, genre)[:3]),
+        (small_lm, "BLOCK", 32),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    example = runpy.run_path(str(EXAMPLES / "data_selection.py"))
+    monkeypatch.setitem(example["main"].__globals__, "BASE_TOKENS", 512)
+    options = {"tokens": 256, "seeds": 1, "output": tmp_path / "out"}
+    found = example["main"](f"brown:{folder}", **options)
+    assert set(found) == {"before", "target alone", *example["ARMS"]}
+    rows = {arm: found[arm][0] for arm in example["ARMS"]}
+    assert all(0 < row["loss"] < 20 and 0 <= row["precision"] <= 1 for row in rows.values())
+    assert rows["shortest"]["length"] == pytest.approx(-1) and rows["longest"]["length"] == pytest.approx(1)
+    assert abs(rows["compression"]["length"]) < abs(rows["compression, as published"]["length"])
+    assert "compression to shortest: " in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(small_lm.SmallLM, "_train", None)
+    assert example["main"](f"brown:{folder}", **options) == found, "nothing is run twice"

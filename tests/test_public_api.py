@@ -10,6 +10,7 @@ import hf_xent
 from hf_xent import calibration, classes, detection, losses, ops, teachers, trainers
 from hf_xent import classes, detection, losses, ops, rasch, teachers, trainers
 from hf_xent import ranking as auc
+from hf_xent.data import selectors
 from hf_xent.registry import Registry
 
 TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
@@ -32,6 +33,7 @@ PUBLIC = {
         score sweep""",
     calibration: """OBJECTIVES Calibrator Training draw fit report""",
     rasch: """Facet Measure Rasch drop_misfits expected fit probabilities stack variance""",
+    selectors: """Compression Length Loss NGrams Random SELECTORS Selector get""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -48,7 +48,7 @@ class Selecting:
         selector = SELECTORS.find(self.name)
         if self.name != LOSS:
             get(self.by)
-            models = ("tuned", "base", "batch_size", "max_tokens")
+            models: tuple[str, ...] = ("tuned", "base", "batch_size", "max_tokens")
         elif self.by != LOSS:
             raise ValueError(f"by is {self.by!r}: the losses are those of --tuned and --base, write 'loss' alone")
         else:
