@@ -17,7 +17,8 @@ captions by a captioner's loss. That a source's states and common beginnings of 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from ..models.contexts import eval_mode
 from ..models.fingerprints import fingerprint_model
@@ -33,7 +35,7 @@ from ..options.ranges import check_count
 from ..patching import patched
 from .choice import chosen_way
 from .inputs import Candidate, Encoder, Source
-from .reading import WAYS, Reader
+from .reading import WAYS, Reader, Unreadable
 from .stored import StoredRows, key_of
 from .trees import Tokens
 
@@ -108,30 +110,72 @@ class GridScorer:
                 that are longer than the model has positions, or a folder with the rows of another model or of other
                 candidates.
         """
-        for name, given in (("sources", sources), ("candidates", candidates)):
-            if isinstance(given, str) or not len(given):
-                raise ValueError(f"{name} is {given!r}: pass a list of at least one")
-        tokens = [self.encoder.candidate(candidate) for candidate in candidates]
-        inputs = [self.encoder.source(source) for source in sources]
+        tokens, inputs = self._encoded(sources, candidates)
         unique = sorted(set(tokens))
         keys = [key_of(source) for source in inputs]
         rows = StoredRows(folder, {} if folder is None else self._settings(unique))
         todo = {key: source for key, source in zip(keys, inputs, strict=True) if rows.get(key) is None}
-        if todo:
-            self._compute(rows, todo, unique)
+        with self._reading(unique, list(todo.values())) as way:
+            reader = Reader(self.encoder, unique, way, self.batch_tokens)
+            for key, source in self._tracked(todo.items()):
+                rows.add(key, self._read(reader, source))
         place = {candidate: i for i, candidate in enumerate(unique)}
         columns = [place[candidate] for candidate in tokens]
         sums = np.stack([rows.known[key][columns] for key in keys])
         return Grid(sums, np.array([len(candidate) for candidate in tokens]))
 
-    def _compute(self, rows: StoredRows, todo: dict[str, Any], candidates: list[Tokens]) -> None:
-        """The rows that are not known yet."""
-        console = Console(stderr=True)
+    def pairs(self, sources: Sequence[Source], candidates: Sequence[Candidate]) -> np.ndarray:
+        """The losses of N pairs alone, not of the grid; a source that stands in several pairs is read once.
+
+        Args:
+            sources: The source of each pair.
+            candidates: The candidate of each pair.
+
+        Returns:
+            The sum of the losses of each pair's candidate [N], nats, float64.
+
+        Raises:
+            ValueError: As when called; or sources and candidates differ in number.
+        """
+        if len(sources) != len(candidates):
+            raise ValueError(f"sources has {len(sources)} entries, candidates {len(candidates)}: pass pairs")
+        tokens, inputs = self._encoded(sources, candidates)
+        groups: dict[str, list[int]] = {}
+        for i, source in enumerate(inputs):
+            groups.setdefault(key_of(source), []).append(i)
+        sums = np.empty(len(tokens))
+        with self._reading(sorted(set(tokens)), inputs) as way:
+            for members in self._tracked(groups.values()):
+                unique = sorted({tokens[i] for i in members})
+                losses = self._read(Reader(self.encoder, unique, way, self.batch_tokens), inputs[members[0]])
+                sums[members] = [losses[unique.index(tokens[i])] for i in members]
+        return sums
+
+    def _encoded(
+        self, sources: Sequence[Source], candidates: Sequence[Candidate]
+    ) -> tuple[list[Tokens], list[dict[str, Tensor]]]:
+        """The tokens of candidates, and the inputs of sources."""
+        for name, given in (("sources", sources), ("candidates", candidates)):
+            if isinstance(given, str) or not len(given):
+                raise ValueError(f"{name} is {given!r}: pass a list of at least one")
+        return list(map(self.encoder.candidate, candidates)), list(map(self.encoder.source, sources))
+
+    @contextmanager
+    def _reading(self, candidates: Sequence[Tokens], sources: Sequence[dict[str, Tensor]]) -> Iterator[str]:
+        """A context in which the model can be read, with the way to read it."""
         with torch.no_grad(), eval_mode(self.model), patched(self.model, always=True):
-            way = self.way or chosen_way(self.encoder, candidates, list(todo.values()))
-            reader = Reader(self.encoder, candidates, way, self.batch_tokens)
-            for key, source in track(todo.items(), "scoring", console=console, disable=not self.progress):
-                rows.add(key, reader(source).numpy())
+            yield self.way or (chosen_way(self.encoder, candidates, sources) if sources else WAYS[-1])
+
+    def _read(self, reader: Reader, source: dict[str, Tensor]) -> np.ndarray:
+        """The losses after one source. Raises: ValueError if the model cannot be read in the way that was asked for."""
+        try:
+            return reader(source).numpy()
+        except Unreadable as error:
+            name = type(self.model).__name__
+            raise ValueError(f"way is {reader.way!r}, but model is a {name}: {error}, so pass way=None") from error
+
+    def _tracked(self, values: Any) -> Any:
+        return track(values, "scoring", console=Console(stderr=True), disable=not self.progress)
 
     def _settings(self, candidates: list[Tokens]) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..generation.prefixes import cache_name, can_be_continued, kept, selected
 from ..models.anatomy import check_room
+from ..patching import inner_of
 from .edges import add_losses
 from .inputs import Encoder
 from .trees import Edges, Pack, Tokens, first_tokens, packs
@@ -70,11 +71,11 @@ class Reader:
             return torch.tensor([self._alone(source, tokens) for tokens in self.candidates], dtype=torch.float64)
         if self.way == "trees" and self.encoder.has_decoder:
             raise Unreadable("the positions of a decoder are its own")
-        output, past = self._prefix(source)
+        logits, past, states = self._prefix(source)
         sums = torch.zeros(len(self.candidates), dtype=torch.float64)
-        add_losses(sums, output.logits[:, -1], self.first)
+        add_losses(sums, logits, self.first)
         for pack in self.packs:
-            add_losses(sums, self._follow(source, output, past, pack), pack.edges)
+            add_losses(sums, self._follow(source, past, states, pack), pack.edges)
         return sums
 
     def _check_room(self, source: Inputs) -> None:
@@ -82,27 +83,38 @@ class Reader:
         length = source["input_ids"].shape[1] if "input_ids" in source and not self.encoder.has_decoder else 1
         check_room(self.model, length + longest - 1, "source and candidate: the number of tokens")
 
-    def _prefix(self, source: Inputs) -> tuple[Any, Any]:
-        """What a model returns for a source, or its encoder and decoder for a source and the start token."""
+    def _prefix(self, source: Inputs) -> tuple[Tensor, Any, Tensor | None]:
+        """After a source (and the start token, if there is a decoder): the logits [1, V], the keys and values, and the
+        states [1, S, D] of the encoder, if there is one.
+        """
         if not can_be_continued(self.model):
             raise Unreadable("it has recurrent states")
-        start = self._decoder_ids([[self.encoder.start]]) if self.encoder.has_decoder else {}
-        output = self.model(**source, **start, use_cache=True)
+        if not self.encoder.has_decoder:
+            output, states = self.model(**source, use_cache=True), None
+        else:
+            start, seen = self._decoder_ids([[self.encoder.start]]), []
+            part = inner_of(self.model).get_encoder()  # type: ignore[operator]  # every such model has it
+            hook = part.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+            try:
+                output = self.model(**source, **start, use_cache=True)
+            finally:
+                hook.remove()
+            states = seen[0]
         past = kept(self.model, output)
         if past is None:
             raise Unreadable("it keeps other states than keys and values")
-        return output, past
+        return output.logits[:, -1], past, states
 
-    def _follow(self, source: Inputs, output: Any, past: Any, pack: Pack) -> Tensor:
+    def _follow(self, source: Inputs, past: Any, states: Tensor | None, pack: Pack) -> Tensor:
         """The logits [B, N, V] of a batch of trees after a source."""
         device, rows = self.model.device, len(pack.ids)
         ids = pack.ids.to(device)
         cache = {cache_name(self.model): selected(past, torch.zeros(rows, dtype=torch.long, device=device))}
-        if self.encoder.has_decoder:
+        if states is not None:
             mask = source.get("attention_mask")
             masked = {} if mask is None else {"attention_mask": mask.expand(rows, *mask.shape[1:])}
-            states = BaseModelOutput(output.encoder_last_hidden_state.expand(rows, -1, -1))
-            passed: dict[str, Any] = {"decoder_input_ids": ids, "encoder_outputs": states, **masked}
+            read = BaseModelOutput(states.expand(rows, -1, -1))
+            passed: dict[str, Any] = {"decoder_input_ids": ids, "encoder_outputs": read, **masked}
         elif pack.visible is None:
             # no mask: padding is on the right, which no earlier token attends to, and some models take no longer masks
             passed = {"input_ids": ids}
