@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from hf_xent import calibration, detection
 from hf_xent.calibration import Calibrator, Training, draw, fit, report
+from hf_xent.calibration.fitting import Rows
 from hf_xent.calibration.objectives import OBJECTIVES, correct, correctness, mean_loss, row_weights
 from hf_xent.data import Format, PromptFormats
 from hf_xent.generation.calibrated_judge import CalibratedJudge
@@ -205,6 +206,25 @@ def test_weights_of_batches():
     assert all(t.isfinite().all() for t in found), "also where a batch is all correct"
     again = fit(z, y, v, training=Training(steps=30, batch_size=7, per_batch=True)).temperatures(z, v)
     assert torch.equal(again, found[0])
+
+
+def test_the_loss_of_a_batch_is_that_of_the_authors_code():
+    """Row by row: weights 1 - acc and acc, acc the batch's share of correct rows; all rows' weights without parity."""
+    z, y, v = drawn()
+    calibrator, batch = random_calibrator(), torch.arange(5, 24)
+    weights = row_weights(correct(z, y), True)
+    rows = Rows(z.double(), y, calibrator.features(z.double(), v.double()), weights, correctness)
+    p = calibrator(z, v).detach().numpy()
+    for own, chosen in ((True, batch), (False, slice(None))):
+        right = (z.argmax(-1) == y).numpy()[chosen]
+        accuracy = right.mean()
+        w = np.where(right, 1 - accuracy, accuracy)
+        errors = (p[chosen].max(-1) - right) ** 2
+        assert rows.loss(calibrator, chosen, own).item() == pytest.approx((w * errors).sum() / w.sum())
+    right, accuracy = correct(z, y).numpy(), correct(z, y).double().mean().item()
+    w = np.where(right, 1 - accuracy, accuracy)[batch]
+    expected = (w * (p[batch].max(-1) - right[batch]) ** 2).sum() / w.sum()
+    assert rows.loss(calibrator, batch).item() == pytest.approx(expected)
 
 
 def test_the_random_state_of_the_user_is_left_alone():

@@ -107,7 +107,7 @@ def fit(
         views_count = 0 if v is None else len(v)
         calibrator = Calibrator(outputs, views_count, training.hidden, training.top, temperature).to(z.device)
     if v is not None:
-        _train(calibrator, _Rows(z, y, calibrator.features(z, v), weights, loss), balanced, training)
+        _train(calibrator, Rows(z, y, calibrator.features(z, v), weights, loss), balanced, training)
     return calibrator.requires_grad_(False).eval()
 
 
@@ -132,7 +132,7 @@ def best_temperature(loss: Callable[[float], Tensor], points: int = 41, rounds: 
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What is fitted: scores [M, C], labels [M], features [M, F], weights [M], and the objective."""
 
     z: Tensor
@@ -149,7 +149,7 @@ class _Rows:
         return mean_loss(self.objective(z / temperatures[:, None], y), weights)
 
 
-def _train(calibrator: Calibrator, rows: _Rows, balanced: bool, training: Training) -> None:
+def _train(calibrator: Calibrator, rows: Rows, balanced: bool, training: Training) -> None:
     optimizer = torch.optim.Adam(calibrator.parameters(), lr=training.learning_rate)
     best, state = math.inf, {}
     batches = track(
