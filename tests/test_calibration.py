@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from hf_xent import calibration, detection
 from hf_xent.calibration import Calibrator, Training, draw, fit, report
+from hf_xent.calibration.fitting import Rows
 from hf_xent.calibration.objectives import OBJECTIVES, correct, correctness, mean_loss, row_weights
 from hf_xent.data import Format, PromptFormats
 from hf_xent.generation.calibrated_judge import CalibratedJudge
@@ -20,7 +21,7 @@ from hf_xent.generation.judging import ModelJudge, both_orders, quality
 from hf_xent.metrics.calibration import binned, calibration_error, cumulative_error
 from support.models import tiny, tiny_tokenizer
 
-QUICK = Training(steps=40)
+QUICK = Training(steps=40, held_out=0)
 M, K = 240, 6
 
 
@@ -159,7 +160,7 @@ def test_one_temperature_is_scipy_s_optimum():
 
 
 def test_views_tell_correct_rows_from_wrong_ones():
-    """Held-out rows: better than one temperature where views say something, not where they are another row's."""
+    """On other rows: better than one temperature where views say something, and no worse where they say nothing."""
     z, y, v = drawn(1200)
     half, rest = slice(0, 600), slice(600, 1200)
     one = report(fit(z[half], y[half], objective="ce")(z[rest]), y[rest])
@@ -168,8 +169,11 @@ def test_views_tell_correct_rows_from_wrong_ones():
         found = report(with_views(z[rest], v[:, rest]), y[rest])
         assert found["accuracy"] == one["accuracy"] and found["auroc"] > one["auroc"] + 0.03, objective
     mixed = v[:, torch.randperm(1200, generator=torch.Generator().manual_seed(0))]
-    shuffled = fit(z[half], y[half], mixed[:, half], "ce", training=Training(steps=200))
-    assert report(shuffled(z[rest], mixed[:, rest]), y[rest])["auroc"] < one["auroc"] + 0.02
+    found = [
+        report(fit(z[half], y[half], mixed[:, half], "ce", training=training)(z[rest], mixed[:, rest]), y[rest])
+        for training in (Training(steps=200), Training(steps=200, held_out=0))
+    ]
+    assert found[0]["auroc"] < one["auroc"] + 0.01 and found[0]["nll"] - one["nll"] < (found[1]["nll"] - one["nll"]) / 2
 
 
 def test_training_never_ends_above_its_start():
@@ -177,7 +181,8 @@ def test_training_never_ends_above_its_start():
     weights = row_weights(correct(z, y), False)
     for objective, loss in OBJECTIVES.items():
         start = mean_loss(loss(fit(z, y, objective=objective, balanced=False).logits(z), y), weights)
-        for training in (QUICK, Training(steps=20, learning_rate=30.0), Training(steps=30, batch_size=50)):
+        for options in ({"steps": 40}, {"steps": 20, "learning_rate": 30.0}, {"steps": 30, "batch_size": 50}):
+            training = Training(held_out=0, **options)
             found = fit(z, y, v, objective, balanced=False, training=training)
             assert mean_loss(loss(found.logits(z, v), y), weights) <= start
             assert not any(p.requires_grad for p in found.parameters())
@@ -195,16 +200,35 @@ def test_weights_of_batches():
     """`per_batch` is another objective where batches differ in accuracy; the same numbers without balance."""
     z, y, v = drawn()
     found = [
-        fit(z, y, v, balanced=balanced, training=Training(steps=30, batch_size=7, per_batch=per_batch)).temperatures(
-            z, v
-        )
+        fit(
+            z, y, v, balanced=balanced, training=Training(steps=30, held_out=0, batch_size=7, per_batch=per_batch)
+        ).temperatures(z, v)
         for balanced in (True, False)
         for per_batch in (True, False)
     ]
     assert not torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])
     assert all(t.isfinite().all() for t in found), "also where a batch is all correct"
-    again = fit(z, y, v, training=Training(steps=30, batch_size=7, per_batch=True)).temperatures(z, v)
+    again = fit(z, y, v, training=Training(steps=30, held_out=0, batch_size=7, per_batch=True)).temperatures(z, v)
     assert torch.equal(again, found[0])
+
+
+def test_the_loss_of_a_batch_is_that_of_the_authors_code():
+    """Row by row: weights 1 - acc and acc, acc the batch's share of correct rows; all rows' weights without parity."""
+    z, y, v = drawn()
+    calibrator, batch = random_calibrator(), torch.arange(5, 24)
+    weights = row_weights(correct(z, y), True)
+    rows = Rows(z.double(), y, calibrator.features(z.double(), v.double()), weights, correctness)
+    p = calibrator(z, v).detach().numpy()
+    for own, chosen in ((True, batch), (False, slice(None))):
+        right = (z.argmax(-1) == y).numpy()[chosen]
+        accuracy = right.mean()
+        w = np.where(right, 1 - accuracy, accuracy)
+        errors = (p[chosen].max(-1) - right) ** 2
+        assert rows.loss(calibrator, chosen, own).item() == pytest.approx((w * errors).sum() / w.sum())
+    right, accuracy = correct(z, y).numpy(), correct(z, y).double().mean().item()
+    w = np.where(right, 1 - accuracy, accuracy)[batch]
+    expected = (w * (p[batch].max(-1) - right[batch]) ** 2).sum() / w.sum()
+    assert rows.loss(calibrator, batch).item() == pytest.approx(expected)
 
 
 def test_the_random_state_of_the_user_is_left_alone():
@@ -286,6 +310,8 @@ def test_saved_and_read_again(tmp_path):
         (lambda z, y, v: fit(z, y, objective="ce")(z[:, :3]), "scores has outputs = 3"),
         (lambda z, y, v: Training(per_batch=True), "per_batch is True, but batch_size is None"),
         (lambda z, y, v: Training(steps=0), "steps is 0"),
+        (lambda z, y, v: Training(held_out=1), "held_out is 1"),
+        (lambda z, y, v: fit(z, y, objective=lambda a, b: a.sum()), r"objective returns \[\] for 240 rows"),
         (lambda z, y, v: Training(learning_rate=0), "learning_rate is 0"),
         (lambda z, y, v: Calibrator(3, temperature=11), "temperature is 11"),
         (lambda z, y, v: report(z, y), "no distributions"),

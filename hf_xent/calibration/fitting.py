@@ -1,9 +1,11 @@
-"""Fitting a calibrator on held-out rows: the best temperature for all of them, and from there one for each.
+"""Fitting a calibrator on rows that its classifier was not trained on: one temperature, and from it one for each row.
 
 Without views the objective is a function of one number. It may have several minima, so log T is searched on a grid over
 [log 0.1, log 10], which is then narrowed around its best point, again and again. With views a small network starts at
-that temperature and is trained by Adam on all rows at once; the weights of the least loss are kept, so the result is
-never worse on these rows than one temperature.
+that temperature and is trained by Adam on four fifths of the rows, all at once. The weights under which the loss of the
+last fifth is least are kept: where views say nothing, these are the weights of the start.
+
+The split is ours: the authors' code trains for 10 epochs. Without it (`held_out=0`), 500 steps on 1,000 rows overfit.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Training:
         ValueError: An option out of its range, or `per_batch` without a `batch_size`.
     """
 
-    ranges: ClassVar[dict[str, str]] = {"learning_rate": "(0, inf)"}
+    ranges: ClassVar[dict[str, str]] = {"learning_rate": "(0, inf)", "held_out": "[0, 1)"}
 
     steps: int = 500
     """Number of updates."""
@@ -46,11 +48,14 @@ class Training:
     """How many of a row's largest classes are read of every view."""
     batch_size: int | None = None
     """Rows of an update; None for all of them."""
+    held_out: float = 0.2
+    """The share of rows that is not trained on and decides which weights are kept; 0 for a decision by all rows, which
+    are all trained on."""
     per_batch: bool = False
     """Whether balanced weights are those of the batch, as in the authors' code, and not of all rows. A batch that is
     all correct, where theirs divides by 0, counts with equal weights."""
     seed: int = 0
-    """Of the first layer's weights and of the order of rows."""
+    """Of the first layer's weights, of the rows that are held out, and of the order of the others."""
 
     def __post_init__(self) -> None:
         check_fields(self, self.ranges)
@@ -99,6 +104,8 @@ def fit(
     y, kept = labelled(labels, z)
     z, v = z[kept].detach(), None if v is None else v[:, kept].detach()
     balanced = objective == "ca" if balanced is None else balanced
+    if (shape := loss(z, y).shape) != y.shape:
+        raise ValueError(f"objective returns {list(shape)} for {len(y)} rows: return the loss of each row")
     weights = row_weights(correct(z, y), _checked_balance(balanced, correct(z, y), v is not None))
     temperature = best_temperature(lambda t: mean_loss(loss(z / t, y), weights))
     training = training or Training()
@@ -107,7 +114,7 @@ def fit(
         views_count = 0 if v is None else len(v)
         calibrator = Calibrator(outputs, views_count, training.hidden, training.top, temperature).to(z.device)
     if v is not None:
-        _train(calibrator, _Rows(z, y, calibrator.features(z, v), weights, loss), balanced, training)
+        _train(calibrator, Rows(z, y, calibrator.features(z, v), weights, loss), balanced, training)
     return calibrator.requires_grad_(False).eval()
 
 
@@ -132,7 +139,7 @@ def best_temperature(loss: Callable[[float], Tensor], points: int = 41, rounds: 
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What is fitted: scores [M, C], labels [M], features [M, F], weights [M], and the objective."""
 
     z: Tensor
@@ -148,12 +155,20 @@ class _Rows:
         weights = row_weights(correct(z, y), True) if balanced else self.weights[rows]
         return mean_loss(self.objective(z / temperatures[:, None], y), weights)
 
+    def part(self, rows: Tensor) -> Rows:
+        """Some of the rows, by their numbers, with the weights that they have among all."""
+        return Rows(self.z[rows], self.y[rows], self.features[rows], self.weights[rows], self.objective)
 
-def _train(calibrator: Calibrator, rows: _Rows, balanced: bool, training: Training) -> None:
+
+def _train(calibrator: Calibrator, rows: Rows, balanced: bool, training: Training) -> None:
+    generator = torch.Generator().manual_seed(training.seed)
+    mixed = torch.randperm(len(rows.y), generator=generator).to(rows.y.device)
+    held = round(len(mixed) * training.held_out)
+    trained, judged = (rows.part(mixed[held:]), rows.part(mixed[:held])) if held else (rows, rows)
     optimizer = torch.optim.Adam(calibrator.parameters(), lr=training.learning_rate)
-    best, state = math.inf, {}
+    best, state = math.inf, {name: value.clone() for name, value in calibrator.state_dict().items()}
     batches = track(
-        _batches(len(rows.y), training),
+        _batches(len(trained.y), training, generator),
         "calibrating",
         total=training.steps,
         console=Console(stderr=True),
@@ -163,20 +178,21 @@ def _train(calibrator: Calibrator, rows: _Rows, balanced: bool, training: Traini
     for batch, ends in batches:
         if ends:
             with torch.no_grad():
-                now = float(rows.loss(calibrator))
+                now = float(judged.loss(calibrator))
             if now < best:
                 best, state = now, {name: value.clone() for name, value in calibrator.state_dict().items()}
         if batch is None:
             break
         optimizer.zero_grad()
-        rows.loss(calibrator, batch, balanced and training.per_batch).backward()
+        trained.loss(calibrator, batch, balanced and training.per_batch).backward()
         optimizer.step()
     calibrator.load_state_dict(state)
 
 
-def _batches(count: int, training: Training) -> Iterator[tuple[Tensor | slice | None, bool]]:
-    """The rows of every update, and whether the loss of all rows is to be looked at before; at last None and True."""
-    generator = torch.Generator().manual_seed(training.seed)
+def _batches(
+    count: int, training: Training, generator: torch.Generator
+) -> Iterator[tuple[Tensor | slice | None, bool]]:
+    """The rows of every update, and whether weights are judged before it, once an epoch; at last None and True."""
     size = min(training.batch_size or count, count)
     order: list[Tensor] = []
     for _ in range(training.steps):
