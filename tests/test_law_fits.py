@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 from hf_xent import laws
 from hf_xent.laws import LAWS, Curve, Fit, fit
 from hf_xent.laws.base import Law
+from hf_xent.laws.curves import parts_of
 from hf_xent.laws.fitting import Problem
 from support.published_curves import published, schedule
 
@@ -155,7 +156,7 @@ def test_no_other_minimizer_finds_less():
     curves = [published(name).every(3) for name in ("cosine_24000", "constant_24000")]
     found = fit("annealing", curves)
     y = np.concatenate([curve.loss for curve in curves])
-    problem = Problem(found.law, [found.law.features(lr=curve.lr, step=curve.step) for curve in curves], found.delta)
+    problem = Problem(found.law, parts_of(found.law, curves), found.delta)
     assert problem.cost(problem.errors(problem.free_of(found.law), y)) == pytest.approx(found.objective, rel=1e-6)
     rng = np.random.default_rng(0)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Laws of losses: formulas against golden values and literal sums, closed forms against searches, curves against files."""
+"""Laws of losses: formulas against golden values and literal sums, closed forms against searches, curves and files."""
 
 import inspect
 from math import nan
@@ -122,7 +122,7 @@ def test_sudden_decays_are_exact_at_every_resolution():
 def test_the_log_law_of_scores():
     law, tokens = LogLaw(A=0.03, alpha=0.35, beta=1.2), 1e6 * 4.0 ** np.arange(6)
     assert law.predict(tokens=tokens).round(4).tolist() == [1.4066, 2.0436, 2.7159, 3.4174, 4.1439, 4.8923]
-    with pytest.raises(ValueError, match="tokens has 1e[+]04, where A tokens"):
+    with pytest.raises(ValueError, match=r"tokens has 1e\+04, where A tokens"):
         law.predict(tokens=[1e4, 1e6])
 
 
