@@ -9,6 +9,7 @@ import pytest
 import hf_xent
 from hf_xent import calibration, classes, detection, losses, ops, teachers, trainers
 from hf_xent import classes, detection, losses, ops, rasch, teachers, trainers
+from hf_xent import classes, detection, laws, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.data import selectors
 from hf_xent.registry import Registry
@@ -34,6 +35,8 @@ PUBLIC = {
     calibration: """OBJECTIVES Calibrator Training draw fit report""",
     rasch: """Facet Measure Rasch drop_misfits expected fit probabilities stack variance""",
     selectors: """Compression Length Loss NGrams Random SELECTORS Selector get""",
+    laws: """LAWS Allocation AnnealingLaw Curve DownstreamLoss EncoderDecoder Errors Fit Forecast Law LogLaw
+        MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -65,35 +65,59 @@ def fit(
     delta = law.delta if delta is None else delta
     if not is_number(delta, "(0, inf)"):
         raise ValueError(f"delta is {delta!r}: choose a number > 0")
-    features = [law.features(**part.columns) for part in parts]
-    truth = _truth(law, parts, features)
-    problem = Problem(law, features, delta)
+    return _fitted(Problem(law, parts, float(delta)), _units(parts, data, block), (bootstrap, seed))
+
+
+def _fitted(problem: Problem, units: np.ndarray, draws: tuple[int, int]) -> Fit:
+    """The fit of a problem, with the block of each row, [rows], and the number and seed of the bootstrap's draws."""
+    truth = problem.truth()
     found = problem.search(truth)
     problem.check_determined(found, truth)
-    for one in features:
-        problem.law_at(found).check_domain(one)
+    law = problem.law_at(found)
+    for features in problem.features:
+        law.check_domain(features)
     residuals = problem.errors(found, truth)
-    units = _units(parts, data, block)
-    count = len(np.unique(units))
+    blocks = int(units.max()) + 1
+    kind = "points" if blocks == len(units) else "blocks of curves"
     return Fit(
-        law=problem.law_at(found),
+        law=law,
         residuals=residuals,
         objective=problem.cost(residuals),
-        delta=float(delta),
-        seen=_merged([law.extent(**part.columns) for part in parts]),
-        draws=problem.bootstrap(found, residuals, units, (bootstrap, seed)),
-        resampled="nothing" if not bootstrap else "blocks of curves" if _are_curves(data) else "points",
-        units=count if bootstrap else 0,
+        delta=problem.delta,
+        seen=_merged([law.extent(**part.columns) for part in problem.parts]),
+        draws=problem.bootstrap(found, residuals, units, draws),
+        resampled=kind if draws[0] else "nothing",
+        units=blocks if draws[0] else 0,
     )
 
 
 class Problem:
-    """A law on the features of its data: parameters [P] without bounds, and what they cost."""
+    """A law on its data: parameters [P] without bounds, and what they cost."""
 
-    def __init__(self, law: Law, features: list[Features], delta: float):
-        self.law, self.features, self.delta = law, features, delta
+    def __init__(self, law: Law, parts: list[Part], delta: float):
+        self.law, self.parts, self.delta = law, parts, delta
+        self.features: list[Features] = [law.features(**part.columns) for part in parts]
         self.names = law.parameters
         self.low, self.high = np.array([law.bounds[name] for name in self.names]).T
+
+    def truth(self) -> np.ndarray:
+        """The losses of all rows: as many as predictions, more than parameters, and enough to determine these.
+
+        Raises: ValueError.
+        """
+        law = self.law
+        if any(part.y is None for part in self.parts):
+            raise ValueError("y is missing: give the losses of the columns")
+        truth = np.concatenate([np.asarray(part.y) for part in self.parts])
+        rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(self.features))
+        if rows != len(truth):
+            raise ValueError(f"y has {len(truth)} rows and the columns {rows}: give one loss a row")
+        if rows <= len(self.names):
+            raise ValueError(
+                f"y has {rows} points, and {type(law).__name__} has {len(self.names)} parameters: add points"
+            )
+        law.check_data([part.columns for part in self.parts])
+        return truth
 
     def law_at(self, free: np.ndarray) -> Law:
         """The law with transformed parameters, which are in their bounds whatever the numbers: no check is needed."""
@@ -191,22 +215,6 @@ class Problem:
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
             values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
         return values
-
-
-def _truth(law: Law, parts: list[Part], features: list[Features]) -> np.ndarray:
-    """The losses of all rows, as many as predictions and more than parameters."""
-    if any(part.y is None for part in parts):
-        raise ValueError("y is missing: give the losses of the columns")
-    truth = np.concatenate([np.asarray(part.y) for part in parts])
-    rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(features))
-    if rows != len(truth):
-        raise ValueError(f"y has {len(truth)} rows and the columns {rows}: give one loss a row")
-    if len(truth) <= len(law.parameters):
-        raise ValueError(
-            f"y has {len(truth)} points, and {type(law).__name__} has {len(law.parameters)} parameters: add points"
-        )
-    law.check_data([part.columns for part in parts])
-    return truth
 
 
 def _are_curves(data: Data) -> bool:
