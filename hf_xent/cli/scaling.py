@@ -166,7 +166,8 @@ def allocate(
     if not isinstance(fitted.law, ParametricLoss):
         raise ValueError(f"{fit_file} has a fit of {type(fitted.law).__name__}: fit the law 'parametric' instead")
     best = compute_optimal(fitted.law, compute)
-    summary: dict[str, Any] = {"compute": compute, **best._asdict(), "tokens_per_param": best.tokens_per_param}
+    summary: dict[str, Any] = {"compute": compute, "params": best.params, "tokens": best.tokens, "loss": best.loss}
+    summary["tokens_per_param"] = best.tokens_per_param
     line = f"{best.params:.4g} parameters, {best.tokens:.4g} tokens: loss {best.loss:.4f}"
     ranges = {name: values for name in ("params", "tokens") if (values := fitted.seen.get(name))}
     beyond = [name for name, (low, high) in ranges.items() if not low <= getattr(best, name) <= high]
