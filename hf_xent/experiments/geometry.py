@@ -125,7 +125,8 @@ def table(arms: Mapping[str, Sequence[Path]], column: str = "rankme", layer: int
     for arm, files in arms.items():
         for seed, file in enumerate(files):
             run = read_curve(file, layer)
-            low, high = int(np.nanargmin(run[column])), int(np.nanargmax(run[column]))
+            known = np.flatnonzero(np.isfinite(run[column]))  # none, if all features have collapsed
+            low, high = (known[f(run[column][known])] if len(known) else 0 for f in (np.argmin, np.argmax))
             ends = [f"{_cell(run, column, i)} ({run['tokens'][i]:.0f})" for i in (low, high)]
             cells = [_cell(run, column, 0), *ends, _cell(run, column, -1)]
             lines.append(f"| {arm} | {seed} | " + " | ".join(cells) + " |")
