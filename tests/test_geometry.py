@@ -256,5 +256,9 @@ def test_curves_and_tables(tmp_path):
     arms = {"text": [tmp_path / "a.csv", tmp_path / "b.csv"]}
     assert draw_curves(arms, tmp_path / "c.png").stat().st_size > 5000
     assert "| text | 1 | 5 ± 0.98 | 3 ± 0.98 (10) | 8 ± 0.98 (20) | 8 ± 0.98 |" in table(arms)
+    collapsed = [row | {"alpha": math.nan, "alpha_sd": math.nan} for row in bands]
+    write_rows(tmp_path / "a.csv", collapsed)
+    draw_curves({"text": [tmp_path / "a.csv"]}, tmp_path / "c.png")
+    assert "| text | 0 | nan ± nan | nan ± nan (0) |" in table({"text": [tmp_path / "a.csv"]}, "alpha")
     with pytest.raises(ValueError, match="layer is 3, of which"):
         read_curve(tmp_path / "a.csv", layer=3)

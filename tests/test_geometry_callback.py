@@ -135,6 +135,13 @@ def test_what_cannot_be_measured_is_refused_before_the_training(tmp_path, callba
         fit(tmp_path, callback)
 
 
+def test_weights_in_parts_are_refused(tmp_path):
+    model = tiny("gpt2")
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(ValueError, match="GPT2LMHeadModel whose weights are split over processes"):
+        fit(tmp_path, GeometryCallback(DOCUMENTS), model=model)
+
+
 def example(name, monkeypatch):
     """A script among the examples, which import one another."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ..metrics.geometry import MEASURES, by_layer, warn_if_few
@@ -154,7 +153,8 @@ def _free_name(path: Path) -> Path:
 
 def _check_whole(model: Any) -> None:
     """Check that this process has all weights. Raises: ValueError."""
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+    # a DTensor of FSDP2, and what ZeRO-3 marks
+    if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(
             f"model is a {type(model).__name__} whose weights are split over processes, and the main process alone"
             " reads the documents: measure its checkpoints with hf_xent.metrics.geometry.by_layer instead"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.geometry import MEASURES, measures
+from ..metrics.geometry import MEASURES, SPREAD, measures
 from ..metrics.resampling import bootstrap_sd
 from ..system.figures import panels, save
 
@@ -72,7 +72,7 @@ def draw_curves(
             for i, run in enumerate(runs):
                 x, y = np.maximum(run["tokens"], least / 2), run[column]
                 axis.plot(x, y, color=color, lw=1.2, marker=".", label=None if i else arm)
-                half = NORMAL * run.get(f"{column}_sd", np.full(len(x), np.nan))
+                half = NORMAL * run.get(SPREAD.format(column), np.full(len(x), np.nan))
                 if np.isfinite(y - half).any():  # a collapsed resample has no alpha
                     axis.fill_between(x, y - half, y + half, color=color, alpha=0.12, lw=0)
         axis.set(xscale="log", xlabel="tokens (left end: before the training)", title=LABELS.get(column, column))
@@ -125,7 +125,8 @@ def table(arms: Mapping[str, Sequence[Path]], column: str = "rankme", layer: int
     for arm, files in arms.items():
         for seed, file in enumerate(files):
             run = read_curve(file, layer)
-            low, high = int(np.nanargmin(run[column])), int(np.nanargmax(run[column]))
+            known = np.flatnonzero(np.isfinite(run[column]))  # none, if all features have collapsed
+            low, high = (known[f(run[column][known])] if len(known) else 0 for f in (np.argmin, np.argmax))
             ends = [f"{_cell(run, column, i)} ({run['tokens'][i]:.0f})" for i in (low, high)]
             cells = [_cell(run, column, 0), *ends, _cell(run, column, -1)]
             lines.append(f"| {arm} | {seed} | " + " | ".join(cells) + " |")
@@ -133,6 +134,6 @@ def table(arms: Mapping[str, Sequence[Path]], column: str = "rankme", layer: int
 
 
 def _cell(run: Mapping[str, Any], column: str, index: int) -> str:
-    spread = run.get(f"{column}_sd")
+    spread = run.get(SPREAD.format(column))
     half = "" if spread is None else f" ± {NORMAL * spread[index]:.2g}"
     return f"{run[column][index]:.4g}{half}"

@@ -35,6 +35,8 @@ NOISE = 1e-7
 LEAST_RANKS = 10
 """Fewer ranks than this give no line worth its name; this number is the project's choice."""
 MEASURES = ("rankme", "singular_rankme", "alpha", "alpha_r2")
+SPREAD = "{}_sd"
+"""The name of a measure's standard deviation."""
 
 
 class PowerDecay(NamedTuple):
@@ -217,7 +219,7 @@ def by_layer(
     for layer, parts in kept.items():
         rows = np.concatenate(parts)
         spread = bootstrap_sd(_numbers, rows, resamples=resamples, seed=seed)
-        errors = {f"{name}_sd": float(sd) for name, sd in zip(MEASURES, spread, strict=True)}
+        errors = {SPREAD.format(name): float(sd) for name, sd in zip(MEASURES, spread, strict=True)}
         found[layer] = {"documents": len(rows), **measures(rows), **errors}
     return found
 
