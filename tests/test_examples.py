@@ -1,5 +1,6 @@
 """The example scripts run as they are, and the two marked lines of run_clm.py are all that patching takes."""
 
+import gzip
 import json
 import os
 import random
@@ -196,6 +197,22 @@ def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
     assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
     assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
+
+
+def test_loss_retrieval_reports_every_ranking(tmp_path, model):
+    """A tiny model, two prompts in two languages, and a sound; the second run reads the rows of the first."""
+    for name, texts in {"en": ("the fox", "the lazy dog", "[beep]"), "fr": ("le fox", "dog lazy", "(bip)")}.items():
+        folder = tmp_path / name / "usr/share/doc" / f"asterisk-core-sounds-{name}"
+        folder.mkdir(parents=True)
+        lines = "".join(f"key{i}: {text}\n" for i, text in enumerate(texts))
+        (folder / f"core-sounds-{name}.txt.gz").write_bytes(gzip.compress(f"; Sounds\n{lines}".encode()))
+    example = runpy.run_path(str(EXAMPLES / "loss_retrieval.py"))
+    found = example["main"](tmp_path, tmp_path / "out", exact=2, model=model)
+    assert found[0].startswith("2 pairs") and "chance of recall@1 0.5" in found[0]
+    assert sum(line.startswith(("| candidates", "| sources")) for line in found) == 17
+    assert len(list((tmp_path / "out" / "grid" / "rows").iterdir())) == 3
+    assert example["main"](tmp_path, tmp_path / "out", exact=2, model=model) == found
+    assert (tmp_path / "out" / "results.md").read_text() == "\n".join(found) + "\n"
 
 
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):

@@ -165,6 +165,7 @@ def test_information_by_hand():
     assert found.contexts.share == pytest.approx(0.2)
     assert found.shuffled.mutual.value == pytest.approx(-0.25)
     assert found.difference.value == pytest.approx(0.75)
+    assert str(found.contexts).startswith("2.000 nats per token, 2.500 without; information 0.500 [")
     assert found.contexts.mutual.low == 0, "a resample of the second text alone"
     assert found.contexts.mutual.high == 2
     with pytest.raises(ValueError, match=r"alone \(2,\)"):

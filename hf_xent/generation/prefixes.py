@@ -29,8 +29,8 @@ def can_be_continued(model: Any) -> bool:
 def kept(model: Any, output: Any) -> Any:
     """The keys and values in a model's output; None if it keeps other states, too, not all of which have rows."""
     past = getattr(output, cache_name(model), None)
-    parts = [getattr(past, f"{part}_attention_cache", None) for part in ("self", "cross")]  # of encoder and decoder
-    caches = [past] if None in parts else parts
+    parts = [getattr(past, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    caches = [past] if None in parts else parts  # the parts are those of a decoder with an encoder
     layers = [layer for cache in caches for layer in getattr(cache, "layers", ())]
     return past if layers and all(type(layer) in KEYS_AND_VALUES for layer in layers) else None
 

@@ -7,47 +7,24 @@ mutual_information(model, tokenizer, texts, contexts)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..registry import Registry
+from .registered import RANKINGS
 
 if TYPE_CHECKING:  # loaded on first access: the names of the rankings need no torch
-    from .grid import Grid, GridScorer, scores
-    from .information import Information, Informed, infogain, informed, mutual_information
-    from .measures import average_precision_at, interval, recall_at
-    from .rankings import rank
-    from .reading import WAYS
-
-RANKINGS: Registry[Callable[..., Any]] = Registry(
-    "ranking",
-    {
-        "raw": "rankings:raw",
-        "pmi": "rankings:pmi",
-        "centered": "rankings:centered",
-        "minmax": "rankings:minmax",
-        "zscore": "rankings:zscore",
-    },
-    package=__name__,
-)
-"""Name -> ranking."""
-
-__all__ = [
-    "RANKINGS",
-    "WAYS",
-    "Grid",
-    "GridScorer",
-    "Information",
-    "Informed",
-    "average_precision_at",
-    "infogain",
-    "informed",
-    "interval",
-    "mutual_information",
-    "rank",
-    "recall_at",
-    "scores",
-]
+    from .grid import Grid as Grid
+    from .grid import GridScorer as GridScorer
+    from .grid import scores as scores
+    from .information import Information as Information
+    from .information import Informed as Informed
+    from .information import infogain as infogain
+    from .information import informed as informed
+    from .information import mutual_information as mutual_information
+    from .measures import average_precision_at as average_precision_at
+    from .measures import interval as interval
+    from .measures import recall_at as recall_at
+    from .rankings import rank as rank
+    from .reading import WAYS as WAYS
 
 _HOMES = {
     "WAYS": "reading",
@@ -57,6 +34,8 @@ _HOMES = {
     **dict.fromkeys(("average_precision_at", "interval", "recall_at"), "measures"),
 }
 """Public name -> the file that has it."""
+
+__all__ = sorted(("RANKINGS", *RANKINGS.exported, *_HOMES))
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,12 @@ class Information:
     mutual: Interval
     share: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.given:.3f} nats per token, {self.alone:.3f} without; information {self.mutual}, infogain"
+            f" {self.share:.3f}"
+        )
+
 
 @dataclass(frozen=True)
 class Informed:

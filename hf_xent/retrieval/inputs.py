@@ -45,9 +45,9 @@ class Encoder:
             if not isinstance(text, str) or text.count("{}") != 1:
                 raise ValueError(f"{name} is {text!r}: write {{}} once, where the text stands")
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        config = inner_of(self.model).config
+        config: Any = inner_of(self.model).config
         self.has_decoder = bool(config.is_encoder_decoder)  # beside an encoder
-        self.start = getattr(config, "decoder_start_token_id", None)
+        self.start: Any = getattr(config, "decoder_start_token_id", None)
         if self.has_decoder and self.start is None:
             raise ValueError("model names no start token: set model.config.decoder_start_token_id")
 

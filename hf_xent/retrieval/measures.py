@@ -29,7 +29,8 @@ def recall_at(scores: ArrayLike, right: ArrayLike, k: int = 1) -> np.ndarray:
     Raises:
         ValueError: Shapes that differ, a query without a right item, scores that are not finite, or k below 1.
     """
-    return _ranked(scores, right, k)[0][:, :k].any(1).astype(np.float64)
+    found = _ranked(scores, right, k)[0][:, :k]
+    return np.asarray(found.any(1), dtype=np.float64)
 
 
 def average_precision_at(scores: ArrayLike, right: ArrayLike, k: int = 10) -> np.ndarray:

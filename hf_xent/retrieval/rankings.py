@@ -17,6 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .registered import RANKINGS
+
 Array = np.ndarray
 DIRECTIONS = ("candidates", "sources")
 """What is ranked: the candidates of a source, or the sources of a candidate."""
@@ -93,8 +95,6 @@ def rank(
         ValueError: An unknown ranking or direction, losses that are not a grid of finite numbers, or `alone` where it
             is not used, missing where it is, or of another size.
     """
-    from . import RANKINGS
-
     grid = np.asarray(losses, dtype=np.float64)
     if grid.ndim != 2 or not grid.size or not np.isfinite(grid).all():
         raise ValueError(f"losses has shape {grid.shape}: pass a grid [A, C] of finite numbers")
