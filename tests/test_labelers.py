@@ -1,5 +1,8 @@
 """A model as several raters: against the softmax of plain forwards, binned, kept, and measured."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -122,3 +125,33 @@ def test_refusals(tokenizer):
     refused("'bare' has no {criterion}", formats={"bare": Format("{text}", ("a", "b"))})
     refused("choose 3 different ones", formats={"same": Format("{criterion} {text}", ("a", "a", "b"))})
     refused("batch_size is 0", batch_size=0)
+
+
+@pytest.mark.slow
+def test_judges_as_raters_compares_all_arms(tmp_path, monkeypatch):
+    """A tiny model on made-up sentences; verdicts are asked once."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
+    draw = np.random.default_rng(0)
+    lines = [f"The {' '.join(draw.choice(words, 8))} ." for _ in range(40)]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    import wrong_words
+
+    texts, degrees = wrong_words.sentences(str(tmp_path / "t.txt"), 0, 20)
+    whole = {line[:-2] + "." for line in lines}
+    assert [text in whole for text, d in zip(texts, degrees, strict=True) if d == 0] == [True] * 4
+    assert sum(text in whole for text, d in zip(texts, degrees, strict=True) if d == 4) == 0
+    tiny(std=0.5, vocab_size=300, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    verdicts = " ".join(sorted({answer for format in wrong_words.FORMATS.values() for answer in format.answers}))
+    found = tiny_tokenizer(f"{' '.join(words)} {verdicts} " * 40)
+    found.add_tokens([f" {answer}" for answer in verdicts.split()])
+    found.save_pretrained(tmp_path / "model")
+    example = runpy.run_path(str(examples / "judges_as_raters.py"))
+    monkeypatch.setitem(example["main"].__globals__, "TEXTS", 20)
+    options = {"model": str(tmp_path / "model"), "seeds": 1, "output": tmp_path / "out"}
+    results = example["main"](str(tmp_path / "t.txt"), **options)
+    assert set(results) == set(example["ARMS"])
+    assert all(-1 <= rows[0]["spearman"] <= 1 for rows in results.values())
+    assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 20 * 3 * 6
+    assert {"infit of digits", "severity of words"} <= set(results["measure"][0])

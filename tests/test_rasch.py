@@ -1,5 +1,8 @@
 """Rasch models: golden categories, derivatives, dense references of all methods, recovery, links, and refusals."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.integrate import quad
@@ -319,6 +322,22 @@ def test_missing_scores_are_left_out(frame):
     assert one.units == other.units and one.theta.tolist() == other.theta.tolist()
 
 
+def test_other_cells_have_expectations(frame, fitted):
+    """Those of the fit are the fit's own, in any order; a new unit or level has none."""
+    for model in ("rating", "partial"):
+        measure = rasch.fit({**frame, "score": [x + 2 for x in frame["score"]]}, rater="rater", model=model)
+        back = {name: column[::-1] for name, column in frame.items()}
+        np.testing.assert_allclose(measure.expected(back), measure.expected()[::-1], atol=1e-12)
+        np.testing.assert_allclose(measure.probabilities(back), measure.probabilities()[::-1], atol=1e-12)
+        cell = {"unit": [3], "item": [2], "rater": [1]}
+        places = {name: facet.severity[facet.names.index(cell[name][0])] for name, facet in measure.facets.items()}
+        tau = measure.thresholds if model == "rating" else measure.thresholds[measure.items.names.index(2)]
+        eta = measure.theta[measure.units.index(3)] - sum(places.values())
+        assert measure.expected(cell)[0] == pytest.approx(2 + float(rasch.expected(eta, tau)))
+    with pytest.raises(ValueError, match="'rater' has 9, which was not fitted"):
+        fitted["map"].expected({**cell, "rater": [9]})
+
+
 def test_tables_become_one_score_a_row():
     table = {"who": ["x", "y"], "a": [1, 2], "b": ["NA", 3]}
     found = rasch.stack(table, ["a", "b"], keep=["who"])
@@ -349,6 +368,16 @@ def test_extreme_units_are_finite_but_for_joint():
     assert joint.theta[:2].tolist() == [np.inf, -np.inf] and {0, 1} <= set(joint.dropped["units"])
     assert joint.se[0] == np.inf and np.isfinite(joint.theta).sum() == 60 - len(joint.dropped["units"])
     assert np.isfinite(joint.reliability)
+
+
+def test_units_that_do_not_differ(frame):
+    """Answers drawn for each item alone, with less spread over units than chance: nothing is measured."""
+    draw = np.random.default_rng(0)
+    halves = [draw.permutation([x, 3 - x, x, 3 - x]) for x in draw.integers(0, 4, 120)]
+    scores = [int(x) for half in halves for x in half]
+    measure = rasch.fit({**frame, "score": scores}, rater="rater")
+    assert measure.sd == pytest.approx(0.001, abs=1e-4) and abs(measure.reliability) < 0.01
+    assert np.ptp(measure.theta) < 1e-3 and np.isfinite(measure.items.se).all()
 
 
 def test_constant_raters_are_refused_or_dropped(frame):
@@ -460,3 +489,31 @@ def test_intervals_cover_what_scores_were_drawn_from():
     assert abs(slope["marginal"] - 1) < 3 * error["marginal"]
     assert slope["joint"] - 1 > 3 * error["joint"] and 1 - slope["map"] > 3 * error["map"]
     assert abs(slope["corrected"] - 1) < slope["joint"] - 1
+
+
+@pytest.mark.slow
+def test_scale_items_compares_all_arms(tmp_path, monkeypatch):
+    """Answers of made-up people to two levels of items, some of which are turned: turning them back helps."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    from hf_xent.data.bfi import ITEMS
+
+    example = runpy.run_path(str(examples / "scale_items.py"))
+    draw = np.random.default_rng(0)
+    tau = np.linspace(-1.5, 1.5, 5)
+    lines = [",".join(ITEMS)]
+    for theta in draw.normal(0, 1.5, (100, 5)):
+        p = rasch.probabilities(np.repeat(theta, 5), tau)
+        answers = 1 + (p.cumsum(1) < draw.random((25, 1))).sum(1)
+        turned = [7 - x if item in example["TURNED"] else x for item, x in zip(ITEMS, answers, strict=True)]
+        lines.append(",".join("NA" if draw.random() < 0.02 else str(x) for x in turned))
+    (tmp_path / "bfi.csv").write_text("\n".join(lines))
+    monkeypatch.setitem(example["main"].__globals__, "PEOPLE", 100)
+    monkeypatch.setattr(example["class_losses"], "main", lambda *arguments: arguments)
+    found = example["main"](tmp_path / "bfi.csv", seeds=1, output=tmp_path / "out")
+    assert found["answers"] == (f"bfi:N1@{tmp_path / 'bfi.csv'}", 1, tmp_path / "out")
+    nll = {arm: rows[0]["NLL"] for arm, rows in found["scales"].items()}
+    assert set(nll) == set(example["ARMS"])
+    assert max(nll["rating scale"], nll["partial credit"]) < nll["partial credit, not turned"] < nll["shares"] + 0.3
+    reliability = {arm: rows[0]["reliability"] for arm, rows in found["scales"].items() if arm != "shares"}
+    assert reliability["partial credit, not turned"] < 0.5 < reliability["partial credit"]

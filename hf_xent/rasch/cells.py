@@ -26,11 +26,13 @@ class Cells:
     raw: np.ndarray  # [O], scores as they were given
     partial: bool
     """Whether every item has thresholds, and a number of categories, of its own."""
+    unit_name: str = "unit"
+    """The name of the units' column."""
 
     def where(self, rows: np.ndarray) -> Cells:
         """Some of the cells (a mask), without units and levels that have none of them."""
         facets = {name: column.where(rows) for name, column in self.facets.items()}
-        return Cells(self.unit.where(rows), facets, self.raw[rows], self.partial)
+        return Cells(self.unit.where(rows), facets, self.raw[rows], self.partial, self.unit_name)
 
     @property
     def item(self) -> Column:
@@ -144,7 +146,7 @@ def read(frame: Any, columns: Mapping[str, str | None], further: tuple[str, ...]
             raise ValueError(f"{name!r} has no value beside some scores: name it, or leave those rows out")
         found[name] = Column.of(present)
     unit = found.pop(str(columns["unit"]))
-    return Cells(unit, found, raw, partial)
+    return Cells(unit, found, raw, partial, str(columns["unit"]))
 
 
 def _whole(scores: list[Any], name: str) -> np.ndarray:

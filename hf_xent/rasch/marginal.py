@@ -23,6 +23,9 @@ from .cells import Cells
 from .modal import STEPS, Estimate, moments_at, solve
 from .moments import information, moments, threshold_cells
 
+FLOOR = -7.0
+"""The lowest log s, a deviation of 0.001: units that do not differ more have no maximum above it."""
+
 
 class Nodes(NamedTuple):
     """Quadrature of the posterior of every unit."""
@@ -44,13 +47,16 @@ def fit_marginal(cells: Cells, tolerance: float, nodes: int) -> Estimate:
     at, modes = posterior(cells, x, modes, nodes)
     for _ in range(STEPS):
         gradient, complete, lost = derivatives(cells, x, at)
+        count = len(x) - bool(x[-1] <= FLOOR and gradient[-1] <= 0)  # at the floor s is not moved
+        part, step = np.ix_(range(count), range(count)), np.zeros(len(x))
         try:
-            step = solve(complete - lost, gradient)
+            step[:count] = solve((complete - lost)[part], gradient[:count])
         except ValueError:  # far from the maximum: complete data's are positive definite everywhere
-            step = solve(complete, gradient)
+            step[:count] = solve(complete[part], gradient[:count])
         size = min(1.0, 2 / max(np.abs(step).max(), 1e-12))
         while True:
             tried = x + size * step
+            tried[-1] = max(tried[-1], FLOOR)
             new, modes = posterior(cells, tried, modes, nodes)
             if new.log_likelihood >= at.log_likelihood - 1e-9 * abs(at.log_likelihood) or size < 1e-6:
                 break
@@ -60,11 +66,12 @@ def fit_marginal(cells: Cells, tolerance: float, nodes: int) -> Estimate:
             break
     else:
         raise ValueError(
-            f"the marginal likelihood still rises after {STEPS} steps: perhaps units do not differ, or a severity has"
-            " no finite estimate; choose method='map', or leave out levels with few scores"
+            f"the marginal likelihood still rises after {STEPS} steps: some severity or threshold has no finite"
+            " estimate; leave out levels with few scores"
         )
     _, complete, lost = derivatives(cells, x, at)
-    covariance = solve(complete - lost, np.eye(len(x)))[:width, :width]
+    count = len(x) - bool(x[-1] <= FLOOR)
+    covariance = solve((complete - lost)[:count, :count], np.eye(count))[:width, :width]
     theta = (at.share * at.theta).sum(1)
     se = np.sqrt((at.share * (at.theta - theta[:, None]) ** 2).sum(1))
     return Estimate(theta, se, x[:width], covariance, float(x[-2]), float(np.exp(x[-1])), at.log_likelihood)

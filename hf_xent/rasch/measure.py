@@ -12,7 +12,7 @@ import numpy as np
 
 from .categories import log_probabilities, mean_and_variance
 from .cells import Cells
-from .tables import Column
+from .tables import Column, values_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Measure:
     thresholds: np.ndarray  # [K - 1], sum 0; [items, K - 1] in partial credit, nan beyond an item's own
     thresholds_se: np.ndarray
     mean: float
-    """Of the normal distribution of theta; nan for 'joint', as the next."""
+    """Of the normal distribution of theta, as the next (0.001 if units do not differ); nan for 'joint'."""
     sd: float
     log_likelihood: float
     """Of the scores, over theta integrated in 'marginal', at theta else; in nats."""
@@ -84,17 +84,47 @@ class Measure:
         total = float(self.theta[finite].var()) if np.isnan(self.sd) else self.sd**2
         return 1 - error / total
 
-    def probabilities(self) -> np.ndarray:
-        """[O, K] of every fitted cell's categories, in the order of `cells`."""
-        eta = dict(zip(self.units, self.theta, strict=True))
-        place = np.array([eta[name] for name in self.cells.unit.names])[self.cells.unit.codes]
-        for name, column in self.cells.facets.items():
-            place = place - self.facets[name].severity[column.codes]
-        return np.exp(log_probabilities(place, sums_of(self.thresholds)[self.cells.group]))
+    def probabilities(self, frame: Any = None) -> np.ndarray:
+        """The probability of every category, in cells whose unit and levels were fitted.
 
-    def expected(self) -> np.ndarray:
-        """[O], the expected score of every fitted cell, in the unit of the scores."""
-        return mean_and_variance(self.probabilities())[0] + self.cells.lowest[self.cells.group]
+        Args:
+            frame: The cells, with the columns of the fit but the score's; None for those that were fitted.
+
+        Returns:
+            [O, K]; categories that an item does not have are 0.
+
+        Raises:
+            ValueError: A column is missing, or a name in it was not fitted.
+        """
+        place, group = self._places(frame)
+        return np.exp(log_probabilities(place, sums_of(self.thresholds)[group]))
+
+    def expected(self, frame: Any = None) -> np.ndarray:
+        """The expected score [O] of cells, in the unit of the scores; arguments and errors as of `probabilities`."""
+        return mean_and_variance(self.probabilities(frame))[0] + self.cells.lowest[self._places(frame)[1]]
+
+    def _places(self, frame: Any) -> tuple[np.ndarray, np.ndarray]:
+        """eta [O], and the row of the thresholds [O]."""
+        name = self.cells.unit_name
+        asked = {name: self.units, **{facet: found.names for facet, found in self.facets.items()}}
+        values = {name: self.theta, **{facet: -found.severity for facet, found in self.facets.items()}}
+        place, group = np.zeros(1), np.zeros(1, np.int64)
+        for column, names in asked.items():
+            if frame is None:
+                own = self.cells.unit if column == name else self.cells.facets[column]
+                given = [own.names[code] for code in own.codes]
+            else:
+                given = values_of(frame, "frame", column)
+            known = {level: i for i, level in enumerate(names)}
+            if new := [level for level in given if level not in known]:
+                raise ValueError(
+                    f"{column!r} has {new[0]!r}, which was not fitted: leave it out, or fit with its scores"
+                )
+            codes = np.array([known[level] for level in given], np.int64)
+            place = place + values[column][codes]
+            if self.cells.partial and column == next(iter(self.facets)):
+                group = codes
+        return place, np.broadcast_to(group, place.shape)
 
 
 def sums_of(thresholds: np.ndarray) -> np.ndarray:
