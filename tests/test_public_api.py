@@ -7,10 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import calibration, classes, detection, losses, ops, teachers, trainers
-from hf_xent import classes, detection, losses, ops, rasch, teachers, trainers
-from hf_xent import classes, detection, laws, losses, ops, teachers, trainers
-from hf_xent import classes, detection, losses, ops, retrieval, teachers, trainers
+from hf_xent import calibration, classes, detection, laws, losses, ops, rasch, retrieval, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.data import selectors
 from hf_xent.registry import Registry
@@ -40,7 +37,6 @@ PUBLIC = {
         MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
         interval minmax mutual_information pmi rank raw recall_at scores zscore""",
-    detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)
 
