@@ -63,6 +63,8 @@ def fit(
 
     law = get(law)
     parts = parts_of(law, data, y)
+    if any(part.y is None for part in parts):
+        raise ValueError("y is missing: give the losses of the columns")
     check_count("bootstrap", bootstrap, 0)
     if block is not None:
         check_count("block", block, 1)
@@ -110,8 +112,6 @@ class Problem:
         Raises: ValueError.
         """
         law = self.law
-        if any(part.y is None for part in self.parts):
-            raise ValueError("y is missing: give the losses of the columns")
         truth = np.concatenate([np.asarray(part.y) for part in self.parts])
         rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(self.features))
         if rows != len(truth):
@@ -195,8 +195,8 @@ class Problem:
         errors = noise / size * np.linalg.norm(directions / sizes[:, None], axis=0)
         if len(unsure := names[errors > UNSURE]):
             warnings.warn(
-                f"{', '.join(unsure)} may be wrong by a factor of {np.exp(UNSURE):.0f} and more: trust forecasts near the "
-                "data only, or add other sizes, tokens or schedules",
+                f"{', '.join(unsure)} may be wrong by a factor of {np.exp(UNSURE):.0f} and more: trust forecasts near "
+                "the data only, or add other sizes, tokens or schedules",
                 stacklevel=4,
             )
 
