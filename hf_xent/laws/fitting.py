@@ -40,8 +40,8 @@ def fit(
 ) -> Fit:
     """Find the parameters of a law.
 
-    The bootstrap of columns resamples the residuals of points, so that the sizes and tokens that were chosen stay. That
-    of curves flips the signs of whole blocks of successive residuals, since neighbours err alike.
+    The bootstrap of columns resamples the residuals of points, smoothed, so that the sizes and tokens that were chosen
+    stay. That of curves flips the signs of whole blocks of successive residuals, since neighbours err alike.
 
     Args:
         law: A law by name, with options as in 'annealing:decay=0.99', or as a class or object.
@@ -226,10 +226,13 @@ class Problem:
         fitted = self.law_at(found).stacked(self.features)
         blocks = int(units.max()) + 1
         wide = residuals * np.sqrt(blocks / max(1, blocks - len(found)))  # a fit makes them smaller than the noise
+        smooth = 1.06 * wide.std() * blocks**-0.2  # Silverman's rule: a fit passes through some points
         values = np.empty((count, len(found)))
         for draw in range(count):
-            points = blocks == len(residuals)
-            noise = rng.choice(wide, blocks) if points else wide * rng.choice([-1.0, 1.0], blocks)[units]
+            if blocks < len(residuals):
+                noise = wide * rng.choice([-1.0, 1.0], blocks)[units]
+            else:
+                noise = rng.choice(wide, blocks) + rng.normal(0, smooth, blocks)
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
             values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
         return values
