@@ -149,6 +149,8 @@ def test_the_multi_power_law_forecasts_published_curves():
     errors = [found.error_on(published(name)).mape for name in UNSEEN if name != "wsdcon_9"]
     assert np.mean(errors) < 0.13 and max(errors) < 0.33
     with pytest.raises(ValueError, match="do not determine"):
+        fit("multi_power:resolution=200", seen[:2])
+    with pytest.warns(UserWarning, match="C, beta may be wrong by a factor of 20"):
         fit("multi_power:resolution=400", [curve.every(3) for curve in seen[:2]])
 
 

@@ -9,6 +9,7 @@ Source: Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3, the objective and 
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from itertools import product
 from typing import Any
@@ -22,6 +23,9 @@ from .curves import Curve, Data, Part, parts_of
 from .fitted import Fit
 
 REFINED = 6  # starts that are refined; the others are only evaluated
+IDLE = 1e-7  # a relative effect on predictions, by a change of a parameter by its own size, that is none
+ALIKE = 1e-5  # the singular value of the effects, each of length 1, below which they are the same
+UNSURE = 3.0  # the standard error of a parameter's logarithm above which it is hardly known
 
 
 def fit(
@@ -36,8 +40,8 @@ def fit(
 ) -> Fit:
     """Find the parameters of a law.
 
-    The bootstrap of columns resamples the residuals of points, so that the sizes and tokens that were chosen stay. That
-    of curves flips the signs of whole blocks of successive residuals, since neighbours err alike.
+    The bootstrap of columns resamples the residuals of points, smoothed, so that the sizes and tokens that were chosen
+    stay. That of curves flips the signs of whole blocks of successive residuals, since neighbours err alike.
 
     Args:
         law: A law by name, with options as in 'annealing:decay=0.99', or as a class or object.
@@ -59,6 +63,8 @@ def fit(
 
     law = get(law)
     parts = parts_of(law, data, y)
+    if any(part.y is None for part in parts):
+        raise ValueError("y is missing: give the losses of the columns")
     check_count("bootstrap", bootstrap, 0)
     if block is not None:
         check_count("block", block, 1)
@@ -106,8 +112,6 @@ class Problem:
         Raises: ValueError.
         """
         law = self.law
-        if any(part.y is None for part in self.parts):
-            raise ValueError("y is missing: give the losses of the columns")
         truth = np.concatenate([np.asarray(part.y) for part in self.parts])
         rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(self.features))
         if rows != len(truth):
@@ -168,26 +172,40 @@ class Problem:
         return min(refined, key=lambda free: self.cost(self.errors(free, truth)))
 
     def check_determined(self, found: np.ndarray, truth: np.ndarray) -> None:
-        """Refuse parameters that could change together, or alone, without changing a prediction.
+        """Refuse parameters that could change together, or alone, without changing a prediction; warn of unsure ones.
 
         Raises: ValueError that names them.
         """
-        steps = 1e-4 * np.eye(len(found))
-        slopes = np.stack(
-            [(self.errors(found - s, truth) - self.errors(found + s, truth)) / 2e-4 for s in steps], axis=-1
-        )
-        effect = np.linalg.norm(slopes, axis=0) / np.sqrt(len(truth))
+        slopes = self._slopes(found, truth)
+        size = np.linalg.norm(slopes, axis=0)
         names = np.array(self.names)
-        idle = effect < 1e-7
+        idle = size < IDLE * np.sqrt(len(truth))
         if lost := [name for name in names[idle] if name not in self.law.linear]:
             raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
-        _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / np.linalg.norm(slopes[:, ~idle], axis=0))
-        if sizes[-1] < 1e-5:
-            together = names[~idle][np.abs(directions[-1]) > 0.2]
+        names, size = names[~idle], size[~idle]
+        _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / size, full_matrices=False)
+        if sizes[-1] < ALIKE:
+            together = names[np.abs(directions[-1]) > 0.2]
             raise ValueError(
                 f"{', '.join(together)} change together without changing a prediction: the data do not determine them, "
                 "add other sizes, tokens or schedules"
             )
+        residuals = self.errors(found, truth)
+        noise = np.sqrt((residuals**2).sum() / (len(truth) - len(found)))
+        errors = noise / size * np.linalg.norm(directions / sizes[:, None], axis=0)
+        if len(unsure := names[errors > UNSURE]):
+            warnings.warn(
+                f"{', '.join(unsure)} may be wrong by a factor of {np.exp(UNSURE):.0f} and more: trust forecasts near "
+                "the data only, or add other sizes, tokens or schedules",
+                stacklevel=4,
+            )
+
+    def _slopes(self, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Derivatives of the predictions by the transformed parameters, [rows, P]."""
+        steps = 1e-4 * np.eye(len(found))
+        return np.stack(
+            [(self.errors(found - step, truth) - self.errors(found + step, truth)) / 2e-4 for step in steps], axis=-1
+        )
 
     def bootstrap(
         self, found: np.ndarray, residuals: np.ndarray, units: np.ndarray, draws: tuple[int, int]
@@ -208,10 +226,13 @@ class Problem:
         fitted = self.law_at(found).stacked(self.features)
         blocks = int(units.max()) + 1
         wide = residuals * np.sqrt(blocks / max(1, blocks - len(found)))  # a fit makes them smaller than the noise
+        smooth = 1.06 * wide.std() * blocks**-0.2  # Silverman's rule: a fit passes through some points
         values = np.empty((count, len(found)))
         for draw in range(count):
-            points = blocks == len(residuals)
-            noise = rng.choice(wide, blocks) if points else wide * rng.choice([-1.0, 1.0], blocks)[units]
+            if blocks < len(residuals):
+                noise = wide * rng.choice([-1.0, 1.0], blocks)[units]
+            else:
+                noise = rng.choice(wide, blocks) + rng.normal(0, smooth, blocks)
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
             values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
         return values
