@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, losses, ops, teachers, trainers
+from hf_xent import classes, detection, laws, losses, ops, teachers, trainers
 from hf_xent import ranking as auc
 from hf_xent.registry import Registry
 
@@ -27,6 +27,8 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
+    laws: """LAWS Allocation AnnealingLaw Curve DownstreamLoss EncoderDecoder Errors Fit Forecast Law LogLaw
+        MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -9,6 +9,7 @@ Source: Hoffmann et al. 2022, arXiv:2203.15556, appendix D.3, the objective and 
 
 from __future__ import annotations
 
+import warnings
 from copy import copy
 from itertools import product
 from typing import Any
@@ -22,6 +23,9 @@ from .curves import Curve, Data, Part, parts_of
 from .fitted import Fit
 
 REFINED = 6  # starts that are refined; the others are only evaluated
+IDLE = 1e-7  # a relative effect on predictions, by a change of a parameter by its own size, that is none
+ALIKE = 1e-5  # the singular value of the effects, each of length 1, below which they are the same
+UNSURE = 3.0  # the standard error of a parameter's logarithm above which it is hardly known
 
 
 def fit(
@@ -59,41 +63,65 @@ def fit(
 
     law = get(law)
     parts = parts_of(law, data, y)
+    if any(part.y is None for part in parts):
+        raise ValueError("y is missing: give the losses of the columns")
     check_count("bootstrap", bootstrap, 0)
     if block is not None:
         check_count("block", block, 1)
     delta = law.delta if delta is None else delta
     if not is_number(delta, "(0, inf)"):
         raise ValueError(f"delta is {delta!r}: choose a number > 0")
-    features = [law.features(**part.columns) for part in parts]
-    truth = _truth(law, parts, features)
-    problem = Problem(law, features, delta)
+    return _fitted(Problem(law, parts, float(delta)), _units(parts, data, block), (bootstrap, seed))
+
+
+def _fitted(problem: Problem, units: np.ndarray, draws: tuple[int, int]) -> Fit:
+    """The fit of a problem, with the block of each row, [rows], and the number and seed of the bootstrap's draws."""
+    truth = problem.truth()
     found = problem.search(truth)
     problem.check_determined(found, truth)
-    for one in features:
-        problem.law_at(found).check_domain(one)
+    law = problem.law_at(found)
+    for features in problem.features:
+        law.check_domain(features)
     residuals = problem.errors(found, truth)
-    units = _units(parts, data, block)
-    count = len(np.unique(units))
+    blocks = int(units.max()) + 1
+    kind = "points" if blocks == len(units) else "blocks of curves"
     return Fit(
-        law=problem.law_at(found),
+        law=law,
         residuals=residuals,
         objective=problem.cost(residuals),
-        delta=float(delta),
-        seen=_merged([law.extent(**part.columns) for part in parts]),
-        draws=problem.bootstrap(found, residuals, units, (bootstrap, seed)),
-        resampled="nothing" if not bootstrap else "blocks of curves" if _are_curves(data) else "points",
-        units=count if bootstrap else 0,
+        delta=problem.delta,
+        seen=_merged([law.extent(**part.columns) for part in problem.parts]),
+        draws=problem.bootstrap(found, residuals, units, draws),
+        resampled=kind if draws[0] else "nothing",
+        units=blocks if draws[0] else 0,
     )
 
 
 class Problem:
-    """A law on the features of its data: parameters [P] without bounds, and what they cost."""
+    """A law on its data: parameters [P] without bounds, and what they cost."""
 
-    def __init__(self, law: Law, features: list[Features], delta: float):
-        self.law, self.features, self.delta = law, features, delta
+    def __init__(self, law: Law, parts: list[Part], delta: float):
+        self.law, self.parts, self.delta = law, parts, delta
+        self.features: list[Features] = [law.features(**part.columns) for part in parts]
         self.names = law.parameters
         self.low, self.high = np.array([law.bounds[name] for name in self.names]).T
+
+    def truth(self) -> np.ndarray:
+        """The losses of all rows: as many as predictions, more than parameters, and enough to determine these.
+
+        Raises: ValueError.
+        """
+        law = self.law
+        truth = np.concatenate([np.asarray(part.y) for part in self.parts])
+        rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(self.features))
+        if rows != len(truth):
+            raise ValueError(f"y has {len(truth)} rows and the columns {rows}: give one loss a row")
+        if rows <= len(self.names):
+            raise ValueError(
+                f"y has {rows} points, and {type(law).__name__} has {len(self.names)} parameters: add points"
+            )
+        law.check_data([part.columns for part in self.parts])
+        return truth
 
     def law_at(self, free: np.ndarray) -> Law:
         """The law with transformed parameters, which are in their bounds whatever the numbers: no check is needed."""
@@ -144,26 +172,40 @@ class Problem:
         return min(refined, key=lambda free: self.cost(self.errors(free, truth)))
 
     def check_determined(self, found: np.ndarray, truth: np.ndarray) -> None:
-        """Refuse parameters that could change together, or alone, without changing a prediction.
+        """Refuse parameters that could change together, or alone, without changing a prediction; warn of unsure ones.
 
         Raises: ValueError that names them.
         """
-        steps = 1e-4 * np.eye(len(found))
-        slopes = np.stack(
-            [(self.errors(found - s, truth) - self.errors(found + s, truth)) / 2e-4 for s in steps], axis=-1
-        )
-        effect = np.linalg.norm(slopes, axis=0) / np.sqrt(len(truth))
+        slopes = self._slopes(found, truth)
+        size = np.linalg.norm(slopes, axis=0)
         names = np.array(self.names)
-        idle = effect < 1e-7
+        idle = size < IDLE * np.sqrt(len(truth))
         if lost := [name for name in names[idle] if name not in self.law.linear]:
             raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
-        _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / np.linalg.norm(slopes[:, ~idle], axis=0))
-        if sizes[-1] < 1e-5:
-            together = names[~idle][np.abs(directions[-1]) > 0.2]
+        names, size = names[~idle], size[~idle]
+        _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / size, full_matrices=False)
+        if sizes[-1] < ALIKE:
+            together = names[np.abs(directions[-1]) > 0.2]
             raise ValueError(
                 f"{', '.join(together)} change together without changing a prediction: the data do not determine them, "
                 "add other sizes, tokens or schedules"
             )
+        residuals = self.errors(found, truth)
+        noise = np.sqrt((residuals**2).sum() / (len(truth) - len(found)))
+        errors = noise / size * np.linalg.norm(directions / sizes[:, None], axis=0)
+        if len(unsure := names[errors > UNSURE]):
+            warnings.warn(
+                f"{', '.join(unsure)} may be wrong by a factor of {np.exp(UNSURE):.0f} and more: trust forecasts near "
+                "the data only, or add other sizes, tokens or schedules",
+                stacklevel=4,
+            )
+
+    def _slopes(self, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Derivatives of the predictions by the transformed parameters, [rows, P]."""
+        steps = 1e-4 * np.eye(len(found))
+        return np.stack(
+            [(self.errors(found - step, truth) - self.errors(found + step, truth)) / 2e-4 for step in steps], axis=-1
+        )
 
     def bootstrap(
         self, found: np.ndarray, residuals: np.ndarray, units: np.ndarray, draws: tuple[int, int]
@@ -191,22 +233,6 @@ class Problem:
             truth = fitted * np.exp(noise) if self.law.log_errors else fitted + noise
             values[draw] = list(self.law_at(self.refine(found, truth, tolerance=1e-7)).values.values())
         return values
-
-
-def _truth(law: Law, parts: list[Part], features: list[Features]) -> np.ndarray:
-    """The losses of all rows, as many as predictions and more than parameters."""
-    if any(part.y is None for part in parts):
-        raise ValueError("y is missing: give the losses of the columns")
-    truth = np.concatenate([np.asarray(part.y) for part in parts])
-    rows = len(law.having(**dict.fromkeys(law.parameters, 1.0)).stacked(features))
-    if rows != len(truth):
-        raise ValueError(f"y has {len(truth)} rows and the columns {rows}: give one loss a row")
-    if len(truth) <= len(law.parameters):
-        raise ValueError(
-            f"y has {len(truth)} points, and {type(law).__name__} has {len(law.parameters)} parameters: add points"
-        )
-    law.check_data([part.columns for part in parts])
-    return truth
 
 
 def _are_curves(data: Data) -> bool:
