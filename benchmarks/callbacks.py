@@ -32,7 +32,7 @@ Arm = Callable[[Path, int], list[Any]]
 
 
 class Clock(TrainerCallback):
-    """The time from the third step of a training to its end; the first of its callbacks, so that others lie within."""
+    """The time from the third step of a training to its end; the last callback, so that what others do then counts."""
 
     def __init__(self) -> None:
         self.start = self.seconds = 0.0

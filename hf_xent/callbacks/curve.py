@@ -82,7 +82,7 @@ class CurveCallback(TrainerCallback):
             self._loss = self._loss + loss.detach()
             return loss
 
-        trainer.training_step = followed  # type: ignore[method-assign]  # of this object, until the training ends
+        trainer.training_step = followed  # of this object alone, until the training ends
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer is about to use its learning rate."""

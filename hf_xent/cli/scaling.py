@@ -15,7 +15,7 @@ from .output import emit, err
 
 if TYPE_CHECKING:
     from ..experiments.forecasting import Outlook
-    from ..laws import Fit
+    from ..laws.fitted import Fit
 
 app = typer.Typer(help="Laws of losses: fit them to training runs, forecast other runs.", no_args_is_help=True)
 FILES_HELP = "CSV files of curves (step,lr,loss,tokens,params), as CurveCallback writes them"
@@ -159,7 +159,8 @@ def allocate(
 
     Example: hf-xent scaling allocate fit.json 1e21
     """
-    from ..laws import Fit, compute_optimal
+    from ..laws.allocation import compute_optimal
+    from ..laws.fitted import Fit
     from ..laws.parametric import ParametricLoss
 
     fitted = Fit.read(fit_file)
@@ -180,8 +181,8 @@ def allocate(
 def _fitted(files: list[Path], law: str, x: str | None, points: int, bootstrap: int) -> tuple[Fit, dict[str, Any]]:
     """A fit, and its summary."""
     from ..experiments import forecasting, law_data
-    from ..laws import fit as fit_law
     from ..laws import get
+    from ..laws.fitting import fit as fit_law
 
     chosen = get(law)
     with err.status("fitting"):

@@ -17,7 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..laws import LAWS, Curve, Fit, Law, fit, get, read
+from ..laws import LAWS, get
+from ..laws.base import Law
+from ..laws.curves import Curve, read
+from ..laws.fitted import Fit
+from ..laws.fitting import fit
 from ..laws.schedules import ScheduleLaw, after_warmup
 from ..models.quiet import quiet_loading
 from ..options.ranges import check_count, is_number
@@ -175,7 +179,8 @@ def forecast(
     found = fitted(opened, law, points=points, bootstrap=bootstrap, seed=seed)
     step = np.arange(after_warmup(lr) + 1, len(lr) + 1)
     sizes = {"params": params_of(opened)} if "params" in found.law.columns else {}
-    return Outlook(schedule, lr, step, *found.predict(lr=lr, step=step, **sizes), found)
+    loss, low, high = found.predict(lr=lr, step=step, **sizes)
+    return Outlook(schedule, lr, step, loss, low, high, found)
 
 
 def opened_curves(curves: Source | Sequence[Source]) -> list[Curve]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..laws import Curve, Law, read
+from ..laws.base import Law
+from ..laws.curves import Curve, read
 from .forecasting import thinned
 
 OF_CURVES = ("params", "tokens", "step")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..laws import Curve, Fit
+from ..laws.curves import Curve
+from ..laws.fitted import Fit
 from ..laws.schedules import after_warmup
 from ..system.figures import panels, save
 from .forecasting import Outlook, thinned
