@@ -103,7 +103,7 @@ def test_calibration_takes_the_preference_of_a_prompt_away(tokenizer):
     """q is p / p0 normalized: of texts without content it is uniform; other formats are refused."""
     model = tiny()
     found = label(model, TEXTS, CRITERIA, FORMATS, tokenizer=tokenizer)
-    free = label(model, ["x", ""], CRITERIA, FORMATS, tokenizer=tokenizer)
+    free = label(model, ["x", "of"], CRITERIA, FORMATS, tokenizer=tokenizer)
     q = found.calibrated(free).probabilities.numpy()
     p, p0 = found.probabilities.double().numpy(), free.probabilities.double().numpy().mean(0)
     np.testing.assert_allclose(q, (p / p0) / (p / p0).sum(-1, keepdims=True), rtol=1e-5)

@@ -59,8 +59,8 @@ class Labels:
         same = self.probabilities.shape[1:] == free.probabilities.shape[1:]
         if not same or (self.criteria, self.formats) != (free.criteria, free.formats):
             raise ValueError(
-                f"free has the criteria {free.criteria} and formats {free.formats}: label texts without content by those"
-                f" of these verdicts, {self.criteria} and {self.formats}"
+                f"free has the criteria {free.criteria} and formats {free.formats}: label texts without content by"
+                f" those of these verdicts, {self.criteria} and {self.formats}"
             )
         odds = self.probabilities / free.probabilities.mean(0).clamp(min=1e-9)
         return replace(self, probabilities=odds / odds.sum(-1, keepdim=True))
