@@ -3,8 +3,10 @@
     python examples/judges_as_raters.py brown:package [--model smollm2] [--output out/judges_as_raters]
 
 A seed draws 60 sentences, 12 of each degree 0 to 4: that many quarters of their words are replaced by others of the
-corpus (`wrong_words.py`). Every format asks for three criteria, and has five ordered verdicts; the expected verdicts of
-all formats together are cut into four categories of equal size. The measure is that of a many-facet Rasch model.
+corpus (`wrong_words.py`). Every format asks for three criteria, and has five ordered verdicts, calibrated by those on
+texts without content; the expected verdicts of all formats together are cut into four categories of equal size. The
+measure is that of a many-facet Rasch model. Without the calibration it had no estimate, which was the first design: a
+format gave nearly every sentence the same verdict, its first digit or letter.
 
 Decided before: the number that counts is Spearman's correlation with minus the degree. Where all formats judge all
 sentences, the measure orders them as the raw mean does, up to ties; so the comparison is that of two formats a
@@ -30,7 +32,7 @@ from hf_xent.generation.labelers import label
 from hf_xent.metrics.labels import of_order
 from hf_xent.models import loading
 
-TEXTS, LEVELS, JUDGES = 60, 4, 2
+TEXTS, LEVELS, JUDGES, CONTENT_FREE = 60, 4, 2, ("N/A", "[MASK]", "")
 METRICS = ("spearman", "spread", "reliability", "misfits")
 ARMS = ("raw mean of two", "measure of two", "raw mean", "measure", "measure without misfits", "measure, shuffled")
 
@@ -59,7 +61,8 @@ def main(
     for seed in sorted({seed for _, seed in study.runs(ARMS)}):
         texts, degrees = sentences(corpus, seed, TEXTS)
         options = {"tokenizer": tokenizer, "batch_size": 18, "cache": output / "verdicts.jsonl"}
-        cells = label(network, texts, CRITERIA, FORMATS, **options).cells(LEVELS)
+        free = label(network, CONTENT_FREE, CRITERIA, FORMATS, **options)
+        cells = label(network, texts, CRITERIA, FORMATS, **options).calibrated(free).cells(LEVELS)
         draw = np.random.default_rng(seed)
         chosen = np.stack([draw.permutation(len(FORMATS)) < JUDGES for _ in texts])  # [texts, formats]
         kept = np.broadcast_to(chosen[:, None], (len(texts), len(CRITERIA), len(FORMATS))).ravel()

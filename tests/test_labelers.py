@@ -99,6 +99,20 @@ def test_expected_verdicts_and_categories():
         labels.categories(1)
 
 
+def test_calibration_takes_the_preference_of_a_prompt_away(tokenizer):
+    """q is p / p0 normalized: of texts without content it is uniform; other formats are refused."""
+    model = tiny()
+    found = label(model, TEXTS, CRITERIA, FORMATS, tokenizer=tokenizer)
+    free = label(model, ["x", "of"], CRITERIA, FORMATS, tokenizer=tokenizer)
+    q = found.calibrated(free).probabilities.numpy()
+    p, p0 = found.probabilities.double().numpy(), free.probabilities.double().numpy().mean(0)
+    np.testing.assert_allclose(q, (p / p0) / (p / p0).sum(-1, keepdims=True), rtol=1e-5)
+    one = label(model, ["x"], CRITERIA, FORMATS, tokenizer=tokenizer)
+    np.testing.assert_allclose(one.calibrated(one).probabilities, 1 / 3, rtol=1e-6)
+    with pytest.raises(ValueError, match="label texts without content by those of these verdicts"):
+        found.calibrated(label(model, ["x"], {"lazy": "lazy"}, FORMATS, tokenizer=tokenizer))
+
+
 def test_severities_of_formats_are_found():
     """Verdicts drawn from the measure's own model: strict formats are strict, and texts are where they were."""
     draw, tau = np.random.default_rng(0), np.array([-1.0, 0.0, 1.0])
@@ -153,5 +167,5 @@ def test_judges_as_raters_compares_all_arms(tmp_path, monkeypatch):
     results = example["main"](str(tmp_path / "t.txt"), **options)
     assert set(results) == set(example["ARMS"])
     assert all(-1 <= rows[0]["spearman"] <= 1 for rows in results.values())
-    assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 20 * 3 * 6
+    assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == (20 + 3) * 3 * 6
     assert {"infit of digits", "severity of words"} <= set(results["measure"][0])

@@ -10,14 +10,15 @@ statistics tell which formats do not go with the rest:
     found = label(model, texts, criteria, formats, tokenizer=tokenizer)
     measure = rasch.fit(found.cells(levels=4), unit="unit", item="criterion", rater="format")
 
-Source: Kennedy et al. 2020, arXiv:2009.10277, for ordered items of human raters as one measure. Formats of prompts as
-raters, and their expected verdicts as categories, are ours.
+Source: Kennedy et al. 2020, arXiv:2009.10277, for ordered items of human raters as one measure; Zhao et al. 2021,
+Calibrate Before Use, arXiv:2102.09690, for texts without content. Formats of prompts as raters, and their expected
+verdicts as categories, are ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,27 @@ class Labels:
         """The expected verdicts [n, C, F], from 0 (all probability is on the lowest) to 1."""
         p = self.probabilities.double().numpy()
         return p @ np.arange(p.shape[-1]) / (p.shape[-1] - 1)
+
+    def calibrated(self, free: Labels) -> Labels:
+        """The verdicts less what the prompts say by themselves: q_k = p_k / p0_k, normalized, p0 the mean of `free`.
+
+        A small model may prefer a verdict's token, such as 1 or A, whatever the text is; this takes the preference away
+        and leaves the severity that goes with the text.
+
+        Args:
+            free: The verdicts, by the same criteria and in the same formats, on texts without content, such as 'N/A'.
+
+        Raises:
+            ValueError: `free` has other criteria or formats, or other numbers of verdicts.
+        """
+        same = self.probabilities.shape[1:] == free.probabilities.shape[1:]
+        if not same or (self.criteria, self.formats) != (free.criteria, free.formats):
+            raise ValueError(
+                f"free has the criteria {free.criteria} and formats {free.formats}: label texts without content by"
+                f" those of these verdicts, {self.criteria} and {self.formats}"
+            )
+        odds = self.probabilities / free.probabilities.mean(0).clamp(min=1e-9)
+        return replace(self, probabilities=odds / odds.sum(-1, keepdim=True))
 
     def categories(self, levels: int | None = None) -> np.ndarray:
         """Ordered categories [n, C, F].

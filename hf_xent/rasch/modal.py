@@ -123,7 +123,8 @@ def solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
         return cho_solve(cho_factor(matrix), right)
     except np.linalg.LinAlgError:
         raise ValueError(
-            "the scores do not determine all severities and thresholds: leave out levels with few scores, or a facet"
+            "the scores do not determine all severities and thresholds (those of some levels may hardly overlap): leave"
+            " out levels with few or nearly constant scores, or a facet"
         ) from None
 
 
