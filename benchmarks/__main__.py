@@ -109,6 +109,20 @@ def classifier_steps(
     print(f"written: {output}")
 
 
+@app.command(name="callbacks")
+def callback_costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/callbacks.md"),
+    rounds: Annotated[int, Option(help="Turns of each arm.", min=1)] = 9,
+    steps: Annotated[int, Option(help="Steps of a turn, an even number; the first two are not timed.", min=4)] = 42,
+    every: Annotated[int, Option(help="Steps between two evaluations of the geometry.", min=1)] = 500,
+) -> None:
+    """Measure what CurveCallback and GeometryCallback add to the training of a small GPT-2."""
+    from benchmarks import callbacks  # lazy: transformers' Trainer with its dependencies
+
+    output.write_text(callbacks.page(rounds, steps, every) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="dpo")
 def dpo_step(
     model: Model = "smollm2",

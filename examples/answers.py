@@ -36,7 +36,8 @@ TRAIN, VALIDATION, CLASSES = 1600, 500, 6
 
 def rows(source: str, seed: int) -> list[Dataset]:
     """Rows for training, validation and test."""
-    found = data.load(f"bfi:{source}", split="train")
+    item, _, path = source.partition("@")
+    found = data.load(f"bfi:{item}", path=path or None, split="train")
     order = np.random.default_rng(seed).permutation(len(found))
     values, labels = np.array(found["values"])[order], np.array(found["label"])[order]
     values = ((values - values[:TRAIN].mean(0)) / values[:TRAIN].std(0)).astype(np.float32)

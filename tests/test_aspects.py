@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_xent.data import Format
-from hf_xent.generation import aspects as asking
+from hf_xent.generation import answering
 from hf_xent.generation.aspects import aspects
 from support.models import SETTINGS, V, tiny, tiny_tokenizer
 from support.oracle import Largest
@@ -80,7 +80,7 @@ def test_the_text_runs_once_and_no_logits_are_made(tokenizer, monkeypatch):
 def test_an_interrupted_call_goes_on(tokenizer, tmp_path, monkeypatch):
     """A batch is on disk when the next one fails; a torn line and another model's answers do not count."""
     model, file, batches = tiny(), tmp_path / "kept" / "answers.jsonl", []
-    stock = asking._odds
+    stock = answering._logits
 
     def counted(model, rows, *rest):
         batches.append(len(rows))
@@ -88,7 +88,7 @@ def test_an_interrupted_call_goes_on(tokenizer, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return stock(model, rows, *rest)
 
-    monkeypatch.setattr(asking, "_odds", counted)
+    monkeypatch.setattr(answering, "_logits", counted)
     options = {"tokenizer": tokenizer, "format": FORMAT, "batch_size": 3}
     with pytest.raises(KeyboardInterrupt):
         aspects(model, TEXTS, QUESTIONS, **options, cache=file)

@@ -1,6 +1,7 @@
 """Registered datasets: read from synthetic copies with the columns, dtypes and splits as published; and written."""
 
 import json
+import random
 import subprocess
 import sys
 import zipfile
@@ -10,8 +11,9 @@ import pytest
 from datasets import ClassLabel, Features, Value
 from typer.testing import CliRunner
 
-from hf_xent import cli
+from hf_xent import cli, rasch
 from hf_xent.data import DATASETS, load, load_text
+from hf_xent.data import hate as hate_items
 from hf_xent.hub import validate
 from hf_xent.hub.datasets import export
 
@@ -112,6 +114,50 @@ def dactyl(tmp_path):
         file = tmp_path / f"dactyl/data/{split}-00000-of-00001.parquet"
         parquet(file, [row(i, split) for i in range(count)], **dtypes, target="int64")
     return tmp_path / "dactyl"
+
+
+@pytest.fixture
+def hate(tmp_path):
+    """Made-up ratings of twelve comments by three of four people each, all in the published types."""
+    dtypes = {
+        "comment_id": "int32",
+        "annotator_id": "int32",
+        **dict.fromkeys(hate_items.ITEMS, "float64"),
+        "hate_speech_score": "float64",
+        "text": "string",
+        "annotator_severity": "float64",
+    }
+    rows, draw = [], random.Random(0)
+    for comment in range(12):
+        for rater in range(4):
+            if (comment + rater) % 4:
+                answers = {item: float(draw.randrange(5)) for item in hate_items.ITEMS}
+                answers["hatespeech"] = float(draw.randrange(3))
+                ids = {"comment_id": 100 + comment, "annotator_id": rater, "annotator_severity": 0.1}
+                rows.append({**ids, **answers, "hate_speech_score": comment / 2, "text": f"Comment {comment}."})
+    parquet(tmp_path / "hate" / "train-00000-of-00001.parquet", rows, **dtypes)
+    return tmp_path / "hate"
+
+
+def test_ratings_are_ready_for_a_measure(hate, tmp_path):
+    rows = load("hate", hate, split="train")
+    assert rows.column_names == ["text", "unit", "rater", *hate_items.ITEMS, "score"] and len(rows) == 36
+    assert rows[3]["text"] == "Comment 1." and rows[3]["unit"] == 101 and 0 <= rows[3]["sentiment"] <= 4
+    assert [*load("hate", hate, split="train", streaming=True)] == [*rows]
+    cells = rasch.stack(rows, hate_items.ITEMS, keep=["rater"], unit="unit")
+    measure = rasch.fit(cells, rater="rater", model="partial", method="map")
+    assert len(measure.units) == 12 and measure.thresholds.shape == (10, 4) and measure.cells.sizes.tolist()[-1] == 3
+    card = validate(export("hate", tmp_path / "out", hate), "dataset")
+    assert card.data.license == "cc-by-4.0" and "the texts offend" in card.text
+    for change, message in (
+        ({"insult": 1.5}, "the insult 1.5"),
+        ({"insult": None}, "no insult"),
+        ({"text": ""}, "text"),
+    ):
+        published = {"comment_id": 1, "annotator_id": 2, "hate_speech_score": 0.5, "text": "a"}
+        lines(tmp_path / "bad" / "train.jsonl", [{**published, **dict.fromkeys(hate_items.ITEMS, 1.0), **change}])
+        with pytest.raises(ValueError, match=message):
+            load("hate", tmp_path / "bad", split="train")
 
 
 def test_membership_sets_have_one_schema(wikimia, patentmia, bookmia, mimir):

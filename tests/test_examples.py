@@ -1,11 +1,13 @@
 """The example scripts run as they are, and the two marked lines of run_clm.py are all that patching takes."""
 
+import gzip
 import json
 import os
 import random
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import hf_xent
+import hf_xent.calibration
 from support.models import tiny, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -194,6 +197,22 @@ def test_self_distil_qa_compares_all_arms(tmp_path, monkeypatch):
     assert [arm for arm, rows in found.items() if "kl" in rows[0]] == list(example["ARMS"])[2:]
     assert all(0 <= rows[0][name] <= 1 for rows in found.values() for name in ("f1", "exact_match", "map_at_k"))
     assert found["weight 1"][0]["weight"] == 1 and 0 <= found["mAP@k"][0]["weight"] <= 1
+
+
+def test_loss_retrieval_reports_every_ranking(tmp_path, model):
+    """A tiny model, two prompts in two languages, and a sound; the second run reads the rows of the first."""
+    for name, texts in {"en": ("the fox", "the lazy dog", "[beep]"), "fr": ("le fox", "dog lazy", "(bip)")}.items():
+        folder = tmp_path / name / "usr/share/doc" / f"asterisk-core-sounds-{name}"
+        folder.mkdir(parents=True)
+        lines = "".join(f"key{i}: {text}\n" for i, text in enumerate(texts))
+        (folder / f"core-sounds-{name}.txt.gz").write_bytes(gzip.compress(f"; Sounds\n{lines}".encode()))
+    example = runpy.run_path(str(EXAMPLES / "loss_retrieval.py"))
+    found = example["main"](tmp_path, tmp_path / "out", exact=2, model=model)
+    assert found[0].startswith("2 pairs") and "chance of recall@1 0.5" in found[0]
+    assert sum(line.startswith(("| candidates", "| sources")) for line in found) == 17
+    assert len(list((tmp_path / "out" / "grid" / "rows").iterdir())) == 3
+    assert example["main"](tmp_path, tmp_path / "out", exact=2, model=model) == found
+    assert (tmp_path / "out" / "results.md").read_text() == "\n".join(found) + "\n"
 
 
 def test_aspects_compares_all_arms(tmp_path, monkeypatch, model):
@@ -487,3 +506,82 @@ def test_machine_text_compares_all_arms(tmp_path, monkeypatch, model):
     assert example["main"](**options) == found, "nothing is run twice"
     assert {path.name: path.read_text() for path in (tmp_path / "out" / "texts").iterdir()} == texts
     assert all(f"| {arm} |" in (tmp_path / "out" / "README.md").read_text() for arm in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mnist:20", "genres"])
+def test_calibration_compares_all_arms(tmp_path, monkeypatch, task):
+    """Made-up digits and a tiny encoder; every arm has one accuracy, and a second call runs nothing."""
+    from PIL import Image
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.setattr("hf_xent.calibration.fitting.Training", partial(hf_xent.calibration.Training, steps=5))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import digits
+    import unsure_digits
+    import unsure_genres
+
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(60)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [i % 10 for i in range(60)]})
+    load = hf_xent.data.load
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: rows if name == "mnist" else load(name, **options))
+    digits.images.cache_clear()
+    for module, sizes in ((digits, {"TRAIN": 20, "VALIDATION": 40}), (unsure_digits, {"EPOCHS": 1}),
+                          (unsure_genres, {"TRAIN": 6, "TEST": 8, "PASSES": 2})):  # fmt: skip
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    if task == "genres":
+        words = TEXT.split()
+        for i, genre in enumerate("aehjlp" * 2):
+            texts = [" ".join(f"{w}/nn" for w in draw.permutation(words * 2)[:20]) for _ in range(8)]
+            (tmp_path / f"c{genre}{i // 6:02}").write_text("\n\n".join(texts))
+        shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        BertModel(BertConfig(vocab_size=90, **shape)).save_pretrained(tmp_path / "encoder")
+        tiny_tokenizer(TEXT).save_pretrained(tmp_path / "encoder")
+        task = f"genres:brown:{tmp_path}@{tmp_path / 'encoder'}"
+    example = runpy.run_path(str(EXAMPLES / "calibration.py"))
+    found = example["main"](task, seeds=1, output=tmp_path / "out")
+    digits.images.cache_clear()
+    assert set(found) == set(example["ARMS"]) and len({rows[0]["accuracy"] for rows in found.values()}) == 1
+    assert all(0 <= rows[0]["ECE"] <= 1 for rows in found.values())
+    folder = tmp_path / "out" / task.partition(":")[0]
+    assert len([*folder.glob("*.png")]) == 4 * (2 if "mnist" in task else 1)
+    assert "Against CA, own" in (folder / "README.md").read_text()
+    monkeypatch.setattr("hf_xent.calibration.report", None)
+    assert example["main"](task, seeds=1, output=tmp_path / "out") == found, "nothing is run twice"
+    with pytest.raises(ValueError, match="task is 'news': choose one of mnist, genres"):
+        example["main"]("news")
+
+
+def test_data_selection_compares_all_arms_at_equal_tokens(tmp_path, monkeypatch):
+    """Paragraphs of two genres, of which one is the target's; and it runs nothing twice."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import mixed_pool
+    import small_lm
+
+    words, draw = {"a": "the fox and a dog", "h": "of acts by law or vote"}, random.Random(0)
+    folder, general = tmp_path / "brown", mixed_pool.paragraphs
+    folder.mkdir()
+    for name in [f"{kind}{i:02}" for kind in "ah" for i in range(1, 9)]:
+        lines = [" ".join(f"{draw.choice(words[name[0]].split())}/nn" for _ in range(20)) for _ in range(5)]
+        (folder / f"c{name}").write_text("\n\n".join(lines))
+    for owner, name, value in (
+        (mixed_pool, "OTHERS", 25),
+        (mixed_pool, "HELD_OUT", 2),
+        (mixed_pool, "paragraphs", lambda text, genre: general(text, genre)[:3]),
+        (small_lm, "BLOCK", 32),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    example = runpy.run_path(str(EXAMPLES / "data_selection.py"))
+    monkeypatch.setitem(example["main"].__globals__, "BASE_TOKENS", 512)
+    options = {"tokens": 256, "seeds": 1, "output": tmp_path / "out"}
+    found = example["main"](f"brown:{folder}", **options)
+    assert set(found) == {"before", "target alone", *example["ARMS"]}
+    rows = {arm: found[arm][0] for arm in example["ARMS"]}
+    assert all(0 < row["loss"] < 20 and 0 <= row["precision"] <= 1 for row in rows.values())
+    assert rows["shortest"]["length"] == pytest.approx(-1) and rows["longest"]["length"] == pytest.approx(1)
+    assert abs(rows["compression"]["length"]) < abs(rows["compression, as published"]["length"])
+    assert "compression to shortest: " in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(small_lm.SmallLM, "_train", None)
+    assert example["main"](f"brown:{folder}", **options) == found, "nothing is run twice"

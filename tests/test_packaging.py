@@ -70,7 +70,8 @@ def test_every_import_is_a_dependency(folder):
     """Rooms of an extra import what it brings; all others import core, but for what is named here."""
     extras = {
         **dict.fromkeys(
-            ("calibration", "data", "detection", "generation", "laws", "metrics", "rasch", "retrieval", "system"), "detect"
+            ("calibration", "data", "detection", "generation", "laws", "metrics", "rasch", "retrieval", "system"),
+            "detect",
         ),
         **dict.fromkeys(("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers"), "train"),
         **dict.fromkeys(("bench", "cli"), "all"),  # TRL is a contestant

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import classes, detection, laws, losses, ops, teachers, trainers
+from hf_xent import calibration, classes, detection, laws, losses, ops, rasch, retrieval, teachers, trainers
 from hf_xent import ranking as auc
+from hf_xent.data import selectors
 from hf_xent.registry import Registry
 
 TRAINERS = """DistillationConfig DistillationTrainer DXOConfig DXOTrainer EMOConfig EMOTrainer F2CConfig
@@ -27,9 +28,15 @@ PUBLIC = {
         Teacher load write_cache""",
     classes: """ClassLoss LOSSES OF_STATISTICS OfStatistics get predict resize return_values ssim supervised_contrastive
         table""",
+    detection: """BLIND CalibratedScore CountedText SCORES Score TextScorer blind calibrate evaluate frequencies get
+        score sweep""",
+    calibration: """OBJECTIVES Calibrator Training draw fit report""",
+    rasch: """Facet Measure Rasch drop_misfits expected fit probabilities stack variance""",
+    selectors: """Compression Length Loss NGrams Random SELECTORS Selector get""",
     laws: """LAWS Allocation AnnealingLaw Curve DownstreamLoss EncoderDecoder Errors Fit Forecast Law LogLaw
         MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
-    detection: """BLIND CountedText SCORES Score TextScorer blind evaluate frequencies get score sweep""",
+    retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
+        interval minmax mutual_information pmi rank raw recall_at scores zscore""",
 }
 MODULES = (*PUBLIC, trainers)
 

@@ -10,6 +10,7 @@ from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
 from .publish import publish
+from .scaling import app as scaling
 from .train import train
 
 __all__ = ["app", "main"]
@@ -19,3 +20,4 @@ for command in (train, classify, check, losses, generate, detect, publish, bench
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")
 app.add_typer(distill, name="distill")
+app.add_typer(scaling, name="scaling")

@@ -31,6 +31,7 @@ EXTRAS = {
     "distill": "train",
     "ln-free": "detect",
     "report": "bench",
+    "scaling": "detect",
     "train": "train",
 }
 """Command -> the extra of hf-xent that installs its dependencies; the other commands need no extra."""

@@ -1,4 +1,4 @@
-"""`hf-xent data`: write registered datasets as folders of Parquet files with a card, or push them to the Hub."""
+"""`hf-xent data`: write registered datasets as Parquet files with a card, push them to the Hub, or select rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from typer import Argument, Option
 from ..data.registered import usages
 from .options import CreatePR, Json, Revision
 from .output import emit, err
+from .select import select
 
-data = typer.Typer(name="data", help="Write a registered dataset as Parquet files, or push it to the Hub.")
+data = typer.Typer(
+    name="data",
+    help="Write a registered dataset as Parquet files, push it to the Hub, or select the texts of a target.",
+)
+data.command()(select)
 
 Name = Annotated[
     str,

@@ -33,7 +33,7 @@ class Bfi(LabeledCorpus):
 
     def open(self, source: Source, split: str | None) -> Any:
         """One row for each person who answered the item, in the order of the file."""
-        rows = self.make() if source.path is None else _table(_found(source.path))
+        rows = people(source.path)
         if absent := [item for item in ITEMS if not rows or item not in rows[0]]:
             raise ValueError(f"the table has no column {', '.join(absent)}")
         return split_of_train(_dataset(rows, source.config), split, source.streaming)
@@ -45,9 +45,17 @@ class Bfi(LabeledCorpus):
             raise ValueError(f"{given}: name one of A1 to A5, C1 to C5, E1 to E5, N1 to N5, O1 to O5, as 'bfi:N1'")
 
 
-def make() -> list[dict[str, str]]:
-    """The table of the package: a row for each person."""
-    return _table(file_of("bfi", "pydataset", ARCHIVE, "pydataset"))
+def people(path: Path | None = None) -> list[dict[str, str]]:
+    """The table, a row for each person: cells are text, 'NA' for no answer.
+
+    Args:
+        path: A copy of the table, as for the data set; None is that of the package.
+
+    Raises:
+        ImportError: There is no path, and the package is not installed.
+        ValueError: There is no table at the path.
+    """
+    return _table(file_of("bfi", "pydataset", ARCHIVE, "pydataset") if path is None else _found(path))
 
 
 def _dataset(rows: list[dict[str, str]], label: str) -> Any:
@@ -87,5 +95,5 @@ CORPUS = Bfi(
     splits={"train": None},
     tasks=("tabular-classification",),
     configured=True,
-    make=make,
+    make=people,
 )

@@ -4,6 +4,7 @@
 
     membership   text, label (non-member, member), source, length        length in characters
     generated    text, label (human, ai), model, domain, category        the last two may be null
+    ratings      text, unit, rater, the items, score (the published measure)
     text         as in the docstring of the dataset's file
     images       as in the docstring of the dataset's file
     labeled      values (numbers) or image, label: see `labeled.py`
@@ -41,7 +42,7 @@ class Corpus:
 
     title: str
     family: str
-    """'membership', 'generated', 'text', 'images' or 'labeled'."""
+    """'membership', 'generated', 'ratings', 'text', 'images' or 'labeled'."""
     license: str
     """The Hub's name for it."""
     caveat: str

@@ -21,6 +21,7 @@ DATASETS: Registry[Corpus] = Registry(
         "dactyl": "dactyl:CORPUS",
         "diabetes": "diabetes:CORPUS",
         "faces": "faces:CORPUS",
+        "hate": "hate:CORPUS",
         "mimir": "mimir:CORPUS",
         "mnist": "mnist:CORPUS",
         "patentmia": "patentmia:CORPUS",

@@ -2,6 +2,7 @@
 
 values = detection.TextScorer(model, tokenizer, ("loss", "min_k_pp", "dc_pdd"))(texts)
 detection.evaluate(values, labels, texts)         # AUROC with interval, TPR at an FPR, and those of a blind baseline
+detection.calibrate("loss", values["loss"], labels)   # from a score to the probability of the positive class
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from ..system import renamed
 from .scores import SCORES, get, sweep
 
 if TYPE_CHECKING:  # loaded on first access: the names of the scores need no torch
+    from .calibrated import CalibratedScore, calibrate
     from .counts import CountedText, frequencies
     from .evaluation import BLIND, blind, evaluate
     from .scorer import TextScorer, score
@@ -19,10 +21,12 @@ if TYPE_CHECKING:  # loaded on first access: the names of the scores need no tor
 __all__ = [
     "BLIND",
     "SCORES",
+    "CalibratedScore",
     "CountedText",
     "Score",
     "TextScorer",
     "blind",
+    "calibrate",
     "evaluate",
     "frequencies",
     "get",
@@ -32,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "Score": "scores",
+    **dict.fromkeys(("CalibratedScore", "calibrate"), "calibrated"),
     **dict.fromkeys(("CountedText", "frequencies"), "counts"),
     **dict.fromkeys(("BLIND", "blind", "evaluate"), "evaluation"),
     **dict.fromkeys(("TextScorer", "score"), "scorer"),

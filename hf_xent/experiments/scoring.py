@@ -11,10 +11,8 @@ CHUNK batches.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +20,12 @@ import numpy as np
 from rich.console import Console
 
 from ..data import load_text
+from ..data.chunks import digest
 from ..data.files import expanded_path
 from ..detection import CountedText, TextScorer, evaluate, get
 from ..detection.counts import tracked
 from ..models.loading import load
+from ..system.drafts import Draft
 from ..system.files import replace_atomically
 from .curves import draw_roc
 from .detection import CLASSES, DEFAULT_CORPUS, Detection, Task
@@ -60,7 +60,7 @@ def read(run: Detection) -> Texts:
             the source.
     """
     rows = load_text(run.source, run.split, run.column)
-    _check_output(Path(run.output), run.source, rows.column_names, run.names)
+    check_output(Path(run.output), run.source, rows.column_names, run.names)
     if run.label is None:
         return Texts(rows, None)
     least = 2 if run.task is Task.members else 1  # the blind baseline for membership needs two
@@ -82,10 +82,10 @@ def load_scorer(run: Detection) -> TextScorer:
 def run_scorer(run: Detection, scorer: TextScorer, texts: Texts, console: Console) -> dict[str, np.ndarray]:
     """Score the texts of a run and write the rows with their scores to its output; the console shows the progress."""
     column, output = texts.rows[run.column], Path(run.output)
-    settings = json.dumps([scorer.fingerprint(), _digest(column), run.batch_size])
+    settings = json.dumps([scorer.fingerprint(), digest(column), run.batch_size])
     draft = output.with_name(f".{output.name}.partial")
     scores = score_in_chunks(scorer, column, settings, draft, console)
-    _write_rows(texts.rows, scores, output)
+    write_rows(texts.rows, scores, output)
     draft.unlink()
     return scores
 
@@ -107,20 +107,14 @@ def score_in_chunks(
     Returns:
         Score -> its values, [N].
     """
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    lines = draft.read_text().splitlines() if draft.exists() else []
-    chunks = [json.loads(line) for line in lines[1:] if line.endswith("}")] if lines[:1] == [settings] else []
-    step = CHUNK * scorer.batch_size
-    if chunks and not _agree(scorer(texts[:step]), chunks[0]):
-        chunks = []
-    draft.write_text("\n".join([settings, *map(json.dumps, chunks), ""]))
-    todo = range(len(chunks) * step, len(texts), step)
-    with draft.open("a") as file, tracked(todo, "scoring", console=console) as starts:
+    kept, step = Draft(draft, settings), CHUNK * scorer.batch_size
+    if kept.chunks and not _agree(scorer(texts[:step]), kept.chunks[0]):
+        kept.chunks.clear()
+    todo = range(len(kept.chunks) * step, len(texts), step)
+    with kept.appending() as append, tracked(todo, "scoring", console=console) as starts:
         for start in starts:
-            chunks.append({name: values.tolist() for name, values in scorer(texts[start : start + step]).items()})
-            file.write(json.dumps(chunks[-1]) + "\n")
-            file.flush()
-    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in scorer.scores}
+            append({name: values.tolist() for name, values in scorer(texts[start : start + step]).items()})
+    return {name: np.concatenate([chunk[name] for chunk in kept.chunks]) for name in scorer.scores}
 
 
 def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -148,7 +142,7 @@ def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> di
     return summary
 
 
-def _check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
+def check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
     """Refuse an output that could not be written, or would overwrite data, after everything is scored."""
     if output.suffix.lower() not in WRITERS:
         raise ValueError(f"output is {output}: give it one of the suffixes {', '.join(WRITERS)}")
@@ -166,14 +160,6 @@ def _check_output(output: Path, source: str, columns: list[str], names: tuple[st
         )
 
 
-def _digest(texts: Iterable[Any]) -> str:
-    """A hash of the texts, which does not depend on their file."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(json.dumps(text).encode())
-    return digest.hexdigest()
-
-
 def _agree(scores: dict[str, np.ndarray], before: dict[str, list[float]]) -> bool:
     """Whether scores agree up to rounding, relative to the largest value of each: some scores are differences."""
     if scores.keys() != before.keys() or any(len(scores[name]) != len(before[name]) for name in scores):
@@ -182,7 +168,7 @@ def _agree(scores: dict[str, np.ndarray], before: dict[str, list[float]]) -> boo
     return all(np.allclose(scores[n], before[n], rtol=0, atol=1e-4 * sizes[n], equal_nan=True) for n in scores)
 
 
-def _write_rows(rows: Any, scores: dict[str, np.ndarray], output: Path) -> None:
+def write_rows(rows: Any, scores: dict[str, np.ndarray], output: Path) -> None:
     """Write the rows with a column for each score; the file is replaced atomically."""
     for name, values in scores.items():
         rows = rows.add_column(name, values)

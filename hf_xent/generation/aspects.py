@@ -16,35 +16,20 @@ sharing of the row's tokens is ours.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils.logging import tqdm
 
 from ..data import Format
-from ..models.anatomy import positions
-from ..models.contexts import eval_mode
-from ..models.fingerprints import fingerprint_model
-from ..models.padding import padded
 from ..options.ranges import check_count
-from ..patching import inner_of, patched
-from ..patching.calls import parameters_of
-from .judging import Row, odds, verdict_tokens
+from .answering import answer_tokens, ask
+from .judging import Row
 
 QUESTION = Format("Text: {text}\n\nAnswer a question about the text by Yes or No alone. {question}", ("Yes", "No"))
 """The default prompt; another one may use any field of a row. Its part before `{question}` is computed once a row."""
-
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
-"""The layers of a cache that hold nothing else, and whose rows can be selected."""
-
-Pair = tuple[int, int]  # a row and a question
 
 
 def aspects(
@@ -85,123 +70,11 @@ def aspects(
         raise ValueError(f"questions is {questions!r}: pass a list of at least one question")
     if "{question}" not in format.template:
         raise ValueError(f"format has the template {format.template!r}: write {{question}} where the question stands")
-    inner: Any = inner_of(model)
-    if getattr(inner.config, "is_encoder_decoder", False):
-        raise ValueError(f"model is a {type(inner).__name__}, an encoder and a decoder: pass a causal LM")
     fields = [{"text": row} if isinstance(row, str) else row for row in rows]
     if not fields:
         return torch.empty(0, len(questions))
     encoded = [[format.encode({**row, "question": q}, tokenizer) for q in questions] for row in fields]
-    verdicts = verdict_tokens(format, [answers for row in encoded for _, answers in row])
+    verdicts = answer_tokens(format, [answers for row in encoded for _, answers in row])
     prompts = [[prompt for prompt, _ in row] for row in encoded]
-    longest, room = max(len(prompt) for row in prompts for prompt in row), positions(model)
-    if room is not None and longest > room:
-        raise ValueError(f"a prompt has {longest} tokens, but the model has {room} positions: shorten the row's text")
-    stored = Answers(cache, model, verdicts)
-    todo: dict[int, list[int]] = {}  # row -> its questions that are not answered yet
-    for i, row in enumerate(prompts):
-        if missing := [j for j, prompt in enumerate(row) if stored.get(prompt) is None]:
-            todo[i] = missing
-    with tqdm(total=sum(map(len, todo.values())), desc="Asking", leave=False, disable=None) as progress:
-        for pairs, p in _answered(model, prompts, todo, verdicts, batch_size):
-            stored.add([(prompts[i][j], x) for (i, j), x in zip(pairs, p.float().tolist(), strict=True)])
-            progress.update(len(pairs))
-    return torch.tensor([[stored.get(prompt) for prompt in row] for row in prompts], dtype=torch.float32)
-
-
-class Answers:
-    """The answers of a model by prompt, in memory and, if there is one, in a file that grows with every batch.
-
-    Args:
-        path: The file, or None.
-        model: The model; answers of other models in the file are left alone.
-        verdicts: The tokens of yes and no.
-    """
-
-    def __init__(self, path: str | Path | None, model: Any, verdicts: list[int]):
-        self.path = None if path is None else Path(path)
-        self.asked = json.dumps([fingerprint_model(model) if path is not None else None, verdicts])
-        self.known: dict[str, float] = {}
-        if self.path is not None and self.path.exists():
-            text = self.path.read_text()
-            # a line that a killed process did not finish has no end
-            self.known = dict(json.loads(line) for line in text.splitlines() if line.endswith("]"))
-            if text and not text.endswith("\n"):
-                with self.path.open("a") as file:
-                    file.write("\n")
-
-    def _key(self, prompt: list[int]) -> str:
-        return hashlib.sha256(f"{self.asked}{prompt}".encode()).hexdigest()[:32]
-
-    def get(self, prompt: list[int]) -> float | None:
-        """The probability of yes after a prompt's tokens; None if it is not known."""
-        return self.known.get(self._key(prompt))
-
-    def add(self, answers: list[tuple[list[int], float]]) -> None:
-        """Keeps the probabilities of yes after some prompts."""
-        new = [(self._key(prompt), p) for prompt, p in answers]
-        self.known.update(new)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(item) + "\n" for item in new)
-
-
-def _answered(
-    model: Any, prompts: list[list[list[int]]], todo: dict[int, list[int]], verdicts: list[int], batch_size: int
-) -> Iterator[tuple[list[Pair], Tensor]]:
-    """Batches of at most batch_size pairs and their probabilities of yes, rows of similar lengths together."""
-    shared = {i: _shared(prompts[i]) for i in todo}
-    order = sorted(todo, key=shared.__getitem__)
-    rows_at_once = max(1, batch_size // max(map(len, todo.values()), default=1))
-    for start in range(0, len(order), rows_at_once):
-        rows = order[start : start + rows_at_once]
-        length = shared[rows[0]]  # of the shortest one: what the others have beyond it is left to their continuations
-        with torch.no_grad(), eval_mode(model), patched(model, always=True):
-            past = _past(model, [prompts[i][0][:length] for i in rows])
-            length = 0 if past is None else length
-            pairs = [(i, j) for i in rows for j in todo[i]]
-            for first in range(0, len(pairs), batch_size):
-                part = pairs[first : first + batch_size]
-                continuations = [prompts[i][j][length:] for i, j in part]
-                places = [rows.index(i) for i, _ in part]
-                yield part, _odds(model, continuations, verdicts, past, places)
-
-
-def _shared(prompts: list[list[int]]) -> int:
-    """The number of tokens that all prompts begin with; each has at least one of its own after them."""
-    first, most = prompts[0], min(map(len, prompts)) - 1
-    return next((k for k in range(most) if any(prompt[k] != first[k] for prompt in prompts)), most)
-
-
-def _past(model: Any, beginnings: list[list[int]]) -> Any:
-    """Keys and values of n beginnings of equal length; None if there are none, or the model keeps other states, too.
-
-    The states of recurrent layers cannot be continued by padded rows, nor can those of all kinds be selected by row.
-    """
-    if not beginnings[0] or getattr(inner_of(model), "_is_stateful", False):
-        return None
-    output = model(input_ids=torch.tensor(beginnings, device=model.device), use_cache=True)
-    past = getattr(output, _cache_name(model), None)
-    layers = getattr(past, "layers", ())
-    return past if layers and all(type(layer) in KEYS_AND_VALUES for layer in layers) else None
-
-
-def _odds(model: Any, rows: list[list[int]], verdicts: list[int], past: Any, places: list[int]) -> Tensor:
-    """The probability of yes [n] after n continuations; `places` [n] tells which entry of `past` each one follows."""
-    ids, mask = padded(rows, device=model.device)
-    last = mask.sum(1) - 1
-    if past is None:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    else:
-        past = deepcopy(past)  # the forward pass appends to it
-        past.batch_select_indices(torch.tensor(places, device=ids.device))
-        # no mask: padding is on the right, which no earlier token attends to, and some models take no longer masks
-        logits = model(input_ids=ids, use_cache=True, **{_cache_name(model): past}).logits
-    return odds(logits, last, verdicts)
-
-
-def _cache_name(model: Any) -> str:
-    """The name of the keys and values in a model's inputs and outputs, which transformers 5.24 has changed."""
-    kind: Any = type(inner_of(model))
-    return "cache" if "cache" in parameters_of(kind) else "past_key_values"
+    tokens = [verdicts] * len(questions)
+    return ask(model, prompts, tokens, lambda z: (z[:, 0] - z[:, 1]).sigmoid(), batch_size=batch_size, cache=cache)

@@ -30,6 +30,8 @@ from ..models.contexts import eval_mode
 from ..models.padding import padded
 from ..options.ranges import check_count
 from ..patching import patched
+from ..system import renamed
+from .answering import answer_logits, answer_tokens
 
 Row = Mapping[str, Any]
 
@@ -95,11 +97,12 @@ def both_orders(judge: Judge, rows: Sequence[Row], first: Sequence[str], second:
     Raises:
         ValueError: The judge did not return n probabilities.
     """
-    ab, ba = (_probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
+    ab, ba = (probabilities(judge(rows, *shown), len(rows)) for shown in ((first, second), (second, first)))
     return Verdicts((ab + 1 - ba) / 2, (ab - 0.5) * (ba - 0.5) <= 0)
 
 
-def _probabilities(verdicts: Sequence[float] | Tensor, n: int) -> Tensor:
+def probabilities(verdicts: Sequence[float] | Tensor, n: int) -> Tensor:
+    """What a judge answered n comparisons with [n], float64. Raises: ValueError for other than n probabilities."""
     p = torch.as_tensor(verdicts, dtype=torch.float64, device="cpu")
     if p.shape != (n,) or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(
@@ -200,7 +203,7 @@ class ModelJudge:
         if not rows:
             return torch.empty(0)
         questions = [self._encode(*shown) for shown in zip(rows, first, second, strict=True)]
-        verdicts = verdict_tokens(self.format, [answers for _, answers in questions])
+        verdicts = answer_tokens(self.format, [answers for _, answers in questions])
         prompts = [prompt for prompt, _ in questions]
         longest, room = max(map(len, prompts)), positions(self.model)
         if room is not None and longest > room:
@@ -228,39 +231,9 @@ class ModelJudge:
         return odds(logits, mask.sum(1) - 1, verdicts)
 
 
-def verdict_tokens(format: Format, answers: Sequence[list[list[int]]]) -> list[int]:
-    """The two tokens of a format's answers, which have to be the same after every prompt.
-
-    Args:
-        format: The format, for the message.
-        answers: The tokens of both answers after each prompt, as `Format.encode` returns them.
-
-    Raises:
-        ValueError: The answers are not two different single tokens.
-    """
-    distinct = {tuple(token for verdict in pair for token in verdict) for pair in answers}
-    [tokens, *others] = distinct
-    if others or len(tokens) != 2 or len(set(tokens)) != 2 or len(answers[0]) != 2:
-        raise ValueError(
-            f"the verdicts {format.answers} have the tokens {sorted(distinct)}: choose two different ones that are"
-            " always one token each"
-        )
-    return list(tokens)
-
-
 def odds(logits: LazyLogits | Tensor, last: Tensor, verdicts: list[int]) -> Tensor:
-    """sigma(z_A - z_B) [n] at one position of each row, from two rows of the head.
-
-    Args:
-        logits: The logits [n, T, V] of a patched model.
-        last: The position [n] of each row.
-        verdicts: The tokens A and B.
-    """
-    at = logits[torch.arange(len(last), device=last.device), last]
-    if isinstance(at, LazyLogits):
-        z = at.with_head(lambda h, head: head[torch.tensor(verdicts, device=h.device)].logits(h))
-    else:  # the logits are computed already: take those of one position
-        z = at[:, verdicts]
+    """sigma(z_A - z_B) [n] of two tokens at one position of each row; arguments are those of `answer_logits`."""
+    z = answer_logits(logits, last, verdicts)
     return (z[:, 0] - z[:, 1]).sigmoid()
 
 
@@ -271,3 +244,7 @@ def text_of(prompt: str | Sequence[Row]) -> str:
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed.attribute(__name__, name)

@@ -70,6 +70,7 @@ NAMES: dict[str, str] = {
         f"generation.{name}": f"generation.sampling.{name}"
         for name in ("ends", "responses", "sample", "temperature_at", "temperature_of")
     },
+    "generation.judging.verdict_tokens": "generation.answering.answer_tokens",
     **{f"ops.algebra.{name}": f"ops.problem.{name}" for name in ("ALIGNMENT", "TENSORS", "Problem", "pieces")},
     **{
         f"ops.algebra.{name}": f"ops.statistics.{name}"

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ..generation.choices import answer_means
 from ..hub import Carded, Tokenless
 from ..metrics.consistency import consistency
 from ..models.contexts import eval_mode
@@ -173,13 +174,11 @@ class F2CTrainer(Method, Carded, Trainer):
     @torch.no_grad()
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
-        flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask", "answers")}
+        flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask")}
         with eval_mode(model):
             with lazily(model):
                 logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
-            logits = lazy(logits, flat["input_ids"].shape[1], "F2C")
-            stats = logits.stats(flat["answers"], shift=True, outputs=("lse", "target"))
-        return (stats.logp.sum(-1) / stats.mask.sum(-1)).reshape(inputs["answers"].shape[:3])
+            return answer_means(lazy(logits, flat["input_ids"].shape[1], "F2C"), inputs["answers"])
 
     def _term(self, pick: tuple[int, int], logp: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
         """The loss of one item and answer, before the division by C, from logp [K, T, V] at its tokens [K, T]."""
