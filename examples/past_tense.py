@@ -20,6 +20,7 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 from transformers import AutoModelForTokenClassification, AutoTokenizer, DataCollatorForTokenClassification
 
 from hf_xent import data
+from hf_xent.data.brown import tagged_sentences
 
 TAG, WORDS, LAYERS = "vbd", range(8, 41), 2
 ARMS: dict[str, dict[str, Any]] = {
@@ -42,8 +43,7 @@ def sentences(source: str) -> list[Any]:
     corpus, _, encoder = source.partition("@")
     found: list[Any] = [[], [], AutoTokenizer.from_pretrained(encoder)]
     for row in data.load(f"brown:{corpus}", split="train"):
-        lines = [[line.split() for line in row[name].split("\n")] for name in ("text", "tags")]
-        found[int(row["name"][2:]) % 2].extend(pair for pair in zip(*lines, strict=True) if len(pair[0]) in WORDS)
+        found[int(row["name"][2:]) % 2].extend(pair for pair in tagged_sentences(row) if len(pair[0]) in WORDS)
     return found
 
 

@@ -29,6 +29,12 @@ def tags(tagged: str) -> str:
     return "\n".join(filter(None, (_parts(line, 2) for line in tagged.split("\n"))))
 
 
+def tagged_sentences(row: dict[str, Any]) -> list[tuple[list[str], list[str]]]:
+    """The sentences of a document, a row of the data set, as words and as many tags."""
+    lines = [[line.split() for line in row[name].split("\n")] for name in ("text", "tags")]
+    return list(zip(*lines, strict=True))
+
+
 def prose(tagged: str) -> str:
     """Paragraphs about as they were printed: quotes are straight, and of two adjacent marks the first is kept."""
     return "\n\n".join(filter(None, map(_printed, re.split(r"\n\s*\n", tagged))))
