@@ -14,6 +14,7 @@ from hf_xent import laws
 from hf_xent.experiments import law_figures
 
 LAW, SUM, LARGEST, MEAN = "encoder-decoder law", "power law of the sum", "the largest fitted model", "the mean"
+DRAWS = 200  # of the bootstrap
 
 
 def forecast(arm: str, known: np.ndarray, held: np.ndarray) -> Any:
@@ -36,7 +37,7 @@ def summary(models: np.ndarray, output: Path) -> str:
     encoder, decoder, loss = models.T
     columns = {"encoder": encoder, "decoder": decoder}
     try:
-        fit = laws.fit("encoder_decoder", columns, loss, bootstrap=200)
+        fit = laws.fit("encoder_decoder", columns, loss, bootstrap=DRAWS)
     except ValueError as error:
         return f"No law of all losses: {error}."
     law_figures.draw_columns(fit, columns, loss, fit.save(output / "fit.json").with_name("grid.png"))
