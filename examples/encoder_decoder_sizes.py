@@ -19,69 +19,44 @@ from typing import Any
 import numpy as np
 import tag_models
 import typer
+from encoder_decoder_law import LARGEST, LAW, MEAN, SUM, forecast, summary
 from word_tags import WordTags
 
-from hf_xent import laws
-from hf_xent.experiments import law_figures
 from hf_xent.experiments.study import Study
 
 WIDTHS = (16, 64, 192, 512)
 NAMES = {f"encoder {e}, decoder {d}": (e, d) for e in WIDTHS for d in WIDTHS}
 HELD = [(512, 512), (64, 192)]
 KEPT = (192, 192)  # the models that tag_information.py reads
-LAW, CONTROLS = "encoder-decoder law", ("power law of the sum", "the largest fitted model", "the mean")
-METRICS = ("mean %", "largest %", "inside %")
+METRICS, COLUMNS = ("mean %", "largest %", "inside %"), ("encoder", "decoder", "loss")
 
 
 def cell(data: WordTags, sizes: tuple[int, int], steps: int, seed: int, output: Path) -> dict[str, float]:
-    """Parameters of both halves, and what their model has learned."""
-    model = tag_models.new(*sizes, seed)
-    tag_models.train(model, data.train, steps, seed, str(output / "run"), train_sampling_strategy="group_by_length")
+    """Parameters of both halves of a model, and what it has learned."""
+    model = tag_models.train(tag_models.new(*sizes, seed), data.train, steps, seed, str(output / "run"))
     if sizes == KEPT:
         model.save_pretrained(output / "models" / f"seed-{seed}")
     found, halves = tag_models.measured(model, data.test), (model.model.encoder, model.model.decoder)
     counts = [sum(p.numel() for p in half.layers.parameters()) for half in halves]
-    return {"loss": found.mean, "accuracy": found.accuracy, "encoder": counts[0], "decoder": counts[1]}
+    return {"accuracy": found.accuracy, **dict(zip(COLUMNS, (*counts, found.mean), strict=True))}
 
 
-def forecast(arm: str, known: Any, held: Any) -> Any:
-    """The losses of models held out, from the encoders, decoders and losses, [3, models], of the others."""
-    encoder, decoder, loss = known
-    try:
-        if arm == LAW:
-            fit = laws.fit("encoder_decoder", {"encoder": encoder, "decoder": decoder}, loss)
-            return fit.predict(encoder=held[0], decoder=held[1]).loss
-        if arm == CONTROLS[0]:
-            return laws.fit("power", {"x": encoder + decoder}, loss).predict(x=held[0] + held[1]).loss
-    except ValueError as error:
-        print(f"{arm}: {error}")
-        return np.full(len(HELD), np.nan)
-    return np.full(len(HELD), loss[(encoder + decoder).argmax()] if arm == CONTROLS[1] else loss.mean())
-
-
-def main(source: str, steps: int = 500, seeds: int = 3, output: Path = Path("out/encoder_decoder")) -> dict[str, Any]:
+def main(source: str, steps: int = 600, seeds: int = 3, output: Path = Path("out/encoder_decoder")) -> dict[str, Any]:
     """All models of all seeds; returns the errors of forecasts, in percent of the loss, by arm and seed."""
     settings = {"source": source.partition(":")[0], "steps": steps, "rate": tag_models.RATE}
     grid = Study("Models", ("loss", "accuracy"), next(iter(NAMES)), output / "grid", seeds, settings)
-    data = WordTags(source)
+    data, note = WordTags(source), "Made by `examples/encoder_decoder_sizes.py` of hf_xent. NOT translation."
     for name, seed in grid.runs(NAMES):
         grid.record(name, seed, **cell(data, NAMES[name], steps, seed, output))
-    grid.report("Made by `examples/encoder_decoder_sizes.py` of hf_xent: widths of inner layers. NOT translation.")
-    row = lambda name, seed: [grid.results[name][seed][key] for key in ("encoder", "decoder", "loss")]  # noqa: E731
-    study = Study("Forecasts", METRICS, CONTROLS[1], output, seeds, settings)
-    for arm, seed in study.runs([LAW, *CONTROLS]):
-        known = np.array([row(name, seed) for name, sizes in NAMES.items() if sizes not in HELD]).T
-        held = np.array([row(name, seed) for sizes in HELD for name in NAMES if NAMES[name] == sizes]).T
-        errors = 100 * np.abs(forecast(arm, known, held) / held[2] - 1)
+    grid.report(f"{note} Widths of inner layers.")
+    rows = {(NAMES[n], s): [row[c] for c in COLUMNS] for n, found in grid.results.items() for s, row in found.items()}
+    study = Study("Forecasts", METRICS, LARGEST, output, seeds, settings)
+    for arm, seed in study.runs([LAW, SUM, LARGEST, MEAN]):
+        known = np.array([row for (sizes, of), row in rows.items() if of == seed and sizes not in HELD])
+        held = np.array([rows[sizes, seed] for sizes in HELD])
+        errors = 100 * np.abs(forecast(arm, known, held) / held[:, 2] - 1)
         study.record(arm, seed, **dict(zip(METRICS, (errors.mean(), *errors), strict=True)))
-    encoder, decoder, loss = np.array([row(name, seed) for name in NAMES for seed in range(seeds)]).T
-    fit = laws.fit("encoder_decoder", sizes := {"encoder": encoder, "decoder": decoder}, loss, bootstrap=200)
-    law_figures.draw_columns(fit, sizes, loss, output / "grid.png")
-    fit.save(output / "fit.json")
-    shares = [pe / (pe + pd) for _, pe, pd, _ in fit.draws]
-    text = f"{fit.law.describe()}; best share of the encoder {fit.law.encoder_share:.3f}, 95 % from "
-    text += " to ".join(f"{edge:.3f}" for edge in np.quantile(shares, (0.025, 0.975)))
-    return study.report(f"Made by `examples/encoder_decoder_sizes.py` of hf_xent. NOT translation. All losses: {text}.")
+    return study.report(f"{note} {summary(np.array([*rows.values()]), output)}")
 
 
 if __name__ == "__main__":

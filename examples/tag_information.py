@@ -31,28 +31,27 @@ WORDS, CONTROL = "words of the sentence", "words of another sentence"
 METRICS = ("alone", "given", "information", "low", "high", "infogain", "swapped")
 
 
-def swapped(rows: list[Row], seed: int) -> list[Row]:
+def swapped(rows: list[Row]) -> list[Row]:
     """The tags of each row beside the words of another row of its length."""
     found, lengths = list(rows), np.array([len(row["labels"]) for row in rows])
     for length in np.unique(lengths):
         places = np.flatnonzero(lengths == length)
-        order = places[others(len(places), seed)] if len(places) > 1 else places
-        for place, other in zip(places, order, strict=True):
+        for place, other in zip(places, places[others(len(places))], strict=True):
             found[place] = {**rows[place], "input_ids": rows[other]["input_ids"]}
     return found
 
 
-def numbers(given: Any, alone: Any, swapped: Any) -> dict[str, float]:
+def numbers(given: Any, swapped: Any, alone: Any) -> dict[str, float]:
     """The columns of the table."""
     found = infogain(given.sums, alone.sums, given.tokens)
-    mutual = found.mutual
-    row = (found.alone, found.given, mutual.value, mutual.low, mutual.high, found.share, swapped.mean)
+    edges = found.mutual.low, found.mutual.high
+    row = (found.alone, found.given, found.mutual.value, *edges, found.share, swapped.mean)
     return dict(zip(METRICS, row, strict=True))
 
 
 def main(
     source: str,
-    steps: int = 500,
+    steps: int = 600,
     seeds: int = 3,
     models: Path = Path("out/encoder_decoder/models"),
     output: Path = Path("out/tag_information"),
@@ -61,7 +60,7 @@ def main(
     settings = {"source": source.partition(":")[0], "steps": steps, "rate": tag_models.RATE}
     study = Study("Information of words about tags", METRICS, CONTROL, output, seeds, settings)
     data = WordTags(source)
-    pairs = [swapped(part, seed=0) for part in (data.train, data.test)]
+    pairs = [swapped(part) for part in (data.train, data.test)]
     without = [[{**row, "input_ids": [END]} for row in part] for part in (data.train, data.test)]
     for _, seed in study.runs([CONTROL]):
         if not (place := models / f"seed-{seed}").exists():
@@ -72,10 +71,8 @@ def main(
             for rows, _ in (without, pairs)
         )
         nothing = tag_models.measured(alone, without[1])
-        own, other = (tag_models.measured(kept, rows) for rows in (data.test, pairs[1]))
-        study.record(WORDS, seed, **numbers(own, nothing, other))
-        own, other = (tag_models.measured(control, rows) for rows in (pairs[1], data.test))
-        study.record(CONTROL, seed, **numbers(own, nothing, other))
+        for arm, model, parts in ((WORDS, kept, (data.test, pairs[1])), (CONTROL, control, (pairs[1], data.test))):
+            study.record(arm, seed, **numbers(*(tag_models.measured(model, rows) for rows in parts), nothing))
     return study.report("Made by `examples/tag_information.py` of hf_xent. Nats per tag; intervals over sentences.")
 
 

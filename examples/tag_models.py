@@ -42,6 +42,7 @@ def new(encoder: int, decoder: int, seed: int) -> Any:
 def train(model: Any, rows: list[Row], steps: int, seed: int, output: str, **options: Any) -> Any:
     """The model, trained with AdamW; `callbacks` is one of the options, the others are those of XentConfig."""
     defaults = {"learning_rate": RATE, "warmup_steps": 20, "lr_scheduler_type": "cosine"}
+    defaults["train_sampling_strategy"] = "group_by_length"  # less padding
     config = hf_xent.XentConfig(
         output_dir=output, max_steps=steps, seed=seed, per_device_train_batch_size=BATCH, save_strategy="no",
         report_to="none", logging_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,

@@ -42,6 +42,14 @@ def test_differences_are_over_common_seeds_and_need_two(tmp_path):
     assert made.cell("ours", "other") == ""
 
 
+def test_a_metric_that_is_nan_is_shown_as_such(tmp_path):
+    """A run that diverged, or a fit that was refused, is no reason to lose the report; other columns are as ever."""
+    made = filled(tmp_path)
+    made.record("ours", 1, loss=np.nan)
+    assert made.cell("ours", "loss") == "nan (nan); +nan ± nan" and made.cell("plain", "loss") == "3.125 (0.32)"
+    assert made.report("Made in a test.") is made.results and np.isnan(study(tmp_path).results["ours"][1]["loss"])
+
+
 def test_finished_runs_are_not_done_again(tmp_path):
     first = study(tmp_path)
     for arm, seed in first.runs(VALUES):

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCardData
 from rich.console import Console
 from rich.progress import track
@@ -153,7 +154,7 @@ class Study:
         if arm == self.baseline or not gaps:
             return None
         n = len(gaps)
-        half = float(student.ppf(0.975, n - 1)) * stdev(gaps) / n**0.5 if n > 1 else float("nan")
+        half = float(student.ppf(0.975, n - 1)) * float(np.std(gaps, ddof=1)) / n**0.5 if n > 1 else float("nan")
         return mean(gaps), half
 
     def cell(self, arm: str, metric: str) -> str:
@@ -161,7 +162,7 @@ class Study:
         values = list(self.values(arm, metric).values())
         if not values:
             return ""
-        text = f"{mean(values):.4g}" + (f" ({stdev(values):.2g})" if len(values) > 1 else "")
+        text = f"{mean(values):.4g}" + (f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else "")
         difference = self.difference(arm, metric)
         return text if difference is None else f"{text}; {difference[0]:+.2g} ± {difference[1]:.2g}"
 

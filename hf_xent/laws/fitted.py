@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -76,6 +76,21 @@ class Fit:
             return {}
         low, high = np.quantile(self.draws, self._edges(level), axis=0)
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(self.law.parameters)}
+
+    def interval_from(self, quantity: Callable[[Any], float], level: float = 0.95) -> tuple[float, float]:
+        """The interval, as by `interval_of`, of what follows from the parameters, such as an encoder's best share.
+
+        Args:
+            quantity: A function of the law, such as `lambda law: law.encoder_share`.
+            level: The share of the bootstrap that the interval holds.
+
+        Returns:
+            Its two ends; nan without a bootstrap.
+        """
+        if not len(self.draws):
+            return float("nan"), float("nan")
+        low, high = np.quantile([quantity(self._drawn(row)) for row in self.draws], self._edges(level))
+        return float(low), float(high)
 
     def predict(self, data: Data | None = None, /, level: float = 0.95, **columns: Any) -> Forecast:
         """The loss and its band.
