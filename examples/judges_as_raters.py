@@ -12,7 +12,8 @@ Decided before: the number that counts is Spearman's correlation with minus the 
 sentences, the measure orders them as the raw mean does, up to ties; so the comparison is that of two formats a
 sentence, drawn by the seed, where raw means mix sentences with severities. The measure helps if the 95 % interval of
 its difference to the raw mean is above 0. Formats whose infit is outside of 0.5 to 1.5 are misfits; an arm is without
-them, unless fewer than two would be left. Control: the measure against shuffled degrees, which should be about 0.
+them, unless fewer than two would be left. Control: the measure against shuffled degrees, which should be about 0. The
+model's loss of the sentence, without a question, was added later: it tells whether the model sees the degree at all.
 `spread` is the severity of the strictest format less that of the mildest, in logits. verdicts.jsonl keeps verdicts.
 """
 
@@ -26,7 +27,7 @@ import torch
 import typer
 from wrong_words import CRITERIA, FORMATS, sentences
 
-from hf_xent import rasch
+from hf_xent import detection, rasch
 from hf_xent.experiments.study import Study
 from hf_xent.generation.labelers import label
 from hf_xent.metrics.labels import of_order
@@ -34,7 +35,7 @@ from hf_xent.models import loading
 
 TEXTS, LEVELS, JUDGES, CONTENT_FREE = 60, 4, 2, ("N/A", "[MASK]", "")
 METRICS = ("spearman", "spread", "reliability", "misfits")
-ARMS = ("raw mean of two", "measure of two", "raw mean", "measure", "measure without misfits", "measure, shuffled")
+ARMS = ("raw mean of two", "measure of two", "raw mean", "measure", "no misfits", "shuffled degrees", "model's loss")
 
 
 def measured(cells: dict[str, list[Any]], degrees: np.ndarray) -> dict[str, dict[str, float]]:
@@ -47,7 +48,7 @@ def measured(cells: dict[str, list[Any]], degrees: np.ndarray) -> dict[str, dict
         numbers |= {f"{part} of {row['name']}": row[part] for part in ("severity", "se", "infit", "outfit")}
     scores = np.bincount(cells["unit"], cells["score"]) / np.bincount(cells["unit"])
     shuffled = np.random.default_rng(0).permutation(degrees)
-    of = {"measure": (fit, degrees), "measure without misfits": (clean, degrees), "measure, shuffled": (fit, shuffled)}
+    of = {"measure": (fit, degrees), "no misfits": (clean, degrees), "shuffled degrees": (fit, shuffled)}
     found = {arm: of_order(one.theta, -known[list(one.units)]) for arm, (one, known) in of.items()}
     return {"raw mean": of_order(scores, -degrees), **found, "measure": {**found["measure"], **numbers}}
 
@@ -69,6 +70,7 @@ def main(
         part = {name: [v for v, keep in zip(column, kept, strict=True) if keep] for name, column in cells.items()}
         found = measured(cells, degrees)
         found |= {f"{arm} of two": row for arm, row in measured(part, degrees).items()}
+        found["model's loss"] = of_order(-detection.score("loss", network, tokenizer, texts), -degrees)
         for arm in ARMS:
             study.record(arm, seed, **found[arm])
     return study.report(f"Made by `examples/judges_as_raters.py` of hf_xent.\n\n{__doc__}")
