@@ -20,7 +20,7 @@ FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve call
     generation.mirostat generation.judging generation.calibrated_judge generation.choices generation.labelers
     generation.aspects metrics.ranking metrics.consistency metrics.calibration metrics.diversity metrics.answers
     metrics.geometry models.features models.loading experiments.study experiments.geometry experiments.forecasting
-    data.questions data.crosslingual data.selection classes.spans"""
+    data.questions data.crosslingual data.selectors classes.spans"""
 API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROOMS}".split())))
 """The packages and modules that users call; each has a page."""
 
