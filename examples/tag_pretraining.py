@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from word_tags import UNKNOWN, Row
 
 PIECE, HIDDEN, WIDTH = 12, 0.3, 192
-STEPS = (30, 60, 120, 240, 480, 960)
+STEPS = (60, 105, 180, 315, 550, 960)
 WORDS = [steps * tag_models.BATCH * PIECE for steps in STEPS]
 
 
