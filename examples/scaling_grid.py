@@ -6,7 +6,8 @@ Every cell is a run of its own, with a cosine that ends at its budget, and reads
 have one learning rate, which was not tuned. Decided before the runs: the loss is that of held-out documents at the end;
 `E + A / N^alpha + B / D^beta` is fitted to the cells of a seed, without the three of most compute (N parameters with
 embeddings, D tokens), and forecasts those. The error is the mean over the three, in percent of the loss. Controls: the
-loss of the best fitted cell of the same size, that of the largest fitted cell, and the mean of the fitted ones.
+loss of the best fitted cell of the same size, that of the largest fitted cell, and the mean of the fitted ones. A fit
+that is refused is nan; one seed's was, so the arm that fits the cells of all seeds together was added afterwards.
 """
 
 import json
@@ -25,9 +26,9 @@ from hf_xent.experiments.study import Study
 
 WIDTHS, BUDGETS, LAYERS, RATE = (32, 48, 64, 96, 128), (200, 500, 1250), 2, 3e-3
 HELD = [(128, 1250), (96, 1250), (128, 500)]
-LAW, CONTROLS = "parametric loss", ("the best cell of its size", "the largest cell", "the mean")
-METRICS = ("mean %", "largest cell %")
-Cells = dict[tuple[int, int], tuple[float, float, float]]
+LAW, POOLED, METRICS = "parametric loss", "parametric loss, cells of all seeds", ("mean %", "largest cell %")
+CONTROLS = ("the best cell of its size", "the largest cell", "the mean")
+Cells = dict[tuple[tuple[int, int], int], tuple[float, float, float]]
 
 
 def cell(rows: dict[str, Any], width: int, steps: int, seed: int, output: Path) -> tuple[float, float, float]:
@@ -38,19 +39,21 @@ def cell(rows: dict[str, Any], width: int, steps: int, seed: int, output: Path) 
     return float(curve.params or 0), float(steps * small_gpt2.ROWS * small_gpt2.CONTEXT), float(curve.loss[-1])
 
 
-def forecasts(arm: str, cells: Cells) -> np.ndarray:
-    """The losses of the cells that are held out, as an arm forecasts them from the others."""
-    known = {key: row for key, row in cells.items() if key not in HELD}
+def forecasts(arm: str, cells: Cells, seed: int) -> np.ndarray:
+    """The losses of a seed's cells that are held out, as an arm forecasts them; nan if its fit is refused."""
+    known = {key: row for (key, of), row in cells.items() if key not in HELD and of == seed}
     if arm == CONTROLS[0]:
         return np.array([min(row[2] for key, row in known.items() if key[0] == width) for width, _ in HELD])
-    if arm != LAW:
-        losses = {key: row[2] for key, row in known.items()}
-        largest = max(known, key=lambda key: known[key][0] * known[key][1])
-        return np.full(len(HELD), losses[largest] if arm == CONTROLS[1] else np.mean([*losses.values()]))
-    params, tokens, loss = np.array([*known.values()]).T
-    fit = laws.fit("parametric", {"params": params, "tokens": tokens}, loss)
-    params, tokens, _ = np.array([cells[key] for key in HELD]).T
-    return fit.predict(params=params, tokens=tokens).loss
+    if arm in CONTROLS:
+        largest = max(known.values(), key=lambda row: row[0] * row[1])[2]
+        return np.full(len(HELD), largest if arm == CONTROLS[1] else np.mean([row[2] for row in known.values()]))
+    fitted = [row for (key, of), row in cells.items() if key not in HELD and (arm == POOLED or of == seed)]
+    params, tokens, loss = np.array(fitted).T
+    try:
+        fit = laws.fit("parametric", {"params": params, "tokens": tokens}, loss)
+    except ValueError:
+        return np.full(len(HELD), np.nan)
+    return fit.predict(params=[cells[key, seed][0] for key in HELD], tokens=[cells[key, seed][1] for key in HELD]).loss
 
 
 def main(text: str = "pydoc", seeds: int = 3, output: Path = Path("out/scaling_grid")) -> dict[str, Any]:
@@ -60,9 +63,8 @@ def main(text: str = "pydoc", seeds: int = 3, output: Path = Path("out/scaling_g
     rows, grid = small_gpt2.blocks(text), [(width, steps) for width in WIDTHS for steps in BUDGETS]
     every = [(key, seed) for seed in range(seeds) for key in grid]
     cells = {place: cell(rows, *place[0], place[1], output) for place in track(every, console=Console(stderr=True))}
-    for arm, seed in study.runs([*CONTROLS, LAW]):
-        of_seed = {key: cells[key, seed] for key in grid}
-        errors = 100 * np.abs(forecasts(arm, of_seed) / np.array([of_seed[key][2] for key in HELD]) - 1)
+    for arm, seed in study.runs([*CONTROLS, LAW, POOLED]):
+        errors = 100 * np.abs(forecasts(arm, cells, seed) / np.array([cells[key, seed][2] for key in HELD]) - 1)
         study.record(arm, seed, **dict(zip(METRICS, (errors.mean(), errors[0]), strict=True)))
     params, tokens, loss = np.array([*cells.values()]).T
     fit = laws.fit("parametric", columns := {"params": params, "tokens": tokens}, loss, bootstrap=200)
