@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from hf_xent import laws
 from hf_xent.experiments import law_figures
@@ -32,6 +33,19 @@ def forecast(arm: str, known: np.ndarray, held: np.ndarray) -> Any:
         return np.nan
 
 
+def slopes(models: np.ndarray) -> str:
+    """The slopes of the logarithm of the loss in those of both sizes, with 95 % intervals of least squares.
+
+    They may have any sign; exponents of the law are at least 0. Added after the fits of a first run were refused.
+    """
+    x = np.column_stack([np.ones(len(models)), np.log(models[:, :2])])
+    y = np.log(models[:, 2])
+    found = np.linalg.lstsq(x, y, rcond=None)[0]
+    noise = np.square(y - x @ found).sum() / (len(y) - 3)
+    half = student.ppf(0.975, len(y) - 3) * np.sqrt(noise * np.diag(np.linalg.inv(x.T @ x)))
+    return f"Slopes: encoder {found[1]:+.3f} ± {half[1]:.3f}, decoder {found[2]:+.3f} ± {half[2]:.3f}."
+
+
 def summary(models: np.ndarray, output: Path) -> str:
     """The law of all models and the best share of the encoder in a sentence; fit.json and grid.png have more."""
     encoder, decoder, loss = models.T
@@ -39,9 +53,9 @@ def summary(models: np.ndarray, output: Path) -> str:
     try:
         fit = laws.fit("encoder_decoder", columns, loss, bootstrap=DRAWS)
     except ValueError as error:
-        return f"No law of all losses: {error}."
+        return f"No law of all losses: {error}. {slopes(models)}"
     law_figures.draw_columns(fit, columns, loss, fit.save(output / "fit.json").with_name("grid.png"))
     low, high = fit.interval_from(lambda law: law.encoder_share)
     share = f"best share of the encoder {fit.law.encoder_share:.3f}, 95 % from {low:.3f} to {high:.3f}"
     ranges = "; ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in fit.intervals.items())
-    return f"All losses: {fit.law.describe()} (95 %: {ranges}); {share}."
+    return f"All losses: {fit.law.describe()} (95 %: {ranges}); {share}. {slopes(models)}"

@@ -178,6 +178,7 @@ def test_few_scores_forecast_the_next():
 
 X = {"x": np.geomspace(1e3, 1e6, 6)}
 Y = 1.5 + (1e3 / X["x"]) ** 0.3
+HALVES = {"encoder": np.repeat([1e3, 1e4, 1e5], 3), "decoder": np.tile([2e3, 1e4, 5e4], 3)}
 ANNEALING = laws.AnnealingLaw(**OF_SCHEDULES["annealing"])
 
 
@@ -195,6 +196,7 @@ ANNEALING = laws.AnnealingLaw(**OF_SCHEDULES["annealing"])
         ("power", X, Y, {"delta": 0}, "delta is 0"),
         ("power", X, Y, {"bootstrap": -1}, "bootstrap is -1"),
         ("power", X, np.full(6, 2.0), {}, "do not determine"),
+        ("encoder_decoder", HALVES, HALVES["encoder"] ** 0.1 / HALVES["decoder"] ** 0.2, {}, "pe goes to 0, the end"),
         ("power", [run(ANNEALING, "cosine")], None, {}, "needs a column x"),
         ("power", [], None, {}, "give a mapping of columns, a Curve"),
         ("parametric", {"params": [1e6] * 8, "tokens": 10.0 ** np.arange(8)}, np.ones(8), {}, "params has 1 distinct"),

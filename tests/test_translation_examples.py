@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import linregress
 
 from hf_xent import laws
 from hf_xent.data.brown import CORPUS, tagged_sentences
@@ -110,6 +111,7 @@ def test_sizes_and_information_resume(example, source, tmp_path, monkeypatch):
     assert max(found[sizes.LAW][0].values()) < 0.1 < 1 < min(found[arm][0]["mean %"] for arm in (sizes.SUM, sizes.MEAN))
     card = (tmp_path / "sizes" / "README.md").read_text()
     assert "best share of the encoder 0.25" in card and "NOT translation" in card
+    assert "Slopes: encoder -0.1" in card and ", decoder -0.3" in card
     fit = laws.Fit.read(tmp_path / "sizes" / "fit.json")
     assert fit.interval_from(lambda law: law.pe) == fit.intervals["pe"]
     assert (tmp_path / "sizes" / "grid.png").exists()
@@ -126,6 +128,18 @@ def test_sizes_and_information_resume(example, source, tmp_path, monkeypatch):
     assert found[information.WORDS][0]["alone"] == found[information.CONTROL][0]["alone"]
     monkeypatch.setattr(tag_models, "train", None)  # would fail
     assert information.main(**options, models=tmp_path) == found
+
+
+def test_slopes_are_those_of_least_squares(example):
+    """Against SciPy's regression in one size with the other fixed; a law that is refused leaves them in the summary."""
+    law = example("encoder_decoder_law")
+    encoder, decoder = (grid.ravel() for grid in np.meshgrid([1e3, 1e4, 1e5], [2e3, 8e3, 4e4]))
+    loss = 3 * encoder**0.04 * decoder**-0.2 * np.exp(0.01 * np.random.default_rng(0).standard_normal(9))
+    one, other = linregress(np.log(encoder), np.log(loss)), linregress(np.log(decoder), np.log(loss))
+    text = law.slopes(np.column_stack([encoder, decoder, loss]))
+    assert f"encoder {one.slope:+.3f} ±" in text and f"decoder {other.slope:+.3f} ±" in text  # the sizes are orthogonal
+    summary = law.summary(np.column_stack([encoder, decoder, loss]), Path())
+    assert summary == f"No law of all losses: pe goes to 0, {summary.partition('0, ')[2]}" and summary.endswith(text)
 
 
 def test_swapped_words_are_those_of_another_sentence_of_the_length(example):

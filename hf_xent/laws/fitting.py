@@ -24,6 +24,7 @@ from .fitted import Fit
 
 REFINED = 6  # starts that are refined; the others are only evaluated
 IDLE = 1e-7  # a relative effect on predictions, by a change of a parameter by its own size, that is none
+AT_END = 1e-6  # the distance of an exponent from the end of its range that is none
 ALIKE = 1e-5  # the singular value of the effects, each of length 1, below which they are the same
 UNSURE = 3.0  # the standard error of a parameter's logarithm above which it is hardly known
 
@@ -181,6 +182,12 @@ class Problem:
         names = np.array(self.names)
         idle = size < IDLE * np.sqrt(len(truth))
         if lost := [name for name in names[idle] if name not in self.law.linear]:
+            value, ends = self.law_at(found).values[lost[0]], self.law.bounds[lost[0]]
+            if at := [end for end in ends if abs(value - end) < AT_END]:
+                raise ValueError(
+                    f"{lost[0]} goes to {at[0]:g}, the end of its range: the data do not determine it, or they do not "
+                    f"follow {type(self.law).__name__}"
+                )
             raise ValueError(f"{lost[0]} has no effect at the best fit: the data do not determine it, add others")
         names, size = names[~idle], size[~idle]
         _, sizes, directions = np.linalg.svd(slopes[:, ~idle] / size, full_matrices=False)
