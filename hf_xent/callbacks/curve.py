@@ -66,7 +66,7 @@ class CurveCallback(TrainerCallback):
         """Read what there is of the file, and follow the trainer's steps."""
         self._leave()  # a training that failed did not call on_train_end
         self._clear()
-        self._trainer = trainer = _running_trainer()
+        self._trainer = trainer = running_trainer()
         self._params = _parameters(trainer)
         self._run = _description(trainer, state)
         self._seen, self._begun = 0, False
@@ -178,7 +178,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return run, [line for line in lines[1:] if line.endswith("\n")]  # a process may have died while it wrote
 
 
-def _running_trainer() -> Trainer:
+def running_trainer() -> Trainer:
     """The trainer that is calling its callbacks: they are given its parts, but not the trainer."""
     frame = inspect.currentframe()
     while frame is not None:
