@@ -274,7 +274,9 @@ def text(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.* may be wrong by a factor of 20:UserWarning")  # twenty steps determine no exponent
+@pytest.mark.filterwarnings(
+    "ignore:.* may be wrong by a factor of 20:UserWarning"
+)  # of twenty steps
 def test_examples_train_forecast_and_resume(text, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     for name, changes, options in (
