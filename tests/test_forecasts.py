@@ -274,9 +274,7 @@ def text(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:.* may be wrong by a factor of 20:UserWarning"
-)  # of twenty steps
+@pytest.mark.filterwarnings("ignore:.* may be wrong by a factor of 20:UserWarning")  # of twenty steps
 def test_examples_train_forecast_and_resume(text, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     for name, changes, options in (
