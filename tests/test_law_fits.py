@@ -134,12 +134,26 @@ def test_intervals_hold_the_truth_in_nine_of_ten_draws(name):
     assert (np.mean(inside, axis=0) >= 0.9).all(), np.mean(inside, axis=0)
 
 
-def test_the_annealing_law_forecasts_published_curves():
-    """Fitted to a constant and a cosine schedule alone. In a pilot: 0.125 % on average, 0.211 % on the worst curve."""
-    found = fit("annealing", [published("cosine_24000"), published("constant_24000")])
-    errors = [found.error_on(published(name)).mape for name in UNSEEN]
-    assert np.mean(errors) < 0.13 and max(errors) < 0.22
-    assert found.law.values == pytest.approx({"L0": 2.693, "A": 0.554, "C": 0.475, "alpha": 0.523}, abs=5e-4)
+OF_PUBLISHED = {  # size of the model, in millions -> the annealing law of a cosine and a constant schedule
+    25: {"L0": 3.067, "A": 0.492, "C": 0.403, "alpha": 0.574},
+    100: {"L0": 2.693, "A": 0.554, "C": 0.475, "alpha": 0.523},
+    400: {"L0": 2.423, "A": 0.593, "C": 0.567, "alpha": 0.504},
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "mean", "worst"), [(25, 0.1397, 0.2252), (100, 0.1249, 0.2108), (400, 0.2025, 0.4136)]
+)
+def test_the_annealing_law_forecasts_published_curves(size, mean, worst):
+    """Fitted to a constant and a cosine schedule alone; the errors of the unseen five in percent, as measured.
+
+    A pilot had 0.16 and 0.23 at 25M, 0.13 and 0.21 at 100M, and 0.19 and 0.40 at 400M, which all points miss: the law's
+    forecast of wsdcon_3, the worst at every size, is too low after the drop, at 400M by up to 0.92 %.
+    """
+    found = fit("annealing", [published("cosine_24000", size), published("constant_24000", size)])
+    errors = [found.error_on(published(name, size)).mape for name in UNSEEN]
+    assert found.law.values == pytest.approx(OF_PUBLISHED[size], abs=5e-4)
+    assert [np.mean(errors), max(errors)] == pytest.approx([mean, worst], abs=5e-4)
 
 
 def test_the_multi_power_law_forecasts_published_curves():

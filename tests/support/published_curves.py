@@ -31,14 +31,15 @@ def schedule(name, steps=24_000):
 
 
 @cache
-def published(name):
-    """A published curve by name."""
-    written, every = PUBLISHED["curves"][name], PUBLISHED["every"]
+def published(name, size=100):
+    """A published curve by name and by the size of its model, in millions of parameters."""
+    curves, every = PUBLISHED["curves"][str(size)], PUBLISHED["every"]
+    written = curves[name]
     step = written["first"] + every * np.arange(len(written["loss"]))
     loss = np.array(written["loss"])
     if "like" in written:
-        before = PUBLISHED["curves"][written["like"]]
+        before = curves[written["like"]]
         early = before["first"] + every * np.arange(len(before["loss"]))
         kept = early < written["first"]
         step, loss = np.concatenate([early[kept], step]), np.concatenate([np.array(before["loss"])[kept], loss])
-    return Curve(schedule(name), step, loss, params=1e8, name=name)
+    return Curve(schedule(name), step, loss, params=size * 1e6, name=name)
