@@ -5,10 +5,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hf_xent import cli
+from hf_xent import cli, laws
 from hf_xent.models import packaged
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +42,22 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert namespace["loss"].isfinite() and namespace["trainer"].state.global_step == 2
 
 
+def write_curves(folder):
+    """Curves of 8,000 steps under two schedules, as a law has them, for 'runs/*.csv'; their paths."""
+    law, step = laws.AnnealingLaw(L0=2.7, A=0.5, alpha=0.5, C=0.5), np.arange(1, 8001)
+    constant, left = 1e-3 * np.minimum(1, step / 400), np.cos(np.pi * np.maximum(0, step - 400) / 7600)
+    for name, lr in (("constant", constant), ("cosine", constant * (0.5 + 0.5 * left))):
+        kept = step[99::100]
+        rows = zip(kept, lr[kept - 1], law.predict(lr=lr, step=kept), strict=True)
+        first = f"step,lr,loss\n1,{lr[0]},\n"
+        (folder / f"{name}.csv").write_text(first + "".join(f"{i},{rate},{loss}\n" for i, rate, loss in rows))
+    return " ".join(map(str, sorted(folder.glob("*.csv"))))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
 def test_commands_run(line, tmp_path):
+    line = line.replace("runs/*.csv", write_curves(tmp_path)) if "runs/*.csv" in line else line
     _, command, *rest = shlex.split(line)
     output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify") else []
     result = CliRunner().invoke(cli.app, [command, *rest, *SMALLER.get(command, []), *output])
