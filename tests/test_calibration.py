@@ -149,10 +149,10 @@ def test_one_temperature_is_scipy_s_optimum():
     z, y, _ = drawn()
     found = fit(z, y, objective="ce").temperatures(z)[0].item()
     table, labels = z.double().numpy(), y.numpy()
-    nll = lambda t: -log_softmax(table / t, -1)[np.arange(M), labels].mean()  # noqa: E731
+    nll = lambda t: -log_softmax(table / t, -1)[np.arange(M), labels].mean()  # noqa: E731  one line
     expected = minimize_scalar(nll, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-10}).x
     assert found == pytest.approx(expected, rel=1e-6)
-    brier = lambda t: ((np.exp(log_softmax(table / t, -1)) - np.eye(K)[labels]) ** 2).sum(-1).mean()  # noqa: E731
+    brier = lambda t: ((np.exp(log_softmax(table / t, -1)) - np.eye(K)[labels]) ** 2).sum(-1).mean()  # noqa: E731  one line
     expected = minimize_scalar(brier, bounds=(0.1, 10), method="bounded", options={"xatol": 1e-10}).x
     assert fit(z, y, objective="brier").temperatures(z)[0].item() == pytest.approx(expected, rel=1e-6)
     own = fit(z, y, objective=lambda logits, labels: OBJECTIVES["ce"](logits, labels))

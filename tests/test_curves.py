@@ -29,7 +29,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def collate(rows):
-    pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([r[key] for r in rows], True, value)  # noqa: E731
+    pad = lambda key, value: torch.nn.utils.rnn.pad_sequence([r[key] for r in rows], True, value)  # noqa: E731  one line
     padded = {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100)}
     return padded | {"attention_mask": (padded["labels"] != -100).long()}
 

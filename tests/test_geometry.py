@@ -169,7 +169,7 @@ def test_standard_deviations_cover_and_percentiles_do_not():
     for seed in range(40):
         features, resampled = drawn(60, 24, 0.3, seed=seed), []
         value = rankme(spectrum(features))
-        sd = bootstrap_sd(lambda rows: resampled.append(rankme(spectrum(rows))) or resampled[-1], features)  # noqa: B023
+        sd = bootstrap_sd(lambda rows: resampled.append(rankme(spectrum(rows))) or resampled[-1], features)  # noqa: B023  called at once
         low, high = np.quantile(resampled, [0.025, 0.975])
         covered["sd"] += abs(value - truth) <= 1.96 * sd
         covered["percentiles"] += low <= truth <= high

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..options.ranges import check_count, check_fields
+from ..system.progress import tracked
 from .calibrator import GREATEST, LEAST, Calibrator
 from .inputs import labelled, prepared
 from .objectives import OBJECTIVES, Objective, correct, mean_loss, row_weights
@@ -167,7 +167,7 @@ def _train(calibrator: Calibrator, rows: Rows, balanced: bool, training: Trainin
     trained, judged = (rows.part(mixed[held:]), rows.part(mixed[:held])) if held else (rows, rows)
     optimizer = torch.optim.Adam(calibrator.parameters(), lr=training.learning_rate)
     best, state = math.inf, {name: value.clone() for name, value in calibrator.state_dict().items()}
-    batches = track(
+    bar = tracked(
         _batches(len(trained.y), training, generator),
         "calibrating",
         total=training.steps,
@@ -175,17 +175,18 @@ def _train(calibrator: Calibrator, rows: Rows, balanced: bool, training: Trainin
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    for batch, ends in batches:
-        if ends:
-            with torch.no_grad():
-                now = float(judged.loss(calibrator))
-            if now < best:
-                best, state = now, {name: value.clone() for name, value in calibrator.state_dict().items()}
-        if batch is None:
-            break
-        optimizer.zero_grad()
-        trained.loss(calibrator, batch, balanced and training.per_batch).backward()
-        optimizer.step()
+    with bar as batches:
+        for batch, ends in batches:
+            if ends:
+                with torch.no_grad():
+                    now = float(judged.loss(calibrator))
+                if now < best:
+                    best, state = now, {name: value.clone() for name, value in calibrator.state_dict().items()}
+            if batch is None:
+                break
+            optimizer.zero_grad()
+            trained.loss(calibrator, batch, balanced and training.per_batch).backward()
+            optimizer.step()
     calibrator.load_state_dict(state)
 
 

@@ -40,7 +40,10 @@ def select(run: Selecting, as_json: Json = False) -> None:
     else:
         with rich.Progress(*columns, console=err) as bars:
             task = bars.add_task("texts", total=None, visible=False)  # controls take no time
-            report = lambda done, total: bars.update(task, completed=done, total=total, visible=True)  # noqa: E731  one line
+
+            def report(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total, visible=True)
+
             summary = run_selection(run, report)
     emit(summary, _table(summary), f"chosen rows in {summary['output']}", as_json=as_json)
 

@@ -16,16 +16,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..data import DATASETS
@@ -36,8 +34,8 @@ from ..models.fingerprints import fingerprint_tokenizer
 from ..options.ranges import check_count
 from ..system import renamed
 from ..system.files import write_atomically
+from ..system.progress import tracked
 
-T = TypeVar("T")
 BATCH = 256  # the number of documents that are tokenized at a time
 
 
@@ -154,16 +152,6 @@ def count(texts: Iterable[str], tokenizer: Any, vocabulary: int, max_tokens: int
 def smoothed(counts: np.ndarray) -> Tensor:
     """Laplace's (count + 1) / (N' + V), float64 [V]."""
     return torch.from_numpy((counts + 1.0) / (counts.sum() + len(counts)))
-
-
-@contextmanager
-def tracked(values: Iterable[T], description: str, **options: Any) -> Iterator[Iterable[T]]:
-    """`rich.progress.track`, whose threads end with the context, even after an error in it."""
-    bar = track(values, description, **options)
-    try:
-        yield bar
-    finally:
-        bar.close()  # type: ignore[attr-defined]  # it is a generator, declared as an iterable
 
 
 def _tokenized(texts: Iterable[str], tokenizer: Any, max_tokens: int) -> Iterator[np.ndarray]:

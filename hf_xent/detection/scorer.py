@@ -35,7 +35,8 @@ from ..models.fingerprints import fingerprint_model, fingerprint_tokenizer
 from ..ops import Head, Stats, dense_stats, map_logits, vocab_stats
 from ..options.ranges import check_count
 from ..patching import head_of, patched
-from .counts import CountedText, frequencies, tracked
+from ..system.progress import tracked
+from .counts import CountedText, frequencies
 from .scores import SECOND_MODEL, get
 
 DEFAULT = ("loss", "zlib", "min_k", "min_k_pp", "dc_pdd")

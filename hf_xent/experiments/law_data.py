@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..laws.base import Law
-from ..laws.curves import Curve, read
+from ..laws.curves import Curve, read, rows_of
 from .forecasting import thinned
 
 OF_CURVES = ("params", "tokens", "step")
@@ -65,8 +65,7 @@ def _names(path: Path) -> list[str]:
 
 
 def _table(path: Path, names: list[str]) -> dict[str, np.ndarray]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows = rows_of(path)
     if missing := [name for name in names if not rows or name not in rows[0]]:
         raise ValueError(f"{path} has no column {missing[0]!r} with values: its rows need {', '.join(names)}")
     try:

@@ -23,10 +23,10 @@ from ..data import load_text
 from ..data.chunks import digest
 from ..data.files import expanded_path
 from ..detection import CountedText, TextScorer, evaluate, get
-from ..detection.counts import tracked
 from ..models.loading import load
 from ..system.drafts import Draft
 from ..system.files import replace_atomically
+from ..system.progress import tracked
 from .curves import draw_roc
 from .detection import CLASSES, DEFAULT_CORPUS, Detection, Task
 from .labels import binary_labels

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..data import PromptFormats
@@ -30,6 +29,7 @@ from ..models.contexts import eval_mode
 from ..ops import dense_stats
 from ..options.ranges import check_count
 from ..patching import patched
+from ..system.progress import tracked
 
 OUTPUTS = ("lse", "target")
 
@@ -56,14 +56,14 @@ def choice_scores(model: Any, rows: Sequence[Mapping[str, Any]], *, batch_size: 
     if not len(rows):
         raise ValueError("rows is empty: pass at least one row of PromptFormats.build")
     items, found, room = [dict(row) for row in rows], [], positions(model)
-    starts = track(
+    bar = tracked(
         range(0, len(items), batch_size),
         "scoring",
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    with torch.no_grad(), eval_mode(model), patched(model, always=True):
+    with torch.no_grad(), eval_mode(model), patched(model, always=True), bar as starts:
         for start in starts:
             batch = PromptFormats.collate(items[start : start + batch_size], pad)
             length = batch["input_ids"].shape[-1]

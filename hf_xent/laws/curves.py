@@ -123,8 +123,7 @@ def read(path: str | PathLike[str], warmup: int | None = None) -> Curve:
         ValueError: A column is missing or has other text than numbers, or the file starts late without `warmup`.
     """
     path = Path(path)
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    rows = rows_of(path)
     if not rows or (missing := {"step", "lr", "loss"} - set(rows[0])):
         raise ValueError(f"{path} has no {', '.join(sorted(missing)) if rows else 'rows'}: write step,lr,loss")
     try:
@@ -138,6 +137,12 @@ def read(path: str | PathLike[str], warmup: int | None = None) -> Curve:
     tokens = table["tokens"][logged] if "tokens" in table and np.all(np.isfinite(table["tokens"][logged])) else None
     step, loss = table["step"][logged], table["loss"][logged]
     return Curve(lr, step, loss, params=float(params[-1]) if known else None, tokens=tokens, name=path.stem)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file by column, without lines that begin with '#'."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 _NUMBERS = ("step", "lr", "loss", "tokens", "params")

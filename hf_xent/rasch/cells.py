@@ -111,6 +111,13 @@ class Cells:
             start += width
         return found
 
+    @cached_property
+    def of_units(self) -> sparse.csr_matrix:
+        """[N, O], 1 where a unit has the cell: what sums rows of a matrix over the cells of each unit."""
+        count = len(self.raw)
+        ones = (np.ones(count), (self.unit.codes, np.arange(count)))
+        return sparse.csr_matrix(ones, (len(self.unit.names), count))
+
     def by_unit(self, values: np.ndarray) -> np.ndarray:
         """Sums [N] over the cells of each unit."""
         return np.bincount(self.unit.codes, values, len(self.unit.names))

@@ -61,9 +61,7 @@ def check_links(cells: Cells) -> None:
                 " groups cannot be compared: fit each group on its own, or add scores of the same units by both"
             )
     design = cells.design
-    units = len(cells.unit.names)
-    ones = (np.ones(len(cells.raw)), (cells.unit.codes, np.arange(len(cells.raw))))
-    sums = sparse.csr_matrix(ones, (units, len(cells.raw))) @ design
+    sums = cells.of_units @ design
     scale = sparse.diags(1 / cells.unit.counts())
     within = (design.T @ design - sums.T @ scale @ sums).toarray()
     values = np.linalg.eigvalsh(within) if within.size else np.ones(1)

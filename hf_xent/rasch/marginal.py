@@ -109,8 +109,6 @@ def derivatives(cells: Cells, x: np.ndarray, at: Nodes) -> tuple[np.ndarray, np.
     facets = cells.counts[0]
     other, sums = cells.design @ x[:facets], cells.sums(x[facets:-2])
     weight, units = np.exp(-2 * x[-1]), len(cells.unit.names)
-    ones = (np.ones(len(cells.raw)), (cells.unit.codes, np.arange(len(cells.raw))))
-    add = sparse.csr_matrix(ones, (units, len(cells.raw)))
     rows, k, places = threshold_cells(cells)
     complete, second = np.zeros((len(x), len(x))), np.zeros((len(x), len(x)))
     first = np.zeros((units, len(x)))  # the mean over nodes of every unit's score
@@ -122,9 +120,9 @@ def derivatives(cells: Cells, x: np.ndarray, at: Nodes) -> tuple[np.ndarray, np.
         steps = sparse.csr_matrix(
             (node.p[rows, k] - (cells.score[rows] == k), parts), (len(cells.raw), cells.counts[1])
         )
-        by_facet = (add @ sparse.diags(node.error) @ cells.design).toarray()
+        by_facet = (cells.of_units @ sparse.diags(node.error) @ cells.design).toarray()
         prior = np.stack([weight * gap, weight * gap**2 - 1], 1)
-        score = np.hstack([by_facet, (add @ steps).toarray(), prior])  # [N, F + P + 2]
+        score = np.hstack([by_facet, (cells.of_units @ steps).toarray(), prior])  # [N, F + P + 2]
         first += share[:, None] * score
         second += score.T @ (share[:, None] * score)
         mixed = 2 * weight * (share @ gap)

@@ -143,9 +143,7 @@ def places(cells: Cells, free: np.ndarray, tolerance: float) -> tuple[np.ndarray
 def _second(cells: Cells, at: Moments, weight: float) -> tuple[np.ndarray, sparse.csr_matrix, np.ndarray]:
     """Minus second derivatives: by theta [N], mixed [N, F + P], by the others [F + P, F + P]."""
     rows, both = information(cells, at, cells.design, np.ones(len(at.error)))
-    ones = (np.ones(len(at.error)), (cells.unit.codes, np.arange(len(at.error))))
-    cross = sparse.csr_matrix(ones, (len(cells.unit.names), len(at.error))) @ rows
-    return cells.by_unit(at.variance) + weight, cross, both
+    return cells.by_unit(at.variance) + weight, cells.of_units @ rows, both
 
 
 def _schur(own: np.ndarray, cross: sparse.csr_matrix, both: np.ndarray) -> np.ndarray:

@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..models.contexts import eval_mode
 from ..models.fingerprints import fingerprint_model
 from ..options.ranges import check_count
 from ..patching import patched
+from ..system.progress import tracked
 from .choice import chosen_way
 from .inputs import Candidate, Encoder, Source
 from .reading import WAYS, Reader, Unreadable
@@ -115,9 +115,9 @@ class GridScorer:
         keys = [key_of(source) for source in inputs]
         rows = StoredRows(folder, {} if folder is None else self._settings(unique))
         todo = {key: source for key, source in zip(keys, inputs, strict=True) if rows.get(key) is None}
-        with self._reading(unique, list(todo.values())) as way:
+        with self._reading(unique, list(todo.values())) as way, self._tracked(todo.items()) as items:
             reader = Reader(self.encoder, unique, way, self.batch_tokens)
-            for key, source in self._tracked(todo.items()):
+            for key, source in items:
                 rows.add(key, self._read(reader, source))
         place = {candidate: i for i, candidate in enumerate(unique)}
         columns = [place[candidate] for candidate in tokens]
@@ -144,8 +144,8 @@ class GridScorer:
         for i, source in enumerate(inputs):
             groups.setdefault(key_of(source), []).append(i)
         sums = np.empty(len(tokens))
-        with self._reading(sorted(set(tokens)), inputs) as way:
-            for members in self._tracked(groups.values()):
+        with self._reading(sorted(set(tokens)), inputs) as way, self._tracked(groups.values()) as sharing:
+            for members in sharing:
                 unique = sorted({tokens[i] for i in members})
                 losses = self._read(Reader(self.encoder, unique, way, self.batch_tokens), inputs[members[0]])
                 sums[members] = [losses[unique.index(tokens[i])] for i in members]
@@ -175,7 +175,7 @@ class GridScorer:
             raise ValueError(f"way is {reader.way!r}, but model is a {name}: {error}, so pass way=None") from error
 
     def _tracked(self, values: Any) -> Any:
-        return track(values, "scoring", console=Console(stderr=True), disable=not self.progress)
+        return tracked(values, "scoring", console=Console(stderr=True), disable=not self.progress)
 
     def _settings(self, candidates: list[Tokens]) -> dict[str, Any]:
         return {

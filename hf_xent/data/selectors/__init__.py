@@ -46,7 +46,7 @@ def get(by: Any, **options: Any) -> Selector:
     try:
         found: Selector = SELECTORS.instance(by, Selector, **options)
     except ValueError as error:  # the selector's own message is enough; the registry's repeats the values, losses too
-        raise error.__cause__ or error  # noqa: B904
+        raise error.__cause__ or error  # noqa: B904  the cause itself is raised
     return found
 
 
