@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops", "options", "system", "registry"),
     1: ("losses", "ranking", "classes", "data", "hub", "models", "metrics", "laws", "rasch", "calibration"),
-    2: ("lazy", "patching"),
-    3: ("trainers", "callbacks", "detection", "generation", "ln_free", "teachers", "retrieval"),
+    2: ("lazy", "patching", "robust"),
+    3: ("trainers", "callbacks", "detection", "generation", "ln_free", "teachers", "retrieval", "adapt"),
     4: ("bench", "experiments"),
     5: ("cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }

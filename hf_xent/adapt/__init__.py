@@ -1,0 +1,27 @@
+"""Floor 3: models that adapt to what they are asked, without labels: streams, caches, prompts and single episodes.
+
+Each works on features of a frozen model (`hf_xent.models.embeddings`), except `RMT`, which trains the model itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # loaded on first access: torch takes a second
+    from ..models.embeddings import class_texts as class_texts
+    from ..models.embeddings import features as features
+    from ..models.embeddings import prototypes as prototypes
+
+_HOMES = {
+    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+}
+"""Public name -> the module that has it."""
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,63 @@
+"""Floor 2: attacks on the inputs of classifiers, one file each, and the gradient ascent that all of them share.
+
+found = attack(model, {"pixel_values": images}, labels, epsilon=8 / 255, method="pma", processor=processor)
+robust_accuracy = (~found.flipped).float().mean()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..registry import Registry
+
+if TYPE_CHECKING:  # loaded on first access: help texts that list the names need no torch
+    from .ascent import ascend as ascend
+    from .attacking import Attacked as Attacked
+    from .attacking import attack as attack
+    from .ball import Ball as Ball
+    from .base import Attack
+
+ATTACKS: Registry[type[Attack]] = Registry(
+    "attack",
+    {
+        "pgd": "pgd:PGD",
+    },
+    package=__name__,
+)
+"""Name -> attack."""
+
+_HOMES = {
+    "Attack": "base",
+    "Attacked": "attacking",
+    "Ball": "ball",
+    "ascend": "ascent",
+    "attack": "attacking",
+}
+"""Public name -> the file that has it."""
+
+
+def get(method: Any, **options: Any) -> Attack:
+    """An attack by name.
+
+    Args:
+        method: A name of `ATTACKS`, with options if any: 'pgd:size=2'; an `Attack` is returned unchanged.
+        **options: Further options of the attack.
+
+    Returns:
+        The attack.
+
+    Raises:
+        ValueError: The name is unknown, the attack does not have or does not accept an option, or options stand beside
+            an object.
+    """
+    from .base import Attack
+
+    found: Attack = ATTACKS.instance(method, Attack, **options)
+    return found
+
+
+__all__ = sorted(("ATTACKS", *ATTACKS.exported, *_HOMES, "get"))
+
+
+def __getattr__(name: str) -> Any:
+    return ATTACKS.attribute(name, _HOMES)

@@ -1,0 +1,40 @@
+"""PGD: projected gradient ascent on the cross-entropy of the label, from a random point of the ball.
+
+    x' <- project(x' + size sign(d CE(z(x'), y) / d x')),  size = 2.5 epsilon / steps
+
+Source: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks, arXiv:1706.06083.
+Relations: `pma` ascends on the margin of probabilities instead, with steps that shrink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from .ascent import Found, ascend
+from .ball import Ball
+from .base import Attack, flipped
+from .inputs import Target
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Projected gradient ascent on cross-entropy; see the module's docstring."""
+
+    size: float = 2.5
+    """The size of all steps together, as a multiple of epsilon."""
+    ranges: ClassVar[dict[str, str]] = {"size": "(0, inf)"}
+
+    def find(self, target: Target, ball: Ball, steps: int, generator: torch.Generator) -> Found:
+        """As `Attack.find`."""
+
+        def objective(step, x, rows):  # type: ignore[no-untyped-def]
+            logits, labels = target.logits(x, rows), target.labels[rows]
+            return F.cross_entropy(logits, labels, reduction="none"), flipped(logits.detach(), labels)
+
+        x = target.center()
+        size = self.size * ball.radius / max(1, steps)
+        return ascend(objective, x, ball, [size] * steps, ball.start(x, generator))
