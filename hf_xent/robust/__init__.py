@@ -8,23 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..registry import Registry
+from .registered import ATTACKS, get
 
 if TYPE_CHECKING:  # loaded on first access: help texts that list the names need no torch
     from .ascent import ascend as ascend
     from .attacking import Attacked as Attacked
     from .attacking import attack as attack
     from .ball import Ball as Ball
-    from .base import Attack
-
-ATTACKS: Registry[type[Attack]] = Registry(
-    "attack",
-    {
-        "pgd": "pgd:PGD",
-    },
-    package=__name__,
-)
-"""Name -> attack."""
+    from .base import Attack as Attack
 
 _HOMES = {
     "Attack": "base",
@@ -34,27 +25,6 @@ _HOMES = {
     "attack": "attacking",
 }
 """Public name -> the file that has it."""
-
-
-def get(method: Any, **options: Any) -> Attack:
-    """An attack by name.
-
-    Args:
-        method: A name of `ATTACKS`, with options if any: 'pgd:size=2'; an `Attack` is returned unchanged.
-        **options: Further options of the attack.
-
-    Returns:
-        The attack.
-
-    Raises:
-        ValueError: The name is unknown, the attack does not have or does not accept an option, or options stand beside
-            an object.
-    """
-    from .base import Attack
-
-    found: Attack = ATTACKS.instance(method, Attack, **options)
-    return found
-
 
 __all__ = sorted(("ATTACKS", *ATTACKS.exported, *_HOMES, "get"))
 

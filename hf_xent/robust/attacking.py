@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..models.contexts import eval_mode
 from ..options.ranges import check_count
 from .base import flipped
 from .inputs import ball_of, target_of
+from .registered import get
 
 
 class Attacked(NamedTuple):
@@ -27,6 +28,17 @@ class Attacked(NamedTuple):
     """Forward passes of single rows."""
 
 
+class Options(TypedDict, total=False):
+    """What `attack` can be told beside its arguments."""
+
+    norm: str
+    """'inf' (the default) or '2'."""
+    processor: Any
+    """The image processor of the model, for images."""
+    seed: int
+    """Of the random starts; 0 if it is left out."""
+
+
 def attack(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -34,10 +46,7 @@ def attack(
     epsilon: float,
     steps: int = 100,
     method: Any = "pgd",
-    *,
-    norm: str = "inf",
-    processor: Any = None,
-    seed: int = 0,
+    **options: Unpack[Options],
 ) -> Attacked:
     """Looks for changes of the inputs, each within a ball, that make a classifier wrong.
 
@@ -48,9 +57,7 @@ def attack(
         epsilon: The radius of the ball, in the units of `hf_xent.robust.inputs`.
         steps: The forward and backward passes of a row, at most.
         method: A name of `ATTACKS`, with options if any: 'pgd:size=2'; or an attack as an object.
-        norm: 'inf' or '2'.
-        processor: The image processor of the model, for images.
-        seed: Of the random starts.
+        **options: As in `Options`.
 
     Returns:
         The changed inputs, and which rows have flipped. Robust accuracy is the mean of `~flipped`.
@@ -58,8 +65,7 @@ def attack(
     Raises:
         ValueError: An argument is out of its range, labels are outside of the classes, or the inputs cannot be changed.
     """
-    from . import get
-
+    norm, seed, processor = options.get("norm", "inf"), options.get("seed", 0), options.get("processor")
     found = get(method)
     check_count("steps", steps, 1)
     target = target_of(model, batch, labels)
