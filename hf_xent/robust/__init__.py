@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .registered import ATTACKS, get
+from .registered import ATTACKS
+from .registered import get as get
 
 if TYPE_CHECKING:  # loaded on first access: help texts that list the names need no torch
     from .ascent import ascend as ascend
