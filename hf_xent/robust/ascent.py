@@ -72,7 +72,7 @@ def ascend(
             found[rows[finished]], done[rows[finished]] = point.detach()[finished], True
         if last:
             break
-        (gradient,) = torch.autograd.grad(values.sum(), point)
+        (gradient,) = torch.autograd.grad(values, point, torch.ones_like(values))  # works under no_grad, too
         current = local.project(point.detach() + local.step(gradient, sizes[step]), center)
         if finished is not None and bool(finished.any()):
             kept = ~finished

@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,16 +49,20 @@ class Target:
         inputs = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         return Target(self.model, inputs, self.name, self.labels[rows])
 
-    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The logits [R, K] of the rows [R] for inputs x [R, ...], float32 or wider."""
+    @contextmanager
+    def moved(self, x: Tensor, rows: Tensor) -> Iterator[dict[str, Any]]:
+        """While it is open, the model reads x [R, ...] if it is called with these inputs, those of the rows [R]."""
         inputs = {name: value[rows] if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         if self.name == TOKENS:
             with embedded(self.model, x):
-                output = self.model(**inputs)
+                yield inputs
         else:
-            inputs[self.name] = x.to(self.inputs[self.name].dtype)
-            output = self.model(**inputs)
-        logits: Tensor = output.logits
+            yield {**inputs, self.name: x.to(self.inputs[self.name].dtype)}
+
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The logits [R, K] of the rows [R] for inputs x [R, ...], float32 or wider."""
+        with self.moved(x, rows) as inputs:
+            logits: Tensor = self.model(**inputs).logits
         return logits if logits.itemsize > 4 else logits.float()
 
 
