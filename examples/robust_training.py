@@ -71,11 +71,8 @@ def main(seeds: int = 3, output: Path = Path("out/robust_training")) -> dict[str
         nu = study.tuned(f"{arm}: nu", ARMS[arm][1], lambda nu, of=of: of(RATES[0], nu)) if ARMS[arm][1] else None
         rate = study.tuned(arm, RATES, lambda rate, of=of, nu=nu: of(rate, nu))
         attacked = trained(arm, seed, rate, nu), digits.rows("0", seed)[2]
-        shares, passes = (
-            [*accuracy(*attacked, "pgd", 20), accuracy(*attacked, "pma", 100)[1]],
-            ARMS[arm][2] * ARMS[arm][3],
-        )
-        study.record(arm, seed, **dict(zip(METRICS, [*shares, passes], strict=True)), rate=rate, nu=nu or 0)
+        shares = [*accuracy(*attacked, "pgd", 20), accuracy(*attacked, "pma", 100)[1], ARMS[arm][2] * ARMS[arm][3]]
+        study.record(arm, seed, **dict(zip(METRICS, shares, strict=True)), rate=rate, nu=nu or 0)
     return study.report(f"Made by `examples/robust_training.py` of hf_xent.\n\n{__doc__}")
 
 
