@@ -153,21 +153,22 @@ def test_an_interrupted_run_goes_on(classifier, pictures, tmp_path, monkeypatch)
         return attack(*arguments, **given)
 
     monkeypatch.setattr(attacking, "attack", counted)
-    stopped = CliRunner().invoke(
-        cli.app, ["attack", str(classifier), "--dataset", str(pictures), "--epsilon", "0.2", "--steps", "3"]
-        + ["--batch-size", "10", "--output", str(tmp_path / "run")],
-    )  # fmt: skip
-    assert stopped.exit_code != 0 and calls == [10] * 3 and not (tmp_path / "run" / "rows.csv").exists()
+    with pytest.raises(AssertionError, match="exit_code"):
+        attacked(classifier, output=tmp_path / "run", **options)
+    assert calls == [10] * 3 and not (tmp_path / "run" / "rows.csv").exists()
     again = attacked(classifier, output=tmp_path / "run", **options)
     assert len(calls) == 4, "only the last batch was attacked"
     assert (tmp_path / "run" / "rows.csv").read_text() == (tmp_path / "whole" / "rows.csv").read_text()
     strip = lambda found: {k: v for k, v in found["attacks"]["pgd"].items() if k != "seconds"}  # noqa: E731
     assert strip(again) == strip(whole)
 
-    calls[:] = [0, 0]  # the third is interrupted again
-    with pytest.raises(SystemExit):
-        raise CliRunner().invoke(cli.app, ["attack", "x", "--dataset", "y", "--epsilon", "0"]).exception or SystemExit
+    with pytest.raises(ValueError, match="epsilon is '0'"):
+        attacked(classifier, output=tmp_path / "run", **options | {"epsilon": 0})
+    with pytest.raises(ValueError, match="has rows of table"):
+        attacked(classifier, output=tmp_path / "run", **options | {"dataset": tmp_path / "run" / "rows.csv"})
     assert read(tmp_path / "run" / "rows.csv"), "what was there is kept"
+    changed = attacked(classifier, output=tmp_path / "run", **options | {"seed": 1})
+    assert len(calls) == 7 and changed["epsilon"] == 0.2, "under another seed nothing is taken over"
 
 
 def test_texts_are_attacked_in_their_embeddings(tmp_path):

@@ -58,7 +58,7 @@ def _table(summary: dict[str, Any]) -> Table:
     for name, count in [*summary["rows_by_class"].items()][:MOST]:
         cells = (f"{found['by_class'][name]:.1%}" for found in columns.values())
         table.add_row(literal(f"{name} ({count})"), *cells)
-    most = f"passes a row (of {summary['steps'] + 2})"
+    most = f"passes a row ({summary['steps']} steps at most)"
     table.add_row(most, "1", *(f"{found['passes_per_row']:.1f}" for found in summary["attacks"].values()))
     table.add_row("seconds", "", *(f"{found['seconds']:.1f}" for found in summary["attacks"].values()))
     return table

@@ -51,7 +51,7 @@ class Attacking:
     @property
     def methods(self) -> tuple[str, ...]:
         """The attacks, each of them once. Raises: ValueError if none is named."""
-        names = tuple(dict.fromkeys(name.strip() for name in BETWEEN.split(self.method) if name.strip()))
+        names = tuple(dict.fromkeys(name for part in BETWEEN.split(self.method) if (name := part.strip(" ,"))))
         if not names:
             raise ValueError(f"method is {self.method!r}: name an attack, of {ATTACKS.names()}")
         return names
