@@ -24,7 +24,7 @@ from ..models.fingerprints import fingerprint_model
 from ..models.quiet import quiet_loading
 from ..robust import attack
 from ..robust.inputs import ball_of, target_of
-from ..robust.masking import masking
+from ..robust.gradient_masking import masking
 from ..system.drafts import Draft
 from ..system.files import replace_atomically
 from .attack_results import Attacked, Found, summary, write_rows
