@@ -12,9 +12,19 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
+    from .entropy import EntropyMinimization as EntropyMinimization
+    from .rmt import RMT as RMT
+    from .source import source_prototypes as source_prototypes
+    from .views import ImageViews as ImageViews
+    from .views import SoundViews as SoundViews
+    from .views import TextViews as TextViews
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "EntropyMinimization": "hf_xent.adapt.entropy",
+    "RMT": "hf_xent.adapt.rmt",
+    "source_prototypes": "hf_xent.adapt.source",
+    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
 }
 """Public name -> the module that has it."""
 
