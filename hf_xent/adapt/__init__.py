@@ -12,9 +12,14 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
+    from .cache import TFUP as TFUP
+    from .tfup_t import TFUPT as TFUPT
+    from .tfup_t import TFUPTConfig as TFUPTConfig
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "TFUP": ".cache",
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
 }
 """Public name -> the module that has it."""
 

@@ -113,6 +113,7 @@ def class_texts(
     *,
     batch_size: int = 64,
     max_length: int | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """The features of the names of classes: the mean over templates, then of unit length.
 
@@ -123,9 +124,10 @@ def class_texts(
         templates: Texts with {} for the name.
         batch_size: Texts in a forward pass.
         max_length: As in `encoded`.
+        normalize: Whether each mean is divided by its length.
 
     Returns:
-        [C, D], of unit length.
+        [C, D], float32 or wider.
 
     Raises:
         ValueError: No names, no templates, a template without {}, or as `encoded`.
@@ -138,7 +140,8 @@ def class_texts(
         )
     texts = [template.replace("{}", name) for name in names for template in templates]
     found = encoded(model, tokenizer, texts, batch_size=batch_size, max_length=max_length, normalize=False)
-    return F.normalize(found.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+    means = found.unflatten(0, (len(names), len(templates))).mean(1)
+    return F.normalize(means, dim=-1) if normalize else means
 
 
 @torch.no_grad()
