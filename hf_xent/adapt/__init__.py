@@ -25,6 +25,14 @@ _HOMES = {
     "RMT": "hf_xent.adapt.rmt",
     "source_prototypes": "hf_xent.adapt.source",
     **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
+    from .cache import TFUP as TFUP
+    from .tfup_t import TFUPT as TFUPT
+    from .tfup_t import TFUPTConfig as TFUPTConfig
+
+_HOMES = {
+    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "TFUP": ".cache",
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
 }
 """Public name -> the module that has it."""
 
