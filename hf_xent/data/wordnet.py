@@ -5,7 +5,7 @@ archive have them. The order is that of the files, nouns first; words are in low
 
 Source: Fellbaum 1998, WordNet: An Electronic Lexical Database; wordnet.princeton.edu, Debian's wordnet-base.
 Columns: word (with spaces between the words of a compound), kind ('noun' or 'adjective'), synsets (the number of its
-senses), gloss (the definition of its first sense, which is the most frequent one, with its examples).
+senses), text (the definition of its first sense, which is the most frequent one, with its examples).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _lines(file: Path) -> list[str]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    word = checked_text(row["lemma"]).replace("_", " ")
-    return {"word": word, "kind": row["kind"], "synsets": row["synset_cnt"], "gloss": row["gloss"]}
+    word = row["lemma"].replace("_", " ")
+    return {"word": word, "kind": row["kind"], "synsets": row["synset_cnt"], "text": checked_text(row["gloss"])}
 
 
 class WordNet(FolderCorpus):
@@ -65,7 +65,7 @@ class WordNet(FolderCorpus):
         from datasets import Features, Value
 
         text = Value("string")
-        return Features({"word": text, "kind": text, "synsets": Value("int32"), "gloss": text})
+        return Features({"word": text, "kind": text, "synsets": Value("int32"), "text": text})
 
 
 CORPUS = WordNet(
