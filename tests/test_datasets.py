@@ -369,7 +369,7 @@ def test_a_dataset_is_added_by_one_line(monkeypatch):
     monkeypatch.setitem(DATASETS.entries, "reference", "pydoc:CORPUS")
     assert load("reference", split="train[:2]").to_list() == load("pydoc", split="train[:2]").to_list()
     assert load_text("reference")["topic"][:] == load_text("pydoc")["topic"][:]
-    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wikimia, reference"):
+    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wordnet, reference"):
         load("nonesuch")
 
 

@@ -12,9 +12,16 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
+    from .negatives import NegativeLabels as NegativeLabels
+    from .ood import ood_score as ood_score
+    from .prompts import PromptOptions as PromptOptions
+    from .prompts import PromptTuner as PromptTuner
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "NegativeLabels": "hf_xent.adapt.negatives",
+    "ood_score": "hf_xent.adapt.ood",
+    **dict.fromkeys(("PromptOptions", "PromptTuner"), "hf_xent.adapt.prompts"),
 }
 """Public name -> the module that has it."""
 
