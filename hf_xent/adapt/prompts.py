@@ -61,7 +61,7 @@ class PromptOptions:
     weight_decay: float = 1e-5
     """That of SGD."""
     batch_size: int = 32
-    """Rows in a step, and prompts in a forward pass of the encoder."""
+    """Rows in a step."""
     epochs: int = 10
     """Passes over the rows."""
     negatives_per_step: int | None = None
@@ -130,7 +130,7 @@ class PromptTuner:
 
     @torch.no_grad()
     def _features(self, start: int, end: int) -> Tensor:
-        return self.prompts(torch.arange(start, end), 64)
+        return self.prompts(torch.arange(start, end))
 
     def fit(self, features: Tensor, labels: Tensor, folder: str | Path | None = None) -> list[float]:
         """Tune the contexts.
@@ -205,12 +205,12 @@ class PromptTuner:
         """The features of all names [C + M, D], of which those that this step embeds have a gradient."""
         o, classes, total = self.options, len(self.names), len(self.prompts)
         if self.bank is None or o.negatives_per_step is None:
-            return self.prompts(torch.arange(total), o.batch_size)
+            return self.prompts(torch.arange(total))
         own = np.unique(labels.cpu().numpy()[labels.cpu().numpy() >= classes])[: o.negatives_per_step]
         others = np.setdiff1d(np.arange(classes, total), own)
         more = draw.choice(others, o.negatives_per_step - len(own), replace=False)
         which = torch.from_numpy(np.concatenate([np.arange(classes), own, more]))
-        fresh = self.prompts(which, o.batch_size)
+        fresh = self.prompts(which)
         where = which.to(self.bank.device)
         found = self.bank.index_copy(0, where, fresh.to(self.bank.dtype))
         self.bank = found.detach()
