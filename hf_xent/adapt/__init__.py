@@ -33,6 +33,16 @@ _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
     "TFUP": ".cache",
     **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
+    from .negatives import NegativeLabels as NegativeLabels
+    from .ood import ood_score as ood_score
+    from .prompts import PromptOptions as PromptOptions
+    from .prompts import PromptTuner as PromptTuner
+
+_HOMES = {
+    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "NegativeLabels": "hf_xent.adapt.negatives",
+    "ood_score": "hf_xent.adapt.ood",
+    **dict.fromkeys(("PromptOptions", "PromptTuner"), "hf_xent.adapt.prompts"),
 }
 """Public name -> the module that has it."""
 
