@@ -9,8 +9,7 @@ threshold where all begin; cross-entropy of the marked words alone; with the ent
 divergence too, which is RePRI; and RePRI that is told the share of names. Metrics are means over the episodes of a
 seed: F1 at p > 1/2, and average precision, which no threshold changes. Seeds draw sentences and episodes.
 Decided before: RePRI is better than marked words alone with a number of sentences if the 95 % interval of the
-difference in F1 is above 0 there. The oracle is no rival: nobody knows that share. A gain of F1 without one of average
-precision is one of the threshold.
+difference in F1 is above 0 there; without a gain of average precision, that is one of the threshold.
 """
 
 from pathlib import Path

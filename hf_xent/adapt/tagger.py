@@ -168,17 +168,16 @@ def word_features(
 
 def _pooled(states: Tensor, ids: list[int | None], whole: list[int | None], count: int, pooling: str) -> Tensor:
     """One feature a word [count, D] from those of tokens [T, D]; `whole` are the words of the tokens before the cut."""
-    kept = torch.tensor([place for place, word in enumerate(ids) if word is not None], device=states.device)
-    words = [word for word in ids if word is not None]
-    index = torch.tensor(words, dtype=torch.long, device=states.device)
-    tokens = torch.bincount(index, minlength=count)
-    all_tokens = torch.bincount(torch.tensor([w for w in whole if w is not None], dtype=torch.long), minlength=count)
-    read = (tokens > 0) & (tokens == all_tokens.to(states.device))
+    device, pairs = states.device, [(place, word) for place, word in enumerate(ids) if word is not None]
+    places, words = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
+    before = torch.tensor([word for word in whole if word is not None], dtype=torch.long, device=device)
+    sizes = torch.bincount(words, minlength=count)
+    read = (sizes > 0) & (sizes == torch.bincount(before, minlength=count))
     if pooling == "first":
-        first = torch.tensor([i == 0 or words[i - 1] != word for i, word in enumerate(words)], device=states.device)
-        kept, index, tokens = kept[first], index[first], tokens.clamp(max=1)
-    sums = states.new_zeros(count, states.shape[-1]).index_add(0, index, states[kept])
-    return torch.where(read[:, None], sums / tokens[:, None].clamp(min=1), torch.nan)
+        new = words.diff(prepend=words.new_tensor([-1])) != 0
+        places, words, sizes = places[new], words[new], sizes.clamp(max=1)
+    sums = states.new_zeros(count, states.shape[-1]).index_add(0, words, states[places])
+    return torch.where(read[:, None], sums / sizes[:, None].clamp(min=1), torch.nan)
 
 
 def _labels(sentences: Sequence[Sequence[str]], marks: Sequence[Sequence[int]], name: str) -> Tensor:
