@@ -1,5 +1,7 @@
 """The tagger of words: features of words from tokens, what is cut, and RePRI on them."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
@@ -145,3 +147,10 @@ def test_options_that_are_none_are_refused(encoder, tokenizer):
         TransductiveTagger(encoder, tokenizer, batch_size=0)
     with pytest.raises(ValueError, match="tokenizer is a object, which does not know words"):
         TransductiveTagger(encoder, object())
+
+
+def test_states_that_are_not_finite_are_no_words_that_were_cut(encoder, tokenizer):
+    broken = copy.deepcopy(encoder)
+    broken.embeddings.word_embeddings.weight.data[4] = torch.nan
+    with pytest.raises(ValueError, match="encoder gives hidden states that are not finite"):
+        word_features(broken, tokenizer, SENTENCES)

@@ -118,13 +118,11 @@ class RePRI:
             ValueError: A task without foreground in its support or without rows in its query, shapes that do not fit,
                 labels other than 0, 1 and -100, features that are not finite, or a prior outside of [0, 1].
         """
-        if query_features.ndim == 2:
-            alone = [None if part is None else part[None] for part in (support_features, support_labels)]
-            rows = None if mask is None else mask[None]
-            tasks = self.fit(*alone, query_features[None], rows, prior=prior, shots=shots)
-            return tasks.probabilities()[0]
-        fitted = self.fit(support_features, support_labels, query_features, mask, prior=prior, shots=shots)
-        return fitted.probabilities()
+        parts, one = (support_features, support_labels, query_features), query_features.ndim == 2
+        support, labels, query = (part[None] if one else part for part in parts)
+        rows = mask[None] if one and mask is not None else mask
+        found = self.fit(support, labels, query, rows, prior=prior, shots=shots).probabilities()
+        return found[0] if one else found
 
     @torch.no_grad()
     def segment(

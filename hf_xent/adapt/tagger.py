@@ -14,7 +14,7 @@ Several tags are several tasks of two classes each; words may have more than one
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from ..options.ranges import check_count
 from .repri import RePRI
 
 POOLINGS = ("mean", "first")
-Marks = TypeVar("Marks", Sequence[Sequence[int]], Mapping[str, Sequence[Sequence[int]]])
+Marks = Sequence[Sequence[int]]
+"""For each sentence, a number for each word: 1, 0 or -100."""
 
 
 class TransductiveTagger:
@@ -66,7 +67,7 @@ class TransductiveTagger:
     def tag(
         self,
         support: Sequence[Sequence[str]],
-        marks: Marks,
+        marks: Marks | Mapping[str, Marks],
         query: Sequence[Sequence[str]],
         *,
         prior: float | Mapping[str, float] | None = None,
@@ -88,7 +89,7 @@ class TransductiveTagger:
             ValueError: No sentence, marks that do not fit the words, priors that do not fit the tags, or a tag without
                 a marked word (that was not cut off).
         """
-        tags = marks if isinstance(marks, Mapping) else {"": marks}
+        tags: Mapping[str, Marks] = marks if isinstance(marks, Mapping) else {"": marks}
         labels = [_labels(support, rows, name) for name, rows in tags.items()]
         if not labels or not query:
             raise ValueError(f"marks have {len(labels)} tags and query has {len(query)} sentences: give one or more")
@@ -115,7 +116,7 @@ class TransductiveTagger:
 
     def features(self, sentences: Sequence[Sequence[str]]) -> list[Tensor]:
         """The features of words, as `word_features` has them."""
-        options = {"pooling": self.pooling, "max_length": self.max_length, "batch_size": self.batch_size}
+        options: Any = {"pooling": self.pooling, "max_length": self.max_length, "batch_size": self.batch_size}
         return word_features(self.encoder, self.tokenizer, sentences, **options)
 
 
@@ -142,6 +143,9 @@ def word_features(
 
     Returns:
         For each sentence [number of words, D], float32 or wider; nan for a word that was cut, or has no token.
+
+    Raises:
+        ValueError: Hidden states that are not finite.
     """
     inner = encoder.get_base_model() if hasattr(encoder, "get_base_model") else encoder
     inner = getattr(inner, "base_model", inner)
@@ -171,6 +175,8 @@ def _pooled(states: Tensor, ids: list[int | None], whole: list[int | None], coun
     device, pairs = states.device, [(place, word) for place, word in enumerate(ids) if word is not None]
     places, words = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     before = torch.tensor([word for word in whole if word is not None], dtype=torch.long, device=device)
+    if not states[places].isfinite().all():  # else these words would look as if they had been cut
+        raise ValueError("encoder gives hidden states that are not finite: load it in bfloat16 or float32")
     sizes = torch.bincount(words, minlength=count)
     read = (sizes > 0) & (sizes == torch.bincount(before, minlength=count))
     if pooling == "first":
@@ -180,7 +186,7 @@ def _pooled(states: Tensor, ids: list[int | None], whole: list[int | None], coun
     return torch.where(read[:, None], sums / sizes[:, None].clamp(min=1), torch.nan)
 
 
-def _labels(sentences: Sequence[Sequence[str]], marks: Sequence[Sequence[int]], name: str) -> Tensor:
+def _labels(sentences: Sequence[Sequence[str]], marks: Marks, name: str) -> Tensor:
     """The marks of all words [N]."""
     owner = f"marks of {name!r}" if name else "marks"
     lengths = [[len(row) for row in rows] for rows in (sentences, marks)]
