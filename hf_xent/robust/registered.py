@@ -13,6 +13,7 @@ ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
     {
         "pgd": "pgd:PGD",
+        "pma": "pma:PMA",
     },
     package=__package__ or "hf_xent.robust",
 )
