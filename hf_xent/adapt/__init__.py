@@ -22,6 +22,19 @@ _HOMES = {
     "RePRI": ".repri",
     **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
     "feature_maps": ".maps",
+    from .entropy import EntropyMinimization as EntropyMinimization
+    from .rmt import RMT as RMT
+    from .source import source_prototypes as source_prototypes
+    from .views import ImageViews as ImageViews
+    from .views import SoundViews as SoundViews
+    from .views import TextViews as TextViews
+
+_HOMES = {
+    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "EntropyMinimization": "hf_xent.adapt.entropy",
+    "RMT": "hf_xent.adapt.rmt",
+    "source_prototypes": "hf_xent.adapt.source",
+    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
 }
 """Public name -> the module that has it."""
 
