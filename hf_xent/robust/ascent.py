@@ -131,7 +131,11 @@ def ascend(
 
 def _gradient(values: Tensor, point: Tensor) -> Tensor:
     """Of the values with respect to the point."""
-    gradient = torch.autograd.grad(values.sum(), point, allow_unused=True)[0] if values.requires_grad else None
+    gradient = (
+        torch.autograd.grad(values, point, torch.ones_like(values), allow_unused=True)[0]
+        if values.requires_grad
+        else None
+    )
     if gradient is None:
         raise ValueError("the objective does not depend on the inputs: pass a model that reads them, with gradients")
     return gradient
