@@ -171,8 +171,9 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
         """The inputs of the encoder instead of the head's."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            own: Any = self._signature_columns
             reads = inspect.signature(inner_of(self.zero_shot.encoder).forward).parameters
-            self._signature_columns = list(dict.fromkeys([*reads, "labels", *self._signature_columns]))
+            self._signature_columns = list(dict.fromkeys([*reads, "labels", *own]))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The number of rows in the batches of a step; None for the loss of a batch."""
