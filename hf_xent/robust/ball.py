@@ -10,7 +10,9 @@ Source: Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ TINY = 1e-12
 @dataclass(frozen=True)
 class Ball:
     """A ball around each row of an input; see the module's docstring.
+
+    A tensor among its fields has as many dimensions as the input, the first of 1 or of B rows.
 
     Raises:
         ValueError: The radius is not above 0, or the norm is unknown.
@@ -51,35 +55,48 @@ class Ball:
 
     def rows(self, rows: Tensor) -> Ball:
         """The ball around some rows [R] of the input."""
-        return self if self.mask is None else replace(self, mask=self.mask[rows])
+        fields = {name: getattr(self, name) for name in ("unit", "low", "high", "mask")}
+        parts = {name: value[rows] for name, value in fields.items() if isinstance(value, Tensor) and _of_rows(value)}
+        return replace(self, **parts) if parts else self
 
-    def start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random point around x [B, ...], evenly distributed over the ball, then cut."""
+    def start(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """A random point around each row of x [B, ...], evenly distributed over the ball, then cut.
+
+        Args:
+            x: The centers.
+            generator: Where random numbers are from, on the CPU: one for all rows, or one for each.
+        """
         if self.norm == "inf":
-            noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) * 2 - 1
+            noise = _random(torch.rand, x.shape, generator).to(x) * 2 - 1
             return self.project(x + self.radius * self.unit * noise, x)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noise = self._masked(_random(torch.randn, x.shape, generator).to(x))
         lengths = self._lengths(noise)
         size = x[0].numel() if self.vector is None else x.shape[-self.vector :].numel()
-        share = torch.rand(lengths.shape, generator=generator, dtype=x.dtype).to(x.device) ** (1 / size)
+        share = _random(torch.rand, lengths.shape, generator).to(x) ** (1 / size)
         return self.project(x + self.radius * self.unit * noise / lengths * share, x)
 
     def step(self, gradient: Tensor, size: Tensor | float) -> Tensor:
-        """The change of the input along a gradient [B, ...], of `size` in units: a sign step, or one of that length."""
+        """The change of the input along a gradient [B, ...]: a sign step, or one of a length.
+
+        Args:
+            gradient: With respect to the input; where it is not finite, nothing is changed.
+            size: In units, a number or one that broadcasts to the input.
+        """
+        gradient = gradient.nan_to_num(0, 0, 0)
         if self.norm == "inf":
             return size * self.unit * gradient.sign()
-        upward = gradient * self.unit  # the gradient with respect to units
+        upward = self._masked(gradient * self.unit)  # the gradient with respect to units
+        upward = upward / upward.abs().amax(self._dims(upward), keepdim=True).clamp(min=torch.finfo(upward.dtype).tiny)
         return size * self.unit * upward / self._lengths(upward)
 
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
         """The point of the ball around x that is next to `moved`, then cut to the range, which x has to be in."""
-        change = (moved - x) / self.unit
+        self._check(x)
+        change = self._masked((moved - x) / self.unit)
         if self.norm == "inf":
             change = change.clamp(-self.radius, self.radius)
         else:
             change = change * (self.radius / self._lengths(change)).clamp(max=1)
-        if self.mask is not None:
-            change = change.where(self.mask, 0)
         inside = x + change * self.unit
         if self.low is not None:
             inside = inside.maximum(torch.as_tensor(self.low, dtype=x.dtype, device=x.device))
@@ -93,7 +110,30 @@ class Ball:
         sizes = change.abs() if self.norm == "inf" else self._lengths(change)
         return sizes.flatten(1).amax(1)
 
+    def _masked(self, change: Tensor) -> Tensor:
+        return change if self.mask is None else change.where(self.mask, 0)
+
+    def _dims(self, change: Tensor) -> tuple[int, ...]:
+        """The dimensions of a vector."""
+        return tuple(range(1, change.ndim)) if self.vector is None else tuple(range(-self.vector, 0))
+
     def _lengths(self, change: Tensor) -> Tensor:
         """The length of each vector, kept as dimensions of size 1."""
-        dims = tuple(range(1, change.ndim)) if self.vector is None else tuple(range(-self.vector, 0))
-        return torch.linalg.vector_norm(change, dim=dims, keepdim=True).clamp(min=TINY)
+        return torch.linalg.vector_norm(change, dim=self._dims(change), keepdim=True).clamp(min=TINY)
+
+    def _check(self, x: Tensor) -> None:
+        for name in ("unit", "low", "high", "mask"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.ndim not in (0, x.ndim):
+                raise ValueError(f"{name} has {value.ndim} dimensions, the input {x.ndim}: give it as many")
+
+
+def _of_rows(value: Tensor) -> bool:
+    return value.ndim > 0 and len(value) > 1
+
+
+def _random(draw: Callable[..., Tensor], shape: Sequence[int], generator: Any) -> Tensor:
+    """Random numbers on the CPU, of one generator, or of one for each row."""
+    if isinstance(generator, Sequence):
+        return torch.stack([draw(*shape[1:], generator=each) for each in generator])
+    return draw(*shape, generator=generator)

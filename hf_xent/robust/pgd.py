@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .ascent import Found, ascend
 from .ball import Ball
-from .base import Attack, flipped
+from .base import Attack, flipped, generators
 from .inputs import Target
 
 
@@ -28,13 +28,13 @@ class PGD(Attack):
     """The size of all steps together, as a multiple of epsilon."""
     ranges: ClassVar[dict[str, str]] = {"size": "(0, inf)"}
 
-    def find(self, target: Target, ball: Ball, steps: int, generator: torch.Generator) -> Found:
+    def find(self, target: Target, ball: Ball, steps: int, seed: int) -> Found:
         """As `Attack.find`."""
 
-        def objective(step, x, rows):  # type: ignore[no-untyped-def]
+        def objective(step: int, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             logits, labels = target.logits(x, rows), target.labels[rows]
             return F.cross_entropy(logits, labels, reduction="none"), flipped(logits.detach(), labels)
 
         x = target.center()
-        size = self.size * ball.radius / max(1, steps)
-        return ascend(objective, x, ball, [size] * steps, ball.start(x, generator))
+        start = ball.start(x, generators(x, seed))
+        return ascend(objective, x, ball, [self.size * ball.radius / steps] * steps, start, leave=self.leave)

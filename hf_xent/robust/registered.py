@@ -13,6 +13,9 @@ ATTACKS: Registry[type[Attack]] = Registry(
     "attack",
     {
         "pgd": "pgd:PGD",
+        "pma": "pma:PMA",
+        "apgd": "apgd:APGD",
+        "pma_plus": "pma_plus:PMAPlus",
     },
     package=__package__ or "hf_xent.robust",
 )
