@@ -12,47 +12,38 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
-    from .maps import feature_maps as feature_maps
-    from .repri import RePRI as RePRI
-    from .tagger import TransductiveTagger as TransductiveTagger
-    from .tagger import word_features as word_features
-
-_HOMES = {
-    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "RePRI": ".repri",
-    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
-    "feature_maps": ".maps",
+    from .cache import TFUP as TFUP
     from .entropy import EntropyMinimization as EntropyMinimization
+    from .maps import feature_maps as feature_maps
+    from .negatives import NegativeLabels as NegativeLabels
+    from .ood import ood_score as ood_score
+    from .prompts import PromptOptions as PromptOptions
+    from .prompts import PromptTuner as PromptTuner
+    from .repri import RePRI as RePRI
     from .rmt import RMT as RMT
     from .source import source_prototypes as source_prototypes
+    from .tagger import TransductiveTagger as TransductiveTagger
+    from .tagger import word_features as word_features
+    from .tfup_t import TFUPT as TFUPT
+    from .tfup_t import TFUPTConfig as TFUPTConfig
     from .views import ImageViews as ImageViews
     from .views import SoundViews as SoundViews
     from .views import TextViews as TextViews
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "EntropyMinimization": "hf_xent.adapt.entropy",
-    "RMT": "hf_xent.adapt.rmt",
-    "source_prototypes": "hf_xent.adapt.source",
-    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
-    from .cache import TFUP as TFUP
-    from .tfup_t import TFUPT as TFUPT
-    from .tfup_t import TFUPTConfig as TFUPTConfig
-
-_HOMES = {
-    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
     "TFUP": ".cache",
+    "EntropyMinimization": ".entropy",
+    "feature_maps": ".maps",
+    "NegativeLabels": ".negatives",
+    "ood_score": ".ood",
+    **dict.fromkeys(("PromptOptions", "PromptTuner"), ".prompts"),
+    "RePRI": ".repri",
+    "RMT": ".rmt",
+    "source_prototypes": ".source",
+    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
     **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
-    from .negatives import NegativeLabels as NegativeLabels
-    from .ood import ood_score as ood_score
-    from .prompts import PromptOptions as PromptOptions
-    from .prompts import PromptTuner as PromptTuner
-
-_HOMES = {
-    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "NegativeLabels": "hf_xent.adapt.negatives",
-    "ood_score": "hf_xent.adapt.ood",
-    **dict.fromkeys(("PromptOptions", "PromptTuner"), "hf_xent.adapt.prompts"),
+    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), ".views"),
 }
 """Public name -> the module that has it."""
 
