@@ -117,9 +117,8 @@ def sides(z, around, y, loss):
     """The adversarial margin loss, and what should bound it, over a set of moved logits [M, n] around z [n]."""
     tau, rho = loss.tau, loss.rho
     wanted = phi(tau, np.clip(1 - margins_of(around, y) / rho, 0, 1).sum(-1)).max()
-    row, labels = torch.tensor(z)[None], torch.tensor([y])
-    losses = [loss(row, labels, perturbed=torch.tensor(moved)[None]).item() for moved in around]
-    return wanted, max(losses)
+    rows, labels = torch.tensor(z).expand(around.shape), torch.full((len(around),), y)
+    return wanted, loss(rows, labels, perturbed=torch.tensor(around)).max().item()
 
 
 def test_it_bounds_the_adversarial_margin_loss():
