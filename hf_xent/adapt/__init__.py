@@ -12,19 +12,13 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
+    from .entropy import EntropyMinimization as EntropyMinimization
     from .maps import feature_maps as feature_maps
     from .repri import RePRI as RePRI
-    from .tagger import TransductiveTagger as TransductiveTagger
-    from .tagger import word_features as word_features
-
-_HOMES = {
-    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "RePRI": ".repri",
-    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
-    "feature_maps": ".maps",
-    from .entropy import EntropyMinimization as EntropyMinimization
     from .rmt import RMT as RMT
     from .source import source_prototypes as source_prototypes
+    from .tagger import TransductiveTagger as TransductiveTagger
+    from .tagger import word_features as word_features
     from .views import ImageViews as ImageViews
     from .views import SoundViews as SoundViews
     from .views import TextViews as TextViews
@@ -35,6 +29,9 @@ _HOMES = {
     "RMT": "hf_xent.adapt.rmt",
     "source_prototypes": "hf_xent.adapt.source",
     **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
+    "RePRI": "hf_xent.adapt.repri",
+    "feature_maps": "hf_xent.adapt.maps",
+    **dict.fromkeys(("TransductiveTagger", "word_features"), "hf_xent.adapt.tagger"),
 }
 """Public name -> the module that has it."""
 
