@@ -32,6 +32,14 @@ _HOMES = {
     "RePRI": "hf_xent.adapt.repri",
     "feature_maps": "hf_xent.adapt.maps",
     **dict.fromkeys(("TransductiveTagger", "word_features"), "hf_xent.adapt.tagger"),
+    from .cache import TFUP as TFUP
+    from .tfup_t import TFUPT as TFUPT
+    from .tfup_t import TFUPTConfig as TFUPTConfig
+
+_HOMES = {
+    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
+    "TFUP": ".cache",
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
 }
 """Public name -> the module that has it."""
 

@@ -164,6 +164,8 @@ class InstalledCorpus(Corpus):
     """Columns of whole numbers; those that are neither these nor images are text."""
     images: tuple[str, ...] = ()
     """Columns of images."""
+    later: tuple[str, ...] = ()
+    """Columns of text that copies from before they were added lack; `row` makes them null there."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows of `make`, or those of a copy."""
@@ -175,7 +177,8 @@ class InstalledCorpus(Corpus):
         """Columns of text, of whole numbers and of images."""
         from datasets import Features, Image, Value
 
-        kinds = {name: Value("int64" if name in self.numbers else "string") for name in self.columns}
+        names = (*self.columns, *self.later)
+        kinds = {name: Value("int64" if name in self.numbers else "string") for name in names}
         return Features({**kinds, **{name: Image() for name in self.images}})
 
     def _complaint(self, source: Source, error: Exception) -> str:
