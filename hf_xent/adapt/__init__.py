@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from ..models.embeddings import class_texts as class_texts
     from ..models.embeddings import features as features
     from ..models.embeddings import prototypes as prototypes
+    from .cache import TFUP as TFUP
     from .entropy import EntropyMinimization as EntropyMinimization
     from .maps import feature_maps as feature_maps
     from .repri import RePRI as RePRI
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from .source import source_prototypes as source_prototypes
     from .tagger import TransductiveTagger as TransductiveTagger
     from .tagger import word_features as word_features
+    from .tfup_t import TFUPT as TFUPT
+    from .tfup_t import TFUPTConfig as TFUPTConfig
     from .views import ImageViews as ImageViews
     from .views import SoundViews as SoundViews
     from .views import TextViews as TextViews
@@ -32,14 +35,8 @@ _HOMES = {
     "RePRI": "hf_xent.adapt.repri",
     "feature_maps": "hf_xent.adapt.maps",
     **dict.fromkeys(("TransductiveTagger", "word_features"), "hf_xent.adapt.tagger"),
-    from .cache import TFUP as TFUP
-    from .tfup_t import TFUPT as TFUPT
-    from .tfup_t import TFUPTConfig as TFUPTConfig
-
-_HOMES = {
-    **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "TFUP": ".cache",
-    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
+    "TFUP": "hf_xent.adapt.cache",
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), "hf_xent.adapt.tfup_t"),
 }
 """Public name -> the module that has it."""
 
