@@ -2,13 +2,17 @@
 
 import copy
 import math
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +25,7 @@ from hf_xent.trainers.perturbation import Perturbation
 from support.ranks import run_ranks
 from test_class_trainer import KINDS, assert_same, build, data_of
 from test_class_trainer import collate as stacked
+from test_classify import classify, pictures
 
 PROCESSOR = transformers.ImageProcessingMixin(image_mean=[0.5], image_std=[0.25])
 K, N = 3, 8
@@ -363,6 +368,54 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-3, atol=1e-5)
         assert logged["loss"] == pytest.approx(one.state.log_history[0]["loss"], rel=1e-4)
         assert np.isfinite(evaluated)
+
+
+@pytest.mark.usefixtures("without_progress_bars")
+def test_the_command_passes_the_image_processor_on(tmp_path):
+    options = {"model": "tiny-vit:hidden=16, layers=1, heads=2", "dataset": pictures(tmp_path / "pictures")}
+    plain, moved = (
+        classify(text, **options, output=tmp_path / text[:6], steps=4, seed=3)
+        for text in ("cross_entropy", "smooth_adversarial:radius=0.1, steps=3")
+    )
+    assert moved["loss"] == "smooth_adversarial:radius=0.1, steps=3"
+    assert (
+        moved["before"]["accuracy"] == plain["before"]["accuracy"] and moved["before"]["loss"] > plain["before"]["loss"]
+    )
+
+
+@pytest.mark.slow
+def test_the_example_compares_all_arms(tmp_path, monkeypatch):
+    """Made-up digits, one epoch; a second call runs nothing."""
+    folder = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    import digits
+
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (28, 28), dtype=np.uint8)) for _ in range(60)]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [i % 10 for i in range(60)]})
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: rows)
+    digits.images.cache_clear()
+    for name, value in {"TRAIN": 20, "VALIDATION": 40}.items():
+        monkeypatch.setattr(digits, name, value)
+    example = runpy.run_path(str(folder / "robust_training.py"))
+    arms = {name: (loss, weights[:1], 1, passes) for name, (loss, weights, _, passes) in example["ARMS"].items()}
+    monkeypatch.setitem(example["main"].__globals__, "ARMS", arms)
+    found = example["main"](seeds=1, output=tmp_path)
+    digits.images.cache_clear()
+    assert set(found) == set(arms)
+    for (run,) in (run.values() for run in found.values()):
+        assert 0 <= max(run["under PGD"], run["under PMA"]) <= run["clean accuracy"] <= 1
+    assert found["TRADES"][0]["passes of a row"] == 16 and found["cross-entropy"][0]["passes of a row"] == 2
+    monkeypatch.setitem(example["main"].__globals__, "trained", None)
+    assert example["main"](seeds=1, output=tmp_path) == found
+
+
+def test_the_search_costs_what_is_said(tmp_path):
+    """Forward passes of a step: one, steps + 2 of the search, and one at the point that is found."""
+    model, calls = KINDS["image"][0](), []
+    model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    fit(tmp_path, model, batch_of("image"), "smooth_adversarial:radius=0.1, steps=5", max_steps=1)
+    assert len(calls) == 9 and sum(calls) == 7
 
 
 def test_refusals(tmp_path, monkeypatch):
