@@ -78,7 +78,7 @@ def main(seeds: int = 3, output: Path = Path("out/robust_training")) -> dict[str
         def seen(rate: float, nu: float | None, arm: str = arm) -> float:
             return robust(trained(arm, 0, rate, nu), digits.rows("0", 0)[1], "pgd", 10)[1]
 
-        nu = study.tuned(f"{arm}: nu", weights, lambda nu: seen(RATES[0], nu)) if weights else None  # noqa: B023
+        nu = study.tuned(f"{arm}: nu", weights, lambda nu: seen(RATES[0], nu)) if weights else None
         rate = study.tuned(arm, RATES, lambda rate: seen(rate, nu))  # noqa: B023
         model, test = trained(arm, seed, rate, nu), digits.rows("0", seed)[2]
         (clean, pgd), (_, pma) = robust(model, test, "pgd", 20), robust(model, test, "pma", 50)

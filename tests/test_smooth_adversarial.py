@@ -298,7 +298,9 @@ def test_micro_batches_are_their_batch(kind, tmp_path):
     for accumulation in (1, 8, 2):
         options = {"per_device_train_batch_size": N // accumulation, "gradient_accumulation_steps": accumulation}
         options |= {"per_device_eval_batch_size": N // accumulation}
-        text = "smooth_adversarial:radius=0.2, steps=3, norm=2"  # signs of slopes that are about 0 are those of rounding
+        text = (
+            "smooth_adversarial:radius=0.2, steps=3, norm=2"  # signs of slopes that are about 0 are those of rounding
+        )
         trainer = trainer_of(tmp_path, KINDS[kind][0](), batch, text, collate=collate, **options)
         trainer.train()
         models.append(trainer.model)

@@ -1,6 +1,7 @@
 """Floor 3: models that adapt to what they are asked, without labels: streams, caches, prompts and single episodes.
 
-Each works on features of a frozen model (`hf_xent.models.embeddings`), except `RMT`, which trains the model itself.
+Each works on features of a frozen model (`hf_xent.models.embeddings`), except `RMT` and `EntropyMinimization`, which
+train the model itself.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "TFUP": ".cache",
     "EntropyMinimization": ".entropy",
-    "feature_maps": ".maps",
     "NegativeLabels": ".negatives",
-    "ood_score": ".ood",
-    **dict.fromkeys(("PromptOptions", "PromptTuner"), ".prompts"),
-    "RePRI": ".repri",
     "RMT": ".rmt",
+    "RePRI": ".repri",
+    "TFUP": ".cache",
+    "feature_maps": ".maps",
+    "ood_score": ".ood",
     "source_prototypes": ".source",
-    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
-    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
     **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), ".views"),
+    **dict.fromkeys(("PromptOptions", "PromptTuner"), ".prompts"),
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
+    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
 }
 """Public name -> the module that has it."""
 

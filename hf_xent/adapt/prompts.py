@@ -68,8 +68,6 @@ class PromptOptions:
     """How many negative labels a step embeds; all of them if it is left out."""
     templates: tuple[str, ...] = ("{}",)
     """Texts with {} for a name, one of which is drawn for each cross-modal row."""
-    length: int | None = None
-    """To how many tokens prompts are padded, 64 for SigLIP; to the longest of a batch if it is left out."""
     seed: int = 0
     """Seed of the start, the order and the mixing."""
 
@@ -112,7 +110,7 @@ class PromptTuner:
         self.options = o = options or PromptOptions()
         self.model, self.tokenizer = model, tokenizer
         self.names, self.negatives = list(names), list(negatives)
-        self.prompts = LearnedPrompts(model, tokenizer, names, negatives, o.context, length=o.length, seed=o.seed)
+        self.prompts = LearnedPrompts(model, tokenizer, names, negatives, o.context, o.seed)
         if (o.negatives_per_step or 0) > len(self.negatives):
             raise ValueError(f"negatives_per_step is {o.negatives_per_step} of {len(negatives)}: leave it out for all")
         self.losses: list[float] = []
