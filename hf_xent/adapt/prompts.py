@@ -36,7 +36,7 @@ from ..models.embeddings import encoded
 from ..options.ranges import check_count, check_fields
 from ..system.files import replace_atomically
 from ..system.progress import tracked
-from .mixing import cross_distribution, cross_modal, partners
+from .mixing import cross_distribution, cross_modal, partners, unsure_cross_entropy
 from .prompted import LearnedPrompts
 
 MIXINGS = ("none", "cross-modal", "full")
@@ -53,7 +53,7 @@ class PromptOptions:
     alpha: float = 1.0
     """Shares of mixed rows are drawn from Beta(alpha, alpha), one for a batch."""
     beta: float = 0.3
-    """How much of the share goes to negative labels in cross-distribution rows."""
+    """How much of the share is the probability of any negative label in cross-distribution rows."""
     scale: float = 100.0
     """What cosines are multiplied by."""
     learning_rate: float = 0.01
@@ -195,8 +195,9 @@ class PromptTuner:
             loss = loss + F.cross_entropy(o.scale * mixed @ table.T, labels)
         if o.mixing == "full" and (other := partners(labels, len(self.names), draw)) is not None:
             share = draw.beta(o.alpha, o.alpha)
-            mixed, soft = cross_distribution(rows, targets, other, share, o.beta, len(self.names))
-            loss = loss + F.cross_entropy(o.scale * mixed @ table.T, soft)
+            mixed, soft = cross_distribution(rows, targets, other, share)
+            logits, weight = o.scale * mixed @ table.T, min(1.0, o.beta * share)
+            loss = loss + unsure_cross_entropy(logits, soft, weight, len(self.names))
         return loss
 
     def _table(self, labels: Tensor, draw: np.random.Generator) -> Tensor:
