@@ -135,6 +135,20 @@ def callback_costs(
     print(f"written: {output}")
 
 
+@app.command(name="attacks")
+def attack_costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/attacks.md"),
+    rounds: Annotated[int, Option(help="Turns of each contestant.", min=1)] = 5,
+    steps: Annotated[int, Option(help="Steps of an attack.", min=1)] = 40,
+    epsilon: Annotated[float, Option(help="Of a pixel, where rows flip.")] = 0.1,
+) -> None:
+    """Measure attacks beside a plain loop of forward and backward passes, and what rows that leave early save."""
+    from benchmarks import attacks  # lazy: transformers with its dependencies
+
+    output.write_text(attacks.page(rounds, steps, epsilon) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="dpo")
 def dpo_step(
     model: Model = "smollm2",

@@ -592,3 +592,19 @@ def test_data_selection_compares_all_arms_at_equal_tokens(tmp_path, monkeypatch)
     assert "compression to shortest: " in (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(small_lm.SmallLM, "_train", None)
     assert example["main"](f"brown:{folder}", **options) == found, "nothing is run twice"
+
+
+def test_attack_comparison_has_all_attacks_at_equal_steps(class_losses, tmp_path, monkeypatch):
+    example = runpy.run_path(str(EXAMPLES / "attack_comparison.py"))
+    models = example["hardened_digits"]
+    sizes = {"TRAIN": 12, "EPOCHS": 1, "HARD_EPOCHS": 1, "HARD_STEPS": 1}
+    for owner, changes in ((example["main"].__globals__, {"STEPS": 4, "TEST": 6}), (vars(models), sizes)):
+        for name, value in changes.items():
+            monkeypatch.setitem(owner, name, value)
+    found = example["main"](seeds=1, output=tmp_path / "out")
+    assert set(found) == set(example["ARMS"]) and (tmp_path / "out" / "hardened-0").is_dir()
+    for rows in found.values():
+        assert all(0 <= rows[0][name] <= rows[0][f"{name}, clean"] for name in example["EPSILON"])
+        assert 2 <= rows[0]["passes"] <= 2 * (4 + 2 + 2), "both models; a run has two more passes than steps"
+    plain, hardened = models.models(0, tmp_path / "out").values()
+    assert all(not torch.equal(a, b) for a, b in zip(plain.parameters(), hardened.parameters(), strict=True))

@@ -1,6 +1,7 @@
 """Floor 3: models that adapt to what they are asked, without labels: streams, caches, prompts and single episodes.
 
-Each works on features of a frozen model (`hf_xent.models.embeddings`), except `RMT`, which trains the model itself.
+Each works on features of a frozen model (`hf_xent.models.embeddings`), except `RMT` and `EntropyMinimization`, which
+train the model itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from .cache import TFUP as TFUP
     from .entropy import EntropyMinimization as EntropyMinimization
     from .maps import feature_maps as feature_maps
+    from .negatives import NegativeLabels as NegativeLabels
+    from .ood import ood_score as ood_score
+    from .prompts import PromptOptions as PromptOptions
+    from .prompts import PromptTuner as PromptTuner
     from .repri import RePRI as RePRI
     from .rmt import RMT as RMT
     from .source import source_prototypes as source_prototypes
@@ -28,15 +33,18 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
 
 _HOMES = {
     **dict.fromkeys(("class_texts", "features", "prototypes"), "hf_xent.models.embeddings"),
-    "EntropyMinimization": "hf_xent.adapt.entropy",
-    "RMT": "hf_xent.adapt.rmt",
-    "source_prototypes": "hf_xent.adapt.source",
-    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), "hf_xent.adapt.views"),
-    "RePRI": "hf_xent.adapt.repri",
-    "feature_maps": "hf_xent.adapt.maps",
-    **dict.fromkeys(("TransductiveTagger", "word_features"), "hf_xent.adapt.tagger"),
-    "TFUP": "hf_xent.adapt.cache",
-    **dict.fromkeys(("TFUPT", "TFUPTConfig"), "hf_xent.adapt.tfup_t"),
+    "EntropyMinimization": ".entropy",
+    "NegativeLabels": ".negatives",
+    "RMT": ".rmt",
+    "RePRI": ".repri",
+    "TFUP": ".cache",
+    "feature_maps": ".maps",
+    "ood_score": ".ood",
+    "source_prototypes": ".source",
+    **dict.fromkeys(("ImageViews", "SoundViews", "TextViews"), ".views"),
+    **dict.fromkeys(("PromptOptions", "PromptTuner"), ".prompts"),
+    **dict.fromkeys(("TFUPT", "TFUPTConfig"), ".tfup_t"),
+    **dict.fromkeys(("TransductiveTagger", "word_features"), ".tagger"),
 }
 """Public name -> the module that has it."""
 

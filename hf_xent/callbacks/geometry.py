@@ -22,6 +22,7 @@ from ..metrics.geometry import MEASURES, by_layer, warn_if_few
 from ..models.features import Documents, check_layers
 from ..options.ranges import check_count
 from ..system.files import replace_atomically
+from .whole import check_whole
 
 PREFIX = "geometry_"
 """Before each name in the trainer's log history."""
@@ -88,7 +89,9 @@ class GeometryCallback(TrainerCallback):
             return
         model = kwargs["model"]
         check_layers(model, self.layers)
-        _check_whole(model)
+        check_whole(
+            model, "reads the documents: measure its checkpoints with hf_xent.metrics.geometry.by_layer instead"
+        )
         if self.documents is None:
             reading: dict[str, Any] = {"tokenizer": kwargs.get("processing_class")}
             self.documents = Documents(self.texts, **reading | self.reading)
@@ -149,13 +152,3 @@ def _free_name(path: Path) -> Path:
     """A name beside a file that no file has."""
     numbered = (path.with_stem(f"{path.stem}-{i}") for i in range(1, 10**6))
     return next(other for other in numbered if not other.exists())
-
-
-def _check_whole(model: Any) -> None:
-    """Check that this process has all weights. Raises: ValueError."""
-    # a DTensor of FSDP2, and what ZeRO-3 marks
-    if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError(
-            f"model is a {type(model).__name__} whose weights are split over processes, and the main process alone"
-            " reads the documents: measure its checkpoints with hf_xent.metrics.geometry.by_layer instead"
-        )

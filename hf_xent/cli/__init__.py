@@ -1,6 +1,7 @@
 """The command line `hf-xent`, one file for each subject. Heavy imports are inside the commands, for a fast `--help`."""
 
 from .app import app, main
+from .attack import attack
 from .bench import bench, report
 from .check import check, losses
 from .classify import classify
@@ -15,7 +16,7 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, classify, check, losses, generate, detect, publish, bench, report):
+for command in (train, classify, attack, check, losses, generate, detect, publish, bench, report):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")

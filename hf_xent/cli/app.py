@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 EXTRAS = {
+    "attack": "train",
     "bench": "bench",
     "classify": "train",
     "data": "detect",

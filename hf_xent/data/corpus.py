@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import files_by_split, first_line, table
+from .files import expanded_path, files_by_split, first_line, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
 """Family -> the names of labels 0 and 1; label 1 is the positive class of scores."""
@@ -153,6 +153,16 @@ class Corpus:
             f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection pass a"
             " local copy as path, for a mirror set HF_ENDPOINT, for a gated dataset log in with `hf auth login`"
         )
+
+
+class FolderCorpus(Corpus):
+    """A dataset whose configuration is the folder of its files, 'brown:FOLDER', as `path` is."""
+
+    def placed(self, source: Source) -> Source:
+        """The source with the configuration as its path."""
+        if source.path is None and source.config:
+            return source._replace(path=expanded_path(source.config))
+        return source
 
 
 @dataclass(frozen=True)

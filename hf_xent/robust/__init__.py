@@ -17,13 +17,17 @@ if TYPE_CHECKING:  # loaded on first access: help texts that list the names need
     from .attacking import attack as attack
     from .ball import Ball as Ball
     from .base import Attack as Attack
+    from .gradient_masking import Masking as Masking
+    from .gradient_masking import masking as masking
 
 _HOMES = {
     "Attack": "base",
     "Attacked": "attacking",
     "Ball": "ball",
+    "Masking": "gradient_masking",
     "ascend": "ascent",
     "attack": "attacking",
+    "masking": "gradient_masking",
 }
 """Public name -> the file that has it."""
 

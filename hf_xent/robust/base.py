@@ -15,8 +15,8 @@ from .ascent import Found
 from .ball import Ball
 from .inputs import Target
 
-Search = Callable[[Target, Ball], Found]
-"""An attack on the rows of a target that are left, within the balls around these."""
+Search = Callable[[Target, Ball, Tensor], Found]
+"""An attack on the rows of a target that are left, within the balls around these; the last one says which they are."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def in_turn(target: Target, ball: Ball, searches: Iterable[Search], leave: bool 
     for search in searches:
         if not len(rows):
             break
-        found = search(target.rows(rows), ball.rows(rows))
+        found = search(target.rows(rows), ball.rows(rows), rows)
         kept = ~done[rows]
         x[rows[kept]], passes = found.x[kept], passes + found.passes
         done[rows] |= found.done

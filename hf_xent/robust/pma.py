@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,7 +40,6 @@ class PMA(Attack):
 
     restarts: int = 1
     """How often both phases are done, each from another random point."""
-    ranges: ClassVar[dict[str, str]] = {"restarts": "[1, inf)"}
 
     def __post_init__(self) -> None:
         check_count("restarts", self.restarts, 1)
@@ -53,7 +51,7 @@ class PMA(Attack):
         runs = [partial(self.phase, steps=part, run=run, seed=seed) for run, part in enumerate(parts)]
         return in_turn(target, ball, runs, self.leave)
 
-    def phase(self, target: Target, ball: Ball, *, steps: int, run: int, seed: int) -> Found:
+    def phase(self, target: Target, ball: Ball, rows: Tensor, *, steps: int, run: int, seed: int) -> Found:
         """One phase: an even run has -a in the first half of its steps, an odd one b."""
 
         def objective(step: int, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ ATTACKS: Registry[type[Attack]] = Registry(
     {
         "pgd": "pgd:PGD",
         "pma": "pma:PMA",
+        "apgd": "apgd:APGD",
+        "pma_plus": "pma_plus:PMAPlus",
     },
     package=__package__ or "hf_xent.robust",
 )

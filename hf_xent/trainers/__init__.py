@@ -10,6 +10,7 @@ METHODS = {
     "distillation": ("DistillationConfig", "DistillationTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
+    "encoder_calibration": ("EncoderCalibrationConfig", "EncoderCalibrationTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
     "ln_removal": ("LNRemovalCallback", "LNRemovalConfig", "LNRemovalTrainer"),
     "noisefit": ("NoiseFiTConfig", "NoiseFiTTrainer"),
