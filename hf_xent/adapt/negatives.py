@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,7 @@ def _embedded_words(
                 continue
             parts.append(class_texts(model, tokenizer, chunk, templates, batch_size=batch_size))
             if file is not None:
-                kept = parts[-1].cpu()
-                replace_atomically(file, lambda draft, kept=kept: torch.save(kept, draft))
+                replace_atomically(file, partial(torch.save, parts[-1].cpu()))
     return torch.cat(parts)
 
 
