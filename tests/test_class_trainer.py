@@ -96,7 +96,7 @@ KINDS = {
     ),
 }  # fmt: skip
 EVERY = pytest.mark.parametrize("kind", KINDS)
-OPTIONS = {"hl_gauss": ":low=0, high=1", "two_hot": ":low=0, high=1"}
+OPTIONS = {"hl_gauss": ":low=0, high=1", "two_hot": ":low=0, high=1", "smooth_adversarial": ":radius=0.1, steps=2"}
 LOSSES = [f"{name}{OPTIONS.get(name, '')}" for name in (*classes.LOSSES, *classes.OF_STATISTICS)]
 
 

@@ -378,6 +378,8 @@ def test_help_and_listings_load_no_heavy_library():
         (("bench", "--tokens", "12,x"), "tokens is '12,x': give whole numbers, with commas between them"),
         (("report", "no/such/folder"), "no results in no/such/folder: run `hf-xent bench` first"),
         (("losses", "--json", "--markdown"), "markdown and json are both given"),
+        (("attack", "x", "--dataset", "y", "--epsilon", "no"), "epsilon is 'no': choose a number above 0"),
+        (("attack", "x", "--dataset", "y", "--method", "no"), "attack is 'no': choose one of pgd"),
         (("check", ""), "model is '', which is empty: give the folder of a checkpoint"),
         (("check", __file__), "test_cli.py', which is a file: give the folder"),
         (("check", "--dtype", "int8"), "dtype is 'int8': choose auto, float32"),

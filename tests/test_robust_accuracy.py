@@ -92,10 +92,10 @@ def test_accuracies_are_those_of_the_attack_and_are_in_the_history(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "robust_accuracy" in entry]
     assert [{name: entry[name] for name in row} for entry, row in zip(logged, robust.rows, strict=True)] == robust.rows
     found = []
-    for i, part in enumerate((HELD_OUT[:6], HELD_OUT[6:])):
+    for part in (HELD_OUT[:6], HELD_OUT[6:]):
         batch = default_data_collator(part)
         labels = batch.pop("labels")
-        found.append(attack(trainer.model, batch, labels, EPSILON, STEPS, processor=Processor(), seed=5 + i))
+        found.append(attack(trainer.model, batch, labels, EPSILON, STEPS, processor=Processor(), seed=5))
     clean, wrong = (torch.cat([getattr(part, name) for part in found]) for name in ("clean", "flipped"))
     assert robust.rows[-1]["clean_accuracy"] == clean.double().mean().item()
     assert robust.rows[-1]["robust_accuracy"] == (~wrong).double().mean().item()
@@ -180,6 +180,7 @@ def test_texts_are_attacked_under_bf16_without_autocast(tmp_path):
         ({"every": 0}, "every is 0"),
         ({"every": "often"}, "every is 'often': choose a number of steps, or 'epoch'"),
         ({"steps": 0}, "steps is 0"),
+        ({"epsilon": 0}, "epsilon is 0: choose a number above 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"method": "fgsm"}, "attack is 'fgsm'"),
         ({"held_out": []}, "held_out is empty"),
@@ -195,7 +196,6 @@ def test_options_out_of_range_are_refused(options, message):
     ("options", "message"),
     [
         ({"processor": None}, "processor is NoneType without image_mean"),
-        ({"epsilon": 0}, "radius is 0: choose a number above 0"),
         ({"norm": "1"}, "norm is '1'"),
         ({"collate": lambda rows: {"pixel_values": torch.zeros(1, 1, 8, 8)}}, "held_out has rows without labels"),
     ],

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..models.contexts import eval_mode_without_autocast
-from ..options.ranges import check_count
+from ..options.ranges import check_count, is_number
 from ..robust import attack, get
 from ..robust.inputs import ball_of, target_of
 from .whole import check_whole
@@ -70,6 +70,8 @@ class RobustAccuracy(TrainerCallback):
         else:
             check_count("every", every, 1)
         check_count("steps", steps, 1)
+        if not is_number(epsilon, "(0, inf)"):
+            raise ValueError(f"epsilon is {epsilon!r}: choose a number above 0")
         if unknown := sorted(options.keys() - {"norm", "seed", "batch_size", "processor", "collate"}):
             raise ValueError(f"RobustAccuracy does not take {', '.join(unknown)}: see its docstring")
         check_count("batch_size", options.get("batch_size", 64), 1)
@@ -125,11 +127,11 @@ class RobustAccuracy(TrainerCallback):
         if not state.is_world_process_zero or any(row["step"] == state.global_step for row in self.rows):
             return
         clean = robust = count = 0
-        with _kept_random_numbers(), eval_mode_without_autocast(model):
-            for i, batch in enumerate(self._batches):
+        given: Any = {"norm": self._norm, "processor": self._processor, "seed": self.options.get("seed", 0)}
+        with eval_mode_without_autocast(model):
+            for batch in self._batches:
                 inputs = self._on(model, batch)
                 labels = inputs.pop("labels")
-                given: Any = {"norm": self._norm, "processor": self._processor, "seed": self.options.get("seed", 0) + i}
                 found = attack(model, inputs, labels, self.epsilon, self.steps, self.method, **given)
                 clean, robust = clean + int(found.clean.sum()), robust + int((~found.flipped).sum())
                 count += len(labels)
@@ -157,10 +159,10 @@ def _of_model(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _kept_random_numbers() -> Iterator[None]:
-    """A context that leaves all random numbers of this process as they were."""
+    """A context that leaves random numbers on the CPU as they were."""
     python, drawn = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         random.setstate(python)

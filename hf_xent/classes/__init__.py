@@ -22,6 +22,7 @@ LOSSES: Registry[type[ClassLoss]] = Registry(
         "ordinal": "ordinal:Ordinal",
         "pairs": "pairs:Pairs",
         "pairwise_gain": "pairwise_gain:PairwiseGain",
+        "smooth_adversarial": "smooth_adversarial:SmoothAdversarial",
         "squared_error": "squared_error:SquaredError",
         "supcon": "supcon:SupCon",
         "svm": "svm:SVM",

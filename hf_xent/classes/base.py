@@ -7,6 +7,9 @@
                  'feature_map'  [N, L, D] or [N, C, H, W], the last hidden states of each row, with a `mask` [N, L] or
                                 [N, C], False for padding
                  'second'       [N, W], detached logits of a second model or pass
+                 'perturbed'    [N, W], logits of the same rows at inputs that were moved within a ball; differentiable.
+                                Such a loss has `gap(perturbed, logits, labels)` [N], which the search increases, and
+                                the ball's `radius`, `norm`, number of `steps` and the share of the radius in a `step`
                  'state'        the module of `state`
                  'column:NAME'  a column of the data, as the keyword NAME, one entry a row
     per_row    whether it returns one number a row, [N], which a trainer sums over batches; else a number of the batch

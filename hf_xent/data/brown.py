@@ -15,8 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .corpus import Corpus, Source, checked_text, split_of_train
-from .files import expanded_path
+from .corpus import FolderCorpus, Source, checked_text, split_of_train
 
 
 def sentences(tagged: str) -> str:
@@ -60,14 +59,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     return {"name": row["name"], "text": text, "tags": tags(row["tagged"]), "prose": prose(row["tagged"])}
 
 
-class Brown(Corpus):
-    """One row per document; the configuration is their folder, as `path` is."""
-
-    def placed(self, source: Source) -> Source:
-        """The source with the configuration as its path."""
-        if source.path is None and source.config:
-            return source._replace(path=expanded_path(source.config))
-        return source
+class Brown(FolderCorpus):
+    """One row per document."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """One row per file, in the order of their names."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import files_by_split, first_line, table
+from .files import expanded_path, files_by_split, first_line, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
 """Family -> the names of labels 0 and 1; label 1 is the positive class of scores."""
@@ -155,6 +155,16 @@ class Corpus:
         )
 
 
+class FolderCorpus(Corpus):
+    """A dataset whose configuration is the folder of its files, 'brown:FOLDER', as `path` is."""
+
+    def placed(self, source: Source) -> Source:
+        """The source with the configuration as its path."""
+        if source.path is None and source.config:
+            return source._replace(path=expanded_path(source.config))
+        return source
+
+
 @dataclass(frozen=True)
 class InstalledCorpus(Corpus):
     """A dataset made from an installed package; its only split is 'train', unless it says otherwise."""
@@ -164,6 +174,8 @@ class InstalledCorpus(Corpus):
     """Columns of whole numbers; those that are neither these nor images are text."""
     images: tuple[str, ...] = ()
     """Columns of images."""
+    later: tuple[str, ...] = ()
+    """Columns of text that copies from before they were added lack; `row` makes them null there."""
 
     def open(self, source: Source, split: str | None) -> Any:
         """The rows of `make`, or those of a copy."""
@@ -175,7 +187,8 @@ class InstalledCorpus(Corpus):
         """Columns of text, of whole numbers and of images."""
         from datasets import Features, Image, Value
 
-        kinds = {name: Value("int64" if name in self.numbers else "string") for name in self.columns}
+        names = (*self.columns, *self.later)
+        kinds = {name: Value("int64" if name in self.numbers else "string") for name in names}
         return Features({**kinds, **{name: Image() for name in self.images}})
 
     def _complaint(self, source: Source, error: Exception) -> str:

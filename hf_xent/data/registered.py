@@ -29,6 +29,7 @@ DATASETS: Registry[Corpus] = Registry(
         "pydoc": "pydoc:CORPUS",
         "wiki": "wiki:CORPUS",
         "wikimia": "wikimia:CORPUS",
+        "wordnet": "wordnet:CORPUS",
     },
     package=__package__,
 )

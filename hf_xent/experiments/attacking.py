@@ -23,14 +23,13 @@ from ..models.contexts import eval_mode
 from ..models.fingerprints import fingerprint_model
 from ..models.quiet import quiet_loading
 from ..robust import attack
-from ..robust.inputs import ball_of, target_of
 from ..robust.gradient_masking import masking
+from ..robust.inputs import ball_of, target_of
 from ..system.drafts import Draft
 from ..system.files import replace_atomically
 from .attack_results import Attacked, Found, summary, write_rows
 from .attack_settings import Attacking
 from .class_rows import Collator, as_ids, class_names, encoder, known, part
-from .class_setup import trained_loss
 
 MASKED = 256
 """The most rows that signs of masking are looked for in."""
@@ -127,7 +126,6 @@ def prepared(run: Attacking) -> Task:
     classifier = load_classifier(run.model, Wanted(task, names, len(names), run.dtype))
     if not classifier.trained:
         raise ValueError(f"model is {run.model!r}, which is no trained classifier: train it with `hf-xent classify`")
-    _check_argmax(run.model, classifier)
     if torch.accelerator.is_available():
         classifier.model.to(torch.accelerator.current_accelerator())
     labels = as_ids(data, classifier.names or [])
@@ -137,21 +135,6 @@ def prepared(run: Attacking) -> Task:
         indices = np.sort(np.random.default_rng(run.seed).permutation(indices)[: run.limit])
     rows = part(data, labels, indices, encoder(classifier, data.columns, run.max_length)).rows
     return Task(run, classifier, rows, indices, Collator(classifier, task), unlabeled)
-
-
-def _check_argmax(name: str, classifier: Classifier) -> None:
-    """Raises: ValueError if the class is not the largest logit, as under losses of ordered classes or of values."""
-    loss, count = trained_loss(name), len(classifier.names or ())
-    if loss is None:
-        return
-    if loss.labels == "classes" and loss.outputs(count) == count:
-        logits = torch.randn(64, count, generator=torch.Generator().manual_seed(0))
-        if torch.equal(loss.predict(logits), logits.argmax(-1)):
-            return
-    raise ValueError(
-        f"model is {name!r}, whose loss {loss.describe()['loss']} does not predict the class of the largest logit,"
-        " which attacks are on: choose a model with a logit for each class"
-    )
 
 
 def _digest(task: Task) -> str:
@@ -186,17 +169,18 @@ def _under(task: Task, method: str, draft: Draft, report: Report | None) -> Foun
 def _of_batch(task: Task, method: str, given: tuple[Any, torch.Tensor], number: int, file: Path | None) -> Any:
     """What an attack finds in a batch, as lists and numbers."""
     (batch, labels), run, model = given, task.run, task.classifier.model
-    seed = int(np.random.SeedSequence((run.seed, number)).generate_state(1)[0])
     processor, every = task.classifier.processor, torch.arange(len(labels), device=labels.device)
     start = perf_counter()
-    found = attack(model, batch, labels, run.radius, run.steps, method, norm=run.norm, processor=processor, seed=seed)
+    found = attack(
+        model, batch, labels, run.radius, run.steps, method, norm=run.norm, processor=processor, seed=run.seed
+    )
     flipped = found.flipped.tolist()  # waits for the device
     seconds = perf_counter() - start
     target = target_of(model, batch, labels)
     with eval_mode(model), torch.no_grad():
         ball, center = ball_of(target, run.radius, run.norm, processor), target.center()
-        predicted, under = (target.logits(x, every).argmax(-1).tolist() for x in (center, found.inputs))
-        distance = (ball.distance(found.inputs, center) * run.radius).tolist()
+        predicted, under = (target.logits(x, every).argmax(-1).tolist() for x in (target.given, found.inputs))
+        distance = (ball.distance(found.inputs.to(center), center) * run.radius).tolist()
     if file is not None:
         _keep(file, found.inputs, labels, task.indices[number * run.batch_size :][: len(labels)])
     lists = {"predicted": predicted, "under": under, "flipped": flipped, "distance": distance}

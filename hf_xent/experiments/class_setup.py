@@ -116,19 +116,9 @@ def _loss(run: Classifying) -> Any:
 
     if run.loss and run.steps != 0:
         return classes.get(run.loss)
-    found = trained_loss(run.model)
-    if found is None or (run.loss and run.loss != found.describe()["loss"]):
+    stored = stored_loss(run.model)
+    if stored is None or (run.loss and run.loss != stored["loss"]):
         return classes.get(run.loss or "cross_entropy")
-    return found
-
-
-def trained_loss(name: str) -> Any:
-    """The loss that a checkpoint was trained with, with its options; None for a model of others."""
-    from .. import classes
-
-    stored = stored_loss(name)
-    if stored is None:
-        return None
     options = {name: value for name, value in stored.items() if name not in ("loss", "classes")}
     return classes.get(stored["loss"], **options)
 

@@ -23,7 +23,6 @@ Relations: `pgd` has steps of one size; `pma_plus` is `pma`, then APGD-T.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +37,8 @@ from .ball import TINY, Ball
 from .base import Attack, flipped, generators, in_turn, margins, others, shares
 from .inputs import Target
 
-FIRST, SHORTER, SHORTEST = 0.22, 0.03, 0.06
+FIRST, SHORTER, SHORTEST = 22, 3, 6
+"""Percent of the steps: up to the first checkpoint, and how much shorter the spans become."""
 MOMENTUM, RISES = 0.75, 0.75
 LEAST_STEPS = 10
 """Of each target."""
@@ -161,10 +161,10 @@ class Adaptive(Walk):
 
 def checkpoints(steps: int) -> list[int]:
     """The points after which the size may be halved: w_1, w_2, ... below the number of steps."""
-    shares, found = [0.0, FIRST], []
-    while shares[-1] < 1:
-        found.append(math.ceil(shares[-1] * steps))
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - SHORTER, SHORTEST))
+    before, share, found = 0, FIRST, []
+    while share < 100:
+        found.append(-(-share * steps // 100))  # rounded up, of whole numbers
+        before, share = share, share + max(share - before - SHORTER, SHORTEST)
     return sorted({w for w in found if w < steps})
 
 

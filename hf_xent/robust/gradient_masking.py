@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ..models.contexts import eval_mode
 from ..options.ranges import check_count
 from .attacking import attack
-from .base import flipped
+from .base import flipped, generators
 from .inputs import PIXELS, TOKENS, ball_of, target_of
 from .pgd import PGD
 
@@ -115,7 +115,7 @@ def masking(
     check_count("steps", steps, 1)
     size = options.get("batch_size", 64)
     check_count("batch_size", size, 1)
-    if options.get("surrogate") is not None and target_of(model, batch, labels).name == TOKENS:
+    if options.get("surrogate") is not None and TOKENS in batch and PIXELS not in batch:
         raise ValueError("surrogate is given, but embeddings of tokens are each model's own: leave it out for texts")
     parts = [_measured(model, *part, epsilon, steps, options) for part in _parts(batch, labels, size)]
     means = {name: float(torch.cat([part[name] for part in parts]).double().mean()) for name in parts[0]}
@@ -170,10 +170,9 @@ def _by_chance(
     """Rows that random points of the ball flip."""
     target = target_of(model, batch, labels)
     ball, center = ball_of(target, epsilon, given.get("norm", "inf"), given.get("processor")), target.center()
-    generator = torch.Generator().manual_seed(given.get("seed", 0))
     wrong = _wrong(model, batch, labels, center)
-    for _ in range(tries):
-        wrong |= _wrong(model, batch, labels, ball.start(center, generator))
+    for run in range(tries):
+        wrong |= _wrong(model, batch, labels, ball.start(center, generators(center, given.get("seed", 0), run)))
     return {"random": wrong}
 
 

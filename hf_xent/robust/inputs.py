@@ -11,7 +11,8 @@ For sounds and the norm '2', epsilon is a ratio of noise to signal: 0.01 are 40 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +57,24 @@ class Target:
         inputs = self._inputs(rows)
         return Target(self.model, inputs, self.name, self.given[rows], self.labels[rows], self.classes)
 
-    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The logits [R, K] of the rows [R] for inputs x [R, ...], float32 or wider.
+    @contextmanager
+    def moved(self, x: Tensor, rows: Tensor) -> Iterator[dict[str, Any]]:
+        """While it is open, the model reads x [R, ...] if it is called with these inputs, those of the rows [R].
 
-        The model sees `settled(x)`, to which gradients are passed as they are.
+        It sees `settled(x)`, to which gradients are passed as they are.
         """
         given = self.given if len(rows) == len(self.given) else self.given[rows]
         seen = x if x.dtype == given.dtype else (x + (settled(x.detach(), given) - x.detach())).to(given.dtype)
         if self.name == TOKENS:
-            with embedded(self.model, seen):
-                output = self.model(**self._inputs(rows))
+            with embedded(self.model, seen.flatten(0, -3)):  # models of multiple choice read choices as rows
+                yield self._inputs(rows)
         else:
-            output = self.model(**{**self._inputs(rows, self.name), self.name: seen})
-        logits: Tensor = output.logits
+            yield {**self._inputs(rows, self.name), self.name: seen}
+
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """The logits [R, K] of the rows [R] for inputs x [R, ...] as in `moved`, float32 or wider."""
+        with self.moved(x, rows) as inputs:
+            logits: Tensor = self.model(**inputs).logits
         logits = logits if logits.itemsize > 4 else logits.float()
         return logits if self.classes is None else logits[..., : self.classes]
 
@@ -196,6 +202,8 @@ def _unpadded(target: Target) -> Tensor | None:
     mask, shape = target.inputs.get("attention_mask"), target.given.shape
     if mask is None:
         return None
+    if mask.shape == shape[:-1]:  # of tokens
+        return mask.bool().unsqueeze(-1)
     places = [i for i in range(1, len(shape)) if mask.ndim == 2 and shape[i] == mask.shape[1]]
     if not places:
         raise ValueError(f"attention_mask is {list(mask.shape)}, {target.name} {list(shape)}: give a mask of its steps")

@@ -163,6 +163,10 @@ class RowReader:
         rows = Rows(logits, labels, given)
         return (rows if self.objective.labels == "masks" else flat(rows)), outputs
 
+    def logits(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The logits of outputs as rows: [N, W], float32 or wider. Raises: ValueError as `aligned`."""
+        return flat(Rows(_wide(self.aligned(outputs, labels)), labels, {})).logits
+
     def labelled(self, rows: Rows) -> Rows:
         """The rows with a label.
 

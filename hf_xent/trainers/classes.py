@@ -1,8 +1,9 @@
 """Classifiers under a loss of classes (`hf_xent.classes`): any of them, in one trainer for models of transformers.
 
 The loss tells what it needs, and the trainer gives it: a head of its width, to which the model is resized; features,
-from the head's inputs; logits of a second pass; columns of the data, which are kept; and a state of its own, which is
-trained and saved in checkpoints beside the model. `class_rows` describes the classifiers and their labels.
+from the head's inputs; logits of a second pass; logits of inputs that were moved (`perturbation`); columns of the data,
+which are kept; and a state of its own, which is trained and saved in checkpoints beside the model. `class_rows`
+describes the classifiers and their labels.
 
 A loss per row is summed and divided by the number of labels in all accumulated batches of all processes, so that 1 x 8
 rows are 8 x 1; class weights multiply both sums. A loss of the batch is averaged over accumulated batches and
@@ -32,9 +33,10 @@ from ..hub import Carded, Tokenless
 from ..patching.heads import inner_of
 from . import class_state
 from .base import Method, Options
-from .class_rows import POSITIONS, RowReader, Rows, at_size, flat
+from .class_rows import POSITIONS, RowReader, Rows, at_size
 from .class_sampling import Lists, gathered
 from .class_setup import check_data, check_effect, class_weights, fit_head
+from .perturbation import Perturbation
 from .refusals import OWN_LOSS
 from .rows import IDS
 
@@ -119,6 +121,7 @@ class ClassTrainer(Method, Carded, Trainer):
         set_seed(args.seed)  # as the stock trainer does, but before the head and the state are drawn
         fit_head(model, self.objective)
         self.reader = RowReader(model, self.objective)
+        self._perturbation = Perturbation.of(self.objective, self.reader, model, kwargs.get("processing_class"))
         dataset = kwargs.get("train_dataset")
         check_data(dataset, self.objective)
         self._weights = None if args.class_weights is None else class_weights(args.class_weights, dataset, model)
@@ -148,8 +151,10 @@ class ClassTrainer(Method, Carded, Trainer):
         trains = self._state is not None and any(True for _ in self._state.parameters())
         head = self.reader.head
         reads = "head" in self.objective.needs or (head is not None and self.objective.penalty(head) is not None)
-        if (trains or reads) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        moves = self._perturbation is not None
+        if (trains or reads or moves) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             what = "trains layers beside the model" if trains else "reads the weights of the head"
+            what = "searches for inputs with whole weights" if moves else what
             raise ValueError(f"loss is {self.objective!r}, which {what}: train it without FSDP and DeepSpeed")
         if self._state is not None and trains and self.args.world_size > 1:
             class_state.average_over_ranks(self.model, self._state)
@@ -221,6 +226,9 @@ class ClassTrainer(Method, Carded, Trainer):
         rows, outputs = self.reader.read(model, inputs, labels, columns)
         if "second" in self.objective.needs:
             rows.given["second"] = self._second_logits(model, inputs, labels)
+        if self._perturbation is not None:
+            unwrapped, step = self.accelerator.unwrap_model(model), self.state.global_step if model.training else -1
+            rows.given["perturbed"] = self._perturbation(unwrapped, inputs, labels, (self.args.seed, step))
         loss = self._reduced(self.reader.labelled(rows), model, num_items_in_batch)
         return (loss, _without_states(outputs)) if return_outputs else loss
 
@@ -229,8 +237,7 @@ class ClassTrainer(Method, Carded, Trainer):
         averaged = None if self._average is None else self._average.model
         second = self._second if self._second is not None else model if averaged is None else averaged
         with torch.no_grad():
-            logits = self.reader.aligned(second(**inputs), labels).float()
-        return flat(Rows(logits, labels, {})).logits
+            return self.reader.logits(second(**inputs), labels)
 
     def _reduced(self, rows: Rows, model: nn.Module, num_items: Any) -> Tensor:
         """The loss of the rows as a number, with the term of the head's weights."""

@@ -18,6 +18,11 @@ VARIANTS = {
     ],
     "pairs": ["pairs", "pairs:margin=0.5, weight=0.3"],
     "pairwise_gain": ["pairwise_gain", "pairwise_gain:top=2", "pairwise_gain:top=0, tanh=True"],
+    "smooth_adversarial": [
+        "smooth_adversarial:tau=1.5, rho=2.0, nu=0.5",
+        "smooth_adversarial:distance=kl, tau=0.5",
+        "smooth_adversarial:nu=0.0, norm=2",
+    ],
     "symmetric_ce": ["symmetric_ce", "symmetric_ce:alpha=0.2, ce_weight=0.0"],
     "tversky": ["tversky", "tversky:alpha=0.3, beta=0.7, smooth=0.01"],
     "cross_entropy": ["cross_entropy", "cross_entropy:label_smoothing=0.1"],
@@ -64,7 +69,8 @@ def example(text, dtype=torch.float64, rows=N, scale=2.0):
     given = {
         "features": torch.randn(rows, D).to(dtype).requires_grad_(), "head": head.to(dtype).requires_grad_(False),
         "feature_map": torch.randn(rows, 3, D).to(dtype), "mask": torch.arange(3) < torch.randint(1, 4, (rows, 1)),
-        "second": torch.randn(rows, width).to(dtype), "state": loss.state(D, K),
+        "second": torch.randn(rows, width).to(dtype), "perturbed": torch.randn(rows, width).to(dtype),
+        "state": loss.state(D, K),
     }  # fmt: skip
     if given["state"] is not None:
         given["state"] = given["state"].to(dtype).requires_grad_(False)
