@@ -144,7 +144,7 @@ class PromptTuner:
         Raises:
             ValueError: Labels that are out of range or not one for each row, or a folder of another run.
         """
-        rows = F.normalize(features.detach().float(), dim=-1)
+        rows = F.normalize(features.detach().to(self.prompts.contexts.device).float(), dim=-1)
         if labels.shape != rows.shape[:1] or not len(rows) or labels.min() < 0 or labels.max() >= len(self.prompts):
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)} for features {tuple(rows.shape)}: give one from 0 to"
