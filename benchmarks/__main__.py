@@ -109,6 +109,18 @@ def classifier_steps(
     print(f"written: {output}")
 
 
+@app.command(name="adaptation")
+def adaptation_costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/adaptation.md"),
+    rounds: Annotated[int, Option(help="Rounds of each method.", min=1)] = 9,
+) -> None:
+    """Measure what adaptation at test time adds to a forward pass of the same batch."""
+    from benchmarks import adaptation  # lazy: transformers' models
+
+    output.write_text(adaptation.page(rounds) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="callbacks")
 def callback_costs(
     output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/callbacks.md"),

@@ -131,8 +131,11 @@ def test_half_precision_and_single_precision_agree():
     found = TFUP(names.half()).fit(half)
     assert torch.equal(found.rows, expected.rows) and found.logits(half).dtype == torch.float32
     assert torch.equal(found.logits(half), expected.logits(half.float()))
-    double = TFUP(names.double()).fit(rows.double()).logits(rows.double())
-    assert double.dtype == torch.float64
+    double = TFUP(names).fit(rows.double())
+    assert double.logits(rows.double()).dtype == torch.float64
+    torch.testing.assert_close(double.logits(rows), TFUP(names).fit(rows).logits(rows), rtol=1e-5, atol=1e-4)
+    wide = TFUPT(names, TFUPTConfig(epochs=2, first=1)).double().fit(rows, rows)  # rows follow the adapters
+    assert wide.logits(rows).dtype == torch.float64
     sure = TFUP(W, sharpness=1000.0).fit(torch.eye(2).repeat(3, 1).half())  # p of 0 and 1 in half precision
     assert sure.logits(torch.eye(2).half()).isfinite().all()
 

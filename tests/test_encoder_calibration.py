@@ -269,7 +269,7 @@ def test_refusals(tmp_path):
     for name, value in {"epsilon": 0.0, "steps": 0, "drift_weight": -1.0, "norm": "1", "objective": "mse"}.items():
         refused(tmp_path, f"{name} is {value!r}: choose", **{name: value})
     for data in (data_of(labelled(images())), [{"pixel_values": draw(1, 8, 8), "labels": 0}]):
-        with pytest.raises(ValueError, match="processor is NoneType without image_mean and image_std"):
+        with pytest.raises(ValueError, match=r"^processing_class is NoneType without image_mean and image_std"):
             EncoderCalibrationTrainer(zero_shot(), EncoderCalibrationConfig(str(tmp_path)), train_dataset=data)
 
 

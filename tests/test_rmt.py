@@ -227,6 +227,9 @@ def test_batch_norm_uses_the_batch_and_keeps_its_running_statistics():
     assert torch.allclose(rmt.predict({"pixel_values": x}), 2 * expected, atol=1e-5)
     assert torch.allclose(tent.predict({"pixel_values": x}), expected, atol=1e-5)
     assert same(dict(model.named_buffers()), kept)
+    flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(ValueError, match="batch has one row, whose BatchNorm"), batch_statistics([flat]):
+        flat(torch.rand(1, 4))
     with pytest.raises(KeyError), batch_statistics([model]):
         raise KeyError
     assert same(dict(model.named_buffers()), kept)

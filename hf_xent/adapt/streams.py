@@ -223,13 +223,21 @@ def wide(logits: Tensor) -> Tensor:
 
 @contextmanager
 def batch_statistics(models: Iterable[nn.Module]) -> Iterator[None]:
-    """While it is open, BatchNorm layers in evaluation mode use the statistics of their batch, not the running ones."""
+    """While it is open, BatchNorm layers in evaluation mode use the statistics of their batch, not the running ones.
+
+    Raises:
+        ValueError: A batch of one row has one value for a channel.
+    """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     layers = [(m, m.running_mean, m.running_var) for model in models for m in model.modules() if isinstance(m, kinds)]
     try:
         for layer, _, _ in layers:
             layer.running_mean = layer.running_var = None
         yield
+    except ValueError as error:
+        if layers and "more than 1 value per channel" in str(error):  # torch's words
+            raise ValueError("batch has one row, whose BatchNorm statistics are undefined: give two or more") from error
+        raise
     finally:
         for layer, mean, var in layers:
             layer.running_mean, layer.running_var = mean, var

@@ -45,6 +45,8 @@ class Target:
     """Ids of classes [B]."""
     classes: int | None = None
     """How many of the first logits are of classes; None for all."""
+    before: Tensor | None = None
+    """The logits before the attack [B, K], if they are known."""
 
     def center(self) -> Tensor:
         """The input before the attack [B, ...], in float32 or wider."""
@@ -54,8 +56,8 @@ class Target:
         """The target of some rows [R], in their order."""
         if len(rows) == len(self.given):
             return self
-        inputs = self._inputs(rows)
-        return Target(self.model, inputs, self.name, self.given[rows], self.labels[rows], self.classes)
+        inputs, before = self._inputs(rows), None if self.before is None else self.before[rows]
+        return Target(self.model, inputs, self.name, self.given[rows], self.labels[rows], self.classes, before)
 
     @contextmanager
     def moved(self, x: Tensor, rows: Tensor) -> Iterator[dict[str, Any]]:

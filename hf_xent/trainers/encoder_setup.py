@@ -51,4 +51,7 @@ def check_start(args: Any, zero_shot: ZeroShot, arguments: Mapping[str, Any]) ->
     if known and args.objective == "ce" and "labels" not in known:
         raise ValueError(f"train_dataset has the columns {', '.join(known)}, but 'ce' needs labels: add the column")
     if PIXELS in known:
-        bounds(arguments.get("processing_class"))
+        try:
+            bounds(arguments.get("processing_class"))
+        except ValueError as error:
+            raise ValueError(str(error).replace("processor", "processing_class", 1)) from None  # as it is called here
