@@ -109,6 +109,18 @@ def classifier_steps(
     print(f"written: {output}")
 
 
+@app.command(name="adaptation")
+def adaptation_costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/adaptation.md"),
+    rounds: Annotated[int, Option(help="Rounds of each method.", min=1)] = 9,
+) -> None:
+    """Measure what adaptation at test time adds to a forward pass of the same batch."""
+    from benchmarks import adaptation  # lazy: transformers' models
+
+    output.write_text(adaptation.page(rounds) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="callbacks")
 def callback_costs(
     output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/callbacks.md"),
@@ -120,6 +132,20 @@ def callback_costs(
     from benchmarks import callbacks  # lazy: transformers' Trainer with its dependencies
 
     output.write_text(callbacks.page(rounds, steps, every) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
+@app.command(name="attacks")
+def attack_costs(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/attacks.md"),
+    rounds: Annotated[int, Option(help="Turns of each contestant.", min=1)] = 5,
+    steps: Annotated[int, Option(help="Steps of an attack.", min=1)] = 40,
+    epsilon: Annotated[float, Option(help="Of a pixel, where rows flip.")] = 0.1,
+) -> None:
+    """Measure attacks beside a plain loop of forward and backward passes, and what rows that leave early save."""
+    from benchmarks import attacks  # lazy: transformers with its dependencies
+
+    output.write_text(attacks.page(rounds, steps, epsilon) + "\n", encoding="utf-8")
     print(f"written: {output}")
 
 

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 FILES = "https://github.com/hf-xent/hf_xent/blob/main/"
 PICTURES = "https://raw.githubusercontent.com/hf-xent/hf_xent/main/"
 ROOMS = """ops losses ranking classes laws rasch calibration patching lazy trainers teachers retrieval data detection
-    ln_free hub bench registry"""
+    ln_free hub bench registry robust adapt"""
 FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve callbacks.geometry generation.sampling
     generation.mirostat generation.judging generation.calibrated_judge generation.choices generation.labelers
     generation.aspects metrics.ranking metrics.consistency metrics.calibration metrics.diversity metrics.answers
-    metrics.geometry models.features models.loading experiments.study experiments.geometry experiments.forecasting
-    data.questions data.crosslingual data.selectors classes.spans"""
+    metrics.geometry models.features models.loading models.embeddings models.zero_shot robust.inputs
+    experiments.study experiments.geometry experiments.forecasting data.questions data.crosslingual data.selectors classes.spans"""
 API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROOMS}".split())))
 """The packages and modules that users call; each has a page."""
 

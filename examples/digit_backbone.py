@@ -1,7 +1,6 @@
-"""A small SegFormer that has seen the digits 0 to 4 on photographs, and its feature maps of any digit.
+"""A small SegFormer that has seen the digits 0 to 4 on photographs, for few_shot_masks.py.
 
-    model = backbone(rows, seed, epochs, folder)        rows of the state 'composites' with these digits
-    maps = read(model, pixels)                          [N, 128, 32, 32], what the last layer sees
+    model = backbone(rows, seed, epochs, folder)        rows of the data set 'composites' with these digits
 
 Its classes are the background and five digits; it has the sizes of the one in masks.py, and is kept in the folder.
 """
@@ -15,7 +14,6 @@ import torch
 from masks import SIZES, pixels
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from hf_xent.classes.heads import inputs_of
 from hf_xent.trainers import ClassConfig, ClassTrainer
 
 SEEN = 5
@@ -40,11 +38,3 @@ def backbone(rows: Any, seed: int, epochs: float, folder: Path) -> Any:
         ClassTrainer(model, config, loss="cross_entropy", train_dataset=rows.with_transform(classes)).train()
         model.save_pretrained(folder)
     return SegformerForSemanticSegmentation.from_pretrained(folder)
-
-
-@torch.no_grad()
-def read(model: Any, images: torch.Tensor) -> torch.Tensor:
-    """The feature maps of images [N, 1, H, W]."""
-    with inputs_of(model.decode_head.classifier) as seen:
-        model(pixel_values=images)
-    return seen[-1]

@@ -1,16 +1,20 @@
 """TFUP and TFUP-T: the golden numbers, a reference in loops, and what must not change anything."""
 
+import random
+import runpy
 from itertools import product
 from math import exp, log
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from hf_xent.adapt import TFUP, TFUPT, TFUPTConfig, class_texts, features
 from support.models import tiny_tokenizer
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 W = torch.eye(2)
 ROWS = torch.tensor([[1, 0.8], [0.2, 1]])
 KEYS = F.normalize(torch.tensor([[1, 0.1], [0.9, 0.3], [0.1, 1]]))
@@ -127,8 +131,11 @@ def test_half_precision_and_single_precision_agree():
     found = TFUP(names.half()).fit(half)
     assert torch.equal(found.rows, expected.rows) and found.logits(half).dtype == torch.float32
     assert torch.equal(found.logits(half), expected.logits(half.float()))
-    double = TFUP(names.double()).fit(rows.double()).logits(rows.double())
-    assert double.dtype == torch.float64
+    double = TFUP(names).fit(rows.double())
+    assert double.logits(rows.double()).dtype == torch.float64
+    torch.testing.assert_close(double.logits(rows), TFUP(names).fit(rows).logits(rows), rtol=1e-5, atol=1e-4)
+    wide = TFUPT(names, TFUPTConfig(epochs=2, first=1)).double().fit(rows, rows)  # rows follow the adapters
+    assert wide.logits(rows).dtype == torch.float64
     sure = TFUP(W, sharpness=1000.0).fit(torch.eye(2).repeat(3, 1).half())  # p of 0 and 1 in half precision
     assert sure.logits(torch.eye(2).half()).isfinite().all()
 
@@ -280,3 +287,33 @@ def test_images_of_a_two_tower_model():
     assert TFUP(names).fit(weak).logits(weak).shape == (30, 3)
     model = TFUPT(names, TFUPTConfig(epochs=2, first=1)).fit(weak, strong)
     assert model.logits(weak).isfinite().all() and model.residual.abs().sum() > 0
+
+
+def test_the_example_classifies_documents_by_names(tmp_path, monkeypatch, without_progress_bars):
+    """Articles of a made-up encyclopedia and a tiny encoder: every arm, and a second call reads and runs nothing."""
+    import datasets
+
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+    draw = random.Random(0)
+    rows = [
+        {"title": str(i), "text": " ".join(draw.choices(words, k=9)), "topic": ["Uncategorized", "Dog", "Arts"][i % 3]}
+        for i in range(120)
+    ]
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: datasets.Dataset.from_list(rows))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    BertModel(BertConfig(vocab_size=90, **shape)).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    example = runpy.run_path(str(EXAMPLES / "training_free.py"))
+    found = example["main"](str(tmp_path / "encoder"), count=30, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(example["ARMS"]) and all(0 <= rows[0]["accuracy"] <= 1 for rows in found.values())
+    monkeypatch.setattr("hf_xent.data.load", None)
+    assert example["main"](str(tmp_path / "encoder"), count=30, seeds=1, output=tmp_path / "out") == found
+    from topics import topics
+
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: datasets.Dataset.from_list(rows))
+    parts = [topics(seed, 100, held=held) for seed, held in ((0, False), (1, False), (0, True))]
+    assert parts[0][2] == ["arts", "dog"] and len(parts[0][0]) + len(parts[2][0]) == 80
+    assert sorted(parts[0][0]) == sorted(parts[1][0]) and parts[0][0] != parts[1][0]  # a seed draws from one half alone
+    topic = {row["text"]: row["topic"].lower() for row in rows}
+    assert all(topic[text] == parts[0][2][label] for text, label in zip(*parts[0][:2], strict=True))

@@ -2,11 +2,14 @@
 
 import copy
 import math
+import runpy
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import ResNetConfig
 
 from hf_xent import hub
@@ -266,22 +269,55 @@ def test_refusals(tmp_path):
     for name, value in {"epsilon": 0.0, "steps": 0, "drift_weight": -1.0, "norm": "1", "objective": "mse"}.items():
         refused(tmp_path, f"{name} is {value!r}: choose", **{name: value})
     for data in (data_of(labelled(images())), [{"pixel_values": draw(1, 8, 8), "labels": 0}]):
-        with pytest.raises(ValueError, match="processor is NoneType without image_mean and image_std"):
+        with pytest.raises(ValueError, match=r"^processing_class is NoneType without image_mean and image_std"):
             EncoderCalibrationTrainer(zero_shot(), EncoderCalibrationConfig(str(tmp_path)), train_dataset=data)
 
 
 def on_a_rank(rank, folder, objective):
-    trainer = fit(folder, objective=objective, per_device_train_batch_size=N // 2, epsilon=1e-9, max_steps=2)
+    trainer = fit(folder, objective=objective, per_device_train_batch_size=N // 2)
     return [p.detach().clone() for p in trainer.model.parameters()], entries(trainer, "loss")
 
 
 @pytest.mark.slow  # two processes import the libraries
 def test_two_processes_are_one(tmp_path):
-    """Where random starts make no difference: each process has its own."""
     for objective in ("ce", "infonce"):
-        one = fit(tmp_path, objective=objective, epsilon=1e-9, max_steps=2)
+        one = fit(tmp_path, objective=objective)
         (folder := tmp_path / objective).mkdir()
         for weights, losses in run_ranks(2, on_a_rank, folder, str(tmp_path / "out"), objective):
             gap = max((a - b).abs().max() for a, b in zip(weights, one.model.parameters(), strict=True))
-            assert (gap < 1e-5) == (objective == "ce")
+            assert (gap < 1e-5) == (objective == "ce"), "the negatives of a process are its own rows"
             assert (losses == pytest.approx(entries(one, "loss"), rel=1e-4)) == (objective == "ce")
+
+
+@pytest.mark.slow  # five arms are trained
+def test_the_example_compares_all_arms(tmp_path, monkeypatch):
+    """On made-up digits; a second call runs nothing."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    monkeypatch.chdir(tmp_path)
+    import calibrated_digits
+    import digits
+
+    made = np.random.default_rng(0).integers(0, 256, (60, 28, 28), dtype=np.uint8)
+    rows = datasets.Dataset.from_dict({"image": list(map(Image.fromarray, made)), "label": [i % 10 for i in range(60)]})
+    monkeypatch.setattr("hf_xent.data.load", lambda name, **options: rows)
+    digits.images.cache_clear()
+    for module, sizes in ((digits, {"TRAIN": 20, "VALIDATION": 40}), (calibrated_digits, {"STEPS": 2, "EPOCHS": 1})):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    # centers are of the digits that occur: of 20 rows, not all ten
+    monkeypatch.setattr(calibrated_digits, "prototypes", lambda found, labels: draw(10, found.shape[1]))
+    example = runpy.run_path(str(examples / "encoder_calibration.py"))
+    for name, value in {"HEADS": (1e-3,), "REST": (1e-3,), "TEST": 10, "CHOICE": 6}.items():
+        example["main"].__globals__[name] = value
+    example["RATES"].update({arm: rates[:1] for arm, rates in example["RATES"].items()})
+    found = example["main"](seeds=1, output=tmp_path / "out")
+    digits.images.cache_clear()
+    calibrated_digits.frozen.cache_clear()
+    assert set(found) == set(example["RATES"]) == {*OBJECTIVES, "frozen", "all weights"}
+    assert found["frozen"][0]["transfer"] == found["frozen"][0]["PGD"] and found["frozen"][0]["drift"] == 0
+    shares = {arm: rows[0]["share"] for arm, rows in found.items()}
+    assert all((shares[arm] > 0) == (arm in OBJECTIVES) for arm in shares)
+    assert all(f"| {arm} |" in (tmp_path / "out" / "README.md").read_text() for arm in found)
+    monkeypatch.setitem(example["main"].__globals__, "model_of", None)
+    assert example["main"](seeds=1, output=tmp_path / "out") == found

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 import hf_xent
+import hf_xent.adapt
 import hf_xent.calibration
+from hf_xent.adapt import ood_score
 from support.models import tiny, tiny_tokenizer
+from support.two_towers import WORDS, tiny_encoder, word_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # Ranks whose threads outlive the interpreter may abort in its teardown, after all their work is done ("terminate called
@@ -559,6 +562,53 @@ def test_calibration_compares_all_arms(tmp_path, monkeypatch, task):
     assert example["main"](task, seeds=1, output=tmp_path / "out") == found, "nothing is run twice"
     with pytest.raises(ValueError, match="task is 'news': choose one of mnist, genres"):
         example["main"]("news")
+
+
+def test_unknown_topics_compares_all_arms(tmp_path, monkeypatch):
+    """Made-up articles of three topics, of which one is held out, and a tiny encoder; nothing is run twice."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import topics
+    import unknown_articles
+    import unknown_words
+
+    words, encoder = WORDS[-14:], tmp_path / "encoder"
+    lines = {
+        "noun": [(f"{word} n 1 0 1 0 {i:08}", f"{i:08} 03 n | a {word} of stone") for i, word in enumerate(words)],
+        "adj": [("nice a 1 0 1 0 00000099", "00000099 03 a | red and round")],
+    }
+    for kind, rows in lines.items():
+        for file, part in (("index", 0), ("data", 1)):
+            (tmp_path / f"{file}.{kind}").write_text("".join(f"{row[part]}\n" for row in rows))
+    tiny_encoder("bert").save_pretrained(encoder)
+    word_tokenizer().save_pretrained(encoder)
+    draw, names = np.random.default_rng(0), ["cat", "dog", "river"]
+    labels = [i % 3 for i in range(12)]
+    texts = [f"{names[k]} {' '.join(draw.choice(WORDS, 6))}" for k in labels]
+    monkeypatch.setattr(unknown_articles, "topics", lambda seed, count, held: (texts, labels, names))
+    monkeypatch.setattr(unknown_articles, "HELD", 1)
+    monkeypatch.setattr(unknown_articles, "TOKENS", 16)
+    monkeypatch.setattr(unknown_articles, "bootstrap", partial(unknown_articles.bootstrap, resamples=5))
+    monkeypatch.setattr(unknown_words, "NegativeLabels", partial(hf_xent.adapt.NegativeLabels, quantile=0.5))
+    for name, value in {"CANDIDATES": 14, "COUNT": 6, "ROWS": 2}.items():
+        monkeypatch.setattr(unknown_words, name, value)
+    example = runpy.run_path(str(EXAMPLES / "unknown_topics.py"))
+    known = example["main"].__globals__
+    for name, value in {"HELD": 1, "FRESH": 3, "EPOCHS": 1}.items():
+        monkeypatch.setitem(known, name, value)
+    monkeypatch.setitem(known, "ood_score", lambda x, w, t=None, **o: ood_score(x, w, t, **{"groups": 3, **o}))
+    call = partial(example["main"], str(encoder), f"wordnet:{tmp_path}", seeds=1, output=tmp_path / "out")
+    found = call()
+    assert [*found] == [*example["ARMS"]] and topics.NONE == "Uncategorized"
+    rows = {arm: row[0] for arm, row in found.items()}
+    for row in rows.values():
+        assert row["AUROC low"] <= row["AUROC"] <= row["AUROC high"] and 0 <= row["FPR95"] <= 1
+    same = {rows[arm]["accuracy"] for arm in example["ARMS"][:4]}
+    assert len(same) == 1, "words do not change which topic is predicted"
+    assert 0 <= rows["negative labels"]["rank"] <= 1 and rows["prompts, full"]["first"] > 0
+    assert len((tmp_path / "out" / "words-0.txt").read_text().split("\n\n")[2].split("\n")) == 6
+    assert "difference to random words" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setitem(known, "scored", None)
+    assert call() == found
 
 
 def test_data_selection_compares_all_arms_at_equal_tokens(tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from hf_xent.adapt import NegativeLabels, PromptOptions, PromptTuner, negatives
-from hf_xent.adapt.mixing import cross_distribution, cross_modal, partners
+from hf_xent.adapt.mixing import cross_distribution, cross_modal, partners, unsure_cross_entropy
 from hf_xent.adapt.prompted import LearnedPrompts
 from hf_xent.models.embeddings import class_texts, features, token_embedding
 from support.two_towers import tiny_encoder, word_tokenizer
 
 NAMES, OTHERS = ["cat", "red bird", "the dog"], ["iron", "law", "blue stone", "music", "faith"]
-PADDED = {"siglip": 16}  # it reads the last position, so that every text has to be as long
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +34,12 @@ def rows(seed=0, count=20, width=16):
 @pytest.mark.parametrize("name", ["clip", "siglip", "bert"])
 def test_contexts_that_start_from_words_are_these_words(name, tokenizer):
     """Before any training the features are those of the whole text, so the vectors stand where its tokens do."""
-    model, length = tiny_encoder(name), PADDED.get(name)
-    prompts = LearnedPrompts(model, tokenizer, NAMES, OTHERS, "a photo of", length=length)
+    model = tiny_encoder(name)
+    prompts = LearnedPrompts(model, tokenizer, NAMES, OTHERS, "a photo of")
     with torch.no_grad():
         found = prompts(torch.arange(len(prompts)), 3)
         texts = [f"a photo of {x}." for x in NAMES + OTHERS]
-        how = {"padding": "max_length", "max_length": length} if length else {"padding": True}
-        batch = tokenizer(texts, return_tensors="pt", **how)
+        batch = tokenizer(texts, return_tensors="pt", padding="max_length" if name == "siglip" else True)
         expected = features(model.eval(), {k: batch[k] for k in ("input_ids", "attention_mask")})
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.shape == (8, {"clip": 12}.get(name, 16))
@@ -51,7 +49,7 @@ def test_contexts_that_start_from_words_are_these_words(name, tokenizer):
 def test_only_the_contexts_are_trained(name, tokenizer):
     model = tiny_encoder(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    tuner = PromptTuner(model, tokenizer, NAMES, OTHERS, PromptOptions(context=3, epochs=2, length=PADDED.get(name)))
+    tuner = PromptTuner(model, tokenizer, NAMES, OTHERS, PromptOptions(context=3, epochs=2))
     assert [(key, p.numel()) for key, p in tuner.prompts.named_parameters()] == [("contexts", 2 * 3 * 16)]
     start = tuner.prompts.contexts.detach().clone()
     width = tuner.class_features().shape[1]
@@ -125,11 +123,9 @@ def test_the_three_losses_are_added(bert, tokenizer):
                 side = [1, 4, 5] if y[i] < 3 else [0, 2, 3]
                 j = side[i % 3]
                 v = F.normalize(share * x[i] + (1 - share) * x[j], dim=-1)
-                soft = torch.full((8,), 0.0)
-                soft[3:] = beta * share / 5
-                soft[y[i]] += (1 - beta * share) * share
-                soft[y[j]] += (1 - beta * share) * (1 - share)
-                terms.append(-(soft * (scale * v @ table.T).log_softmax(-1)).sum())
+                p, w = (scale * v @ table.T).double().softmax(-1), beta * share
+                both = share * p[y[i]].log() + (1 - share) * p[y[j]].log()
+                terms.append(-w * p[3:].sum().log() - (1 - w) * both)
             expected.append(float(sum(terms)) / 6)
             found = tuner._loss(x, y, None if mixing == "none" else tuner._templates(y), Draw())
         assert float(found) == pytest.approx(expected[-1], rel=1e-4)
@@ -154,15 +150,26 @@ def test_batches_of_one_side_have_no_mixture_of_both(bert, tokenizer):
 def test_mixtures_have_unit_length_and_labels_that_sum_to_one():
     x, y = rows(1, 12)
     targets, partner = F.one_hot(y, 8).float(), partners(y, 3, np.random.default_rng(1))
-    for share, beta in ((0.0, 0.3), (0.4, 0.3), (1.0, 0.3), (0.9, 2.0)):
-        mixed, soft = cross_distribution(x, targets, partner, share, beta, 3)
+    for share in (0.0, 0.4, 1.0):
+        mixed, soft = cross_distribution(x, targets, partner, share)
         for made in (mixed, cross_modal(x, x[partner], share)):
             torch.testing.assert_close(made.norm(dim=-1), torch.ones(12))
         torch.testing.assert_close(soft.sum(-1), torch.ones(12))
-    assert bool((soft[:, :3] == 0).all()), "beta times the share is above 1: all goes to the negatives"
-    mixed, soft = cross_distribution(x, targets, partner, 0.0, 0.3, 3)
+        torch.testing.assert_close(soft[:, :3].sum(-1), torch.where(y < 3, share, 1 - share))
+    mixed, soft = cross_distribution(x, targets, partner, 0.0)
     assert torch.equal(soft, targets[partner])
     torch.testing.assert_close(mixed, x[partner])
+
+
+def test_a_label_of_any_negative_is_their_sum():
+    logits, (_, y) = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), rows(2, 6)
+    targets = F.one_hot(y, 8).float()
+    torch.testing.assert_close(unsure_cross_entropy(logits, targets, 0.0, 3), F.cross_entropy(logits, y))
+    merged = torch.cat([logits[:, :3], logits[:, 3:].logsumexp(-1, keepdim=True)], -1)
+    expected = F.cross_entropy(merged, torch.full((6,), 3))
+    torch.testing.assert_close(unsure_cross_entropy(logits, targets, 1.0, 3), expected)
+    mean = 0.3 * expected + 0.7 * F.cross_entropy(logits, y)
+    torch.testing.assert_close(unsure_cross_entropy(logits, targets, 0.3, 3), mean)
 
 
 def test_tuning_lowers_the_loss_of_rows_that_have_a_name(bert, tokenizer):

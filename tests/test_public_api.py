@@ -7,7 +7,20 @@ import sys
 import pytest
 
 import hf_xent
-from hf_xent import calibration, classes, detection, laws, losses, ops, rasch, retrieval, teachers, trainers
+from hf_xent import (
+    adapt,
+    calibration,
+    classes,
+    detection,
+    laws,
+    losses,
+    ops,
+    rasch,
+    retrieval,
+    robust,
+    teachers,
+    trainers,
+)
 from hf_xent import ranking as auc
 from hf_xent.data import selectors
 from hf_xent.registry import Registry
@@ -37,6 +50,10 @@ PUBLIC = {
         MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
         interval minmax mutual_information pmi rank raw recall_at scores zscore""",
+    adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
+        TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
+        source_prototypes word_features""",
+    robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",
 }
 MODULES = (*PUBLIC, trainers)
 

@@ -227,6 +227,9 @@ def test_batch_norm_uses_the_batch_and_keeps_its_running_statistics():
     assert torch.allclose(rmt.predict({"pixel_values": x}), 2 * expected, atol=1e-5)
     assert torch.allclose(tent.predict({"pixel_values": x}), expected, atol=1e-5)
     assert same(dict(model.named_buffers()), kept)
+    flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(ValueError, match="batch has one row, whose BatchNorm"), batch_statistics([flat]):
+        flat(torch.rand(1, 4))
     with pytest.raises(KeyError), batch_statistics([model]):
         raise KeyError
     assert same(dict(model.named_buffers()), kept)
@@ -341,8 +344,13 @@ def test_one_row_and_half_precision_inputs():
     assert logits.shape == (1, 3) and logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert torch.equal(logits, wide_inputs.predict({"pixel_values": x.float()}))
     assert torch.isfinite(torch.cat([p.flatten() for p in one.model.parameters()])).all()
-    with torch.no_grad():  # also where gradients are switched off around it
-        assert EntropyMinimization(vit()).predict({"pixel_values": x}).shape == (1, 3)
+    streams = [ARMS["rmt"](vit()) for _ in range(3)]
+    found = [streams[0].predict({"pixel_values": x})]
+    for stream, mode in zip(streams[1:], (torch.no_grad(), torch.inference_mode()), strict=True):
+        with mode:  # also where gradients are switched off around it
+            found.append(stream.predict({"pixel_values": x.clone()}))
+        assert same(everything(stream), everything(streams[0]))
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 def test_warm_up_rises_and_is_where_reset_goes():
@@ -506,6 +514,10 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=words):
             RMT(model, **options)
+    number = vit()
+    number.config.id2label = {0: "size"}
+    with pytest.raises(ValueError, match="model has 1 outputs, not one for each class"):
+        EntropyMinimization(number)
     with pytest.raises(ValueError, match="without parameters to learn"):
         RMT(vit().requires_grad_(False))
     with pytest.raises(ValueError, match=r"torch.float16, where small steps are rounded away"):

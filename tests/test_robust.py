@@ -184,7 +184,7 @@ def test_phases_of_the_margin_attack():
 
 
 def reference_apgd(f, gradient, start, center, radius, steps):
-    """Algorithm 1 of arXiv:2003.01690 for one row and the maximum norm, in numpy: its points, and after which of them it halves."""
+    """Algorithm 1 of arXiv:2003.01690 for one row and the maximum norm, in numpy: its points, and where it halves."""
     p = [0.0, 0.22]
     while p[-1] < 1:
         p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
@@ -262,7 +262,7 @@ def test_ratios_of_logits_by_hand():
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("method", ["apgd:loss=dlr", "apgd:loss=targeted", "pma_plus"])
 def test_few_classes(classes, method):
-    target, x, _ = vectors(classes)
+    target = vectors(classes)[0]
     assert get(method).find(target, Ball(10.0), 12, 0).done.all()
     assert not get(method).find(target, Ball(1e-6), 12, 0).done.any()
 

@@ -111,7 +111,9 @@ def test_every_tower_is_attacked_through_the_head(name):
     model, batch = TOWERS[name][0](), TOWERS[name][1]()
     zero_shot = ZeroShot(model, draw(K, D), head_of(), scale=5.0)
     labels = zero_shot(**batch).logits.argmax(-1)
-    found = robust.attack(zero_shot, batch, labels, epsilon=0.5, steps=20, method="pgd", processor=PROCESSOR)
+    found = robust.attack(
+        zero_shot, batch, labels, epsilon=2.0 if "texts" in name else 0.5, steps=20, method="pgd", processor=PROCESSOR
+    )
     key = next(iter(batch))
     with torch.no_grad():
         if key == "input_ids":

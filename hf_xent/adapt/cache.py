@@ -90,7 +90,7 @@ class TFUP:
         n, c = len(f), len(self.classes)
         if n < c:
             raise ValueError(f"features have {n} rows, fewer than the {c} classes: give more unlabelled rows")
-        self.classes = self.classes.to(f.device)
+        self.classes = self.classes.to(f)
         count = min(max(int(0.3 * n / c), 9), 16) if self.count is None else self.count
         chosen = self.typical(f, count)
         self.rows, self.keys = chosen.flatten(), f[chosen.flatten()]
@@ -105,7 +105,7 @@ class TFUP:
             ValueError: Before `fit`, or bad features as in `fit`.
         """
         f = unit(features, self.classes.shape[1])
-        return self.scored(f, self.classes.to(f.device))
+        return self.scored(f, self.classes.to(f))
 
     def predict(self, features: Tensor) -> Tensor:
         """The classes [N] of rows [N, D]."""

@@ -2,10 +2,11 @@
 
     cross-modal          v = norm(share f + (1 - share) t_y)        t_y: the text feature of the same label; label y
     cross-distribution   v = norm(share f_i + (1 - share) f_j)      one of i, j in a class, the other a negative label
-                         label: w on the negatives, w = min(1, beta share); (1 - w) (share y_i + (1 - share) y_j)
+                         label: w on any negative label, w = min(1, beta share); (1 - w) (share y_i + (1 - share) y_j)
+    loss = -w log sum_{c not in ID} p_c - (1 - w) sum_c (share y_i + (1 - share) y_j)_c log p_c
 
-Source: Zhang et al., LAPT. Their code puts w on one column, the last negative label, whichever word that is; here the
-negative labels have equal parts of it, so that their order does not matter.
+Source: Zhang et al., LAPT. Their code puts w on one column, the last negative label, whichever word that is; here it is
+on the sum of the probabilities of all of them, which is what the score of a row looks at, too.
 """
 
 from __future__ import annotations
@@ -40,24 +41,33 @@ def partners(labels: Tensor, classes: int, draw: np.random.Generator) -> Tensor 
     return torch.from_numpy(found).to(labels.device)
 
 
-def cross_distribution(
-    features: Tensor, targets: Tensor, partner: Tensor, share: float, beta: float, classes: int
-) -> tuple[Tensor, Tensor]:
-    """Rows mixed with their partners of the other side, and their soft labels.
+def cross_distribution(features: Tensor, targets: Tensor, partner: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Rows mixed with their partners of the other side, and their labels.
 
     Args:
         features: [B, D].
         targets: The labels as probabilities [B, C + M], negatives last.
         partner: The indices that `partners` returns [B].
         share: The share of the row itself, in [0, 1].
-        beta: How much of it goes to the negatives.
-        classes: C.
 
     Returns:
         The mixed features [B, D], of unit length, and labels [B, C + M] whose rows sum to 1.
     """
-    weight = min(1.0, beta * share)
-    negative = torch.zeros_like(targets)
-    negative[:, classes:] = 1 / (targets.shape[1] - classes)
     mixed = F.normalize(share * features + (1 - share) * features[partner], dim=-1)
-    return mixed, weight * negative + (1 - weight) * (share * targets + (1 - share) * targets[partner])
+    return mixed, share * targets + (1 - share) * targets[partner]
+
+
+def unsure_cross_entropy(logits: Tensor, targets: Tensor, weight: float, classes: int) -> Tensor:
+    """Cross-entropy of labels that are any negative label with a probability, and `targets` otherwise.
+
+    Args:
+        logits: [B, C + M], negatives last.
+        targets: The labels as probabilities [B, C + M].
+        weight: The probability w of any negative label, in [0, 1].
+        classes: C.
+
+    Returns:
+        The mean over rows, a scalar.
+    """
+    logp = logits.log_softmax(-1)
+    return -(weight * logp[:, classes:].logsumexp(-1) + (1 - weight) * (targets * logp).sum(-1)).mean()

@@ -20,6 +20,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ class NegativeLabels:
     """A search for negative labels among words; see the module's docstring."""
 
     words: Iterable[str | Mapping[str, Any]]
-    """Words, as text (nouns) or as rows with `word` and `kind`, such as those of the data set 'wordnet'."""
+    """Words, as text (nouns) or as rows with `word` and `kind`, such as those of the data set 'wordnet'; every search
+    reads them again."""
     count: int = 1000
     """How many are kept."""
     limit: int | None = None
@@ -68,7 +70,7 @@ class NegativeLabels:
     quantile: float = 0.95
     """q, in [0, 1)."""
     templates: Mapping[str, Sequence[str]] = field(default_factory=lambda: dict(TEMPLATES))
-    """Kind -> texts with {} for a word."""
+    """Kind -> texts with {} for a word; names of classes have those of the first kind."""
     seed: int = 0
     """Seed of the draw."""
 
@@ -189,8 +191,7 @@ def _embedded_words(
                 continue
             parts.append(class_texts(model, tokenizer, chunk, templates, batch_size=batch_size))
             if file is not None:
-                kept = parts[-1].cpu()
-                replace_atomically(file, lambda draft, kept=kept: torch.save(kept, draft))
+                replace_atomically(file, partial(torch.save, parts[-1].cpu()))
     return torch.cat(parts)
 
 

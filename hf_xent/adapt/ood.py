@@ -68,7 +68,8 @@ def ood_score(
     predicted = logits[0].argmax(-1)
     if negative_features is None:
         return Scored(logits[0].softmax(-1).amax(-1), predicted)
-    return Scored(grouped_share(*logits, random_groups(len(negative_features), groups, seed)), predicted)
+    split = random_groups(len(negative_features), groups, seed)
+    return Scored(grouped_share(logits[0], logits[1], split), predicted)
 
 
 def grouped_share(id_logits: Tensor, negative_logits: Tensor, groups: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.contexts import eval_mode
-from ..models.embeddings import embedded, features, token_embedding
+from ..models.embeddings import embedded, features, text_padding, token_embedding
 from ..models.padding import padded
 from ..options.ranges import check_count
 
@@ -34,7 +34,6 @@ class LearnedPrompts(nn.Module):
         names: The names of the C classes.
         negatives: The negative labels, M.
         context: How many vectors, which start at random as CoOp's do; or a text whose tokens they start from.
-        length: To how many tokens prompts are padded, 64 for SigLIP; to the longest of a batch if it is left out.
         seed: Seed of the start.
 
     Raises:
@@ -48,33 +47,32 @@ class LearnedPrompts(nn.Module):
         names: Sequence[str],
         negatives: Sequence[str],
         context: int | str = 4,
-        *,
-        length: int | None = None,
         seed: int = 0,
     ):
         super().__init__()
         if not names or not negatives:
             raise ValueError(f"names number {len(names)}, negatives {len(negatives)}: give both")
         self.outside = {"model": model}  # a dictionary, so that the model is no part of this module
-        self.classes, self.length = len(names), length
+        self.classes = len(names)
         table: Any = token_embedding(model)
         self.contexts = nn.Parameter(_start(tokenizer, table, context, seed).repeat(2, 1, 1))
         self.fill = tokenizer.pad_token_id or 0
         self.masked = "attention_mask" in tokenizer.model_input_names
-        self.rows, self.before = self._prompts(tokenizer, [*names, *negatives])
+        padding = text_padding(model, tokenizer)
+        self.filled = padding["max_length"] if padding["padding"] == "max_length" else 0
+        self.rows, self.before = self._prompts(tokenizer, [*names, *negatives], padding["max_length"])
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _prompts(self, tokenizer: Any, names: list[str]) -> tuple[list[list[int]], int]:
+    def _prompts(self, tokenizer: Any, names: list[str], limit: int | None) -> tuple[list[list[int]], int]:
         """The ids of all prompts with placeholders, and how many ids stand before these."""
         count = self.contexts.shape[1]
-        limit = min(tokenizer.model_max_length, self.length or tokenizer.model_max_length)
-        if limit <= count + 4:
+        if limit is not None and limit <= count + 4:
             raise ValueError(f"context has {count} vectors, but prompts have {limit} tokens: leave room for names")
         texts = [f"{name}." for name in names]
-        options = {} if limit > 10**6 else {"truncation": True, "max_length": limit - count}  # some know no limit
-        found = tokenizer(texts, return_special_tokens_mask=True, **options)
+        cut = None if limit is None else limit - count
+        found = tokenizer(texts, return_special_tokens_mask=True, truncation=cut is not None, max_length=cut)
         special, ids = found["special_tokens_mask"], found["input_ids"]
         before = next((i for i, mark in enumerate(special[0]) if not mark), len(ids[0]))
         if before == len(ids[0]):
@@ -109,8 +107,7 @@ class LearnedPrompts(nn.Module):
         model, rows = self.outside["model"], [self.rows[i] for i in which.tolist()]
         device = next(model.parameters()).device
         ids, mask = padded(rows, self.fill, device=device)
-        if self.length is not None and ids.shape[1] < self.length:
-            gap = self.length - ids.shape[1]
+        if (gap := self.filled - ids.shape[1]) > 0:
             ids, mask = (nn.functional.pad(x, (0, gap), value=v) for x, v in ((ids, self.fill), (mask, 0)))
         with torch.no_grad():
             states = token_embedding(model)(ids)

@@ -36,7 +36,7 @@ from ..models.embeddings import encoded
 from ..options.ranges import check_count, check_fields
 from ..system.files import replace_atomically
 from ..system.progress import tracked
-from .mixing import cross_distribution, cross_modal, partners
+from .mixing import cross_distribution, cross_modal, partners, unsure_cross_entropy
 from .prompted import LearnedPrompts
 
 MIXINGS = ("none", "cross-modal", "full")
@@ -53,7 +53,7 @@ class PromptOptions:
     alpha: float = 1.0
     """Shares of mixed rows are drawn from Beta(alpha, alpha), one for a batch."""
     beta: float = 0.3
-    """How much of the share goes to negative labels in cross-distribution rows."""
+    """How much of the share is the probability of any negative label in cross-distribution rows."""
     scale: float = 100.0
     """What cosines are multiplied by."""
     learning_rate: float = 0.01
@@ -68,8 +68,6 @@ class PromptOptions:
     """How many negative labels a step embeds; all of them if it is left out."""
     templates: tuple[str, ...] = ("{}",)
     """Texts with {} for a name, one of which is drawn for each cross-modal row."""
-    length: int | None = None
-    """To how many tokens prompts are padded, 64 for SigLIP; to the longest of a batch if it is left out."""
     seed: int = 0
     """Seed of the start, the order and the mixing."""
 
@@ -112,7 +110,7 @@ class PromptTuner:
         self.options = o = options or PromptOptions()
         self.model, self.tokenizer = model, tokenizer
         self.names, self.negatives = list(names), list(negatives)
-        self.prompts = LearnedPrompts(model, tokenizer, names, negatives, o.context, length=o.length, seed=o.seed)
+        self.prompts = LearnedPrompts(model, tokenizer, names, negatives, o.context, o.seed)
         if (o.negatives_per_step or 0) > len(self.negatives):
             raise ValueError(f"negatives_per_step is {o.negatives_per_step} of {len(negatives)}: leave it out for all")
         self.losses: list[float] = []
@@ -146,7 +144,7 @@ class PromptTuner:
         Raises:
             ValueError: Labels that are out of range or not one for each row, or a folder of another run.
         """
-        rows = F.normalize(features.detach().float(), dim=-1)
+        rows = F.normalize(features.detach().to(self.prompts.contexts.device).float(), dim=-1)
         if labels.shape != rows.shape[:1] or not len(rows) or labels.min() < 0 or labels.max() >= len(self.prompts):
             raise ValueError(
                 f"labels have the shape {tuple(labels.shape)} for features {tuple(rows.shape)}: give one from 0 to"
@@ -197,8 +195,9 @@ class PromptTuner:
             loss = loss + F.cross_entropy(o.scale * mixed @ table.T, labels)
         if o.mixing == "full" and (other := partners(labels, len(self.names), draw)) is not None:
             share = draw.beta(o.alpha, o.alpha)
-            mixed, soft = cross_distribution(rows, targets, other, share, o.beta, len(self.names))
-            loss = loss + F.cross_entropy(o.scale * mixed @ table.T, soft)
+            mixed, soft = cross_distribution(rows, targets, other, share)
+            logits, weight = o.scale * mixed @ table.T, min(1.0, o.beta * share)
+            loss = loss + unsure_cross_entropy(logits, soft, weight, len(self.names))
         return loss
 
     def _table(self, labels: Tensor, draw: np.random.Generator) -> Tensor:

@@ -148,7 +148,7 @@ class RePRI:
             prior: As in `fit_predict`.
 
         Returns:
-            [B, H, W], from 0 to 1; nan where it is padding.
+            [B, H, W], from 0 to 1; nan where it is padding, or all cells around are.
 
         Raises:
             ValueError: As in `fit_predict`; or no foreground is left in the cells of the feature map.
@@ -170,6 +170,9 @@ class RePRI:
         cells = None if mask is None else on_grid(mask, query.shape[-2:]).flatten(1)
         rows = support.unflatten(0, (count, shots)).movedim(2, -1).flatten(1, 3)
         tasks = self.fit(rows, labels, query.flatten(2).transpose(1, 2), cells, prior=prior, shots=shots)
-        z = tasks.logits(tasks.query).unflatten(1, query.shape[-2:])
-        found = F.interpolate(z[:, None], query_images.shape[-2:], mode="bilinear")[:, 0].sigmoid()
+        valid = tasks.query_weight > 0  # cells that are padding have no part in what is drawn between the others
+        z = tasks.logits(tasks.query) * valid
+        maps = torch.stack([z, valid.to(z.dtype)], 1).unflatten(2, query.shape[-2:])
+        z, near = F.interpolate(maps, query_images.shape[-2:], mode="bilinear").unbind(1)
+        found = (z / near).sigmoid()
         return found if mask is None else found.masked_fill(~mask.bool(), torch.nan)

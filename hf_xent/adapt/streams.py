@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..classes.heads import classes_of
 from ..models.contexts import eval_mode
 from ..options.ranges import check_count, check_number
 from ..system.files import replace_atomically
@@ -57,6 +58,9 @@ class Stream:
         check_count("seed", self.seed, 0)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {self.optimizer!r}: choose {' or '.join(OPTIMIZERS)}")
+        config = getattr(self.model, "config", None)
+        if config is not None and not 2 <= config.num_labels == classes_of(self.model):
+            raise ValueError(f"model has {config.num_labels} outputs, not one for each class: give one with a softmax")
         self.learned = self.learns()
         if not self.learned:
             raise ValueError(
@@ -100,7 +104,8 @@ class Stream:
         Raises:
             ValueError: No rows, or a loss that is not finite; the model stays as it was.
         """
-        inputs = self.inputs(batch)
+        with torch.inference_mode(False):
+            inputs = self.inputs(batch)
         return self._step(lambda: self.adapt(inputs), "steps")
 
     def stream(self, batches: Iterable[Mapping[str, Any]], description: str = "Adapting") -> Iterator[Tensor]:
@@ -157,6 +162,7 @@ class Stream:
                 value = batch[name]
                 if isinstance(value, Tensor):
                     value = value.to(like if value.is_floating_point() else like.device)
+                    value = value.clone() if value.is_inference() else value  # a graph could not keep it
                     if not len(value):
                         raise ValueError(f"batch has no rows in {name}: leave it out")
                 found[name] = value
@@ -166,7 +172,12 @@ class Stream:
         """One step; the counter tells whether it was taken, so that whatever stops it leaves all or nothing."""
         before, draws, saved = getattr(self, counter), self.generator.get_state(), None
         try:
-            with torch.enable_grad(), eval_mode(self.model), batch_statistics(self.models()):
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                eval_mode(self.model),
+                batch_statistics(self.models()),
+            ):
                 logits, loss = forward()
                 if not torch.isfinite(loss):
                     raise ValueError(f"the batch has the loss {loss.item()}: look for nan in it, or learn more slowly")
@@ -212,13 +223,21 @@ def wide(logits: Tensor) -> Tensor:
 
 @contextmanager
 def batch_statistics(models: Iterable[nn.Module]) -> Iterator[None]:
-    """While it is open, BatchNorm layers in evaluation mode use the statistics of their batch, not the running ones."""
+    """While it is open, BatchNorm layers in evaluation mode use the statistics of their batch, not the running ones.
+
+    Raises:
+        ValueError: A batch of one row has one value for a channel.
+    """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     layers = [(m, m.running_mean, m.running_var) for model in models for m in model.modules() if isinstance(m, kinds)]
     try:
         for layer, _, _ in layers:
             layer.running_mean = layer.running_var = None
         yield
+    except ValueError as error:
+        if layers and "more than 1 value per channel" in str(error):  # torch's words
+            raise ValueError("batch has one row, whose BatchNorm statistics are undefined: give two or more") from error
+        raise
     finally:
         for layer, mean, var in layers:
             layer.running_mean, layer.running_var = mean, var

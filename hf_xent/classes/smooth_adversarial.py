@@ -15,8 +15,8 @@ since the clipped line is below the exponential and has the slope 1 / rho, Phi^t
 of n - 1 numbers is at most sqrt(n - 1) times their length. A smaller nu, such as the default, is a regulariser and no
 bound; and since a search finds a lower bound of the supremum, no value that is measured is a certificate.
 
-With distance='kl' the second term is KL(q(x) | q(x')) of the two softmaxes: for tau = 1 and rho = 1 this is TRADES, with
-nu for its 1 / lambda. That term needs no label.
+With distance='kl' the second term is KL(q(x) | q(x')) of the two softmaxes, which needs no label: for tau = 1 and
+rho = 1 this is TRADES, with nu for its 1 / lambda.
 
 rho, nu, the number of steps and their size are this library's choices. `radius` has to be set for training, in the
 units of `hf_xent.robust.inputs`: for pixels from 0 to 1, 8/255 = 0.0314 is a common choice for photographs.

@@ -186,7 +186,7 @@ def encoded(
     bar = tracked(starts, "reading texts", console=Console(stderr=True), disable=not progress)
     device, parts = next(model.parameters()).device, []
     with eval_mode(model), bar as steps:
-        options = _padding(model, tokenizer, max_length)
+        options = text_padding(model, tokenizer, max_length)
         for start in steps:
             rows = order[start : start + batch_size]
             batch = tokenizer([texts[i] for i in rows], return_tensors="pt", **options)
@@ -254,8 +254,8 @@ def _text_tower(model: Any) -> Any:
     return getattr(model, "text_model", model)
 
 
-def _padding(model: Any, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
-    """Options of the tokenizer: where texts are cut, and up to where padding fills them."""
+def text_padding(model: Any, tokenizer: Any, max_length: int | None = None) -> dict[str, Any]:
+    """Options of the tokenizer: where texts are cut, and up to where padding fills them; `encoded` says which do."""
     room = positions(_text_tower(model))
     if max_length is not None:
         check_count("max_length", max_length, 1)
@@ -277,6 +277,8 @@ def _reads_padding(model: Any, tokenizer: Any) -> bool:
     """Whether a text tower makes other features of a text if padding follows it."""
     short = tokenizer(["a"], return_tensors="pt")
     length = short["input_ids"].shape[1] + 4
+    if length == 4:  # a vocabulary without this letter
+        return False
     found = []
     for batch in (short, tokenizer(["a"], padding="max_length", max_length=length, return_tensors="pt")):
         batch.pop("token_type_ids", None)

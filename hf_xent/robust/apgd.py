@@ -67,15 +67,17 @@ class APGD(Attack):
             return self.run(target, ball, cross_entropy, steps, (seed, 0))
         if self.loss == "dlr":
             return self.run(target, ball, dlr, steps, (seed, 0))
-        with torch.no_grad():
+        before, passes = target.before, 0
+        if before is None:
             every = torch.arange(len(target.labels), device=target.labels.device)
-            clean = others(target.logits(target.center(), every), target.labels)
-        count = min(self.targets, clean.shape[1] - 1, max(1, steps // LEAST_STEPS))
-        classes = clean.topk(count).indices.T  # [count, B]
+            with torch.no_grad():
+                before, passes = target.logits(target.center(), every), len(every)
+        count = min(self.targets, before.shape[1] - 1, max(1, steps // LEAST_STEPS))
+        classes = others(before, target.labels).topk(count).indices.T  # [count, B]
         parts = enumerate(zip(classes, shares(steps, count), strict=True))
         runs = [partial(self._towards, classes=each, steps=part, seed=(seed, i)) for i, (each, part) in parts]
         found = in_turn(target, ball, runs, self.leave)
-        return found._replace(passes=found.passes + len(every))
+        return found._replace(passes=found.passes + passes)
 
     def run(self, target: Target, ball: Ball, value: Value, steps: int, seed: tuple[int, int]) -> Found:
         """One run on an objective, with a seed of the attack and the number of the run."""

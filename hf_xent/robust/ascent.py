@@ -131,11 +131,9 @@ def ascend(
 
 def _gradient(values: Tensor, point: Tensor) -> Tensor:
     """Of the values with respect to the point."""
-    gradient = (
-        torch.autograd.grad(values, point, torch.ones_like(values), allow_unused=True)[0]
-        if values.requires_grad
-        else None
-    )
+    gradient = None
+    if values.requires_grad:  # without a sum, which has no gradient where gradients are disabled around the ascent
+        (gradient,) = torch.autograd.grad(values, point, torch.ones_like(values), allow_unused=True)
     if gradient is None:
         raise ValueError("the objective does not depend on the inputs: pass a model that reads them, with gradients")
     return gradient

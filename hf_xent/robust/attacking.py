@@ -84,7 +84,7 @@ def attack(
         ball = ball_of(target, float(epsilon), norm, processor)
         x, every = target.center(), torch.arange(len(target.given), device=target.given.device)
         with torch.no_grad():
-            logits = target.logits(x, every)
+            target.before = logits = target.logits(x, every)
         _check_labels(target.labels, logits)
         wrong = flipped(logits, target.labels)
         clean, changed, passes = ~wrong, target.given.clone(), len(x)

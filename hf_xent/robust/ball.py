@@ -56,7 +56,7 @@ class Ball:
     def rows(self, rows: Tensor) -> Ball:
         """The ball around some rows [R] of the input."""
         fields = {name: getattr(self, name) for name in ("unit", "low", "high", "mask")}
-        parts = {name: value[rows] for name, value in fields.items() if isinstance(value, Tensor) and _of_rows(value)}
+        parts: dict[str, Any] = {n: v[rows] for n, v in fields.items() if isinstance(v, Tensor) and _of_rows(v)}
         return replace(self, **parts) if parts else self
 
     def start(self, x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:

@@ -45,6 +45,8 @@ class Target:
     """Ids of classes [B]."""
     classes: int | None = None
     """How many of the first logits are of classes; None for all."""
+    before: Tensor | None = None
+    """The logits before the attack [B, K], if they are known."""
 
     def center(self) -> Tensor:
         """The input before the attack [B, ...], in float32 or wider."""
@@ -54,25 +56,25 @@ class Target:
         """The target of some rows [R], in their order."""
         if len(rows) == len(self.given):
             return self
-        inputs = self._inputs(rows)
-        return Target(self.model, inputs, self.name, self.given[rows], self.labels[rows], self.classes)
+        inputs, before = self._inputs(rows), None if self.before is None else self.before[rows]
+        return Target(self.model, inputs, self.name, self.given[rows], self.labels[rows], self.classes, before)
 
     @contextmanager
     def moved(self, x: Tensor, rows: Tensor) -> Iterator[dict[str, Any]]:
         """While it is open, the model reads x [R, ...] if it is called with these inputs, those of the rows [R].
 
-        The model sees `settled(x)`, to which gradients are passed as they are.
+        It sees `settled(x)`, to which gradients are passed as they are.
         """
         given = self.given if len(rows) == len(self.given) else self.given[rows]
         seen = x if x.dtype == given.dtype else (x + (settled(x.detach(), given) - x.detach())).to(given.dtype)
         if self.name == TOKENS:
-            with embedded(self.model, seen):
+            with embedded(self.model, seen.flatten(0, -3)):  # models of multiple choice read choices as rows
                 yield self._inputs(rows)
         else:
             yield {**self._inputs(rows, self.name), self.name: seen}
 
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
-        """The logits [R, K] of the rows [R] for inputs x [R, ...], float32 or wider."""
+        """The logits [R, K] of the rows [R] for inputs x [R, ...] as in `moved`, float32 or wider."""
         with self.moved(x, rows) as inputs:
             logits: Tensor = self.model(**inputs).logits
         logits = logits if logits.itemsize > 4 else logits.float()
@@ -202,6 +204,8 @@ def _unpadded(target: Target) -> Tensor | None:
     mask, shape = target.inputs.get("attention_mask"), target.given.shape
     if mask is None:
         return None
+    if mask.shape == shape[:-1]:  # of tokens
+        return mask.bool().unsqueeze(-1)
     places = [i for i in range(1, len(shape)) if mask.ndim == 2 and shape[i] == mask.shape[1]]
     if not places:
         raise ValueError(f"attention_mask is {list(mask.shape)}, {target.name} {list(shape)}: give a mask of its steps")

@@ -44,9 +44,10 @@ from ..models.projection import ProjectionConfig, ProjectionHead
 from ..patching.heads import inner_of
 from ..robust.ascent import ascend
 from ..robust.ball import NORMS, Ball
+from ..robust.base import generators
 from ..robust.inputs import Target, ball_of, target_of
 from .base import Method, Options
-from .encoder_setup import OBJECTIVES, check_start, image_processor, objective_rows, zero_shot_of
+from .encoder_setup import OBJECTIVES, check_start, objective_rows, zero_shot_of
 from .refusals import OWN_LOSS
 from .rows import IDS
 
@@ -170,8 +171,9 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
         """The inputs of the encoder instead of the head's."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            own: Any = self._signature_columns
             reads = inspect.signature(inner_of(self.zero_shot.encoder).forward).parameters
-            self._signature_columns = list(dict.fromkeys([*reads, "labels", *self._signature_columns]))
+            self._signature_columns = list(dict.fromkeys([*reads, "labels", *own]))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """The number of rows in the batches of a step; None for the loss of a batch."""
@@ -196,7 +198,7 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
             clean, logits = self._read(target, x)
             if not given:
                 target.labels = self.zero_shot.classify(clean).argmax(-1)
-            ball = ball_of(target, self.args.epsilon, self.args.norm, image_processor(self.processing_class))
+            ball = ball_of(target, self.args.epsilon, self.args.norm, self.processing_class)
             attacked, attacked_logits = self._read(target, self._search(target, ball))
         moved, kept = F.normalize(model(torch.cat([attacked, clean])), dim=-1).chunk(2)
         rows = objective_rows(self.args.objective, moved, clean, target.labels, self.zero_shot)
@@ -251,20 +253,16 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
 
     @torch.enable_grad()  # also in an evaluation
     def _search(self, target: Target, ball: Ball) -> Tensor:
-        """The adversarial inputs [B, ...]; random numbers of an evaluation are the same each time."""
-        x, seed = target.center(), self.args.seed
+        """The adversarial inputs [B, ...]; each row's random numbers are its own, new in every step of the training."""
+        seed = self.args.seed + (0 if self._in_training is False else 1 + self.state.global_step)
+        x, steps = target.center(), self.args.steps
         if self._attack is not None:
-            drawn = seed if self._in_training is False else int(torch.randint(2**31, ()))
-            return self._attack.find(target, ball, self.args.steps, torch.Generator().manual_seed(drawn)).x
-        generator = torch.Generator().manual_seed(seed) if self._in_training is False else None
-        every = torch.arange(len(x), device=x.device)
-        # row by row, so that the same rows get the same numbers, however they are put into batches
-        start = torch.cat([ball.rows(row).start(x[row], generator) for row in every.split(1)])
+            return self._attack.find(target, ball, steps, seed).x
 
         def objective(step: int, x: Tensor, rows: Tensor) -> tuple[Tensor, None]:
             return F.cross_entropy(target.logits(x, rows), target.labels[rows], reduction="none"), None
 
-        return ascend(objective, x, ball, [SIZES * ball.radius / self.args.steps] * self.args.steps, start).x
+        return ascend(objective, x, ball, [SIZES * ball.radius / steps] * steps, ball.start(x, generators(x, seed))).x
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

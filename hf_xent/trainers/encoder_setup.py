@@ -51,9 +51,7 @@ def check_start(args: Any, zero_shot: ZeroShot, arguments: Mapping[str, Any]) ->
     if known and args.objective == "ce" and "labels" not in known:
         raise ValueError(f"train_dataset has the columns {', '.join(known)}, but 'ce' needs labels: add the column")
     if PIXELS in known:
-        bounds(image_processor(arguments.get("processing_class")))
-
-
-def image_processor(processor: Any) -> Any:
-    """The image processor within a processor of two modalities; another object is returned unchanged."""
-    return getattr(processor, "image_processor", processor)
+        try:
+            bounds(arguments.get("processing_class"))
+        except ValueError as error:
+            raise ValueError(str(error).replace("processor", "processing_class", 1)) from None  # as it is called here

@@ -8,8 +8,8 @@ of inputs alone; the loss is then that of two passes in the model's own mode, th
 with several labels, such as a sentence with one for each token, is moved once, for the sum over its labels.
 
 The search starts at a random point, which is a function of the seed, the step and the row's own content: it does not
-depend on the batch the row is in, so that 1 x 8 rows are 8 x 1 and a run that is resumed is the same run. (Padding on
-the left moves the content, and is another start.) In evaluation there is no step, and each row has one start.
+depend on the batch the row is in or on the padding of a text, so that 1 x 8 rows are 8 x 1 and a run that is resumed is
+the same run. In evaluation there is no step: each row has one start.
 
 A batch of n rows costs steps + 2 forward and steps backward passes beside the two of the loss.
 
@@ -18,8 +18,6 @@ Source: Madry et al. 2018, arXiv:1706.06083, for the search; Zhang et al. 2019, 
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,10 +29,9 @@ from ..classes.base import ClassLoss
 from ..models.contexts import eval_mode
 from ..robust.ascent import ascend
 from ..robust.ball import Ball
+from ..robust.base import generators
 from ..robust.inputs import PIXELS, TOKENS, Target, ball_of, bounds, target_of
 from .class_rows import RowReader
-
-_ODD = 2654435761
 
 
 @dataclass
@@ -89,7 +86,7 @@ class Perturbation:
     def found(self, target: Target, key: tuple[int, int]) -> Tensor:
         """The inputs [B, ...] that the search finds."""
         loss, model, x = self.loss, target.model, target.center()
-        ball, start = self.placed(target, x, key)
+        ball, start = self.placed(target, key)
         kept = self.reader.kept(target.labels).flatten()
         labels = target.labels.flatten().where(kept, 0)
 
@@ -109,25 +106,14 @@ class Perturbation:
         """The sums [B] of gaps over the labels of each input: of start and end, of tokens or pixels, or one."""
         return gaps.view(-1, count).sum(0) if self.reader.answers else gaps.view(count, -1).sum(1)
 
-    def placed(self, target: Target, x: Tensor, key: tuple[int, int]) -> tuple[Ball, Tensor]:
-        """The ball around each row, in units of that row, and a random point of it."""
-        options = (self.loss.radius, self.loss.norm, self.processor)
-        ball, rows = ball_of(target, *options), torch.arange(len(x), device=x.device).split(1)
-        balls = [ball if target.name == PIXELS else ball_of(target.rows(row), *options) for row in rows]
-        draws = [torch.Generator().manual_seed(zlib.crc32(struct.pack("<3q", *key, name))) for name in _names(target)]
-        start = torch.cat([one.start(x[row], draw) for one, row, draw in zip(balls, rows, draws, strict=True)])
-        if target.name != PIXELS:
-            units = torch.stack([torch.as_tensor(one.unit, dtype=x.dtype).reshape(()) for one in balls])
-            ball = replace(ball, unit=units.to(x.device).view(-1, *[1] * (x.ndim - 1)))
+    def placed(self, target: Target, key: tuple[int, int]) -> tuple[Ball, Tensor]:
+        """The ball around each row, and a random point of it."""
+        ball, x = ball_of(target, self.loss.radius, self.loss.norm, self.processor), target.center()
+        content = target.inputs[TOKENS] if target.name == TOKENS else x  # embeddings move with training, ids do not
+        if target.name != TOKENS or ball.mask is None:
+            return ball, ball.start(x, generators(content, *key))
+        start = x.clone()
+        for i, kept in enumerate(ball.mask.squeeze(-1)):  # as if there were no padding
+            row = replace(ball.rows(torch.tensor([i], device=x.device)), mask=None)
+            start[i, kept] = row.start(x[i, kept].unsqueeze(0), generators(content[i, kept].unsqueeze(0), *key))[0]
         return ball, start
-
-
-def _names(target: Target) -> list[int]:
-    """A number for each row that is a function of its content, without its padding."""
-    value, mask = target.inputs[target.name].float(), target.inputs.get("attention_mask")
-    if target.name == TOKENS and mask is not None:
-        value = value * mask
-    bits = value.contiguous().view(torch.int32).flatten(1).long()
-    factors = _ODD * (2 * torch.arange(bits.shape[1], device=bits.device) + 1)
-    names: list[int] = (bits * factors).sum(1).tolist()  # modulo 2^64
-    return names
