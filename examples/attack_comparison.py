@@ -4,8 +4,8 @@
 
 hardened_digits.py has the models. Each attack has 100 forward and backward passes a row at most, on the same 500 test
 digits, in L-infinity balls. EPSILON was chosen on validation digits of another seed, where PGD leaves 45 % (plain) and
-38 % (hardened, which is trained with .1) right: at 0 % all attacks are equal. PGD, APGD and APGD-T start once; PMA has two phases of 50 steps
-from a random point each, so 'PGD, two starts' is the control with as many starts and steps.
+38 % (hardened, which is trained with .1) right: at 0 % all attacks are equal. PGD and APGD start once, APGD-T once for
+each class; PMA has two phases of 50 steps, each from a random point, for which 'PGD, two starts' is the control.
 
 Decided before: seeds are those of the models and of the attacks. An attack is stronger than PGD on a model if its
 robust accuracy is lower under each seed, and the 95 % interval of the difference, seed by seed, is beyond 0. Lower is

@@ -95,10 +95,9 @@ def attacked(run: Attacking, report: Report | None = None) -> tuple[Attacked, di
             drafts.append(draft)
         if run.masking:
             batch, labels = task.batch(range(min(MASKED, len(task.rows))), task.classifier.model.device)
-            options = {"norm": run.norm, "processor": task.classifier.processor, "seed": run.seed}
+            options: Any = {"norm": run.norm, "processor": task.classifier.processor, "seed": run.seed}
             options |= {"batch_size": run.batch_size}
-            found = masking(task.classifier.model, batch, labels, run.radius, run.steps, **options)  # type: ignore[arg-type]
-            outcome.masking = asdict(found)
+            outcome.masking = asdict(masking(task.classifier.model, batch, labels, run.radius, run.steps, **options))
     found = summary(run, outcome)
     folder = Path(run.output)
     replace_atomically(folder / "rows.csv", lambda draft: write_rows(draft, outcome))
@@ -161,7 +160,9 @@ def _under(task: Task, method: str, draft: Draft, report: Report | None) -> Foun
             append(_of_batch(task, method, (batch, labels), number, file))
             tell(method, len(right()), len(task.rows), float(np.mean(right())))
     chunks = draft.chunks
-    lists = {key: [x for chunk in chunks for x in chunk[key]] for key in ("predicted", "under", "flipped", "distance")}
+    lists: dict[str, Any] = {
+        key: [x for chunk in chunks for x in chunk[key]] for key in ("predicted", "under", "flipped", "distance")
+    }
     sums: dict[str, Any] = {key: sum(chunk[key] for chunk in chunks) for key in ("passes", "seconds")}
     return Found(**lists, **sums, folder="" if folder is None else str(folder))
 
