@@ -1,7 +1,6 @@
 """A frozen encoder of digits, the ViT of tiny_vit.py with class means as centers; its heads; accuracies under attack.
 
 model = model_of("ce", seed=0, rate=3e-3)       # a ZeroShot; the arm 'frozen' has no head, 'all weights' nothing frozen
-values, signs = measured(model, 0, rows, steps=100)
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ QUIET: dict[str, Any] = {
 
 
 def batch_of(rows: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    pixels = torch.stack([row["pixel_values"] for row in rows])
-    return {"pixel_values": pixels}, torch.tensor([row["labels"] for row in rows])
+    return {"pixel_values": torch.stack([r["pixel_values"] for r in rows])}, torch.tensor([r["labels"] for r in rows])
 
 
 @cache

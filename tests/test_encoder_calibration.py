@@ -231,12 +231,14 @@ def test_every_tower_has_a_head_of_its_own(name, tmp_path):
 
 def test_what_was_trained_is_saved_with_its_classes_and_a_card(tmp_path):
     model = zero_shot()
+    model.config.name_or_path = "me/encoder"
     trainer = fit(tmp_path / "head", model=model)
     trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card(license="mit")
     card = hub.validate(tmp_path / "head")
-    assert card.data.pipeline_tag == "feature-extraction" and card.data.library_name == "hf_xent"
+    assert card.data.base_model == "me/encoder" and card.data.pipeline_tag == "feature-extraction"
+    assert card.data.library_name == "hf_xent"
     for part in ("-log softmax_c", "Frozen encoder: ViTForImageClassification", "3 centers, cosines times 5", "| `ep"):
         assert part in card.text
     assert "robust accuracy" not in card.text.lower() and "+47" not in card.text

@@ -68,7 +68,7 @@ class ZeroShot(nn.Module):
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         """The logits of a batch, float32 or wider."""
         inputs.pop("labels", None)
-        return SequenceClassifierOutput(logits=self.classify(self.embed(**inputs)))  # type: ignore[arg-type]
+        return SequenceClassifierOutput(logits=self.classify(self.embed(**inputs)))
 
     def classify(self, embedded: Tensor) -> Tensor:
         """The logits [B, C] of features of unit length [B, D]."""

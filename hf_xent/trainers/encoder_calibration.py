@@ -37,7 +37,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from .. import robust
 from ..classes.heads import inputs_of
-from ..hub import Carded, Tokenless, origin
+from ..hub import Carded, Tokenless
 from ..models.contexts import eval_mode
 from ..models.embeddings import TOWERS
 from ..models.projection import ProjectionConfig, ProjectionHead
@@ -137,6 +137,8 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
         if self.zero_shot.head is None:
             config = ProjectionConfig(self.zero_shot.centers.shape[1], args.head_size)
             self.zero_shot.head = ProjectionHead(config)
+        head: Any = self.zero_shot.head
+        head.config.name_or_path = getattr(self.zero_shot.config, "name_or_path", "")  # the base model of its card
         self.averages_items = args.objective == "infonce"  # training_step then divides by the accumulated batches
         super().__init__(model=self.zero_shot.head, args=args, **kwargs)
         self.model_accepts_loss_kwargs = not self.averages_items  # the rows of a step are counted for us
@@ -157,15 +159,6 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
             "Classes": f"{len(zero_shot.centers)} centers, cosines times {zero_shot.scale:.4g}",
             "Trained": f"{sum(p.numel() for p in head.parameters()):,} parameters, {zero_shot.share():.2%} of all",
         }
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, **metadata: Any
-    ) -> None:
-        """As `Carded`, with the encoder as the base model."""
-        name = getattr(self.zero_shot.config, "_name_or_path", None)
-        if name and not metadata.get("finetuned_from"):
-            metadata["finetuned_from"] = origin(name)["base_model"]
-        super().create_model_card(model_name, dataset_name, **metadata)
 
     def _set_signature_columns_if_needed(self) -> None:
         """The inputs of the encoder instead of the head's."""
