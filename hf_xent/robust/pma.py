@@ -6,7 +6,8 @@
 
 A run has two phases, with -a and with b in the first half, each from a random point of the ball and for the rows that
 are still right. `steps` are shared between the phases of all restarts: the paper's two phases of S = 100 are 200 steps.
-Step 0 moves towards the label, as in the authors' code; `towards=False` leaves that out. b < a exactly where the logit of the label is the largest.
+Step 0 moves towards the label, as in the authors' code; `towards=False` leaves that out. b < a exactly where the logit
+of the label is the largest.
 
 A sign step does not change if its gradient is divided by 1 - a, and then it does not vanish where a model is sure, in
 float16 neither. With m = z_y - log sum_{k != y} exp(z_k) and r = b / (1 - a) the objectives have the gradients
