@@ -27,7 +27,7 @@ FILE = Path("benchmarks/results/attacks.md")
 SHAPE: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 PROCESSOR = SimpleNamespace(image_mean=[0.5], image_std=[0.5])
-METHODS = ("pgd", "pma", "apgd", "apgd:loss=targeted", "pma_plus")
+METHODS = ("pgd", "pma", "pma:towards=False", "apgd", "apgd:loss=targeted", "pma_plus")
 NOTHING, ROWS, APART, EPOCHS = 1e-6, 128, 297, 16
 TARGET = 1.1
 """What an attack may take of the plain loop's time, decided before anything was measured."""

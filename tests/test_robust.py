@@ -14,7 +14,7 @@ from hf_xent.robust.base import margins, shares
 from hf_xent.robust.inputs import Target, settled
 from hf_xent.robust.pma import probabilities, sizes
 
-METHODS = ("pgd", "pma", "pma:restarts=2", "apgd", "apgd:loss=dlr", "apgd:loss=targeted", "pma_plus")
+METHODS = ("pgd", "pma", "pma:restarts=2, towards=False", "apgd", "apgd:loss=dlr", "apgd:loss=targeted", "pma_plus")
 PLAIN = SimpleNamespace(image_mean=[0.5, 0.4], image_std=[0.25, 0.2])
 """A processor of images of two channels."""
 
@@ -168,6 +168,9 @@ def test_phases_of_the_margin_attack():
     target, seen = Target(Linear(weight), {}, "input_values", x, torch.tensor([0])), []
     logits = target.logits
     target.logits = lambda x, rows: (seen.append(x.detach().clone()), logits(x, rows))[1]
+    PMA(towards=False).find(target, Ball(1e-3), 16, 0)
+    assert (seen[1] > x)[0].tolist() == [False, True, True], "without the step towards the label"
+    seen.clear()
     PMA().find(target, Ball(1e-3), 16, 0)
     first, second = torch.cat(seen[:9]), torch.cat(seen[9:])
     assert len(first) == len(second) == 9  # 8 steps and a look at the last point

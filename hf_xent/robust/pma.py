@@ -6,7 +6,8 @@
 
 A run has two phases, with -a and with b in the first half, each from a random point of the ball and for the rows that
 are still right. `steps` are shared between the phases of all restarts: the paper's two phases of S = 100 are 200 steps.
-Step 0 moves towards the label, as in the authors' code. b < a exactly where the logit of the label is the largest.
+Step 0 moves towards the label, as in the authors' code; `towards=False` leaves that out. b < a exactly where the logit
+of the label is the largest.
 
 A sign step does not change if its gradient is divided by 1 - a, and then it does not vanish where a model is sure, in
 float16 neither. With m = z_y - log sum_{k != y} exp(z_k) and r = b / (1 - a) the objectives have the gradients
@@ -40,6 +41,8 @@ class PMA(Attack):
 
     restarts: int = 1
     """How often both phases are done, each from another random point."""
+    towards: bool = True
+    """Whether step 0 goes towards the label, as in the authors' code; False starts with step 1's objective."""
 
     def __post_init__(self) -> None:
         check_count("restarts", self.restarts, 1)
@@ -57,7 +60,7 @@ class PMA(Attack):
         def objective(step: int, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             logits, labels = target.logits(x, rows), target.labels[rows]
             a, b = probabilities(logits, labels)
-            if step == 0:
+            if step == 0 and self.towards:
                 value = a
             elif step < steps / 2:
                 value = b if run % PHASES else -a

@@ -30,6 +30,8 @@ class PMAPlus(Attack):
     """The share of the steps that PMA has."""
     restarts: int = 1
     """Of PMA."""
+    towards: bool = True
+    """Of PMA."""
     targets: int = 9
     """Of APGD-T."""
     ranges: ClassVar[dict[str, str]] = {"share": "(0, 1)"}
@@ -46,7 +48,7 @@ class PMAPlus(Attack):
 
     def _parts(self) -> tuple[Attack, Attack]:
         return (
-            PMA(leave=self.leave, restarts=self.restarts),
+            PMA(leave=self.leave, restarts=self.restarts, towards=self.towards),
             APGD(leave=self.leave, loss="targeted", targets=self.targets),
         )
 
