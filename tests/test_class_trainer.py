@@ -519,3 +519,34 @@ def test_refusals(tmp_path):
     refused("is a BertForQuestionAnswering, whose classes are positions, for which Aspects", question, loss="aspects")
     segmenter, images = KINDS["segmentation"][0](), KINDS["segmentation"][1]()
     refused("SegformerForSemanticSegmentation without a linear head of classes, but Probe", segmenter, images, Probe())
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_weights_that_files_name_otherwise_are_loaded(tmp_path, best):
+    """Files of a ViT have the names of the Hub, which the stock trainer does not translate."""
+    rows = [{"pixel_values": torch.randn(1, 8, 8), "labels": i % 2} for i in range(8)]
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+
+    def trainer_of(steps):
+        torch.manual_seed(0)
+        model = transformers.ViTForImageClassification(
+            transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **shape)
+        )
+        config = ClassConfig(
+            str(tmp_path / "run"), max_steps=steps, save_steps=2, learning_rate=0.1, report_to="none", use_cpu=True,
+            lr_scheduler_type="constant", per_device_train_batch_size=4, disable_tqdm=True,
+        )  # fmt: skip
+        return ClassTrainer(model, config, train_dataset=rows)
+
+    whole = trainer_of(4)
+    whole.train()
+    first, last = (str(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 4))
+    found = trainer_of(4)
+    if best:
+        found.state.best_model_checkpoint = last
+        found._load_best_model()
+    else:
+        found.train(resume_from_checkpoint=first)
+    expected = whole.model.state_dict()
+    for name, weight in found.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name])

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..options.ranges import check_flag, check_integer, check_number, check_text
 from .means import Sums
 from .refusals import refuse_arguments, refuse_options
+from .renamed_weights import load_renamed
 from .rows import IDS, check_rows
 from .weights import check_columns, refuse_columns
 
@@ -178,6 +179,18 @@ class Method(Mixin):
         """
         self._check_rows("test_dataset", test_dataset)
         return super().get_test_dataloader(test_dataset)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As the stock trainer, also where the checkpoint's files name the weights otherwise than the model does."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As the stock trainer, also where the files name the weights otherwise."""
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_renamed(self.model, self.state.best_model_checkpoint)
 
     def evaluation_loop(
         self,
