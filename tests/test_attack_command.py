@@ -17,6 +17,7 @@ from hf_xent.experiments.attack_settings import Attacking
 from hf_xent.metrics.shares import wilson
 from hf_xent.robust import attack
 from support.models import tiny_tokenizer
+from support.pictures import write_classifier, write_pictures
 
 pytestmark = pytest.mark.usefixtures("without_progress_bars")
 EPSILON = 0.3
@@ -48,27 +49,12 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Dark, grey and light pictures in a folder each: thirty in all."""
-    from PIL import Image
-
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for i in range(30):
-        name = ("dark", "grey", "light")[i % 3]
-        (folder / name).mkdir(exist_ok=True)
-        pixels = rng.integers(0, 130, (14, 14)) + 62 * (i % 3)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def classifier(pictures, tmp_path_factory):
-    """A tiny ViT that tells them apart, and its processor."""
-    output = tmp_path_factory.mktemp("classifier")
-    model = "tiny-vit:hidden=16, layers=1, heads=2"
-    words = ["classify", "cross_entropy", "--model", model, "--dataset", pictures, "--output", output]
-    words += ["--steps", 60, "--batch-size", 8, "--learning-rate", 0.02]
-    assert CliRunner().invoke(cli.app, [str(word) for word in words]).exit_code == 0
-    return output
+    return write_classifier(tmp_path_factory.mktemp("classifier"), pictures)
 
 
 def test_accuracies_are_those_of_the_rows(classifier, pictures, tmp_path):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hf_xent import cli, laws
 from hf_xent.models import packaged
+from support.pictures import write_classifier, write_pictures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,8 +59,12 @@ def write_curves(folder):
 @pytest.mark.parametrize("line", commands())
 def test_commands_run(line, tmp_path):
     line = line.replace("runs/*.csv", write_curves(tmp_path)) if "runs/*.csv" in line else line
+    if "my/pictures" in line:
+        pictures = write_pictures(tmp_path / "pictures")
+        classifier = write_classifier(tmp_path / "classifier", pictures)
+        line = line.replace("my/pictures", str(pictures)).replace("my/classifier", str(classifier))
     _, command, *rest = shlex.split(line)
-    output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify") else []
+    output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify", "attack") else []
     result = CliRunner().invoke(cli.app, [command, *rest, *SMALLER.get(command, []), *output])
     assert result.exit_code == 0, result.output
 
