@@ -93,7 +93,7 @@ def page(rounds: int, steps: int, epsilon: float) -> str:
         torch.set_num_threads(threads)
     ratios = {name: [_ratio(same, f"{name} {leave}") for leave in (True, False)] for name in METHODS}
     missed = [name for name, (left, _) in ratios.items() if left > TARGET]
-    verdict = f"missed by {' and '.join(missed)}" if missed else "all of them met it"
+    verdict = f"missed by {', '.join(missed)}" if missed else "all of them met it"
     head = f"""# Attacks
 
 `python -m benchmarks attacks` makes this page.
