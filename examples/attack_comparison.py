@@ -6,6 +6,7 @@ hardened_digits.py has the models. Each attack has 100 forward and backward pass
 digits, in L-infinity balls. EPSILON was chosen on validation digits of another seed, where PGD leaves 45 % (plain) and
 38 % (hardened, which is trained with .1) right: at 0 % all attacks are equal. PGD and APGD start once, APGD-T once for
 each class; PMA has two phases of 50 steps, each from a random point, for which 'PGD, two starts' is the control.
+'PMA, no step 0' was added when the others had been seen.
 
 Decided before: seeds are those of the models and of the attacks. An attack is stronger than PGD on a model if its
 robust accuracy is lower under each seed, and the 95 % interval of the difference, seed by seed, is beyond 0. Lower is
@@ -33,6 +34,7 @@ ARMS = {
     "APGD": [("apgd", 1.0)],
     "APGD-T": [("apgd:loss=targeted", 1.0)],
     "PMA": [("pma", 1.0)],
+    "PMA, no step 0": [("pma:towards=False", 1.0)],
     "PMA+": [("pma_plus", 1.0)],
 }
 """Attack -> its runs, each with its share of the steps."""
