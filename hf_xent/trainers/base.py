@@ -180,11 +180,12 @@ class Method(Mixin):
         self._check_rows("test_dataset", test_dataset)
         return super().get_test_dataloader(test_dataset)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """As the stock trainer, also where the checkpoint's files name the weights otherwise than the model does."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(checkpoint, *args, **kwargs)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_renamed(self.model if model is None else model, resume_from_checkpoint)
+            given = args[0] if args else kwargs.get("model")
+            load_renamed(self.model if given is None else given, checkpoint)
 
     def _load_best_model(self) -> None:
         """As the stock trainer, also where the files name the weights otherwise."""
