@@ -34,6 +34,8 @@ class PMAPlus(Attack):
     """Of PMA."""
     targets: int = 9
     """Of APGD-T."""
+    towards: bool = True
+    """Of PMA: whether its step 0 goes towards the label."""
     ranges: ClassVar[dict[str, str]] = {"share": "(0, 1)"}
 
     def __post_init__(self) -> None:
