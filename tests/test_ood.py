@@ -84,6 +84,8 @@ def test_far_apart_logits_stay_exact():
 
 
 def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="nan or infinite"):
+        ood_score(torch.full((2, 3), torch.nan), torch.randn(2, 3))
     x, classes, words = problem()
     for options, message in (
         ({"groups": 12}, "groups is 12, but there are 11 negative labels: choose at most as many"),

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_xent.adapt import RMT, EntropyMinimization, ImageViews, SoundViews, TextViews, source_prototypes
 from hf_xent.adapt.rmt import contrast, nearest
+from hf_xent.adapt.source import labels_of
 from hf_xent.adapt.streams import batch_statistics
 from support.models import tiny_tokenizer
 
@@ -562,3 +563,10 @@ def test_adapters_learn_alone():
     rmt.predict(batches(1)[0])
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"classifier.weight", "classifier.bias"}
+
+
+def test_what_is_no_model_and_rows_without_labels_are_refused():
+    with pytest.raises(ValueError, match="model is 'vit': load it first"):
+        RMT("vit")
+    with pytest.raises(ValueError, match="source has rows with pixel_values: give their labels"):
+        labels_of({"pixel_values": torch.rand(2, 1, 4, 4)})

@@ -357,7 +357,7 @@ def asked(**changes):
         ({"epsilon": float("inf")}, "epsilon is inf"),
         ({"steps": 0}, "steps is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"norm": 2}, "norm is 2: choose inf or 2"),
+        ({"norm": 1}, "norm is '1': choose inf or 2"),
         ({"method": "fgsm"}, "attack is 'fgsm': choose one of"),
         ({"processor": None}, "processor is NoneType without image_mean and image_std.*pass the image processor"),
         ({"processor": SimpleNamespace(image_mean=[0.5], image_std=[0.0])}, "all std above 0"),
@@ -420,3 +420,19 @@ def test_an_attack_of_ones_own():
     found = attack(**asked(method=Nothing()))
     assert not found.flipped.any()
     assert torch.equal(found.inputs, pixels())
+
+
+def test_labels_and_norms_as_users_write_them():
+    torch.manual_seed(0)
+    model, x = (
+        tf.ViTForImageClassification(tf.ViTConfig(image_size=8, patch_size=4, **SMALL)),
+        torch.rand(4, 3, 8, 8) - 0.5,
+    )
+    labels = [0, 1, 2, 0]
+    options = {"epsilon": 0.1, "steps": 2, "processor": PROCESSOR}
+    expected = attack(model, {"pixel_values": x}, torch.tensor(labels), norm="2", **options)
+    for given in (labels, torch.tensor(labels, dtype=torch.int32), torch.tensor(labels, dtype=torch.uint8)):
+        found = attack(model, {"pixel_values": x}, given, norm=2, **options)
+        assert found.flipped.tolist() == expected.flipped.tolist() and found.passes == expected.passes
+    with pytest.raises(ValueError, match="model is 'vit': load it first"):
+        attack("vit", {"pixel_values": x}, torch.tensor(labels), **options)

@@ -55,7 +55,8 @@ def ood_score(
         The scores and the predicted classes.
 
     Raises:
-        ValueError: A temperature that is not positive, features of unequal widths, or more groups than negatives.
+        ValueError: A temperature that is not positive, features of unequal widths or that are not finite, or more
+            groups than negatives.
     """
     if not is_number(temperature, "(0, inf)"):
         raise ValueError(f"temperature is {temperature!r}: choose a number in (0, inf)")
@@ -63,6 +64,8 @@ def ood_score(
     if any(table.ndim != 2 or table.shape[-1] != features.shape[-1] or not len(table) for table in tables):
         shapes = [tuple(table.shape) for table in tables]
         raise ValueError(f"features are {tuple(features.shape)}, those of names {shapes}: give rows of one width")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features have numbers that are nan or infinite: leave these rows out")
     rows = F.normalize(features.double(), dim=-1)
     logits = [rows @ F.normalize(table.double(), dim=-1).T / temperature for table in tables]
     predicted = logits[0].argmax(-1)

@@ -34,8 +34,8 @@ from ..models.embeddings import classifier_head, features
 from ..options.ranges import check_count, check_number
 from ..system.progress import tracked
 from ..trainers.class_state import AveragedTeacher
-from .source import Collate, drawn, source_prototypes
-from .streams import LABELS, Stream, wide
+from .source import Collate, drawn, labels_of, source_prototypes
+from .streams import Stream, wide
 from .views import default_views
 
 WIDTH = 128
@@ -82,6 +82,7 @@ class RMT(Stream):
     }
 
     def __post_init__(self) -> None:
+        self._check_model()
         if self.source_weight is None:
             self.source_weight = 0.0 if self.source is None else 1.0
         for name, interval in self.ranges.items():
@@ -215,8 +216,8 @@ class RMT(Stream):
         """The cross-entropy of drawn source rows."""
         assert self.source is not None
         batch = drawn(self.source, self.source_batch_size, self.collate, self.generator)
+        labels = labels_of(batch)
         logits = wide(self.model(**self.inputs(batch)).logits)
-        labels = next(batch[name] for name in LABELS if name in batch)
         return F.cross_entropy(logits, labels.to(logits.device))
 
     def _set_rate(self, rate: float) -> None:

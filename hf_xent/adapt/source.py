@@ -18,6 +18,7 @@ from ..system.files import replace_atomically
 from ..system.progress import tracked
 
 Collate = Callable[[list[Any]], Any]
+LABELS = ("labels", "label")
 LIMIT = 100_000
 """The rows that class means are made of, at most."""
 
@@ -26,6 +27,14 @@ def drawn(rows: Sequence[Any], size: int, collate: Collate | None, generator: Ge
     """A batch of `size` rows, or of all if there are fewer, none of them twice."""
     places = torch.randperm(len(rows), generator=generator)[:size].tolist()
     return dict((collate or default_data_collator)([rows[place] for place in places]))
+
+
+def labels_of(batch: dict[str, Any]) -> Tensor:
+    """Takes the labels out of a batch of source rows. Raises: ValueError without any."""
+    found = [batch.pop(name) for name in LABELS if name in batch]
+    if not found:
+        raise ValueError(f"source has rows with {', '.join(batch)}: give their labels, too")
+    return torch.as_tensor(found[0])
 
 
 @torch.no_grad()
@@ -50,7 +59,7 @@ def source_prototypes(
         [K, D], which are not of unit length.
 
     Raises:
-        ValueError: A class has no row.
+        ValueError: A class has no row, or rows have no labels.
     """
     count = min(len(rows), LIMIT)
     made_of = {"model": fingerprint_model(model), "rows": count} if file is not None else {}
@@ -65,7 +74,7 @@ def source_prototypes(
             batch = dict(
                 (collate or default_data_collator)([rows[i] for i in range(start, min(start + batch_size, count))])
             )
-            labels.append(batch.pop("labels"))
+            labels.append(labels_of(batch))
             device = next(model.parameters()).device
             parts.append(features(model, {name: value.to(device) for name, value in batch.items()}, normalize=False))
     found = prototypes(torch.cat(parts), torch.cat(labels).to(parts[0].device), int(model.config.num_labels))

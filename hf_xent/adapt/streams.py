@@ -23,8 +23,8 @@ from ..models.contexts import eval_mode
 from ..options.ranges import check_count, check_number
 from ..system.files import replace_atomically
 from ..system.progress import tracked
+from .source import LABELS
 
-LABELS = ("labels", "label")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 State = dict[str, Any]
 
@@ -54,6 +54,7 @@ class Stream:
     """The name of the state in a folder."""
 
     def __post_init__(self) -> None:
+        self._check_model()
         check_number(self, "learning_rate", "[0, inf)")
         check_count("seed", self.seed, 0)
         if self.optimizer not in OPTIMIZERS:
@@ -75,6 +76,10 @@ class Stream:
         self.tensors: dict[str, Tensor] = {**self.learned, **self.keeps()}
         self._optimizer = OPTIMIZERS[self.optimizer]([*self.learned.values()], lr=self.learning_rate)
         self._start = self._state()
+
+    def _check_model(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(f"model is {self.model!r}: load it first, for instance by AutoModelForImageClassification")
 
     def learns(self) -> dict[str, nn.Parameter]:
         """The parameters that are learned, by their names."""

@@ -94,6 +94,8 @@ def prototypes(features: Tensor, labels: Tensor, classes: int | None = None) -> 
         raise ValueError(
             f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}: give rows, and a label for each"
         )
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}: give the ids of classes, integers")
     count = int(labels.max()) + 1 if classes is None else classes
     if labels.min() < 0 or labels.max() >= count:
         raise ValueError(f"labels are {int(labels.min())} to {int(labels.max())}, but there are {count} classes")

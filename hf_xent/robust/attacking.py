@@ -32,8 +32,8 @@ class Attacked(NamedTuple):
 class Options(TypedDict, total=False):
     """What `attack` can be told beside its arguments."""
 
-    norm: str
-    """'inf' (the default) or '2'."""
+    norm: str | float
+    """'inf' (the default) or '2', also as numbers."""
     processor: Any
     """The image processor of the model, for images."""
     seed: int
@@ -58,7 +58,7 @@ def attack(
     Args:
         model: A classifier of transformers of images, sounds or texts, or a `hf_xent.models.zero_shot.ZeroShot`.
         batch: Its inputs, on its device.
-        labels: Ids of classes [B].
+        labels: Ids of classes [B], integers.
         epsilon: The radius of the ball, in the units of `hf_xent.robust.inputs`.
         steps: The forward and backward passes of a row, at most.
         method: A name of `ATTACKS`, with options if any: 'pgd:size=2'; or an attack as an object.
@@ -73,8 +73,10 @@ def attack(
     """
     if unknown := [name for name in options if name not in Options.__annotations__]:
         raise TypeError(f"attack takes no {unknown[0]}: its options are {', '.join(Options.__annotations__)}")
-    norm, seed, processor = options.get("norm", "inf"), options.get("seed", 0), options.get("processor")
+    norm, seed, processor = str(options.get("norm", "inf")), options.get("seed", 0), options.get("processor")
     found = get(method)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {model!r}: load it first, for instance by AutoModelForImageClassification")
     check_count("steps", steps, 1)
     check_count("seed", seed, 0)
     if not is_number(epsilon, "(0, inf)"):

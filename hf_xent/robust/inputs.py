@@ -124,7 +124,7 @@ def target_of(model: nn.Module, batch: Mapping[str, Any], labels: Tensor) -> Tar
         raise ValueError(f"{name} are {given.dtype}: pass the floating point numbers that the processor returns")
     if not bool(given.isfinite().all()):
         raise ValueError(f"{name} have numbers that are nan or infinite: attack inputs without these")
-    return Target(model, inputs, name, given, _usable(labels).to(given.device), _classes(model))
+    return Target(model, inputs, name, given, _ids(labels).to(given.device), _classes(model))
 
 
 def ball_of(target: Target, epsilon: float, norm: str, processor: Any = None) -> Ball:
@@ -239,3 +239,9 @@ def _classes(model: nn.Module) -> int | None:
 def _usable(value: Any) -> Any:
     """A tensor of inference mode as one that gradients can pass."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _ids(labels: Any) -> Tensor:
+    """Labels as a tensor; whole numbers of any width are ids."""
+    labels = _usable(torch.as_tensor(labels))
+    return labels if labels.is_floating_point() or labels.dtype == torch.bool else labels.long()

@@ -31,11 +31,9 @@ class PMAPlus(Attack):
     restarts: int = 1
     """Of PMA."""
     towards: bool = True
-    """Of PMA."""
+    """Of PMA: whether its step 0 goes towards the label."""
     targets: int = 9
     """Of APGD-T."""
-    towards: bool = True
-    """Of PMA: whether its step 0 goes towards the label."""
     ranges: ClassVar[dict[str, str]] = {"share": "(0, 1)"}
 
     def __post_init__(self) -> None:
