@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     ViTForImageClassification,
     pipeline,
 )
@@ -23,6 +25,7 @@ from hf_xent.classes.base import ClassLoss
 from hf_xent.data.rows import Columns, load_labeled
 from hf_xent.experiments.class_rows import divided
 from hf_xent.metrics.labels import of_classes, of_numbers, of_order
+from hf_xent.models.classifiers import Wanted, load_classifier
 from support.models import tiny_tokenizer
 
 WORDS = {"sea": "wave boat fish salt", "sky": "cloud bird wind star", "soil": "root worm seed stone"}
@@ -419,3 +422,13 @@ def test_losses_of_classes_are_listed_without_torch():
     shown = invoke("losses", "--classes", "--markdown").stdout
     assert shown.count("\n| `") == len(classes.LOSSES) and all(f"`{row['name']}`" in shown for row in rows)
     assert "aspects" in invoke("losses", "--classes").stdout
+
+
+def test_a_model_of_another_kind_is_refused_in_a_line(tmp_path):
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=10)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="a GPT2, which is no AutoModelForImageClassification: choose another"
+    ) as error:
+        load_classifier(str(tmp_path), Wanted("image", ["a", "b"], 2))
+    assert len(str(error.value).replace(str(tmp_path), "")) < 120

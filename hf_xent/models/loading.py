@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,3 +81,8 @@ def explain_load_errors(model: str) -> Iterator[str]:
             raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}: no local folder, and the Hub cannot provide it ({reason})") from error
+    except ValueError as error:  # its message lists every configuration that the class of transformers knows
+        kind = re.search(r"Unrecognized configuration class.*\.(\w+)Config'?>.*AutoModel: (\w+)", str(error))
+        if kind is None:
+            raise
+        raise ValueError(f"model is {model!r}, a {kind[1]}, which is no {kind[2]}: choose another model") from error
