@@ -158,3 +158,9 @@ def test_an_encoder_without_hidden_states_is_refused():
 
     with pytest.raises(ValueError, match="model is a Plain"):
         ZeroShot(Plain(), draw(K, D))(**images())
+
+
+def test_centers_of_another_encoder_are_refused():
+    model = ZeroShot(clip(), draw(3, D + 1))
+    with pytest.raises(ValueError, match=f"features are {D} numbers, centers {D + 1}: make both by one encoder"):
+        model(**images())

@@ -71,7 +71,11 @@ class ZeroShot(nn.Module):
         return SequenceClassifierOutput(logits=self.classify(self.embed(**inputs)))
 
     def classify(self, embedded: Tensor) -> Tensor:
-        """The logits [B, C] of features of unit length [B, D]."""
+        """The logits [B, C] of features of unit length [B, D]. Raises: ValueError for features of another width."""
+        if embedded.shape[-1] != self.centers.shape[-1]:
+            raise ValueError(
+                f"features are {embedded.shape[-1]} numbers, centers {self.centers.shape[-1]}: make both by one encoder"
+            )
         return self.scale * embedded @ self.centers.to(embedded.dtype).T
 
     def get_input_embeddings(self) -> nn.Module:
