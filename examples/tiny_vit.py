@@ -30,15 +30,19 @@ def images(name: str, split: str, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def quiet(**options: Any) -> ClassConfig:
+    """A configuration that neither saves nor reports."""
+    return ClassConfig(
+        per_device_train_batch_size=64, lr_scheduler_type="cosine", save_strategy="no", report_to="none",
+        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+
+
 def trained(loss: str, rows: list[Any], classes: int, seed: int, **options: Any) -> Any:
     """A model that was trained under a loss, by its name."""
     torch.manual_seed(seed)
     shape = ViTConfig(image_size=SIDE, patch_size=7, num_channels=1, num_labels=classes, **SHAPE)
-    config = ClassConfig(
-        seed=seed, per_device_train_batch_size=64, lr_scheduler_type="cosine", save_strategy="no", report_to="none",
-        logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **options,
-    )  # fmt: skip
-    trainer = ClassTrainer(ViTForImageClassification(shape), config, loss=loss, train_dataset=rows)
+    trainer = ClassTrainer(ViTForImageClassification(shape), quiet(seed=seed, **options), loss=loss, train_dataset=rows)
     trainer.train()
     return trainer.model.cpu().eval()
 
