@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.statistics import widened
 from ..options.ranges import check_count, check_fields
 
 WIDTH = 1024
@@ -155,5 +156,4 @@ def unit(features: Tensor, width: int, name: str = "features", axes: int = 2) ->
     if not features.isfinite().all():
         bad = int((~features.isfinite().all(-1)).sum())
         raise ValueError(f"{name} have {bad} rows with nan or inf: leave them out, or run the model in float32")
-    features = features.detach()
-    return F.normalize(features if features.itemsize >= 4 else features.float(), dim=-1)
+    return F.normalize(widened(features.detach()), dim=-1)

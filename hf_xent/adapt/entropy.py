@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from .streams import Stream, wide
+from ..ops.statistics import widened
+from .streams import Stream
 
 
 @dataclass(eq=False)
@@ -44,5 +45,5 @@ class EntropyMinimization(Stream):
 
     def adapt(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The model's logits, and their mean entropy in nats."""
-        logits = wide(self.model(**inputs).logits)
+        logits = widened(self.model(**inputs).logits)
         return logits, Categorical(logits=logits, validate_args=False).entropy().mean()

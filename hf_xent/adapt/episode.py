@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.statistics import widened
+
 IGNORED = -100
 WITHIN = 1e-10  # the authors', added to pi within the logarithm: an oracle may know that there is no foreground
 
@@ -133,7 +135,7 @@ def _shares_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _prepared(features: Tensor, rows: Tensor, name: str) -> Tensor:
     """Features in float32 or wider, and 0 where they are padding, which may hold anything."""
-    found = (features if features.itemsize > 4 else features.float()).detach()
+    found = widened(features).detach()
     found = found.masked_fill(~rows.unsqueeze(-1), 0.0)
     if not found.isfinite().all():
         raise ValueError(f"{name}_features are not finite in some row: mask it, or leave it out")

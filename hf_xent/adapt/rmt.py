@@ -31,11 +31,12 @@ from torch.nn import functional as F
 from ..classes.supcon import supervised_contrastive
 from ..classes.symmetric_ce import SymmetricCE
 from ..models.embeddings import classifier_head, features
+from ..ops.statistics import widened
 from ..options.ranges import check_count, check_number
 from ..system.progress import tracked
 from ..trainers.class_state import AveragedTeacher
 from .source import Collate, drawn, labels_of, source_prototypes
-from .streams import Stream, wide
+from .streams import Stream
 from .views import default_views
 
 WIDTH = 128
@@ -163,19 +164,19 @@ class RMT(Stream):
     def read(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """The model's logits [B, K] and what its head sees [B, D], of one pass; no features without contrast."""
         if not self.contrast_weight:
-            return wide(self.model(**inputs).logits), torch.empty(0)
+            return widened(self.model(**inputs).logits), torch.empty(0)
         outputs: list[Tensor] = []
         handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output.logits))
         try:
             seen = features(self.model, inputs, normalize=False)
         finally:
             handle.remove()
-        return wide(outputs[-1]), seen
+        return widened(outputs[-1]), seen
 
     @torch.no_grad()
     def taught(self, inputs: Mapping[str, Any]) -> Tensor:
         """The teacher's logits [B, K]."""
-        logits: Tensor = wide(self.teacher.model(**inputs).logits)
+        logits: Tensor = widened(self.teacher.model(**inputs).logits)
         return logits
 
     def warm_up(self, source: Sequence[Any], steps: int) -> None:
@@ -206,7 +207,7 @@ class RMT(Stream):
 
     def _warm(self, source: Sequence[Any]) -> tuple[Tensor, Tensor]:
         inputs = self.inputs(drawn(source, self.source_batch_size, self.collate, self.generator))
-        z = wide(self.model(**inputs).logits)
+        z = widened(self.model(**inputs).logits)
         return z, self._agreed(z, self.taught(inputs))
 
     def _agreed(self, z: Tensor, e: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class RMT(Stream):
         assert self.source is not None
         batch = drawn(self.source, self.source_batch_size, self.collate, self.generator)
         labels = labels_of(batch)
-        logits = wide(self.model(**self.inputs(batch)).logits)
+        logits = widened(self.model(**self.inputs(batch)).logits)
         return F.cross_entropy(logits, labels.to(logits.device))
 
     def _set_rate(self, rate: float) -> None:

@@ -221,11 +221,6 @@ class Stream:
         self.steps, self.warmed = state["counts"]
 
 
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32 or wider."""
-    return logits if logits.itemsize > 4 else logits.float()
-
-
 @contextmanager
 def batch_statistics(models: Iterable[nn.Module]) -> Iterator[None]:
     """While it is open, BatchNorm layers in evaluation mode use the statistics of their batch, not the running ones.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.contexts import eval_mode
+from ..ops.statistics import widened
 from ..options.ranges import check_count
 from .repri import RePRI
 
@@ -161,8 +162,7 @@ def word_features(
                 return_tensors="pt", return_offsets_mapping=False,
             )  # fmt: skip
             inputs = {name: value.to(device) for name, value in batch.items() if name != "token_type_ids"}
-            states = inner(**inputs).last_hidden_state
-            states = states if states.itemsize > 4 else states.float()
+            states = widened(inner(**inputs).last_hidden_state)
             whole = tokenizer(words, is_split_into_words=True, verbose=False)
             for place, row in enumerate(rows):
                 ids = batch.word_ids(place)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.statistics import widened
+
 Logits = tuple[Tensor, Tensor]
 """Of the start and of the end, [N, T] each: N rows of T positions."""
 
@@ -32,6 +34,6 @@ def span_divergence(student: Logits, teacher: Logits, temperature: float = 1.0) 
 
 
 def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    student, teacher = (x if x.itemsize > 4 else x.float() for x in (student, teacher))
+    student, teacher = widened(student), widened(teacher)
     ours, theirs = ((x / temperature).log_softmax(-1) for x in (student, teacher))
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.statistics import widened
 from . import get
 from .base import ClassLoss
 from .heads import head_of, loss_of, resize
@@ -79,8 +80,7 @@ class _Value:
     loss: ClassLoss
 
     def __call__(self, head: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        wide = output if output.itemsize > 4 else output.float()
-        return self.loss.value(wide)[..., None]
+        return self.loss.value(widened(output))[..., None]
 
 
 class _OneLabel:

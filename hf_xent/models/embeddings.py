@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..classes.heads import head_of
+from ..ops.statistics import widened
 from ..options.ranges import check_count
 from ..system.progress import tracked
 from .anatomy import positions
 from .contexts import eval_mode
-from .pooling import before_head, mean_state, wide
+from .pooling import before_head, mean_state
 
 TOWERS = {
     "pixel_values": "get_image_features",
@@ -66,7 +67,7 @@ def features(model: Any, batch: Mapping[str, Any], normalize: bool = True) -> Te
             f"model is a {type(model).__name__}, whose features are {tuple(found.shape)}: pass one that has a vector"
             " for each row"
         )
-    found = wide(found)
+    found = widened(found)
     return F.normalize(found, dim=-1) if normalize else found
 
 
@@ -102,7 +103,7 @@ def prototypes(features: Tensor, labels: Tensor, classes: int | None = None) -> 
     sizes = torch.bincount(labels, minlength=count)
     if absent := (sizes == 0).nonzero().flatten().tolist():
         raise ValueError(f"labels have no row of class {absent[0]}, which has no mean then: give rows of every class")
-    features = wide(features)
+    features = widened(features)
     sums = features.new_zeros(count, features.shape[1]).index_add(0, labels, features)
     return sums / sizes.unsqueeze(1)
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..classes.heads import inputs_of
-
-
-def wide(values: Tensor) -> Tensor:
-    """The values in float32, or in their own dtype if that is wider."""
-    return values if values.itemsize >= 4 else values.float()
+from ..ops.statistics import widened
 
 
 def before_head(head: nn.Module, model: Any, batch: Mapping[str, Any]) -> Tensor:
@@ -25,10 +21,17 @@ def before_head(head: nn.Module, model: Any, batch: Mapping[str, Any]) -> Tensor
     found, ids = seen[-1], batch.get("input_ids")
     if found.ndim != 3 or ids is None or found.shape[:2] != ids.shape:
         return found
-    pad = model.config.get_text_config().pad_token_id
-    real = torch.ones_like(ids) if pad is None else ids != pad  # as transformers finds it, also if there is a mask
+    return at_last_token(found, ids, model.config.get_text_config().pad_token_id)
+
+
+def at_last_token(states: Tensor, ids: Tensor, pad: int | None) -> Tensor:
+    """States [B, T, D] at the last token of ids [B, T] that is not padding: [B, D].
+
+    Padding is found by its id, as transformers finds it, also if there is a mask.
+    """
     steps = torch.arange(ids.shape[1], device=ids.device)
-    return found[torch.arange(len(ids), device=ids.device), (steps * real).argmax(-1)]
+    last = steps[-1:] if pad is None else (steps * (ids != pad)).argmax(-1)
+    return states[torch.arange(len(ids), device=ids.device), last.to(states.device)]
 
 
 def mean_state(output: Any, batch: Mapping[str, Any], model: Any) -> Tensor:
@@ -38,7 +41,7 @@ def mean_state(output: Any, batch: Mapping[str, Any], model: Any) -> Tensor:
         raise ValueError(
             f"model is a {type(model).__name__}, which is neither an encoder nor a classifier of rows: pass one"
         )
-    states = wide(states)
+    states = widened(states)
     if states.ndim == 4:  # [B, C, H, W]
         return states.mean((-2, -1))
     mask = batch.get("attention_mask")

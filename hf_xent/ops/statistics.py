@@ -23,6 +23,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Values in the dtype of statistics: float32, or their own if that is wider."""
+    return x.to(wide(x.dtype))
+
+
 def with_needed(outputs: Iterable[str]) -> frozenset[str]:
     """These statistics, and those that their gradients or values need."""
     wanted = {"lse", "target", *outputs}

@@ -24,7 +24,7 @@ from .algebra import Coefficients, State, finish
 from .gpu.launch import can_launch
 from .head import Head
 from .problem import Problem
-from .statistics import wide
+from .statistics import wide, widened
 
 # A strip and its scratch memory stay in the caches of a CPU; smaller strips would cost more in calls than they save. On
 # accelerators a strip only bounds the scratch memory.
@@ -61,7 +61,7 @@ def _folds(
     """Strip by strip: its rows, and what `_fold_strip` returns."""
     (z, pay), labels = products, problem.readable_columns[rows]
     for span, strip in strips(z):
-        strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(_wide(pay[span]))
+        strip_pay = None if pay is None or problem.payload is None else problem.payload[1].activate(widened(pay[span]))
         yield span, *_fold_strip(problem, strip, labels[span], strip_pay, overwrite=overwrite)
 
 
@@ -161,7 +161,7 @@ def _dlogits_strip_(
     problem: Problem, raw: Tensor, raw_pay: Tensor | None, lse: Tensor, labels: Tensor, coef: Coefficients
 ) -> None:
     """dz of one strip, by the formula in `algebra`."""
-    z = problem.head.activate(_wide(raw))
+    z = problem.head.activate(widened(raw))
     logp = z - lse[:, None]
     p = logp.exp()
     logp.clamp_(min=-1e4)
@@ -172,7 +172,7 @@ def _dlogits_strip_(
         g = g + coef.c[:, None] * logp.square()
     if coef.d is not None and raw_pay is not None and problem.payload is not None:
         head = problem.payload[1]
-        pay = head.activate(_wide(raw_pay))
+        pay = head.activate(widened(raw_pay))
         g = g + coef.d[:, None] * pay
         raw_pay.copy_(coef.d[:, None] * p * head.slope(pay))
     dz = p * g
@@ -237,10 +237,6 @@ def _spans(z: Tensor, parts: int = 1) -> Iterator[slice]:
     budget = (STRIP_BYTES if z.device.type == "cpu" else GPU_STRIP_BYTES) // parts
     step = max(1, budget // (z.shape[1:].numel() * 4))
     return (slice(i, i + step) for i in range(0, z.shape[0], step))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(wide(x.dtype))
 
 
 def has_kernels(z: Tensor) -> bool:

@@ -23,6 +23,7 @@ from ..classes.base import ClassLoss
 from ..classes.heads import classes_of, loss_of
 from ..models.embeddings import embedded, token_embedding
 from ..models.zero_shot import ZeroShot
+from ..ops.statistics import widened
 from .ball import TINY, Ball
 
 PIXELS, TOKENS = "pixel_values", "input_ids"
@@ -50,7 +51,7 @@ class Target:
 
     def center(self) -> Tensor:
         """The input before the attack [B, ...], in float32 or wider."""
-        return self.given if self.given.itemsize > 4 else self.given.float()
+        return widened(self.given)
 
     def rows(self, rows: Tensor) -> Target:
         """The target of some rows [R], in their order."""
@@ -76,8 +77,7 @@ class Target:
     def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """The logits [R, K] of the rows [R] for inputs x [R, ...] as in `moved`, float32 or wider."""
         with self.moved(x, rows) as inputs:
-            logits: Tensor = self.model(**inputs).logits
-        logits = logits if logits.itemsize > 4 else logits.float()
+            logits = widened(self.model(**inputs).logits)
         return logits if self.classes is None else logits[..., : self.classes]
 
     def _inputs(self, rows: Tensor, without: str = "") -> dict[str, Any]:

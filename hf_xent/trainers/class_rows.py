@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from ..classes.base import ClassLoss
 from ..classes.heads import head_of, inputs_of
+from ..models.pooling import at_last_token
+from ..ops.statistics import widened
 from ..patching.heads import inner_of
 
 POSITIONS = ("start_positions", "end_positions")
@@ -157,7 +159,7 @@ class RowReader:
             given["features"] = self._features(seen[-1], inputs, labels)
         else:
             outputs = model(**inputs, **more)
-        logits = _wide(self.aligned(outputs, labels))
+        logits = widened(self.aligned(outputs, labels))
         if "feature_map" in needs:
             given |= self._feature_map(outputs, inputs, labels)
         rows = Rows(logits, labels, given)
@@ -165,7 +167,7 @@ class RowReader:
 
     def logits(self, outputs: Any, labels: Tensor) -> Tensor:
         """The logits of outputs as rows: [N, W], float32 or wider. Raises: ValueError as `aligned`."""
-        return flat(Rows(_wide(self.aligned(outputs, labels)), labels, {})).logits
+        return flat(Rows(widened(self.aligned(outputs, labels)), labels, {})).logits
 
     def labelled(self, rows: Rows) -> Rows:
         """The rows with a label.
@@ -196,16 +198,14 @@ class RowReader:
     def _features(self, seen: Tensor, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
         """What the head saw for every label; of a sequence, the last token that is not padding, as transformers."""
         if seen.shape[:-1] == labels.shape:
-            return _wide(seen)
+            return widened(seen)
         ids = inputs.get("input_ids")
         if seen.ndim != 3 or ids is None or seen.shape[:2] != ids.shape:
             raise ValueError(
                 f"the head of {self.kind} sees {tuple(seen.shape)} for labels of shape {tuple(labels.shape)}, but"
                 f" {self.objective!r} needs one vector for every label: choose a loss without features"
             )
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        last = steps[-1:] if self.pad is None else (steps * (ids != self.pad)).argmax(-1)
-        return _wide(seen[torch.arange(len(ids), device=ids.device), last.to(seen.device)])
+        return widened(at_last_token(seen, ids, self.pad))
 
     def _feature_map(self, outputs: Any, inputs: Mapping[str, Any], labels: Tensor) -> dict[str, Tensor]:
         states = outputs.get("hidden_states")
@@ -222,7 +222,7 @@ class RowReader:
 
 def at_size(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits [B, W, h, w] at the size of labels [B, H, W']: [B, W, H, W']."""
-    return F.interpolate(_wide(logits), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(widened(logits), size=labels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def flat(rows: Rows) -> Rows:
@@ -232,7 +232,3 @@ def flat(rows: Rows) -> Rows:
         logits = logits.movedim(1, -1)
     given = {name: value.flatten(0, len(shape) - 1) for name, value in rows.given.items()}
     return replace(rows, logits=logits.flatten(0, -2), labels=rows.labels.flatten(), given=given)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.itemsize > 4 else x.float()
