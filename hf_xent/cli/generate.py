@@ -74,9 +74,9 @@ def generate(
 
 def _sample(lm: Any, inputs: dict[str, Any]) -> Any:
     """Plain samples of the whole softmax, whatever the model's generation configuration would cut off."""
-    from ..generation import mirostat
+    from ..generation.decoding import RUNNING, reduced
 
-    with mirostat.reduced(lm.generation_config, mirostat.RUNNING):
+    with reduced(lm.generation_config, RUNNING):
         return lm.generate(**inputs, do_sample=True, top_k=0, top_p=1.0)
 
 

@@ -13,7 +13,8 @@ distribution, as llama.cpp does (with target 5 and rate 0.1). `temperature` acts
 the surprise under the tempered model. A target above the model's entropy cannot be reached, nor one below the surprise
 of greedy decoding.
 
-This file imports nothing of hf_xent: it is also the `custom_generate/generate.py` of a Hub repository (`export`).
+This file imports nothing of hf_xent but its neighbour `decoding`: it is also the `custom_generate/generate.py` of a Hub
+repository (`export`).
 
 Source: Basu, Ramachandran, Keskar, Varshney 2021, Mirostat, arXiv:2007.14966, algorithm 1; version 2 is its section 5b.
 """
@@ -21,36 +22,17 @@ Source: Basu, Ramachandran, Keskar, Varshney 2021, Mirostat, arXiv:2007.14966, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
+
+from .decoding import KEPT, reduced, settled, written
 
 FITTED = 100  # the number of probabilities to which the Zipf law is fitted
-NEUTRAL = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-NEUTRAL |= {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-"""Options under which `generate` itself truncates nothing."""
-LENGTH = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings")
-RUNNING = (
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "compile_config"),
-    *("disable_compile", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
-    *("num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
-    "return_dict_in_generate",
-)
-BEFORE = (
-    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
-    *("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "suppress_tokens"),
-    *("begin_suppress_tokens", "sequence_bias", "guidance_scale", "exponential_decay_length_penalty"),
-    *("renormalize_logits", "token_healing"),
-)
-"""Options that change the model's scores before Mirostat, which holds the surprise under the changed scores."""
-OTHERS = ("assistant_model", "assistant_tokenizer", "custom_generate")  # arguments of `generate` that draw tokens
 
 
 class Mirostat(LogitsProcessor):
@@ -160,19 +142,6 @@ def zipf_k(s: Tensor, mu: Tensor, vocabulary: int) -> Tensor:
     return log_k.clamp(max=log_v).exp().round().clamp(1, vocabulary)
 
 
-@contextmanager
-def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
-    """Sets all fields but `kept` to None until the context ends: `generate` falls back to them for missing options."""
-    before = dict(vars(config))
-    unchanged = {*kept, "transformers_version"}
-    vars(config).update({name: None for name in before if name not in unchanged and not name.startswith("_")})
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
-
-
 def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """`model.generate` with Mirostat sampling.
 
@@ -193,33 +162,16 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     """
     names = ("target", "rate", "version", "surprise", "temperature")
     settings = {name: options.pop(name) for name in names if options.get(name) is not None}
-    explicit, default = options.pop("generation_config", None), model.generation_config
-    kept = (*LENGTH, *RUNNING, *BEFORE)
-    config = deepcopy(explicit or default)
-    sampling = [
-        name for name in vars(config) if name not in (*kept, *NEUTRAL, "transformers_version") and name[0] != "_"
-    ]
-    for name in (*NEUTRAL, *OTHERS, *sampling):
-        value = options.pop(name, None)
-        if value is None and explicit is not None and name not in OTHERS:
-            value = vars(explicit).get(name)
-            value = None if value == vars(default).get(name) else value
-        is_neutral = value == NEUTRAL[name] if name in NEUTRAL else value is False
-        if value is not None and not is_neutral:
-            raise ValueError(f"{name} is given, but Mirostat alone decides which tokens may be sampled: leave it out")
-    if "paged" in (options.get("cache_implementation"), config.cache_implementation):
-        raise ValueError("cache_implementation is 'paged', which samples tokens in its own batches: choose another")
-    vars(config).update(dict.fromkeys(sampling))
-    options = config.update(**options, **NEUTRAL)  # returns those that the configuration does not know
-    mirostat = Mirostat(**settings, eos=default.eos_token_id if config.eos_token_id is None else config.eos_token_id)
-    options["logits_processor"] = [*(options.get("logits_processor") or ()), mirostat]
-    with reduced(default, kept):
+    config, options = settled(model, "Mirostat", options)
+    ends = model.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    options["logits_processor"] = [*(options.get("logits_processor") or ()), Mirostat(**settings, eos=ends)]
+    with reduced(model.generation_config, KEPT):
         # of the class: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
         return type(model).generate(model, inputs, generation_config=config, **options)
 
 
 def export(folder: str | Path) -> Path:
-    """Writes a `custom_generate` repository for the Hub: this file and a card.
+    """Writes a `custom_generate` repository for the Hub: this file, `decoding.py` and a card.
 
     `model.generate(ids, custom_generate=FOLDER_OR_REPO, trust_remote_code=True, target=3.0)` then samples with it.
 
@@ -229,12 +181,7 @@ def export(folder: str | Path) -> Path:
     Returns:
         The folder.
     """
-    folder = Path(folder)
-    script = folder / "custom_generate" / "generate.py"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "README.md").write_text(CARD, encoding="utf-8")
-    return folder
+    return written(folder, __file__, CARD)
 
 
 CARD = """---

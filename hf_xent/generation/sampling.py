@@ -17,7 +17,7 @@ from ..models.padding import padded
 from ..ops import Head, vocab_stats
 from ..options.ranges import check_count, is_integer, is_number
 from ..patching import patched
-from .mirostat import RUNNING, reduced
+from .decoding import RUNNING, reduced
 
 Tokens = Sequence[Sequence[int]]
 
