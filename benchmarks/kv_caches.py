@@ -61,7 +61,7 @@ def held(cache: Any) -> int:
 
 def memory_table(model: str, text: str, tokens: int) -> str:
     """Bytes and memory of every cache, each measured in its own process, beside the dense one."""
-    found = {arm: _in_a_process(arm, model, text, tokens) for arm in (DENSE, *ARMS)}
+    found = {arm: in_a_process(arm, model, text, tokens) for arm in (DENSE, *ARMS)}
     lines = [
         "| bits | cache, MiB | of float32's | resident, MiB | of float32's | peak, MiB |",
         "|---|---|---|---|---|---|",
@@ -73,7 +73,8 @@ def memory_table(model: str, text: str, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _in_a_process(arm: str, *what: Any) -> tuple[int, int, int]:
+def in_a_process(arm: str, *what: Any) -> tuple[int, int, int]:
+    """Bytes of a cache's tensors, resident memory and peak, from a process that fills it."""
     worker = Worker(f"the run of {arm}", _serve, arm, *what, torch.get_num_threads(), remedy="try fewer tokens")
     found = worker.receive()
     worker.close()
