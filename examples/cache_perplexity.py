@@ -51,7 +51,7 @@ def main(
 
 def starts(tokenizer: Any, text: str, contexts: int) -> torch.Tensor:
     """The first tokens of the documents that are long enough, in the order of the source, [contexts, tokens]."""
-    length, texts = PROMPT + SCORED, data.load_text(text)["text"]
+    length, texts = PROMPT + SCORED, data.load_text(text)["text"][:]
     long = [ids[:length] for ids in tokenizer(texts, verbose=False)["input_ids"] if len(ids) >= length][:contexts]
     if len(long) < contexts:
         raise ValueError(f"contexts is {contexts}, but {text} has {len(long)} documents of {length} tokens")
