@@ -2,9 +2,10 @@
 
 Bytes are those of the cache's tensors. For memory every cache has a process of its own, in which the model reads real
 text in pieces: `resident` is how much more memory the process holds afterwards than before, `peak` the most it held
-meanwhile, with the activations of a piece, over that. For time all caches of one context are in one process and take
-turns token by token, each reading the same text, so other load on the machine slows all alike. A round is as many
-tokens as a block has, so that blocks age once in each; ratios are to the dense cache, medians over tokens and rounds.
+meanwhile, with the activations of a piece, over that. For time, in CPU seconds, all caches of one context are in one
+process and take turns token by token, each reading the same text, so other load on the machine slows all alike. A round
+is as many tokens as a block has, so that blocks age once in each; ratios are to the dense cache, medians over tokens
+and over rounds.
 """
 
 from __future__ import annotations
@@ -113,10 +114,10 @@ def fill(lm: Any, cache: Any, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def step(lm: Any, cache: Any, token: torch.Tensor) -> float:
-    """Seconds of one step of generation, but for the choice of the token."""
-    start = time.perf_counter()
+    """CPU seconds of one step of generation, but for the choice of the token."""
+    start = time.process_time()
     lm(input_ids=token, use_cache=True, **{cache_name(lm): cache})
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def time_table(model: str, text: str, contexts: list[int], rounds: int) -> str:
