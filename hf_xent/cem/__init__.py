@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # loaded on first access: searches of trainers need torch and
     from .method import CrossEntropyMethod as CrossEntropyMethod
     from .minimizing import Found as Found
     from .minimizing import minimize as minimize
+    from .searching import SearchOptions as SearchOptions
+    from .searching import search as search
     from .space import Space as Space
     from .trial import Trial as Trial
 
@@ -19,6 +21,7 @@ _HOMES = {
     **dict.fromkeys(("Categorical", "Integer", "Real"), ".dimensions"),
     "CrossEntropyMethod": ".method",
     **dict.fromkeys(("Found", "minimize"), ".minimizing"),
+    **dict.fromkeys(("SearchOptions", "search"), ".searching"),
     "Space": ".space",
     "Trial": ".trial",
 }
