@@ -151,6 +151,6 @@ def test_coverage(bigram):
     exact = exactly(bigram, 1, 4)
     for draws in (200,1000):
         found = [rare.estimate(bigram, [1], lambda t: t.count(A), 4.0, seed=seed, **{**OPTIONS, "draws": draws}) for seed in range(300)]
-        cov=[f.interval[0] <= exact <= f.interval[1] for f in found]
-        below=[f.interval[1] < exact for f in found]
+        cov=[1.0*(f.interval[0] <= exact <= f.interval[1]) for f in found]
+        below=[1.0*(f.interval[1] < exact) for f in found]
         print(draws, mean(cov), mean(below), mean(f.ess for f in found), mean(f.probability for f in found)/exact)
