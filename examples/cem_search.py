@@ -12,13 +12,14 @@ chose, `at half` the best after its first 10 runs; `learning rate` is log10 of t
 
 from __future__ import annotations
 
-import argparse
 import math
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
+import typer
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -26,8 +27,7 @@ from hf_xent import data
 from hf_xent.cem import minimize
 from hf_xent.experiments.study import Study
 
-RANGES = ("learning_rate=1e-4..1e-1:log", "weight_decay=1e-4..1:log", "warmup_steps=0..75")
-SPACE = [*RANGES, "adam_beta2=0.9|0.95|0.99|0.999"]
+SPACE = "learning_rate=1e-4..1e-1:log weight_decay=1e-4..1:log warmup_steps=0..75 adam_beta2=0.9|0.95|0.99|0.999"
 SEARCH = {"candidates": 5, "elites": 0.4, "rounds": 4}
 ARMS = {"random search": "random", "cross-entropy method": "cem"}
 METRICS = ("test loss", "best loss", "at half", "learning rate")
@@ -59,23 +59,21 @@ def loss(parts: dict[str, Dataset], split: str, seed: int, folder: Path, options
 
 def searched(parts: dict[str, Dataset], method: str, seed: int, folder: Path) -> dict[str, float]:
     """The metrics of one search."""
-    seen: list[float] = []
-
-    def objective(options: dict[str, Any]) -> float:
-        seen.append(loss(parts, "validation", seed, folder, options))
-        return seen[-1]
-
-    found = minimize(objective, SPACE, **SEARCH, method=method, seed=seed)
+    objective = partial(loss, parts, "validation", seed, folder)
+    found = minimize(objective, SPACE.split(), **SEARCH, method=method, seed=seed)
     again = [loss(parts, "test", 1000 + 2 * seed + run, folder, found.best) for run in range(2)]
-    at_half = min(score for score in seen[: len(seen) // 2] if not math.isnan(score))
-    return dict(zip(METRICS, (mean(again), found.score, at_half, math.log10(found.best["learning_rate"])), strict=True))
+    numbers = (mean(again), found.score, found.history[1].best, math.log10(found.best["learning_rate"]))
+    return dict(zip(METRICS, numbers, strict=True))
+
+
+def main(seeds: int = 10, output: Path = Path("out/cem_search"), text: str = "pydoc") -> dict[str, Any]:
+    """Searches with both methods, and reports them."""
+    settings = {"space": SPACE, **SEARCH, "text": text, "steps": STEPS}
+    study, parts = Study("CEM", METRICS, "random search", output, seeds, settings), parts_of(text)
+    for arm, seed in study.runs(ARMS):
+        study.record(arm, seed, **searched(parts, ARMS[arm], seed, output / "runs"))
+    return study.report(str(__doc__))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("out/cem_search"))
-    args, parts = parser.parse_args(), parts_of("pydoc")
-    study = Study("CEM", METRICS, "random search", args.output, 10, {"space": SPACE, **SEARCH, "steps": STEPS})
-    for arm, seed in study.runs(ARMS):
-        study.record(arm, seed, **searched(parts, ARMS[arm], seed, args.output / "runs"))
-    study.report(str(__doc__))
+    typer.run(main)
