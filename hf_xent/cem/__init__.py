@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # loaded on first access: searches of trainers need torch and
     from .method import CrossEntropyMethod as CrossEntropyMethod
     from .minimizing import Found as Found
     from .minimizing import minimize as minimize
+    from .rare import Exponentials as Exponentials
+    from .rare import RareEvent as RareEvent
+    from .rare import estimate as estimate
+    from .rare import probability as probability
     from .space import Space as Space
     from .trial import Trial as Trial
 
@@ -19,6 +23,7 @@ _HOMES = {
     **dict.fromkeys(("Categorical", "Integer", "Real"), ".dimensions"),
     "CrossEntropyMethod": ".method",
     **dict.fromkeys(("Found", "minimize"), ".minimizing"),
+    **dict.fromkeys(("Exponentials", "RareEvent", "estimate", "probability"), ".rare"),
     "Space": ".space",
     "Trial": ".trial",
 }
