@@ -33,7 +33,7 @@ from ..metrics.shares import wilson
 from ..options.ranges import check_count, is_number
 
 Numbers = NDArray[np.float64]
-FEW = 50
+FEW = 30
 """A warning is given below this effective number of draws with the event: their largest weights may be missing yet."""
 ROUNDS = 50  # the most levels of `probability`
 
