@@ -6,15 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # loaded on first access: torch takes a second
-    from .installation import attend as attend
-    from .installation import attending as attending
-    from .installation import unattend as unattend
     from .base import AttentionBias as AttentionBias
     from .harmonic import Harmonic as Harmonic
     from .harmonic import Linear as Linear
     from .harmonic import alibi_slopes as alibi_slopes
     from .harmonic import harmonic_bias as harmonic_bias
     from .harmonic import harmonic_score_mod as harmonic_score_mod
+    from .installation import attend as attend
+    from .installation import attending as attending
+    from .installation import unattend as unattend
     from .probabilistic import Probabilistic as Probabilistic
     from .probabilistic import probabilistic_mask as probabilistic_mask
     from .window import Window as Window

@@ -126,7 +126,9 @@ def harmonic_bias(
         ValueError: There are more queries than keys, or a slope is negative.
     """
     if length_q > length_k:
-        raise ValueError(f"length_q is {length_q}, more than length_k, {length_k}: the queries are the last of the keys")
+        raise ValueError(
+            f"length_q is {length_q}, more than length_k, {length_k}: the queries are the last of the keys"
+        )
     keys = torch.arange(length_k, device=device)
     return Harmonic(tuple(slopes)).dense(keys[length_k - length_q :], keys, len(slopes))
 

@@ -24,6 +24,7 @@ from .masks import block_mask, dense_mask
 Model = TypeVar("Model", bound=nn.Module)
 BACKENDS = ("eager", "sdpa", "flex_attention")
 _NUMBERS = count()
+_OF_TOKENS = "attention_mask has the shape {}: with a bias it has to be of tokens, [B, T], or None"
 
 
 @dataclass
@@ -81,9 +82,7 @@ class Attending:
             if getattr(mask, "_hf_xent_attending", None) == self.name:  # `generate` asked for it beforehand
                 self.masked = True
             elif len(getattr(mask, "shape", ())) == 4:
-                raise ValueError(
-                    f"attention_mask has the shape {tuple(mask.shape)}: with a bias it is of tokens, [B, T], or None"
-                )
+                raise ValueError(_OF_TOKENS.format(tuple(mask.shape)))
         if self.config._attn_implementation != self.name:
             raise ValueError(
                 f"attn_implementation is {self.config._attn_implementation!r} since the bias was set: call attend again"
@@ -121,9 +120,7 @@ class Attending:
         if self.backend == "flex_attention":
             kwargs["position_bias"] = attention_mask.bias.of_layer(first, heads > 1)
         elif attention_mask.shape[1] != self.planes:
-            raise ValueError(
-                f"attention_mask has the shape {tuple(attention_mask.shape)}: with a bias it is of tokens, [B, T], or None"
-            )
+            raise ValueError(_OF_TOKENS.format(tuple(attention_mask.shape)))
         else:
             attention_mask = attention_mask[:, first : first + heads]
         return attention_of(module, self.backend)(module, query, key, value, attention_mask, **kwargs)
@@ -140,7 +137,7 @@ def attention_of(module: Any, backend: str) -> Callable[..., Any]:
 
 
 def attend(model: Model, bias: AttentionBias) -> Model:
-    """Add a bias to the attention scores of a model, in training, scoring and generation; the model is changed in place.
+    """Add a bias to a model's attention scores, in training, scoring and generation; the model is changed in place.
 
     Setting another bias replaces the earlier one. Weights stay as they are.
 
@@ -227,7 +224,9 @@ def _checked(inner: Any, bias: AttentionBias, backend: str | None) -> Attending:
             f"attn_implementation is {backend!r}, which takes no bias: call model.set_attn_implementation('sdpa') first"
         )
     if backend == "flex_attention" and "position_bias" not in signature(ALL_ATTENTION_FUNCTIONS[backend]).parameters:
-        raise ValueError("attn_implementation is 'flex_attention', which takes a bias since transformers 5.24: use 'sdpa'")
+        raise ValueError(
+            "attn_implementation is 'flex_attention', which takes a bias since transformers 5.24: use 'sdpa'"
+        )
     installation = Attending(bias, config, backend, config.num_attention_heads, config.num_hidden_layers)
     bias.planes(installation.heads)  # raises an error if they do not fit
     return installation
