@@ -34,13 +34,14 @@ class Schedule:
 
     def __post_init__(self) -> None:
         levels = (EXACT, *BITS)
-        if not self.bits or any(b not in levels for b in self.bits):
+        if not self.bits or any(type(b) is not int or b not in levels for b in self.bits):
             raise ValueError(f"bits={self.bits}: give one or more of {levels}, the newest block's first")
         if any(newer < older for newer, older in pairwise(self.bits)):
             raise ValueError(f"bits={self.bits} grow with age: give the newest block's first, the fewest last")
         for name in ("residual_length", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r}: give a whole number, at least 1")
 
     @property
     def first(self) -> int:
@@ -219,4 +220,8 @@ class Staircase:
                 yield joined(parts)
 
     def _reduced(self, blocks: Blocks, level: int) -> Blocks:
-        return blocks if level == EXACT else blocks.reduced(level, self.schedule.first, self.residual.shape[3], self.groups)
+        return (
+            blocks
+            if level == EXACT
+            else blocks.reduced(level, self.schedule.first, self.residual.shape[3], self.groups)
+        )

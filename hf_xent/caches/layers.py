@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -163,10 +162,6 @@ class StaircaseSlidingLayer(StaircaseLayer, DynamicSlidingWindowLayer):
     def __init__(self, schedule: Schedule, sliding_window: int):
         self.keep = sliding_window - 1
         super().__init__(schedule, sliding_window=sliding_window)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take sizes, type and device from the first states."""
-        super().lazy_initialization(key_states, value_states)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens, and drop what the window has left.
