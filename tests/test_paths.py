@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, StoppingCriteria, T5Config, T5ForConditionalGeneration
 
 import hf_xent
+from hf_xent.caches import StaircaseCache
 from hf_xent.generation import paths
 from hf_xent.generation.paths import export, generate, nucleus
 from hf_xent.generation.voting import majority
@@ -104,7 +105,7 @@ def log_probs(model, sequences, start, pad=0, **more):
     return logp.masked_fill(sequences[:, start:] == pad, 0.0).sum(-1)
 
 
-@pytest.mark.parametrize("way", ["plain", "patched", "static", "no cache", "chunks", "padded"])
+@pytest.mark.parametrize("way", ["plain", "patched", "static", "no cache", "chunks", "padded", "staircase"])
 def test_caches_follow_their_paths(way):
     """Log-probabilities are those of whole sequences, for every prompt of a batch, however they were computed."""
     model, ids = tiny(std=0.3), batch()[0]
@@ -114,6 +115,8 @@ def test_caches_follow_their_paths(way):
         "chunks": {"prefill_chunk_size": 4},
     }.get(way, {})
     ids, mask = padded_left() if way == "padded" else (ids, torch.ones_like(ids))
+    if way == "staircase":  # with all tokens exact, and reordered by their paths
+        options["past_key_values"] = StaircaseCache(model.config)
     if way == "patched":
         hf_xent.patch(model)
     torch.manual_seed(1)
