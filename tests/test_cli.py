@@ -517,12 +517,27 @@ def test_generate_prints_continuations_and_their_surprise(model_folder, tmp_path
     assert json.loads(invoke("generate", "the quick", "--model", own, *options[4:], "--json").stdout) == rows
 
 
+def test_generate_prints_paths_and_their_weights(model_folder):
+    options = ("generate", "the quick", "--model", model_folder, "--max-new-tokens", 6, "--paths", 3, "--seed", 5)
+    rows = json.loads(invoke(*options, "--json").stdout)
+    weights = [row["weight"] for row in rows]
+    assert len({row["text"] for row in rows}) > 1 and weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1) and all(0 < row["surprise"] < 30 for row in rows)
+    assert [row["weight"] for row in json.loads(invoke(*options, "--top-p", 1e-6, "--json").stdout)] == [1.0]
+    assert f"bits a token, weight {weights[0]:.3f}" in invoke(*options).stdout
+
+
 def test_generate_refuses_what_has_no_effect_and_what_has_no_place(model_folder, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer(TEXT).save_pretrained(tmp_path)
     for arguments, message in (
         (("x", "--rate", 0.5), "rate is an option of Mirostat, which needs a target"),
         (("x", "--version", 1), "version is an option of Mirostat"),
+        (("x", "--top-p", 0.5), "top_p is an option of path nucleus: add --paths"),
+        (("x", "--length-penalty", 1.0), "length_penalty is an option of path nucleus: add --paths"),
+        (("x", "--paths", 2, "--target", 3.0), "target is given, but --paths says what is drawn"),
+        (("x", "--paths", 2, "--samples", 1), "samples is given, but --paths"),
+        (("x", "--paths", 2, "--top-p", 1.5), r"top_p is 1\.5: choose a number in \(0, 1\]"),
         (("x", "--temperature", 0), r"temperature is 0\.0"),
         (("x", "--temperature", "nan"), "temperature is nan"),
         (("x", "--target", "nan"), "target is nan: choose a positive number"),
