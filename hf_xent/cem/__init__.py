@@ -12,6 +12,10 @@ if TYPE_CHECKING:  # loaded on first access: searches of trainers need torch and
     from .method import CrossEntropyMethod as CrossEntropyMethod
     from .minimizing import Found as Found
     from .minimizing import minimize as minimize
+    from .rare import Exponentials as Exponentials
+    from .rare import RareEvent as RareEvent
+    from .rare import estimate as estimate
+    from .rare import probability as probability
     from .searching import SearchOptions as SearchOptions
     from .searching import search as search
     from .space import Space as Space
@@ -21,6 +25,7 @@ _HOMES = {
     **dict.fromkeys(("Categorical", "Integer", "Real"), ".dimensions"),
     "CrossEntropyMethod": ".method",
     **dict.fromkeys(("Found", "minimize"), ".minimizing"),
+    **dict.fromkeys(("Exponentials", "RareEvent", "estimate", "probability"), ".rare"),
     **dict.fromkeys(("SearchOptions", "search"), ".searching"),
     "Space": ".space",
     "Trial": ".trial",
