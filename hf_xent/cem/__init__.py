@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # loaded on first access: searches of trainers need torch and
     from .rare import RareEvent as RareEvent
     from .rare import estimate as estimate
     from .rare import probability as probability
+    from .searching import SearchOptions as SearchOptions
+    from .searching import search as search
     from .space import Space as Space
     from .trial import Trial as Trial
 
@@ -24,6 +26,7 @@ _HOMES = {
     "CrossEntropyMethod": ".method",
     **dict.fromkeys(("Found", "minimize"), ".minimizing"),
     **dict.fromkeys(("Exponentials", "RareEvent", "estimate", "probability"), ".rare"),
+    **dict.fromkeys(("SearchOptions", "search"), ".searching"),
     "Space": ".space",
     "Trial": ".trial",
 }
