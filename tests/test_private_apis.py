@@ -252,7 +252,7 @@ HELD = {
         lambda: says("_signature_columns", "transformers", "trainer.py"),
     ),
     "transformers: Trainer._train_batch_size": (
-        "trainers",
+        "trainers, cem",
         lambda: says("self._train_batch_size", "transformers", "trainer.py"),
     ),
     "trl: DistillationTrainer._forward_redirection": (

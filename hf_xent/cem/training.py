@@ -81,8 +81,9 @@ def run_trial(source: Any, trial: Trial, settings: Mapping[str, Any], folder: Pa
                 trainer.args.output_dir = str(folder if seeds == 1 else folder / f"seed-{seed}")
                 trainer.train()
                 outcome.metrics.append(dict(trainer.evaluate()))
-            del trainer  # before the next one is made
-            gc.collect()
+            if is_factory(source):
+                del trainer  # before the next one is made
+                gc.collect()
     except Exception as error:  # whatever it is, the next candidates are tried
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -108,7 +109,6 @@ def _prepared(trainer: Any, trial: Trial, settings: Mapping[str, Any], seed: int
         trainer.model_init, trainer.is_in_train = model_init, False
         for callback, values in attributes:
             vars(callback).update(values)
-        trainer.accelerator.free_memory()
         trainer.optimizer = trainer.lr_scheduler = None
         _renew(trainer)
 
