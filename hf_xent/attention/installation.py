@@ -95,13 +95,13 @@ class Attending:
 
     def mask(self, **asked: Any) -> Any:
         """What transformers calls for a mask."""
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+        from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
         self.masked = True
         if self.backend == "flex_attention":
-            mask = block_mask(self.bias, self.planes, MASKS["flex_attention"], asked)
+            mask = block_mask(self.bias, self.planes, flex_attention_mask, asked)
         else:
-            mask = dense_mask(self.bias, self.planes, MASKS["sdpa"], asked)
+            mask = dense_mask(self.bias, self.planes, sdpa_mask, asked)
         mask._hf_xent_attending = self.name
         return mask
 
