@@ -79,9 +79,11 @@ class Attending:
         self.masked = self.used = False
         given = kwargs.get("attention_mask")
         for mask in given.values() if isinstance(given, dict) else [given]:
+            if mask is None or len(mask.shape) < 4:
+                continue
             if getattr(mask, "_hf_xent_attending", None) == self.name:  # `generate` asked for it beforehand
                 self.masked = True
-            elif len(getattr(mask, "shape", ())) == 4:
+            else:
                 raise ValueError(_OF_TOKENS.format(tuple(mask.shape)))
         if self.config._attn_implementation != self.name:
             raise ValueError(
