@@ -9,6 +9,7 @@ import pytest
 import hf_xent
 from hf_xent import (
     adapt,
+    caches,
     calibration,
     classes,
     detection,
@@ -50,6 +51,7 @@ PUBLIC = {
         MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
         interval minmax mutual_information pmi rank raw recall_at scores zscore""",
+    caches: """StaircaseCache""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
