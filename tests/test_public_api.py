@@ -10,6 +10,7 @@ import hf_xent
 from hf_xent import (
     adapt,
     attention,
+    caches,
     calibration,
     classes,
     detection,
@@ -53,6 +54,7 @@ PUBLIC = {
         interval minmax mutual_information pmi rank raw recall_at scores zscore""",
     attention: """AttentionBias Harmonic Linear Probabilistic Window alibi_slopes attend attending harmonic_bias
         harmonic_score_mod probabilistic_mask unattend""",
+    caches: """StaircaseCache""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",

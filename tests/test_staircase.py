@@ -16,7 +16,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
-    ResNetConfig,
+    PreTrainedConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -30,6 +30,8 @@ from support.models import V, tiny
 
 # transformers 5.24 calls the argument `cache`, which releases before did not know
 pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+RECORDS = hasattr(DynamicCache, "activate_past_recording")
+RECORDING = pytest.mark.skipif(not RECORDS, reason="this transformers cannot roll back a full sliding window")
 SLIDING = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -215,7 +217,7 @@ def test_any_history_equals_the_reference(seed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("recording", [False, pytest.param(True, marks=RECORDING)])
 def test_a_sliding_window_holds_what_it_may_read(seed, recording):
     """With recording each update is followed by a crop, as in assisted generation."""
     settings, events, width = histories(seed)
@@ -266,6 +268,7 @@ def test_how_tokens_come_changes_nothing_that_is_kept(splits):
     assert all(map(torch.equal, one, many))
 
 
+@RECORDING
 def test_recorded_tokens_become_a_block_when_they_can_no_longer_be_cropped():
     config, states = LlamaConfig(num_hidden_layers=1), torch.randn(2, 1, 2, 9, 16)
     plain, recording = (StaircaseCache(config, residual_length=4) for _ in range(2))
@@ -373,7 +376,7 @@ MODES = {
 
 def generated(model, ids, cache, **options):
     torch.manual_seed(1)
-    options = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0, **options}
+    options = {"max_new_tokens": 24, "eos_token_id": 1, "pad_token_id": 0, **options}
     return model.generate(ids, past_key_values=cache, **options)
 
 
@@ -386,6 +389,8 @@ def prompt(mode, length=17):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_sixteen_bits_are_a_dynamic_cache(name, mode):
+    if mode == "prompt lookup" and MODELS[name] and not RECORDS:
+        pytest.skip("this transformers cannot roll back a full sliding window")
     model, ids = tiny(name, **MODELS[name]), prompt(mode)
     cache, dense = StaircaseCache(model.config, (16,), residual_length=5), DynamicCache(config=model.config)
     expected = generated(model, ids, dense, **MODES[mode])
@@ -397,7 +402,7 @@ def test_sixteen_bits_are_a_dynamic_cache(name, mode):
         assert torch.equal(layer.values[:, :, -length:], other.values)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3 softcap"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3 softcap", marks=RECORDING)])
 def test_an_assistant_model(name):
     model, helper, ids = tiny(name, **MODELS[name]), tiny(), prompt("assisted")
     helper.generation_config.num_assistant_tokens = 3
@@ -457,14 +462,16 @@ def test_layers_without_attention_stay():
     model, ids = Lfm2ForCausalLM(config).eval(), prompt("greedy")
     assert torch.equal(generated(model, ids, cache, do_sample=False), generated(model, ids, dense, do_sample=False))
     attention = sum(tensor.nbytes for tensor in cache.layers[1].tensors())
-    assert cache.nbytes - attention == sum(x.nbytes for x in cache.layers[0].conv_states.values()) > 0
+    states = cache.layers[0].conv_states  # one tensor before transformers had several of a layer
+    states = states.values() if isinstance(states, dict) else [states]
+    assert cache.nbytes - attention == sum(x.nbytes for x in states) > 0
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "prompt lookup"])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_and_a_decoder(kind, mode):
     """BART with more decoder than encoder layers (no T5 of transformers has them); what is encoded stays exact."""
-    special = {"decoder_start_token_id": 1, "pad_token_id": 0, "vocab_size": V}
+    special = {"decoder_start_token_id": 2, "pad_token_id": 0, "vocab_size": V}
     if kind == "t5":
         sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 2}
         model = T5ForConditionalGeneration(T5Config(**sizes, **special, dropout_rate=0)).eval()
@@ -509,7 +516,7 @@ def refused(config, kind, message):
 
 def test_configurations_are_checked():
     refused("llama", TypeError, "config='llama': give the model's configuration")
-    refused(ResNetConfig(), ValueError, "config of ResNetConfig: transformers has no cache for it")
+    refused(PreTrainedConfig(), ValueError, "config of PreTrainedConfig: transformers has no cache for it")
     refused(MambaConfig(num_hidden_layers=2), ValueError, "config of MambaConfig: no layer of it has keys")
     refused(
         MistralConfig(num_hidden_layers=2, sliding_window=32),
