@@ -10,6 +10,7 @@ import hf_xent
 from hf_xent import (
     adapt,
     calibration,
+    cem,
     classes,
     detection,
     laws,
@@ -53,6 +54,8 @@ PUBLIC = {
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
+    cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
+        minimize probability search""",
     robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",
 }
 MODULES = (*PUBLIC, trainers)
