@@ -1,12 +1,24 @@
 """Path nucleus against its formulas written out path by path, and stochastic beams against all sequences there are."""
 
 import itertools
+import runpy
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_xent
 from hf_xent.caches import StaircaseCache
@@ -315,3 +327,42 @@ def test_what_has_no_effect_or_no_sense_is_refused(options, message, monkeypatch
     model.generation_config.update(pad_token_id=None, eos_token_id=None)
     with pytest.raises(ValueError, match=message):
         generate(model, ids, **{**ENDLESS, **options})
+
+
+# --- the example
+
+
+def one_token_a_character():
+    """A tokenizer under which all additions of two-digit numbers are equally long."""
+    characters = {character: i for i, character in enumerate(["</s>", *"\n +=0123456789"])}
+    tokenizer = Tokenizer(WordLevel(characters, unk_token="</s>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split("", "isolated"), Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "additions.py"))
+    names = example["main"].__globals__
+    tokenizer, model = one_token_a_character(), tiny(std=0.3, vocab_size=15)
+    monkeypatch.setattr("hf_xent.models.loading.load", lambda name, dtype: (model, tokenizer))
+    arms = {f"{way}: {vote}" for way, (_, votes) in example["WAYS"].items() for vote in votes}
+    options = {"additions": 5, "seeds": 1, "batch": 3}
+    drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89)], 2)] for way in example["WAYS"]}
+    assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [1, 1, 1, 1, *[4] * 6]
+    assert all(sum(weights) == pytest.approx(1) for answers, weights in drawn["path nucleus"])
+    assert all(0 < sum(weights) < 1 for answers, weights in drawn["top-p"])
+    found = example["main"](**options, output=tmp_path / "drawn")
+    assert {*found} == arms and all(0 <= rows[0]["accuracy"] <= rows[0]["any"] <= 1 for rows in found.values())
+    asked = []
+
+    def rows(lm, tokenizer, way, seed, pairs, batch):
+        asked.append((way, *pairs))
+        return [([a + b, 7, 7, None], [0.6, 0.2, 0.1, 0.1]) for a, b in pairs]
+
+    monkeypatch.setitem(names, "rows", rows)
+    found = example["main"](**options, output=tmp_path / "made up")
+    right = {arm for arm, seeds in found.items() if seeds[0]["accuracy"] == 1}
+    assert right == {arm for arm in arms if arm.endswith(("weighted votes", "likeliest path"))}
+    assert all(seeds[0]["any"] == 1 and seeds[0]["answers"] == 2 for seeds in found.values())
+    assert len(asked) == len(example["WAYS"]) and len({pair for _, *pairs in asked for pair in pairs}) == 5
+    assert example["main"](**options, output=tmp_path / "made up") == found and len(asked) == len(example["WAYS"])
