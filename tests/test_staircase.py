@@ -286,6 +286,21 @@ def test_recorded_tokens_become_a_block_when_they_can_no_longer_be_cropped():
     assert all(torch.equal(one.data, other.data) for one, other in zip(*blocks, strict=True))
 
 
+def test_what_is_kept_can_be_moved():
+    cache = StaircaseCache(LlamaConfig(num_hidden_layers=1), residual_length=4)
+    layer = cache.layers[0]
+    layer.offload()  # nothing yet
+    layer.prefetch()
+    cache.early_initialization(2, 3, 8, torch.float32, torch.device("cpu"))
+    assert layer.is_initialized and cache.get_seq_length() == 0
+    states = torch.randn(2, 2, 3, 17, 8)
+    assert torch.equal(cache.update(*states, 0)[0], states[0])
+    layer.device, before = torch.device("meta"), layer.keys
+    layer.prefetch()
+    assert {tensor.device.type for tensor in layer.tensors()} == {"meta"}
+    assert layer.keys.shape == before.shape
+
+
 def levels(cache, layer=0):
     """Bits of the keys' blocks, the newest first."""
     kept = cache.layers[layer].stairs[0].blocks if cache.layers[layer].is_initialized else []
