@@ -100,12 +100,12 @@ def _prepared(trainer: Any, trial: Trial, settings: Mapping[str, Any], seed: int
     """A trainer under the settings, whose reads of its arguments are noted; afterwards it is as it was."""
     args, model_init = trainer.args, trainer.model_init
     arguments, attributes = dict(vars(args)), _attributes(trainer)
-    for name, value in settings.items():
-        setattr(args, name, _converted(getattr(args, name), value))
-    args.seed += seed
-    if _initialised_by_trial(trainer):
-        trainer.model_init = lambda: model_init(trial)
     try:
+        for name, value in settings.items():
+            setattr(args, name, _converted(getattr(args, name), value))
+        args.seed += seed
+        if _initialised_by_trial(trainer):
+            trainer.model_init = lambda: model_init(trial)
         with _watched(args, read):
             _renew(trainer)
             yield
