@@ -61,7 +61,18 @@ API = {
         "generation", ("outputs", "model_kwargs", "is_encoder_decoder"),
     ),
     "transformers.PreTrainedConfig.get_config_dict": ("ln_free", ("pretrained_model_name_or_path",)),
-    "transformers.PreTrainedConfig._attn_implementation": ("ln_free", ()),
+    "transformers.PreTrainedConfig._attn_implementation": ("ln_free, attention", ()),
+    "transformers.PreTrainedModel._supports_attention_backend": ("attention", ()),
+    "transformers.AttentionInterface._global_mapping": ("attention", ()),
+    "transformers.AttentionMaskInterface._global_mapping": ("attention", ()),
+    "transformers.masking_utils.sdpa_mask": (
+        "attention", ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask", "allow_is_causal_skip"),
+    ),
+    "transformers.masking_utils.flex_attention_mask": (
+        "attention", ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask", "mask_function"),
+    ),
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": ("attention", ()),
+    "transformers.models.llama.modeling_llama.eager_attention_forward": ("attention", ("module", "attention_mask")),
     "transformers.AutoModelForCausalLM._model_mapping": ("ln_free", ()),
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": ("ln_free", ()),
     "transformers.pytorch_utils.Conv1D": ("ln_free", ("nf", "nx")),
@@ -264,7 +275,7 @@ HELD = {
         lambda: says("_signature_columns", "transformers", "trainer.py"),
     ),
     "transformers: Trainer._train_batch_size": (
-        "trainers",
+        "trainers, cem",
         lambda: says("self._train_batch_size", "transformers", "trainer.py"),
     ),
     "trl: DistillationTrainer._forward_redirection": (

@@ -79,9 +79,11 @@ class Attending:
         self.masked = self.used = False
         given = kwargs.get("attention_mask")
         for mask in given.values() if isinstance(given, dict) else [given]:
+            if mask is None or len(mask.shape) < 4:
+                continue
             if getattr(mask, "_hf_xent_attending", None) == self.name:  # `generate` asked for it beforehand
                 self.masked = True
-            elif len(getattr(mask, "shape", ())) == 4:
+            else:
                 raise ValueError(_OF_TOKENS.format(tuple(mask.shape)))
         if self.config._attn_implementation != self.name:
             raise ValueError(
@@ -95,13 +97,13 @@ class Attending:
 
     def mask(self, **asked: Any) -> Any:
         """What transformers calls for a mask."""
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+        from transformers.masking_utils import flex_attention_mask, sdpa_mask
 
         self.masked = True
         if self.backend == "flex_attention":
-            mask = block_mask(self.bias, self.planes, MASKS["flex_attention"], asked)
+            mask = block_mask(self.bias, self.planes, flex_attention_mask, asked)
         else:
-            mask = dense_mask(self.bias, self.planes, MASKS["sdpa"], asked)
+            mask = dense_mask(self.bias, self.planes, sdpa_mask, asked)
         mask._hf_xent_attending = self.name
         return mask
 

@@ -220,4 +220,8 @@ class Staircase:
                 yield joined(parts)
 
     def _reduced(self, blocks: Blocks, level: int) -> Blocks:
-        return blocks if level == EXACT else blocks.reduced(level, self.schedule.first, self.residual.shape[3], self.groups)
+        return (
+            blocks
+            if level == EXACT
+            else blocks.reduced(level, self.schedule.first, self.residual.shape[3], self.groups)
+        )

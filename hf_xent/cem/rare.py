@@ -192,7 +192,8 @@ def estimate(
         def fitted(tilt: Any, rows: Any, scores: Numbers, log_weights: Numbers, level: float) -> Any:
             return drawn.fitted(tilt, rows, scores >= level, log_weights)
 
-        start, levels = dict(settings.bias or {}), ()
+        start: tilting.Tilt = dict(settings.bias or {})
+        levels: tuple[float, ...] = ()
         if settings.levels:
             start, levels = climbed(
                 start, lambda v: drawn(v, settings.per_level, "level"), fitted, goal, settings.rho, settings.levels

@@ -11,6 +11,9 @@ from .app import unpack_packaged
 from .options import SEEDS, Json, Model
 from .output import emit, err, literal
 
+EXACT = 16
+"""Bits of a cache that stand for numbers as they are computed."""
+
 
 def generate(
     prompt: Annotated[str, Argument(help="Text to continue; with a chat model, a user's message (see --chat).")],
@@ -30,6 +33,9 @@ def generate(
     length_penalty: Annotated[
         float | None,
         Option(help="Weigh paths by log-probability / length^penalty: short ones win less [default: 0]."),
+    ] = None,
+    cache_bits: Annotated[
+        str | None, Option(help="Bits of cached keys and values by age, as in 8,4,2 [default: all as computed].")
     ] = None,
     temperature: Annotated[float, Option(help="Temperature of the softmax, applied before everything else.")] = 1.0,
     samples: Annotated[int | None, Option(help="How many continuations [default: 1].", min=1)] = None,
@@ -64,6 +70,7 @@ def generate(
         _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
         inputs = {name: value.expand(samples or 1, -1) for name, value in encoded.items()}
         inputs |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        inputs |= _cache(lm, cache_bits, encoded["input_ids"].shape[1], max_new_tokens)
         sequences, weights = _drawn(lm, inputs, surprise, nucleus)
         rows = _rows(lm, tokenizer, sequences, inputs["input_ids"].shape[1], weights)
     shown = (f"{literal(row['text'].strip())}\n[dim]{_told(row)}[/]\n" for row in rows)
@@ -83,6 +90,27 @@ def _check_options(surprise: dict[str, Any], nucleus: dict[str, Any], samples: i
             raise ValueError(f"{name} is given, but --paths says what is drawn: leave it out, or --paths")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}: choose a positive number")
+
+
+def _cache(lm: Any, text: str | None, prompt: int, new: int) -> dict[str, Any]:
+    """The cache with these bits as an option of `generate`; ValueError if all that is read from it would be exact."""
+    if text is None:
+        return {}
+    from ..caches import StaircaseCache
+    from ..generation.prefixes import cache_name
+    from ..options.ranges import whole_numbers
+
+    cache = StaircaseCache(lm.config, bits=whole_numbers("cache_bits", text))
+    if min(cache.schedule.bits) == EXACT:
+        raise ValueError(f"cache_bits is {text}, with which all is stored as computed: choose fewer, or leave it out")
+    exact = cache.schedule.residual_length
+    if new < 2 or prompt + new - 2 < exact:  # the prompt reads itself exactly, and the last token is not read
+        raise ValueError(
+            f"cache_bits is {text}, but a prompt of {prompt} tokens and {new} new ones read none but the newest {exact}"
+            " from the cache, which are exact: choose more max_new_tokens, or leave it out"
+        )
+    lm.generation_config.cache_implementation = None  # `generate` takes no other cache beside the model's own choice
+    return {cache_name(lm): cache}
 
 
 def _drawn(lm: Any, inputs: dict[str, Any], surprise: dict[str, Any], nucleus: dict[str, Any]) -> tuple[Any, Any]:
