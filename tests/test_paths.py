@@ -346,16 +346,17 @@ def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
     tokenizer, model = one_token_a_character(), tiny(std=0.3, vocab_size=15)
     monkeypatch.setattr("hf_xent.models.loading.load", lambda name, dtype: (model, tokenizer))
     arms = {f"{way}: {vote}" for way, (_, votes) in example["WAYS"].items() for vote in votes}
-    options = {"additions": 5, "seeds": 1, "batch": 3}
-    drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89)], 2)] for way in example["WAYS"]}
-    assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [1, 1, 1, 1, *[4] * 6]
+    options = {"additions": 5, "seeds": 1}
+    monkeypatch.setitem(names, "BATCH", 2)
+    drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89), (10, 99)])] for way in example["WAYS"]}
+    assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [*[1] * 6, *[4] * 9]
     assert all(sum(weights) == pytest.approx(1) for answers, weights in drawn["path nucleus"])
     assert all(0 < sum(weights) < 1 for answers, weights in drawn["top-p"])
     found = example["main"](**options, output=tmp_path / "drawn")
     assert {*found} == arms and all(0 <= rows[0]["accuracy"] <= rows[0]["any"] <= 1 for rows in found.values())
     asked = []
 
-    def rows(lm, tokenizer, way, seed, pairs, batch):
+    def rows(lm, tokenizer, way, seed, pairs):
         asked.append((way, *pairs))
         return [([a + b, 7, 7, None], [0.6, 0.2, 0.1, 0.1]) for a, b in pairs]
 

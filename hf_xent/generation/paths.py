@@ -41,7 +41,7 @@ MOST = 2**24  # categories that torch.multinomial takes
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def nucleus(log_joint: Tensor, top_p: float) -> Tensor:
@@ -142,7 +142,7 @@ class PathNucleus:
     def __call__(
         self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **model_kwargs: Any,
-    ) -> PathsOutput | Tensor:  # fmt: skip
+    ) -> PathsOutput | Tensor | None:  # fmt: skip
         """The loop; arguments and options are those of transformers' own, `GenerationMixin._sample`."""
         ids, is_encoder_decoder = input_ids, model.config.is_encoder_decoder
         pad = generation_config._pad_token_tensor  # of `generate`: an end token if there is no other
