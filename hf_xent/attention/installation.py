@@ -51,6 +51,10 @@ class Attending:
         """The planes of the bias in all layers."""
         return self.of_layer * (self.layers if self.bias.per_layer else 1)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attending:
+        """Refuse it, since the copy would attend by this model's name."""
+        raise ValueError("a model with a bias cannot be copied: call unattend, copy it, and attend to both")
+
     def install(self, inner: nn.Module) -> None:
         """Register both functions and let the model use them."""
         from transformers import AttentionInterface, AttentionMaskInterface
