@@ -83,6 +83,23 @@ def teacher_caches(
     print(f"written: {output}")
 
 
+@app.command(name="kv-caches")
+def caches_of_keys_and_values(
+    output: Annotated[Path, Option(help="The Markdown file to write.")] = Path("benchmarks/results/kv-caches.md"),
+    model: Model = "smollm2",
+    data: Text = "pydoc",
+    tokens: Annotated[int, Option(help="Tokens of the cache whose memory is measured.", min=1)] = 4096,
+    contexts: Annotated[str, Option(help="Tokens before the timed ones, separated by commas.")] = "256,1024,4096",
+    rounds: Annotated[int, Option(help="Blocks of timed tokens.", min=1)] = 3,
+) -> None:
+    """Measure bytes, memory and time of caches of keys and values that hold fewer bits."""
+    from benchmarks import kv_caches  # lazy: transformers
+
+    lengths = [int(context) for context in contexts.split(",")]
+    output.write_text(kv_caches.page(model, data, tokens, lengths, rounds) + "\n", encoding="utf-8")
+    print(f"written: {output}")
+
+
 @app.command(name="top-k")
 def top_k_losses(
     model: Model = "smollm2",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, WatermarkingConfig
 
-from hf_xent.generation.mirostat import Mirostat, by_surprise, by_zipf, export, generate, zipf_k
+from hf_xent.generation.mirostat import Mirostat, by_surprise, export, generate
+from hf_xent.generation.zipf import by_zipf, zipf_k
 from support.models import V, batch, tiny
 
 ENDLESS = {"max_new_tokens": 12, "eos_token_id": -1, "pad_token_id": 0}  # no token ends a sequence

@@ -33,6 +33,7 @@ EXTRAS = {
     "ln-free": "detect",
     "report": "bench",
     "scaling": "detect",
+    "search": "train",
     "train": "train",
 }
 """Command -> the extra of hf-xent that installs its dependencies; the other commands need no extra."""

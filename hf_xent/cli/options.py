@@ -49,13 +49,14 @@ def check_dtype(dtype: str, *more: str) -> None:
 
 
 def options_from(
-    settings: type, positional: tuple[str, ...] = (), **shared: Any
+    settings: type, positional: tuple[str, ...] = (), without: tuple[str, ...] = (), **shared: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for each field of a dataclass; its first argument is then the instance.
 
     Args:
         settings: The dataclass; the metadata of a field are arguments of `typer.Option` (`help`, `min`, `max`).
         positional: The fields that are given without a name, in this order.
+        without: The fields that are no options, and keep their defaults.
         shared: Field -> an annotated option type, which replaces the metadata of the field.
     """
 
@@ -66,12 +67,13 @@ def options_from(
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
-            command(settings(**{f.name: values.pop(f.name) for f in fields(settings)}), **values)
+            command(settings(**{f.name: values.pop(f.name) for f in offered}), **values)
 
+        offered = [f for f in fields(settings) if f.name not in without]
         hints = get_type_hints(settings)
         _, *others = inspect.signature(command, eval_str=True).parameters.values()
         others = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in others]
-        signature = inspect.Signature([*(parameter(f, hints[f.name]) for f in fields(settings)), *others])
+        signature = inspect.Signature([*(parameter(f, hints[f.name]) for f in offered), *others])
         run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
         run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         run.__signature__ = signature  # type: ignore[attr-defined]  # typer reads it, as inspect documents

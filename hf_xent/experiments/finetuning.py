@@ -104,7 +104,7 @@ def fit(
     Raises:
         ValueError: If the model or the text cannot be used, or there is no checkpoint to resume from.
     """
-    return fitted(run, arm, lambda: _trainer(run, arm, on_phase), before_step, on_phase)
+    return fitted(run, arm, lambda: make_trainer(run, arm, on_phase), before_step, on_phase)
 
 
 def fitted(
@@ -144,7 +144,7 @@ def fitted(
     )
 
 
-def _trainer(run: Run, arm: str, on_phase: Callable[[str], None]) -> Any:
+def make_trainer(run: Run, arm: str, on_phase: Callable[[str], None] = lambda phase: None) -> Any:
     """The trainer of an arm, with its model and text."""
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 

@@ -52,13 +52,16 @@ def reduced(config: GenerationConfig, kept: Iterable[str]) -> Iterator[None]:
         vars(config).update(before)
 
 
-def settled(model: Any, method: str, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+def settled(
+    model: Any, method: str, options: dict[str, Any], allowed: Iterable[str] = ()
+) -> tuple[GenerationConfig, dict[str, Any]]:
     """The generation configuration under which a method alone decides which tokens are sampled.
 
     Args:
         model: The model that will generate; its own configuration is not changed.
         method: The name of the method, for errors.
         options: The arguments of a call of `generate`, less those of the method; it is emptied of what is refused.
+        allowed: Names that the method can take all the same, as arguments or in a `generation_config` among them.
 
     Returns:
         The configuration with the arguments in it, and the arguments that no configuration knows.
@@ -71,27 +74,32 @@ def settled(model: Any, method: str, options: dict[str, Any]) -> tuple[Generatio
     sampling = [
         name for name in vars(config) if name not in (*KEPT, *NEUTRAL, "transformers_version") and name[0] != "_"
     ]
+    granted: dict[str, Any] = {}
     for name in (*NEUTRAL, *OTHERS, *sampling):
         value = options.pop(name, None)
         if value is None and explicit is not None and name not in OTHERS:
             value = vars(explicit).get(name)
             value = None if value == vars(default).get(name) else value
         is_neutral = value == NEUTRAL[name] if name in NEUTRAL else value is False
-        if value is not None and not is_neutral:
+        if name in allowed:
+            granted |= {} if value is None else {name: value}
+        elif value is not None and not is_neutral:
             raise ValueError(f"{name} is given, but {method} alone decides which tokens may be sampled: leave it out")
     if "paged" in (options.get("cache_implementation"), config.cache_implementation):
         raise ValueError("cache_implementation is 'paged', which samples tokens in its own batches: choose another")
     vars(config).update(dict.fromkeys(sampling))
-    return config, config.update(**options, **NEUTRAL)
+    return config, config.update(**options, **NEUTRAL, **granted)
 
 
-def written(folder: str | Path, module: str | Path, card: str) -> Path:
+def written(folder: str | Path, module: str | Path, card: str, beside: Iterable[str] = ()) -> Path:
     """Writes a `custom_generate` repository for the Hub.
 
     Args:
         folder: The folder to write; it is made if it does not exist.
-        module: The file of the method, which has a function `generate`; besides libraries it imports this file alone.
+        module: The file of the method, which has a function `generate`; besides libraries it imports this file alone,
+            and those in `beside`.
         card: The text of its README.md.
+        beside: Names of files in the module's folder that go with it.
 
     Returns:
         The folder.
@@ -101,5 +109,7 @@ def written(folder: str | Path, module: str | Path, card: str) -> Path:
     code.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(module, code / "generate.py")
     shutil.copyfile(__file__, code / "decoding.py")
+    for name in beside:
+        shutil.copyfile(Path(module).with_name(name), code / name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
