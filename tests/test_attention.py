@@ -428,6 +428,8 @@ def test_what_cannot_take_effect_is_refused():
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="attn_implementation is 'eager' since the bias was set"):
             model(IDS)
+        expected = logits(made(backend="eager"), Window(3))
+        assert torch.equal(logits(attend(model, Window(3))), expected), "on the attention that was set since"
     assert model.config._attn_implementation == "eager"
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation is 'flash_attention_2', which takes no bias"):

@@ -159,7 +159,7 @@ def attend(model: Model, bias: AttentionBias) -> Model:
     """
     inner = inner_of(model)
     earlier = attending_of(inner)
-    installation = _checked(inner, bias, None if earlier is None else earlier.backend)
+    installation = _checked(inner, bias, earlier)
     unattend(model)  # after all checks
     installation.install(inner)
     return model
@@ -211,8 +211,8 @@ def attending_of(inner: nn.Module) -> Attending | None:
     return inner.__dict__.get("_hf_xent_attending")
 
 
-def _checked(inner: Any, bias: AttentionBias, backend: str | None) -> Attending:
-    """The installation of a bias on a model that takes one."""
+def _checked(inner: Any, bias: AttentionBias, earlier: Attending | None) -> Attending:
+    """The installation of a bias on a model that takes one, and may have one."""
     from transformers import PreTrainedModel
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -224,7 +224,9 @@ def _checked(inner: Any, bias: AttentionBias, backend: str | None) -> Attending:
     config = inner.config.get_text_config(decoder=True)
     if inner.config.is_encoder_decoder or not getattr(config, "num_attention_heads", 0):
         raise ValueError(f"model is a {name}, which is no decoder with attention heads, so it takes no bias")
-    backend = backend or config._attn_implementation
+    backend = config._attn_implementation
+    if earlier is not None and backend == earlier.name:
+        backend = earlier.backend
     if backend not in BACKENDS:
         raise ValueError(
             f"attn_implementation is {backend!r}, which takes no bias: call model.set_attn_implementation('sdpa') first"
