@@ -2,9 +2,10 @@
 
 Bytes are those of the cache's tensors. For memory every cache has a process of its own, in which the model reads real
 text in pieces: `resident` is how much more memory the process holds afterwards than before, `peak` the most it held
-meanwhile, with the activations of a piece, over that. For time all caches of one context are in one process and take
-turns token by token, each reading the same text, so other load on the machine slows all alike. A round is as many
-tokens as a block has, so that blocks age once in each; ratios are to the dense cache, medians over tokens and rounds.
+meanwhile, with the activations of a piece, over that. For time, in CPU seconds, all caches of one context are in one
+process and take turns token by token, each reading the same text, so other load on the machine slows all alike. A round
+is as many tokens as a block has, so that blocks age once in each; ratios are to the dense cache, medians over tokens
+and over rounds.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def held(cache: Any) -> int:
 
 def memory_table(model: str, text: str, tokens: int) -> str:
     """Bytes and memory of every cache, each measured in its own process, beside the dense one."""
-    found = {arm: _in_a_process(arm, model, text, tokens) for arm in (DENSE, *ARMS)}
+    found = {arm: in_a_process(arm, model, text, tokens) for arm in (DENSE, *ARMS)}
     lines = [
         "| bits | cache, MiB | of float32's | resident, MiB | of float32's | peak, MiB |",
         "|---|---|---|---|---|---|",
@@ -73,7 +74,8 @@ def memory_table(model: str, text: str, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def _in_a_process(arm: str, *what: Any) -> tuple[int, int, int]:
+def in_a_process(arm: str, *what: Any) -> tuple[int, int, int]:
+    """Bytes of a cache's tensors, resident memory and peak, from a process that fills it."""
     worker = Worker(f"the run of {arm}", _serve, arm, *what, torch.get_num_threads(), remedy="try fewer tokens")
     found = worker.receive()
     worker.close()
@@ -112,10 +114,10 @@ def fill(lm: Any, cache: Any, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def step(lm: Any, cache: Any, token: torch.Tensor) -> float:
-    """Seconds of one step of generation, but for the choice of the token."""
-    start = time.perf_counter()
+    """CPU seconds of one step of generation, but for the choice of the token."""
+    start = time.process_time()
     lm(input_ids=token, use_cache=True, **{cache_name(lm): cache})
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def time_table(model: str, text: str, contexts: list[int], rounds: int) -> str:

@@ -51,7 +51,7 @@ def trained(name: str, seed: int, rows: Any, vocabulary: int, folder: Path) -> A
 
 
 @torch.no_grad()
-def nats(model: Any, texts: torch.Tensor, length: int, scored: int = SCORED) -> float:
+def nats(model: Any, texts: torch.Tensor, length: int, scored: int) -> float:
     """Mean loss of the last `scored` tokens of the texts, given the last `length`."""
     losses = []
     for ids in texts[:, -length:].split(max(1, 4096 // length)):
@@ -72,7 +72,7 @@ def main(text: str = "pydoc", seeds: int = 3, output: Path = Path("out/beyond-wi
         name, bias = ARMS[arm]
         model = trained(name, seed, rows, len(tokenizer), output / f"{name}-{seed}").eval()
         with nullcontext() if bias is None else attending(model, bias):
-            study.record(arm, seed, **{str(length): nats(model, texts, length) for length in LENGTHS})
+            study.record(arm, seed, **{str(length): nats(model, texts, length, SCORED) for length in LENGTHS})
     return study.report("Nats a token by tokens of text. Made by `examples/beyond_window.py` of hf_xent.")
 
 

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import Cache, DynamicCache, QuantizedCache
 
 from hf_xent.caches import StaircaseCache
 from hf_xent.experiments.study import Study
@@ -20,6 +20,8 @@ ARMS: dict[str, Any] = {
     "2": partial(StaircaseCache, bits=(2,), group=32, residual_length=64),
     RIVAL: partial(StaircaseCache, bits=(2,), group=32, residual_length=96),
     STAIRCASE: partial(StaircaseCache, bits=(8, 4, 2), group=32, residual_length=64),
+    "4, group 64": partial(StaircaseCache, bits=(4,), group=64, residual_length=64),
+    "8,4": partial(StaircaseCache, bits=(8, 4), group=32, residual_length=64),
     "fp8 of transformers": partial(QuantizedCache, "fp8"),
     **{f"HQQ {bits}": partial(QuantizedCache, "hqq", nbits=bits, axis_key=1, axis_value=1, **PEER) for bits in (4, 2)},
     **{f"Quanto {bits}": partial(QuantizedCache, "quanto", nbits=bits, **PEER) for bits in (4, 2)},
@@ -43,11 +45,13 @@ def held(value: Any) -> int:
     """Bytes of all tensors in nested containers; of a cache those of its layers, of a quantised tensor its parts'."""
     if hasattr(value, "__tensor_flatten__"):
         return sum(held(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-    if hasattr(value, "layers"):
+    if isinstance(value, torch.Tensor | StaircaseCache):
+        return value.nbytes
+    if isinstance(value, Cache):
         return sum(held(vars(layer)) for layer in value.layers)
     if isinstance(value, dict | list | tuple):
         return sum(map(held, value.values() if isinstance(value, dict) else value))
-    return value.nbytes if isinstance(value, torch.Tensor) else 0
+    return 0
 
 
 def plot(study: Study, path: Path) -> None:

@@ -12,7 +12,12 @@ from hf_xent.cem import Categorical, CrossEntropyMethod, Integer, Real, Space, m
 from hf_xent.cem.families import Gaussian
 
 PLANE = {"x": Real(mean=0, sd=2), "y": Real(mean=0, sd=2)}
-MIXED = {"rate": Real(1e-5, 1e-1, log=True), "width": Integer(1, 64), "depth": Integer(1, 3), "kind": Categorical([*"ab"])}
+MIXED = {
+    "rate": Real(1e-5, 1e-1, log=True),
+    "width": Integer(1, 64),
+    "depth": Integer(1, 3),
+    "kind": Categorical([*"ab"]),
+}
 
 
 def bowl(point):

@@ -517,12 +517,54 @@ def test_generate_prints_continuations_and_their_surprise(model_folder, tmp_path
     assert json.loads(invoke("generate", "the quick", "--model", own, *options[4:], "--json").stdout) == rows
 
 
+def test_generate_prints_paths_and_their_weights(model_folder):
+    options = ("generate", "the quick", "--model", model_folder, "--max-new-tokens", 6, "--paths", 3, "--seed", 5)
+    rows = json.loads(invoke(*options, "--json").stdout)
+    weights = [row["weight"] for row in rows]
+    assert len({row["text"] for row in rows}) > 1 and weights == sorted(weights, reverse=True)
+    assert sum(weights) == pytest.approx(1) and all(0 < row["surprise"] < 30 for row in rows)
+    assert [row["weight"] for row in json.loads(invoke(*options, "--top-p", 1e-6, "--json").stdout)] == [1.0]
+    assert f"bits a token, weight {weights[0]:.3f}" in invoke(*options).stdout
+
+
+def test_generate_with_fewer_bits_in_the_cache(tmp_path):
+    """The tokens are those that transformers draws with the same cache, and not those of the exact one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_xent.caches import StaircaseCache
+    from hf_xent.generation.prefixes import cache_name
+
+    tiny(std=1.0, max_position_embeddings=512).save_pretrained(tmp_path)
+    tiny_tokenizer(TEXT).save_pretrained(tmp_path)
+    options = ("generate", TEXT, "--model", tmp_path, "--max-new-tokens", 40, "--seed", 4, "--json")
+    exact, fewer = (json.loads(invoke(*options, *more).stdout) for more in ((), ("--cache-bits", "2, 1")))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    inputs, cache = tokenizer(TEXT, return_tensors="pt"), StaircaseCache(model.config, bits=(2, 1))
+    torch.manual_seed(4)
+    drawn = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=40, **{cache_name(model): cache})
+    text = tokenizer.decode(drawn[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert fewer[0]["text"] == text != exact[0]["text"]
+    for more in (("--paths", 2), ("--target", 3.0)):
+        exact, fewer = (json.loads(invoke(*options, *more, *bits).stdout) for bits in ((), ("--cache-bits", "2,1")))
+        assert exact[0]["text"] != fewer[0]["text"], "the bits reach every way to sample"
+
+
 def test_generate_refuses_what_has_no_effect_and_what_has_no_place(model_folder, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path)
     tiny_tokenizer(TEXT).save_pretrained(tmp_path)
     for arguments, message in (
         (("x", "--rate", 0.5), "rate is an option of Mirostat, which needs a target"),
         (("x", "--version", 1), "version is an option of Mirostat"),
+        (("x", "--top-p", 0.5), "top_p is an option of path nucleus: add --paths"),
+        (("x", "--length-penalty", 1.0), "length_penalty is an option of path nucleus: add --paths"),
+        (("x", "--paths", 2, "--target", 3.0), "target is given, but --paths says what is drawn"),
+        (("x", "--paths", 2, "--samples", 1), "samples is given, but --paths"),
+        (("x", "--paths", 2, "--top-p", 1.5), r"top_p is 1\.5: choose a number in \(0, 1\]"),
+        (("x", "--cache-bits", "8,x"), "cache_bits is '8,x': give whole numbers, with commas"),
+        (("x", "--cache-bits", "3"), r"bits=\(3,\): give one or more of"),
+        (("x", "--cache-bits", "16"), "cache_bits is 16, with which all is stored as computed"),
+        (("x", "--cache-bits", "2", "--max-new-tokens", 8), "cache_bits is 2, but a prompt of 2 tokens and 8 new"),
         (("x", "--temperature", 0), r"temperature is 0\.0"),
         (("x", "--temperature", "nan"), "temperature is nan"),
         (("x", "--target", "nan"), "target is nan: choose a positive number"),

@@ -26,7 +26,6 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from hf_xent import cli, hub, ln_free
-from hf_xent.generation import mirostat
 from hf_xent.trainers import METHODS, LNRemovalConfig, LNRemovalTrainer, XentConfig, XentTrainer
 from support.hub_server import serving
 from support.models import V, tiny, tiny_tokenizer
@@ -450,29 +449,31 @@ def test_a_class_of_its_own_loads_with_trust_and_a_pinned_revision(elsewhere, tm
     assert "trust_remote_code" in elsewhere.run(load_and_run, "me/odd", trust_remote_code=False)
 
 
-def push_sampler(folder, repo):
-    return hub.push(mirostat.export(folder), repo)
+def push_sampler(way, folder, repo):
+    return hub.push(importlib.import_module(f"hf_xent.generation.{way}").export(folder), repo)
 
 
-def sample(repo, card):
-    model, options = tiny(), {"target": 1.5, "max_new_tokens": 8, "pad_token_id": 0}
+def sample(way, repo, card, **options):
+    model = tiny()
+    options |= {"max_new_tokens": 8, "pad_token_id": 0}
     torch.manual_seed(5)
     theirs = model.generate(IDS, custom_generate=repo, trust_remote_code=True, **options)
     torch.manual_seed(5)
-    ours = mirostat.generate(model, IDS, **options)
+    ours = importlib.import_module(f"hf_xent.generation.{way}").generate(model, IDS, **options)
     mask = torch.ones_like(IDS)
-    model.generation_config.update(max_length=None, eos_token_id=None)
+    model.generation_config.update(max_length=None, eos_token_id=None, pad_token_id=0)
     shown = usage_on(card.replace("200", "8"), model=model, inputs={"input_ids": IDS, "attention_mask": mask})["ids"]
     return theirs, ours, shown.shape[1]
 
 
-def test_a_way_to_generate_makes_the_round_trip(elsewhere, tmp_path):
-    elsewhere.run(push_sampler, tmp_path / "mirostat", "me/mirostat")
-    assert "custom_generate/generate.py" in elsewhere.files("me/mirostat")
-    card = elsewhere.files("me/mirostat")["README.md"].decode()
-    theirs, ours, length = elsewhere.run(sample, "me/mirostat", card)
+@pytest.mark.parametrize(("way", "options"), [("mirostat", {"target": 1.5}), ("paths", {"paths": 3, "top_p": 0.8})])
+def test_a_way_to_generate_makes_the_round_trip(elsewhere, tmp_path, way, options):
+    elsewhere.run(push_sampler, way, tmp_path / way, f"me/{way}")
+    assert {"custom_generate/generate.py", "custom_generate/decoding.py"} < {*elsewhere.files(f"me/{way}")}
+    card = elsewhere.files(f"me/{way}")["README.md"].decode()
+    theirs, ours, length = elsewhere.run(sample, way, f"me/{way}", card, **options)
     assert torch.equal(theirs, ours) and theirs.shape[1] > IDS.shape[1]
-    assert 'custom_generate="me/mirostat"' in card and length == IDS.shape[1] + 8
+    assert f'custom_generate="me/{way}"' in card and length == IDS.shape[1] + 8
 
 
 def push_rows(path):

@@ -56,8 +56,23 @@ API = {
     "transformers.loss.loss_utils.ForMaskedLMLoss": ("patching", ("logits", "labels", "vocab_size")),
     "transformers.PreTrainedModel._keys_to_ignore_on_save": ("trainers", ()),
     "transformers.PreTrainedModel._is_stateful": ("generation", ()),
+    "transformers.GenerationMixin._prefill": ("generation", ("input_ids", "generation_config", "model_kwargs")),
+    "transformers.GenerationMixin._update_model_kwargs_for_generation": (
+        "generation", ("outputs", "model_kwargs", "is_encoder_decoder"),
+    ),
     "transformers.PreTrainedConfig.get_config_dict": ("ln_free", ("pretrained_model_name_or_path",)),
-    "transformers.PreTrainedConfig._attn_implementation": ("ln_free", ()),
+    "transformers.PreTrainedConfig._attn_implementation": ("ln_free, attention", ()),
+    "transformers.PreTrainedModel._supports_attention_backend": ("attention", ()),
+    "transformers.AttentionInterface._global_mapping": ("attention", ()),
+    "transformers.AttentionMaskInterface._global_mapping": ("attention", ()),
+    "transformers.masking_utils.sdpa_mask": (
+        "attention", ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask", "allow_is_causal_skip"),
+    ),
+    "transformers.masking_utils.flex_attention_mask": (
+        "attention", ("q_length", "kv_length", "q_offset", "kv_offset", "attention_mask", "mask_function"),
+    ),
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": ("attention", ()),
+    "transformers.models.llama.modeling_llama.eager_attention_forward": ("attention", ("module", "attention_mask")),
     "transformers.AutoModelForCausalLM._model_mapping": ("ln_free", ()),
     "transformers.models.auto.configuration_auto.CONFIG_MAPPING": ("ln_free", ()),
     "transformers.pytorch_utils.Conv1D": ("ln_free", ("nf", "nx")),
@@ -246,13 +261,21 @@ HELD = {
     "torch: OpOverload._schema": ("lazy", lambda: dispatched()._schema.arguments[0].alias_info is not None),
     "transformers: model._loss_function": ("patching", lambda: kept()._modules["_loss_function"]),
     "transformers: the property loss_function": ("patching", lambda: callable(type(kept()).loss_function.fset)),
+    "transformers: GenerationConfig._pad_token_tensor": (
+        "generation",
+        lambda: says("generation_config._pad_token_tensor = pad_token_tensor", "transformers", "generation/utils.py"),
+    ),
+    "transformers: model._reorder_cache": (
+        "generation",
+        lambda: says('hasattr(self, "_reorder_cache")', "transformers", "generation/utils.py"),
+    ),
     "transformers: config._name_or_path": ("hub", lambda: isinstance(tiny().config._name_or_path, str)),
     "transformers: Trainer._signature_columns": (
         "trainers",
         lambda: says("_signature_columns", "transformers", "trainer.py"),
     ),
     "transformers: Trainer._train_batch_size": (
-        "trainers",
+        "trainers, cem",
         lambda: says("self._train_batch_size", "transformers", "trainer.py"),
     ),
     "trl: DistillationTrainer._forward_redirection": (

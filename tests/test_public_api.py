@@ -9,8 +9,10 @@ import pytest
 import hf_xent
 from hf_xent import (
     adapt,
+    attention,
     caches,
     calibration,
+    cem,
     classes,
     detection,
     laws,
@@ -51,10 +53,14 @@ PUBLIC = {
         MultiPowerLaw ParametricLoss PowerLaw Split compute_optimal fit get optimal_split read sums table""",
     retrieval: """Grid GridScorer Information Informed RANKINGS WAYS average_precision_at centered infogain informed
         interval minmax mutual_information pmi rank raw recall_at scores zscore""",
+    attention: """AttentionBias Harmonic Linear Probabilistic Window alibi_slopes attend attending harmonic_bias
+        harmonic_score_mod probabilistic_mask unattend""",
     caches: """StaircaseCache""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
+    cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
+        minimize probability search""",
     robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -4,11 +4,15 @@ import itertools
 import json
 import math
 import random
+import runpy
+from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
+from hf_xent import unpatch
 from hf_xent.data import subwords
 from hf_xent.data.segmentation import Segmenter, shortest_path
 from hf_xent.data.subwords import encode, likelihood, train
@@ -285,3 +289,42 @@ def scores_of(tokenizer):
 def best_by_length(costs):
     """Number of pieces -> the least cost."""
     return {n: min(cost for cut, cost in costs.items() if len(cut) == n) for n in {len(cut) for cut in costs}}
+
+
+def test_the_example_judges_every_vocabulary(tmp_path, monkeypatch):
+    """Every held-out token is predicted once, and nothing is run twice."""
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    example = runpy.run_path(str(examples / "subwords.py"))
+    names, trained, models = example["main"].__globals__, example["trained"], []
+    for name, value in (
+        ("SIZES", (262, 266)),
+        ("CONTEXT", 16),
+        ("SIZE", example["SIZE"] | {"n_layer": 1, "n_embd": 8}),
+    ):
+        monkeypatch.setitem(names, name, value)
+    monkeypatch.setitem(names, "trained", lambda *run: models.append((run[0], *trained(*run))) or models[-1][1:])
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(TEXTS[i % 3][i:] + " é")
+    options = {"text": str(tmp_path / "text"), "read": 900, "seeds": 1, "output": tmp_path / "out"}
+    found = example["main"](**options)
+    assert [*found] == [262, 266] and all([*found[size]] == [*example["ARMS"], "bytes"] for size in found)
+    assert len(models) == 7  # bytes are run once
+    tokenizer, model, _ = models[0]
+    held = example["data"].load_text(options["text"]).train_test_split(test_size=0.05, seed=0)["test"]["text"]
+    ids = [tokenizer.eos_token_id]
+    for text in held:
+        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    nats, model = 0.0, unpatch(model)
+    for start in range(0, len(ids) - 1, 16):
+        window = torch.tensor([ids[start : start + 17]])
+        logits = model(input_ids=window[:, :-1]).logits.log_softmax(-1)
+        nats -= logits.gather(2, window[:, 1:, None]).sum().item()
+    size, row = sum(len(text.encode()) for text in held), found[262]["bpe"][0]
+    assert row["bits/byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert row["bytes/token"] == pytest.approx(size / (len(ids) - 1 - len(held)))
+    assert found[262]["bytes"] == found[266]["bytes"] and found[262]["bytes"][0]["bytes/token"] == 1
+    assert found[262]["unigram"][0]["all cuts"] < 8
+    monkeypatch.setitem(names, "trained", None)
+    assert example["main"](**options) == found

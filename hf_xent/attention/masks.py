@@ -49,12 +49,9 @@ def dense_mask(
     queries = positions(asked["q_length"], asked.get("q_offset", 0), padding, device)
     keys = positions(asked["kv_length"], asked.get("kv_offset", 0), padding, device)
     mask = bias.dense(queries, keys, planes, asked.get("kv_offset", 0) + asked["kv_length"])
-    mask = mask if mask.ndim == 4 else mask[None]
     dtype = asked.get("dtype", torch.float32)
     lowest = torch.finfo(dtype).min
-    if allowed.shape[0] != mask.shape[0]:
-        mask = mask.expand(allowed.shape[0], -1, -1, -1)
-    return mask.masked_fill(~allowed, lowest).clamp_(min=lowest).to(dtype)
+    return torch.where(allowed, mask, lowest).clamp_(min=lowest).to(dtype)
 
 
 class BlockBias:

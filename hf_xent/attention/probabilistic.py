@@ -4,7 +4,8 @@ block pair (I, J), J <= I, of b queries and b keys is kept with probability pi(I
 geometric: pi(d) = rate^(d-1)        inverse: pi(d) = 1 / d
 unbiased: kept scores get -log pi, so that E[sum of kept exp(score)] = the sum of all, before the softmax divides
 
-Only the sums are unbiased: their ratio, the attention's output, is not. Without it, what is far gets less weight.
+Only the sums are unbiased: their ratio, the attention's output, is not. Without it, what is far gets less weight. With
+`first`, pi(I) = 1 for the first block too (not of the source): models often put weight there that is meant for nothing.
 
 Source: Li 2024, arXiv:2410.18441 ("probabilistic FlashAttention"), which reports no measurement; the probabilities
     and the unbiased variant are our reading.
@@ -35,6 +36,7 @@ class Probabilistic(AttentionBias):
         fall: How the probability falls with the distance of blocks, 'geometric' or 'inverse'.
         rate: The ratio of the geometric series, above 0 and at most 1, which keeps everything.
         unbiased: Whether kept scores get -log pi.
+        first: Whether the first block, J = 0, is always kept.
         per_head: Whether each head has a draw of its own.
         per_layer: Whether each layer has; a mask a layer is then in memory.
         seed: Of the draw.
@@ -47,6 +49,7 @@ class Probabilistic(AttentionBias):
     fall: Fall = "geometric"
     rate: float = 0.5
     unbiased: bool = False
+    first: bool = False
     per_head: bool = False
     per_layer: bool = False
     seed: int = 0
@@ -73,19 +76,27 @@ class Probabilistic(AttentionBias):
         steps = (distances - 1).clamp(min=0)
         return self.rate**steps if self.fall == "geometric" else 1 / distances.clamp(min=1)
 
+    def of_pairs(self, blocks: int) -> Tensor:
+        """The probability of each block pair, float64 [blocks, blocks]; those above the diagonal are kept, too."""
+        ids = torch.arange(blocks)
+        pi = self.probabilities(blocks)[(ids[:, None] - ids).clamp(min=0)]
+        if self.first:
+            pi[:, 0] = 1
+        return pi
+
     def share(self, length: int) -> float:
         """The expected share of causal pairs of tokens that take part."""
         blocks = torch.arange(length) // self.block
-        kept = self.probabilities(int(blocks[-1]) + 1)[(blocks[:, None] - blocks).clamp(min=0)].tril()
+        kept = self.of_pairs(int(blocks[-1]) + 1)[blocks[:, None], blocks].tril()
         return float(kept.sum()) / (length * (length + 1) / 2)
 
     def drawn(self, blocks: int, planes: int) -> Tensor:
         """What is added to the scores of block pairs, float32 [planes, blocks, blocks]; -inf above the diagonal."""
         weights = torch.full((planes, blocks, blocks), -torch.inf)
-        pi = self.probabilities(blocks)
+        pi = self.of_pairs(blocks)
         for row in range(blocks):  # a generator a row: it does not matter how many rows there are
             draw = torch.from_numpy(np.random.default_rng((self.seed, row)).random((row + 1, planes)))
-            of_row = pi[: row + 1].flip(0)[:, None]
+            of_row = pi[row, : row + 1, None]
             added = -of_row.log() if self.unbiased else torch.zeros_like(of_row)
             weights[:, row, : row + 1] = added.where(draw < of_row, -torch.inf).T.float()
         return weights

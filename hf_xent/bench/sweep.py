@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+from ..options.ranges import whole_numbers
 from .config import SHAPED, BenchConfig, shaped
 from .objectives import OBJECTIVES, PLAIN
 
@@ -68,10 +69,7 @@ def _words(text: str) -> list[str]:
 
 
 def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}: give whole numbers, with commas between them") from None
+    return list(dict.fromkeys(whole_numbers(name, text)))
 
 
 def _shape(word: str, text: str) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ class Journal:
         if number not in self.trials:
             return False
         found = self.trials[number]["parameters"]
-        if found != json.loads(json.dumps(params)):
+        if found != json.loads(json.dumps(dict(params))):
             raise ValueError(f"{self.file} has trial {number} with {found}, now it is {dict(params)}: move it away")
         return True
 

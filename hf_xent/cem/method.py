@@ -5,7 +5,7 @@
              v <- a v_hat + (1 - a) v
     until    the best is unchanged for some rounds, or all spreads are below a tolerance, or the budget is spent
 
-Source: R. Y. Rubinstein, D. P. Kroese: The Cross-Entropy Method, Springer 2004, algorithm 4.2; taken up for
+Source: R. Y. Rubinstein, D. P. Kroese: The Cross-Entropy Method, Springer 2004; taken up for
 hyperparameters in arXiv:2410.18441, which reports no measurements.
 
 It finds a minimum, not always the least one: of Rastrigin's function in two dimensions it misses the global minimum

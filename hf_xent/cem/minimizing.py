@@ -1,4 +1,4 @@
-"""The minimum of a function that is cheap enough to be called many times; `hf_xent.cem.searching` is for training runs."""
+"""The minimum of a function that is cheap enough to be called often; `hf_xent.cem.searching` is for training runs."""
 
 from __future__ import annotations
 

@@ -44,9 +44,15 @@ def is_factory(source: Any) -> bool:
     return callable(source) and not hasattr(source, "train")
 
 
-def takes_trial(function: Callable[..., Any]) -> bool:
-    """Whether a factory or a `model_init` is called with the trial: if it takes an argument, as transformers has it."""
-    return len(inspect.signature(function).parameters) > 0
+def takes_trial(factory: Callable[..., Any]) -> bool:
+    """Whether a factory has to be called with the trial: it has an argument without a default."""
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _initialised_by_trial(trainer: Any) -> bool:
+    """Whether the trainer calls its `model_init` with the trial: it has an argument, as transformers decides it."""
+    return trainer.model_init is not None and bool(inspect.signature(trainer.model_init).parameters)
 
 
 def made(source: Any, trial: Trial, seed: int = 0) -> Any:
@@ -81,8 +87,9 @@ def run_trial(source: Any, trial: Trial, settings: Mapping[str, Any], folder: Pa
                 trainer.args.output_dir = str(folder if seeds == 1 else folder / f"seed-{seed}")
                 trainer.train()
                 outcome.metrics.append(dict(trainer.evaluate()))
-            del trainer  # before the next one is made
-            gc.collect()
+            if is_factory(source):
+                del trainer  # before the next one is made
+                gc.collect()
     except Exception as error:  # whatever it is, the next candidates are tried
         outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -93,12 +100,12 @@ def _prepared(trainer: Any, trial: Trial, settings: Mapping[str, Any], seed: int
     """A trainer under the settings, whose reads of its arguments are noted; afterwards it is as it was."""
     args, model_init = trainer.args, trainer.model_init
     arguments, attributes = dict(vars(args)), _attributes(trainer)
-    for name, value in settings.items():
-        setattr(args, name, _converted(getattr(args, name), value))
-    args.seed += seed
-    if model_init is not None and takes_trial(model_init):
-        trainer.model_init = lambda: model_init(trial)
     try:
+        for name, value in settings.items():
+            setattr(args, name, _converted(getattr(args, name), value))
+        args.seed += seed
+        if _initialised_by_trial(trainer):
+            trainer.model_init = lambda: model_init(trial)
         with _watched(args, read):
             _renew(trainer)
             yield
@@ -108,7 +115,6 @@ def _prepared(trainer: Any, trial: Trial, settings: Mapping[str, Any], seed: int
         trainer.model_init, trainer.is_in_train = model_init, False
         for callback, values in attributes:
             vars(callback).update(values)
-        trainer.accelerator.free_memory()
         trainer.optimizer = trainer.lr_scheduler = None
         _renew(trainer)
 
@@ -192,6 +198,6 @@ def check_names(trainer: Any, names: list[str]) -> None:
     """
     known = {f.name for f in fields(trainer.args)}
     unknown = [name for name in names if name not in known]
-    if unknown and not (trainer.model_init is not None and takes_trial(trainer.model_init)):
+    if unknown and not _initialised_by_trial(trainer):
         kind = type(trainer.args).__name__
         raise ValueError(f"{unknown[0]} is no field of {kind}: take it in model_init(trial), or {FACTORY}")

@@ -115,7 +115,7 @@ def train(
     if algorithm == "unigram":
         tokenizer = _in_order(tokenizer)
     roles = dict.fromkeys(("eos_token", "bos_token", "pad_token"), special[0])
-    more = {"extra_special_tokens": [*special[1:]], "clean_up_tokenization_spaces": False}
+    more: dict[str, Any] = {"extra_special_tokens": [*special[1:]], "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles, **more)
 
 
@@ -123,7 +123,9 @@ def _engine(algorithm: str, size: int, special: Sequence[str]) -> tuple[Tokenize
     """A tokenizer without a vocabulary, and its trainer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    options = {"vocab_size": size, "special_tokens": [*special], "show_progress": False}
+    model: Any
+    trainer: Any
+    options: dict[str, Any] = {"vocab_size": size, "special_tokens": [*special], "show_progress": False}
     options["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
     if algorithm == "unigram":
         model, trainer = models.Unigram(), trainers.UnigramTrainer(**options)

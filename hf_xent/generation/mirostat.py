@@ -168,7 +168,10 @@ class Mirostat(LogitsProcessor):
         if not self.assisted:
             out = surprise.isinf()  # padding after the end; were all sequences at their end, generation would stop
             if bool((out | ended).all()):
-                raise ValueError("a token that Mirostat had ruled out was taken: use no other way of choosing tokens")
+                raise ValueError(
+                    "a token that Mirostat had ruled out was taken: it works with plain sampling, and with assisted"
+                    " decoding if it is made with assisted=True"
+                )
             ended = ended | out
             self._warn(logp[~ended], token[~ended])
         self.observed.append(torch.where(ended, torch.nan, surprise))

@@ -45,6 +45,14 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} is {value!r}: choose a whole number of at least {least}")
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The whole numbers of a list with commas between them. Raises: ValueError if it is none."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: give whole numbers, with commas between them") from None
+
+
 def check_text(owner: Any, name: str) -> None:
     """Refuse an option that is not text. Raises: ValueError."""
     value = getattr(owner, name)
