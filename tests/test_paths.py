@@ -315,6 +315,8 @@ def test_the_model_s_configuration_is_switched_off_and_left_alone():
         ({"paths": 2, "num_return_sequences": 3}, "num_return_sequences is 3, paths 2: choose at most 2"),
         ({"top_k": 5}, "top_k is given, but Path nucleus alone"),
         ({"num_beams": 4}, "num_beams is given"),
+        ({"guidance_scale": 1.5}, "guidance_scale is given, but its cache"),
+        ({"stop_strings": ["a"]}, "stop_strings is given, but .* pass a StopStringCriteria"),
         ({"streamer": object()}, "streamer is given, but only whole paths"),
         ({"output_scores": True}, "output_scores is given, but only whole paths"),
         ({"paths": 6}, "paths is 6 with 97 tokens: choose at most 5"),
