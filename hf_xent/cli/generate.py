@@ -19,8 +19,8 @@ def generate(
     prompt: Annotated[str, Argument(help="Text to continue; with a chat model, a user's message (see --chat).")],
     model: Model = "smollm2",
     target: Annotated[
-        float | None,
-        Option(help="Bits of surprise that Mirostat holds the tokens at [default: plain sampling]."),
+        list[float] | None,
+        Option(help="Bits of surprise that Mirostat holds the tokens at; may be repeated [default: plain sampling]."),
     ] = None,
     rate: Annotated[float | None, Option(help="Learning rate of Mirostat's bound [default: 1].")] = None,
     version: Annotated[
@@ -38,7 +38,9 @@ def generate(
         str | None, Option(help="Bits of cached keys and values by age, as in 8,4,2 [default: all as computed].")
     ] = None,
     temperature: Annotated[float, Option(help="Temperature of the softmax, applied before everything else.")] = 1.0,
-    samples: Annotated[int | None, Option(help="How many continuations [default: 1].", min=1)] = None,
+    samples: Annotated[
+        int | None, Option(help="How many continuations, of each target if there are several [default: 1].", min=1)
+    ] = None,
     max_new_tokens: Annotated[int, Option(help="How many tokens a continuation has at most.", min=1)] = 100,
     chat: Annotated[bool, Option(help="Use the chat template, if the tokenizer has one.")] = False,
     seed: Annotated[int, Option(help="Seed of the samples.", **SEEDS)] = 0,
@@ -52,7 +54,9 @@ def generate(
 
     Example: hf-xent generate "The rain had stopped" --target 3.0 --samples 4
     """
-    surprise = {"target": target, "rate": rate, "version": version}
+    targets = [bits for bits in target or () for _ in range(samples or 1)]
+    one = len(set(targets)) == 1
+    surprise = {"target": targets[0] if one else targets or None, "rate": rate, "version": version}
     nucleus = {"paths": paths, "top_p": top_p, "length_penalty": length_penalty}
     _check_options(surprise, nucleus, samples, temperature)
     import torch
@@ -68,7 +72,7 @@ def generate(
         torch.manual_seed(seed)
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)
         _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
-        inputs = {name: value.expand(samples or 1, -1) for name, value in encoded.items()}
+        inputs = {name: value.expand(len(targets) or samples or 1, -1) for name, value in encoded.items()}
         inputs |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
         inputs |= _cache(lm, cache_bits, encoded["input_ids"].shape[1], max_new_tokens)
         sequences, weights = _drawn(lm, inputs, surprise, nucleus)
