@@ -229,6 +229,8 @@ def test_tokens_that_stand_out():
     assert elites.outstanding(outputs, elite, np.ones(30), [], 8) == [4, 6]
     assert elites.outstanding(outputs, elite, np.ones(30), [4], 8) == [6]
     assert elites.outstanding(outputs, elite, np.ones(30), [4], 1) == []
+    outputs[0] = [1, 4, 5, 5, 5]
+    assert 5 not in elites.outstanding(outputs, elite, np.ones(30), [], 8), "it is in one elite alone"
 
 
 def test_texts_are_read_with_a_tokenizer():
