@@ -43,7 +43,7 @@ def main(model: str = "smollm2", additions: int = 200, seeds: int = 3, output: P
     pairs = [pair for pair in pairs[400:] if pair not in SOLVED]  # the first were for the choice of a prompt
     asked = [pairs[additions * seed :][:additions] for seed in range(seeds)]
     drawn = lru_cache(maxsize=1)(lambda way, seed: [*rows(lm, tokenizer, way, seed, asked[seed])])
-    for arm, seed in study.runs(f"{way}: {vote}" for way, (_, votes) in WAYS.items() for vote in votes):
+    for arm, seed in study.runs([f"{way}: {vote}" for way, (_, votes) in WAYS.items() for vote in votes]):
         way, vote = arm.split(": ")
         right = hit = distinct = 0
         for (a, b), (answers, weights) in zip(asked[seed], drawn(way, seed), strict=True):

@@ -348,14 +348,15 @@ def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
     tokenizer, model = one_token_a_character(), tiny(std=0.3, vocab_size=15)
     monkeypatch.setattr("hf_xent.models.loading.load", lambda name, dtype: (model, tokenizer))
     arms = {f"{way}: {vote}" for way, (_, votes) in example["WAYS"].items() for vote in votes}
-    options = {"additions": 5, "seeds": 1}
+    options = {"additions": 5, "seeds": 2}
     monkeypatch.setitem(names, "BATCH", 2)
     drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89), (10, 99)])] for way in example["WAYS"]}
     assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [*[1] * 6, *[4] * 9]
     assert all(sum(weights) == pytest.approx(1) for answers, weights in drawn["path nucleus"])
     assert all(0 < sum(weights) < 1 for answers, weights in drawn["top-p"])
     found = example["main"](**options, output=tmp_path / "drawn")
-    assert {*found} == arms and all(0 <= rows[0]["accuracy"] <= rows[0]["any"] <= 1 for rows in found.values())
+    assert {*found} == arms and all({*rows} == {0, 1} for rows in found.values())
+    assert all(0 <= row["accuracy"] <= row["any"] <= 1 for rows in found.values() for row in rows.values())
     asked = []
 
     def rows(lm, tokenizer, way, seed, pairs):
@@ -366,6 +367,6 @@ def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
     found = example["main"](**options, output=tmp_path / "made up")
     right = {arm for arm, seeds in found.items() if seeds[0]["accuracy"] == 1}
     assert right == {arm for arm in arms if arm.endswith(("weighted votes", "likeliest path"))}
-    assert all(seeds[0]["any"] == 1 and seeds[0]["answers"] == 2 for seeds in found.values())
-    assert len(asked) == len(example["WAYS"]) and len({pair for _, *pairs in asked for pair in pairs}) == 5
-    assert example["main"](**options, output=tmp_path / "made up") == found and len(asked) == len(example["WAYS"])
+    assert all(seeds[1]["any"] == 1 and seeds[1]["answers"] == 2 for seeds in found.values())
+    assert len(asked) == 2 * len(example["WAYS"]) and len({pair for _, *pairs in asked for pair in pairs}) == 10
+    assert example["main"](**options, output=tmp_path / "made up") == found and len(asked) == 2 * len(example["WAYS"])
