@@ -68,9 +68,7 @@ def generate(
         torch.manual_seed(seed)
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)
         _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
-        inputs = {
-            name: value.expand(len(surprise["target"] or ()) or samples or 1, -1) for name, value in encoded.items()
-        }
+        inputs = {name: x.expand(len(surprise["target"] or ()) or samples or 1, -1) for name, x in encoded.items()}
         inputs |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
         inputs |= _cache(lm, cache_bits, encoded["input_ids"].shape[1], max_new_tokens)
         sequences, weights = _drawn(lm, inputs, surprise, nucleus)
