@@ -68,8 +68,7 @@ class Mirostat(LogitsProcessor):
             last 64 steps are kept then.
 
     Raises:
-        ValueError: An option is outside its range; or, while generating, the sequences are not those that Mirostat
-            sampled.
+        ValueError: An option is outside its range; or, while generating, sequences are not those that it sampled.
     """
 
     supports_continuous_batching = False  # rows would come and go between steps
@@ -92,9 +91,9 @@ class Mirostat(LogitsProcessor):
         if not isinstance(assisted, bool):
             raise ValueError(f"assisted is {assisted!r}: choose True or False")
         self.target, self.rate = positive("target", target), positive("rate", rate)
-        if isinstance(temperature, (list, tuple)):
+        if isinstance(number := positive("temperature", temperature), list):
             raise ValueError(f"temperature is {temperature!r}: choose a positive number")
-        self.version, self.surprise, self.temperature = version, surprise, positive("temperature", temperature)
+        self.version, self.surprise, self.temperature = version, surprise, number
         self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.assisted = assisted
         self.mu = torch.empty(0)
@@ -201,7 +200,8 @@ def positive(name: str, value: Any) -> float | list[float]:
     """A positive number, or a list of them from a list, tensor or array; a ValueError for everything else."""
     found = value.tolist() if hasattr(value, "tolist") else value
     numbers = found if isinstance(found, (list, tuple)) else [found]
-    if not numbers or not all(isinstance(x, Real) and not isinstance(x, bool) and 0 < x < math.inf for x in numbers):
+    bad = [x for x in numbers if isinstance(x, bool) or not isinstance(x, Real) or not 0 < float(x) < math.inf]
+    if bad or not numbers:
         raise ValueError(f"{name} is {value!r}: choose a positive number")
     return [float(x) for x in numbers] if numbers is found else float(found)
 
