@@ -21,8 +21,8 @@ FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve call
     generation.aspects metrics.ranking metrics.consistency metrics.calibration metrics.diversity metrics.answers
     metrics.geometry models.features models.loading models.embeddings models.zero_shot robust.inputs
     experiments.study experiments.geometry experiments.forecasting data.questions data.crosslingual data.selectors
-    classes.spans callbacks.robust_accuracy models.projection data.corruptions experiments.attacking generation.paths generation.voting
-    data.subwords data.segmentation"""
+    classes.spans callbacks.robust_accuracy models.projection data.corruptions experiments.attacking generation.paths
+    generation.voting data.subwords data.segmentation"""
 API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROOMS}".split())))
 """The packages and modules that users call; each has a page."""
 
