@@ -440,6 +440,7 @@ def test_what_cannot_take_effect_is_refused():
     ("bias", "options", "message"),
     [
         (Harmonic, {"slopes": -1.0}, "slopes is -1.0"),
+        (Linear, {"slopes": "steep"}, "slopes is 'steep'"),
         (Linear, {"slopes": [0.0, float("inf")]}, "slopes is .*inf"),
         (Window, {"size": 0}, "size is 0"),
         (Window, {"size": 2, "first": -1}, "first is -1"),

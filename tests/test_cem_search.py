@@ -192,6 +192,8 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
             search(*arguments_, **{"budget": 2, "candidates": 2, **options})
         assert "\n" not in str(error.value)
         (tmp_path / "trials.json").unlink(missing_ok=True)
+    with pytest.raises(TypeError, match="trainer is a list: give a Trainer, or a function that makes one"):
+        search([trainer], SPACE)
     assert trainer.args == trainer_of(tmp_path).args, "also after trials that failed"
     (tmp_path / "trials.json").write_text("{")
     with pytest.raises(ValueError, match="holds no trials of a search"):

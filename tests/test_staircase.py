@@ -531,7 +531,7 @@ def refused(config, kind, message):
 
 
 def test_configurations_are_checked():
-    refused("llama", TypeError, "config='llama': give the model's configuration")
+    refused("llama", TypeError, "config is a str: give the model's configuration")
     refused(PreTrainedConfig(), ValueError, "config of PreTrainedConfig: transformers has no cache for it")
     refused(
         MambaConfig(num_hidden_layers=2), ValueError, "config of MambaConfig: none of its layers is attention alone"

@@ -78,7 +78,7 @@ class StaircaseCache(DynamicCache):
         levels = (bits,) if isinstance(bits, int) else tuple(bits)
         self.schedule = Schedule(levels, residual_length, group)
         if not isinstance(config, PreTrainedConfig):
-            raise TypeError(f"config={config!r}: give the model's configuration, model.config")
+            raise TypeError(f"config is a {type(config).__name__}: give the model's configuration, model.config")
         name = type(config).__name__
         try:
             super().__init__(config=config)

@@ -175,8 +175,14 @@ def check_trainer(source: Any, trainer: Any) -> None:
         trainer: The trainer.
 
     Raises:
+        TypeError: If it is no trainer.
         ValueError: For the first thing that is wrong, with its remedy.
     """
+    from transformers import Trainer
+
+    if not isinstance(trainer, Trainer):
+        kind = type(trainer).__name__
+        raise TypeError(f"trainer is a {kind}: give a Trainer, or a function that makes one")
     args = trainer.args
     if not is_factory(source) and trainer.model_init is None:
         raise ValueError(f"trainer has no model_init, so a second trial would train the first one's model: {FACTORY}")
