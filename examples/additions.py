@@ -3,7 +3,7 @@
     python examples/additions.py [--model smollm2] [--additions 200] [--seeds 3] [--output out/additions]
 
 Four solved additions, then one of two-digit numbers; each seed has its own 200. All ways but greedy decoding take four
-rows of forward passes for each addition, in bfloat16. The prompt was chosen by greedy accuracy on other additions.
+rows of forward passes for each addition, in bfloat16. The prompt was chosen by greedy accuracy and cost on other ones.
 
 Decided beforehand: path nucleus with weighted votes counts as better if its accuracy exceeds that of top-p samples with
 equal votes by more than half of the 95 % interval over seeds. Controls: the same samples weighted by their
