@@ -127,8 +127,8 @@ def test_caches_follow_their_paths(way):
         "chunks": {"prefill_chunk_size": 4},
     }.get(way, {})
     ids, mask = padded_left() if way == "padded" else (ids, torch.ones_like(ids))
-    if way == "staircase":  # with all tokens exact, and reordered by their paths
-        options["past_key_values"] = StaircaseCache(model.config)
+    if way == "staircase":  # blocks are exact, and reordered by their paths
+        options["past_key_values"] = StaircaseCache(model.config, bits=16, residual_length=2)
     if way == "patched":
         hf_xent.patch(model)
     torch.manual_seed(1)
