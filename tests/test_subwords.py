@@ -300,7 +300,7 @@ def test_the_example_judges_every_vocabulary(tmp_path, monkeypatch):
     for name, value in (
         ("SIZES", (262, 266)),
         ("CONTEXT", 16),
-        ("SIZE", example["SIZE"] | {"n_layer": 1, "n_embd": 8}),
+        ("SIZE", example["SIZE"] | {"num_hidden_layers": 1, "hidden_size": 8}),
     ):
         monkeypatch.setitem(names, name, value)
     monkeypatch.setitem(names, "trained", lambda *run: models.append((run[0], *trained(*run))) or models[-1][1:])
