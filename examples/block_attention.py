@@ -8,8 +8,8 @@ same expected cost: a sliding window, and a window with the first four tokens. A
 Biases by distance that keep everything, harmonic and ALiBi, read the same texts.
 
 What counts, decided beforehand: nats a token less those of the window with the first four tokens at the same cost; an
-arm is better if the 95 % interval is below 0. Arms that always keep the first block were added after seed 0 had shown
-that the first tokens decide. Time is not measured: on a CPU nothing is skipped.
+arm is better if the 95 % interval is below 0. Biases by distance, and arms that always keep the first block, were added
+when seed 0 had shown that the first tokens decide. Time is not measured: on a CPU nothing is skipped.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ ARMS: dict[str, Any] = {
     "2": partial(StaircaseCache, bits=(2,), group=32, residual_length=64),
     RIVAL: partial(StaircaseCache, bits=(2,), group=32, residual_length=96),
     STAIRCASE: partial(StaircaseCache, bits=(8, 4, 2), group=32, residual_length=64),
+    "4, group 64": partial(StaircaseCache, bits=(4,), group=64, residual_length=64),
     "8,4": partial(StaircaseCache, bits=(8, 4), group=32, residual_length=64),
     "fp8 of transformers": partial(QuantizedCache, "fp8"),
     **{f"HQQ {bits}": partial(QuantizedCache, "hqq", nbits=bits, axis_key=1, axis_value=1, **PEER) for bits in (4, 2)},

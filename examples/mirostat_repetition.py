@@ -72,7 +72,7 @@ def compared(study: Study) -> dict[str, dict[int, dict[str, float]]]:
             axis.set(xlabel="observed surprise, bits a token", ylabel=METRICS[column])
     axes[0].legend()
     figures.save(figure, study.output / "repetition.png")
-    r2 = np.corrcoef(np.transpose(below))[0, 1] ** 2 if np.ptp(below, 0).all() else float("nan")
+    r2 = np.corrcoef(np.transpose(below))[0, 1] ** 2 if len(below) > 2 and np.ptp(below, 0).all() else float("nan")
     return equal.report(f"R^2 of one line through the {len(below)} arms of at most {LIMIT} bits: {r2:.3f}.")
 
 

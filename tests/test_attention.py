@@ -1,6 +1,7 @@
 """Biases of attention: against the formula written out, between backends, with caches, padding and packed texts."""
 
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
 
@@ -196,7 +197,7 @@ def test_backends_agree(name, bias):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FLEX, reason="this transformers passes no bias to FlexAttention")
-@pytest.mark.parametrize("bias", ["harmonic", "drawn", "drawn by head"])
+@pytest.mark.parametrize("bias", ["drawn", "drawn by head"])  # by a block mask, and by a score_mod
 def test_compiled_flex_attention_agrees(bias):
     model = made(backend="eager")
     expected = logits(model, BIASES[bias])
@@ -422,9 +423,13 @@ def test_what_cannot_take_effect_is_refused():
         model(IDS)
         with pytest.raises(ValueError, match=r"attention_mask has the shape \(2, 1, 21, 21\)"):
             model.model(IDS, attention_mask=torch.zeros(2, 1, 21, 21))
+        with pytest.raises(ValueError, match="a model with a bias cannot be copied: call unattend"):
+            deepcopy(model)
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match="attn_implementation is 'eager' since the bias was set"):
             model(IDS)
+        expected = logits(made(backend="eager"), Window(3))
+        assert torch.equal(logits(attend(model, Window(3))), expected), "on the attention that was set since"
     assert model.config._attn_implementation == "eager"
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation is 'flash_attention_2', which takes no bias"):
@@ -435,6 +440,7 @@ def test_what_cannot_take_effect_is_refused():
     ("bias", "options", "message"),
     [
         (Harmonic, {"slopes": -1.0}, "slopes is -1.0"),
+        (Linear, {"slopes": "steep"}, "slopes is 'steep'"),
         (Linear, {"slopes": [0.0, float("inf")]}, "slopes is .*inf"),
         (Window, {"size": 0}, "size is 0"),
         (Window, {"size": 2, "first": -1}, "first is -1"),

@@ -246,6 +246,7 @@ def test_texts_that_describe_none_are_refused(texts, message):
         (lambda: CrossEntropyMethod(PLANE).ask(21), "the round has 20 more candidates"),
         (lambda: CrossEntropyMethod(PLANE).tell([{"x": 1.0}], [1]), "a candidate has y=None"),
         (lambda: CrossEntropyMethod(PLANE).tell([], [1]), "scores has 1 numbers for 0 candidates"),
+        (lambda: minimize(lambda p: "low", PLANE), "score is 'low': give one number"),
         (lambda: minimize(lambda p: math.nan, PLANE, rounds=1), "no finite number for any of 100"),
     ],
 )

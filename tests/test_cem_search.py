@@ -183,6 +183,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
         ((lambda trial: trainer, SPACE), {}, "output is None"),
         ((trainer, SPACE), {"budget": 1}, "budget is 1: choose a whole number of at least 2"),
         ((trainer, SPACE), {"seeds": 0}, "seeds is 0"),
+        ((trainer, {"lr_scheduler_type": Categorical(["none"])}), {}, "none is not a valid SchedulerType"),
         ((plain, SPACE), {}, "trainer has no model_init"),
         ((unevaluated, SPACE), {}, "trainer has no eval_dataset"),
         ((of_two, SPACE), {}, "the evaluation has no eval_loss but"),
@@ -191,6 +192,9 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
             search(*arguments_, **{"budget": 2, "candidates": 2, **options})
         assert "\n" not in str(error.value)
         (tmp_path / "trials.json").unlink(missing_ok=True)
+    with pytest.raises(TypeError, match="trainer is a list: give a Trainer, or a function that makes one"):
+        search([trainer], SPACE)
+    assert trainer.args == trainer_of(tmp_path).args, "also after trials that failed"
     (tmp_path / "trials.json").write_text("{")
     with pytest.raises(ValueError, match="holds no trials of a search"):
         search(trainer, SPACE, budget=2, candidates=2)

@@ -517,6 +517,14 @@ def test_generate_prints_continuations_and_their_surprise(model_folder, tmp_path
     assert json.loads(invoke("generate", "the quick", "--model", own, *options[4:], "--json").stdout) == rows
 
 
+def test_generate_at_several_targets(model_folder):
+    options = ("generate", "the quick", "--model", model_folder, "--max-new-tokens", 30, "--samples", 2, "--json")
+    rows = json.loads(invoke(*options, "--target", 0.5, "--target", 6.0).stdout)
+    assert len(rows) == 4 and max(r["surprise"] for r in rows[:2]) < min(r["surprise"] for r in rows[2:])
+    with pytest.raises(ValueError, match=r"target is \[0.5, 0.5, -1.0, -1.0\]: choose a positive number"):
+        invoke(*options, "--target", 0.5, "--target", -1)
+
+
 def test_generate_prints_paths_and_their_weights(model_folder):
     options = ("generate", "the quick", "--model", model_folder, "--max-new-tokens", 6, "--paths", 3, "--seed", 5)
     rows = json.loads(invoke(*options, "--json").stdout)

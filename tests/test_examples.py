@@ -144,6 +144,22 @@ def test_distill_compares_all_arms(tmp_path, monkeypatch, model):
     assert all(rows[0]["MiB"] > 0 for arm, rows in found.items() if arm != example["UNTRAINED"])
 
 
+def test_mirostat_repetition_compares_methods_at_equal_surprise(tmp_path, monkeypatch, model):
+    example = runpy.run_path(str(EXAMPLES / "mirostat_repetition.py"))
+    names = example["main"].__globals__
+    monkeypatch.setitem(names, "load_text", lambda _: {"text": [TEXT * 3] * 5})
+    found = example["main"](model=model, tokens=8, rows=2, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(names["METHODS"]) and (tmp_path / "out" / "repetition.png").exists()
+    line = names["Study"]("line", names["METRICS"], "top-p 1.0", tmp_path / "line", 1)
+    for options in names["METHODS"].values():  # all methods on one line, from 1 to 3 bits
+        arms = [arm for arm in names["ARMS"] if names["ARMS"][arm] in options]
+        for bits, arm in zip(np.linspace(3, 1, len(arms)), arms, strict=True):
+            line.record(arm, 0, surprise=bits, spread=1, **{"rep-6": 0.5 - bits / 10})
+    for row in example["compared"](line).values():
+        assert list(row[0].values()) == pytest.approx([0.35, 0.3, 0.25])
+    assert "3.0 bits: 1.000." in (tmp_path / "line" / "equal" / "README.md").read_text()
+
+
 def test_short_answers_counts_answers_and_pairs(monkeypatch):
     """Two questions of three samples: two right ones of six, and one agreeing pair of three in each."""
     example = runpy.run_path(str(EXAMPLES / "short_answers.py"))

@@ -132,6 +132,26 @@ def test_a_target_between_greedy_s_surprise_and_the_model_s_is_held(std, target)
     assert surprises(model, found, 4).mean().item() == pytest.approx(target, abs=0.15)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_target_and_a_rate_for_each_prompt(version):
+    """The rows of a batch do what each does with its own numbers, `num_return_sequences` times."""
+    model, ids = tiny(std=0.8), batch()[0]
+    targets, rates = [1.5, 2.5, 3.5], [0.5, 1.0, 0.25]
+    torch.manual_seed(0)
+    options = {**ENDLESS, "version": version, "num_return_sequences": 2, "output_scores": True}
+    found = generate(model, ids, target=targets, rate=torch.tensor(rates), return_dict_in_generate=True, **options)
+    for row, sequence in enumerate(found.sequences):
+        alone = Mirostat(targets[row // 2], rates[row // 2], version=version)
+        logits = model(sequence[None]).logits.detach()
+        for i, scores in enumerate(found.scores, start=ids.shape[1]):
+            kept = alone(sequence[None, :i], logits[:, i - 1]).softmax(-1)[0]
+            torch.testing.assert_close(scores[row].softmax(-1), kept, rtol=1e-3, atol=1e-4)
+    torch.manual_seed(0)
+    same = generate(model, input_ids=ids, target=np.array([2.0] * 3), **ENDLESS)
+    torch.manual_seed(0)
+    assert torch.equal(same, generate(model, ids, target=2.0, **ENDLESS))
+
+
 def test_export_runs_as_custom_generate(tmp_path):
     model, (ids, _) = tiny(), batch()
     model.save_pretrained(tmp_path)

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing `generation_config` toge
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny(std=0.15)
+    return tiny(std=0.6)
 
 
 def near(model, noise):
     """An assistant: the model with other weights, a little."""
-    other = tiny(std=0.15)
+    other = tiny(std=0.6)
     torch.manual_seed(1)
     for weight in other.parameters():
         weight.data += noise * torch.randn_like(weight)
@@ -41,15 +41,17 @@ def assisted(model, prompt, how, **options):
 
 
 HOW = {"assistant": "assistant_model", "lookup": "prompt_lookup_num_tokens"}
+LOOKUP = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
 
 
 @pytest.mark.parametrize("kind", HOW)
 @pytest.mark.parametrize("settings", [{}, {"surprise": "truncated", "rate": 0.3}, {"version": 1}, {"temperature": 0.6}])
 def test_tokens_come_from_the_distribution_of_plain_mirostat(model, kind, settings):
     """The scores of every accepted or drawn token are those of plain Mirostat that is given the same tokens."""
-    how = {HOW[kind]: near(model, 0.05) if kind == "assistant" else 4}
-    options = {"target": 1.5, **settings}
+    how = {HOW[kind]: near(model, 0.05)} if kind == "assistant" else LOOKUP
+    options = {"target": 4.0, **settings}
     passes = tokens = 0
+    kept = set()
     for seed in range(2):
         torch.manual_seed(seed)
         more = {**OPTIONS, "output_scores": True, "return_dict_in_generate": True}
@@ -60,19 +62,20 @@ def test_tokens_come_from_the_distribution_of_plain_mirostat(model, kind, settin
         for i, scores in enumerate(found.scores, start=PROMPT.shape[1]):
             expected = plain(found.sequences[:, :i], logits[:, i - 1])
             torch.testing.assert_close(scores.softmax(-1), expected.softmax(-1), rtol=1e-3, atol=1e-4)
-    assert kind == "lookup" or passes < tokens  # proposals are accepted, so that there is something to show
-    assert passes > 2
+            kept.add(int(expected.isfinite().sum()))
+    assert passes < tokens or kind == "lookup"  # proposals are accepted
+    assert passes > 4 and len(kept) > 4  # some are not, and the bound changes
 
 
 def test_a_low_target_is_greedy_decoding(model):
     expected = model.generate(PROMPT, do_sample=False, **OPTIONS)
-    for how in ({"assistant_model": near(model, 0.05)}, {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}):
+    for how in ({"assistant_model": near(model, 0.05)}, LOOKUP):
         assert torch.equal(assisted(model, PROMPT, how, target=1e-3, **OPTIONS)[0], expected)
 
 
 def test_an_equal_assistant_is_always_right(model):
     torch.manual_seed(0)
-    found, passes = assisted(model, PROMPT, {"assistant_model": tiny(std=0.15)}, target=2.0, **OPTIONS)
+    found, passes = assisted(model, PROMPT, {"assistant_model": tiny(std=0.6)}, target=2.0, **OPTIONS)
     assert found.shape[1] == PROMPT.shape[1] + 24 and passes <= 3  # 20 proposals at once
 
 

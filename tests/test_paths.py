@@ -127,8 +127,8 @@ def test_caches_follow_their_paths(way):
         "chunks": {"prefill_chunk_size": 4},
     }.get(way, {})
     ids, mask = padded_left() if way == "padded" else (ids, torch.ones_like(ids))
-    if way == "staircase":  # with all tokens exact, and reordered by their paths
-        options["past_key_values"] = StaircaseCache(model.config)
+    if way == "staircase":  # blocks are exact, and reordered by their paths
+        options["past_key_values"] = StaircaseCache(model.config, bits=16, residual_length=2)
     if way == "patched":
         hf_xent.patch(model)
     torch.manual_seed(1)
@@ -315,6 +315,8 @@ def test_the_model_s_configuration_is_switched_off_and_left_alone():
         ({"paths": 2, "num_return_sequences": 3}, "num_return_sequences is 3, paths 2: choose at most 2"),
         ({"top_k": 5}, "top_k is given, but Path nucleus alone"),
         ({"num_beams": 4}, "num_beams is given"),
+        ({"guidance_scale": 1.5}, "guidance_scale is given, but its cache"),
+        ({"stop_strings": ["a"]}, "stop_strings is given, but .* pass a StopStringCriteria"),
         ({"streamer": object()}, "streamer is given, but only whole paths"),
         ({"output_scores": True}, "output_scores is given, but only whole paths"),
         ({"paths": 6}, "paths is 6 with 97 tokens: choose at most 5"),
@@ -346,16 +348,18 @@ def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
     tokenizer, model = one_token_a_character(), tiny(std=0.3, vocab_size=15)
     monkeypatch.setattr("hf_xent.models.loading.load", lambda name, dtype: (model, tokenizer))
     arms = {f"{way}: {vote}" for way, (_, votes) in example["WAYS"].items() for vote in votes}
-    options = {"additions": 5, "seeds": 1, "batch": 3}
-    drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89)], 2)] for way in example["WAYS"]}
-    assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [1, 1, 1, 1, *[4] * 6]
+    options = {"additions": 5, "seeds": 2}
+    monkeypatch.setitem(names, "BATCH", 2)
+    drawn = {way: [*names["rows"](model, tokenizer, way, 0, [(23, 45), (67, 89), (10, 99)])] for way in example["WAYS"]}
+    assert [len(answers) for rows in drawn.values() for answers, _ in rows] == [*[1] * 6, *[4] * 9]
     assert all(sum(weights) == pytest.approx(1) for answers, weights in drawn["path nucleus"])
     assert all(0 < sum(weights) < 1 for answers, weights in drawn["top-p"])
     found = example["main"](**options, output=tmp_path / "drawn")
-    assert {*found} == arms and all(0 <= rows[0]["accuracy"] <= rows[0]["any"] <= 1 for rows in found.values())
+    assert {*found} == arms and all({*rows} == {0, 1} for rows in found.values())
+    assert all(0 <= row["accuracy"] <= row["any"] <= 1 for rows in found.values() for row in rows.values())
     asked = []
 
-    def rows(lm, tokenizer, way, seed, pairs, batch):
+    def rows(lm, tokenizer, way, seed, pairs):
         asked.append((way, *pairs))
         return [([a + b, 7, 7, None], [0.6, 0.2, 0.1, 0.1]) for a, b in pairs]
 
@@ -363,6 +367,6 @@ def test_additions_are_asked_once_and_voted_on(tmp_path, monkeypatch):
     found = example["main"](**options, output=tmp_path / "made up")
     right = {arm for arm, seeds in found.items() if seeds[0]["accuracy"] == 1}
     assert right == {arm for arm in arms if arm.endswith(("weighted votes", "likeliest path"))}
-    assert all(seeds[0]["any"] == 1 and seeds[0]["answers"] == 2 for seeds in found.values())
-    assert len(asked) == len(example["WAYS"]) and len({pair for _, *pairs in asked for pair in pairs}) == 5
-    assert example["main"](**options, output=tmp_path / "made up") == found and len(asked) == len(example["WAYS"])
+    assert all(seeds[1]["any"] == 1 and seeds[1]["answers"] == 2 for seeds in found.values())
+    assert len(asked) == 2 * len(example["WAYS"]) and len({pair for _, *pairs in asked for pair in pairs}) == 10
+    assert example["main"](**options, output=tmp_path / "made up") == found and len(asked) == 2 * len(example["WAYS"])

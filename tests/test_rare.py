@@ -229,6 +229,8 @@ def test_tokens_that_stand_out():
     assert elites.outstanding(outputs, elite, np.ones(30), [], 8) == [4, 6]
     assert elites.outstanding(outputs, elite, np.ones(30), [4], 8) == [6]
     assert elites.outstanding(outputs, elite, np.ones(30), [4], 1) == []
+    outputs[0] = [1, 4, 5, 5, 5]
+    assert 5 not in elites.outstanding(outputs, elite, np.ones(30), [], 8), "it is in one elite alone"
 
 
 def test_texts_are_read_with_a_tokenizer():
@@ -251,6 +253,7 @@ def test_texts_are_read_with_a_tokenizer():
         (([], often(1)), {}, "prompts has 0 rows: pass at least one"),
         (("text", often(1)), {}, "prompts is text: pass a tokenizer"),
         (([1], lambda tokens: math.nan, 1.0), {}, "event gives NaN"),
+        (([1], lambda tokens: "rare", 1.0), {}, "the event's score is 'rare': give one number"),
         (([1], often(12)), {}, "all 500 draws of a level have the score 0, below 1: take more draws"),
     ],
 )

@@ -21,6 +21,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 DEMO = re.search(r"^DEMO = (.*)$", MAKEFILE, re.MULTILINE).group(1)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # offline here: the same model out of the package
 SMALLER = {"train": ["--steps", "1", "--batch-size", "1", "--block-size", "16", "--eval-blocks", "1", "--no-save"]}
+SMALLER["search"] = ["--trials", "2", "--candidates", "2", "--steps", "1", "--block-size", "16", "--eval-blocks", "1"]
 SMALLER["bench"] = ["--tokens", "32", "--repeats", "1", "--contestants", "dense,hf_xent"]
 
 
@@ -64,7 +65,7 @@ def test_commands_run(line, tmp_path):
         classifier = write_classifier(tmp_path / "classifier", pictures)
         line = line.replace("my/pictures", str(pictures)).replace("my/classifier", str(classifier))
     _, command, *rest = shlex.split(line)
-    output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify", "attack") else []
+    output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify", "attack", "search") else []
     result = CliRunner().invoke(cli.app, [command, *rest, *SMALLER.get(command, []), *output])
     assert result.exit_code == 0, result.output
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import runpy
 import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -101,6 +103,21 @@ def test_quiet_prints_the_result_alone(inputs, tmp_path):
     options = [word for name, value in inputs.items() for word in (f"--{name.replace('_', '-')}", value)]
     result = CliRunner().invoke(cli.app, [str(word) for word in (*words, *options, "--output", tmp_path)])
     assert result.stderr == "" and len(json.loads(result.stdout)["trials"]) == 2
+
+
+def test_the_example_compares_two_searches_at_equal_runs(tmp_path, monkeypatch):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "cem_search.py"))
+    (tmp_path / "fox.txt").write_text(TEXT * 4)
+    changes = {"SEARCH": {"candidates": 2, "elites": 1.0, "rounds": 2}, "STEPS": 1, "BLOCK": 16, "HELD_OUT": 4}
+    for name, value in changes.items():
+        monkeypatch.setitem(example["main"].__globals__, name, value)
+    options = {"seeds": 1, "output": tmp_path / "out", "text": str(tmp_path / "fox.txt")}
+    found = example["main"](**options)
+    random, method = (found[arm][0] for arm in example["ARMS"])
+    assert random["at half"] == method["at half"], "the first round is the same"
+    assert all(row["best loss"] <= row["at half"] and -4 <= row["learning rate"] <= -1 for row in (random, method))
+    monkeypatch.setitem(example["main"].__globals__, "loss", None)
+    assert example["main"](**options) == found, "nothing is run twice"
 
 
 def test_the_options_of_a_trial():

@@ -286,6 +286,21 @@ def test_recorded_tokens_become_a_block_when_they_can_no_longer_be_cropped():
     assert all(torch.equal(one.data, other.data) for one, other in zip(*blocks, strict=True))
 
 
+def test_what_is_kept_can_be_moved():
+    cache = StaircaseCache(LlamaConfig(num_hidden_layers=1), residual_length=4)
+    layer = cache.layers[0]
+    layer.offload()  # nothing yet
+    layer.prefetch()
+    cache.early_initialization(2, 3, 8, torch.float32, torch.device("cpu"))
+    assert layer.is_initialized and cache.get_seq_length() == 0
+    states = torch.randn(2, 2, 3, 17, 8)
+    assert torch.equal(cache.update(*states, 0)[0], states[0])
+    layer.device, before = torch.device("meta"), layer.keys
+    layer.prefetch()
+    assert {tensor.device.type for tensor in layer.tensors()} == {"meta"}
+    assert layer.keys.shape == before.shape
+
+
 def levels(cache, layer=0):
     """Bits of the keys' blocks, the newest first."""
     kept = cache.layers[layer].stairs[0].blocks if cache.layers[layer].is_initialized else []
@@ -311,7 +326,7 @@ def test_bits_by_age():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [(16,), (8, 4, 2), (4,), (2,), (16, 8, 4), (2, 1)])
+@pytest.mark.parametrize("bits", [(16,), (8, 4, 2), 4, (2,), (16, 8, 4), (2, 1)])
 def test_bytes(dtype, bits):
     """Codes, lo and hi of every group in the states' type, and exact tokens: no byte more."""
     batch, heads, width, size, group, tokens = 2, 3, 64, 64, 32, 1000
@@ -498,7 +513,8 @@ def test_an_encoder_and_a_decoder(kind, mode):
         ({"bits": (8, 3)}, r"bits=\(8, 3\): give one or more of \(16, 8, 4, 2, 1\)"),
         ({"bits": ()}, r"bits=\(\): give"),
         ({"bits": (8.0,)}, r"bits=\(8.0,\): give"),
-        ({"bits": 4}, r"bits=4: give"),
+        ({"bits": 3}, r"bits=\(3,\): give"),
+        ({"bits": "84"}, r"bits=\('8', '4'\): give"),
         ({"residual_length": 0}, "residual_length=0: give a whole number"),
         ({"group": 0}, "group=0: give a whole number"),
         ({"group": 2.5}, "group=2.5: give a whole number"),
@@ -515,13 +531,15 @@ def refused(config, kind, message):
 
 
 def test_configurations_are_checked():
-    refused("llama", TypeError, "config='llama': give the model's configuration")
+    refused("llama", TypeError, "config is a str: give the model's configuration")
     refused(PreTrainedConfig(), ValueError, "config of PreTrainedConfig: transformers has no cache for it")
-    refused(MambaConfig(num_hidden_layers=2), ValueError, "config of MambaConfig: no layer of it has keys")
+    refused(
+        MambaConfig(num_hidden_layers=2), ValueError, "config of MambaConfig: none of its layers is attention alone"
+    )
     refused(
         MistralConfig(num_hidden_layers=2, sliding_window=32),
         ValueError,
-        "config of MistralConfig: .*residual_length=64",
+        "config of MistralConfig: .*residual_length=64 ",
     )
     schedule = Schedule((8, 4), 4, 4)
     with pytest.raises(AttributeError, match="give them to update"):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..options.ranges import is_number
 from .base import AttentionBias, Entries
 
 Slopes = float | Sequence[float] | None
@@ -61,11 +62,11 @@ class Linear(AttentionBias):
 
     def __post_init__(self) -> None:
         given = self.slopes
+        values = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+        if not all(is_number(slope, "[0, inf)") for slope in values):
+            raise ValueError(f"slopes is {given!r}: they are finite numbers of at least 0, subtracted from scores")
         if isinstance(given, Sequence):
             object.__setattr__(self, "slopes", tuple(map(float, given)))
-        values = [] if given is None else [given] if isinstance(given, int | float) else given
-        if any(not 0 <= float(slope) < math.inf for slope in values):
-            raise ValueError(f"slopes is {given!r}: they are finite numbers of at least 0, subtracted from scores")
 
     def planes(self, heads: int) -> int:
         """One a head."""

@@ -51,6 +51,10 @@ class Attending:
         """The planes of the bias in all layers."""
         return self.of_layer * (self.layers if self.bias.per_layer else 1)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attending:
+        """Refuse it, since the copy would attend by this model's name."""
+        raise ValueError("a model with a bias cannot be copied: call unattend, copy it, and attend to both")
+
     def install(self, inner: nn.Module) -> None:
         """Register both functions and let the model use them."""
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -155,7 +159,7 @@ def attend(model: Model, bias: AttentionBias) -> Model:
     """
     inner = inner_of(model)
     earlier = attending_of(inner)
-    installation = _checked(inner, bias, None if earlier is None else earlier.backend)
+    installation = _checked(inner, bias, earlier)
     unattend(model)  # after all checks
     installation.install(inner)
     return model
@@ -207,8 +211,8 @@ def attending_of(inner: nn.Module) -> Attending | None:
     return inner.__dict__.get("_hf_xent_attending")
 
 
-def _checked(inner: Any, bias: AttentionBias, backend: str | None) -> Attending:
-    """The installation of a bias on a model that takes one."""
+def _checked(inner: Any, bias: AttentionBias, earlier: Attending | None) -> Attending:
+    """The installation of a bias on a model that takes one, and may have one."""
     from transformers import PreTrainedModel
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -220,7 +224,9 @@ def _checked(inner: Any, bias: AttentionBias, backend: str | None) -> Attending:
     config = inner.config.get_text_config(decoder=True)
     if inner.config.is_encoder_decoder or not getattr(config, "num_attention_heads", 0):
         raise ValueError(f"model is a {name}, which is no decoder with attention heads, so it takes no bias")
-    backend = backend or config._attn_implementation
+    backend = config._attn_implementation
+    if earlier is not None and backend == earlier.name:
+        backend = earlier.backend
     if backend not in BACKENDS:
         raise ValueError(
             f"attn_implementation is {backend!r}, which takes no bias: call model.set_attn_implementation('sdpa') first"

@@ -79,7 +79,8 @@ class Blocks:
         if self.bits == EXACT:
             out.copy_(self.data)
         else:
-            dequantise(self.data, *self.bounds, self.bits, groups, out)
+            low, high = self.bounds
+            dequantise(self.data, low, high, self.bits, groups, out)
 
     def reduced(self, bits: int, first: int, width: int, groups: Groups) -> Blocks:
         """The blocks with fewer bits, by way of `first` if they are exact; those that have so few are returned."""

@@ -142,10 +142,12 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> Tensor:
     Returns:
         `out`.
     """
-    size = packed.shape[-1]
-    for plane in range(8 // bits):
+    size, planes = packed.shape[-1], 8 // bits
+    for plane in range(planes):
         part = out[..., plane * size : (plane + 1) * size]
-        part.copy_((packed[..., : part.shape[-1]] >> (plane * bits)) & (2**bits - 1))
+        codes = packed[..., : part.shape[-1]]
+        codes = codes >> (plane * bits) if plane else codes
+        part.copy_(codes & (2**bits - 1) if plane < planes - 1 else codes)
     return out
 
 

@@ -55,7 +55,7 @@ class StaircaseCache(DynamicCache):
     Args:
         config: The model's configuration.
         bits: Bits of the newest block, of the one before it, ...; all older ones have the last. Of 16, 8, 4, 2 and 1;
-            16 keeps the states as they are. (4,) is a flat cache of 4 bits, (16,) is a `DynamicCache`.
+            16 keeps the states as they are. One number is for all blocks alike: 4 is flat, 16 a `DynamicCache`.
         residual_length: S, tokens of a block.
         group: Numbers that share lo and hi, which are stored in the type of the states: at 32, one bit a number for
             states of 16 bits and two for float32.
@@ -66,14 +66,19 @@ class StaircaseCache(DynamicCache):
             cache or in which no layer would be a staircase.
     """
 
+    layers: list[Any]
+
     def __init__(
-        self, config: PreTrainedConfig, bits: Sequence[int] = (8, 4, 2), residual_length: int = 64, group: int = 32
+        self,
+        config: PreTrainedConfig,
+        bits: Sequence[int] | int = (8, 4, 2),
+        residual_length: int = 64,
+        group: int = 32,
     ):
-        if not isinstance(bits, Sequence) or isinstance(bits, str):
-            raise ValueError(f"bits={bits!r}: give a sequence, such as (8, 4, 2), or (4,) for all blocks alike")
-        self.schedule = Schedule(tuple(bits), residual_length, group)
+        levels = (bits,) if isinstance(bits, int) else tuple(bits)
+        self.schedule = Schedule(levels, residual_length, group)
         if not isinstance(config, PreTrainedConfig):
-            raise TypeError(f"config={config!r}: give the model's configuration, model.config")
+            raise TypeError(f"config is a {type(config).__name__}: give the model's configuration, model.config")
         name = type(config).__name__
         try:
             super().__init__(config=config)
@@ -81,10 +86,7 @@ class StaircaseCache(DynamicCache):
             raise ValueError(f"config of {name}: transformers has no cache for it ({error})") from error
         self.layers = [_staircase(layer, self.schedule) for layer in self.layers]
         if not any(isinstance(layer, StaircaseLayer) for layer in self.layers):
-            raise ValueError(
-                f"config of {name}: no layer of it has keys and values older than residual_length={residual_length} "
-                "tokens; give a smaller one if it has a sliding window, or use DynamicCache"
-            )
+            raise ValueError(f"config of {name}: {_why_none(self.layers, residual_length)}; or use DynamicCache")
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +102,16 @@ def _staircase(layer: Any, schedule: Schedule) -> Any:
     if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > schedule.residual_length + 1:
         return StaircaseSlidingLayer(schedule, layer.sliding_window)
     return layer
+
+
+def _why_none(layers: Sequence[Any], residual_length: int) -> str:
+    """Why no layer of a model is a staircase."""
+    windows = {layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer}
+    if windows:
+        return (
+            f"its window of {max(windows)} is no longer than residual_length={residual_length} + 1: give a smaller one"
+        )
+    return f"none of its layers is attention alone, but {', '.join(sorted({type(layer).__name__ for layer in layers}))}"
 
 
 def _tensors(thing: Any) -> Iterator[Tensor]:

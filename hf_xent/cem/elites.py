@@ -14,6 +14,8 @@ elite, or every elite, uses, and holds it back when few elites carry the weight.
 Tokens are given, or chosen from the elites, those whose counts differ most from the counts of all draws of the level:
 
     z_k = (sum_i W_i n_ik - mean n_k) / sqrt(v_k / m)        v_k = mean n_k, at least 1 / draws; |z_k| >= 3 is required
+
+A token of positive z has to be in two elites, or else every rare token of a single elite would stand out.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ def outstanding(
     of_elites = np.bincount(tokens, np.repeat(weights, list(map(len, elites))), minlength=size) / weights.sum()
     z = (of_elites - of_all) / np.sqrt(np.maximum(of_all, 1 / len(outputs)) / weights.sum())
     z[[token for token in known if token < size]] = 0
+    within = np.bincount([token for new in elites for token in {*new}], minlength=size)
+    z[(z > 0) & (within < min(2, len(elites)))] = 0
     best = np.argsort(-np.abs(z), kind="stable")[: max(most - len(known), 0)]
     return [int(token) for token in best if abs(z[token]) >= LEAST]
 

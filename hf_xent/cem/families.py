@@ -26,7 +26,9 @@ REDRAWS = 100
 class Family(Protocol):
     """What a dimension's distribution has to do; its parameters are an array of its own shape."""
 
-    width: float
+    @property
+    def width(self) -> float:
+        """Length of the range; inf if there is none."""
 
     def start(self) -> Array:
         """Parameters before anything was seen."""
@@ -146,7 +148,8 @@ class Frequencies:
     def fit(self, coordinates: ArrayLike, weights: ArrayLike | None = None) -> Array:
         """The weighted frequencies."""
         x = np.asarray(coordinates, dtype=float).round().astype(int)
-        return np.bincount(x, weights=_normalised(len(x), weights), minlength=len(self.probabilities))
+        counts = np.bincount(x, weights=_normalised(len(x), weights), minlength=len(self.probabilities))
+        return counts.astype(float)
 
     def floored(self, parameters: Array, share: float) -> Array:
         """Unchanged: smoothing keeps every value possible."""

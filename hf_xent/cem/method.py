@@ -5,7 +5,7 @@
              v <- a v_hat + (1 - a) v
     until    the best is unchanged for some rounds, or all spreads are below a tolerance, or the budget is spent
 
-Source: R. Y. Rubinstein, D. P. Kroese: The Cross-Entropy Method, Springer 2004, algorithm 4.2; taken up for
+Source: R. Y. Rubinstein, D. P. Kroese: The Cross-Entropy Method, Springer 2004; taken up for
 hyperparameters in arXiv:2410.18441, which reports no measurements.
 
 It finds a minimum, not always the least one: of Rastrigin's function in two dimensions it misses the global minimum
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ..options.ranges import check_count, check_fields, check_integer
+from ..options.ranges import as_number, check_count, check_fields, check_integer
 from .families import Array, Frequencies, finite
 from .space import Dimension, Space
 
@@ -157,7 +157,7 @@ class CrossEntropyMethod:
         Raises:
             ValueError: If there are more of one than of the other, or a candidate is not in the space.
         """
-        scores = [float(score) for score in scores]
+        scores = [as_number("score", score) for score in scores]
         if len(scores) != len(candidates):
             raise ValueError(f"scores has {len(scores)} numbers for {len(candidates)} candidates: give one for each")
         told = [{name: self._coordinate(name, candidate) for name in self.space} for candidate in candidates]

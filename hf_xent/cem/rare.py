@@ -265,8 +265,9 @@ def weighed(hits: NDArray[np.bool_], log_weights: Numbers, levels: Sequence[floa
     log_w = np.where(hits, log_weights, -math.inf)
     top = float(log_w.max()) if count else 0.0
     w = np.exp(log_w - top)  # at most 1: sums cannot overflow
-    p = float(w.mean()) * math.exp(top)
-    error = float(w.std(ddof=1)) / n**0.5 * math.exp(top)
+    scale = math.exp(min(top, 700.0))
+    p = float(w.mean()) * scale
+    error = float(w.std(ddof=1)) / n**0.5 * scale
     ess = float(w.sum() ** 2 / (w**2).sum()) if count else 0.0
     if not np.any(log_weights):
         interval = wilson(count, n)

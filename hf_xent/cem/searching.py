@@ -201,8 +201,8 @@ class _Search:
                 if self.method.score is None:
                     error = " ".join(self.journal.trials[0]["error"].split())
                     raise ValueError(f"all {done} trials failed, the first with {error}: see {self.journal.file}")
-        scores = [self.journal.score(number) for number in range(done)]
-        return self.journal.trials[scores.index(self.method.score)]
+        ran = (self.journal.trials[number] for number in range(done))
+        return next(trial for trial in ran if trial["score"] == self.method.score)
 
     def _round(self, run: Here | Processes, trials: list[Trial]) -> None:
         jobs, seeds = [], self.options.seeds

@@ -119,7 +119,7 @@ def _range(text: str) -> Dimension:
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in (*numbers, options.get("step", 1))):
         raise ValueError(f"{text!r} is no range: write two numbers, such as 1e-5..1e-3:log")
     whole = all(isinstance(x, int) for x in (*numbers, options.get("step", 1)))
-    return (Integer if whole else Real)(*numbers, **options)  # type: ignore[arg-type]
+    return (Integer if whole else Real)(*numbers, **options)
 
 
 def literal(text: str) -> Any:

@@ -29,7 +29,7 @@ from ..generation.sampling import ends
 from ..models.anatomy import check_room
 from ..models.contexts import eval_mode
 from ..models.padding import padded
-from ..options.ranges import check_count, check_number, is_integer, is_number
+from ..options.ranges import as_number, check_count, check_number, is_integer, is_number
 from ..system.progress import tracked
 from .elites import maximum, outstanding
 
@@ -204,7 +204,7 @@ class Sampler:
         outputs: list[Any] = [new for _, new in rows]
         if self.settings.tokenizer is not None:
             outputs = self.settings.tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        scores = np.array([float(self.event(output)) for output in outputs])
+        scores = np.array([as_number("the event's score", self.event(output)) for output in outputs])
         if np.isnan(scores).any():
             raise ValueError("event gives NaN for an output: give every output a number, or True or False")
         return scores

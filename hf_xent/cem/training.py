@@ -100,12 +100,12 @@ def _prepared(trainer: Any, trial: Trial, settings: Mapping[str, Any], seed: int
     """A trainer under the settings, whose reads of its arguments are noted; afterwards it is as it was."""
     args, model_init = trainer.args, trainer.model_init
     arguments, attributes = dict(vars(args)), _attributes(trainer)
-    for name, value in settings.items():
-        setattr(args, name, _converted(getattr(args, name), value))
-    args.seed += seed
-    if _initialised_by_trial(trainer):
-        trainer.model_init = lambda: model_init(trial)
     try:
+        for name, value in settings.items():
+            setattr(args, name, _converted(getattr(args, name), value))
+        args.seed += seed
+        if _initialised_by_trial(trainer):
+            trainer.model_init = lambda: model_init(trial)
         with _watched(args, read):
             _renew(trainer)
             yield
@@ -175,8 +175,14 @@ def check_trainer(source: Any, trainer: Any) -> None:
         trainer: The trainer.
 
     Raises:
+        TypeError: If it is no trainer.
         ValueError: For the first thing that is wrong, with its remedy.
     """
+    from transformers import Trainer
+
+    if not isinstance(trainer, Trainer):
+        kind = type(trainer).__name__
+        raise TypeError(f"trainer is a {kind}: give a Trainer, or a function that makes one")
     args = trainer.args
     if not is_factory(source) and trainer.model_init is None:
         raise ValueError(f"trainer has no model_init, so a second trial would train the first one's model: {FACTORY}")

@@ -67,12 +67,12 @@ class Recording(Trial):
 
     Args:
         made: Kind of a suggestion -> makes its dimension.
-        chosen: Returns a number in [0, 1] for a name: where in the range the value is.
+        place: Where in their ranges the values are, a number in [0, 1]; or what draws it for each.
     """
 
-    def __init__(self, made: Mapping[str, Callable[..., Any]], chosen: Callable[[str], float]) -> None:
+    def __init__(self, made: Mapping[str, Callable[..., Any]], place: float | np.random.Generator) -> None:
         super().__init__(0, {})
-        self.made, self.chosen = made, chosen
+        self.made, self.place = made, place
         self.dimensions: dict[str, Any] = {}
 
     def _suggest(self, name: str, kind: str, **options: Any) -> Any:
@@ -83,7 +83,7 @@ class Recording(Trial):
         if self.dimensions.setdefault(name, dimension) != dimension:
             raise ValueError(f"hp_space asks twice for {name!r}, with other values: choose another name for one")
         if name not in self.params:
-            place = self.chosen(name)
+            place = self.place if isinstance(self.place, float) else float(self.place.random())
             if kind == "categorical":
                 count = len(dimension.choices)
                 self.params[name] = dimension.choices[min(int(place * count), count - 1)]
@@ -108,8 +108,8 @@ def discovered(hp_space: Callable[[Any], Any], made: Mapping[str, Callable[..., 
     rng = np.random.default_rng(0)
     first: dict[str, Any] = {}
     for probe in range(PROBES + 2):
-        ends = float(probe % 2)  # all at their lower ends, all at their upper ones, then at random
-        recording = Recording(made, (lambda _, end=ends: end) if probe < 2 else lambda _: float(rng.random()))
+        places = (0.0, 1.0)[probe : probe + 1]  # all at their lower ends, all at their upper ones, then at random
+        recording = Recording(made, places[0] if places else rng)
         hp_space(recording)
         first = first or recording.dimensions
         for name in first.keys() ^ recording.dimensions.keys():

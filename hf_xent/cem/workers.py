@@ -78,7 +78,7 @@ class Processes:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Jobs with their outcomes, as they finish."""
-        waiting, busy = deque(jobs), {}
+        waiting, busy = deque(jobs), dict[int, Job]()
         while waiting or busy:
             for place in range(self.count):
                 if waiting and place not in busy:

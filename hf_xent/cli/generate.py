@@ -19,8 +19,8 @@ def generate(
     prompt: Annotated[str, Argument(help="Text to continue; with a chat model, a user's message (see --chat).")],
     model: Model = "smollm2",
     target: Annotated[
-        float | None,
-        Option(help="Bits of surprise that Mirostat holds the tokens at [default: plain sampling]."),
+        list[float] | None,
+        Option(help="Bits of surprise that Mirostat holds the tokens at; may be repeated [default: plain sampling]."),
     ] = None,
     rate: Annotated[float | None, Option(help="Learning rate of Mirostat's bound [default: 1].")] = None,
     version: Annotated[
@@ -38,7 +38,7 @@ def generate(
         str | None, Option(help="Bits of cached keys and values by age, as in 8,4,2 [default: all as computed].")
     ] = None,
     temperature: Annotated[float, Option(help="Temperature of the softmax, applied before everything else.")] = 1.0,
-    samples: Annotated[int | None, Option(help="How many continuations [default: 1].", min=1)] = None,
+    samples: Annotated[int | None, Option(help="How many continuations, of each target [default: 1].", min=1)] = None,
     max_new_tokens: Annotated[int, Option(help="How many tokens a continuation has at most.", min=1)] = 100,
     chat: Annotated[bool, Option(help="Use the chat template, if the tokenizer has one.")] = False,
     seed: Annotated[int, Option(help="Seed of the samples.", **SEEDS)] = 0,
@@ -52,7 +52,7 @@ def generate(
 
     Example: hf-xent generate "The rain had stopped" --target 3.0 --samples 4
     """
-    surprise = {"target": target, "rate": rate, "version": version}
+    surprise = {"target": _of_each_sample(target, samples), "rate": rate, "version": version}
     nucleus = {"paths": paths, "top_p": top_p, "length_penalty": length_penalty}
     _check_options(surprise, nucleus, samples, temperature)
     import torch
@@ -68,13 +68,18 @@ def generate(
         torch.manual_seed(seed)
         encoded = _encode(tokenizer, prompt, chat).to(lm.device)
         _check_length(encoded["input_ids"].shape[1], max_new_tokens, positions(lm))
-        inputs = {name: value.expand(samples or 1, -1) for name, value in encoded.items()}
+        inputs = {name: x.expand(len(surprise["target"] or ()) or samples or 1, -1) for name, x in encoded.items()}
         inputs |= {"temperature": temperature, "max_new_tokens": max_new_tokens}
         inputs |= _cache(lm, cache_bits, encoded["input_ids"].shape[1], max_new_tokens)
         sequences, weights = _drawn(lm, inputs, surprise, nucleus)
         rows = _rows(lm, tokenizer, sequences, inputs["input_ids"].shape[1], weights)
     shown = (f"{literal(row['text'].strip())}\n[dim]{_told(row)}[/]\n" for row in rows)
     emit(rows, *shown, as_json=as_json)
+
+
+def _of_each_sample(target: list[float] | None, samples: int | None) -> Any:
+    """The target of every continuation, of each `samples`; None for plain sampling."""
+    return [bits for bits in target or () for _ in range(samples or 1)] or None
 
 
 def _check_options(surprise: dict[str, Any], nucleus: dict[str, Any], samples: int | None, temperature: float) -> None:
@@ -122,8 +127,8 @@ def _drawn(lm: Any, inputs: dict[str, Any], surprise: dict[str, Any], nucleus: d
         drawn = paths.generate(lm, **inputs, **nucleus, **rows)
         alive = drawn.weights > 0  # the nucleus may have had fewer
         return drawn.sequences[alive], drawn.weights[alive]
-    if surprise["target"] is not None:
-        return mirostat.generate(lm, **inputs, **surprise), None
+    if targets := surprise["target"]:
+        return mirostat.generate(lm, **inputs, **surprise | {"target": targets if targets[1:] else targets[0]}), None
     return _sample(lm, inputs), None
 
 

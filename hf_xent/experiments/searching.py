@@ -32,7 +32,7 @@ class Search(Run):
     """All settings of a search; each field but the idle ones is an option of `hf-xent search`."""
 
     space: list[str] = field(kw_only=True)  # what to search, as `hf_xent.cem.Space.parse` reads it
-    trials: int = option("Training runs, in all; more of them continue a search.", 20, min=2)
+    trials: int = option("Training runs in all; more of them continue a search, if --candidates is given.", 20, min=2)
     method: str = option("'cem', the cross-entropy method, or 'random', random search.", "cem")
     candidates: int | None = option("Trials of a round [default: a fifth of the trials, from 4 to 20].", None, min=2)
     elites: float = option("Share of a round that the next one is fitted to; at least two trials are.", 0.2)

@@ -33,8 +33,7 @@ from .zipf import by_zipf
 PROPOSALS = 64  # of how many last steps the distributions are kept for assisted decoding
 DEFAULTS = (1, 50)  # `generate` keeps so many of the likeliest tokens by default: without do_sample, and with it
 UNLIKELY = math.log(1e-6)  # the chance under Mirostat of what has been drawn, below which there is a warning
-ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "max_matching_ngram_size")
-"""Options of `generate` under which assisted decoding is exact."""
+ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "max_matching_ngram_size")  # options, exact if assisted
 
 
 class Step(NamedTuple):
@@ -69,8 +68,7 @@ class Mirostat(LogitsProcessor):
             last 64 steps are kept then.
 
     Raises:
-        ValueError: An option is outside its range; or, while generating, the sequences are not those that Mirostat
-            sampled.
+        ValueError: An option is outside its range; or, while generating, sequences are not those that it sampled.
     """
 
     supports_continuous_batching = False  # rows would come and go between steps
@@ -93,9 +91,9 @@ class Mirostat(LogitsProcessor):
         if not isinstance(assisted, bool):
             raise ValueError(f"assisted is {assisted!r}: choose True or False")
         self.target, self.rate = positive("target", target), positive("rate", rate)
-        if isinstance(temperature, (list, tuple)):
+        if isinstance(number := positive("temperature", temperature), list):
             raise ValueError(f"temperature is {temperature!r}: choose a positive number")
-        self.version, self.surprise, self.temperature = version, surprise, positive("temperature", temperature)
+        self.version, self.surprise, self.temperature = version, surprise, number
         self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.assisted = assisted
         self.mu = torch.empty(0)
@@ -202,7 +200,8 @@ def positive(name: str, value: Any) -> float | list[float]:
     """A positive number, or a list of them from a list, tensor or array; a ValueError for everything else."""
     found = value.tolist() if hasattr(value, "tolist") else value
     numbers = found if isinstance(found, (list, tuple)) else [found]
-    if not numbers or not all(isinstance(x, Real) and not isinstance(x, bool) and 0 < x < math.inf for x in numbers):
+    bad = [x for x in numbers if isinstance(x, bool) or not isinstance(x, Real) or not 0 < float(x) < math.inf]
+    if bad or not numbers:
         raise ValueError(f"{name} is {value!r}: choose a positive number")
     return [float(x) for x in numbers] if numbers is found else float(found)
 
@@ -235,18 +234,18 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     names = ("target", "rate", "version", "surprise", "temperature", "assisted")
     settings = {name: options.pop(name) for name in names if options.get(name) is not None}
     allowed = ASSISTANTS if settings.get("assisted") is True else ()
-    for name in ASSISTANTS:
-        if not allowed and options.get(name) is not None:
-            raise ValueError(
-                f"{name} is given, but Mirostat alone decides which tokens may be sampled: leave it out, or add"
-                " assisted=True"
-            )
+    unasked = [name for name in ASSISTANTS if not allowed and options.get(name) is not None]
+    if unasked:
+        raise ValueError(
+            f"{unasked[0]} is given, but Mirostat alone decides which tokens may be sampled: leave it out, or add"
+            " assisted=True"
+        )
     config, options = settled(model, "Mirostat", options, allowed)
     if allowed and options.get("assistant_model") is None and config.prompt_lookup_num_tokens is None:
         raise ValueError("assisted is True, but nothing assists: add assistant_model or prompt_lookup_num_tokens")
-    prompts = next((len(x) for x in (inputs, *map(options.get, INPUTS)) if x is not None), 1)
-    for name in ("target", "rate"):
-        settings |= _repeated(name, settings.get(name), prompts, config.num_return_sequences or 1)
+    given = (inputs, options.get("input_ids"), options.get("inputs_embeds"))
+    batch = next((len(x) for x in given if x is not None), 1), config.num_return_sequences or 1
+    settings |= {name: _repeated(name, settings[name], *batch) for name in ("target", "rate") if name in settings}
     ends = model.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
     options["logits_processor"] = [*(options.get("logits_processor") or ()), Mirostat(**settings, eos=ends)]
     with reduced(model.generation_config, KEPT):
@@ -254,19 +253,14 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
         return type(model).generate(model, inputs, generation_config=config, **options)
 
 
-INPUTS = ("input_ids", "inputs_embeds", "input_features")
-
-
-def _repeated(name: str, value: Any, prompts: int, samples: int) -> dict[str, Any]:
+def _repeated(name: str, value: Any, prompts: int, samples: int) -> float | list[float]:
     """One number for each row of the batch, in which every prompt stands `samples` times; a number as it is."""
-    numbers = None if value is None else positive(name, value)
-    if not isinstance(numbers, list):
-        return {} if value is None else {name: value}
-    if len(numbers) != prompts:
+    numbers = positive(name, value)
+    if isinstance(numbers, list) and len(numbers) != prompts:
         raise ValueError(
             f"{name} has {len(numbers)} numbers, but there are {prompts} prompts: give one number, or one for each"
         )
-    return {name: [number for number in numbers for _ in range(samples)]}
+    return [x for x in numbers for _ in range(samples)] if isinstance(numbers, list) else numbers
 
 
 def export(folder: str | Path) -> Path:
@@ -274,11 +268,7 @@ def export(folder: str | Path) -> Path:
 
     `model.generate(ids, custom_generate=FOLDER_OR_REPO, trust_remote_code=True, target=3.0)` then samples with it.
 
-    Args:
-        folder: The folder to write; it is made if it does not exist.
-
-    Returns:
-        The folder.
+    The folder is made if it does not exist, and returned.
     """
     return written(folder, __file__, CARD, beside=("zipf.py",))
 

@@ -38,10 +38,15 @@ from .decoding import KEPT, reduced, settled, written
 
 CACHES = ("cache", "past_key_values", "cache_params")  # names of transformers' models for their cache
 MOST = 2**24  # categories that torch.multinomial takes
+OUTPUTS = ("streamer", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+REFUSED = dict.fromkeys(OUTPUTS, "only whole paths and their weights are returned: leave it out") | {
+    "guidance_scale": "its cache of other prompts does not follow paths: leave it out",
+    "stop_strings": "`generate` gives a loop no tokenizer: pass a StopStringCriteria in stopping_criteria",
+}
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def nucleus(log_joint: Tensor, top_p: float) -> Tensor:
@@ -70,14 +75,10 @@ def conditioned(phi: Tensor, maximum: Tensor) -> Tensor:
 class PathsOutput(ModelOutput):
     """The result with `return_dict_in_generate=True`; a row without a path is the prompt and padding, of weight 0."""
 
-    sequences: Tensor | None = None
-    """Token ids [B n, T]."""
-    weights: Tensor | None = None
-    """Weights [B n], which sum to 1 over the k paths of a prompt: softmax of l, or of log p / q."""
-    log_probs: Tensor | None = None
-    """Log-probabilities [B n] of the new tokens, nats, under the tempered model."""
-    log_importance: Tensor | None = None
-    """log p / q [B n], for stochastic beams."""
+    sequences: Tensor | None = None  # token ids [B n, T]
+    weights: Tensor | None = None  # [B n]; they sum to 1 over the k paths of a prompt: softmax of l, or of log p / q
+    log_probs: Tensor | None = None  # log-probabilities [B n] of the new tokens, nats, under the tempered model
+    log_importance: Tensor | None = None  # log p / q [B n], for stochastic beams
 
 
 @dataclass
@@ -142,7 +143,7 @@ class PathNucleus:
     def __call__(
         self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **model_kwargs: Any,
-    ) -> PathsOutput | Tensor:  # fmt: skip
+    ) -> PathsOutput | Tensor | None:  # fmt: skip
         """The loop; arguments and options are those of transformers' own, `GenerationMixin._sample`."""
         ids, is_encoder_decoder = input_ids, model.config.is_encoder_decoder
         pad = generation_config._pad_token_tensor  # of `generate`: an end token if there is no other
@@ -258,9 +259,9 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     settings = {name: value for name in names if (value := options.pop(name, None)) is not None}
     config, options = settled(model, "Path nucleus", options)
     decode = PathNucleus(**settings, rows=config.num_return_sequences or 1)
-    for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "streamer"):
+    for name, reason in REFUSED.items():
         if options.get(name) or getattr(config, name, None):
-            raise ValueError(f"{name} is given, but only whole paths and their weights are returned: leave it out")
+            raise ValueError(f"{name} is given, but {reason}")
     config.num_return_sequences = decode.paths  # the rows of each prompt
     with reduced(model.generation_config, KEPT):
         # of the class: on a model loaded from a repository like `export`'s, the instance's `generate` is this function
@@ -279,9 +280,7 @@ CARD = """---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
-tags:
-- custom_generate
-- hf_xent
+tags: [custom_generate, hf_xent]
 ---
 
 # Path nucleus sampling

@@ -53,6 +53,14 @@ def whole_numbers(name: str, text: str) -> list[int]:
         raise ValueError(f"{name} is {text!r}: give whole numbers, with commas between them") from None
 
 
+def as_number(name: str, value: Any) -> float:
+    """A number, also of NumPy, or of a tensor of one element. Raises: ValueError that names what it is."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}: give one number") from None
+
+
 def check_text(owner: Any, name: str) -> None:
     """Refuse an option that is not text. Raises: ValueError."""
     value = getattr(owner, name)
