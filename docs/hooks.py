@@ -45,6 +45,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"\]\(\.\./((?:\.\./)*)benchmarks/results/", r"](\1results/", markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Show a pipe in a table's code as GitHub does, without the backslash that Python-Markdown keeps."""
+    return re.sub(r"<td.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
+
+
 def results(pattern: str) -> list[Path]:
     """The committed files of results that match a pattern."""
     return sorted((ROOT / "benchmarks" / "results").glob(pattern))
