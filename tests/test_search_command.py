@@ -71,6 +71,11 @@ def test_the_best_trial_is_the_run_that_its_command_makes(inputs, first, tmp_pat
     assert after == pytest.approx(found["best"]["score"], rel=1e-5), "it is the same run, with the same seed"
 
 
+def test_what_every_trial_loads_is_shown_once(first):
+    before, after = first[1].stderr.split("trial 1 of 4", 1)
+    assert "tokenize" in before and "trial 4 of 4" in after and "tokenize" not in after and "Loading" not in after
+
+
 def test_a_search_goes_on_and_others_are_refused(inputs, first):
     folder, before = first
     longer = invoke(inputs, *spaces(*SPACE), "--trials", 6, "--candidates", 2, "--output", folder, "--json")

@@ -11,6 +11,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
@@ -68,11 +69,29 @@ def searched(search: Search) -> list[dict[str, Any]]:
 
 
 def trainer_of(search: Search, trial: Mapping[str, Any]) -> Any:
-    """The trainer of a trial."""
+    """The trainer of a trial. Model and text are the same each time: progress bars are shown for the first."""
     from ..models.quiet import quiet_loading
 
-    with quiet_loading():
+    with quiet_loading(), nullcontext() if getattr(trial, "number", 0) == 0 else _without_progress_bars():
         return make_trainer(applied(search, trial), PATCHED)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A context in which transformers and datasets show none."""
+    import datasets
+    from transformers.utils import logging
+
+    of_transformers, of_datasets = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if of_transformers:
+            logging.enable_progress_bar()
+        if of_datasets:
+            datasets.enable_progress_bars()
 
 
 def held_out_loss(metrics: Mapping[str, float]) -> float:
