@@ -12,7 +12,7 @@ A family works on coordinates: numbers that a dimension of `hf_xent.cem.space` m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite, isnan
+from math import inf, isfinite
 from typing import Protocol
 
 import numpy as np
@@ -158,8 +158,3 @@ class Frequencies:
     def spread(self, parameters: Array) -> float:
         """One minus the largest probability."""
         return 1 - float(parameters.max())
-
-
-def finite(score: float) -> bool:
-    """Whether a score counts; NaN and infinities stand for a run that failed."""
-    return not isnan(score) and isfinite(score)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil, inf
+from math import ceil, inf, isfinite
 from typing import Any
 
 import numpy as np
 
 from ..options.ranges import as_number, check_count, check_fields, check_integer
-from .families import Array, Frequencies, finite
+from .families import Array, Frequencies
 from .space import Dimension, Space
 
 METHODS = ("cem", "random")
@@ -163,7 +163,7 @@ class CrossEntropyMethod:
         told = [{name: self._coordinate(name, candidate) for name in self.space} for candidate in candidates]
         for candidate, coordinates, score in zip(candidates, told, scores, strict=True):
             self._told.append((coordinates, score))
-            if finite(score) and (self.score is None or self._cost(score) < self._cost(self.score)):
+            if isfinite(score) and (self.score is None or self._cost(score) < self._cost(self.score)):
                 self.best, self.score, self._improved = dict(candidate), score, True
             if len(self._told) == self.candidates:
                 self._finish()
@@ -175,13 +175,13 @@ class CrossEntropyMethod:
             raise ValueError(f"a candidate has {name}={candidate.get(name)!r}: give a value of the space") from error
 
     def _cost(self, score: float) -> float:
-        return inf if not finite(score) else score if self.direction == "minimize" else -score
+        return inf if not isfinite(score) else score if self.direction == "minimize" else -score
 
     def _finish(self) -> None:
         """Fits the round, records it and begins the next."""
         order = sorted(self._told, key=lambda told: self._cost(told[1]))  # equal scores stay in order
         elites = order[: max(2, ceil(self.elites * self.candidates - 1e-9))]
-        elites = [told for told in elites if finite(told[1])]
+        elites = [told for told in elites if isfinite(told[1])]
         fitted = self.method == "cem" and len(elites) >= 2
         if fitted:
             self._fit([coordinates for coordinates, _ in elites])

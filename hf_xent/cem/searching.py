@@ -16,6 +16,7 @@ the search resumes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,6 @@ from rich.console import Console
 
 from ..options.ranges import check_count
 from .dimensions import Categorical, Integer, Real
-from .families import finite
 from .journal import Journal
 from .method import CrossEntropyMethod
 from .space import Space
@@ -225,7 +225,7 @@ class _Search:
         if outcome.error is not None:
             return None, outcome.error
         scores = [float(self.objective(metrics)) for metrics in outcome.metrics]
-        return (scores, None) if all(map(finite, scores)) else (None, f"the score is {scores}")
+        return (scores, None) if all(map(math.isfinite, scores)) else (None, f"the score is {scores}")
 
     def _report(self, number: int) -> None:
         trial, values = self.journal.trials[number], self.journal.trials.values()

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..generation.decoding import RUNNING, reduced
-from ..generation.sampling import ends
+from ..generation.sampling import check_seed, ends, until_end
 from ..models.anatomy import check_room
 from ..models.contexts import eval_mode
 from ..models.padding import padded
@@ -71,8 +71,7 @@ class Tilting:
             check_count(name, getattr(self, name), least)
         check_count("chosen", self.chosen, 1)
         check_number(self, "temperature", "(0, inf)")
-        if not is_integer(self.seed) or not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed is {self.seed!r}: choose a whole number of 64 bits")
+        check_seed(self.seed)
         for token, value in (self.bias or {}).items():
             if not is_integer(token) or not is_number(value, "(-inf, inf)"):
                 raise ValueError(f"bias is {self.bias!r}: give token ids with finite numbers")
@@ -196,9 +195,7 @@ class Sampler:
                 top_k=0, top_p=1.0, temperature=1.0, logits_processor=[bias], return_dict_in_generate=False,
             )  # fmt: skip
         bias.observe(sequences[:, -1])
-        new = sequences[:, ids.shape[1] :].tolist()
-        new = [row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))] for row in new]
-        return new, bias.log_weights
+        return until_end(sequences[:, ids.shape[1] :].tolist(), stop), bias.log_weights
 
     def _scores(self, rows: Rows) -> Numbers:
         outputs: list[Any] = [new for _, new in rows]

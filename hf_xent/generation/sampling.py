@@ -6,7 +6,7 @@ state their entropies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,7 @@ def responses(
     if not is_number(temperature, "[0, inf)"):
         raise ValueError(f"temperature is {temperature!r}: choose a positive number, or 0 for greedy decoding")
     check_count("tokens", tokens, 1)
-    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}: choose a whole number of 64 bits")
+    check_seed(seed)
     if not len(prompts) or not all(map(len, prompts)):
         raise ValueError(f"prompts has {len(prompts)} rows: pass at least one, and at least one token in each")
     length, pad = max(map(len, prompts)), model.generation_config.pad_token_id or 0
@@ -62,7 +61,7 @@ def responses(
         torch.manual_seed(seed)
         sequences = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling)
     new, stop = sequences[:, length:].tolist(), ends(model)
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))] for row in new]
+    return until_end(new, stop)
 
 
 def sample(
@@ -141,6 +140,17 @@ def temperature_at(model: Any, ids: Tensor, entropy: float) -> float:
     with patched(model, always=True):
         logits = model(input_ids=ids).logits[:, :-1]
     return logits.with_head(lambda hidden, head: temperature_of(hidden, head, ids[:, 1:], entropy))
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what torch's generators cannot be seeded with. Raises: ValueError."""
+    if not is_integer(seed) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}: choose a whole number of 64 bits")
+
+
+def until_end(rows: list[list[int]], stop: Container[int | None]) -> list[list[int]]:
+    """Each row up to and with its first end token, or all of it."""
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
 def ends(model: Any) -> set[int | None]:
