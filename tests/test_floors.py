@@ -12,9 +12,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hf_xent"
 FLOORS = {
     0: ("ops", "options", "system", "registry"),
-    1: ("losses", "ranking", "classes", "data", "hub", "models", "metrics", "laws", "rasch", "calibration", "caches"),
+    1: (
+        *("losses", "ranking", "classes", "data", "hub", "models", "metrics", "laws", "rasch", "calibration", "caches"),
+        *("continuous", "speech"),
+    ),
     2: ("lazy", "patching", "robust", "attention"),
-    3: ("trainers", "callbacks", "detection", "generation", "ln_free", "teachers", "retrieval", "adapt"),
+    3: (
+        *("trainers", "callbacks", "detection", "generation", "ln_free", "teachers", "retrieval", "adapt"),
+        *("localization",),
+    ),
     4: ("bench", "experiments", "cem"),
     5: ("cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }

@@ -174,5 +174,5 @@ def test_its_card_loads_it_in_a_process_that_knows_transformers_alone():
     from hf_xent.hub.usage import usage_of
 
     usage = usage_of(TableForSequenceClassification(TableConfig(3, num_labels=2)))
-    assert "from hf_xent.models.table import TableForSequenceClassification" in usage.code
-    assert usage.library == "hf_xent"
+    assert 'AutoModelForSequenceClassification.from_pretrained("PLACE", trust_remote_code=True)' in usage.code
+    assert usage.library == "transformers" and usage.task == "text-classification"

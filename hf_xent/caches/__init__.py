@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ..system.offered import offered
 
 if TYPE_CHECKING:  # loaded on first access: transformers takes seconds
     from .staircase import StaircaseCache as StaircaseCache
@@ -15,6 +16,4 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name], __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return offered(__name__, _HOMES, name)

@@ -5,8 +5,9 @@ probs = calibrator(scores, views)                        # [M, K], with the same
 calibration.report(probs, labels)                        # accuracy, ECE, KS, Brier, NLL, AUROC
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from ..system.offered import offered
 
 if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from .calibrator import Calibrator
@@ -17,15 +18,13 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
 __all__ = ["OBJECTIVES", "Calibrator", "Training", "draw", "fit", "report"]
 
 _HOMES = {
-    "Calibrator": "calibrator",
-    "OBJECTIVES": "objectives",
-    **dict.fromkeys(("Training", "fit"), "fitting"),
-    **dict.fromkeys(("draw", "report"), "reports"),
+    "Calibrator": ".calibrator",
+    "OBJECTIVES": ".objectives",
+    **dict.fromkeys(("Training", "fit"), ".fitting"),
+    **dict.fromkeys(("draw", "report"), ".reports"),
 }
-"""Public name -> the file that has it."""
+"""Public name -> the module that has it."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return offered(__name__, _HOMES, name)

@@ -27,6 +27,7 @@ AUTO = {
     "ImageClassification": "image-classification",
     "AudioClassification": "audio-classification",
     "SemanticSegmentation": "image-segmentation",
+    "KeypointDetection": "keypoint-detection",
 }
 """Suffix of a class AutoModelFor... of transformers -> the Hub's name of the task of its models."""
 BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```", re.DOTALL)
@@ -81,6 +82,8 @@ def usage_of(model: Any) -> Usage | None:
 
 def _of_class(model: Any, base: Any) -> Usage | None:
     """How a model is loaded, by the names of its class."""
+    if auto := getattr(type(base), "_auto_class", None):  # its code is saved with it
+        return _loads("transformers", auto, AUTO.get(auto.removeprefix("AutoModelFor")), ", trust_remote_code=True")
     if type(base).__module__.startswith("hf_xent.models."):  # of no other library
         return replace(_loads(type(base).__module__, type(base).__name__, None), library="hf_xent")
     names = [cls.__name__ for cls in type(base).__mro__]  # with its bases: sharding derives a class for the model

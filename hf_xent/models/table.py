@@ -8,7 +8,8 @@
     config = TableConfig(features=9, num_labels=2, mean=rows.mean(0).tolist(), std=rows.std(0).tolist())
     model = TableForSequenceClassification(config)
 
-Importing this file registers both classes, so that `AutoModelForSequenceClassification` loads what was saved.
+Importing this file registers both classes, so that `AutoModelForSequenceClassification` loads what was saved. The file
+is saved with the model, which with `trust_remote_code=True` also loads where hf_xent is not installed.
 
 Source: Agarap 2017, arXiv:1709.03082, for a GRU of 256 cells over features, with dropout .15; its optimiser is no part.
 """
@@ -132,3 +133,5 @@ class TableForSequenceClassification(PreTrainedModel):
 
 AutoConfig.register(TableConfig.model_type, TableConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(TableConfig, TableForSequenceClassification, exist_ok=True)
+TableConfig.register_for_auto_class()
+TableForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
