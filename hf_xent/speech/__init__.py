@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..system.offered import offered
 
-_HOMES: dict[str, str] = {}
+if TYPE_CHECKING:  # loaded on first access: torch takes a second
+    from .features import PadSpeech as PadSpeech
+    from .features import frame_count as frame_count
+    from .features import log_mel as log_mel
+    from .features import standardized as standardized
+    from .waves import read_wav as read_wav
+    from .waves import write_wav as write_wav
+
+_HOMES: dict[str, str] = {
+    **dict.fromkeys(("PadSpeech", "frame_count", "log_mel", "standardized"), ".features"),
+    **dict.fromkeys(("read_wav", "write_wav"), ".waves"),
+}
 """Public name -> the module that has it."""
 
 __all__ = sorted(_HOMES)
