@@ -14,7 +14,14 @@ def table():
     return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
 
 
-NETWORKS = {"table": table}
+def basnet():
+    from hf_xent.models.basnet import BasnetConfig, BasnetForSemanticSegmentation
+
+    config = BasnetConfig([4, 6, 6], [1, 2, 1], refine_size=4, refine_depth=2, num_channels=1, num_labels=1)
+    return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
+
+
+NETWORKS = {"basnet": basnet, "table": table}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
