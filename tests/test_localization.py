@@ -1,4 +1,4 @@
-"""Where a class is in an image: the loss of background activation suppression, `Localizer`, and maps of any classifier."""
+"""Where a class is in an image: background activation suppression, `Localizer`, and maps of any classifier."""
 
 import math
 

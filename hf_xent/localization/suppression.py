@@ -132,13 +132,13 @@ def frozen_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
-    with _no_checkpoints(module):
+    with no_checkpoints(module):
         return torch.func.functional_call(module, constants, args, kwargs)
 
 
 @contextmanager
-def _no_checkpoints(module: nn.Module) -> Iterator[None]:
-    """Layers of transformers compute without gradient checkpointing."""
+def no_checkpoints(module: nn.Module) -> Iterator[None]:
+    """A context in which transformers' layers keep what they compute: none is computed again in the backward pass."""
     layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "gradient_checkpointing", False) is True]
     for layer in layers:
         layer.gradient_checkpointing = False
