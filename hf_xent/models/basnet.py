@@ -15,9 +15,9 @@ any loss of `hf_xent.classes` over them, as the authors do with `hybrid`.
 Images may have any size: stages round up, and the decoder interpolates to the size of the encoder's stage. Importing
 this file registers both classes for `AutoModelForSemanticSegmentation`; the file is saved with the model.
 
-Source: Qin et al. 2019, BASNet: Boundary-Aware Salient Object Detection, CVPR; code at github.com/xuebinqin/BASNet. There
-the deepest stage of the decoder ends with the norm of the stage above, by mistake, and losses read sigmoids; here each
-stage has its own norms, and losses read logits.
+Source: Qin et al. 2019, BASNet: Boundary-Aware Salient Object Detection, CVPR; code at github.com/xuebinqin/BASNet. In
+it the deepest stage of the decoder ends with the norm of the stage above, by mistake, and losses read sigmoids; here
+each stage has its own norms, and losses read logits.
 """
 
 from __future__ import annotations
