@@ -14,7 +14,14 @@ def table():
     return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
 
 
-NETWORKS = {"table": table}
+def mask_net():
+    from hf_xent.models.mask_net import MaskNet, MaskNetConfig
+
+    model = MaskNet(MaskNetConfig(channels=(3, 4, 5), dilations=(1, 2), num_labels=1))
+    return model, {"pixel_values": torch.randn(2, 1, 17, 9)}
+
+
+NETWORKS = {"mask_net": mask_net, "table": table}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
