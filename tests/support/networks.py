@@ -7,13 +7,6 @@ is not installed. A new network is one function and one line in NETWORKS.
 import torch
 
 
-def table():
-    from hf_xent.models.table import TableConfig, TableForSequenceClassification
-
-    config = TableConfig(features=3, hidden_size=6, num_labels=4, mean=[1.0, 2.0, 3.0])
-    return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
-
-
 def basnet():
     from hf_xent.models.basnet import BasnetConfig, BasnetForSemanticSegmentation
 
@@ -21,7 +14,25 @@ def basnet():
     return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
 
 
-NETWORKS = {"basnet": basnet, "table": table}
+def mask_net():
+    from hf_xent.models.mask_net import MaskNet, MaskNetConfig
+
+    model = MaskNet(MaskNetConfig(channels=(3, 4, 5), dilations=(1, 2), num_labels=1))
+    return model, {"pixel_values": torch.randn(2, 1, 17, 9)}
+
+
+def table():
+    from hf_xent.models.table import TableConfig, TableForSequenceClassification
+
+    config = TableConfig(features=3, hidden_size=6, num_labels=4, mean=[1.0, 2.0, 3.0])
+    return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
+
+
+NETWORKS = {
+    "basnet": basnet,
+    "mask_net": mask_net,
+    "table": table,
+}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
