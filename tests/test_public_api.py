@@ -14,6 +14,7 @@ from hf_xent import (
     calibration,
     cem,
     classes,
+    continuous,
     detection,
     laws,
     losses,
@@ -59,6 +60,7 @@ PUBLIC = {
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
+    continuous: """DigitHead DigitModel DigitModelConfig DigitModelOutput Quantiles""",
     cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
         minimize probability search""",
     robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",

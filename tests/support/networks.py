@@ -14,7 +14,20 @@ def table():
     return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
 
 
-NETWORKS = {"table": table}
+def digits():
+    from hf_xent.continuous import DigitModel, DigitModelConfig
+
+    decoder = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = [[-1.0, 0.0, 2.0], [0.5, 1.0, 1.5]]
+    options = {"kind": "random_order", "layers": 1, "width": 8, "heads": 2, "std": [2.0, 1.0], "classes": 3}
+    config = DigitModelConfig(
+        {"model_type": "llama", "vocab_size": 3, "dtype": "float32", **decoder}, values, **options
+    )
+    x = torch.randn(2, 4, 2)
+    return DigitModel(config), {"values": x, "labels": x, "classes": torch.tensor([2, 0])}
+
+
+NETWORKS = {"digits": digits, "table": table}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
