@@ -14,6 +14,19 @@ def basnet():
     return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
 
 
+def digits():
+    from hf_xent.continuous import DigitModel, DigitModelConfig
+
+    decoder = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = [[-1.0, 0.0, 2.0], [0.5, 1.0, 1.5]]
+    options = {"kind": "random_order", "layers": 1, "width": 8, "heads": 2, "std": [2.0, 1.0], "classes": 3}
+    config = DigitModelConfig(
+        {"model_type": "llama", "vocab_size": 3, "dtype": "float32", **decoder}, values, **options
+    )
+    x = torch.randn(2, 4, 2)
+    return DigitModel(config), {"values": x, "labels": x, "classes": torch.tensor([2, 0])}
+
+
 def mask_net():
     from hf_xent.models.mask_net import MaskNet, MaskNetConfig
 
@@ -30,6 +43,7 @@ def table():
 
 NETWORKS = {
     "basnet": basnet,
+    "digits": digits,
     "mask_net": mask_net,
     "table": table,
 }
