@@ -172,6 +172,8 @@ def test_masks_that_are_given():
     voice, rest = apply_mask(share, waveform, binary=True, stft=stft)
     assert torch.allclose(voice + rest, waveform, atol=1e-5)
     assert torch.allclose(voice, apply_mask(share >= 0.5, waveform, stft=stft)[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"waveform has shape \(200,\): give mixtures"):
+        voice_mask(net(), waveform[0])
     for mask, message in (
         (torch.ones(16, 1), r"mask has shape \(16, 1\), the spectrum \(3, 17, 26\)"),
         (torch.ones(2, 3, 17, 26), "mask has shape"),
