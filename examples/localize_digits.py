@@ -26,7 +26,7 @@ from hf_xent import data
 from hf_xent.experiments.study import Study
 from hf_xent.localization import localize, overlays
 
-METRICS, BETAS = ("IoU", "IoU, best threshold", "average precision", "accuracy"), (0.75, 1.5, 3.0)
+METRICS, BETAS = ("IoU", "IoU, best threshold", "average precision", "accuracy"), (0.2, 0.75, 3.0)
 HELD_OUT, SHOWN, OUTPUT = 500, 8, Path("out/localize-digits")
 
 
@@ -46,7 +46,7 @@ def controls(study: Study, parts: list[Any]) -> None:
         study.record(name, seed, **measured(maps, [x["masks"] for x in parts[1:]]))
 
 
-def main(train: int = 3000, epochs: float = 3, seeds: int = 3, output: Path = OUTPUT) -> Any:
+def main(train: int = 3000, epochs: float = 2, seeds: int = 3, output: Path = OUTPUT) -> Any:
     """Every arm under every seed; returns the metrics by arm and seed."""
     settings = {"train": train, "held out": HELD_OUT, "epochs": epochs, "betas": BETAS}
     study = Study("Localized digits", METRICS, "CAM", output, seeds, settings)
