@@ -17,6 +17,7 @@ from hf_xent import (
     continuous,
     detection,
     laws,
+    localization,
     losses,
     ops,
     rasch,
@@ -58,6 +59,8 @@ PUBLIC = {
     attention: """AttentionBias Harmonic Linear Probabilistic Window alibi_slopes attend attending harmonic_bias
         harmonic_score_mod probabilistic_mask unattend""",
     caches: """StaircaseCache""",
+    localization: """Localization Localizer LocalizerConfig background_activation cam frozen_call localize mask_area
+        overlay overlays suppression_loss""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",

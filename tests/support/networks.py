@@ -41,9 +41,20 @@ def table():
     return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
 
 
+def localizer():
+    from transformers import ResNetConfig
+
+    from hf_xent.localization.localizer import Localizer, LocalizerConfig
+
+    inner = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8], depths=[1, 1, 1], layer_type="basic", num_labels=3)
+    model = Localizer(LocalizerConfig(classifier=inner, layer="resnet.encoder.stages.1", feature_size=6))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])}
+
+
 NETWORKS = {
     "basnet": basnet,
     "digits": digits,
+    "localizer": localizer,
     "mask_net": mask_net,
     "table": table,
 }
