@@ -21,7 +21,18 @@ def basnet():
     return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
 
 
-NETWORKS = {"basnet": basnet, "table": table}
+def rationale():
+    from transformers import BertConfig
+
+    from hf_xent.localization.rationale import Rationale, RationaleConfig
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = RationaleConfig(BertConfig(vocab_size=20, num_labels=3, dtype="float32", **sizes), special_ids=[0, 1], mask_id=2)
+    ids = torch.randint(3, 20, (2, 5))
+    return Rationale(config), {"input_ids": ids, "labels": torch.tensor([0, 2])}
+
+
+NETWORKS = {"basnet": basnet, "rationale": rationale, "table": table}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
