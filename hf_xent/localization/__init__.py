@@ -11,21 +11,21 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from .attributions import last_attention as last_attention
     from .attributions import log_odds as log_odds
     from .attributions import occlusion as occlusion
-    from .faithfulness import evidence_scores as evidence_scores
-    from .faithfulness import faithfulness as faithfulness
     from .localizer import Localizer as Localizer
     from .localizer import LocalizerConfig as LocalizerConfig
     from .maps import Localization as Localization
     from .maps import cam as cam
     from .maps import localize as localize
+    from .pages import TextRationale as TextRationale
+    from .pages import explain as explain
+    from .pages import rationale_html as rationale_html
     from .plots import overlay as overlay
     from .plots import overlays as overlays
     from .rationale import Rationale as Rationale
     from .rationale import RationaleConfig as RationaleConfig
     from .rationale import word_tokens as word_tokens
-    from .rationale_html import TextRationale as TextRationale
-    from .rationale_html import explain as explain
-    from .rationale_html import rationale_html as rationale_html
+    from .rationale_scores import evidence_scores as evidence_scores
+    from .rationale_scores import faithfulness as faithfulness
     from .suppression import background_activation as background_activation
     from .suppression import frozen_call as frozen_call
     from .suppression import mask_area as mask_area
@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
 
 _HOMES = {
     **dict.fromkeys(("gradient_input", "last_attention", "log_odds", "occlusion"), ".attributions"),
-    **dict.fromkeys(("evidence_scores", "faithfulness"), ".faithfulness"),
+    **dict.fromkeys(("evidence_scores", "faithfulness"), ".rationale_scores"),
     **dict.fromkeys(("Localizer", "LocalizerConfig"), ".localizer"),
     **dict.fromkeys(("Localization", "cam", "localize"), ".maps"),
     **dict.fromkeys(("overlay", "overlays"), ".plots"),
     **dict.fromkeys(("Rationale", "RationaleConfig", "word_tokens"), ".rationale"),
-    **dict.fromkeys(("TextRationale", "explain", "rationale_html"), ".rationale_html"),
+    **dict.fromkeys(("TextRationale", "explain", "rationale_html"), ".pages"),
     **dict.fromkeys(("background_activation", "frozen_call", "mask_area", "suppression_loss"), ".suppression"),
 }
 """Public name -> the module that has it."""

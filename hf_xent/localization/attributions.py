@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.contexts import eval_mode
-from .faithfulness import without
+from .rationale_scores import without
 
 
 def gradient_input(model: Any, inputs: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
