@@ -14,7 +14,18 @@ def table():
     return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
 
 
-NETWORKS = {"table": table}
+def landmarks():
+    from transformers import ResNetConfig
+
+    from hf_xent.models.landmarks import LandmarkConfig, LandmarkModel
+
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic"}
+    backbone = ResNetConfig(**sizes, out_features=["stage1", "stage2"])
+    config = LandmarkConfig(backbone_config=backbone, rings=[5, 4], latent_size=4, latent_map=(2, 2), width=8)
+    return LandmarkModel(config), {"pixel_values": torch.randn(2, 1, 32, 32), "labels": torch.rand(2, 9, 2)}
+
+
+NETWORKS = {"table": table, "landmarks": landmarks}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
