@@ -170,7 +170,7 @@ def test_the_loss_is_the_cross_entropy_of_every_output(labels):
 
 
 def test_low_precision_has_finite_losses_of_confident_logits():
-    """A sigmoid in half precision is 0 or 1 beyond 17, where its logarithm is infinite; losses read logits."""
+    """In half precision a sigmoid is 1 from 9 on, and a confident mistake has no gradient; losses read logits."""
     for dtype in (torch.bfloat16, torch.float16):
         model = build().to(dtype)
         with torch.no_grad():
@@ -179,6 +179,7 @@ def test_low_precision_has_finite_losses_of_confident_logits():
         found.loss.backward()
         assert found.logits.dtype == dtype and found.loss.dtype == torch.float32 and 100 < found.loss < 200
         assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert model.predict.heads[-1].bias.grad.item() == pytest.approx(-1, rel=0.01)
 
 
 def test_saved_weights_statistics_and_outputs_load(tmp_path):
@@ -324,6 +325,7 @@ def test_example_compares_each_part_with_the_one_before(tmp_path, monkeypatch, w
     import basnet_arms
 
     monkeypatch.setattr(basnet, "HELD_OUT", 1)
+    monkeypatch.setattr(basnet, "ARMS", {arm: basnet.ARMS[arm] for arm in (*basnet.STEPS, "brightness", "all pixels")})
     tiny = {"hidden_sizes": [2, 2, 3], "depths": [1] * 3, "refine_size": 2, "refine_depth": 1}
     monkeypatch.setattr(basnet_arms, "WIDTHS", basnet_arms.WIDTHS | tiny)
     found = basnet.main(train=1, epochs=1, seeds=1, output=tmp_path / "out")
