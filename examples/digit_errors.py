@@ -36,8 +36,10 @@ def reconstruction(images: np.ndarray, bits: tuple[int, ...] = (1, 2, 3, 4, 6)) 
 
 
 def pictures(drawn: Tensor, classes: Tensor, path: Path) -> None:
-    """Twelve images of each class, a row for each."""
-    rows = [torch.cat([*patches(drawn[classes == c][:12], back=True)], 1) for c in range(10)]
+    """Up to twelve images of each class, a row for each."""
+    columns = min(12, int(classes.bincount(minlength=10).min()))
+    rows = [torch.cat([*patches(drawn[classes == c][:columns], back=True)], 1) for c in range(10)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     axes.imshow(torch.cat(rows).numpy(), cmap="gray_r", vmin=0, vmax=TOP)

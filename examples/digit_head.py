@@ -70,9 +70,9 @@ def main(seeds: int = 3, samples: int = 600, output: Path = Path("out/digit-head
         found, drawn, classes = {}, *parts[0]
         if arm != "real images":
             classes, (found, drawn) = wanted, FITTED.get(arm, neural)(arm, seed, parts, wanted)
-        study.record(arm, seed, **found, **accuracies(drawn, classes, parts))
         if seed == 0:
             pictures(drawn, classes, output / f"{arm}.png")
+        study.record(arm, seed, **found, **accuracies(drawn, classes, parts))
     return study.report("Made by `examples/digit_head.py` of hf_xent.\n\n" + reconstruction(digits.data))
 
 
