@@ -1,7 +1,7 @@
 """Translation learned from noisy targets: cross-entropy against EISL, after the same steps of cross-entropy.
 
     pip install sacrebleu
-    python examples/noisy_translation.py FOLDER [--language fr] [--noises 0.5,0,0.25] [--seeds 3] [--output out/noisy]
+    python examples/noisy_translation.py FOLDER [--language fr] [--noises 0.5,0] [--seeds 3] [--output out/noisy]
 
 FOLDER has .mo files (mo_pairs.py): short messages of programs. In training and validation a share of the words of every
 translation is noisy ('shuffle': they trade places); test translations are clean. All arms of a seed share the first
@@ -38,7 +38,7 @@ def nearest(pairs: mo_pairs.Pairs, sources: list[str]) -> list[str]:
 
 
 def main(
-    folder: Path, language: str = "fr", noises: str = "0.5,0,0.25", kind: str = "shuffle", steps: int = 600,
+    folder: Path, language: str = "fr", noises: str = "0.5,0", kind: str = "shuffle", steps: int = 450,
     seeds: int = 3, output: Path = Path("out/noisy_translation"),
 ) -> dict[float, Any]:  # fmt: skip
     """All noises, arms and seeds; returns the results by noise."""
