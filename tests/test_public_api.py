@@ -39,7 +39,7 @@ PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
-        token_logprobs vocab_loss vocab_stats""",
+        sinkhorn_divergence token_logprobs vocab_loss vocab_stats with_positions""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation
         get linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
