@@ -52,7 +52,7 @@ def localize(
     *,
     labels: Tensor | None = None,  # [B]
     threshold: float = 0.5,
-    top_k: int | None = None,
+    top_classes: int | None = None,
 ) -> Localization:
     """Maps, masks and boxes of images, in evaluation mode and without gradients.
 
@@ -62,26 +62,28 @@ def localize(
         labels: Ids of the classes to find [B]; what the model predicts if None.
         threshold: Which value a pixel of a mask is above, in [0, 1]. Choose it on images of validation with known
             masks or boxes: no other number decides as much.
-        top_k: The mean over the maps of how many predicted classes is taken; that of the configuration if None, 1 for
-            another classifier.
+        top_classes: Over the maps of how many predicted classes the mean is taken; that of the configuration if None, 1
+            for another classifier.
 
     Returns:
         The maps, masks and boxes.
 
     Raises:
-        ValueError: The threshold is out of range, or top_k is below 1 or given with labels.
+        ValueError: The threshold is out of range, or top_classes is below 1 or given with labels.
     """
     if not is_number(threshold, "[0, 1]"):
         raise ValueError(f"threshold is {threshold!r}: choose a number from 0 to 1")
-    if labels is not None and top_k is not None:
-        raise ValueError(f"top_k is {top_k}, and labels are given: choose one of them")
+    if labels is not None and top_classes is not None:
+        raise ValueError(f"top_classes is {top_classes}, and labels are given: choose one of them")
     config: Any = model.config if isinstance(model, Localizer) else None
-    if top_k is None:
-        top_k = config.top_k if config else 1
-    check_count("top_k", top_k, 1)
+    if top_classes is None:
+        top_classes = config.top_classes if config else 1
+    check_count("top_classes", top_classes, 1)
     with eval_mode(model), torch.no_grad():
         outputs = model(pixel_values)
-    classes = outputs.logits.topk(min(top_k, outputs.logits.shape[1])).indices if labels is None else labels[:, None]
+    classes = (
+        outputs.logits.topk(min(top_classes, outputs.logits.shape[1])).indices if labels is None else labels[:, None]
+    )
     if config:
         maps = outputs.maps[torch.arange(len(classes), device=classes.device)[:, None], classes].mean(1)
     else:

@@ -76,8 +76,7 @@ def overlays(
     grid = figure.subplots(len(names), len(images), squeeze=False)
     for row, name in zip(grid, names, strict=True):
         for column, panel in enumerate(row):
-            first = next(iter(masks.values()))[column]
-            mask = masks[name][column] if row is not grid[0] else np.zeros(np.shape(first))
+            mask = np.zeros(np.shape(next(iter(masks.values()))[column])) if name == "image" else masks[name][column]
             panel.imshow(overlay(images[column], mask), interpolation="nearest")
             if known is not None:
                 panel.contour(np.asarray(known[column], float), [0.5], colors="#009ADE", linewidths=0.8)

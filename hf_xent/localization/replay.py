@@ -43,7 +43,7 @@ class Forward:
         return found if isinstance(found, Tensor) else next(iter(_values(found)))
 
     def replay(self, features: Tensor, *, frozen: bool = False) -> Any:
-        """What the network returns if its layer gives other features.
+        """What the network returns if its layer gives other features; no buffer changes, such as means of batch norm.
 
         Args:
             features: They take the place of `features`, whose shape they have.
@@ -55,8 +55,9 @@ class Forward:
         with self._given(features, frozen):
             if frozen:
                 return frozen_call(self.model, *self.args, **self.kwargs)
+            buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
             with no_checkpoints(self.model):
-                return self.model(*self.args, **self.kwargs)
+                return torch.func.functional_call(self.model, buffers, self.args, self.kwargs)
 
     @contextmanager
     def _given(self, features: Tensor, frozen: bool) -> Iterator[None]:
@@ -159,13 +160,24 @@ def as_grid(features: Tensor, size: tuple[int, int], special_tokens: int | None 
     return features[:, features.shape[1] - h * w :].transpose(1, 2).unflatten(2, (h, w))
 
 
-def times(features: Tensor, mask: Tensor) -> Tensor:
-    """Features times a mask [B, h, w] of the grid that `as_grid` made of them; special tokens stay as they are."""
+def times(features: Tensor, mask: Tensor, blank: Tensor | None = None) -> Tensor:
+    """F M + F0 (1 - M): what a mask keeps of features.
+
+    Args:
+        features: Maps [B, D, h, w] or tokens [B, T, D]; special tokens stay as they are.
+        mask: A mask of the grid that `as_grid` makes of them [B, h, w].
+        blank: What takes the place of what is erased [1, ...], of the features' shape; zeros if None.
+
+    Returns:
+        The masked features, of the features' shape.
+    """
     if features.ndim == 4:
-        return features * mask[:, None]
-    mask = mask.flatten(1)
-    ones = mask.new_ones(len(mask), features.shape[1] - mask.shape[1])
-    return features * torch.cat([ones, mask], 1)[..., None]
+        mask = mask[:, None]
+    else:
+        mask = mask.flatten(1)
+        ones = mask.new_ones(len(mask), features.shape[1] - mask.shape[1])
+        mask = torch.cat([ones, mask], 1)[..., None]
+    return features * mask if blank is None else features * mask + blank * (1 - mask)
 
 
 def _in_turn(left: list[Any], forward: Any) -> Any:

@@ -9,6 +9,7 @@ METHODS = {
     "classes": ("ClassConfig", "ClassTrainer"),
     "distillation": ("DistillationConfig", "DistillationTrainer"),
     "dxo": ("DXOConfig", "DXOTrainer"),
+    "eisl": ("EISLConfig", "EISLTrainer"),
     "emo": ("EMOConfig", "EMOTrainer"),
     "encoder_calibration": ("EncoderCalibrationConfig", "EncoderCalibrationTrainer"),
     "f2c": ("F2CConfig", "F2CTrainer"),
