@@ -107,7 +107,9 @@ def _kept(name: str, states: Tensor, mask_name: str, mask: Tensor | None) -> Ten
     if mask is None:
         return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     if mask.shape != states.shape[:2]:
-        raise ValueError(f"{mask_name} is {tuple(mask.shape)}, but {name} is {tuple(states.shape)}: give one a position")
+        raise ValueError(
+            f"{mask_name} is {tuple(mask.shape)}, but {name} is {tuple(states.shape)}: give one a position"
+        )
     return mask.to(states.device) != 0
 
 

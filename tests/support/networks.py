@@ -27,6 +27,27 @@ def digits():
     return DigitModel(config), {"values": x, "labels": x, "classes": torch.tensor([2, 0])}
 
 
+def landmarks():
+    from transformers import ResNetConfig
+
+    from hf_xent.models.landmarks import LandmarkConfig, LandmarkModel
+
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic"}
+    backbone = ResNetConfig(**sizes, out_features=["stage1", "stage2"])
+    config = LandmarkConfig(backbone_config=backbone, rings=[5, 4], latent_size=4, latent_map=(2, 2), width=8)
+    return LandmarkModel(config), {"pixel_values": torch.randn(2, 1, 32, 32), "labels": torch.rand(2, 9, 2)}
+
+
+def localizer():
+    from transformers import ResNetConfig
+
+    from hf_xent.localization.localizer import Localizer, LocalizerConfig
+
+    inner = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8], depths=[1, 1, 1], layer_type="basic", num_labels=3)
+    model = Localizer(LocalizerConfig(classifier=inner, layer="resnet.encoder.stages.1", feature_size=6))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])}
+
+
 def mask_net():
     from hf_xent.models.mask_net import MaskNet, MaskNetConfig
 
@@ -56,6 +77,8 @@ def table():
 NETWORKS = {
     "basnet": basnet,
     "digits": digits,
+    "landmarks": landmarks,
+    "localizer": localizer,
     "mask_net": mask_net,
     "rationale": rationale,
     "table": table,
