@@ -48,9 +48,9 @@ def trained(arm: str, seed: int, rate: float, epochs: int, rows: Any, folder: Pa
     torch.manual_seed(seed)
     shapes = torch.stack([row["labels"] for row in rows("rings")])
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=epochs * SHARES[target(kind)], learning_rate=rate, per_device_train_batch_size=16, seed=seed,
-        lr_scheduler_type="cosine", warmup_steps=40, per_device_eval_batch_size=50, logging_steps=50, report_to="none",
-        save_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
+        str(folder), num_train_epochs=epochs * SHARES[target(kind)], learning_rate=rate, seed=seed, report_to="none",
+        lr_scheduler_type="cosine", warmup_steps=40, per_device_train_batch_size=16, per_device_eval_batch_size=50,
+        save_strategy="no", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
     )  # fmt: skip
     trainer = Trainer(KINDS[kind](shapes), arguments, train_dataset=rows(target(kind), hide))
     trainer.train()

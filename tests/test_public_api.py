@@ -14,6 +14,7 @@ from hf_xent import (
     calibration,
     cem,
     classes,
+    continuous,
     detection,
     laws,
     losses,
@@ -21,6 +22,7 @@ from hf_xent import (
     rasch,
     retrieval,
     robust,
+    speech,
     teachers,
     trainers,
 )
@@ -59,6 +61,9 @@ PUBLIC = {
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
+    speech: """Mixtures PadSpeech STFT apply_mask floored frame_count ideal_binary_mask joined log_mel majority read_wav
+        separate si_sdr softened standardized static_mask voice_mask write_wav""",
+    continuous: """DigitHead DigitModel DigitModelConfig DigitModelOutput Quantiles""",
     cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
         minimize probability search""",
     robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",

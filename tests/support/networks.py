@@ -7,6 +7,33 @@ is not installed. A new network is one function and one line in NETWORKS.
 import torch
 
 
+def basnet():
+    from hf_xent.models.basnet import BasnetConfig, BasnetForSemanticSegmentation
+
+    config = BasnetConfig([4, 6, 6], [1, 2, 1], refine_size=4, refine_depth=2, num_channels=1, num_labels=1)
+    return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
+
+
+def digits():
+    from hf_xent.continuous import DigitModel, DigitModelConfig
+
+    decoder = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    values = [[-1.0, 0.0, 2.0], [0.5, 1.0, 1.5]]
+    options = {"kind": "random_order", "layers": 1, "width": 8, "heads": 2, "std": [2.0, 1.0], "classes": 3}
+    config = DigitModelConfig(
+        {"model_type": "llama", "vocab_size": 3, "dtype": "float32", **decoder}, values, **options
+    )
+    x = torch.randn(2, 4, 2)
+    return DigitModel(config), {"values": x, "labels": x, "classes": torch.tensor([2, 0])}
+
+
+def mask_net():
+    from hf_xent.models.mask_net import MaskNet, MaskNetConfig
+
+    model = MaskNet(MaskNetConfig(channels=(3, 4, 5), dilations=(1, 2), num_labels=1))
+    return model, {"pixel_values": torch.randn(2, 1, 17, 9)}
+
+
 def table():
     from hf_xent.models.table import TableConfig, TableForSequenceClassification
 
@@ -25,7 +52,13 @@ def landmarks():
     return LandmarkModel(config), {"pixel_values": torch.randn(2, 1, 32, 32), "labels": torch.rand(2, 9, 2)}
 
 
-NETWORKS = {"table": table, "landmarks": landmarks}
+NETWORKS = {
+    "basnet": basnet,
+    "digits": digits,
+    "landmarks": landmarks,
+    "mask_net": mask_net,
+    "table": table,
+}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
