@@ -1,6 +1,6 @@
 """The arms of landmarks.py, and how they are trained.
 
-    trainer = trained("landmarks", seed=0, rate=0.006, epochs=30, rows=rows, folder=folder)
+    trainer = trained("landmarks", seed=0, rate=0.006, epochs=20, rows=rows, folder=folder)
     rings = predictions(trainer, fixed)                        [n, 40, 2] in pixels; masks [n, 64, 64] of a U-Net
 
 `rows(target, hide)` makes the rows for training (landmark_digits.py).
@@ -42,7 +42,7 @@ def predictions(trainer: Trainer, rows: Zeros) -> np.ndarray:
     return found * SIZE if found.shape[-1] == 2 else found.argmax(1) == 1
 
 
-def trained(arm: str, seed: int, rate: float, epochs: int, rows: Any, folder: Path) -> Trainer:
+def trained(arm: str, seed: int, rate: float, epochs: float, rows: Any, folder: Path) -> Trainer:
     """A trainer whose model was trained on `rows(target, hide)`."""
     kind, hide = ARMS[arm]
     torch.manual_seed(seed)
