@@ -50,7 +50,8 @@ def trained(arm: str, seed: int, rate: float, epochs: float, rows: Any, folder: 
     arguments = TrainingArguments(
         str(folder), num_train_epochs=epochs * SHARES[target(kind)], learning_rate=rate, seed=seed, report_to="none",
         lr_scheduler_type="cosine", warmup_steps=40, per_device_train_batch_size=16, per_device_eval_batch_size=50,
-        save_strategy="no", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
+        save_strategy="no", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=False,
+        label_names=["labels"],
     )  # fmt: skip
     trainer = Trainer(KINDS[kind](shapes), arguments, train_dataset=rows(target(kind), hide))
     trainer.train()
