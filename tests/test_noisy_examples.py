@@ -1,5 +1,6 @@
 """Examples of noisy targets run on tiny data and models, end to end, and run nothing twice."""
 
+import json
 import struct
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-NAMES = ("mo_pairs", "noisy_models", "noisy_translation")
+from support.models import tiny, tiny_tokenizer
+
+NAMES = ("mo_pairs", "noisy_models", "noisy_translation", "short_answers", "definitions", "noisy_instructions")
 VERBS = {"open": "ouvrir", "close": "fermer", "save": "enregistrer", "print": "imprimer"}
 NOUNS = {"file": "fichier", "page": "page", "image": "image", "window": "fenêtre", "table": "tableau"}
 
@@ -84,3 +87,27 @@ def test_translation(example, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train", None)
     assert module.main(folder, **options) == found
     assert module.nearest({"open the file": "a", "save the page": "b"}, ["save this page"]) == ["b"]
+
+
+def test_instructions(example, tmp_path, monkeypatch):
+    """Every arm on answers of a tiny model; the F1 of words and of neighbours."""
+    module = example("noisy_instructions")
+    rows = [
+        {"question": f"what is {i} of {n}", "answer": f"the {n} {m} is a thing {i}"}
+        for i in "abc"
+        for n, m in NOUNS.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"question": "short", "answer": "no"}])))
+    tiny(std=0.05, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(" ".join(row["answer"] for row in rows)).save_pretrained(tmp_path / "model")
+    for name, value in {"HELD": 3, "NEW": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.chdir(tmp_path)
+    assert len(module.questions(str(tmp_path / "rows.jsonl"))) == 15
+    options = {"model": str(tmp_path / "model"), "steps": 2, "seeds": 1, "noises": "1"}
+    found = module.main(str(tmp_path / "rows.jsonl"), **options)[1.0]
+    assert set(found) == set(module.ARMS) and all(rows[0].keys() == set(module.METRICS) for rows in found.values())
+    assert found[module.BEFORE][0]["nll"] != found[module.CE][0]["nll"] != found["EISL + cross-entropy"][0]["nll"]
+    assert module.f1(["a", "b", "b"], ["b", "c"]) == pytest.approx(2 * 1 / 5) and module.f1([], []) == 0
+    monkeypatch.setattr(module, "run", None)
+    assert module.main(str(tmp_path / "rows.jsonl"), **options)[1.0] == found
