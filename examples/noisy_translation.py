@@ -41,7 +41,7 @@ def nearest(pairs: mo_pairs.Pairs, sources: list[str]) -> list[str]:
 
 def main(
     folder: Path, language: str = "fr", noises: str = "shuffle:0.5,shuffle:0", parallel: bool = False,
-    steps: int = 450, seeds: int = 3, output: Path = Path("out/noisy_translation"),
+    steps: int = 360, seeds: int = 3, output: Path = Path("out/noisy_translation"),
 ) -> dict[str, Any]:  # fmt: skip
     """All noises, arms and seeds; returns the results by noise."""
     parts, found = mo_pairs.split(mo_pairs.read(folder, language), HELD), {}

@@ -16,6 +16,7 @@ from transformers import (
 from hf_xent.losses import EISL, Focal
 from hf_xent.patching import patch_state
 from hf_xent.trainers import EISLConfig, EISLTrainer, XentConfig, XentTrainer
+from hf_xent.trainers.batches import shifts_labels
 from hf_xent.trainers.own_inputs import replaced
 from support.models import V, assert_same_gradients, tiny
 from test_trainers import arguments, collate, losses_of, rows  # noqa: F401  rows is a fixture
@@ -176,6 +177,7 @@ def test_masked_models_train_without_own_inputs(tmp_path):
     with torch.no_grad():
         dense = model.eval()(torch.tensor([masked["input_ids"]])).logits[0, 3:]
     trainer = trainer_of(tmp_path, [masked], model=model, ce_factor=0.0)
+    assert not shifts_labels(trainer.model) and shifts_labels(tiny()), "also where a patch replaced its loss"
     found = trainer.evaluate()["eval_loss"]
     expected = EISL().reference(dense, torch.tensor([8, 9, 10])).mean()
     assert found == pytest.approx(expected.item(), rel=1e-5)
