@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..system.offered import offered
 
-_HOMES: dict[str, str] = {}
+if TYPE_CHECKING:  # loaded on first access: torch takes a second
+    from .head import DigitHead as DigitHead
+    from .model import DigitModel as DigitModel
+    from .model import DigitModelConfig as DigitModelConfig
+    from .model import DigitModelOutput as DigitModelOutput
+    from .quantiles import Quantiles as Quantiles
+
+_HOMES = {
+    "DigitHead": ".head",
+    **dict.fromkeys(("DigitModel", "DigitModelConfig", "DigitModelOutput"), ".model"),
+    "Quantiles": ".quantiles",
+}
 """Public name -> the module that has it."""
 
 __all__ = sorted(_HOMES)

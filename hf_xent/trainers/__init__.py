@@ -18,6 +18,7 @@ METHODS = {
     "osp": ("OSPConfig", "OSPTrainer"),
     "self_distil_qa": ("AnswerMetrics", "SelfDistilQAConfig", "SelfDistilQATrainer"),
     "sft": ("StreamedSFTConfig", "StreamedSFTTrainer"),
+    "siamese_ctc": ("SiameseCTCConfig", "SiameseCTCTrainer"),
     "spce": ("SPCEConfig", "SPCETrainer"),
     "spo": ("SPO", "SPOConfig", "SPOOptions", "SPOTrainer"),
     "xent": ("XentConfig", "XentTrainer"),
