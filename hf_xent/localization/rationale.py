@@ -14,8 +14,8 @@ With `joint`, as in the paper, CE(s, y) trains the classifier too, and all terms
 Why embeddings: the paper weighs features of a middle layer, as `erase='states'` does. In a text the states of other
 tokens know the whole text there, above all the token that is read; a mask of states has little to suppress.
 
-Why z' = z - mean(z), and b' = b - mean(b): an activation counts from 0, but softmax does not see what is added to all
-logits. BAS asks for no more once y is no more likely, by its logit, than the mean of the classes.
+Why z' = relu(z - mean(z)), and b' alike: an activation counts from 0, but softmax does not see what is added to all
+logits. BAS asks for no more once the logit of y is not above the mean of the classes.
 
     model = Rationale.from_classifier(classifier, tokenizer)
     masks = model(**tokenizer(texts, padding=True, return_tensors="pt")).masks       [B, T], of the predicted class
@@ -225,7 +225,7 @@ class Rationale(PreTrainedModel):
             kept = self._weighed(run, torch.where(words, masks, 1), frozen=not config.joint)[known]
         if config.gamma:
             left = self._weighed(run, 1 - masks, frozen=True)
-            whole, outside = (x[known].float() - x[known].float().mean(-1, keepdim=True) for x in (logits, left))
+            whole, outside = (_activations(x[known]) for x in (logits, left))
             background = config.gamma * background_activation(whole, outside, labels[known])
         return suppression_loss(
             logits[known], labels[known], masked=kept, background=background, area=mask_area(masks, words)[known],
@@ -257,6 +257,11 @@ def word_tokens(input_ids: Tensor, attention_mask: Tensor, special_ids: Any) -> 
     """True where a token is neither padding nor special [B, T]."""
     special = torch.as_tensor(list(special_ids), dtype=input_ids.dtype, device=input_ids.device)
     return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+
+def _activations(logits: Tensor) -> Tensor:
+    """How far each class is above the mean of the classes [B, C], in float32; 0 for those below."""
+    return (logits.float() - logits.float().mean(-1, keepdim=True)).relu()
 
 
 def _of_class(maps: Tensor, labels: Tensor) -> Tensor:  # [B, T, C], [B] -> [B, T]
