@@ -94,10 +94,12 @@ def by_formula(model, inputs):
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 0), (0.7, 0, 0.3), (0.4, 1.5, 1.2)])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("gpt2", "llama")])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_is_that_of_weighed_embeddings(name, weights):
     model = rationale(name, **dict(zip(("alpha", "gamma", "beta"), weights, strict=True)))
     inputs = batch()
+    if name in ("gpt2", "llama"):  # given embeddings, they read the last place, padding or not
+        inputs = {key: x[:1] for key, x in inputs.items()}
     found = model(**inputs)
     expected, masks = by_formula(model, inputs)
     torch.testing.assert_close(found.loss, expected)
