@@ -71,7 +71,7 @@ def draw(model: Any, rows: Any, path: Path) -> None:
     shown = [images[:, 0], masks, *(z[:, 0].sigmoid() for z in (found.logits, *found.side_logits))]
     figure, axes = figures.panels(len(shown), 1.2 * len(shown), 1.2 * SHOWN + 0.3)
     for axis, name, column in zip(axes, names, shown, strict=True):
-        axis.imshow(torch.cat(list(column)), cmap="gray", vmin=-1 if name == "image" else 0, vmax=1)
+        axis.imshow(torch.cat(list(column)).numpy(), cmap="gray", vmin=-1 if name == "image" else 0, vmax=1)
         axis.set_title(name)
         axis.set_axis_off()
     figures.save(figure, path)

@@ -13,6 +13,7 @@ import mo_pairs
 import torch
 from transformers import PegasusConfig, PegasusForConditionalGeneration, set_seed
 
+from hf_xent.data.target_noise import TargetNoise
 from hf_xent.trainers import EISLConfig, EISLTrainer
 
 CE = "cross-entropy"
@@ -64,6 +65,14 @@ def translated(model: Any, tokenizer: Any, sources: list[str]) -> list[str]:
     options: dict[str, Any] = {"max_new_tokens": NEW, "num_beams": 1, "do_sample": False}
     found = model.eval().generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+def worse(pairs: mo_pairs.Pairs, noise: TargetNoise) -> mo_pairs.Pairs:
+    return {source: noise.of(target, index) for index, (source, target) in enumerate(pairs.items())}
+
+
+def rows(tokenizer: Any, pairs: mo_pairs.Pairs) -> list[dict[str, list[int]]]:
+    return [{"input_ids": encoded(tokenizer, x), "labels": encoded(tokenizer, y)} for x, y in pairs.items()]
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:

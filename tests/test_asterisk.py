@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from hf_xent import cli, speech
-from hf_xent.data import asterisk, load
+from hf_xent.data import asterisk, load, load_text
 from hf_xent.hub import validate
 from hf_xent.hub.datasets import export
 
@@ -83,6 +83,7 @@ def test_prompts_are_what_is_spoken(folder):
     assert rate == 8000 and len(waveform) == 80 + len("digits/1")
     assert load("asterisk", folder, split="fr[1:2]").to_list() == [parts["fr"][1]]
     assert list(load("asterisk", folder, split="en", streaming=True)) == list(parts["en"])
+    assert load_text(f"asterisk:{folder}", "fr")["text"][:] == parts["fr"]["text"][:]
 
 
 def test_packages_may_be_unpacked_into_one_folder(tmp_path):

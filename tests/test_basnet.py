@@ -1,7 +1,12 @@
 """BASNet: its layers against the published wiring, any size of image, losses of every output, and deep supervision."""
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, SegformerForSemanticSegmentation
@@ -9,6 +14,7 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, Segf
 from hf_xent import classes
 from hf_xent.models.basnet import BasnetConfig, BasnetForSemanticSegmentation
 from hf_xent.trainers import ClassConfig, ClassTrainer
+from support.composites import install
 
 WIDTHS = [3, 4, 5, 6, 4, 5]
 TINY = {"hidden_sizes": WIDTHS, "depths": [2, 1, 1, 1, 2, 1], "refine_size": 4, "num_channels": 2}
@@ -164,7 +170,7 @@ def test_the_loss_is_the_cross_entropy_of_every_output(labels):
 
 
 def test_low_precision_has_finite_losses_of_confident_logits():
-    """A sigmoid in half precision is 0 or 1 beyond 17, where its logarithm is infinite; losses read logits."""
+    """In half precision a sigmoid is 1 from 9 on, and a confident mistake has no gradient; losses read logits."""
     for dtype in (torch.bfloat16, torch.float16):
         model = build().to(dtype)
         with torch.no_grad():
@@ -173,6 +179,7 @@ def test_low_precision_has_finite_losses_of_confident_logits():
         found.loss.backward()
         assert found.logits.dtype == dtype and found.loss.dtype == torch.float32 and 100 < found.loss < 200
         assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert model.predict.heads[-1].bias.grad.item() == pytest.approx(-1, rel=0.01)
 
 
 def test_saved_weights_statistics_and_outputs_load(tmp_path):
@@ -306,3 +313,28 @@ def test_supervision_that_cannot_take_effect_is_refused(tmp_path):
     ))  # fmt: skip
     with pytest.raises(ValueError, match="SegformerForSemanticSegmentation returns no side_logits: leave it out"):
         trainer_of(tmp_path, plain, "hybrid", deep_supervision=[1.0]).train()
+
+
+def test_example_compares_each_part_with_the_one_before(tmp_path, monkeypatch, without_progress_bars):
+    """One image to learn from, to tune on and to test with; nothing runs twice."""
+    install(tmp_path, monkeypatch)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    for name in ("basnet", "basnet_arms", "masks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import basnet
+    import basnet_arms
+
+    monkeypatch.setattr(basnet, "HELD_OUT", 1)
+    monkeypatch.setattr(basnet, "ARMS", {arm: basnet.ARMS[arm] for arm in (*basnet.STEPS, "brightness", "all pixels")})
+    tiny = {"hidden_sizes": [2, 2, 3], "depths": [1] * 3, "refine_size": 2, "refine_depth": 1}
+    monkeypatch.setattr(basnet_arms, "WIDTHS", basnet_arms.WIDTHS | tiny)
+    found = basnet.main(train=1, epochs=1, seeds=1, output=tmp_path / "out")
+    assert set(found) == set(basnet.ARMS) and all(0 <= row[0]["IoU"] <= 1 for row in found.values())
+    assert found["brightness"][0]["IoU"] == 7 / 8, "a pixel of brightness 76 is as bright as one of 77, and no mask"
+    assert found["all pixels"][0]["IoU"] == 7 / 64**2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| + SSIM and IoU: BASNet | " in card.split("Each step against the one before")[1]
+    figure = np.array(Image.open(tmp_path / "out" / "outputs.png").convert("L"))
+    assert figure.std() > 10, "masks are white on black"
+    monkeypatch.setattr(basnet, "fit", None)
+    assert basnet.main(train=1, epochs=1, seeds=1, output=tmp_path / "out") == found

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSemanticSegmentation,
@@ -31,6 +32,7 @@ from hf_xent.speech import (
     write_wav,
 )
 from hf_xent.speech.masks import accuracy
+from hf_xent.speech.plots import spectrograms
 from hf_xent.speech.stft import features
 from hf_xent.trainers import ClassConfig, ClassTrainer
 
@@ -170,6 +172,8 @@ def test_masks_that_are_given():
     voice, rest = apply_mask(share, waveform, binary=True, stft=stft)
     assert torch.allclose(voice + rest, waveform, atol=1e-5)
     assert torch.allclose(voice, apply_mask(share >= 0.5, waveform, stft=stft)[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"waveform has shape \(200,\): give mixtures"):
+        voice_mask(net(), waveform[0])
     for mask, message in (
         (torch.ones(16, 1), r"mask has shape \(16, 1\), the spectrum \(3, 17, 26\)"),
         (torch.ones(2, 3, 17, 26), "mask has shape"),
@@ -348,3 +352,20 @@ def test_the_loss_of_the_trainer_is_that_of_the_network(tmp_path):
     batch = {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels")}
     with torch.no_grad():
         assert found == pytest.approx(float(model.eval()(**batch).loss), rel=1e-4)
+
+
+def test_a_picture_has_waveforms_and_masks(tmp_path):
+    stft, waveform = STFT(32, 8), noise(400)
+    parts = {"mixture": waveform, "mask": torch.rand(17, 51), "voice": waveform / 2}
+    whole = spectrograms(tmp_path / "new" / "a.png", parts, stft)
+    part = spectrograms(tmp_path / "b.png", parts, stft, seconds=0.02)
+    pictures = []
+    for file in (whole, part):
+        with Image.open(file) as picture:
+            pictures.append(np.asarray(picture))
+    assert pictures[0].shape == pictures[1].shape and pictures[0].shape[1] > 1000
+    assert (pictures[0] != pictures[1]).any()
+    for bad, message in (({}, "parts has nothing"), ({"mask": torch.rand(16, 51)}, "parts has mask"),
+                         ({"batch": noise(2, 2, 9)}, "parts has batch")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            spectrograms(tmp_path / "c.png", bad, stft)

@@ -128,6 +128,7 @@ def test_batches_are_padded_on_the_right():
     assert batch["input_values"].shape == (2, 8) and batch["attention_mask"].sum(1).tolist() == [3, 5]
     assert torch.equal(batch["input_values"], batch["attention_mask"].float())
     assert batch["labels"].tolist() == [[0, 1, 2, -100, -100], [0, 1, 2, 3, 4]]
+    assert PadSpeech()([{"input_features": np.ones((2, 3))}])["input_features"].dtype == torch.float32
     assert batch["extra"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
     for bad, message in (
         ([], "neither input_features nor input_values"),

@@ -15,8 +15,8 @@ the layers after it. The running statistics of batch norm are those of whole ima
 
 Networks with layer norm would not notice that a token or a cell of a map is multiplied by a number: the next norm takes
 it out again, and the mask gets no gradient. There, what is erased is replaced by features F0 of a blank image, of
-zeros, instead of by zeros: F M + F0 (1 - M). The special tokens of a vision transformer stay, and after some blocks they
-know the class by themselves, so that the layer should be an early one there.
+zeros, instead of by zeros: F M + F0 (1 - M). The special tokens of a vision transformer stay, and after some blocks
+they know the class by themselves, so that the layer should be an early one there.
 
 The authors multiply the class maps of the last layer by the mask for s'; here the features of the layer are masked in
 both passes, which every architecture has. Importing this file registers both classes; it is saved with the model.
@@ -80,8 +80,8 @@ class LocalizerConfig(PreTrainedConfig):
 
     def __init__(  # noqa: PLR0913  one argument for each field of the configuration
         self, classifier: PreTrainedConfig | dict[str, Any] | None = None, layer: str = "resnet.encoder.stages.2",
-        feature_size: int = 1024, blank: bool = False, special_tokens: int | None = None, alpha: float = 0.5, beta: float = 1.5,
-        background: bool = True, saturate: bool = False, top_classes: int = 1, **kwargs: Any,
+        feature_size: int = 1024, blank: bool = False, special_tokens: int | None = None, alpha: float = 0.5,
+        beta: float = 1.5, background: bool = True, saturate: bool = False, top_classes: int = 1, **kwargs: Any,
     ):  # fmt: skip
         for name, weight in (("alpha", alpha), ("beta", beta)):
             if not weight >= 0:
@@ -135,13 +135,13 @@ class Localizer(PreTrainedModel):
         Raises:
             ValueError: There is no such module, or its features are neither maps nor tokens.
         """
+        names = stack(classifier) if layer is None else []
+        layer = layer or names[max(3 * len(names) // 4 - 1, 0)]
         config: Any = copy.deepcopy(classifier.config)
         config.architectures = [type(classifier).__name__]  # which of several a configuration may stand for
         side = getattr(config, "image_size", None) or 64
         size = (side, side) if isinstance(side, int) else tuple(side)
         image = torch.zeros(1, config.num_channels, *size, device=classifier.device, dtype=classifier.dtype)
-        names = stack(classifier) if layer is None else []
-        layer = layer or names[max(3 * len(names) // 4 - 1, 0)]
         features = _features(classifier, layer, image)
         grid = as_grid(features, size, options.get("special_tokens"))
         if names and features.ndim == 3 and features.shape[1] > grid[0, 0].numel():

@@ -41,7 +41,7 @@ def overlay(
     picture = (picture.astype(float) - low) / max(high - low, np.finfo(float).tiny)
     picture = np.broadcast_to(picture.reshape(*weight.shape, -1), (*weight.shape, 3))
     share = opacity * weight.clip(0, 1)[..., None]
-    return (1 - share) * picture + share * np.asarray(color)
+    return ((1 - share) * picture + share * np.asarray(color)).clip(0, 1)
 
 
 def overlays(

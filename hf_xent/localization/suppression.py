@@ -58,15 +58,15 @@ def suppression_loss(
         beta: The weight of the area.
 
     Returns:
-        The loss in nats, one number in float32.
+        The loss in nats, one number, in float32 or wider.
     """
-    loss = nn.functional.cross_entropy(logits.float(), labels)
+    loss = nn.functional.cross_entropy(_wide(logits), labels)
     if masked is not None and alpha:
-        loss = loss + alpha * nn.functional.cross_entropy(masked.float(), labels)
+        loss = loss + alpha * nn.functional.cross_entropy(_wide(masked), labels)
     if background is not None:
-        loss = loss + background.float().mean()
+        loss = loss + _wide(background).mean()
     if area is not None and beta:
-        loss = loss + beta * area.float().mean()
+        loss = loss + beta * _wide(area).mean()
     return loss
 
 
@@ -87,9 +87,9 @@ def background_activation(
             authors' code; otherwise they have that of log b_y.
 
     Returns:
-        BAS of each row [B], in float32.
+        BAS of each row [B], in float32 or wider.
     """
-    whole, outside = (x.float().gather(1, labels[:, None])[:, 0] for x in (logits.detach(), erased))
+    whole, outside = (_wide(x).gather(1, labels[:, None])[:, 0] for x in (logits.detach(), erased))
     beyond = outside > whole
     scale = torch.where(beyond, outside.detach(), whole).relu() + EPSILON
     ratio = outside.relu() / scale
@@ -107,7 +107,7 @@ def mask_area(masks: Tensor, valid: Tensor | None = None) -> Tensor:
     Returns:
         The area of each mask [B], 0 for a mask without positions that count.
     """
-    masks = masks.flatten(1).float()
+    masks = _wide(masks.flatten(1))
     if valid is None:
         return masks.mean(1)
     valid = valid.flatten(1).bool()
@@ -134,6 +134,11 @@ def frozen_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     constants |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     with no_checkpoints(module):
         return torch.func.functional_call(module, constants, args, kwargs)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, if it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class PadSpeech:
         for column in columns:
             if absent := [i for i, example in enumerate(examples) if column not in example]:
                 raise ValueError(f"example {absent[0]} has no {column}, which others have: give it in each")
-        sounds = [torch.as_tensor(example[name]) for example in examples]
+        sounds = [torch.as_tensor(example[name], dtype=torch.float32) for example in examples]
         if empty := [i for i, sound in enumerate(sounds) if not len(sound)]:
             raise ValueError(f"example {empty[0]} has {name} of length 0: leave it out")
         length = -(-max(map(len, sounds)) // self.multiple) * self.multiple

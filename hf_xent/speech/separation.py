@@ -82,6 +82,8 @@ def voice_mask(model: Any, waveform: Tensor, *, chunk: int = 1024, stft: STFT | 
     """
     stft = STFT.of(model.config) if stft is None else stft
     check_count("chunk", chunk, 1)
+    if waveform.ndim != 2:
+        raise ValueError(f"waveform has shape {tuple(waveform.shape)}: give mixtures [B, T]")
     channels = getattr(model.config, "num_channels", 1)
     if channels != 1:
         raise ValueError(

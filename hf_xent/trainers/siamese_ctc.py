@@ -190,9 +190,9 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
         kept = frame_mask(self.model, inputs.get("attention_mask"), states.shape[1], states)
         ids, mask = text_of(inputs)
         sides = [(states, kept), (self.text(ids, mask), mask)]
-        placed = [with_positions(found, valid, self.args.position_weight) for found, valid in sides]
+        x, y = (with_positions(found, valid, self.args.position_weight) for found, valid in sides)
         try:
-            return sinkhorn_divergence(*placed, kept, mask, blur=self.args.blur, iterations=self.args.iterations)
+            return sinkhorn_divergence(x, y, kept, mask, blur=self.args.blur, iterations=self.args.iterations)
         except ValueError as error:
             raise ValueError(f"of speech (x) and text (y) in a batch, {error}") from None
 

@@ -89,7 +89,7 @@ def check_text_encoder(args: Any, encoder: Any, speech: Any) -> None:
 
 def width_of(model: Any) -> int:
     """The width of the states that the CTC head of a model sees."""
-    config: Any = inner_of(model).config  # type: ignore[union-attr]
+    config: Any = inner_of(model).config
     config = getattr(config, "encoder_config", config)  # Parakeet and LASR
     if getattr(config, "add_adapter", False):  # wav2vec 2.0, WavLM
         return int(config.output_hidden_size)

@@ -36,7 +36,7 @@ def wav2vec2_bert(**options):
 
 def lasr(**options):
     inner = {**LAYERS, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0}
-    encoder = {**inner, "num_mel_bins": MEL, "subsampling_conv_channels": 4, "conv_kernel_size": 4}
+    encoder = {**inner, "num_mel_bins": MEL, "subsampling_conv_channels": 4, "conv_kernel_size": 3}
     return built("LasrForCTC", transformers.LasrCTCConfig(encoder_config=encoder, **CTC, **options))
 
 
