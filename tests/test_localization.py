@@ -342,6 +342,9 @@ def test_options_are_checked():
     for labels in (LABELS[:1], LABELS.float(), torch.eye(3)[:2]):
         with pytest.raises(ValueError, match="labels has shape"):
             localizer(pictures(), labels=labels)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="is a copy that"):
+        patch.setattr(localizer, "parameters", lambda: iter(()))  # as of torch's copies
+        localizer(pictures())
     with pytest.raises(ValueError, match="special_tokens is 3"):
         Localizer.from_classifier(model, special_tokens=3)
     with pytest.raises(ValueError, match="features has shape"):

@@ -164,8 +164,11 @@ class Localizer(PreTrainedModel):
             The output.
 
         Raises:
-            ValueError: Labels that are not one id for each image.
+            ValueError: Labels that are not one id for each image; or the model is a copy that `nn.DataParallel` made,
+                whose parameters cannot be frozen.
         """
+        if next(self.parameters(), None) is None:
+            raise ValueError("the model is a copy that nn.DataParallel made, without parameters: start torchrun")
         outputs, forward = record(self.classifier, self.config.layer, pixel_values, return_dict=True, **kwargs)
         features = forward.features
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
