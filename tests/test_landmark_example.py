@@ -1,4 +1,4 @@
-"""The example of landmarks, on stand-ins of its data: every arm has results, which stay, and what is erased is erased."""
+"""The example of landmarks, on stand-ins of its data: every arm has results, which stay, and squares are erased."""
 
 import json
 import runpy
