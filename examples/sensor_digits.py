@@ -33,9 +33,9 @@ from hf_xent.experiments.study import Study
 
 SERIES = {"nox": ("robustbase/NOxEmissions", "LNOx LNOxEm sqrtWS"), "rates": ("Ecdat/Garch", "dm bp cd dy sf")}
 ARMS = {**HEADS, "autoregressive, smoothed": {**HEADS["autoregressive"], "sigma": 0.75}}
-LENGTH, BEFORE, LEVELS, WINDOWS = 72, 24, 32, 450
+LENGTH, BEFORE, LEVELS, WINDOWS = 72, 24, 32, 230
 METRICS = ("density", "digits")
-TRAINING: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 4e-3, "per_device_train_batch_size": 16}
+TRAINING: dict[str, Any] = {"num_train_epochs": 10, "learning_rate": 2e-3, "per_device_train_batch_size": 8}
 
 
 def read(name: str) -> np.ndarray:

@@ -1,9 +1,10 @@
 """SiameseCTCTrainer: three steps as a dense loop, counting, padding, saving, resuming; and distances of edits."""
 
 import copy
-import itertools
 import math
 import random
+import runpy
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoModelForCTC, BertConfig, BertForMaskedLM
 from hf_xent import hub
 from hf_xent.metrics.edits import edit_distance, error_rate
 from hf_xent.ops import sinkhorn_divergence
+from hf_xent.speech import write_wav
 from hf_xent.trainers import SiameseCTCConfig, SiameseCTCTrainer
 from hf_xent.trainers.siamese_collator import SiameseCollator
 from hf_xent.trainers.siamese_text import TextStates, frame_mask, width_of
@@ -73,7 +75,10 @@ def dense_rows(name, model, text, rows, layer=None, weight=1.0):
         yield ctc, sinkhorn_divergence(*sides, iterations=20)[0], len(labels)
 
 
-@pytest.mark.parametrize(("name", "width"), [("wav2vec2", D), ("hubert", 6), ("wav2vec2_bert", 6), ("parakeet", D)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("wav2vec2", D), ("wav2vec2_bert", 6), ("parakeet", D), pytest.param("hubert", 6, marks=pytest.mark.slow)],
+)
 def test_three_steps_are_those_of_a_dense_loop(name, width, tmp_path):
     """Rows one by one, so that nothing of a batch or of its padding takes part."""
     options = {} if name == "parakeet" else {"ctc_loss_reduction": "sum"}
@@ -117,7 +122,7 @@ def test_frames_are_counted_as_the_model_counts_them(name):
     assert bool(frame_mask(model, None, 3, states).all())
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
 def test_accumulation_does_not_change_a_step(reduction, tmp_path):
     found = []
     for size, accumulation in ((6, 1), (4, 2)):
@@ -149,7 +154,7 @@ def test_padding_changes_nothing(tmp_path):
 
 
 def test_gradients_reach_both_sides_unless_the_text_is_detached(tmp_path):
-    for detach, width in itertools.product((False, True), (D, 6)):
+    for detach, width in ((False, D), (True, 6)):
         text = text_encoder(width)
         before = copy.deepcopy(text.state_dict())
         trainer = trainer_of(tmp_path, text=text, detach_text=detach, max_steps=1)
@@ -185,11 +190,10 @@ def test_training_brings_both_sides_together(tmp_path):
     assert found.predictions.shape[0] == 6 and found.predictions.shape[2] == CHARACTERS
 
 
-@pytest.mark.parametrize("width", [D, 6])
-def test_a_resumed_run_is_the_same_run(width, tmp_path):
+def test_a_resumed_run_is_the_same_run(tmp_path):
     def options():
         common = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2}
-        return {**common, "text": text_encoder(width), "optim": "adamw_torch", "train_sampling_strategy": "random"}
+        return {**common, "text": text_encoder(6), "optim": "adamw_torch", "train_sampling_strategy": "random"}
 
     whole = fit(tmp_path, **options())
     resumed = fit(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options())
@@ -295,3 +299,54 @@ def test_distances_of_edits():
         error_rate(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="references are empty: give at least one"):
         error_rate([""], ["a"])
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMPTS = ["agent", "busy now", "call", "dial again", "enter", "forward", "goodbye", "hello"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A folder of made-up sounds with transcripts in two languages."""
+    generator = torch.Generator().manual_seed(0)
+    for language in ("en", "fr"):
+        place = tmp_path / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt"
+        sounds = tmp_path / f"usr/share/asterisk/sounds/{language}_X"
+        place.parent.mkdir(parents=True), sounds.mkdir(parents=True)
+        words = [text if language == "en" else text[::-1] for text in PROMPTS]
+        place.write_text("".join(f"{i}: {text.capitalize()}.\n" for i, text in enumerate(words)))
+        for i in range(len(PROMPTS)):
+            wave = 0.1 * torch.randn(4000 + 500 * i, generator=generator)
+            write_wav(sounds / f"{i}.wav", wave.clamp(-1, 0.99), 8000)
+    return str(tmp_path)
+
+
+@pytest.mark.slow  # ten models are trained for a step
+@pytest.mark.filterwarnings("ignore:.*encoder:UserWarning")
+def test_the_examples_compare_all_arms(prompts, tmp_path, monkeypatch):
+    """Pre-training and then translation, of six rows; a second call runs nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import siamese_arms
+    import spoken_prompts
+
+    monkeypatch.setattr(spoken_prompts, "TEST", 2)
+    assert spoken_prompts.written(spoken_prompts.spelled("D'après 12 É!")) == "d'après é"
+    train, test = spoken_prompts.split(prompts, 0)
+    assert (len(train), len(test)) == (6, 2) and train[0]["input_features"].shape[1] == 160
+    shared = {"seeds": 1, "epochs": 2}  # the first step of a warm-up has the rate 0
+    before = runpy.run_path(str(EXAMPLES / "siamese_ctc.py"))
+    found = before["main"](prompts, output=tmp_path / "out", **shared)
+    assert found.keys() == set(before["ARMS"])
+    assert found["CTC"][0]["CER"] == found["CTC, text later"][0]["CER"] == found["CTC, no text"][0]["CER"]
+    assert found["CTC, text later"][0]["S"] != found["CTC, no text"][0]["S"]
+    after = runpy.run_path(str(EXAMPLES / "speech_translation.py"))
+    translated = after["main"](prompts, tmp_path / "out" / "models", output=tmp_path / "st", **shared)
+    assert translated.keys() == set(after["ARMS"])
+    nats = {arm: rows[0]["nats"] for arm, rows in translated.items()}
+    assert len(set(nats.values())) == len(nats), "starts differ"
+    silent = translated["no speech"][0]
+    assert silent["nats"] == pytest.approx(silent["other speech"], abs=1e-6)
+    for name in ("siamese", "written_by_decoder"):
+        monkeypatch.setattr(siamese_arms, name, None)
+    assert before["main"](prompts, output=tmp_path / "out", **shared) == found
