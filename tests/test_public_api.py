@@ -17,11 +17,13 @@ from hf_xent import (
     continuous,
     detection,
     laws,
+    localization,
     losses,
     ops,
     rasch,
     retrieval,
     robust,
+    speech,
     teachers,
     trainers,
 )
@@ -37,7 +39,7 @@ PUBLIC = {
     hf_xent: f"""Comparison Head LazyLogits Seam Stats compare detection linear_cross_entropy losses map_logits patch
         seam_of token_logprobs unpatch vocab_loss vocab_stats {TRAINERS}""",
     ops: """DIFFERENTIABLE FORWARD_ONLY STATISTICS Head Payload Shard State Stats dense_stats map_logits merge
-        token_logprobs vocab_loss vocab_stats""",
+        sinkhorn_divergence token_logprobs vocab_loss vocab_stats with_positions""",
     losses: """CompSum CrossEntropy EISL EMO Focal ForwardKL JSD LOSSES Loss MixCE ReverseKL SkewKL TaiLr TotalVariation
         get linear_cross_entropy table""",
     auc: """AP AUCM BCE DualSampler LOSSES Objective PAUCCVaR PAUCDRO RankingLoss TPAUCKL get""",
@@ -57,9 +59,15 @@ PUBLIC = {
     attention: """AttentionBias Harmonic Linear Probabilistic Window alibi_slopes attend attending harmonic_bias
         harmonic_score_mod probabilistic_mask unattend""",
     caches: """StaircaseCache""",
+    localization: """Localization Localizer LocalizerConfig Rationale RationaleConfig TextRationale
+        background_activation cam draw_landmarks evidence_scores explain faithfulness frozen_call gradient_input
+        last_attention localize log_odds mask_area occlusion overlay overlays rationale_html split_rings
+        suppression_loss word_tokens""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",
+    speech: """Mixtures PadSpeech STFT apply_mask floored frame_count ideal_binary_mask joined log_mel majority read_wav
+        separate si_sdr softened standardized static_mask voice_mask write_wav""",
     continuous: """DigitHead DigitModel DigitModelConfig DigitModelOutput Quantiles""",
     cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
         minimize probability search""",

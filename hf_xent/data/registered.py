@@ -12,6 +12,7 @@ from .files import expanded_path
 DATASETS: Registry[Corpus] = Registry(
     "dataset",
     {
+        "asterisk": "asterisk:CORPUS",
         "bfi": "bfi:CORPUS",
         "bookmia": "bookmia:CORPUS",
         "breast_cancer": "breast_cancer:CORPUS",

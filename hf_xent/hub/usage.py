@@ -20,6 +20,7 @@ AUTO = {
     "Seq2SeqLM": "text2text-generation",
     "ImageTextToText": "image-text-to-text",
     "SpeechSeq2Seq": "automatic-speech-recognition",
+    "CTC": "automatic-speech-recognition",
     "MaskedLM": "fill-mask",
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",

@@ -7,6 +7,7 @@ from .head import Head, Payload
 from .logprobs import token_logprobs
 from .shard import Shard
 from .statistics import DIFFERENTIABLE, FORWARD_ONLY, STATISTICS, Stats
+from .transport import sinkhorn_divergence, with_positions
 
 __all__ = [
     "DIFFERENTIABLE",
@@ -20,7 +21,9 @@ __all__ = [
     "dense_stats",
     "map_logits",
     "merge",
+    "sinkhorn_divergence",
     "token_logprobs",
     "vocab_loss",
     "vocab_stats",
+    "with_positions",
 ]

@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from ..lazy import LazyLogits, TracedLogits, next_token_labels
 from ..ops.rows import token_ids
 from ..patching import inner_of
+from ..patching.calls import objective_of
 
 
 def refuse_unlabeled(inputs: Mapping[str, Any]) -> None:
@@ -25,6 +26,8 @@ def shifts_labels(model: nn.Module) -> bool:
     transformers' trainer decides by the name of a loss, which models such as GPT-2 do not have.
     """
     inner: Any = inner_of(model)
+    if (objective := objective_of(inner)) is not None:  # in place of the model's own loss function
+        return objective.next_token and not getattr(inner.config, "is_encoder_decoder", False)
     encoder_decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
     return not encoder_decoder and getattr(inner, "loss_function", None) is not ForMaskedLMLoss
 

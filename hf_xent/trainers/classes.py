@@ -7,7 +7,8 @@ describes the classifiers and their labels.
 
 A loss per row is summed and divided by the number of labels in all accumulated batches of all processes, so that 1 x 8
 rows are 8 x 1; class weights multiply both sums. A loss of the batch is averaged over accumulated batches and
-processes, which is not the loss of all their rows; with `gather` it is that of the rows of all processes.
+processes, which is not the loss of all their rows; with `gather` it is that of the rows of all processes. If a model
+returns `side_logits`, their losses are added (`deep_supervision`).
 
 Evaluation gives the same loss, and `predictions` are classes (`loss.predict`), for `compute_metrics` and in `predict`.
 
@@ -36,6 +37,7 @@ from .base import Method, Options
 from .class_rows import POSITIONS, RowReader, Rows, at_size
 from .class_sampling import Lists, gathered
 from .class_setup import check_data, check_effect, class_weights, fit_head
+from .deep_supervision import check_supervision, supervised
 from .perturbation import Perturbation
 from .refusals import OWN_LOSS
 from .rows import IDS
@@ -69,6 +71,12 @@ class ClassConfig(Options, Tokenless, TrainingArguments):
     momentum: float = field(default=0.999, metadata={"help": "The momentum of the moving average, for 'average'."})
     gather: bool = field(
         default=False, metadata={"help": "Whether a loss of the batch is that of the rows of all processes."}
+    )
+    deep_supervision: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights >= 0 of the losses of a model's `side_logits`: one for all, or one for each; 1 by default."
+        },
     )
 
     choices = {"second": ("average", "model")}  # noqa: RUF012
@@ -118,6 +126,7 @@ class ClassTrainer(Method, Carded, Trainer):
         args = self.configured(args, kwargs)
         self.objective = classes.get(loss or args.loss)
         check_effect(args, self.objective, second)
+        check_supervision(args.deep_supervision, self.objective)
         set_seed(args.seed)  # as the stock trainer does, but before the head and the state are drawn
         fit_head(model, self.objective)
         self.reader = RowReader(model, self.objective)
@@ -229,7 +238,13 @@ class ClassTrainer(Method, Carded, Trainer):
         if self._perturbation is not None:
             unwrapped, step = self.accelerator.unwrap_model(model), self.state.global_step if model.training else -1
             rows.given["perturbed"] = self._perturbation(unwrapped, inputs, labels, (self.args.seed, step))
+        sides = supervised(self.args.deep_supervision, outputs, labels, rows, self.reader)
         loss = self._reduced(self.reader.labelled(rows), model, num_items_in_batch)
+        for weight, side in sides:
+            loss = loss + weight * self._reduced(self.reader.labelled(side), model, num_items_in_batch)
+        accumulated = self.current_gradient_accumulation_steps if self.objective.per_row and model.training else 1
+        penalty = None if self.reader.head is None else self.objective.penalty(self.reader.head)
+        loss = loss if penalty is None else loss + penalty / accumulated
         return (loss, _without_states(outputs)) if return_outputs else loss
 
     def _second_logits(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
@@ -240,7 +255,7 @@ class ClassTrainer(Method, Carded, Trainer):
             return self.reader.logits(second(**inputs), labels)
 
     def _reduced(self, rows: Rows, model: nn.Module, num_items: Any) -> Tensor:
-        """The loss of the rows as a number, with the term of the head's weights."""
+        """The loss of the rows as a number."""
         objective = self.objective
         if "head" in objective.needs:
             rows.given["head"] = self.reader.head
@@ -249,16 +264,13 @@ class ClassTrainer(Method, Carded, Trainer):
         if self.args.gather and self.args.world_size > 1 and model.training:
             rows = gathered(rows, self.accelerator)
         loss = objective(rows.logits, rows.labels, **rows.given)
-        accumulated = 1
         if objective.per_row:
             weighted = loss if self._weights is None else loss * self._weights.to(loss.device)[rows.labels]
             count = self._counted(rows.labels).clamp(min=1) if num_items is None else num_items
             loss = weighted.sum() / count
             if num_items is not None and self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
-            accumulated = self.current_gradient_accumulation_steps if model.training else 1
-        penalty = None if self.reader.head is None else objective.penalty(self.reader.head)
-        return loss if penalty is None else loss + penalty / accumulated
+        return loss
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -7,11 +7,11 @@ is not installed. A new network is one function and one line in NETWORKS.
 import torch
 
 
-def table():
-    from hf_xent.models.table import TableConfig, TableForSequenceClassification
+def basnet():
+    from hf_xent.models.basnet import BasnetConfig, BasnetForSemanticSegmentation
 
-    config = TableConfig(features=3, hidden_size=6, num_labels=4, mean=[1.0, 2.0, 3.0])
-    return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
+    config = BasnetConfig([4, 6, 6], [1, 2, 1], refine_size=4, refine_depth=2, num_channels=1, num_labels=1)
+    return BasnetForSemanticSegmentation(config), {"pixel_values": torch.randn(2, 1, 13, 10)}
 
 
 def digits():
@@ -27,7 +27,62 @@ def digits():
     return DigitModel(config), {"values": x, "labels": x, "classes": torch.tensor([2, 0])}
 
 
-NETWORKS = {"digits": digits, "table": table}
+def landmarks():
+    from transformers import ResNetConfig
+
+    from hf_xent.models.landmarks import LandmarkConfig, LandmarkModel
+
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [6, 8], "depths": [1, 1], "layer_type": "basic"}
+    backbone = ResNetConfig(**sizes, out_features=["stage1", "stage2"])
+    config = LandmarkConfig(backbone_config=backbone, rings=[5, 4], latent_size=4, latent_map=(2, 2), width=8)
+    return LandmarkModel(config), {"pixel_values": torch.randn(2, 1, 32, 32), "labels": torch.rand(2, 9, 2)}
+
+
+def localizer():
+    from transformers import ResNetConfig
+
+    from hf_xent.localization.localizer import Localizer, LocalizerConfig
+
+    inner = ResNetConfig(embedding_size=4, hidden_sizes=[4, 6, 8], depths=[1, 1, 1], layer_type="basic", num_labels=3)
+    model = Localizer(LocalizerConfig(classifier=inner, layer="resnet.encoder.stages.1", feature_size=6))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])}
+
+
+def mask_net():
+    from hf_xent.models.mask_net import MaskNet, MaskNetConfig
+
+    model = MaskNet(MaskNetConfig(channels=(3, 4, 5), dilations=(1, 2), num_labels=1))
+    return model, {"pixel_values": torch.randn(2, 1, 17, 9)}
+
+
+def rationale():
+    from transformers import BertConfig
+
+    from hf_xent.localization.rationale import Rationale, RationaleConfig
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    inner = BertConfig(vocab_size=20, num_labels=3, dtype="float32", **sizes)
+    config = RationaleConfig(inner, special_ids=[0, 1], mask_id=2)
+    ids = torch.randint(3, 20, (2, 5))
+    return Rationale(config), {"input_ids": ids, "labels": torch.tensor([0, 2])}
+
+
+def table():
+    from hf_xent.models.table import TableConfig, TableForSequenceClassification
+
+    config = TableConfig(features=3, hidden_size=6, num_labels=4, mean=[1.0, 2.0, 3.0])
+    return TableForSequenceClassification(config), {"values": torch.randn(2, 3)}
+
+
+NETWORKS = {
+    "basnet": basnet,
+    "digits": digits,
+    "landmarks": landmarks,
+    "localizer": localizer,
+    "mask_net": mask_net,
+    "rationale": rationale,
+    "table": table,
+}
 """Name -> a function that returns a model with random weights, and inputs of its forward."""
 
 
