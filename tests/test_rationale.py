@@ -94,10 +94,12 @@ def by_formula(model, inputs):
 
 
 @pytest.mark.parametrize("weights", [(0, 0, 0), (0.7, 0, 0.3), (0.4, 1.5, 1.2)])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("gpt2", "llama")])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_loss_is_that_of_weighed_embeddings(name, weights):
     model = rationale(name, **dict(zip(("alpha", "gamma", "beta"), weights, strict=True)))
     inputs = batch()
+    if name in ("gpt2", "llama"):  # given embeddings, they read the last place, padding or not
+        inputs = {key: x[:1] for key, x in inputs.items()}
     found = model(**inputs)
     expected, masks = by_formula(model, inputs)
     torch.testing.assert_close(found.loss, expected)
@@ -196,7 +198,8 @@ def test_checkpoints_and_low_precision():
 def test_a_tokenizer_tells_what_no_word_is():
     tokenizer = tiny_tokenizer("one two three")
     model = Rationale.from_classifier(classifier(), tokenizer, beta=0.2)
-    assert model.config.beta == 0.2 and model.config.mask_id == tokenizer.mask_token_id
+    fill = [tokenizer.mask_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id]
+    assert model.config.beta == 0.2 and model.config.mask_id == next(x for x in fill if x is not None)
     assert tokenizer.pad_token_id in model.config.special_ids
     assert model.config.id2label == model.classifier.config.id2label
     assert model.get_input_embeddings() is model.classifier.get_input_embeddings()

@@ -61,8 +61,9 @@ class RationaleConfig(PreTrainedConfig):
         classifier: The configuration of the classifier, or its dict; that of a BERT if None.
         layer: The layer whose states the mask is computed from, from 1; two thirds of the way through if None.
         special_ids: Ids of tokens that are no words, which are never weighed.
-        mask_id: The id of the token that replaces words; if None, their embeddings go to 0.
-        erase: 'inputs' weighs the embeddings, 'states' the states after `layer`.
+        mask_id: The id of the token that replaces words; if None, their embeddings go to 0, which networks that
+            normalize their inputs, such as Llama, hardly see before they are 0.
+        erase: 'inputs' weighs the embeddings, 'states' multiplies the states after `layer`.
         joint: Whether the loss of the mask trains the classifier, too.
         alpha: The weight of the cross-entropy of what the mask keeps.
         gamma: The weight of BAS.
@@ -154,7 +155,8 @@ class Rationale(PreTrainedModel):
 
         Args:
             classifier: A model such as AutoModelForSequenceClassification; it is not copied.
-            tokenizer: Its tokenizer, which tells the special tokens and the mask token.
+            tokenizer: Its tokenizer, which tells the special tokens, and the one that replaces words: the mask token,
+                or, as decoders have none, the unknown one, or that of the end.
             **options: Fields of `RationaleConfig`.
 
         Returns:
@@ -168,7 +170,8 @@ class Rationale(PreTrainedModel):
                              " merged (`merge_and_unload`)")  # fmt: skip
         names = ("bos_token_id", "eos_token_id", "sep_token_id", "pad_token_id", "cls_token_id", "mask_token_id")
         special = {getattr(tokenizer, name) for name in names} - {None}  # not the unknown token, which is a word
-        given = {"special_ids": special, "mask_id": tokenizer.mask_token_id, **options}
+        fill = [getattr(tokenizer, name) for name in ("mask_token_id", "unk_token_id", "eos_token_id")]
+        given = {"special_ids": special, "mask_id": next((x for x in fill if x is not None), None), **options}
         model = cls(RationaleConfig(classifier.config, **given), classifier)
         model.head.to(next(classifier.parameters()))
         return model
