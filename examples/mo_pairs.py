@@ -32,7 +32,7 @@ class Parts(NamedTuple):
     test: Pairs
 
 
-def read(folder: Path, language: str, often: int = 5) -> Pairs:
+def read(folder: Path, language: str, often: int = 8) -> Pairs:
     """All pairs of a folder. Raises: ValueError if it has none."""
     pairs: Pairs = {}
     for file in sorted(folder.rglob(f"{language}/LC_MESSAGES/*.mo")):

@@ -46,22 +46,22 @@ def new(vocabulary: int, seed: int) -> Any:
     return model
 
 
-def train(arm: str, model: Any, rows: Any, folder: Path, **options: Any) -> EISLTrainer:
+def train(arm: str, model: Any, rows: Any, folder: Path, collate: Any = mo_pairs.collate, **options: Any) -> Any:
     """An arm's trainer; the steps of cross-entropy, which all arms share, are run by the first one in a folder."""
     config = EISLConfig(
         output_dir=str(folder), save_steps=options["ce_steps"], per_device_train_batch_size=BATCH,
         warmup_steps=min(50, options["ce_steps"]), lr_scheduler_type="cosine", report_to="none", use_cpu=True,
         dataloader_pin_memory=False, disable_tqdm=True, logging_strategy="no", **options, **ARMS[arm],
     )  # fmt: skip
-    trainer = EISLTrainer(model, config, train_dataset=rows, data_collator=mo_pairs.collate)
+    trainer = EISLTrainer(model, config, train_dataset=rows, data_collator=collate)
     shared = folder / f"checkpoint-{options['ce_steps']}"
     trainer.train(resume_from_checkpoint=str(shared) if shared.exists() else None)
     return trainer
 
 
-def translated(model: Any, tokenizer: Any, sources: list[str]) -> list[str]:
-    """Greedy translations."""
-    batch = mo_pairs.collate([{"input_ids": encoded(tokenizer, text), "labels": []} for text in sources])
+def translated(model: Any, tokenizer: Any, pairs: mo_pairs.Pairs) -> list[str]:
+    """Greedy translations of the sources."""
+    batch = mo_pairs.collate([{"input_ids": encoded(tokenizer, text), "labels": []} for text in pairs])
     options: dict[str, Any] = {"max_new_tokens": NEW, "num_beams": 1, "do_sample": False}
     found = model.eval().generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

@@ -1,13 +1,25 @@
 """Examples of noisy targets run on tiny data and models, end to end, and run nothing twice."""
 
+import json
 import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-NAMES = ("mo_pairs", "noisy_models", "noisy_translation")
+from support.models import tiny, tiny_tokenizer
+
+NAMES = (
+    "mo_pairs",
+    "noisy_models",
+    "parallel_models",
+    "noisy_translation",
+    "short_answers",
+    "definitions",
+    "noisy_instructions",
+)
 VERBS = {"open": "ouvrir", "close": "fermer", "save": "enregistrer", "print": "imprimer"}
 NOUNS = {"file": "fichier", "page": "page", "image": "image", "window": "fenêtre", "table": "tableau"}
 
@@ -72,15 +84,72 @@ def test_translation(example, folder, tmp_path, monkeypatch):
     for name in ("EISL", "EISL + cross-entropy", "cross-entropy, own inputs", "label smoothing"):
         monkeypatch.delitem(models.ARMS, name)
     monkeypatch.setattr(module.mo_pairs.read, "__defaults__", (1,))
-    for name, value in {"HELD": 3, "VOCABULARY": 300, "RATES": (1e-2, 1e-3)}.items():
+    for name, value in {"HELD": 3, "VOCABULARY": 300, "RATES": (1e-2,)}.items():
         monkeypatch.setattr(module, name, value)
-    options = {"steps": 3, "seeds": 1, "noises": "1,0", "output": tmp_path / "out"}
+    options = {"steps": 3, "seeds": 1, "noises": "shuffle:1,repeat:0", "output": tmp_path / "out"}
     found = module.main(folder, **options)
-    assert set(found) == {0.0, 1.0} and all(
-        set(rows) == {*models.ARMS, module.COPY, module.NEAREST} for rows in found.values()
-    )
+    arms = {*models.ARMS, module.COPY, module.NEAREST}
+    assert set(found) == {"shuffle:1", "repeat:0"} and all(set(rows) == arms for rows in found.values())
     assert all(0 <= value <= 100 for rows in found.values() for row in rows.values() for value in row[0].values())
-    assert found[1.0][module.COPY] == found[0.0][module.COPY]
-    monkeypatch.setattr(module, "train", None)
+    assert found["shuffle:1"][module.COPY] == found["repeat:0"][module.COPY]
+    monkeypatch.setattr(models, "train", None)
     assert module.main(folder, **options) == found
     assert module.nearest({"open the file": "a", "save the page": "b"}, ["save this page"]) == ["b"]
+
+
+def test_instructions(example, tmp_path, monkeypatch):
+    """Every arm on answers of a tiny model; the F1 of words and of neighbours."""
+    module = example("noisy_instructions")
+    rows = [
+        {"question": f"what is {i} of {n}", "answer": f"the {n} {m} is a thing {i}"}
+        for i in "abc"
+        for n, m in NOUNS.items()
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"question": "short", "answer": "no"}])))
+    tiny(std=0.05, max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(" ".join(row["answer"] for row in rows)).save_pretrained(tmp_path / "model")
+    for name, value in {"HELD": 3, "NEW": 4}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.chdir(tmp_path)
+    assert len(module.questions(str(tmp_path / "rows.jsonl"))) == 15
+    options = {"model": str(tmp_path / "model"), "steps": 2, "seeds": 1, "noises": "1"}
+    found = module.main(str(tmp_path / "rows.jsonl"), **options)[1.0]
+    assert set(found) == set(module.ARMS) and all(rows[0].keys() == set(module.METRICS) for rows in found.values())
+    assert found[module.BEFORE][0]["nll"] != found[module.CE][0]["nll"] != found["EISL + cross-entropy"][0]["nll"]
+    assert module.f1(["a", "b", "b"], ["b", "c"]) == pytest.approx(2 * 1 / 5) and module.f1([], []) == 0
+    monkeypatch.setattr(module, "run", None)
+    assert module.main(str(tmp_path / "rows.jsonl"), **options)[1.0] == found
+
+
+def test_parallel_models_see_no_target(example, folder, tmp_path, monkeypatch):
+    """Masks in place of all targets; what they translate; and a run of both arms."""
+    module, models = example("noisy_translation"), example("parallel_models")
+    monkeypatch.setattr(example("noisy_models"), "WIDTH", 16)
+    monkeypatch.setattr(models, "ARMS", {arm: models.ARMS[arm] for arm in (module.CE, "EISL")})
+    monkeypatch.setattr(module.mo_pairs.read, "__defaults__", (1,))
+    for name, value in {"HELD": 3, "VOCABULARY": 300, "RATES": (1e-2,)}.items():
+        monkeypatch.setattr(module, name, value)
+    found = module.main(folder, steps=3, seeds=1, noises="shuffle:1", parallel=True, output=tmp_path / "out")
+    assert set(found["shuffle:1"]) == {module.CE, "EISL", module.COPY, module.NEAREST}
+    texts = [" open the file", " ouvrir la fichier"]
+    tokenizer = module.subwords.train(texts, 270, "bpe", ("</s>", "<pad>", "<mask>"))
+    pairs = {"open the file": "ouvrir", "open": "fichier la"}
+    [row, other] = models.rows(tokenizer, pairs)
+    size = len(tokenizer(" ouvrir")["input_ids"]) + 1
+    assert row["input_ids"][-size:] == [models.MASK] * size and row["labels"][:-size] == [-100] * (
+        len(row["labels"]) - size
+    )
+    assert row["position_ids"][-size:] == [*range(size)] and row["token_type_ids"][-size - 1 :] == [0] + [1] * size
+    batch = models.collate([row, other])
+    wanted, seen = torch.where(batch["labels"] == -100, 0, batch["labels"]), []
+
+    class Knows(torch.nn.Module):
+        def forward(self, input_ids, **inputs):
+            seen.append(inputs.keys())
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(wanted, len(tokenizer)))
+
+    assert models.translated(Knows(), tokenizer, {"open the file": "ouvrir", "open": "fichier la"}) == [
+        "ouvrir",
+        "fichier la",
+    ]
+    assert seen == [{"token_type_ids", "position_ids", "attention_mask"}]
