@@ -353,7 +353,7 @@ def test_options_are_checked():
         localize(localizer, pictures(), threshold=2)
     with pytest.raises(ValueError, match="top_classes is 1, and labels"):
         localize(localizer, pictures(), top_classes=1, labels=LABELS)
-    with pytest.raises(ValueError, match="has no list of layers"):
+    with pytest.raises(ValueError, match="has no list of two or more layers"):
         Localizer.from_classifier(nn.Linear(2, 2))
 
 
