@@ -32,7 +32,7 @@ from hf_xent.experiments.study import Study
 
 PARTS, LEVELS = [1200, 250, 347], 17
 METRICS = ("nats", "trained on samples", "tested on samples", "ms")
-TRAINING: dict[str, Any] = {"num_train_epochs": 16, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
+TRAINING: dict[str, Any] = {"num_train_epochs": 10, "learning_rate": 6e-3, "per_device_train_batch_size": 32}
 
 
 def neural(arm: str, seed: int, parts: Any, wanted: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:

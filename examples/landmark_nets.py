@@ -45,10 +45,7 @@ class LinearShapes(nn.Module):
 
 
 class UNet(nn.Module):
-    """Three levels of two 3 x 3 convolutions, the first on half the pixels; CE of pixels, and soft Dice if asked.
-
-    Its two logits are enlarged to pixels.
-    """
+    """Three levels of two 3 x 3 convolutions; logits of cells of 2 x 2 pixels, enlarged; CE, and soft Dice if asked."""
 
     def __init__(self, dice: bool, widths: tuple[int, ...] = (16, 32, 64)):
         super().__init__()

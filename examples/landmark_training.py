@@ -1,6 +1,6 @@
 """The arms of landmarks.py, and how they are trained.
 
-    trainer = trained("landmarks", seed=0, rate=0.006, epochs=30, rows=rows, folder=folder)
+    trainer = trained("landmarks", seed=0, epochs=10, rows=rows, folder=folder)
     rings = predictions(trainer, fixed)                        [n, 40, 2] in pixels; masks [n, 64, 64] of a U-Net
 
 `rows(target, hide)` makes the rows for training (landmark_digits.py).
@@ -23,6 +23,7 @@ KINDS: dict[str, Any] = {
     "linear shapes": LinearShapes,
 }  # fmt: skip
 ARMS = {**{kind: (kind, 0.0) for kind in KINDS}, **{f"{k}, occluded": (k, 0.5) for k in ("U-Net", "landmarks")}}
+RATE = 6e-3
 SHARES = {"masks": 0.4, "rings": 1}  # of the epochs: about as much time for each network
 
 
@@ -42,15 +43,16 @@ def predictions(trainer: Trainer, rows: Zeros) -> np.ndarray:
     return found * SIZE if found.shape[-1] == 2 else found.argmax(1) == 1
 
 
-def trained(arm: str, seed: int, rate: float, epochs: int, rows: Any, folder: Path) -> Trainer:
+def trained(arm: str, seed: int, epochs: float, rows: Any, folder: Path) -> Trainer:
     """A trainer whose model was trained on `rows(target, hide)`."""
     kind, hide = ARMS[arm]
     torch.manual_seed(seed)
     shapes = torch.stack([row["labels"] for row in rows("rings")])
     arguments = TrainingArguments(
-        str(folder), num_train_epochs=epochs * SHARES[target(kind)], learning_rate=rate, per_device_train_batch_size=16, seed=seed,
-        lr_scheduler_type="cosine", warmup_steps=40, per_device_eval_batch_size=50, logging_steps=50, report_to="none",
-        save_strategy="no", remove_unused_columns=False, dataloader_pin_memory=False, label_names=["labels"],
+        str(folder), num_train_epochs=epochs * SHARES[target(kind)], learning_rate=RATE, seed=seed, report_to="none",
+        lr_scheduler_type="cosine", warmup_steps=40, per_device_train_batch_size=16, per_device_eval_batch_size=50,
+        save_strategy="no", logging_steps=50, remove_unused_columns=False, dataloader_pin_memory=False,
+        label_names=["labels"],
     )  # fmt: skip
     trainer = Trainer(KINDS[kind](shapes), arguments, train_dataset=rows(target(kind), hide))
     trainer.train()

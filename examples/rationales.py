@@ -33,7 +33,7 @@ KEPT = (*METRICS, "area", "accuracy", "accuracy, articles")
 
 
 def main(
-    encoder: str, texts: int = 1600, test: int = 96, steps: int = 200, mask_steps: int = 60, seeds: int = 3,
+    encoder: str, texts: int = 1600, test: int = 64, steps: int = 200, mask_steps: int = 60, seeds: int = 3,
     output: Path = Path("out/rationales"),
 ) -> Any:  # fmt: skip
     """Every arm under every seed; returns the metrics by arm and seed, and writes a page for each seed."""

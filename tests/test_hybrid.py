@@ -190,7 +190,8 @@ def test_composites_are_exported_as_images(packages, tmp_path):
     again = datasets.load_dataset(str(folder), split="train")
     rows = load("composites", split="train")
     assert again.features == rows.features and np.array_equal(np.array(again[1]["mask"]), np.array(rows[1]["mask"]))
-    assert "| train | 4 |" in validate(folder, "dataset").text
+    text = validate(folder, "dataset").text
+    assert "| train | 4 |" in text and "- `image`: image\n- `mask`: image\n" in text
 
 
 def test_packages_that_are_missing_are_named(monkeypatch):

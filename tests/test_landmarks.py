@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoBackbone,
     AutoModelForKeypointDetection,
@@ -13,6 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_xent.localization import draw_landmarks, split_rings
+from hf_xent.localization.plots import COLOR
 from hf_xent.models.landmark_graphs import ChebyshevConvolution, around, chebyshev, halved, laplacian, ring_matrices
 from hf_xent.models.landmarks import LandmarkConfig, LandmarkModel
 
@@ -302,3 +305,27 @@ def test_labels_of_other_rings_are_refused():
         tiny()(images, labels=torch.zeros(2, 10, 2))
     with pytest.raises(ValueError, match="order is 0"):
         chebyshev(torch.ones(3, 1), torch.eye(3), 0)
+
+
+def test_rings_over_images(tmp_path):
+    """Known rings in blue, those that were found in orange above them, closed, at their places in pixels."""
+    square = np.array([[0.25, 0.25], [0.75, 0.25], [0.75, 0.75], [0.25, 0.75]])
+    rings = split_rings(np.concatenate([square[:3], square]), [3, 4])
+    assert [ring.tolist() for ring in rings] == [square[:3].tolist(), square.tolist()]
+    images = [np.zeros((40, 60)), np.zeros((3, 40, 60)), np.zeros((40, 60, 3), np.uint8)]
+    known = [[square * 0.5]] * 3
+    file = draw_landmarks(
+        images, {"ours": [rings] * 3, "none": [[]] * 3}, tmp_path / "x.png", known=known, titles="abc"
+    )
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    orange = (abs(pixels - np.array(COLOR) * 255).max(-1) < 30).any(1)
+    blue = (abs(pixels - [0, 154, 222]).max(-1) < 30).any(1)
+    half = len(pixels) // 2
+    assert orange[:half].any() and not orange[half + 20 :].any() and blue[:half].any() and blue[half:].any()
+    with pytest.raises(ValueError, match=r"landmarks has the shape \(4, 2\): give the 7"):
+        split_rings(square, [3, 4])
+    with pytest.raises(ValueError, match="ours has rings of 1 images, but there are 3"):
+        draw_landmarks(images, {"ours": [rings]}, file)
+    with pytest.raises(ValueError, match="found has 0 methods"):
+        draw_landmarks(images, {}, file)

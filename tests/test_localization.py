@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -341,6 +342,9 @@ def test_options_are_checked():
     for labels in (LABELS[:1], LABELS.float(), torch.eye(3)[:2]):
         with pytest.raises(ValueError, match="labels has shape"):
             localizer(pictures(), labels=labels)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="is a copy that"):
+        patch.setattr(localizer, "parameters", lambda: iter(()))  # as of torch's copies
+        localizer(pictures())
     with pytest.raises(ValueError, match="special_tokens is 3"):
         Localizer.from_classifier(model, special_tokens=3)
     with pytest.raises(ValueError, match="features has shape"):
@@ -410,12 +414,32 @@ def test_masks_and_boxes_are_those_of_the_maps():
     torch.testing.assert_close(localize(model, x, labels=LABELS).maps, maps[:, 0])
 
 
+@pytest.mark.parametrize(("name", "layer"), [("convnext", "convnext.encoder.stages.1"), ("vit", "vit.layers.2")])
+def test_a_norm_takes_out_a_factor_but_not_a_blank_image(name, layer):
+    """Masks of zeros have no gradient where a norm comes next; with features of a blank image they have."""
+    model, x, slopes = classifier(name), pictures(), []
+    assert Localizer.from_classifier(model).config.blank
+    assert not Localizer.from_classifier(classifier("resnet")).config.blank
+    forward, empty = (record(model, layer, images)[1] for images in (x, torch.zeros_like(x)))
+    for blank in (None, empty.features):
+        mask = torch.full((2, 4, 4), 0.5, requires_grad=True)
+        scores = forward.replay(times(forward.features, mask, blank), frozen=True).logits
+        slopes.append(torch.autograd.grad(scores.square().sum(), mask)[0].abs().mean())
+    assert slopes[0] < 1e-3 * slopes[1]
+
+
 def test_boxes_hold_the_largest_part():
     masks = torch.zeros(2, 6, 7, dtype=torch.bool)
     masks[0, 0, 0:2] = True
     masks[0, 2:5, 3:7] = True
     masks[0, 5, 2] = True  # touches by a corner alone
     assert largest_boxes(masks).tolist() == [[3, 2, 7, 5], [0, 0, 0, 0]]
+    masks = torch.rand(20, 9, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    for mask, (left, top, right, bottom) in zip(masks, largest_boxes(masks).tolist(), strict=True):
+        parts, _ = ndimage.label(mask)
+        sizes, boxes = np.bincount(parts.flat)[1:], ndimage.find_objects(parts)
+        best = [boxes[i] for i in np.flatnonzero(sizes == sizes.max())]
+        assert (slice(top, bottom), slice(left, right)) in best
 
 
 def test_overlays_mix_image_and_mask(tmp_path):

@@ -82,6 +82,8 @@ API = {
     f"{TRAINER}._load_optimizer_and_scheduler": ("trainers", ("checkpoint",)),
     f"{TRAINER}._get_num_items_in_batch": ("trainers", ("batch_samples", "device")),
     f"{TRAINER}._set_signature_columns_if_needed": ("trainers", ()),
+    "transformers.Wav2Vec2ForCTC._get_feat_extract_output_lengths": ("trainers", ("input_lengths",)),
+    "transformers.ParakeetForCTC._get_subsampling_output_length": ("trainers", ("input_lengths",)),
     f"{TRAINER}._determine_best_metric": ("trainers", ("metrics", "trial")),
     f"{TRAINER}._prepare_inputs": ("trainers", ("inputs",)),
     f"{TRAINER}._save": ("trainers", ("output_dir", "state_dict")),

@@ -59,8 +59,10 @@ PUBLIC = {
     attention: """AttentionBias Harmonic Linear Probabilistic Window alibi_slopes attend attending harmonic_bias
         harmonic_score_mod probabilistic_mask unattend""",
     caches: """StaircaseCache""",
-    localization: """Localization Localizer LocalizerConfig background_activation cam frozen_call localize mask_area
-        overlay overlays suppression_loss""",
+    localization: """Localization Localizer LocalizerConfig Rationale RationaleConfig TextRationale
+        background_activation cam draw_landmarks evidence_scores explain faithfulness frozen_call gradient_input
+        last_attention localize log_odds mask_area occlusion overlay overlays rationale_html split_rings
+        suppression_loss word_tokens""",
     adapt: """EntropyMinimization ImageViews NegativeLabels PromptOptions PromptTuner RMT RePRI SoundViews TFUP TFUPT
         TFUPTConfig TextViews TransductiveTagger class_texts feature_maps features ood_score prototypes
         source_prototypes word_features""",

@@ -1,9 +1,10 @@
 """SiameseCTCTrainer: three steps as a dense loop, counting, padding, saving, resuming; and distances of edits."""
 
 import copy
-import itertools
 import math
 import random
+import runpy
+from pathlib import Path
 
 import datasets
 import pytest
@@ -12,16 +13,19 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertForMaskedLM, T5Config, T5Model
 
 from hf_xent import hub
+from hf_xent.classes.heads import inputs_of
 from hf_xent.metrics.edits import edit_distance, error_rate
 from hf_xent.ops import sinkhorn_divergence
+from hf_xent.speech import write_wav
 from hf_xent.trainers import SiameseCTCConfig, SiameseCTCTrainer
 from hf_xent.trainers.siamese_collator import SiameseCollator
-from hf_xent.trainers.siamese_text import TextStates, frame_mask, width_of
+from hf_xent.trainers.siamese_text import TextStates, frame_mask, last_states, width_of
 from support.ranks import run_ranks
 from support.speech import CHARACTERS, MODELS, D, rows_of, text_encoder
 
 LENGTHS = {"wav2vec2": lambda n: ((n - 4) // 3 + 1 - 3) // 2 + 1, "wav2vec2_bert": lambda n: n}
 LENGTHS |= {"hubert": LENGTHS["wav2vec2"], "lasr": lambda n: ((n - 5) // 2 + 1 - 5) // 2 + 1}
+LENGTHS |= {"adapter": lambda n: (LENGTHS["wav2vec2"](n) - 1) // 2 + 1}
 LENGTHS |= {"parakeet": lambda n: (n - 1) // 2 + 1}
 
 
@@ -56,11 +60,16 @@ def placed(states, weight=1.0):
     return torch.cat([states, position[:, None]], 1)[None]
 
 
+def head_of(model):
+    return model.lm_head if hasattr(model, "lm_head") else model.ctc_head
+
+
 def dense_rows(name, model, text, rows, layer=None, weight=1.0):
     """CTC and divergence of each row, alone in its batch, without any padding."""
     column = MODELS[name][1][0]
     for row in rows:
-        output = model(**{column: torch.tensor(row[column])[None]}, output_hidden_states=True)
+        with inputs_of(head_of(model)) as seen:  # there is no dropout before it
+            output = model(**{column: torch.tensor(row[column])[None]})
         frames = LENGTHS[name](len(row[column]))
         assert output.logits.shape[1] == frames
         logp = output.logits[0].log_softmax(-1)
@@ -69,11 +78,19 @@ def dense_rows(name, model, text, rows, layer=None, weight=1.0):
         ctc = F.ctc_loss(logp[:, None], labels[None], *sizes, reduction="sum", zero_infinity=True)
         states = text(input_ids=ids).last_hidden_state[0]
         states = states if layer is None else layer(states)
-        sides = placed(output.hidden_states[-1][0], weight), placed(states, weight)
+        sides = placed(seen[0][0], weight), placed(states, weight)
         yield ctc, sinkhorn_divergence(*sides, iterations=20)[0], len(labels)
 
 
-@pytest.mark.parametrize(("name", "width"), [("wav2vec2", D), ("hubert", 6), ("wav2vec2_bert", 6), ("parakeet", D)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("wav2vec2", D),
+        ("wav2vec2_bert", 6),
+        ("parakeet", D),
+        pytest.param("hubert", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_three_steps_are_those_of_a_dense_loop(name, width, tmp_path):
     """Rows one by one, so that nothing of a batch or of its padding takes part."""
     options = {} if name == "parakeet" else {"ctc_loss_reduction": "sum"}
@@ -109,15 +126,17 @@ def test_frames_are_counted_as_the_model_counts_them(name):
     model, batch = MODELS[name][0](), SiameseCollator()(rows_of(name))
     column = MODELS[name][1][0]
     speech = {key: batch[key] for key in (column, "attention_mask")}
-    output = model(**speech, output_hidden_states=True)
-    states = output.hidden_states[-1]
-    assert states.shape == (6, output.logits.shape[1], width_of(model))
+    with last_states(model) as seen, inputs_of(head_of(model)) as before:
+        logits = model(**speech).logits
+    [states] = seen
+    assert torch.equal(states, before[0]), "what the head sees"
+    assert states.shape == (6, logits.shape[1], width_of(model))
     kept = frame_mask(model, batch["attention_mask"], states.shape[1], states)
     assert kept.sum(1).tolist() == [LENGTHS[name](len(row[column])) for row in rows_of(name)]
     assert bool(frame_mask(model, None, 3, states).all())
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("reduction", ["sum", pytest.param("mean", marks=pytest.mark.slow)])
 def test_accumulation_does_not_change_a_step(reduction, tmp_path):
     found = []
     for size, accumulation in ((6, 1), (4, 2)):
@@ -136,7 +155,9 @@ def test_padding_changes_nothing(tmp_path):
     batch = SiameseCollator(text_pad=0)(rows)
     wide = {name: F.pad(value, (0, 7), value=-100 if name == "labels" else 0) for name, value in batch.items()}
     wide["text_input_ids"][:, -7:] = 5  # whatever ids stand there
-    trainer.model.eval()
+    trainer.model.eval().double()  # but transformers computes CTC in float32
+    for given in (batch, wide):
+        given["input_values"] = given["input_values"].double()
     losses = []
     for given in (batch, wide):
         trainer.model.zero_grad()
@@ -144,12 +165,13 @@ def test_padding_changes_nothing(tmp_path):
         loss.backward()
         losses.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-    alone = [trainer.compute_loss(trainer.model, SiameseCollator()([row])).item() for row in rows]
-    assert losses[0][0].item() == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    single = [SiameseCollator()([row]) for row in rows]
+    alone = [trainer.compute_loss(trainer.model, {**x, "input_values": x["input_values"].double()}) for x in single]
+    assert losses[0][0].item() == pytest.approx(sum(alone).item() / len(alone), rel=1e-4)
 
 
 def test_gradients_reach_both_sides_unless_the_text_is_detached(tmp_path):
-    for detach, width in itertools.product((False, True), (D, 6)):
+    for detach, width in ((False, D), (True, 6)):
         text = text_encoder(width)
         before = copy.deepcopy(text.state_dict())
         trainer = trainer_of(tmp_path, text=text, detach_text=detach, max_steps=1)
@@ -185,11 +207,10 @@ def test_training_brings_both_sides_together(tmp_path):
     assert found.predictions.shape[0] == 6 and found.predictions.shape[2] == CHARACTERS
 
 
-@pytest.mark.parametrize("width", [D, 6])
-def test_a_resumed_run_is_the_same_run(width, tmp_path):
+def test_a_resumed_run_is_the_same_run(tmp_path):
     def options():
         common = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 2}
-        return {**common, "text": text_encoder(width), "optim": "adamw_torch", "train_sampling_strategy": "random"}
+        return {**common, "text": text_encoder(6), "optim": "adamw_torch", "train_sampling_strategy": "random"}
 
     whole = fit(tmp_path, **options())
     resumed = fit(tmp_path, resume=str(tmp_path / "checkpoint-2"), **options())
@@ -295,3 +316,54 @@ def test_distances_of_edits():
         error_rate(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="references are empty: give at least one"):
         error_rate([""], ["a"])
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMPTS = ["agent", "busy now", "call", "dial again", "enter", "forward", "goodbye", "hello"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A folder of made-up sounds with transcripts in two languages."""
+    generator = torch.Generator().manual_seed(0)
+    for language in ("en", "fr"):
+        place = tmp_path / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt"
+        sounds = tmp_path / f"usr/share/asterisk/sounds/{language}_X"
+        place.parent.mkdir(parents=True), sounds.mkdir(parents=True)
+        words = [text if language == "en" else text[::-1] for text in PROMPTS]
+        place.write_text("".join(f"{i}: {text.capitalize()}.\n" for i, text in enumerate(words)))
+        for i in range(len(PROMPTS)):
+            wave = 0.1 * torch.randn(4000 + 500 * i, generator=generator)
+            write_wav(sounds / f"{i}.wav", wave.clamp(-1, 0.99), 8000)
+    return str(tmp_path)
+
+
+@pytest.mark.slow  # ten models are trained for a step
+@pytest.mark.filterwarnings("ignore:.*encoder:UserWarning")
+def test_the_examples_compare_all_arms(prompts, tmp_path, monkeypatch):
+    """Pre-training and then translation, of six rows; a second call runs nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    import siamese_arms
+    import spoken_prompts
+
+    monkeypatch.setattr(spoken_prompts, "TEST", 2)
+    assert spoken_prompts.written(spoken_prompts.spelled("D'après 12 É!")) == "d'après é"
+    train, test = spoken_prompts.split(prompts, 0)
+    assert (len(train), len(test)) == (6, 2) and train[0]["input_features"].shape[1] == 160
+    shared = {"seeds": 1, "epochs": 2}  # the first step of a warm-up has the rate 0
+    before = runpy.run_path(str(EXAMPLES / "siamese_ctc.py"))
+    found = before["main"](prompts, output=tmp_path / "out", **shared)
+    assert found.keys() == set(before["ARMS"])
+    assert found["CTC"][0]["CER"] == found["CTC, text later"][0]["CER"] == found["CTC, no text"][0]["CER"]
+    assert found["CTC, text later"][0]["S"] != found["CTC, no text"][0]["S"]
+    after = runpy.run_path(str(EXAMPLES / "speech_translation.py"))
+    translated = after["main"](prompts, tmp_path / "out" / "models", output=tmp_path / "st", **shared)
+    assert translated.keys() == set(after["ARMS"])
+    nats = {arm: rows[0]["nats"] for arm, rows in translated.items()}
+    assert len(set(nats.values())) == len(nats), "starts differ"
+    silent = translated["no speech"][0]
+    assert silent["nats"] == pytest.approx(silent["other speech"], abs=1e-6)
+    for name in ("siamese", "written_by_decoder"):
+        monkeypatch.setattr(siamese_arms, name, None)
+    assert before["main"](prompts, output=tmp_path / "out", **shared) == found

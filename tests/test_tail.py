@@ -166,13 +166,13 @@ def test_flat_rows_and_a_tiny_tolerance_are_exact(impl: str, device: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", IMPLS, indirect=True)
 def test_low_precision_is_no_worse_than_torch_and_the_tolerance(impl: str, device: str, dtype: torch.dtype) -> None:
-    hidden, weight, labels = peaked(40, 900, 33, dtype=dtype, device=device)
+    hidden, weight, labels = peaked(20, 200, 17, dtype=dtype, device=device)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     truth = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
     wide = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03), [h, w])
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     dense = gradients(F.cross_entropy(h @ w.T, labels), [h, w])
-    found = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03, impl=impl, memory_budget=50_000), [h, w])
+    found = gradients(CrossEntropy()(h, Head(w), labels, tail=0.03, impl=impl, memory_budget=7_000), [h, w])
     for got, plain, approximate, want in zip(found, dense, wide, truth, strict=True):
         error, rounding, compression = ((x.double() - want).norm() / want.norm() for x in (got, plain, approximate))
         assert compression > 1e-3  # something was compressed

@@ -79,7 +79,9 @@ class DigitModelConfig(PreTrainedConfig):
         if inputs not in INPUTS:
             raise ValueError(f"inputs is {inputs!r}: choose one of {', '.join(INPUTS)}")
         for name, given in (("mean", mean), ("std", std)):
-            if given is not None and (len(given) != dims or inputs == "digits"):
+            if given is not None and inputs == "digits":
+                raise ValueError(f"{name} is given, but inputs is 'digits', which are not scaled: leave it out")
+            if given is not None and len(given) != dims:
                 raise ValueError(f"{name} has {len(given)} numbers: give one for each of {dims} dimensions of values")
         if std is not None and not min(std) > 0:
             raise ValueError(f"std has the number {min(std)}: give 1 for a dimension that is constant")
@@ -182,6 +184,8 @@ class DigitModel(PreTrainedModel):
             ValueError: Shapes that do not fit, classes that are missing or not wanted, nan among values.
         """
         self._check(values, classes)
+        if labels is not None and labels.shape != values.shape:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}: give that of values, {tuple(values.shape)}")
         mask = values.new_ones(values.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask.long()
         hidden = self._states(values, classes, mask, attention_mask is not None)
         if labels is None:
@@ -240,7 +244,11 @@ class DigitModel(PreTrainedModel):
             given["attention_mask"] = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
             if self._has_positions:
                 given["position_ids"] = given["attention_mask"].cumsum(1) - 1
-        return self.backbone(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state
+        hidden = self.backbone(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state
+        if not padded:
+            return hidden
+        places = torch.arange(hidden.shape[1], device=hidden.device) * given["attention_mask"]
+        return hidden.gather(1, places.cummax(1).values[..., None].expand_as(hidden))  # of the last that is no padding
 
     def _first(self, values: Tensor, classes: Tensor | None) -> Tensor:
         """The element before the first vector [B, 1, H]."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
     from .attributions import last_attention as last_attention
     from .attributions import log_odds as log_odds
     from .attributions import occlusion as occlusion
+    from .landmark_plots import draw_landmarks as draw_landmarks
+    from .landmark_plots import split_rings as split_rings
     from .localizer import Localizer as Localizer
     from .localizer import LocalizerConfig as LocalizerConfig
     from .maps import Localization as Localization
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # loaded on first access: torch takes a second
 _HOMES = {
     **dict.fromkeys(("gradient_input", "last_attention", "log_odds", "occlusion"), ".attributions"),
     **dict.fromkeys(("evidence_scores", "faithfulness"), ".rationale_scores"),
+    **dict.fromkeys(("draw_landmarks", "split_rings"), ".landmark_plots"),
     **dict.fromkeys(("Localizer", "LocalizerConfig"), ".localizer"),
     **dict.fromkeys(("Localization", "cam", "localize"), ".maps"),
     **dict.fromkeys(("overlay", "overlays"), ".plots"),

@@ -13,10 +13,10 @@ the layers after it. The running statistics of batch norm are those of whole ima
     Trainer(model, arguments, train_dataset=rows).train()      # rows of pixel_values and labels
     found = localize(model, pixel_values)                      # maps, masks and boxes in pixels
 
-Networks with layer norm would not notice that a token or a cell of a map is multiplied by a number: the next norm takes
-it out again, and the mask gets no gradient. There, what is erased is replaced by features F0 of a blank image, of
-zeros, instead of by zeros: F M + F0 (1 - M). The special tokens of a vision transformer stay, and after some blocks
-they know the class by themselves, so that the layer should be an early one there.
+Networks with layer norm do not notice that a token, or a cell of a map, is multiplied by a number if a norm comes next:
+it takes the number out again, and a mask between 0 and 1 gets no gradient. There, features F0 of a blank image, of
+zeros, take the place of what is erased, instead of zeros: F M + F0 (1 - M). The special tokens of a vision transformer
+stay, and after some blocks they know the class by themselves, so that the layer should be an early one there.
 
 The authors multiply the class maps of the last layer by the mask for s'; here the features of the layer are masked in
 both passes, which every architecture has. Importing this file registers both classes; it is saved with the model.
@@ -164,8 +164,11 @@ class Localizer(PreTrainedModel):
             The output.
 
         Raises:
-            ValueError: Labels that are not one id for each image.
+            ValueError: Labels that are not one id for each image; or the model is a copy that `nn.DataParallel` made,
+                whose parameters cannot be frozen.
         """
+        if next(self.parameters(), None) is None:
+            raise ValueError("the model is a copy that nn.DataParallel made, without parameters: start torchrun")
         outputs, forward = record(self.classifier, self.config.layer, pixel_values, return_dict=True, **kwargs)
         features = forward.features
         size = (pixel_values.shape[-2], pixel_values.shape[-1])

@@ -33,7 +33,7 @@ article{border-top:1px solid var(--line);padding:1rem 0}
 .text{white-space:pre-wrap}
 mark{color:inherit;border-radius:.2em;padding:.05em 0;background:rgba(var(--mark),var(--w))}
 mark.in{text-decoration:underline;text-underline-offset:.25em;text-decoration-thickness:2px}
-.scale mark{padding:.05em .5em}
+.scale mark{padding:.05em .5em;color:var(--ink)}
 """
 
 

@@ -14,8 +14,8 @@ With `joint`, as in the paper, CE(s, y) trains the classifier too, and all terms
 Why embeddings: the paper weighs features of a middle layer, as `erase='states'` does. In a text the states of other
 tokens know the whole text there, above all the token that is read; a mask of states has little to suppress.
 
-Why z' = z - mean(z), and b' = b - mean(b): an activation counts from 0, but softmax does not see what is added to all
-logits. BAS asks for no more once y is no more likely, by its logit, than the mean of the classes.
+Why z' = relu(z - mean(z)), and b' alike: an activation counts from 0, but softmax does not see what is added to all
+logits. BAS asks for no more once the logit of y is not above the mean of the classes.
 
     model = Rationale.from_classifier(classifier, tokenizer)
     masks = model(**tokenizer(texts, padding=True, return_tensors="pt")).masks       [B, T], of the predicted class
@@ -61,8 +61,9 @@ class RationaleConfig(PreTrainedConfig):
         classifier: The configuration of the classifier, or its dict; that of a BERT if None.
         layer: The layer whose states the mask is computed from, from 1; two thirds of the way through if None.
         special_ids: Ids of tokens that are no words, which are never weighed.
-        mask_id: The id of the token that replaces words; if None, their embeddings go to 0.
-        erase: 'inputs' weighs the embeddings, 'states' the states after `layer`.
+        mask_id: The id of the token that replaces words; if None, their embeddings go to 0, which networks that
+            normalize their inputs, such as Llama, hardly see before they are 0.
+        erase: 'inputs' weighs the embeddings, 'states' multiplies the states after `layer`.
         joint: Whether the loss of the mask trains the classifier, too.
         alpha: The weight of the cross-entropy of what the mask keeps.
         gamma: The weight of BAS.
@@ -154,7 +155,8 @@ class Rationale(PreTrainedModel):
 
         Args:
             classifier: A model such as AutoModelForSequenceClassification; it is not copied.
-            tokenizer: Its tokenizer, which tells the special tokens and the mask token.
+            tokenizer: Its tokenizer, which tells the special tokens, and the one that replaces words: the mask token,
+                or, as decoders have none, the unknown one, or that of the end.
             **options: Fields of `RationaleConfig`.
 
         Returns:
@@ -168,7 +170,8 @@ class Rationale(PreTrainedModel):
                              " merged (`merge_and_unload`)")  # fmt: skip
         names = ("bos_token_id", "eos_token_id", "sep_token_id", "pad_token_id", "cls_token_id", "mask_token_id")
         special = {getattr(tokenizer, name) for name in names} - {None}  # not the unknown token, which is a word
-        given = {"special_ids": special, "mask_id": tokenizer.mask_token_id, **options}
+        fill = [getattr(tokenizer, name) for name in ("mask_token_id", "unk_token_id", "eos_token_id")]
+        given = {"special_ids": special, "mask_id": next((x for x in fill if x is not None), None), **options}
         model = cls(RationaleConfig(classifier.config, **given), classifier)
         model.head.to(next(classifier.parameters()))
         return model
@@ -225,7 +228,7 @@ class Rationale(PreTrainedModel):
             kept = self._weighed(run, torch.where(words, masks, 1), frozen=not config.joint)[known]
         if config.gamma:
             left = self._weighed(run, 1 - masks, frozen=True)
-            whole, outside = (x[known].float() - x[known].float().mean(-1, keepdim=True) for x in (logits, left))
+            whole, outside = (_activations(x[known]) for x in (logits, left))
             background = config.gamma * background_activation(whole, outside, labels[known])
         return suppression_loss(
             logits[known], labels[known], masked=kept, background=background, area=mask_area(masks, words)[known],
@@ -257,6 +260,11 @@ def word_tokens(input_ids: Tensor, attention_mask: Tensor, special_ids: Any) -> 
     """True where a token is neither padding nor special [B, T]."""
     special = torch.as_tensor(list(special_ids), dtype=input_ids.dtype, device=input_ids.device)
     return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+
+def _activations(logits: Tensor) -> Tensor:
+    """How far each class is above the mean of the classes [B, C], in float32; 0 for those below."""
+    return (logits.float() - logits.float().mean(-1, keepdim=True)).relu()
 
 
 def _of_class(maps: Tensor, labels: Tensor) -> Tensor:  # [B, T, C], [B] -> [B, T]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..options.ranges import check_count
+from .stft import check_waveform
 
 FLOOR = 1e-10
 """The least energy of a band, before the logarithm."""
@@ -39,15 +40,10 @@ def log_mel(waveform: Tensor, rate: int, bins: int = 80, window: float = 0.025, 
         [frames, bins] or [B, frames, bins] in the waveform's type, `frame_count` of them.
 
     Raises:
-        ValueError: A waveform of another shape, without samples or that is not finite; or so many bands that one has no
+        ValueError: A waveform without samples, or with some that are not finite; or so many bands that one has no
             frequency of its own.
     """
-    if not waveform.is_floating_point() or waveform.ndim not in (1, 2) or not waveform.numel():
-        raise ValueError(
-            f"waveform has shape {tuple(waveform.shape)} and type {waveform.dtype}: give floats of [T] or [B, T]"
-        )
-    if not waveform.isfinite().all():
-        raise ValueError("waveform has samples that are nan or infinite: leave them out")
+    check_waveform(waveform)
     length, step = _samples(rate, window, hop)
     size = 2 ** (length - 1).bit_length()
     triangles = mel_filters(size // 2 + 1, bins, rate).to(waveform.device)

@@ -61,7 +61,8 @@ def rationale():
     from hf_xent.localization.rationale import Rationale, RationaleConfig
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
-    config = RationaleConfig(BertConfig(vocab_size=20, num_labels=3, dtype="float32", **sizes), special_ids=[0, 1], mask_id=2)
+    inner = BertConfig(vocab_size=20, num_labels=3, dtype="float32", **sizes)
+    config = RationaleConfig(inner, special_ids=[0, 1], mask_id=2)
     ids = torch.randint(3, 20, (2, 5))
     return Rationale(config), {"input_ids": ids, "labels": torch.tensor([0, 2])}
 
