@@ -63,6 +63,7 @@ API = {
     "transformers.PreTrainedConfig.get_config_dict": ("ln_free", ("pretrained_model_name_or_path",)),
     "transformers.PreTrainedConfig._attn_implementation": ("ln_free, attention", ()),
     "transformers.PreTrainedModel._supports_attention_backend": ("attention", ()),
+    "transformers.PreTrainedModel._auto_class": ("hub", ()),
     "transformers.AttentionInterface._global_mapping": ("attention", ()),
     "transformers.AttentionMaskInterface._global_mapping": ("attention", ()),
     "transformers.masking_utils.sdpa_mask": (
