@@ -38,7 +38,8 @@ def reconstruction(images: np.ndarray, bits: tuple[int, ...] = (1, 2, 3, 4, 6)) 
 def pictures(drawn: Tensor, classes: Tensor, path: Path) -> None:
     """Up to twelve images of each class, a row for each."""
     columns = min(12, int(classes.bincount(minlength=10).min()))
-    rows = [torch.cat([*patches(drawn[classes == c][:columns], back=True)], 1) for c in range(10)]
+    images = torch.nn.functional.pad(patches(drawn, back=True), (0, 1, 0, 1), value=TOP / 2)
+    rows = [torch.cat([*images[classes == c][:columns]], 1) for c in range(10)]
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()

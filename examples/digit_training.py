@@ -44,6 +44,7 @@ def trained(make: Any, train: list[Any], valid: list[Any], seed: int, **options:
     return trainer.model.eval()
 
 
-def items(values: Tensor, **others: Tensor) -> list[dict[str, Tensor]]:
-    """Sequences [B, T, D] as rows for a trainer, each of which predicts itself."""
-    return [{"values": x, "labels": x, **{k: v[i] for k, v in others.items()}} for i, x in enumerate(values)]
+def items(values: Tensor, labels: Tensor | None = None, **others: Tensor) -> list[dict[str, Tensor]]:
+    """Sequences [B, T, D] as rows for a trainer; each predicts itself if there are no labels."""
+    columns = {"values": values, "labels": values if labels is None else labels, **others}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(values))]

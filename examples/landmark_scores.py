@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from landmark_digits import SIZE
 
+from hf_xent.localization import draw_landmarks
 from hf_xent.metrics.contours import contour, crossings, dice, fill, hausdorff, lines, pieces_and_holes, resampled
 
 NAMES = ("Dice", "Hausdorff", "one piece", "crossing")
@@ -26,3 +30,14 @@ def measured(found: np.ndarray, outlines: np.ndarray) -> dict[str, float]:
 def repaired(masks: np.ndarray) -> np.ndarray:
     """The largest piece of each mask, without holes."""
     return np.stack([fill(contour(mask, 200), mask.shape) if mask.any() else mask for mask in masks])
+
+
+def picture(folder: Path, rows: Any, arms: tuple[str, ...], side: int, count: int = 6) -> Path:
+    """The first of `rows`, which are labelled with true outlines, and what arms found in them under seed 0."""
+    first = [rows[i] for i in range(min(count, len(rows)))]
+    found = {}
+    for arm in arms:
+        shapes = np.load(folder / f"{arm}-0.npz")[str(side)][: len(first)]
+        found[arm] = [[x / SIZE] if x.shape[-1] == 2 else [line / SIZE for line in lines(x)] for x in shapes]
+    images, known = [row["pixel_values"] for row in first], [[row["labels"].numpy()] for row in first]
+    return draw_landmarks(images, found, folder / "landmarks.png", known=known)

@@ -11,6 +11,7 @@ from hf_xent.localization import Localizer, localize
 
 ARMS: dict[str, dict[str, Any]] = {
     "CAM": {"alpha": 0, "beta": 0, "background": False}, "CE mask": {"background": False}, "BAS": {},
+    "CAM, 16 x 16": {"alpha": 0, "beta": 0, "background": False},
 }  # fmt: skip
 LAYER = "resnet.encoder.stages.0"  # 16 x 16 cells
 SIZES: dict[str, Any] = {"num_channels": 1, "embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1],
@@ -40,12 +41,12 @@ def trained(arm: str, seed: int, beta: float, parts: list[Any], epochs: float, o
     options = {"beta": beta} | ARMS[arm]
     model = Localizer.from_classifier(ResNetForImageClassification.from_pretrained(base), LAYER, **options)
     train(model, parts[0], seed, epochs, output)
-    return model.classifier if arm == "CAM" else model
+    return model.classifier if "CAM" in arm else model
 
 
-def scores(model: Any, parts: list[Any]) -> dict[str, float]:
+def scores(arm: str, model: Any, parts: list[Any]) -> dict[str, float]:
     """The metrics on test rows, and the IoU on validation rows."""
-    found = [localize(model, part["pixel_values"]) for part in parts[1:]]
+    found = [localize(model, part["pixel_values"], layer=LAYER if "16" in arm else None) for part in parts[1:]]
     maps, truth = [x.maps for x in found], [part["masks"] for part in parts[1:]]
     accuracy = (found[1].classes[:, 0] == parts[2]["labels"]).double().mean().item()
     valid = measured([maps[0]] * 2, [truth[0]] * 2)["IoU"]

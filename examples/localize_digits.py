@@ -9,7 +9,8 @@ are read for the class that is predicted. Controls: `localize_controls.py`. Metr
 the threshold that was best on validation rows, and at each image's best; average precision of pixels; and accuracy of
 the digit. Beta, the weight of the area, is the best of three for each arm by IoU on validation rows under seed 0.
 Decided before: BAS helps if the 95 % interval of its difference to CAM in IoU is above 0; it is better than a mask by
-cross-entropy if BAS is above it in every seed; it is of use here if its IoU is above that of grey values, too.
+cross-entropy if BAS is above it in every seed; it is of use here if its IoU is above that of grey values, too. Added
+after the first results: 'CAM, 16 x 16' is Grad-CAM of the first stage, as CAM has 4 x 4 cells and the masks have more.
 """
 
 from itertools import pairwise
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import typer
-from localize_arms import ARMS, scores, trained
+from localize_arms import ARMS, LAYER, scores, trained
 from localize_controls import CONTROLS, measured
 from masks import pixels
 
@@ -55,14 +56,14 @@ def main(train: int = 3000, epochs: float = 2, seeds: int = 3, output: Path = OU
     parts = [part(rows.select(range(*pair))) for pair in pairwise(edges)]
     test, drawn = parts[2], {}
     for arm, seed in study.runs(ARMS):
-        betas = BETAS if not seed and arm != "CAM" else (study.results[arm][0]["beta"] if seed else 0,)
+        betas = BETAS if not seed and "CAM" not in arm else (study.results[arm][0]["beta"] if seed else 0,)
         models = {beta: trained(arm, seed, beta, parts, epochs, output) for beta in betas}
-        found = {beta: scores(model, parts) | {"beta": beta} for beta, model in models.items()}
+        found = {beta: scores(arm, model, parts) | {"beta": beta} for beta, model in models.items()}
         best = max(betas, key=lambda beta: found[beta]["validation IoU"])
         study.record(arm, seed, **found[best])
         if not seed:
-            drawn[arm] = localize(models[best], test["pixel_values"][:SHOWN]).maps
-    if len(drawn) == len(ARMS):  # this run trained them all
+            drawn[arm] = localize(models[best], test["pixel_values"][:SHOWN], layer=LAYER if "16" in arm else None).maps
+    if len(drawn) == len(ARMS):  # this run trained them all, so that it can draw their maps
         titles = [str(label.item()) for label in test["labels"][:SHOWN]]
         images, masks = test["pixel_values"][:SHOWN], test["masks"][:SHOWN]
         overlays(images, drawn, output / "masks.png", known=masks, titles=titles)

@@ -1,6 +1,7 @@
 """hf-xent: every command, its JSON, its errors in one line, its help."""
 
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -17,11 +18,14 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_xent import cli
+from hf_xent.bench import memory
 from hf_xent.cli import options, output
+from hf_xent.experiments import arms
 from hf_xent.experiments.fields import option
 from hf_xent.experiments.finetuning import PATCHED, STOCK, Run, fit
 from hf_xent.models.quiet import quiet_loading
 from hf_xent.patching import comparison
+from hf_xent.system.processes import Worker
 from support.models import tiny, tiny_tokenizer
 from support.zoo import build
 
@@ -142,10 +146,25 @@ def test_real_warnings_are_heard_while_libraries_load(monkeypatch):
     assert "TQDM_DISABLE" not in os.environ
 
 
-def test_an_arm_that_fails_is_reported(model_folder, tmp_path):
+class InThisProcess(Worker):
+    """A worker whose function is called at once, here: two processes would first load the libraries, for seconds."""
+
+    def __init__(self, name, target, *args, remedy=""):
+        self.name, self.remedy = name, remedy
+        self.pipe, child = multiprocessing.Pipe()
+        target(child, *args)
+
+    def close(self, seconds=10):
+        self.pipe.close()
+
+
+def test_an_arm_that_fails_is_reported(model_folder, tmp_path, monkeypatch):
+    """It fails before the first step, so it never waits for its turn."""
+    monkeypatch.setattr(arms, "Worker", InThisProcess)
+    monkeypatch.setattr(memory, "return_large_blocks", lambda: None)  # of processes that end soon
     short = tmp_path / "short.txt"
     short.write_text("the dog")
-    with pytest.raises(RuntimeError, match=r"run failed: ValueError: dataset .* choose a smaller block_size"):
+    with pytest.raises(RuntimeError, match=r"the stock run failed: ValueError: dataset .* choose a smaller block_size"):
         small_run(model_folder, short, tmp_path, "--compare")
 
 

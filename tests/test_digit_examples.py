@@ -85,19 +85,19 @@ def test_sensor_digits(examples, tmp_path, monkeypatch):
 
     steps = np.random.default_rng(0).normal(size=(600, 3)).cumsum(0)
     monkeypatch.setattr(example, "file_of", lambda *_: archive(tmp_path / "resources.tar.gz", steps))
-    np.testing.assert_allclose(example.read("nox"), steps)
-    changes = {"LENGTH": 12, "BEFORE": 4, "LEVELS": 4, "WINDOWS": 20}
+    np.testing.assert_allclose(example.read(), steps)
+    changes = {"LENGTH": 12, "BEFORE": 4, "LEVELS": 4, "STRIDES": (40, 8, 8)}
     for name, value in changes.items():
         monkeypatch.setattr(example, name, value)
     example.TRAINING["num_train_epochs"] = 1
-    found = example.main("nox", 1, tmp_path / "out")
+    found = example.main(1, tmp_path / "out")
     rows = {arm: found[arm][0] for arm in found}
     assert set(rows) == {*example.ARMS, *example.CONTROLS}
     assert all(np.isfinite(row["density"]) for row in rows.values())
     assert rows["walk, normal"]["density"] < rows["constant, normal"]["density"], "it is a random walk"
     assert all(0 < rows[arm]["digits"] < 4 for arm in example.ARMS)
     monkeypatch.setattr(example, "trained", None)
-    assert example.main("nox", 1, tmp_path / "out") == found
+    assert example.main(1, tmp_path / "out") == found
 
 
 def test_densities_of_the_controls(examples):

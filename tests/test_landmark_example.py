@@ -1,4 +1,4 @@
-"""The example of landmarks on stand-ins of its data: every arm has results, which stay; what is erased is erased."""
+"""The example of landmarks, on stand-ins of its data: every arm has results, which stay, and squares are erased."""
 
 import json
 import runpy
@@ -63,5 +63,7 @@ def test_rings_against_masks(stand_ins, tmp_path):
         assert f"| {arm} |" in (tmp_path / "out" / "README.md").read_text()
     assert found["true ring"][0]["Dice, 0"] > 0.97 and found["true ring"][0]["one piece, 20"] == 1
     assert found["mean shape"][0]["Dice, 28"] == found["mean shape"][0]["Dice, 0"] > 0.4
+    with images.open(tmp_path / "out" / "landmarks.png") as picture:
+        assert min(picture.size) > 400
     assert np.load(tmp_path / "out" / "landmarks-0.npz")["20"].shape == (16, 40, 2)
     assert main(train=14, epochs=0.5, seeds=1, output=tmp_path / "out") == found

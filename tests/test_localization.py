@@ -353,7 +353,9 @@ def test_options_are_checked():
         localize(localizer, pictures(), threshold=2)
     with pytest.raises(ValueError, match="top_classes is 1, and labels"):
         localize(localizer, pictures(), top_classes=1, labels=LABELS)
-    with pytest.raises(ValueError, match="has no list of layers"):
+    with pytest.raises(ValueError, match="layer is 'x', but a Localizer"):
+        localize(localizer, pictures(), layer="x")
+    with pytest.raises(ValueError, match="has no list of two or more layers"):
         Localizer.from_classifier(nn.Linear(2, 2))
 
 
@@ -412,6 +414,10 @@ def test_masks_and_boxes_are_those_of_the_maps():
     torch.testing.assert_close(given, nn.functional.interpolate(chosen, (32, 32), mode="bilinear")[:, 0])
     maps = nn.functional.interpolate(cam(model, x, LABELS)[:, None], (32, 32), mode="bilinear")
     torch.testing.assert_close(localize(model, x, labels=LABELS).maps, maps[:, 0])
+    early = cam(model, x, LABELS, layer=LAYERS["resnet"])
+    assert early.shape == (2, 4, 4) and maps.shape[1:] != early.shape[1:]
+    early = nn.functional.interpolate(early[:, None], (32, 32), mode="bilinear")[:, 0]
+    torch.testing.assert_close(localize(model, x, labels=LABELS, layer=LAYERS["resnet"]).maps, early)
 
 
 @pytest.mark.parametrize(("name", "layer"), [("convnext", "convnext.encoder.stages.1"), ("vit", "vit.layers.2")])

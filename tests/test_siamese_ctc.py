@@ -13,17 +13,19 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertForMaskedLM, T5Config, T5Model
 
 from hf_xent import hub
+from hf_xent.classes.heads import inputs_of
 from hf_xent.metrics.edits import edit_distance, error_rate
 from hf_xent.ops import sinkhorn_divergence
 from hf_xent.speech import write_wav
 from hf_xent.trainers import SiameseCTCConfig, SiameseCTCTrainer
 from hf_xent.trainers.siamese_collator import SiameseCollator
-from hf_xent.trainers.siamese_text import TextStates, frame_mask, width_of
+from hf_xent.trainers.siamese_text import TextStates, frame_mask, last_states, width_of
 from support.ranks import run_ranks
 from support.speech import CHARACTERS, MODELS, D, rows_of, text_encoder
 
 LENGTHS = {"wav2vec2": lambda n: ((n - 4) // 3 + 1 - 3) // 2 + 1, "wav2vec2_bert": lambda n: n}
 LENGTHS |= {"hubert": LENGTHS["wav2vec2"], "lasr": lambda n: ((n - 5) // 2 + 1 - 5) // 2 + 1}
+LENGTHS |= {"adapter": lambda n: (LENGTHS["wav2vec2"](n) - 1) // 2 + 1}
 LENGTHS |= {"parakeet": lambda n: (n - 1) // 2 + 1}
 
 
@@ -58,11 +60,16 @@ def placed(states, weight=1.0):
     return torch.cat([states, position[:, None]], 1)[None]
 
 
+def head_of(model):
+    return model.lm_head if hasattr(model, "lm_head") else model.ctc_head
+
+
 def dense_rows(name, model, text, rows, layer=None, weight=1.0):
     """CTC and divergence of each row, alone in its batch, without any padding."""
     column = MODELS[name][1][0]
     for row in rows:
-        output = model(**{column: torch.tensor(row[column])[None]}, output_hidden_states=True)
+        with inputs_of(head_of(model)) as seen:  # there is no dropout before it
+            output = model(**{column: torch.tensor(row[column])[None]})
         frames = LENGTHS[name](len(row[column]))
         assert output.logits.shape[1] == frames
         logp = output.logits[0].log_softmax(-1)
@@ -71,13 +78,18 @@ def dense_rows(name, model, text, rows, layer=None, weight=1.0):
         ctc = F.ctc_loss(logp[:, None], labels[None], *sizes, reduction="sum", zero_infinity=True)
         states = text(input_ids=ids).last_hidden_state[0]
         states = states if layer is None else layer(states)
-        sides = placed(output.hidden_states[-1][0], weight), placed(states, weight)
+        sides = placed(seen[0][0], weight), placed(states, weight)
         yield ctc, sinkhorn_divergence(*sides, iterations=20)[0], len(labels)
 
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [("wav2vec2", D), ("wav2vec2_bert", 6), ("parakeet", D), pytest.param("hubert", 6, marks=pytest.mark.slow)],
+    [
+        ("wav2vec2", D),
+        ("wav2vec2_bert", 6),
+        ("parakeet", D),
+        pytest.param("hubert", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_three_steps_are_those_of_a_dense_loop(name, width, tmp_path):
     """Rows one by one, so that nothing of a batch or of its padding takes part."""
@@ -114,9 +126,11 @@ def test_frames_are_counted_as_the_model_counts_them(name):
     model, batch = MODELS[name][0](), SiameseCollator()(rows_of(name))
     column = MODELS[name][1][0]
     speech = {key: batch[key] for key in (column, "attention_mask")}
-    output = model(**speech, output_hidden_states=True)
-    states = output.hidden_states[-1]
-    assert states.shape == (6, output.logits.shape[1], width_of(model))
+    with last_states(model) as seen, inputs_of(head_of(model)) as before:
+        logits = model(**speech).logits
+    [states] = seen
+    assert torch.equal(states, before[0]), "what the head sees"
+    assert states.shape == (6, logits.shape[1], width_of(model))
     kept = frame_mask(model, batch["attention_mask"], states.shape[1], states)
     assert kept.sum(1).tolist() == [LENGTHS[name](len(row[column])) for row in rows_of(name)]
     assert bool(frame_mask(model, None, 3, states).all())
@@ -141,7 +155,9 @@ def test_padding_changes_nothing(tmp_path):
     batch = SiameseCollator(text_pad=0)(rows)
     wide = {name: F.pad(value, (0, 7), value=-100 if name == "labels" else 0) for name, value in batch.items()}
     wide["text_input_ids"][:, -7:] = 5  # whatever ids stand there
-    trainer.model.eval()
+    trainer.model.eval().double()  # but transformers computes CTC in float32
+    for given in (batch, wide):
+        given["input_values"] = given["input_values"].double()
     losses = []
     for given in (batch, wide):
         trainer.model.zero_grad()
@@ -149,8 +165,9 @@ def test_padding_changes_nothing(tmp_path):
         loss.backward()
         losses.append((loss.detach(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-    alone = [trainer.compute_loss(trainer.model, SiameseCollator()([row])).item() for row in rows]
-    assert losses[0][0].item() == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+    single = [SiameseCollator()([row]) for row in rows]
+    alone = [trainer.compute_loss(trainer.model, {**x, "input_values": x["input_values"].double()}) for x in single]
+    assert losses[0][0].item() == pytest.approx(sum(alone).item() / len(alone), rel=1e-4)
 
 
 def test_gradients_reach_both_sides_unless_the_text_is_detached(tmp_path):

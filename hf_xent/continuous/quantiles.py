@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ class Quantiles:
 
 def check_levels(levels: Any) -> None:
     """Refuse a number of levels that is not whole or below 2. Raises: ValueError."""
-    if not isinstance(levels, int) or levels < 2:
+    if not isinstance(levels, Integral) or levels < 2:
         raise ValueError(f"levels is {levels!r}: choose a whole number of at least 2")
 
 

@@ -52,6 +52,7 @@ def localize(
     labels: Tensor | None = None,  # [B]
     threshold: float = 0.5,
     top_classes: int | None = None,
+    layer: str | None = None,
 ) -> Localization:
     """Maps, masks and boxes of images, in evaluation mode and without gradients.
 
@@ -63,18 +64,22 @@ def localize(
             masks or boxes: no other number decides as much.
         top_classes: Over the maps of how many predicted classes the mean is taken; that of the configuration if None, 1
             for another classifier.
+        layer: The layer for `cam`, if the model is no `Localizer`.
 
     Returns:
         The maps, masks and boxes.
 
     Raises:
-        ValueError: The threshold is out of range, or top_classes is below 1 or given with labels.
+        ValueError: The threshold is out of range, top_classes is below 1 or given with labels, or a layer for a
+            `Localizer`.
     """
     if not is_number(threshold, "[0, 1]"):
         raise ValueError(f"threshold is {threshold!r}: choose a number from 0 to 1")
     if labels is not None and top_classes is not None:
         raise ValueError(f"top_classes is {top_classes}, and labels are given: choose one of them")
     config: Any = model.config if isinstance(model, Localizer) else None
+    if config and layer is not None:
+        raise ValueError(f"layer is {layer!r}, but a Localizer's masks are of the layer it was made with: leave it out")
     if top_classes is None:
         top_classes = config.top_classes if config else 1
     check_count("top_classes", top_classes, 1)
@@ -86,7 +91,7 @@ def localize(
     if config:
         maps = outputs.maps[torch.arange(len(classes), device=classes.device)[:, None], classes].mean(1)
     else:
-        maps = torch.stack([cam(model, pixel_values, column) for column in classes.unbind(1)]).mean(0)
+        maps = torch.stack([cam(model, pixel_values, column, layer=layer) for column in classes.unbind(1)]).mean(0)
     maps = in_pixels(maps, pixel_values)
     masks = maps > threshold
     return Localization(classes, maps, masks, largest_boxes(masks))

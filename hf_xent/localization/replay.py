@@ -129,7 +129,7 @@ def stack(model: nn.Module) -> list[str]:
     lists = [(name.count("."), -len(module), name, module) for name, module in model.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) > 1]  # fmt: skip
     if not lists:
-        raise ValueError(f"layer is None, but {type(model).__name__} has no list of layers: give the name of a module")
+        raise ValueError(f"layer is None, but {type(model).__name__} has no list of two or more layers: give the name of a module")
     *_, name, modules = min(lists, key=lambda x: x[:3])
     return [f"{name}.{i}" for i in range(len(modules))]
 

@@ -36,7 +36,7 @@ def separate(
 
     Args:
         model: A network of masks, as the module says; it is left in its mode.
-        waveform: A mixture [T], or several of one length [B, T], on any device.
+        waveform: A mixture [T], or several of one length [B, T], on any device; an array is one on the CPU.
         rate: Its samples per second, which has to be that of the transform; None if it is known to be.
         floor: Shares of the mask below it become 0, likewise for the accompaniment; it is chosen on validation data.
         binary: Whether the mask is cut at 1/2 to zeros and ones, without a floor.
@@ -53,6 +53,7 @@ def separate(
     stft = STFT.of(model.config) if stft is None else stft
     if rate is not None and rate != stft.rate:
         raise ValueError(f"rate is {rate}, but the model has learned from {stft.rate} samples a second: resample to it")
+    waveform = torch.as_tensor(waveform)
     check_waveform(waveform)
     if waveform.ndim > 2:
         raise ValueError(f"waveform has shape {tuple(waveform.shape)}: give one [T], or several [B, T]")

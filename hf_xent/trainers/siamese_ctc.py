@@ -39,7 +39,7 @@ from .batches import refuse_unlabeled
 from .refusals import OWN_LOSS, refuse_options
 from .rows import IDS
 from .siamese_collator import TEXT, TEXT_MASK, SiameseCollator
-from .siamese_text import TextStates, check_model, check_text_encoder, frame_mask, text_of, width_of
+from .siamese_text import TextStates, check_model, check_text_encoder, frame_mask, last_states, text_of, width_of
 
 
 @dataclass
@@ -158,14 +158,15 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
         """
         refuse_unlabeled(inputs)
         speech = {name: value for name, value in inputs.items() if name not in (TEXT, TEXT_MASK)}
-        outputs = model(**speech, output_hidden_states=self.text is not None)
+        with last_states(model) as seen:
+            outputs = model(**speech)
         rows = len(inputs["labels"])
         config: Any = inner_of(model).config
         ctc = outputs.loss if config.ctc_loss_reduction == "sum" else outputs.loss * rows
         self._note("ctc", ctc.detach(), rows)
         total = ctc
         if self.text is not None:
-            divergence = self.divergences(outputs, inputs).sum()
+            divergence = self.divergences(seen[-1], inputs).sum()
             self._note("divergence", divergence.detach(), rows)
             total = ctc + self.args.ot_weight * divergence
         loss = total / (rows if num_items_in_batch is None else num_items_in_batch)
@@ -173,11 +174,11 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
-    def divergences(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+    def divergences(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """The divergence of each row's speech and text.
 
         Args:
-            outputs: The outputs of the model, with its hidden states.
+            states: The last states of the acoustic encoder, [B, S, D].
             inputs: The batch.
 
         Returns:
@@ -186,7 +187,6 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
         Raises:
             ValueError: The batch has no text, or a row is shorter than a frame of the encoder.
         """
-        states = outputs.hidden_states[-1]
         kept = frame_mask(self.model, inputs.get("attention_mask"), states.shape[1], states)
         ids, mask = text_of(inputs)
         sides = [(states, kept), (self.text(ids, mask), mask)]

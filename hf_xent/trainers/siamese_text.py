@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,34 @@ def check_text_encoder(args: Any, encoder: Any, speech: Any) -> None:
         raise ValueError("text_encoder is the model itself: pass an encoder of texts")
 
 
+def acoustic_encoder(model: Any) -> Any:
+    """What is before the CTC head of a model."""
+    inner: Any = inner_of(model)
+    base = inner.base_model  # the model itself in Parakeet and its relatives, whose encoder has another name
+    return inner.encoder if base is inner else base
+
+
 def width_of(model: Any) -> int:
     """The width of the states that the CTC head of a model sees."""
-    config: Any = inner_of(model).config
-    config = getattr(config, "encoder_config", config)  # Parakeet and LASR
+    config: Any = acoustic_encoder(model).config
+    config = getattr(config, "audio_config", config)  # omniASR
     if getattr(config, "add_adapter", False):  # wav2vec 2.0, WavLM
         return int(config.output_hidden_size)
     return int(config.hidden_size)
+
+
+@contextmanager
+def last_states(model: Any) -> Iterator[list[Tensor]]:
+    """While it is open, the last states [B, S, D] of each forward pass are appended to a list.
+
+    They are behind the adapter and the last normalization, if there are such, where `hidden_states[-1]` may not be.
+    """
+    seen: list[Tensor] = []
+    handle = acoustic_encoder(model).register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def frame_mask(model: Any, attention_mask: Tensor | None, frames: int, like: Tensor) -> Tensor:

@@ -51,6 +51,10 @@ def parakeet(**options):
 
 MODELS = {
     "wav2vec2": (lambda **options: of_waves("Wav2Vec2", **options), ("input_values",)),
+    "adapter": (
+        lambda **options: of_waves("Wav2Vec2", add_adapter=True, num_adapter_layers=1, output_hidden_size=6, **options),
+        ("input_values",),
+    ),
     "hubert": (lambda **options: of_waves("Hubert", **options), ("input_values",)),
     "wav2vec2_bert": (wav2vec2_bert, ("input_features", MEL)),
     "lasr": (lasr, ("input_features", MEL)),
