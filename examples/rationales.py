@@ -8,8 +8,8 @@ it is. Masks: by cross-entropy of what is kept and the area; by BAS and the area
 gradient x input, attention, occlusion. Controls: log odds of words, the place in the training texts' evidence, which
 knows what no other arm is told, and random weights. Average precision and IoU ask for the planted sentence; for IoU, as
 many words are taken as it has. Comprehensiveness and sufficiency (low is good) are of planted texts and of articles,
-where no evidence is known. A seed draws texts, head and order. The weights of areas were chosen before, on seed 0 of a
-pilot, so that areas are near a third, the evidence's share.
+where no evidence is known. A seed draws texts, head and order. The weights of areas were chosen before, by a
+pilot of one seed, so that areas come near a third, the share of the evidence.
 Decided before: BAS helps if the mask by CE and BAS has more average precision than that by CE, by the 95 % interval of
 the difference; it is worth its training if it has more than the best of the three others.
 """
