@@ -13,7 +13,18 @@ import transformers
 import trl
 from packaging import version
 from torch.nn import functional as F
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    HfArgumentParser,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import hf_xent
 from hf_xent import trainers
@@ -101,6 +112,40 @@ def test_accumulation_does_not_change_gradients(tmp_path, rows, loss):
         found.append((entry["loss"], entry["grad_norm"], entry["perplexity"]))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
+@pytest.mark.parametrize("kind", ["bart", "t5", "bert"])
+def test_accumulation_of_models_that_do_not_read_the_number_of_items(tmp_path, kind, loss):
+    """The stock trainer adds up the means of their batches; labels are of 1 to 8 tokens, so those means differ."""
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    make = {
+        "bart": lambda: BartForConditionalGeneration(BartConfig(vocab_size=V, d_model=16, **heads, **layers)),
+        "t5": lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
+                     decoder_start_token_id=0)
+        ),
+        "bert": lambda: BertForMaskedLM(
+            BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                       **none)
+        ),
+    }[kind]  # fmt: skip
+    ids = torch.randint(3, V, (8, 10), generator=torch.Generator().manual_seed(1))
+    texts = [
+        {"input_ids": row.tolist(), "labels": [-100] * (i + 2) + row[i + 2 :].tolist()} for i, row in enumerate(ids)
+    ]
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        config = arguments(tmp_path, XentConfig, **sizes, max_steps=1, learning_rate=0.0, max_grad_norm=0.0)
+        trainer = XentTrainer(make(), config, loss=loss, train_dataset=texts)
+        trainer.train()
+        entry = trainer.state.log_history[0]
+        found.append((entry["loss"], entry["grad_norm"], entry["perplexity"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "emo"])

@@ -178,13 +178,7 @@ class EISLTrainer(XentTrainer):
         if objective is not None:
             assert self._patched_loss is not None
             objective.loss = CrossEntropy() if is_first else self._patched_loss
-        if num_items_in_batch is None or not is_encoder_decoder(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # transformers' encoder-decoders ignore num_items_in_batch: they return the mean of a batch
-        loss, outputs = super().compute_loss(model, dict(inputs), True)
-        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = loss * self._weights_of(inputs).sum() / num_items_in_batch * across
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     @property
     def _ce_steps(self) -> int:

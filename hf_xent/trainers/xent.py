@@ -24,7 +24,7 @@ from ..losses.base import Loss
 from ..losses.cross_entropy import CrossEntropy
 from ..patching import lazily, patch, patch_state
 from .base import Method
-from .batches import refuse_unlabeled
+from .batches import refuse_unlabeled, shifts_labels
 from .evaluated import Evaluated
 from .loss_options import LossOptions
 from .refusals import NO_MODEL_INIT
@@ -136,7 +136,7 @@ class XentTrainer(Weighted, Evaluated, Method, Carded, SplitSequences, Trainer):
         """
         if self.compute_loss_func is None:
             refuse_unlabeled(inputs)
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result = self._loss_of_model(model, inputs, return_outputs, num_items_in_batch)
         elif TOKENS in inputs:
             raise ValueError(
                 f"compute_loss_func is given, but a batch has {TOKENS}, which it does not get: remove the column, or"
@@ -150,6 +150,19 @@ class XentTrainer(Weighted, Evaluated, Method, Carded, SplitSequences, Trainer):
         loss, outputs = result
         measured = self._measured(outputs["logits"], inputs)
         return loss, outputs if measured is None else {"loss": loss, **measured}
+
+    def _loss_of_model(self, model: Any, inputs: dict[str, Any], return_outputs: bool, num_items: Any) -> Any:
+        """The loss that the model returns, divided by the labels of all accumulated batches, if they are counted.
+
+        transformers' encoder-decoders and masked language models take `num_items_in_batch` without reading it, so that
+        its trainer adds up the means of accumulated batches. Their mean is weighed by the batch's share of labels here.
+        """
+        if num_items is None or shifts_labels(self.model):
+            return super().compute_loss(model, inputs, return_outputs, num_items)
+        loss, outputs = super().compute_loss(model, dict(inputs), True)
+        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = loss * self._weights_of(inputs).sum() / num_items * across
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
