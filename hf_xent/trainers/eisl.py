@@ -120,8 +120,8 @@ class EISLTrainer(XentTrainer):
     Args:
         model: A language model, as for `XentTrainer`; with `own_inputs` an encoder and a decoder, or a causal LM.
         args: The configuration; `EISLConfig(output_dir="out")` if it is left out.
-        loss: Registry name or `hf_xent.losses.Loss` of a baseline; it takes precedence over `args.loss`.
-        **kwargs: As for `XentTrainer`, but without `compute_loss_func`.
+        **kwargs: As for `XentTrainer`, but without `compute_loss_func`; a `loss`, of a baseline, takes precedence over
+            `args.loss`.
 
     Raises:
         ValueError: Options that do not fit each other, the loss or the model, or what `XentTrainer` refuses; in
