@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from support.hub_server import serving
 from support.networks import NETWORKS, built, run
@@ -81,3 +81,10 @@ def test_what_was_saved_loads_as_the_class_that_is_installed(tmp_path, name):
     for key in expected:
         torch.testing.assert_close(found[key], expected[key])
     assert described(back.config.to_dict()) == described(model.config.to_dict())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_trainer_averages_the_losses_of_accumulated_batches(tmp_path, name):
+    """Losses are means over a batch: no network may say that it divides by a number of items that it is given."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert not Trainer(built(name)[0], arguments).model_accepts_loss_kwargs

@@ -109,6 +109,7 @@ class Localizer(PreTrainedModel):
 
     config_class = LocalizerConfig
     main_input_name = "pixel_values"
+    accepts_loss_kwargs = False  # the loss is a mean over the images of a batch
     supports_gradient_checkpointing = False  # a layer that is computed again would not have the features of a replay
 
     def __init__(self, config: LocalizerConfig, classifier: PreTrainedModel | None = None):
