@@ -70,7 +70,7 @@ def test_error_and_use_of_normal_numbers(levels, error):
         for r, a, b in zip(made.values[0].tolist(), edges[:-1], edges[1:], strict=True)
     )
     share = np.diff(norm.cdf(edges))
-    assert found == pytest.approx(error, rel=0.005, abs=2e-4)  # the published ones are means of samples
+    assert found == pytest.approx(error, rel=0.005, abs=2e-4)  # the numbers to compare with are means of samples
     assert np.log2(levels) + (share * np.log2(share)).sum() < 0.015
     lloyd = {4: 0.1175, 16: 0.0095}.get(levels, 0)  # the least there can be, Max 1960
     assert found > lloyd
