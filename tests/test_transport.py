@@ -195,7 +195,7 @@ def test_refusals():
         sinkhorn_divergence(x, y[:, :0])
     with pytest.raises(ValueError, match=r"x is \(2, 3, 2\) and y \(2, 4, 1\): give"):
         sinkhorn_divergence(x, y[..., :1])
-    with pytest.raises(ValueError, match=r"y_mask is \(2, 3\), but y is \(2, 4, 2\): fit them"):
+    with pytest.raises(ValueError, match=r"y_mask is \(2, 3\), but y is \(2, 4, 2\): give one a position"):
         sinkhorn_divergence(x, y, None, empty)
     with pytest.raises(ValueError, match=r"blur is 0: choose a number in \(0, inf\)"):
         sinkhorn_divergence(x, y, blur=0)
