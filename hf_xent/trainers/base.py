@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..options.ranges import check_flag, check_integer, check_number, check_text
@@ -237,6 +238,19 @@ class Method(Mixin):
         """Adds a total over `count` items to a mean or a count; it has an effect only within a step."""
         if self._in_training is not None:
             self._sums[self._in_training].add(name, total, count, self.accelerator.device)
+
+    def _counted_over_processes(self, count: Tensor | float, device: torch.device) -> Tensor:
+        """The items of a step by which its losses are divided: those of all processes, unless the arguments say not."""
+        total = torch.as_tensor(count, dtype=torch.float32, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total.reshape(1)).sum()
+        return total
+
+    @property
+    def _averaged_by(self) -> int:
+        """What a loss that was divided by a count of all processes is multiplied by: DDP averages their gradients."""
+        processes: int = self.accelerator.num_processes
+        return processes if self.args.average_tokens_across_devices else 1
 
     def _means(self, training: bool) -> dict[str, float]:
         """Means and counts since the last call, over all processes; those without any items are left out."""

@@ -207,10 +207,7 @@ class ClassTrainer(Method, Carded, Trainer):
         if not self.objective.per_row or not batch_samples:
             return None
         total = sum(self._counted(self.reader.labels(batch)) for batch in batch_samples)
-        total = torch.as_tensor(total, dtype=torch.float32, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total.reshape(1)).sum()
-        return total
+        return self._counted_over_processes(total, device)
 
     def _counted(self, labels: Tensor) -> Tensor:
         """The number of labels, or the sum of their weights."""
@@ -268,8 +265,8 @@ class ClassTrainer(Method, Carded, Trainer):
             weighted = loss if self._weights is None else loss * self._weights.to(loss.device)[rows.labels]
             count = self._counted(rows.labels).clamp(min=1) if num_items is None else num_items
             loss = weighted.sum() / count
-            if num_items is not None and self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
+            if num_items is not None:
+                loss = loss * self._averaged_by
         return loss
 
     def prediction_step(

@@ -172,10 +172,7 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
         """The number of rows in the batches of a step; None for the loss of a batch."""
         if self.averages_items or not batch_samples:
             return None
-        total = torch.tensor(sum(map(_rows, batch_samples)), dtype=torch.float32, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total.reshape(1)).sum()
-        return total
+        return self._counted_over_processes(sum(map(_rows, batch_samples)), device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -201,9 +198,7 @@ class EncoderCalibrationTrainer(Method, Carded, Trainer):
             for name, found in (("accuracy", logits), ("adversarial_accuracy", attacked_logits)):
                 self._note(name, (found.argmax(-1) == target.labels).sum(), len(found))
         rows = rows + self.args.drift_weight * drift
-        loss = rows.mean() if num_items_in_batch is None else rows.sum() / num_items_in_batch
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
+        loss = rows.mean() if num_items_in_batch is None else rows.sum() / num_items_in_batch * self._averaged_by
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(

@@ -143,10 +143,7 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
         if not batch_samples:
             return None
         rows = sum(len(batch["labels"]) for batch in batch_samples if batch.get("labels") is not None)
-        total = torch.tensor(rows, dtype=torch.float32, device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.gather(total.reshape(1)).sum()
-        return total
+        return self._counted_over_processes(rows, device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -169,9 +166,7 @@ class SiameseCTCTrainer(Method, Carded, Trainer):
             divergence = self.divergences(seen[-1], inputs).sum()
             self._note("divergence", divergence.detach(), rows)
             total = ctc + self.args.ot_weight * divergence
-        loss = total / (rows if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
+        loss = total / rows if num_items_in_batch is None else total / num_items_in_batch * self._averaged_by
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def divergences(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:

@@ -160,8 +160,7 @@ class XentTrainer(Weighted, Evaluated, Method, Carded, SplitSequences, Trainer):
         if num_items is None or shifts_labels(self.model):
             return super().compute_loss(model, inputs, return_outputs, num_items)
         loss, outputs = super().compute_loss(model, dict(inputs), True)
-        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        loss = loss * self._weights_of(inputs).sum() / num_items * across
+        loss = loss * self._weights_of(inputs).sum() / num_items * self._averaged_by
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
