@@ -208,8 +208,7 @@ class LNRemovalTrainer(XentTrainer):
         count = (targets(inputs) != -100).sum()
         if num_items is None:
             return count.clamp(max=1)
-        share = count / num_items
-        return share * self.accelerator.num_processes if self.args.average_tokens_across_devices else share
+        return count / num_items * self._averaged_by
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds how many norms are left, and the auxiliary terms."""

@@ -198,8 +198,8 @@ class NoiseFiTTrainer(XentTrainer):
         loss = logits.with_head(
             lambda hidden, head: self._hybrid(hidden.chunk(copies, int(in_row)), head, labels, num_items_in_batch)
         )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # as Trainer does, since DDP averages over the ranks
+        if num_items_in_batch is not None:
+            loss = loss * self._averaged_by
         return (loss, output) if return_outputs else loss
 
     def _hybrid(self, passes: Sequence[Tensor], head: Head, labels: Tensor, num_items: Tensor | None) -> Tensor:
