@@ -21,7 +21,7 @@ FLOORS = {
         *("trainers", "callbacks", "detection", "generation", "ln_free", "teachers", "retrieval", "adapt"),
         *("localization",),
     ),
-    4: ("bench", "experiments", "cem"),
+    4: ("bench", "experiments", "cem", "recipes", "planning", "dashboard", "integrations"),
     5: ("cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}

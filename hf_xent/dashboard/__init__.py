@@ -1,0 +1,1 @@
+"""Floor 4: the folder of a run as one static page of HTML."""

@@ -1,0 +1,1 @@
+"""Floor 4: plugins for other trainers, in the form that each of them loads."""
