@@ -13,11 +13,12 @@ from .ln_free import app as ln_free
 from .publish import publish
 from .scaling import app as scaling
 from .search import search
+from .show import show
 from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report):
+for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")
