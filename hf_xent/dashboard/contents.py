@@ -67,6 +67,8 @@ class Table:
     rows: list[list[str]]
     section: str = RESULTS
     note: str = ""
+    names: int = 1
+    """How many columns, from the left, are names."""
     texts: bool = False
     """Whether cells are texts, which wrap, and not numbers."""
 
@@ -98,8 +100,8 @@ class Folder:
     """The files that were read, relative to the folder."""
 
     def set(self, settings: dict[str, Any]) -> None:
-        """Adds settings; those that are None are left out."""
-        self.settings |= {name: shown(value) for name, value in settings.items() if value is not None}
+        """Adds settings; those that are None or empty are left out."""
+        self.settings |= {name: shown(value) for name, value in settings.items() if value not in (None, {}, [])}
 
     def summary(self) -> dict[str, Any]:
         """What was found, for JSON."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
+from ..experiments.finetuning import STOCK
 from .contents import Chart, Curve, is_number
 
 WIDTH, HEIGHT, ROW = 420, 250, 24
@@ -57,7 +58,8 @@ def drawn(chart: Chart, colors: Mapping[str, int]) -> Drawn | None:
     if not points:
         return None
     xs, ys = [x for x, _ in points], [float(y) for _, y in points if y is not None]
-    x_ticks = _decades(min(xs), max(xs)) if chart.log_x else _ticks(min(xs), max(xs))
+    whole = all(isinstance(x, int) for x in xs)
+    x_ticks = _decades(min(xs), max(xs)) if chart.log_x else _ticks(min(xs), max(xs), whole=whole)
     if chart.rows:
         height = TOP + BOTTOM + ROW * len(chart.rows)
         low, high, y_ticks = len(chart.rows) - 0.5, -0.5, [(float(i), name) for i, name in enumerate(chart.rows)]
@@ -66,8 +68,9 @@ def drawn(chart: Chart, colors: Mapping[str, int]) -> Drawn | None:
         y_ticks = _ticks(0.0, 1.0) if chart.unit else _ticks(min(ys), max(ys))
         low, high = min(min(ys), y_ticks[0][0]), max(max(ys), y_ticks[-1][0])
     y_ticks = [(value, _clipped(label, 24)) for value, label in y_ticks]
-    left = 24 + LETTER * max(len(label) for _, label in y_ticks)
-    place_x = _scale(min(xs), max(xs), left, WIDTH - RIGHT, log=chart.log_x)
+    left = (24 if chart.y else 10) + LETTER * max(len(label) for _, label in y_ticks)
+    inside = 0 if all(curve.joined for curve in chart.curves) else 6  # marks do not lie on the axis
+    place_x = _scale(min(xs), max(xs), left + inside, WIDTH - RIGHT - inside, log=chart.log_x)
     place_y = _scale(low, high, height - BOTTOM, TOP)
     lines = [_line(curve, chart, (place_x, place_y), f"c{colors[curve.name] % COLORS}") for curve in chart.curves]
     names = [
@@ -104,7 +107,8 @@ def _line(curve: Curve, chart: Chart, places: tuple[Callable[[float], float], ..
             value = chart.rows[int(y)] if chart.rows else f"{y:.5g}"
             marks.append((round(place_x(x), 1), round(place_y(y), 1), f"{curve.label}: {value} at {chart.x} {x:.5g}"))
     kind = "" if curve.joined else " points"
-    style = "diagonal" if curve.is_diagonal else f"{color} noted" if curve.note else color
+    color = "diagonal" if curve.is_diagonal else "stock" if curve.name == STOCK else color
+    style = f"{color} noted" if curve.note else color
     return Line(style + kind, " ".join(path), [] if curve.is_diagonal else marks)
 
 
@@ -129,13 +133,13 @@ def _scale(low: float, high: float, start: float, end: float, *, log: bool = Fal
     return lambda value: start + (end - start) * ((of(value) - first) / width + shift)
 
 
-def _ticks(low: float, high: float) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[tuple[float, str]]:
     """Round values that cover an interval, with labels that tell them apart."""
     from matplotlib.ticker import MaxNLocator  # lazy: it takes a third of a second
 
     if low == high:
         return [(low, f"{low:.6g}")]
-    values = [float(v) for v in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    values = [float(v) for v in MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=whole).tick_values(low, high)]
     digits = next((d for d in range(4, 16) if len({f"{v:.{d}g}" for v in values}) == len(values)), 16)
     return [(value, f"{value:.{digits}g}") for value in values]
 

@@ -28,7 +28,9 @@ def overlaid_tables(folders: Sequence[Folder], labels: Sequence[str]) -> list[Ta
                 joined[label, table.title] = replace(table, title=f"{label}: {table.title}")
                 continue
             key = (table.title, *table.head)
-            before = joined.get(key, replace(table, head=["folder", *table.head], rows=[], note=""))
+            before = joined.get(
+                key, replace(table, head=["folder", *table.head], rows=[], note="", names=table.names + 1)
+            )
             notes = [before.note, f"{label}: {table.note}" if table.note else ""]
             rows = [*before.rows, *([label, *row] for row in table.rows)]
             joined[key] = replace(before, rows=rows, note=" ".join(filter(None, notes)))

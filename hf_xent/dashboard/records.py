@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from math import inf
 from statistics import mean, stdev
@@ -28,7 +29,8 @@ def read_trials(folder: Folder, stored: Mapping[str, Any]) -> None:
     """Adds a search, `trials.json`: the score of every trial, the best so far, and the score by parameter."""
     folder.kinds.append("search")
     settings = stored.get("settings", {})
-    folder.set(settings)
+    file = folder.path / "search.json"  # what `hf-xent search` adds: all options of the run
+    folder.set(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings)
     sign = 1 if settings.get("direction", "minimize") == "minimize" else -1
     trials = sorted(stored["trials"], key=lambda t: sign * t["score"] if is_number(t["score"]) else inf)
     names = list(dict.fromkeys(name for trial in trials for name in trial["parameters"]))
@@ -128,11 +130,7 @@ def read_detection(folder: Folder, stored: Mapping[str, Any]) -> None:
             " The baseline 'blind' reads words alone and has not seen the model: where it is above chance, the classes"
             " differ in their topics, and no score is evidence of membership."
         )
-    heads = [
-        name.replace("auroc", "AUROC").replace("_", " ").replace("tpr@", "TPR at ").replace("fpr", " FPR")
-        for name in names
-    ]
-    head = ["score", "mean", "higher is", *heads]
+    head = ["score", "mean", "higher is", *(RATES[name] for name in names)]
     folder.tables.append(Table(f"Scores of {summary['task']}", head, rows, DETECTION, note))
     if roc := stored.get("roc"):
         folder.charts.append(roc_chart(roc, metrics))
