@@ -22,7 +22,7 @@ FLOORS = {
         *("localization",),
     ),
     4: ("bench", "experiments", "cem", "recipes", "planning", "dashboard", "integrations"),
-    5: ("cli", "hf_xent", "__main__"),  # hf_xent is the package's own __init__, which shows what all floors offer
+    5: ("cli", "hf_xent"),  # hf_xent is the package's own __init__, which shows what all floors offer
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts}
 
@@ -37,8 +37,8 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def part_of(module):
-    """The part of the package a module belongs to; the package's own __init__ is `hf_xent`."""
-    return module.split(".")[min(1, module.count("."))]
+    """The part of the package a module belongs to; its own __init__ and __main__ are `hf_xent`."""
+    return module.removesuffix(".__main__").split(".")[min(1, module.removesuffix(".__main__").count("."))]
 
 
 def imported(source, module, is_package):
