@@ -13,8 +13,8 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.
 SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
 UNFINISHED = {
     *("logprobs", "mirostat", "other_vocabularies", "teachers", "training", "self_distil_qa", "selection", "classes"),
-    *("aspects", "retrieval", "attention", "ln_free"),
-    *("detection", "distillation"),
+    *("aspects", "retrieval", "attention"),
+    *("distillation",),
     *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
     *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
     *("subwords", "voice_separation"),
