@@ -1,8 +1,8 @@
 """Write the kernel repository of hf_xent, as `kernels` loads it: `python distribution/kernels/build.py OUT`.
 
-The files are those of hf_xent that need torch alone, unchanged but for the namespace of their operators: `kernels` loads
-several versions into one process, so that the namespace has to be this version's own. There is one folder a backend,
-with the same files; it is named as kernel-builder names those without compiled code.
+The files are those of hf_xent that need torch alone, unchanged but for the namespace of their operators: `kernels` may
+load several versions into one process, so that the namespace has to be this version's own. There is one folder a
+backend, with the same files; it is named as kernel-builder names those without compiled code.
 """
 
 from __future__ import annotations

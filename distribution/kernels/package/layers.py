@@ -1,4 +1,4 @@
-"""Layers whose `forward` takes the place of another module's, by `kernels.kernelize`; they have no state of their own."""
+"""Layers without a state of their own, whose `forward` takes the place of another module's by `kernels.kernelize`."""
 
 import torch
 from torch import nn
