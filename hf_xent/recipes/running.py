@@ -84,7 +84,7 @@ def _trained(name: str, recipe: Recipe, setup: Setup, resume: bool, progress: Pr
     watch = watching(progress.step, memory=False)
     trainer.add_callback(watch)
     trainer.add_callback(_telling(progress))
-    checkpoint = _checkpoint(config.output_dir) if resume else None
+    checkpoint = _checkpoint(config) if resume else None
     evaluates = trainer.eval_dataset is not None
     before = _evaluated(trainer, progress) if evaluates else {}
     progress.phase("training")
@@ -123,13 +123,22 @@ def _evaluated(trainer: Any, progress: Progress) -> dict[str, float]:
     return {key: value for key, value in found.items() if isinstance(value, (int, float)) and key not in left_out}
 
 
-def _checkpoint(folder: str) -> str:
-    """The newest checkpoint of a folder. Raises: ValueError if there is none."""
+def _checkpoint(config: Any) -> str:
+    """The newest checkpoint of a run. Raises: ValueError if there is none, or the run had ended there."""
+    from transformers import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
+    folder = config.output_dir
     found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
     if found is None:
         raise ValueError(f"no checkpoint in {folder}: train with --save_steps first, or without --resume")
+    state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
+    ended = state.global_step >= config.max_steps > 0
+    if ended or (config.max_steps <= 0 and (state.epoch or 0) >= config.num_train_epochs):
+        raise ValueError(
+            f"nothing to resume: {Path(found).name} in {folder} is at the end of the run: set more max_steps or"
+            " num_train_epochs"
+        )
     return found
 
 
