@@ -12,7 +12,7 @@ METHODS = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
 SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
 UNFINISHED = {
-    *("logprobs", "mirostat", "other_vocabularies", "teachers", "training", "self_distil_qa", "selection", "classes"),
+    *("training", "self_distil_qa", "selection", "classes"),
     *("aspects", "retrieval", "attention"),
     *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
     *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
@@ -20,7 +20,7 @@ UNFINISHED = {
 }
 """Pages that do not have all sections yet."""
 
-AS_TEXT = r"\\[^a-zA-Z]|\\operatorname|^[-+=#>]"
+AS_TEXT = r"\\[^a-zA-Z]|\\operatorname|\n[-+=#>]"
 """What GitHub would not read as a formula: escaped punctuation, a refused name, the beginning of a list or heading."""
 
 finished = pytest.mark.parametrize("page", sorted(set(PAGES) - UNFINISHED))
@@ -51,7 +51,7 @@ def test_a_page_shows_its_formula_before_the_first_section(page):
     blocks = re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL)
     inline = re.findall(r"\$([^$\n]+)\$", re.sub(r"\$\$.*?\$\$|`[^`]*`", "", text, flags=re.DOTALL))
     for formula in (*blocks, *inline):
-        assert not re.search(AS_TEXT, formula, re.MULTILINE), formula
+        assert not re.search(AS_TEXT, formula), formula
         made = latex2mathml.convert(formula.strip())
         assert made.startswith("<math") and "\\" not in made, formula  # what it does not know stays as it was
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +20,11 @@ from hf_xent.recipes.arguments import COMMON, parse, parser
 from hf_xent.recipes.base import split_rows
 from hf_xent.recipes.models import refuse_idle_adapters
 from hf_xent.recipes.text import tokenized
+from support.hub_server import serving
 from support.models import tiny, tiny_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
+ROOT = Path(__file__).parents[1]
 runner = CliRunner()
 
 
@@ -85,8 +91,6 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_defaults(tmp_
     assert config.output_dir == "out/noisefit" and config.disable_tqdm and data.dataset_name == "pydoc"
     assert config.num_train_epochs == 5 and model.model_name_or_path == "smollm2"  # NoiseFiT's own, and ours
     assert given == {"learning_rate": 1e-4, "max_steps": 9, "use_peft": True, "lora_r": 4}
-    import os
-
     assert os.environ.pop("ONLY_HERE") == "3"
 
 
@@ -211,3 +215,26 @@ def test_all_arguments_are_listed_on_demand(capsys):
 def _without(arguments, flag):
     place = arguments.index(flag)
     return arguments[:place] + arguments[place + 2 :]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_push(arguments, tmp_path):
+    """`accelerate launch -m hf_xent`: one table, one repository, the losses of one process with the same batches."""
+    alone = run("emo", [*arguments, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "alone")])
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    command += ["--dynamo_backend", "no", "--mixed_precision", "no", "-m", "hf_xent", "emo", *arguments]
+    command += ["--per_device_train_batch_size", "2", "--push", "--hub_model_id", "me/emo", "--json"]
+    with serving() as hub:
+        where = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_of_the_test", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, **where, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": path}
+        found = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert found.returncode == 0, found.stderr[-4000:]
+        files = hub.repos["models/me/emo"].branches["main"]
+    summary = json.loads(found.stdout)  # of the first process alone
+    assert summary["repository"] == "me/emo" and summary["steps"] == 2
+    assert summary["last_loss"] == pytest.approx(alone.summary["last_loss"], rel=1e-5)
+    assert summary["after"]["loss"] == pytest.approx(alone.summary["after"]["loss"], rel=1e-5)
+    assert {"README.md", "model.safetensors", "results.json", "tokenizer.json"} <= set(files)
+    assert b"EMOTrainer" in files["README.md"] and b"hf_of_the_test" not in b"".join(files.values())

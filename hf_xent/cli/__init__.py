@@ -15,11 +15,12 @@ from .publish import publish
 from .recipes import register
 from .scaling import app as scaling
 from .search import search
+from .show import show
 from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report):
+for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
     app.command()(command)
 app.add_typer(data)
 for recipe in RECIPES:

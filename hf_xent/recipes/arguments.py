@@ -71,7 +71,6 @@ def parser(name: str, recipe: Recipe) -> Any:
             raise ValueError(f"{message}: `hf-xent {name} --help-all` lists every argument")
 
     kinds = [recipe.arguments, configuration(recipe), ModelConfig]
-    # TRL 1.16's parser takes any iterable, and a dataclass is not one
     made = Parser(kinds, prog=f"hf-xent {name}", allow_abbrev=False, add_help=False)
     made.set_defaults_with_config(**_defaults(name, recipe))
     return made
@@ -114,14 +113,9 @@ def parse(name: str, recipe: Recipe, arguments: Sequence[str]) -> tuple[Any, Any
         unknown = next((word for word in rest if word.startswith("-")), rest[0])
         raise ValueError(f"{unknown} is no argument of `hf-xent {name}`{_near(unknown.lstrip('-'), known)}")
     data, config, model = parsed
-    at_start = {action.dest: action.default for action in parser(name, recipe)._actions}
-    given = {
-        field.name: getattr(part, field.name)
-        for part in parsed
-        for field in fields(part)
-        if (field.init and field.name in settings) or _is_given(field.name, arguments)
-    }
-    return data, config, model, {key: value for key, value in given.items() if key in at_start}
+    names = [(part, field.name) for part in parsed for field in fields(part) if field.init]
+    given = {name: getattr(part, name) for part, name in names if name in settings or _is_given(name, arguments)}
+    return data, config, model, given
 
 
 def _is_given(name: str, arguments: Sequence[str]) -> bool:
