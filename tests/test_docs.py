@@ -96,11 +96,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "hf-xent train" in (tmp_path / "commands" / "index.html").read_text()
-    hooks = runpy.run_path(str(DOCS / "hooks.py"))
-    for name in hooks["API"]:
+    api = runpy.run_path(str(DOCS / "site_api.py"))
+    for name in api["API"]:
         module, page = importlib.import_module(name), name.removeprefix("hf_xent.")
         text = (tmp_path / "api" / page / "index.html").read_text(encoding="utf-8")
-        homes = [hooks["home"](module, public) for public in getattr(module, "__all__", ())]
+        homes = [api["home"](module, public) for public in getattr(module, "__all__", ())]
         if name == "hf_xent":  # a table, which leads to them
             assert all(f"#{home}" in text or home in sys.modules for home in homes)
         else:

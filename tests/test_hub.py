@@ -7,12 +7,8 @@ import importlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
@@ -27,7 +23,7 @@ from typer.testing import CliRunner
 
 from hf_xent import cli, hub, ln_free
 from hf_xent.trainers import METHODS, LNRemovalConfig, LNRemovalTrainer, XentConfig, XentTrainer
-from support.hub_server import serving
+from support.hub_process import elsewhere
 from support.models import V, tiny, tiny_tokenizer
 
 HEAD = """---
@@ -44,46 +40,10 @@ OLD_HUB = pytest.mark.skipif(
 IDS = torch.arange(3, 19).reshape(2, 8)
 
 
-@dataclass
-class Elsewhere:
-    """The Hub, and the process that knows no other."""
-
-    hub: object
-    pool: ProcessPoolExecutor
-
-    def run(self, function, *arguments, **options):
-        """The result or the error of a function of this file, run there."""
-        return self.pool.submit(function, *arguments, **options).result()
-
-    def files(self, repo_id, kind="models", branch="main"):
-        return self.hub.repos[f"{kind}/{repo_id}"].branches[branch]
-
-
-def only_here():
-    """Connections to anything but this machine are errors, and code that other tests have loaded is not found."""
-    sys.path[:] = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
-    real = socket.socket.connect
-
-    def connect(self, address):
-        assert address[0] == "127.0.0.1", f"tried to reach {address}"
-        real(self, address)
-
-    socket.socket.connect = connect
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    with serving() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_ENDPOINT", server.url)
-        patch.setenv("HF_HOME", str(home))
-        patch.setenv("HF_TOKEN", "hf_of_the_test")
-        for name, value in {"OFFLINE": "0", "DISABLE_XET": "1", "DISABLE_TELEMETRY": "1"}.items():
-            patch.setenv(f"HF_HUB_{name}", value)
-        with ProcessPoolExecutor(1, get_context("spawn"), only_here) as pool:
-            pool.submit(os.getpid).result()  # it has started, with this environment
-            patch.undo()
-            yield Elsewhere(server, pool)
+@pytest.fixture(scope="module", name="elsewhere")
+def _elsewhere(tmp_path_factory):
+    with elsewhere(tmp_path_factory.mktemp("home")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

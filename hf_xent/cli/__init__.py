@@ -11,15 +11,20 @@ from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
 from .publish import publish
+from .recipes import register
 from .scaling import app as scaling
 from .search import search
+from .show import show
 from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report):
+for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
     app.command()(command)
 app.add_typer(data)
+for recipe in ("sft", "emo", "noisefit"):
+    register(recipe)
+register("ln-free", ln_free, "train")
 app.add_typer(ln_free, name="ln-free")
 app.add_typer(distill, name="distill")
 app.add_typer(scaling, name="scaling")

@@ -34,6 +34,7 @@ EXTRAS = {
     "report": "bench",
     "scaling": "detect",
     "search": "train",
+    "show": "detect",
     "train": "train",
 }
 """Command -> the extra of hf-xent that installs its dependencies; the other commands need no extra."""

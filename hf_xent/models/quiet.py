@@ -26,6 +26,8 @@ def quiet_loading() -> Iterator[None]:
     try:
         with warnings.catch_warnings():  # PEFT reads the property that transformers deprecates
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # TRL's configurations set it by default under the name of before transformers 6
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -1,0 +1,84 @@
+"""Each page of a method has the same sections, formulas that can be rendered, options that exist and linked results."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_xent import losses
+
+METHODS = Path(__file__).parents[1] / "docs" / "methods"
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
+SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
+UNFINISHED = {
+    *("training", "self_distil_qa", "selection", "classes"),
+    *("aspects", "retrieval", "attention"),
+    *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
+    *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
+    *("subwords", "voice_separation"),
+}
+"""Pages that do not have all sections yet."""
+
+AS_TEXT = r"\\[^a-zA-Z]|\\operatorname|\n[-+=#>]"
+"""What GitHub would not read as a formula: escaped punctuation, a refused name, the beginning of a list or heading."""
+
+finished = pytest.mark.parametrize("page", sorted(set(PAGES) - UNFINISHED))
+
+
+def without_code(text: str) -> str:
+    """The text without its blocks of code, in which a line may begin with '#' or have a '$'."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_what_is_unfinished_exists():
+    assert UNFINISHED - set(PAGES) == set()
+
+
+@finished
+def test_a_page_has_all_sections_in_order(page):
+    text = without_code(PAGES[page])
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1 and text.startswith("# ")
+    found = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert [name for name in found if name in SECTIONS] == SECTIONS
+
+
+@finished
+def test_a_page_shows_its_formula_before_the_first_section(page):
+    latex2mathml = pytest.importorskip("latex2mathml.converter", reason="pip install -e .[docs]")
+    text = without_code(PAGES[page])
+    assert re.search(r"^\$\$$", text.partition("\n## ")[0], re.MULTILINE)
+    blocks = re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL)
+    inline = re.findall(r"\$([^$\n]+)\$", re.sub(r"\$\$.*?\$\$|`[^`]*`", "", text, flags=re.DOTALL))
+    for formula in (*blocks, *inline):
+        assert not re.search(AS_TEXT, formula), formula
+        made = latex2mathml.convert(formula.strip())
+        assert made.startswith("<math") and "\\" not in made, formula  # what it does not know stays as it was
+
+
+@finished
+def test_the_example_is_python(page):
+    section = PAGES[page].partition("\n## Example\n")[2].partition("\n## Options\n")[0]
+    assert "```python\n" in section
+
+
+@finished
+def test_the_options_of_a_page_exist(page):
+    section = PAGES[page].partition("\n## Options\n")[2].partition("\n## What was measured\n")[0]
+    names = re.findall(r"^<!-- options: (.*) -->$", section, re.MULTILINE)
+    assert names and len(names) == len(re.findall("<!-- options", PAGES[page]))
+    for name in names:
+        kind, _, loss = name.rpartition(" ")
+        if kind:
+            assert (kind, losses.LOSSES.get(loss)) != ("loss", None), name
+        else:
+            module, _, attribute = name.rpartition(".")
+            assert callable(getattr(importlib.import_module(module), attribute)), name
+
+
+@finished
+def test_a_page_links_to_results_or_says_that_there_are_none(page):
+    section = PAGES[page].partition("\n## What was measured\n")[2].partition("\n## Cost\n")[0]
+    links = re.findall(r"\]\((\.\./[^)#\s]+)[^)]*\)", section)
+    assert [link for link in links if not (METHODS / link).exists()] == []
+    assert any("benchmarks/results/" in link for link in links) or "not measured" in section.lower()
