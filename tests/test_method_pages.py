@@ -12,8 +12,6 @@ METHODS = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
 SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
 UNFINISHED = {
-    *("training", "self_distil_qa", "selection", "classes"),
-    *("aspects", "retrieval", "attention"),
     *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
     *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
     *("subwords", "voice_separation"),
