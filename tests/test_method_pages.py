@@ -14,9 +14,6 @@ SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured",
 UNFINISHED = {
     *("training", "self_distil_qa", "selection", "classes"),
     *("aspects", "retrieval", "attention"),
-    *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
-    *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
-    *("subwords", "voice_separation"),
 }
 """Pages that do not have all sections yet."""
 
