@@ -11,11 +11,7 @@ from hf_xent import losses
 METHODS = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
 SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
-UNFINISHED = {
-    *("adaptation", "basnet", "caches", "calibration", "cem", "continuous", "ctc_transport", "eisl", "paths", "rasch"),
-    *("encoder_calibration", "forecasts", "geometry", "landmarks", "laws", "localization", "rationales", "robust"),
-    *("subwords", "voice_separation"),
-}
+UNFINISHED: set[str] = set()
 """Pages that do not have all sections yet."""
 
 AS_TEXT = r"\\[^a-zA-Z]|\\operatorname|\n[-+=#>]"
