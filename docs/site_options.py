@@ -92,11 +92,11 @@ def options_of(value: Any) -> Iterator[Option]:
     if is_dataclass(value):
         mine = [base for base in value.__mro__ if base.__module__.startswith("hf_xent")]
         declared = dict.fromkeys(name for base in mine for name in vars(base).get("__annotations__", ()))
-        by_name = {field.name: field for field in fields(value) if field.init}
-        for name in declared:
-            if name in by_name:
-                yield Option(name, _default(by_name[name]), _help(value, by_name[name]))
-        return
+        by_name = {field.name: field for field in fields(value) if field.init and field.name in declared}
+        own = [name for name in declared if name in by_name]
+        yield from (Option(name, _default(by_name[name]), _help(value, by_name[name])) for name in own)
+        if by_name:  # else its fields are those of another library, and its own options are parameters
+            return
     texts = arguments(inspect.getdoc(value) or "")
     for name, parameter in inspect.signature(value).parameters.items():
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
