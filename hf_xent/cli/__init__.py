@@ -1,5 +1,6 @@
 """The command line `hf-xent`, one file for each subject. Heavy imports are inside the commands, for a fast `--help`."""
 
+from ..recipes import RECIPES
 from .app import app, main
 from .attack import attack
 from .bench import bench, report
@@ -22,8 +23,9 @@ __all__ = ["app", "main"]
 for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
     app.command()(command)
 app.add_typer(data)
-for recipe in ("sft", "emo", "noisefit"):
-    register(recipe)
+for recipe in RECIPES:
+    if recipe != "ln-free":
+        register(recipe)
 register("ln-free", ln_free, "train")
 app.add_typer(ln_free, name="ln-free")
 app.add_typer(distill, name="distill")

@@ -80,8 +80,8 @@ def _costs(outcomes: list[Mapping[str, Any]]) -> Table:
     if len(rows) == 2 and all(map(all, costs)):
         (before, most), (after, least) = costs
         note = (
-            f"{rows[1][0]} takes {after / before:.2f} times the seconds of {rows[0][0]}, and {least / most:.2f} times the"
-            " memory (the peak of the process)."
+            f"{rows[1][0]} takes {after / before:.2f} times the seconds of {rows[0][0]}, and {least / most:.2f} times"
+            " the memory (the peak of the process)."
         )
     head = ["", "steps", "training loss", "seconds a step", "tokens a second", "peak MiB"]
     filled = [i for i, _ in enumerate(head) if i == 0 or any(row[i] for row in rows)]

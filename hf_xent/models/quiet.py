@@ -33,3 +33,16 @@ def quiet_loading() -> Iterator[None]:
         logger.setLevel(level)
         for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - already_set:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without the report of weights that are new, which those of a head are meant to be."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from ..models.loading import explain_load_errors, tokenizer_of
+from ..models.quiet import without_load_report
 
 
 def load_causal_lm(arguments: Any) -> tuple[Any, Any]:
@@ -21,11 +23,17 @@ def load_causal_lm(arguments: Any) -> tuple[Any, Any]:
     return load(AutoModelForCausalLM, arguments), tokenizer_of(arguments.model_name_or_path)
 
 
-def load(auto_class: Any, arguments: Any, **options: Any) -> Any:
+def load(auto_class: Any, arguments: Any, *, new_head: bool = False, **options: Any) -> Any:
     """The model that an auto class of transformers loads by `trl.ModelConfig`.
 
+    Args:
+        auto_class: Such as `AutoModelForCausalLM`.
+        arguments: `trl.ModelConfig`.
+        new_head: Whether weights that the checkpoint lacks are expected, and not reported.
+        **options: As for `from_pretrained`.
+
     Raises:
-        ValueError: There is no such model, or it cannot be loaded this way.
+        ValueError: There is no such model, it cannot be loaded this way, or most of its weights would be new.
     """
     import torch
     from accelerate import PartialState
@@ -40,28 +48,67 @@ def load(auto_class: Any, arguments: Any, **options: Any) -> Any:
     if quantization is not None:
         here = {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
         keywords |= {"quantization_config": quantization, "device_map": here}
-    with explain_load_errors(arguments.model_name_or_path) as source:
-        return auto_class.from_pretrained(source, **keywords, **options)
+    quiet = without_load_report() if new_head else nullcontext()
+    with explain_load_errors(arguments.model_name_or_path) as source, quiet:
+        model, report = auto_class.from_pretrained(source, **keywords, **options, output_loading_info=True)
+    _check_loaded(model, report, arguments.model_name_or_path)
+    return model
 
 
-def adapted(model: Any, arguments: Any) -> Any:
-    """The model with the adapters of `trl.ModelConfig`, if `use_peft` is set; without targets, on all linear layers.
+def _check_loaded(model: Any, report: Any, name: str) -> None:
+    """Raises: ValueError if most weights are new, as in question answering by a decoder, whose names differ there."""
+    missing = set(report["missing_keys"])
+    new = sum(p.numel() for key, p in model.named_parameters() if key in missing)
+    if 2 * new > sum(p.numel() for p in model.parameters()):
+        raise ValueError(
+            f"model_name_or_path is {name!r}, whose weights are not those of a {type(model).__name__}, which would"
+            " start from random ones: choose another model, such as an encoder"
+        )
+
+
+def adapted(model: Any, arguments: Any, task_type: str | None = None) -> Any:
+    """The model with the adapters of `trl.ModelConfig`, if `use_peft` is set.
+
+    Args:
+        model: The model.
+        arguments: `trl.ModelConfig`.
+        task_type: As for `adapters_of`.
+
+    Raises:
+        ValueError: An option of adapters is set, but `use_peft` is not.
+    """
+    config = adapters_of(arguments, task_type)
+    if config is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if arguments.load_in_4bit or arguments.load_in_8bit:
+        model = prepare_model_for_kbit_training(model)
+    return get_peft_model(model, config)
+
+
+def adapters_of(arguments: Any, task_type: str | None = None) -> Any:
+    """The configuration of the adapters; None without `use_peft`. Without targets, they are on all linear layers.
+
+    Args:
+        arguments: `trl.ModelConfig`.
+        task_type: PEFT's name of what the model does, if `lora_task_type` is not given: 'SEQ_CLS' trains and saves a
+            classifier's head, too.
 
     Raises:
         ValueError: An option of adapters is set, but `use_peft` is not.
     """
     if not arguments.use_peft:
         refuse_idle_adapters(arguments)
-        return model
-    from peft import get_peft_model, prepare_model_for_kbit_training
+        return None
     from trl import get_peft_config
 
     config = get_peft_config(arguments)
+    if task_type is not None and arguments.lora_task_type == "CAUSAL_LM":  # its default
+        config.task_type = task_type
     if not config.target_modules and not config.target_parameters:
         config.target_modules = "all-linear"
-    if arguments.load_in_4bit or arguments.load_in_8bit:
-        model = prepare_model_for_kbit_training(model)
-    return get_peft_model(model, config)
+    return config
 
 
 def refuse_idle_adapters(arguments: Any) -> None:
