@@ -10,6 +10,7 @@ from .detect import detect
 from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
+from .plan import plan
 from .publish import publish
 from .scaling import app as scaling
 from .search import search
@@ -17,7 +18,7 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report):
+for command in (train, search, classify, attack, check, losses, generate, detect, plan, publish, bench, report):
     app.command()(command)
 app.add_typer(data)
 app.add_typer(ln_free, name="ln-free")
