@@ -11,6 +11,7 @@ from .detect import detect
 from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
+from .plan import plan
 from .publish import publish
 from .recipes import register
 from .scaling import app as scaling
@@ -20,7 +21,7 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
+for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show, plan):
     app.command()(command)
 app.add_typer(data)
 for recipe in RECIPES:

@@ -31,6 +31,7 @@ EXTRAS = {
     "detect": "detect",
     "distill": "train",
     "ln-free": "detect",
+    "plan": "train",
     "report": "bench",
     "scaling": "detect",
     "search": "train",
