@@ -39,6 +39,7 @@ OPTIONAL = {
     "cut_cross_entropy",
     "deepspeed",
     "liger_kernel",
+    "pydantic",  # comes with axolotl, whose plugin needs it
     "quack",
     "gguf",
     "kernels",
