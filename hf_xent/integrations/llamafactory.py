@@ -62,9 +62,7 @@ def check(options: Mapping[str, Any]) -> None:
     """
     stage = options.get("stage", "sft")
     if stage not in STAGES:
-        raise ValueError(
-            f"stage is {stage!r}, which has no loss of a language model's head: choose {', '.join(STAGES)}"
-        )
+        raise ValueError(f"stage is {stage!r}, without a loss of a language model's head: choose {', '.join(STAGES)}")
     for name, cause in OTHERS.items():
         if str(options.get(name, False)).lower() not in ("false", "0", "none", ""):
             raise ValueError(f"{name} is {options[name]}: {cause}, so that hf_xent has no effect: set {name}: false")
