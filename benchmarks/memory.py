@@ -25,11 +25,11 @@ FILE = Path("benchmarks/results/memory/tokens.csv")
 PICTURE = Path("docs/assets/memory.svg")
 V, D, DTYPE = 49152, 576, torch.bfloat16  # the head of SmolLM2-135M
 DRAWN = {
-    "dense float32 logits": ("transformers' own loss", "s"),
+    "dense float32 logits": ("transformers' loss", "s"),
     "trl": ("TRL's chunked head", "v"),
-    "dense": ("PyTorch, bfloat16 logits", "D"),
-    "dense compiled": ("PyTorch, torch.compile", "^"),
-    "torch chunked tuned": ("PyTorch's linear_cross_entropy, tuned", "P"),
+    "dense": ("PyTorch, bfloat16", "D"),
+    "dense compiled": ("torch.compile", "^"),
+    "torch chunked tuned": ("PyTorch chunked, tuned", "P"),
     "hf_xent": ("hf_xent", "o"),
 }
 """Contestant of the benchmark -> its name in the picture, and its marker."""
@@ -101,7 +101,7 @@ def _figure(rows: list[dict[str, Any]], scheme: str) -> Any:
     from hf_xent.system.figures import panels
 
     text, grid, ours, others = COLORS[scheme]
-    figure, [panel] = panels(1, 8.6, 3.9)
+    figure, [panel] = panels(1, 6.4, 4.0)
     lines = {name: [(int(r["N"]), float(r["peak_mib"])) for r in rows if r["contestant"] == name] for name in DRAWN}
     colors = dict(zip(DRAWN, (*others, ours), strict=True))
     for name, points in lines.items():
@@ -111,7 +111,7 @@ def _figure(rows: list[dict[str, Any]], scheme: str) -> Any:
     for (name, points), place in zip(lines.items(), places, strict=True):
         last, peak = points[-1]
         weight = "bold" if name == "hf_xent" else "normal"
-        label = f"{DRAWN[name][0]}: {peak:,.0f} MiB"
+        label = f"{DRAWN[name][0]}: {peak:,.0f}"
         panel.text(last * 1.09, place, label, color=colors[name], va="center", weight=weight)
     counts = [n for n, _ in lines["hf_xent"]]
     panel.set_xscale("log", base=2)

@@ -55,7 +55,7 @@ def table(name: str, link: Callable[[str], str]) -> str:
     kind, _, entry = name.rpartition(" ")
     registry = _registry(kind, entry) if kind else None
     value = registry[entry] if kind else found(name)
-    options = _of_row(registry, entry) if kind else list(options_of(value))
+    options = _of_row(registry, entry) if kind else options_of(value)
     if not options:
         raise ValueError(f"<!-- options: {name} -->: it has no options")
     if unexplained := [option.name for option in options if not option.help]:
@@ -87,22 +87,28 @@ def found(name: str) -> Any:
     raise ValueError(f"<!-- options: {name} -->: there is no {name}")
 
 
-def options_of(value: Any) -> Iterator[Option]:
+def options_of(value: Any) -> list[Option]:
     """The options of a dataclass that classes of this package declare, or the parameters of a function or class."""
+    declared: list[Option] = []
     if is_dataclass(value):
         mine = [base for base in value.__mro__ if base.__module__.startswith("hf_xent")]
-        declared = dict.fromkeys(name for base in mine for name in vars(base).get("__annotations__", ()))
-        by_name = {field.name: field for field in fields(value) if field.init and field.name in declared}
-        own = [name for name in declared if name in by_name]
-        yield from (Option(name, _default(by_name[name]), _help(value, by_name[name])) for name in own)
-        if by_name:  # else its fields are those of another library, and its own options are parameters
-            return
+        names = dict.fromkeys(name for base in mine for name in vars(base).get("__annotations__", ()))
+        known = {field.name: field for field in fields(value) if field.init}
+        declared = [Option(name, _default(known[name]), _help(value, known[name])) for name in names if name in known]
+    return declared or list(_parameters(value))
+
+
+def _parameters(value: Any) -> Iterator[Option]:
+    """The parameters of a function, or of a class with an `__init__` of its own, as those of models are."""
     texts = arguments(inspect.getdoc(value) or "")
     for name, parameter in inspect.signature(value).parameters.items():
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        text = texts.get(stars + name) or texts.get(name, "")
+        if stars and not text:
+            continue
         required = "" if stars else "required"
         default = required if parameter.default is parameter.empty else _written(parameter.default)
-        yield Option(stars + name, default, texts.get(stars + name, ""))
+        yield Option(stars + name, default, text)
 
 
 def arguments(docstring: str) -> dict[str, str]:

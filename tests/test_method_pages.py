@@ -9,13 +9,11 @@ import pytest
 METHODS = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
 SECTIONS = ["When to use it", "Data", "Example", "Options", "What was measured", "Cost", "References"]
-UNFINISHED: set[str] = set()
-"""Pages that do not have all sections yet."""
-
 AS_TEXT = r"\\[^a-zA-Z]|\\operatorname|\n[-+=#>]"
 """What GitHub would not read as a formula: escaped punctuation, a refused name, the beginning of a list or heading."""
 
-finished = pytest.mark.parametrize("page", sorted(set(PAGES) - UNFINISHED))
+SITE = runpy.run_path(str(METHODS.parent / "site_options.py"))
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
 def without_code(text: str) -> str:
@@ -23,11 +21,7 @@ def without_code(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_what_is_unfinished_exists():
-    assert UNFINISHED - set(PAGES) == set()
-
-
-@finished
+@each_page
 def test_a_page_has_all_sections_in_order(page):
     text = without_code(PAGES[page])
     assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1 and text.startswith("# ")
@@ -35,7 +29,7 @@ def test_a_page_has_all_sections_in_order(page):
     assert [name for name in found if name in SECTIONS] == SECTIONS
 
 
-@finished
+@each_page
 def test_a_page_shows_its_formula_before_the_first_section(page):
     pytest.importorskip("latex2mathml", reason="pip install -e .[docs]")
     mathml = runpy.run_path(str(METHODS.parent / "site_formulas.py"))["mathml"]
@@ -48,23 +42,22 @@ def test_a_page_shows_its_formula_before_the_first_section(page):
         assert mathml(formula.strip()).startswith("<math")
 
 
-@finished
+@each_page
 def test_the_example_is_python(page):
     section = PAGES[page].partition("\n## Example\n")[2].partition("\n## Options\n")[0]
     assert "```python\n" in section
 
 
-@finished
+@each_page
 def test_the_options_of_a_page_have_a_table(page):
-    site = runpy.run_path(str(METHODS.parent / "site_options.py"))
     section = PAGES[page].partition("\n## Options\n")[2].partition("\n## What was measured\n")[0]
-    names = site["DIRECTIVE"].findall(section)
+    names = SITE["DIRECTIVE"].findall(section)
     assert names and len(names) == PAGES[page].count("<!-- options")
     for name in names:
-        assert site["table"](name, str).startswith("| option | default | what it does |\n")
+        assert SITE["table"](name, str).startswith("| option | default | what it does |\n")
 
 
-@finished
+@each_page
 def test_a_page_links_to_results_or_says_that_there_are_none(page):
     section = PAGES[page].partition("\n## What was measured\n")[2].partition("\n## Cost\n")[0]
     links = re.findall(r"\]\((\.\./[^)#\s]+)[^)]*\)", section)

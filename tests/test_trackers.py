@@ -89,7 +89,7 @@ def in_trackio(trackio, name):
 MEANS = {
     "xent": {"train/loss", "train/perplexity", "train/mean_token_accuracy", "train/entropy", "train/grad_norm",
              "train/learning_rate", "eval/loss", "eval/perplexity", "eval/mean_token_accuracy", "eval/entropy"},
-    "noisefit": {"train/loss", "train/divergence", "eval/divergence", "train/entropy"},
+    "noisefit": {"train/loss", "train/divergence", "train/entropy", "eval/perplexity"},
     "spo": {"train/loss", "train/rewards/margins", "eval/loss", "eval/rewards/accuracies"},
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from .detect import detect
 from .distill import app as distill
 from .generate import generate
 from .ln_free import app as ln_free
+from .plan import plan
 from .publish import publish
 from .recipes import register
 from .scaling import app as scaling
@@ -20,13 +21,14 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show):
-    app.command()(command)
-app.add_typer(data)
+app.command()(train)  # the help lists commands in this order, and groups after them
 for recipe in RECIPES:
     if recipe != "ln-free":
         register(recipe)
+for command in (classify, search, plan, check, losses, generate, detect, attack, show, publish, bench, report):
+    app.command()(command)
 register("ln-free", ln_free, "train")
 app.add_typer(ln_free, name="ln-free")
 app.add_typer(distill, name="distill")
+app.add_typer(data)
 app.add_typer(scaling, name="scaling")

@@ -12,6 +12,7 @@ import typer
 from typer import Option
 
 from ..system import extras
+from ..system.access import refusal
 from .output import err, literal, out
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ EXTRAS = {
     "detect": "detect",
     "distill": "train",
     "ln-free": "detect",
+    "plan": "train",
     "report": "bench",
     "scaling": "detect",
     "search": "train",
@@ -113,7 +115,8 @@ def describe(error: Exception) -> str:
     if extra := _extra(error):
         return f"{one_line(error)}; {literal(extras.remedy(extra))}"
     if isinstance(error, EXPECTED):
-        return one_line(error)
+        told = None if isinstance(error, ValueError | RuntimeError) else refusal(error)  # these tell it already
+        return one_line(error) if told is None else literal(told)
     import traceback
 
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)

@@ -28,6 +28,7 @@ def quiet_loading() -> Iterator[None]:
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             # TRL's configurations set it by default under the name of before transformers 6
             warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)

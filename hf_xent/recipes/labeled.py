@@ -69,5 +69,6 @@ def padded_by(model: Any, tokenizer: Any) -> None:
     """A model of the GPT kind pads by its end of text; its configuration has to say so."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id

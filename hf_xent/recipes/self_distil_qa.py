@@ -45,7 +45,7 @@ class SelfDistilQA(Recipe):
         from .models import adapted, load
 
         tokenizer = tokenizer_of(setup.model.model_name_or_path)
-        model = load(AutoModelForQuestionAnswering, setup.model, new_head=True)
+        model = load(AutoModelForQuestionAnswering, setup.model, new_head=True, num_labels=2)
         padded_by(model, tokenizer)
         return adapted(model, setup.model, "QUESTION_ANS"), tokenizer
 

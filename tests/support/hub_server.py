@@ -215,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
             names = [{"rfilename": path} for path in sorted(found.branches[branch])]
             about = {
                 "private": found.private,
-                "gated": False,
+                "gated": getattr(self.server, "gated", {}).get(f"{kind}/{repo}") is not None and "manual",
                 "disabled": False,
                 "tags": [],
             }
