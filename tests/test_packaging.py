@@ -31,6 +31,7 @@ BROUGHT = {
     "PIL": "matplotlib",
     "contourpy": "matplotlib",
     "jinja2": "torch",
+    "markdown_it": "rich",
     "pandas": "datasets",
     "pyarrow": "datasets",
 }
@@ -39,6 +40,7 @@ OPTIONAL = {
     "cut_cross_entropy",
     "deepspeed",
     "liger_kernel",
+    "pydantic",  # comes with axolotl, whose plugin needs it
     "quack",
     "gguf",
     "kernels",
@@ -261,6 +263,7 @@ def test_core_trains_a_patched_model(core):
     assert result.stdout.strip() == "trained"
 
 
+PAGE = ("page.html", "table.html", "chart.html", "style.css")
 COMMAND = "import sys; sys.argv[0] = 'hf-xent'; from hf_xent.cli import main; main()"
 
 
@@ -322,7 +325,8 @@ def test_what_is_built_is_whole(tmp_path):
     [wheel], [sdist] = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     files = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in files} == {"hf_xent"}
-    assert {"hf_xent/py.typed", "hf_xent/hub/templates/model.md"} <= {*files}
+    templates = {"hf_xent/hub/templates/model.md", *(f"hf_xent/dashboard/templates/{name}" for name in PAGE)}
+    assert {"hf_xent/py.typed", *templates} <= {*files}
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
     inside = {name.partition("/")[2] for name in names}

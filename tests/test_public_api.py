@@ -15,6 +15,7 @@ from hf_xent import (
     cem,
     classes,
     continuous,
+    dashboard,
     detection,
     laws,
     localization,
@@ -68,6 +69,7 @@ PUBLIC = {
         source_prototypes word_features""",
     speech: """Mixtures PadSpeech STFT apply_mask floored frame_count ideal_binary_mask joined log_mel majority read_wav
         separate si_sdr softened standardized static_mask voice_mask write_wav""",
+    dashboard: """Chart Curve Folder Picture Table read render write""",
     continuous: """DigitHead DigitModel DigitModelConfig DigitModelOutput Quantiles""",
     cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
         minimize probability search""",

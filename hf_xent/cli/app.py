@@ -32,9 +32,11 @@ EXTRAS = {
     "detect": "detect",
     "distill": "train",
     "ln-free": "detect",
+    "plan": "train",
     "report": "bench",
     "scaling": "detect",
     "search": "train",
+    "show": "detect",
     "train": "train",
 }
 """Command -> the extra of hf-xent that installs its dependencies; the other commands need no extra."""

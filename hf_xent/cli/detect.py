@@ -68,7 +68,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 def _line(summary: dict[str, Any]) -> str:
     """A line with the paths of the files and the numbers of texts that are left out."""
-    line = f"scores in {summary['scores']}"
+    line = f"scores in {summary['scores']}, report in {summary['report']}"
     if "plot" in summary:
         line += f", ROC curves in {summary['plot']}"
     if summary["unscored"]:

@@ -29,6 +29,7 @@ from ..system.files import replace_atomically
 from ..system.progress import tracked
 from .curves import draw_roc
 from .detection import CLASSES, DEFAULT_CORPUS, Detection, Task
+from .detection_report import report_file, roc_points, write_report
 from .labels import binary_labels
 
 CHUNK = 4  # batches between two writes to the draft
@@ -120,8 +121,10 @@ def score_in_chunks(
 def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> dict[str, Any]:
     """Summarize the scores by means and directions; with labels also by metrics, and draw the ROC curves.
 
+    All of it is written to a report beside the scores, too, with the points of the ROC curves.
+
     Returns:
-        `task`, `texts`, `scores` (the output), `means`, `higher_is` and `unscored`; with labels `metrics` as
+        `task`, `texts`, `scores` (the output), `means`, `higher_is`, `unscored` and `report`; with labels `metrics` as
         `hf_xent.detection.evaluate` returns them, `plot` and `unlabeled`.
     """
     classes = dict(zip(("positive", "negative"), CLASSES[run.task], strict=True))
@@ -139,7 +142,8 @@ def summarize(run: Detection, texts: Texts, scores: dict[str, np.ndarray]) -> di
         summary["metrics"] = evaluate(scores, texts.labels, words, resamples=resamples)
         summary["plot"] = str(draw_roc(scores, texts.labels, summary["metrics"], Path(run.output).with_suffix(".png")))
         summary["unlabeled"] = int(np.isnan(texts.labels).sum())
-    return summary
+    roc = None if texts.labels is None else roc_points(scores, texts.labels)
+    return summary | {"report": str(write_report(run, summary, roc))}
 
 
 def check_output(output: Path, source: str, columns: list[str], names: tuple[str, ...]) -> None:
@@ -149,10 +153,10 @@ def check_output(output: Path, source: str, columns: list[str], names: tuple[str
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder: name a file")
     source_path = expanded_path(source)
-    if os.path.exists(source_path) and output.resolve().is_relative_to(
-        source_path.resolve()
-    ):  # the next run would read it as a source
-        raise ValueError(f"output is {output}, which is (in) the source: name another file")
+    written = (output, report_file(output), output.with_suffix(".png"))
+    inside = [file for file in written if file.resolve().is_relative_to(source_path.resolve())]
+    if os.path.exists(source_path) and inside:  # the next run would read it as a source
+        raise ValueError(f"output is {output}, and {inside[0]} is (in) the source: name another file")
     if taken := [name for name in names if name in columns]:
         raise ValueError(
             f"{source} already has a column {taken[0]!r}, but the score of that name would be written beside it: rename"
