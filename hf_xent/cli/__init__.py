@@ -5,10 +5,12 @@ from .app import app, main
 from .attack import attack
 from .bench import bench, report
 from .check import check, losses
+from .classify import CONFIGURATION as CLASSES
 from .classify import classify
 from .data import data
 from .detect import detect
 from .distill import app as distill
+from .extended import extended
 from .generate import generate
 from .ln_free import app as ln_free
 from .plan import plan
@@ -21,9 +23,10 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, classify, attack, check, losses, generate, detect, publish, bench, report, show, plan):
+for command in (train, search, attack, check, losses, generate, detect, publish, bench, report, show, plan):
     app.command()(command)
 app.add_typer(data)
+app.command(cls=extended(CLASSES))(classify)
 for recipe in RECIPES:
     if recipe != "ln-free":
         register(recipe)
