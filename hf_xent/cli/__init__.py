@@ -23,14 +23,14 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-for command in (train, search, attack, check, losses, generate, detect, publish, bench, report, show, plan):
-    app.command()(command)
-app.add_typer(data)
-app.command(cls=extended(CLASSES))(classify)
 for recipe in RECIPES:
     if recipe != "ln-free":
         register(recipe)
+app.command(cls=extended(CLASSES))(classify)
+for command in (train, search, plan, check, losses, generate, detect, attack, show, publish, bench, report):
+    app.command()(command)
 register("ln-free", ln_free, "train")
 app.add_typer(ln_free, name="ln-free")
 app.add_typer(distill, name="distill")
+app.add_typer(data)
 app.add_typer(scaling, name="scaling")
