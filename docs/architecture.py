@@ -30,6 +30,7 @@ def floors() -> dict[int, list[str]]:
 
 def room_of(module: str) -> str:
     """The room of a module: `ops` for `hf_xent.ops.tail`, and `hf_xent` for the package itself."""
+    module = module.removesuffix(".__main__")
     return module.split(".")[min(1, module.count("."))]
 
 

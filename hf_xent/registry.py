@@ -244,10 +244,20 @@ def _options(path: Path, node: ast.AST | None) -> dict[str, tuple[Any, str]]:
     for field, after in pairwise([*node.body, None]):
         if isinstance(field, ast.AnnAssign) and field.value and "ClassVar" not in ast.unparse(field.annotation):
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            text = " ".join(str(after.value.value).split()) if documented else ""  # type: ignore[union-attr]
+            text = " ".join(str(after.value.value).split()) if documented else _help(field.value)  # type: ignore[union-attr]
             name = ast.unparse(field.target)
             options[name] = (_value(field.value), text or options.get(name, (None, ""))[1])
     return options
+
+
+def _help(default: ast.AST) -> str:
+    """The help in the metadata of a dataclass field, as argument parsers read it."""
+    for node in ast.walk(default):
+        if isinstance(node, ast.Dict):
+            written = {ast.unparse(key): value for key, value in zip(node.keys, node.values, strict=True) if key}
+            if "'help'" in written:
+                return " ".join(str(_value(written["'help'"])).split())
+    return ""
 
 
 def _constants(path: Path, node: ast.AST | None) -> dict[str, Any]:

@@ -1,10 +1,7 @@
-"""The documentation is true: its Python blocks run, the loss it adds passes, the site builds without a warning."""
+"""The documentation is true: its Python blocks run, the loss it adds passes, its links lead somewhere."""
 
-import importlib.util
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # in the tests, a tiny model on disk
 FOLDERS = ("docs", "benchmarks", "examples", "model_cards", "hf_xent/hub/templates")
 WRITTEN = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+MADE = ("overview.md", "commands.md")  # by the build, see docs/hooks.py; tests/test_site.py follows links to them
 TEXT = "the quick brown fox jumps over the lazy dog, again and again, until the dog wakes up. " * 8
 
 
@@ -68,7 +66,8 @@ def test_links_and_pictures_are_in_the_repository(page):
     text = re.sub(r"{% if .*?{% endif %}", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)  # of cards to be
     found = re.findall(r"\]\(([^)\s]+)\)", text)
     inside = [link.partition("#")[0] for link in found if not re.match(r"[a-z]+:|#", link)]
-    assert [link for link in inside if not (page.parent / link).exists()] == []
+    made = MADE if page.parent == DOCS else ()
+    assert [link for link in inside if not (page.parent / link).exists() and link not in made] == []
 
 
 def test_the_picture_of_the_rooms_shows_the_imports():
@@ -87,25 +86,3 @@ def test_the_picture_of_the_rooms_shows_the_imports():
     drawn = re.findall(r'data-from="(\w+)" data-to="(\w+)"', picture)
     assert len(drawn) == len(set(drawn)) and set(drawn) == expected
     assert picture == architecture["draw"]()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="pip install -e .[docs]")
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "hf-xent train" in (tmp_path / "commands" / "index.html").read_text()
-    hooks = runpy.run_path(str(DOCS / "hooks.py"))
-    for name in hooks["API"]:
-        module, page = importlib.import_module(name), name.removeprefix("hf_xent.")
-        text = (tmp_path / "api" / page / "index.html").read_text(encoding="utf-8")
-        homes = [hooks["home"](module, public) for public in getattr(module, "__all__", ())]
-        if name == "hf_xent":  # a table, which leads to them
-            assert all(f"#{home}" in text or home in sys.modules for home in homes)
-        else:
-            assert [home for home in homes if f'id="{home}"' not in text and f"#{home}" not in text] == []
-    losses_page = (tmp_path / "api" / "losses" / "index.html").read_text(encoding="utf-8")
-    assert "(1 - p_y)^gamma log p_y" in losses_page and "arXiv:1708.02002" in losses_page
-    patching_page = (tmp_path / "api" / "patching" / "index.html").read_text(encoding="utf-8")
-    assert re.search(r"Parameters:.*?memory_budget.*?Raises:", patching_page, re.DOTALL)

@@ -40,6 +40,7 @@ OPTIONAL = {
     "cut_cross_entropy",
     "deepspeed",
     "liger_kernel",
+    "pydantic",  # comes with axolotl, whose plugin needs it
     "quack",
     "gguf",
     "kernels",

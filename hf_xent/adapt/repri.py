@@ -40,6 +40,7 @@ class RePRI:
     steps: int = 49
     """Steps of gradient descent; with 0, the classifier is the initial one: a prototype and a threshold."""
     learning_rate: float = 0.025
+    """What the gradient is multiplied by in each of these steps."""
     kl: float | None = None
     """The weight of the KL divergence: 1 / shots if it is left out, and 0 for none."""
     entropy: float | None = None

@@ -11,11 +11,15 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from ..recipes import RECIPES
 from ..system import extras
+from ..system.access import refusal
+from .grouped import Grouped
 from .output import err, literal, out
 
 app = typer.Typer(
     name="hf-xent",
+    cls=Grouped,
     help="Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,6 +28,7 @@ app = typer.Typer(
 )
 
 EXTRAS = {
+    **dict.fromkeys(RECIPES, "train"),
     "attack": "train",
     "bench": "bench",
     "classify": "train",
@@ -31,6 +36,7 @@ EXTRAS = {
     "detect": "detect",
     "distill": "train",
     "ln-free": "detect",
+    "plan": "train",
     "report": "bench",
     "scaling": "detect",
     "search": "train",
@@ -113,7 +119,8 @@ def describe(error: Exception) -> str:
     if extra := _extra(error):
         return f"{one_line(error)}; {literal(extras.remedy(extra))}"
     if isinstance(error, EXPECTED):
-        return one_line(error)
+        told = None if isinstance(error, ValueError | RuntimeError) else refusal(error)  # these tell it already
+        return one_line(error) if told is None else literal(told)
     import traceback
 
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)

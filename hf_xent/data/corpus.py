@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..system.access import refusal
 from .files import expanded_path, files_by_split, first_line, table
 
 LABELS = {"membership": ("non-member", "member"), "generated": ("human", "ai")}
@@ -149,6 +150,8 @@ class Corpus:
             return f"{self.title}: cannot read {source.path}: {first_line(error)}"
         if self.repo is None:
             return f"{self.title} is not on the Hub: get it from {self.source}, then pass its location as path"
+        if (told := refusal(error)) is not None:
+            return f"{self.title}: {told}; or pass a local copy as path"
         return (
             f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection pass a"
             " local copy as path, for a mirror set HF_ENDPOINT, for a gated dataset log in with `hf auth login`"

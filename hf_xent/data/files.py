@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..system.access import refusal
+
 BUILDERS = {
     ".txt": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
     ".parquet": "parquet",
@@ -163,7 +165,9 @@ def unpacked(path: Path) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the innermost cause, since `datasets` wraps the informative error in others."""
+    """The first line of the innermost cause, since `datasets` wraps the informative error in others; or a refusal."""
+    if (told := refusal(error)) is not None:
+        return told
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):

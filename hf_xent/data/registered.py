@@ -27,6 +27,7 @@ DATASETS: Registry[Corpus] = Registry(
         "mnist": "mnist:CORPUS",
         "patentmia": "patentmia:CORPUS",
         "phishing": "phishing:CORPUS",
+        "preferences": "preferences:CORPUS",
         "pydoc": "pydoc:CORPUS",
         "wiki": "wiki:CORPUS",
         "wikimia": "wikimia:CORPUS",

@@ -246,8 +246,8 @@ def generate(model: Any, inputs: Tensor | None = None, **options: Any) -> Any:
     Args:
         model: A causal LM of transformers, or an encoder and decoder.
         inputs: Token ids [B, T], as for `model.generate`.
-        options: Those of `model.generate`, and `paths` (k, 4 by default), `top_p` (0.9), `temperature` of the softmax,
-            before everything else (1), `length_penalty` (0), `stochastic_beam` (False; it has no nucleus).
+        **options: Those of `model.generate`, and `paths` (k, 4 by default), `top_p` (0.9), `temperature` of the
+            softmax, before everything else (1), `length_penalty` (0), `stochastic_beam` (False; it has no nucleus).
 
     Returns:
         Token ids [B num_return_sequences, T], or a `PathsOutput` with `return_dict_in_generate=True`.

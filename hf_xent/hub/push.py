@@ -1,6 +1,7 @@
 """Pushes a folder to the Hub: the card last, and then compares the files in the repository with those of the folder.
 
-    card checked offline -> repository, branch -> every file but the card -> the card -> remote tree == folder
+    card checked offline -> may the login write there? -> repository, branch -> every file but the card -> the card
+    -> remote tree == folder
 
 Large folders are uploaded in several commits; the new card comes after all other files, so an interrupted push does not
 look like a published model. Pushing again resumes: files that have arrived are not sent again. huggingface_hub handles
@@ -14,7 +15,9 @@ import glob
 from pathlib import Path
 from typing import Any
 
+from ..system.access import refusal
 from .cards import validate
+from .rights import check_token, check_write
 from .usage import set_place
 
 CARD = "README.md"
@@ -75,6 +78,7 @@ def push(
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:
+        check_rights(repo_id, create_pr)
         repo["repo_id"] = _create(folder, repo, private)
         address, branch = _upload(folder, repo, revision, create_pr)
         missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
@@ -83,6 +87,30 @@ def push(
     if missing:
         raise RuntimeError(f"{repo_id} is not published: {', '.join(missing)} did not arrive as sent; push again")
     return address
+
+
+def check_rights(repo_id: str, create_pr: bool = False) -> None:
+    """Asks the Hub whether the login may write to a repository, before files are sent or a training begins.
+
+    Args:
+        repo_id: The repository, 'name', 'user/name' or 'organization/name'.
+        create_pr: Whether a pull request is meant, which needs no rights.
+
+    Raises:
+        PermissionError: It may not.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        who = HfApi().whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise
+        return  # too many questions, or the Hub does not say: the push tells
+    check_token(who)
+    if not create_pr:
+        check_write(who, repo_id)
 
 
 def _create(folder: str | Path, repo: dict[str, Any], private: bool | None) -> str:
@@ -136,11 +164,15 @@ def _arrived(folder: str | Path, repo: dict[str, Any], branch: str | None) -> se
 
 def _explained(error: BaseException) -> str:
     """The innermost cause in one line, and what to do about it."""
+    if (told := refusal(error)) is not None:
+        return told
     while error.__cause__ is not None:
         error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    remedy = REMEDIES.get(status or 0, "push again to resume")
-    return f"{' '.join(str(error).split()) or type(error).__name__}; {remedy}"
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    words = getattr(response, "headers", {}).get("X-Error-Message") or str(error)
+    remedy = REMEDIES.get(status or 0, "" if isinstance(error, PermissionError) else "push again to resume")
+    return "; ".join(filter(None, [" ".join(words.split()) or type(error).__name__, remedy]))
 
 
 def _ignored(name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..registry import parse
 from .loading import explain_load_errors, tokenizer_of
+from .quiet import without_load_report
 
 NEW = {"tiny-vit": "image", "gru": "table", "mlp": "table"}
 """New models -> the task that they are for."""
@@ -109,7 +110,7 @@ def _checkpoint(name: str, wanted: Wanted) -> Classifier:
     import transformers
 
     loader = getattr(transformers, AUTO[wanted.task])
-    with explain_load_errors(name) as source, _quiet():
+    with explain_load_errors(name) as source, without_load_report():
         config = transformers.AutoConfig.from_pretrained(source)
         trained = _is_classifier(config, wanted.task) and not wanted.new_head
         if wanted.new_head or not trained:
@@ -244,19 +245,6 @@ def _options_of(name: str) -> Iterator[None]:
     except TypeError as error:
         reason = str(error).rpartition(") ")[2]
         raise ValueError(f"model is {name!r}, whose options cannot be used ({reason}): correct them") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the report of weights that are new, which those of a head are meant to be."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:

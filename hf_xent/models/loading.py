@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..system.access import refusal
 from .packaged import DEFAULT, PACKAGED, checkpoint
 
 
@@ -45,6 +46,8 @@ def tokenizer_of(model: str) -> Any:
             raise ValueError("it has no tokens")
         return tokenizer
     except (OSError, ValueError) as error:
+        if (told := refusal(error)) is not None:
+            raise ValueError(f"model is {model!r}, and its tokenizer cannot be had: {told}") from error
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}, and no tokenizer beside it loads ({reason}): save one there") from error
 
@@ -79,7 +82,7 @@ def explain_load_errors(model: str) -> Iterator[str]:
     except OSError as error:
         if path.exists():
             raise
-        reason = str(error).strip().split("\n")[0]
+        reason = refusal(error) or str(error).strip().split("\n")[0]
         raise ValueError(f"model is {model!r}: no local folder, and the Hub cannot provide it ({reason})") from error
     except ValueError as error:  # its message lists every configuration that the class of transformers knows
         kind = re.search(r"Unrecognized configuration class.*\.(\w+)Config'?>.*AutoModel: (\w+)", str(error))

@@ -26,8 +26,24 @@ def quiet_loading() -> Iterator[None]:
     try:
         with warnings.catch_warnings():  # PEFT reads the property that transformers deprecates
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            # TRL's configurations set it by default under the name of before transformers 6
+            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_(en|dis)able` is deprecated", FutureWarning)
             yield
     finally:
         logger.setLevel(level)
         for name in {"TQDM_DISABLE", "DS_ACCELERATOR"} - already_set:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without the report of weights that are new, which those of a head are meant to be."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from ..options.ranges import is_number
 from ..system.files import replace_atomically
 from .embeddings import features, token_embedding
+from .loading import explain_load_errors
 
 CENTERS = "centers.safetensors"
 """The file of the classes, in the folder of the head."""
@@ -113,12 +114,14 @@ class ZeroShot(nn.Module):
             encoder: The encoder that they were saved with.
 
         Raises:
-            OSError: There are no classes in it.
+            OSError: There are no classes in the folder.
+            ValueError: The Hub does not have it, or does not show it to this login.
         """
         from .projection import ProjectionHead
 
-        stored = load_file(str(cached_file(str(place), CENTERS)))
-        head = ProjectionHead.from_pretrained(place) if bool(stored["has_head"]) else None
+        with explain_load_errors(str(place)) as source:
+            stored = load_file(str(cached_file(source, CENTERS)))
+            head = ProjectionHead.from_pretrained(source) if bool(stored["has_head"]) else None
         model = cls(encoder, stored["centers"], head, float(stored["scale"]))
         model.centers = stored["centers"]  # of unit length already: once more would change their last bits
         return model

@@ -55,8 +55,8 @@ class Repo:
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.objects, self.log, self.faults = {}, {}, [], []
 
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(fault["status"], {"error": "injected"}, fault.get("headers", {}))
             return
         self.corrupt = "corrupt" in fault
-        for pattern, name in ROUTES:
+        for pattern, name in self.routes:
             if match := re.fullmatch(pattern, url.path):
                 getattr(self, name)(body, **{key: unquote(found or "") for key, found in match.groupdict().items()})
                 return
@@ -145,6 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repos.setdefault(f"{kind}/{name}", Repo(settings=asked))
         prefix = "" if kind == "models" else f"{kind}/"
         self.answer(409 if known else 200, {"url": f"{self.server.url}/{prefix}{name}", "name": name, "id": name})
+
+    def stored(self, kind, repo, revision, content):
+        """Headers about where a file is stored; here, in no other place."""
+        return {}
 
     def valid(self, body):
         self.answer(200, {"errors": [], "warnings": []})
@@ -211,7 +215,7 @@ class Handler(BaseHTTPRequestHandler):
             names = [{"rfilename": path} for path in sorted(found.branches[branch])]
             about = {
                 "private": found.private,
-                "gated": False,
+                "gated": getattr(self.server, "gated", {}).get(f"{kind}/{repo}") is not None and "manual",
                 "disabled": False,
                 "tags": [],
             }
@@ -254,6 +258,7 @@ class Handler(BaseHTTPRequestHandler):
             self.missing("EntryNotFound", headers)
             return
         headers |= {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers |= self.stored((kind or "models").strip("/"), repo, revision, content)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not wanted:
             self.answer(200, content, headers)
@@ -290,10 +295,13 @@ ROUTES = (
 )
 
 
+Handler.routes = ROUTES
+
+
 @contextmanager
-def serving():
+def serving(handler=Handler):
     """A running Hub without repositories."""
-    hub = Hub()
+    hub = Hub(handler)
     thread = threading.Thread(target=hub.serve_forever, daemon=True)
     thread.start()
     try:
