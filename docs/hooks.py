@@ -75,7 +75,7 @@ def commands_page() -> str:
             sections += walk(subcommand, (*path, name))
         return sections
 
-    return "\n".join(("---\nhide: [navigation]\n---", *walk(get_command(cli.app), ())))
+    return "\n".join(walk(get_command(cli.app), ()))
 
 
 def expand(nav: list[Any], files: Files) -> list[Any]:
