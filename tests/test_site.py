@@ -89,6 +89,8 @@ class Page(HTMLParser):
             self.links.append(given["href"])
         if tag in ("script", "img", "iframe", "source", "video", "audio", "embed") and given.get("src"):
             self.loaded.append(given["src"])
+        if given.get("srcset"):
+            self.loaded += [part.split()[0] for part in given["srcset"].split(",")]
         if tag == "link" and given.get("href") and given.get("rel") not in ("canonical", "prev", "next"):
             self.loaded.append(given["href"])
 
