@@ -89,6 +89,8 @@ def expand(nav: list[Any], files: Files) -> list[Any]:
         if isinstance(entry, dict):
             found = {title: expanded(item) for title, item in entry.items()}
             return {title: item for title, item in found.items() if item}
+        if entry == "/":
+            return [page for page in pages if "/" not in page]
         return [page for page in pages if page.startswith(entry)] if entry.endswith("/") else entry
 
     return expanded(nav)

@@ -104,7 +104,9 @@ class TestRuns:
 
     def test_detect_membership(self, folder, tmp_path, capsys):
         options = {"model": str(folder / "model"), "dataset": str(folder / "labeled"), "split": "train"}
-        metrics = run("detect_membership", **options, scores="loss,min_k_pp", output=tmp_path / "found.json")
+        metrics = run(
+            "detect_membership", **options, scores="loss,min_k_pp", resamples=20, output=tmp_path / "found.json"
+        )
         written = json.loads((tmp_path / "found.json").read_text())["metrics"]
         assert set(metrics) == set(written) == {"loss", "min_k_pp", "blind"}
         assert f"AUROC {metrics['loss']['auroc']:.3f}" in capsys.readouterr().out

@@ -29,6 +29,7 @@ def main(  # noqa: PLR0913  one argument per command-line option
     label: str = "label",
     scores: str = "loss,zlib,min_k,min_k_pp",
     limit: int = 0,
+    resamples: int = 1000,
     output: Path = Path("out/membership.json"),
     push_to_hub: str = "",
 ) -> dict[str, dict[str, float]]:
@@ -40,7 +41,7 @@ def main(  # noqa: PLR0913  one argument per command-line option
     names = tuple(scores.split(","))
     texts, labels = list(rows[text]), list(rows[label])
     scored = detection.TextScorer(loaded, AutoTokenizer.from_pretrained(model), names)(texts)
-    metrics = detection.evaluate(scored, labels, texts)
+    metrics = detection.evaluate(scored, labels, texts, resamples=resamples)
     output.parent.mkdir(parents=True, exist_ok=True)
     found = {"model": model, "dataset": dataset, "split": split, "metrics": metrics}
     output.write_text(json.dumps(found, indent=2, default=float) + "\n")

@@ -185,7 +185,8 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
         "# Every language model of transformers, patched",
         "",
         "`hf_xent.patch(model)` changes how a model computes its loss, not what comes out. This page lists the classes"
-        " for which that is tested: look up `model.config.model_type` in the mapping of the `Auto` class that loads it.",
+        " for which that is tested: look up `model.config.model_type` in the mapping of the `Auto` class that loads"
+        " it.",
         "",
         "Each class is built tiny and random (scale, softcap, auxiliary losses and head bias set wherever its"
         " configuration has them) and run stock and patched on the same inputs, in training mode and float64: loss"
