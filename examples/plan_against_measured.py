@@ -13,7 +13,7 @@ from transformers import BertConfig, GPT2Config, Qwen3Config
 import hf_xent
 from hf_xent.bench.memory import PeakMemory, return_large_blocks
 from hf_xent.planning import Settings, plan
-from hf_xent.planning.shapes import config_of, meta_model
+from hf_xent.planning.shapes import build, config_of
 from hf_xent.system.processes import Worker
 
 MODELS = {
@@ -51,11 +51,7 @@ def _serve(pipe, model, tokens, ours, options) -> None:
 
 def _train(config, settings, ours) -> int:
     """Take two steps, and return the peak of the second one, bytes."""
-    model = meta_model(config, settings).to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    for buffer in model.buffers():
-        buffer.zero_()
+    model = build(config, settings, "cpu")
     if ours:
         hf_xent.patch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)

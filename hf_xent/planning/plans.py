@@ -174,7 +174,7 @@ def plan(model: Any, tokens: int = 8192, **options: Any) -> Plan:
 def _account(config: Any, settings: Settings) -> tuple[_Account, tuple[int, int]]:
     """The account of a step, and the numbers of all parameters and of those trained."""
     length = settings.sequence_length or _length(config, settings.tokens)
-    model = shapes.meta_model(config, settings)
+    model = shapes.build(config, settings)
     check_room(model, length, "sequence_length")
     weight, dtype = model.get_output_embeddings().weight, getattr(torch, settings.dtype)
     state, step = shapes.optimizer_bytes(model, settings.optimizer)

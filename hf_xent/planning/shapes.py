@@ -36,15 +36,15 @@ def config_of(model: Any) -> Any:
         raise ValueError("model is a configuration without model_type: give the whole config.json") from error
 
 
-def meta_model(config: Any, settings: Settings) -> Any:
-    """The model in training mode, without memory, with adapters and checkpointing as the settings say.
+def build(config: Any, settings: Settings, device: str = "meta") -> Any:
+    """The model in training mode, with adapters and checkpointing as the settings say; on meta it takes no memory.
 
     Raises:
         ValueError: Transformers has no model with a language-modeling head for the configuration.
     """
     config._attn_implementation = settings.attention
     dtype = torch.float32 if settings.mixed_precision else getattr(torch, settings.dtype)
-    with quiet_loading(), torch.device("meta"):
+    with quiet_loading(), torch.device(device):
         model = _class_of(config).from_config(config, dtype=dtype)
         if settings.peft:
             model = _adapted(model, settings.lora_rank)
