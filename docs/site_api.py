@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 ROOMS = """ops losses ranking classes laws rasch calibration patching lazy trainers teachers retrieval data detection
-    ln_free hub bench registry robust adapt caches attention cem speech continuous localization"""
+    ln_free hub bench registry robust adapt caches attention cem speech continuous localization
+    recipes planning dashboard"""
 FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve callbacks.geometry generation.sampling
     generation.mirostat generation.judging generation.calibrated_judge generation.choices generation.labelers
     generation.aspects metrics.ranking metrics.consistency metrics.calibration metrics.diversity metrics.answers
@@ -16,7 +17,8 @@ FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve call
     experiments.study experiments.geometry experiments.forecasting data.questions data.crosslingual data.selectors
     classes.spans callbacks.robust_accuracy models.projection data.corruptions experiments.attacking generation.paths
     generation.voting data.subwords data.segmentation data.asterisk data.target_noise speech.plots
-    models.mask_net models.basnet models.landmarks models.table metrics.contours metrics.signals metrics.edits"""
+    models.mask_net models.basnet models.landmarks models.table metrics.contours metrics.signals metrics.edits
+    integrations.axolotl integrations.llamafactory integrations.ms_swift"""
 API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROOMS}".split())))
 """The packages and modules that users call; each has a page."""
 

@@ -23,6 +23,7 @@ OPERATORS = {sign: sign for sign in "±:;⌈⌉⌊⌋⟨⟩…"} | {"~": "\u223c
 """Signs that latex2mathml writes as identifiers -> the operators that they are."""
 SCRIPTS = ("msub", "msup", "msubsup", "munder", "munderover")
 LIMITS = ("max", "min", "arg max", "arg min", "sup", "inf", "lim")
+BARS, CLOSING, SIGNS = "|‖∥", ")]}⟩⌉⌋|‖!\u2032", "\u2212+±"
 MARKS = "^¯~˙¨→⃗"
 THIN = "0.167em"
 
@@ -90,6 +91,8 @@ def tidied(element: ElementTree.Element, *, block: bool = False) -> None:
         if name == "mi" and text in OPERATORS:
             child.tag, child.text = f"{NAMESPACE}mo", OPERATORS[text]
             child.set("stretchy", "false")
+        elif name == "mo" and text in BARS and child.get("fence") != "true":  # with fence, of \left and \right
+            child.set("stretchy", "false")
         elif name == "mover" and child[1].text in list(MARKS):
             child.set("accent", "true")
         elif name == "mspace" and child.get("width") == "negativethinmathspace":
@@ -115,14 +118,19 @@ def _join_upright_letters(row: ElementTree.Element) -> None:
 
 
 def _space_functions(row: ElementTree.Element) -> None:
-    """Set names of functions, such as log, off from what stands beside them, except parentheses and operators."""
-    if row.tag != f"{NAMESPACE}mrow":
+    """Set names of functions, such as log, off from what stands beside them, except parentheses and operators.
+
+    A sign that follows an operator belongs to what comes after it, as in = -1.
+    """
+    if row.tag.removeprefix(NAMESPACE) not in ("mrow", "mtd"):
         return
     children = list(row)
     for left, right in reversed(list(pairwise(children))):
         if (_is_function(left) or _is_function(right)) and not (_is_operator(left) or _is_operator(right)):
             space = ElementTree.Element(f"{NAMESPACE}mspace", {"width": THIN})
             row.insert(children.index(right), space)
+        if _is_operator(left) and (left.text or ")") not in CLOSING and (right.text or "?") in SIGNS:
+            right.set("form", "prefix")
 
 
 def _is_function(element: ElementTree.Element) -> bool:

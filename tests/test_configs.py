@@ -1,5 +1,6 @@
 """Every file of examples/configs/ is run as it stands, but for the model, the data, the steps and the sizes."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,9 @@ import torch
 import transformers
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from hf_xent import cli, hub
 from hf_xent.models.zero_shot import ZeroShot
 from hf_xent.recipes import RECIPES, run
 from hf_xent.speech import write_wav
@@ -22,7 +25,13 @@ from support.speech import of_waves, text_encoder
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 LETTERS = "the quick brown fox jumps over the lazy dog A B Africans Americans Asians Europeans "
 COMMON = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-COMMON |= {"learning_rate": 1e-3, "eval_rows": 4, "warmup_steps": 0, "per_device_eval_batch_size": 4}
+COMMON |= {
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "eval_rows": 4,
+    "warmup_steps": 0,
+    "per_device_eval_batch_size": 4,
+}
 ROWS = {"dataset_train_split": "train[:16]"}
 ON_TINY = {
     "sft": {"dataset_train_split": "train[:4]", "max_length": 32},
@@ -67,7 +76,10 @@ def home(tmp_path_factory):
     _write(home / "pairs.jsonl", pairs)
     asked = {"question": "who jumps?", "context": "the quick fox jumps over the lazy dog", "answer": "quick fox"}
     _write(home / "questions.jsonl", [asked] * 12)
-    return home
+    gc.collect()
+    gc.freeze()  # training collects garbage often, which takes long in a process with so many modules
+    yield home
+    gc.unfreeze()
 
 
 def _write(path, rows):
@@ -171,3 +183,95 @@ def test_a_file_says_how_it_is_run(path):
     assert f"hf-xent {command} --config examples/configs/{path.name}" in first
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert settings["output_dir"] == f"out/{path.stem}" and {"model_name_or_path", "dataset_name"} <= set(settings)
+
+
+def invoked(*words):
+    """The summary of a command with options of its own."""
+    found = CliRunner().invoke(cli.app, [*map(str, words), "--json"], catch_exceptions=False)
+    return json.loads(found.stdout)
+
+
+@pytest.fixture
+def distilling(home, tmp_path):
+    """`hf-xent distill train` of the file, on the tiny model."""
+    file = CONFIGS[0].with_name("distill.yaml")
+    words = ["distill", "train", "--config", file, "--model_name_or_path", home / "llama", "--teacher", home / "llama"]
+    sizes = ["--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_rows", 2, "--block-size", 16]
+    return [
+        *words,
+        *sizes,
+        "--gradient_accumulation_steps",
+        1,
+        "--split",
+        "train[:6]",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+
+
+@pytest.fixture
+def classifying(home, tmp_path):
+    """`hf-xent classify` of the file, on the tiny model."""
+    words = ["classify", "--config", CONFIGS[0].with_name("classify.yaml"), "--model", home / "llama", "--split"]
+    return [*words, "train[:60]", "--num_train_epochs", 0.5, "--output", tmp_path / "out"]
+
+
+def settings_of(folder):
+    return json.loads((folder / "results.json").read_text())["run"]
+
+
+def test_the_file_of_distillation_runs_and_is_pushed(distilling, home, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hub, "push", lambda folder, name, **options: seen.append((folder, name)))
+    summary = invoked(*distilling, "--weight_decay", 0.25, "--push", "--hub_model_id", "me/student")
+    settings, folder = settings_of(tmp_path / "out"), tmp_path / "out"
+    assert summary["steps"] == 2 and math.isfinite(summary["last_loss"]) and summary["repository"] == "me/student"
+    assert settings["more"] == {"weight_decay": 0.25, "hub_model_id": "me/student"} and settings["lora"] == 16
+    assert settings["model"] == str(home / "llama") and settings["objective"] == "jsd:beta=0.5"  # words, then the file
+    assert seen == [(str(folder), "me/student")] and "DistillationTrainer" in (folder / "README.md").read_text()
+    assert torch.load(folder / "training_args.bin", weights_only=False).weight_decay == 0.25
+
+
+def test_the_file_of_classification_runs(classifying, tmp_path):
+    summary, settings = invoked(*classifying), settings_of(tmp_path / "out")
+    assert summary["steps"] == 2 and math.isfinite(summary["last_loss"]) and len(summary["classes"]) > 1
+    assert settings["loss"] == "focal:gamma=2" and settings["more"] == {"weight_decay": 0.01, "warmup_steps": 0.1}
+    assert "ClassTrainer" in (tmp_path / "out" / "README.md").read_text()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.num_labels == len(summary["classes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weight_deca", "1"], "weight_deca is no argument of `hf-xent classify`: did you mean 'weight_decay'"),
+        (["--weight_decay", "much"], "weight_decay.*invalid float value: 'much'"),
+        (["--epochs", "2"], "num_train_epochs and epochs are both given, which are the same"),
+        (["--lora_r", "2"], "lora_r is 2, but use_peft is False: set use_peft, too"),
+        (["--hub_token", "x"], "hub_token is given, but tokens are written nowhere: log in"),
+        (["--hub_model_id", "a/b"], "hub_model_id is given, but push is not"),
+        (["--push", "--no-save"], "push is given, but the model is not saved"),
+        (["--config"], "config is not given: name a YAML file"),
+        (["--gather", "stray"], "stray"),
+    ],
+)
+def test_what_has_no_effect_or_no_meaning_is_refused(words, message, classifying):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli.app, [*map(str, classifying), *words], catch_exceptions=False)
+
+
+def test_epochs_are_refused_where_steps_are_counted(distilling):
+    with pytest.raises(ValueError, match="num_train_epochs is given, but the command counts optimizer steps"):
+        invoked(*distilling, "--num_train_epochs", 2)
+
+
+def test_a_file_with_an_option_under_two_names_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a\nmodel_name_or_path: b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="config has model and model_name_or_path, which are the same"):
+        invoked("classify", "--config", path)
+
+
+def test_all_fields_are_listed_on_demand():
+    shown = CliRunner().invoke(cli.app, ["distill", "train", "--help-all"]).stdout
+    assert "--weight_decay" in shown and "--sampling_temperature" in shown and "--load_in_4bit" not in shown

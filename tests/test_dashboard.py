@@ -76,11 +76,11 @@ def outcome(arm, losses, **more):
         for i, x in enumerate(losses, 1)
     ]
     evaluations = [{"loss": 9.25, "perplexity": 77.5, "runtime": 1.0}, {"loss": 8.125, "perplexity": 66.5}]
-    return {
+    found = {
         "arm": arm, "losses": losses, "seconds": [9.0, 0.5, 0.25, 0.5], "memory": [2**20, 3 * 2**20],
         "eval_before": 9.25, "eval_after": 8.125, "tokens_per_step": 8, "logs": logs, "evaluations": evaluations,
-        **more,
     }  # fmt: skip
+    return found | more
 
 
 def put(folder, name, stored):
@@ -250,6 +250,16 @@ def test_a_classifier_without_arms_is_shown(tmp_path):
     assert held_out.rows == [["accuracy", "0.25", "0.75"]] and costs.rows == [["training", "2", "2 → 1", "2"]]
     assert len(predictions.rows) == 20 and predictions.rows[0] == ["3", "some text", "a", "0.1235"]
     assert "first 20 rows" in page_of(tmp_path).text
+
+
+def test_a_run_that_logs_seldom_and_evaluates_nothing_is_shown(tmp_path):
+    logs = [{"step": step, "loss": 1.0 / step} for step in (10, 20)]
+    ends = {"eval_before": float("nan"), "eval_after": float("nan"), "evaluations": [{}, {}], "tokens_per_step": 0}
+    one = outcome("hf_xent", [0.1, 0.05], logs=logs, seconds=[0.5] * 20, **{**ends, "memory": [2**20]})
+    folder = read(put(tmp_path, "results.json", {"run": {"recipe": "sft"}, "outcomes": [one]}))
+    [costs] = folder.tables
+    assert costs.rows == [["hf_xent", "20", "0.1 → 0.05", "0.5", "1"]] and folder.charts[0].curves[0].x == [10, 20]
+    assert "recipe sft" in page_of(tmp_path).text
 
 
 def test_several_folders_share_charts_and_show_what_differs(tmp_path):

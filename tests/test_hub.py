@@ -136,15 +136,11 @@ def test_card_has_what_the_run_measured_and_was_told(tmp_path):
     assert {r.metric_type: r.metric_value for r in data.eval_results} == {
         name: pytest.approx(last[f"eval_{name}"]) for name in ("loss", "perplexity", "entropy", "mean_token_accuracy")
     }
-    entries = yaml.safe_load((tmp_path / ".eval_results" / "me--foxes.yaml").read_text())
-    assert entries[0]["dataset"] == {"id": "me/foxes", "task_id": "loss"}
-    assert {e["dataset"]["task_id"]: e["value"] for e in entries}["perplexity"] == pytest.approx(
-        last["eval_perplexity"]
-    )
+    assert not (tmp_path / ".eval_results").exists(), "held-out rows are no benchmark"
     assert (
         "- `gamma`: 1.5" in card.text and "arXiv:1708.02002" in card.text and "| `learning_rate` | 0.01 |" in card.text
     )
-    assert f"| perplexity | {last['eval_perplexity']:.6g} |" in card.text
+    assert f"| `perplexity` | {last['eval_perplexity']:.6g} | exp of the mean" in card.text
     assert "hf_secret" not in card.text and str(tmp_path) not in card.text
     trainer.save_model()
     assert trainer.args.hub_token == "hf_secret"
@@ -152,6 +148,26 @@ def test_card_has_what_the_run_measured_and_was_told(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(TypeError, match="takes no licence"):
         trainer.create_model_card(licence="mit")
+
+
+def test_results_of_benchmarks_are_those_that_were_measured(tmp_path):
+    """Read back by huggingface_hub; and a benchmark is only what the user says is one."""
+    trainer = trained(tmp_path)
+    named = {"mean_token_accuracy": "me/quiz:words", "perplexity": "me/quiz:text", "loss": "other/quiz:default"}
+    trainer.create_model_card(model_name="fox", license="mit", dataset="me/rows", benchmarks=named)
+    measured = {r.metric_type: r.metric_value for r in hub.validate(tmp_path).data.eval_results}
+    found = {}
+    for file in (tmp_path / ".eval_results").iterdir():
+        for entry in huggingface_hub.parse_eval_result_entries(yaml.safe_load(file.read_text())):
+            found[f"{entry.dataset_id}:{entry.task_id}"] = entry.value
+    assert found == {benchmark: measured[metric] for metric, benchmark in named.items()}
+    assert {file.name for file in (tmp_path / ".eval_results").iterdir()} == {"me--quiz.yaml", "other--quiz.yaml"}
+    for benchmarks, message in (
+        ({"f1": "me/quiz:words"}, "benchmarks names 'f1', which was not measured: choose among loss, perplexity"),
+        ({"loss": "me/quiz"}, "benchmarks has 'me/quiz' for loss: give the form 'user/dataset:task'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.create_model_card(license="mit", benchmarks=benchmarks)
 
 
 def test_card_without_numbers_makes_none_up(tmp_path):
@@ -340,7 +356,7 @@ def test_a_trainer_pushes_every_save_and_the_card_is_true(elsewhere, tmp_path):
     summaries = [summary for _, summary, _ in elsewhere.hub.repos["models/me/trained"].commits]
     assert summaries == [*(f"Training in progress, step {i}" for i in (1, 2, 3)), "End of training"]
     files = elsewhere.files("me/trained")
-    assert {"README.md", "model.safetensors", "loss.png", ".eval_results/me--rows.yaml"} <= files.keys()
+    assert {"README.md", "model.safetensors", "loss.png"} <= files.keys()
     assert not [name for name in files if name.startswith("checkpoint-")]
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "README.md").write_bytes(files["README.md"])

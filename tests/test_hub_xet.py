@@ -1,11 +1,13 @@
 """Pushes through Xet: hf_xet cuts files into chunks, and a Hub on this machine puts them together again."""
 
+import json
 import os
 import re
 
 import pytest
+from typer.testing import CliRunner
 
-from hf_xent import hub
+from hf_xent import cli, hub
 from support import xet_server
 from support.hub_process import elsewhere
 
@@ -90,6 +92,18 @@ def kinds(server):
     xorbs = server.xet.xorbs.values()
     found = {xorb[start + 4] for xorb in xorbs for start, _, _ in xet_server.chunks_of(xorb)}
     return {("stored", "lz4", "grouped")[i] for i in found}
+
+
+def publish(*arguments):
+    """What `hf-xent publish` prints."""
+    result = CliRunner().invoke(cli.app, ["publish", *map(str, arguments), "--json"], catch_exceptions=False)
+    return json.loads(result.stdout)
+
+
+def test_the_command_goes_through_xet(elsewhere, folder):
+    found = elsewhere.run(publish, folder, "--repo-id", "me/command")
+    assert found["address"].startswith(elsewhere.hub.url) and elsewhere.files("me/command") == published(folder)
+    assert "POST /v1/shards" in requests(elsewhere.hub) and set(found["files"]) == set(published(folder))
 
 
 def test_what_somebody_has_sent_is_not_sent_again(elsewhere, folder, tmp_path):

@@ -2,9 +2,17 @@
 
 import re
 import runpy
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from hf_xent import cli
+from hf_xent.cli.recipes import RecipeCommand
+from hf_xent.recipes import RECIPES
+from hf_xent.recipes.arguments import parser
 
 METHODS = Path(__file__).parents[1] / "docs" / "methods"
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(METHODS.glob("*.md"))}
@@ -63,3 +71,27 @@ def test_a_page_links_to_results_or_says_that_there_are_none(page):
     links = re.findall(r"\]\((\.\./[^)#\s]+)[^)]*\)", section)
     assert [link for link in links if not (METHODS / link).exists()] == []
     assert any("benchmarks/results/" in link for link in links) or "not measured" in section.lower()
+
+
+def commands() -> list[str]:
+    """What the pages tell to type, each once."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", "\n".join(PAGES.values()), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return sorted({" ".join(line.split()) for line in lines if line.startswith("hf-xent ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_and_its_options_exist(line):
+    words = shlex.split(line, comments=True)[1:]
+    command, path = get_command(cli.app), []
+    while hasattr(command, "commands"):
+        path.append(words.pop(0))
+        assert path[-1] in command.commands
+        command = command.commands[path[-1]]
+    known = {option for parameter in command.params for option in parameter.opts}
+    if isinstance(command, RecipeCommand):
+        actions = parser(path[0], RECIPES[path[0]]())._actions
+        known |= {option for action in actions for option in action.option_strings}
+    assert [word for word in words if word.startswith("--") and word not in known] == []
+    files = [word for option, word in pairwise(words) if option == "--config"]
+    assert [file for file in files if not (METHODS.parents[1] / file).is_file()] == []

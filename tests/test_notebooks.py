@@ -17,7 +17,7 @@ FOLDER = ROOT / "examples" / "notebooks"
 SETTINGS = {
     "quick_start": {"SPLIT": "train[:4%]", "BLOCK": 16, "ROWS": 2, "STEPS": 3},
     "your_own_loss": {"SPLIT": "train[:4%]", "BLOCK": 16, "ROWS": 2, "STEPS": 4, "RATE": 1e-2},
-    "detection_audit": {"TEXTS": 16, "WORDS": 6, "EPOCHS": 20, "RATE": 1e-2, "RESAMPLES": 20},
+    "detection_audit": {"TEXTS": 16, "WORDS": 24, "EPOCHS": 20, "RATE": 1e-2, "RESAMPLES": 20},
     "ln_free_surgery": {"WIDTH": 16, "LAYERS": 1, "CONTEXT": 16, "ROWS": 2, "PRETRAINING": 10, "STEPS": 12},
 }
 CHECKED = {

@@ -22,6 +22,7 @@ DEMO = re.search(r"^DEMO = (.*)$", MAKEFILE, re.MULTILINE).group(1)
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # offline here: the same model out of the package
 SMALLER = {"train": ["--steps", "1", "--batch-size", "1", "--block-size", "16", "--eval-blocks", "1", "--no-save"]}
 SMALLER["search"] = ["--trials", "2", "--candidates", "2", "--steps", "1", "--block-size", "16", "--eval-blocks", "1"]
+SMALLER["emo"] = ["--max_steps", "1", "--block_size", "16", "--eval_rows", "1", "--per_device_train_batch_size", "1"]
 SMALLER["bench"] = ["--tokens", "32", "--repeats", "1", "--contestants", "dense,hf_xent"]
 
 
@@ -64,8 +65,12 @@ def test_commands_run(line, tmp_path):
         pictures = write_pictures(tmp_path / "pictures")
         classifier = write_classifier(tmp_path / "classifier", pictures)
         line = line.replace("my/pictures", str(pictures)).replace("my/classifier", str(classifier))
+    if "show out/emo" in line:  # the folder of the line before
+        (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 2.5}]}))
+        line = line.replace("out/emo --open", str(tmp_path))
     _, command, *rest = shlex.split(line)
     output = ["--output", str(tmp_path)] if command in ("train", "bench", "classify", "attack", "search") else []
+    output += ["--output_dir", str(tmp_path)] if command == "emo" else []
     result = CliRunner().invoke(cli.app, [command, *rest, *SMALLER.get(command, []), *output])
     assert result.exit_code == 0, result.output
 

@@ -5,10 +5,12 @@ from .app import app, main
 from .attack import attack
 from .bench import bench, report
 from .check import check, losses
+from .classify import CONFIGURATION as CLASSES
 from .classify import classify
 from .data import data
 from .detect import detect
 from .distill import app as distill
+from .extended import extended
 from .generate import generate
 from .ln_free import app as ln_free
 from .plan import plan
@@ -21,11 +23,11 @@ from .train import train
 
 __all__ = ["app", "main"]
 
-app.command()(train)  # the help lists commands in this order, and groups after them
 for recipe in RECIPES:
     if recipe != "ln-free":
         register(recipe)
-for command in (classify, search, plan, check, losses, generate, detect, attack, show, publish, bench, report):
+app.command(cls=extended(CLASSES))(classify)
+for command in (train, search, plan, check, losses, generate, detect, attack, show, publish, bench, report):
     app.command()(command)
 register("ln-free", ln_free, "train")
 app.add_typer(ln_free, name="ln-free")

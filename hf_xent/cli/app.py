@@ -11,12 +11,15 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from ..recipes import RECIPES
 from ..system import extras
 from ..system.access import refusal
+from .grouped import Grouped
 from .output import err, literal, out
 
 app = typer.Typer(
     name="hf-xent",
+    cls=Grouped,
     help="Cross-entropy of large-vocabulary language models without the logits, and better losses in its place.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -25,6 +28,7 @@ app = typer.Typer(
 )
 
 EXTRAS = {
+    **dict.fromkeys(RECIPES, "train"),
     "attack": "train",
     "bench": "bench",
     "classify": "train",

@@ -18,11 +18,12 @@ MOST = 20
 
 @options_from(Attacking, positional=("model",), split=Split, dtype=DType)
 def attack(run: Attacking, as_json: Json = False) -> None:
-    """Attack a trained classifier of images or texts: its accuracy before, and under the worst small changes found.
+    """Attack a trained classifier of images or texts.
 
-    Robust accuracy is the share of rows that no change within epsilon was found for: an upper bound, which a stronger
-    attack may lower. Rows that are wrong before count as wrong. Intervals are Wilson's, of 95 %. After an interruption,
-    the same command goes on with the next batch.
+    Measured are its accuracy before, and under the worst small changes that are found. Robust accuracy is the share of
+    rows that no change within epsilon was found for: an upper bound, which a stronger attack may lower. Rows that are
+    wrong before count as wrong. Intervals are Wilson's, of 95 %. After an interruption, the same command goes on with
+    the next batch.
 
     Example: hf-xent attack out/classify --dataset mnist --split test --method pgd --epsilon 8/255 --masking
     """

@@ -77,7 +77,7 @@ def bench(
     export: Export = None,
     as_json: Json = False,
 ) -> None:
-    """Time loss and gradients against dense torch and other libraries.
+    """Time loss and gradients against other libraries.
 
     Gradients are checked first; a contestant whose gradients are wrong gets no time.
 
@@ -199,7 +199,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the pages, plots and README table of benchmark results.
+    """Write the pages and plots of benchmark results.
 
     All of them are generated anew from the CSV files that `hf-xent bench` wrote; rows of a run on a GPU that was killed
     before it wrote its CSV file are added from its .jsonl file.

@@ -19,9 +19,10 @@ def check(
     tokens: Annotated[int, Option(help="How many random tokens to compare on.", min=4)] = 24,
     as_json: Json = False,
 ) -> None:
-    """Compare the loss and gradients of a model, stock and patched: a causal LM, or one like T5 or BERT.
+    """Compare a model, stock and patched: loss and gradients.
 
-    Both see the same tokens. The output describes the model's head, and says how far loss and gradients differ.
+    It is a causal LM, or one like T5 or BERT. Both see the same tokens. The output describes the model's head, and says
+    how far loss and gradients differ.
 
     'noise' is how far the stock model is from itself with its head in float64, and 'tolerance' is the error that this
     noise allows. The 'exact' errors compare both models with their heads in float64, where there is no noise.

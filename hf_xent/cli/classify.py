@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 from typer import Option
 
 from ..experiments.class_settings import DATA_HELP, MODEL_HELP, Classifying, Report
+from .extended import check_push, more_of, pushed, show_all
 from .options import DType, Json, Split, options_from
 from .output import emit
+from .recipes import Config, HelpAll, Push
 from .train import check_training, progress_bars, reporter
 
 if TYPE_CHECKING:
@@ -20,18 +23,30 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, Option(help=MODEL_HELP, show_default=False)]
 Data = Annotated[str, Option(help=DATA_HELP, show_default=False)]
-ARM = "classify"
+ARM, CONFIGURATION = "classify", "classes:ClassConfig"
 
 
-@options_from(Classifying, positional=("loss",), model=Model, dataset=Data, split=Split, dtype=DType)
-def classify(run: Classifying, as_json: Json = False) -> None:
-    """Train a classifier of texts, tokens, images or tables, and write what it predicts.
+@options_from(Classifying, positional=("loss",), without=("more",), model=Model, dataset=Data, split=Split, dtype=DType)
+def classify(
+    run: Classifying,
+    context: typer.Context,
+    config: Config = None,
+    push: Push = False,
+    help_all: HelpAll = False,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier of texts, tokens, images or tables.
 
     A part of the rows is held out, and measured before and after. Predictions are those of the held-out rows, or of
-    --predict. After an interruption, --resume goes on from the newest checkpoint of --save-steps.
+    --predict. After an interruption, --resume goes on from the newest checkpoint of --save-steps. Names of TRL and
+    every field of ClassConfig are options, too.
 
     Example: hf-xent classify focal:gamma=2 --model my/encoder --dataset rows.csv --epochs 3 --predict new.csv
     """
+    if help_all:
+        return show_all("classify", CONFIGURATION)
+    run = replace(run, more=more_of(context))
+    check_push(push, run)
     check_training(run if run.learning_rate is not None else replace(run, learning_rate=1.0))  # None is a default
     run.check_sources()
     from ..experiments.classifying import classified
@@ -62,6 +77,7 @@ def classify(run: Classifying, as_json: Json = False) -> None:
         "predicted": outcome.predicted,
         "predictions": outcome.predictions,
         "results": str(results),
+        **({"repository": pushed(run.output, run.more)} if push else {}),
     }
     saved = f"model in {run.output}, " if run.save and outcome.losses else ""
     line = f"{saved}{outcome.predicted['rows']} predictions in {outcome.predictions}, every number in {results}"

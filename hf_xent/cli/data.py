@@ -15,7 +15,7 @@ from .select import select
 
 data = typer.Typer(
     name="data",
-    help="Write a registered dataset as Parquet files, push it to the Hub, or select the texts of a target.",
+    help="Export or push a dataset, or select texts for a target.",
 )
 data.command()(select)
 

@@ -26,7 +26,7 @@ TASK_HELP = "Whether texts are 'members' of the model's training set, or were 'g
     dtype=AutoDType,
 )
 def detect(run: Detection, as_json: Json = False) -> None:
-    """Score texts: was a model trained on them, or did one write them?
+    """Score texts: did a model see them, or write them?
 
     A batch of texts takes one forward pass, whatever the number of scores. After an interruption, the same command
     resumes where it stopped.

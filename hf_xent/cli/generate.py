@@ -44,7 +44,7 @@ def generate(
     seed: Annotated[int, Option(help="Seed of the samples.", **SEEDS)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, by plain sampling, at a target surprise, or in a path nucleus.
+    """Continue a prompt, at a target surprise if you like.
 
     Each continuation is printed with its surprise under the whole model, in bits per token; paths with their weights.
 

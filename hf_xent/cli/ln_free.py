@@ -12,7 +12,7 @@ from typer import Argument, Option
 from .options import AutoDType, DType, Json, Split, Text, check_dtype
 from .output import emit, err
 
-app = typer.Typer(help="Models without LayerNorm: convert, verify, report.", no_args_is_help=True)
+app = typer.Typer(help="Models without LayerNorm: train, convert, report.", no_args_is_help=True)
 Model = Annotated[str, Argument(help="Path or Hub id of a causal LM whose norms were removed, in any form.")]
 
 

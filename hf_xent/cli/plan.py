@@ -22,7 +22,9 @@ MODEL_HELP = "The model: 'smollm2' (packaged), or any Hub id or path of a langua
 
 @options_from(Settings, positional=("model",), model=Annotated[str, Argument(help=MODEL_HELP)])
 def plan(settings: Settings, as_json: Json = False) -> None:
-    """Estimate the peak memory of a training step, from a model's configuration alone.
+    """Estimate the peak memory of a training step.
+
+    A model's configuration is all that is read.
 
     The stock step of transformers, TRL's fused head, Liger, cut-cross-entropy and hf_xent are compared by component,
     at the moment at which each takes the most; with --gpu, so are the largest batches that fit. No weights are loaded.

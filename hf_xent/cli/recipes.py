@@ -61,6 +61,7 @@ def sections(name: str) -> list[tuple[str, list[tuple[str, str]]]]:
         for option, default in row["options"].items()
         if option not in COMMON and row["help"][option]
     ]
+    own += [(f"--{option}", text) for option, text in recipe.shown.items()]
     data = [
         (f"--{f.name}", _described(f.metadata["help"].replace("%%", "%"), recipe.defaults.get(f.name, f.default)))
         for f in fields(recipe.arguments)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..experiments.forecasting import Outlook
     from ..laws.fitted import Fit
 
-app = typer.Typer(help="Laws of losses: fit them to training runs, forecast other runs.", no_args_is_help=True)
+app = typer.Typer(help="Fit laws of losses, and forecast other runs.", no_args_is_help=True)
 FILES_HELP = "CSV files of curves (step,lr,loss,tokens,params), as CurveCallback writes them"
 Curves = Annotated[list[Path], Argument(help=f"{FILES_HELP}.", show_default=False)]
 Files = Annotated[

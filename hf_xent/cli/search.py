@@ -26,7 +26,7 @@ Space = Annotated[list[str], Option("--space", help=SPACE_HELP)]
     space=Space,
 )  # fmt: skip
 def search(run: Search, as_json: Json = False) -> None:
-    """Search the options with which a causal LM is fine-tuned best.
+    """Search the options of a fine-tuning run.
 
     Each trial is a run of `hf-xent train`; its score is the cross-entropy of held-out text in nats per token, whatever
     its loss. Trials are kept as they end, and the same command goes on with a search that was interrupted. The score of

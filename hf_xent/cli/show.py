@@ -21,7 +21,9 @@ def show(
     open_page: Annotated[bool, Option("--open", help="Open the page in the browser.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the folder of a run as one page: curves, tables, samples, card and ROC curves.
+    """Show the folder of a run as one page.
+
+    It has curves, tables, samples, the card and ROC curves.
 
     The page opens without a server, and asks no other host for anything. It has what the files of the folder say:
     results.json, trials.json, reports of `hf-xent detect`, a trainer's state, predictions, README.md and pictures.

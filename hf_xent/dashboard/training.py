@@ -35,7 +35,7 @@ def _series(outcome: Mapping[str, Any], arm: str) -> logs.Series:
         if is_number(value) and is_number(before.get(name)) and not name.endswith(logs.TIMES) and len(losses) > 1:
             measure = (name, arm, logs.EVALUATION)
             if (name, arm, "") in found:  # beside a curve of the training; alone, the table says it all
-                found[measure] = [(0, before[name]), (len(losses), value)]
+                found[measure] = [(0, before[name]), (_steps(outcome), value)]
     seconds, memory = outcome.get("seconds") or [], outcome.get("memory")
     found[("seconds", arm, "")] = [*enumerate(seconds, 1)]
     found[("memory", arm, "")] = [(i, m / MIB) for i, m in enumerate(memory if isinstance(memory, list) else [], 1)]
@@ -74,7 +74,7 @@ def _costs(outcomes: list[Mapping[str, Any]]) -> Table:
         tokens = outcome.get("tokens_per_step", 0) / steady if steady else 0.0
         ends = f"{shown(losses[0])} → {shown(losses[-1])}"
         numbers = [shown(steady) if steady else "", f"{tokens:.0f}" if tokens else "", f"{peak:.0f}" if peak else ""]
-        rows.append([outcome.get("arm", "training"), str(len(losses)), ends, *numbers])
+        rows.append([outcome.get("arm", "training"), str(_steps(outcome)), ends, *numbers])
         costs.append((steady, peak))
     note = ""
     if len(rows) == 2 and all(map(all, costs)):
@@ -86,6 +86,12 @@ def _costs(outcomes: list[Mapping[str, Any]]) -> Table:
     head = ["", "steps", "training loss", "seconds a step", "tokens a second", "peak MiB"]
     filled = [i for i, _ in enumerate(head) if i == 0 or any(row[i] for row in rows)]
     return Table("Training", [head[i] for i in filled], [[row[i] for i in filled] for row in rows], RESULTS, note)
+
+
+def _steps(outcome: Mapping[str, Any]) -> int:
+    """The optimizer steps of an outcome; a trainer may log every tenth only."""
+    logs, losses = outcome.get("logs") or [{}], outcome.get("losses") or []
+    return max(int(logs[-1].get("step", 0)), len(losses), len(outcome.get("seconds") or []))
 
 
 def _steady(outcome: Mapping[str, Any]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .fields import option
@@ -70,6 +70,8 @@ class Classifying(Tuning):
     predict_split: str | None = option("Split of the rows to predict, such as 'test'.", None)
     predictions: str | None = option("CSV file for predictions [default: predictions.csv in the output folder].", None)
     output: str = option("Folder for the model, its checkpoints, predictions.csv and results.json.", "out/classify")
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the trainer's configuration: name -> value."""
 
     def check(self, loss: Any) -> None:
         """Raises: ValueError for options that cannot be used under the loss, or have no effect."""

@@ -182,9 +182,8 @@ def _trainer(run: Classifying, loss: Any, classifier: Classifier, parts: list[Pa
     elif run.second:
         second = {"second": _teacher(run, classifier, task)}
     config = ClassConfig(
-        **arguments_of(run, steps or 1),
+        **{**arguments_of(run, steps or 1), "remove_unused_columns": False, **run.more},
         loss=str(run.loss),
-        remove_unused_columns=False,
         **{name: value for name, value in options.items() if value is not None},
     )
     trainer = ClassTrainer(

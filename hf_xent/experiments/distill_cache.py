@@ -128,12 +128,20 @@ def _loaded(run: Caching) -> tuple[Any, Any, Any]:
 
 def card(found: Written, render: Callable[..., str]) -> str:
     """The card of a cache."""
+    from datasets import Dataset, concatenate_datasets
     from huggingface_hub import DatasetCardData
 
+    from ..hub.datasets import describe, size_of
+
     head = DatasetCardData(
+        license="unknown",  # of what a teacher says: `hf-xent publish --license` writes it
+        size_categories=size_of(found.cache.rows),
+        task_categories=["text-generation"],
         pretty_name=f"What {found.cache.teacher} says about {found.cache.dataset or 'a data set'}",
         tags=["hf_xent", "distillation"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data-*.arrow"}]}],
     )
+    documents = [Dataset.from_file(str(shard)) for shard in found.cache.shards(found.folder)]
+    describe(head, {"train": concatenate_datasets(documents)})
     columns = ["input_ids", *found.cache.form.columns]
     return render("cache", head, cache=found.cache, columns=columns, size=f"{found.bytes_per_token:.1f}")

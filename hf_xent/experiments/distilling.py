@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .documents import load_documents
@@ -50,6 +50,8 @@ class Distilling(Training):
     block_size: int = option("Tokens that are kept of a document, from its start.", 192, min=2)
     eval_blocks: int = option("Documents held out for evaluation.", 16, min=1)
     output: str = option("Folder for the model, its checkpoints, results.json and curves.png.", "out/distill")
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the trainer's configuration: name -> value."""
 
     @property
     def teachers(self) -> list[str]:
@@ -118,7 +120,7 @@ def _config(run: Distilling) -> Any:
 
     sampling = {"max_new_tokens": run.max_new_tokens, "sampling_temperature": run.sampling_temperature}
     return DistillationConfig(
-        **arguments_of(run, run.steps),
+        **{**arguments_of(run, run.steps), **run.more},
         objective=run.objective,
         temperature=run.temperature,
         ce_weight=run.ce_weight,

@@ -129,6 +129,7 @@ def fitted(
         if run.save:
             on_phase("saving")
             trainer.save_model(run.output)
+            trainer.state.log_history.insert(0, {**before, "step": 0})  # training began a log of its own
             trainer.create_model_card(dataset=run.dataset)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return Outcome(

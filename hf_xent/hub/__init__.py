@@ -1,8 +1,9 @@
 """Floor 1: cards, rendered from templates and checked offline, and pushes of whole folders to the Hub."""
 
 from .cards import REQUIRED, known, render, set_license, validate
-from .model import Carded, Tokenless, eval_results, origin, write_card
+from .model import Carded, Tokenless, origin, write_card
 from .push import files, push
+from .results import eval_results
 from .usage import Usage, set_place, usage_of
 
 __all__ = [

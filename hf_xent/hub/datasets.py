@@ -7,6 +7,7 @@ FOLDER/README.md                            written last: a folder that has it i
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..data import DATASETS, Corpus, load
 
 SHARD = 500 * 2**20
 """The approximate number of bytes of rows in a file."""
+BATCH = 10_000
+"""Rows whose bytes are counted at a time."""
 
 
 def export(name: str, folder: str | Path, path: str | Path | None = None, **options: Any) -> Path:
@@ -81,6 +84,25 @@ def to_hub(
         return hub.push(folder, repo_id, repo_type="dataset", private=private, create_pr=create_pr)
 
 
+def describe(head: Any, parts: Mapping[str, Any]) -> None:
+    """Writes what the Hub's viewer and `load_dataset` read of a configuration: columns, splits and their sizes.
+
+    Args:
+        head: A `DatasetCardData`, which gets the field `dataset_info`.
+        parts: Split -> a `datasets.Dataset`; all have the same columns.
+    """
+    from datasets import DatasetInfo, SplitDict, SplitInfo
+    from datasets.info import DatasetInfosDict
+
+    sizes = {split: sum(t.nbytes for t in rows.with_format("arrow").iter(BATCH)) for split, rows in parts.items()}
+    splits = SplitDict()
+    for split, rows in parts.items():
+        splits.add(SplitInfo(split, num_bytes=sizes[split], num_examples=len(rows)))
+    features = next(iter(parts.values())).features
+    info = DatasetInfo(features=features, splits=splits, dataset_size=sum(sizes.values()))
+    DatasetInfosDict({"default": info}).to_dataset_card_data(head)
+
+
 def _write(rows: Any, folder: Path, split: str) -> None:
     count = max(1, -(-rows.data.nbytes // SHARD))
     for i in range(count):
@@ -96,7 +118,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
         language=corpus.language,
         pretty_name=" ".join(filter(None, [corpus.title, Path(config).name])),
         task_categories=list(corpus.tasks),
-        size_categories=_size(total),
+        size_categories=size_of(total),
         tags=["hf_xent", corpus.family],
         configs=[
             {
@@ -105,6 +127,7 @@ def _card(corpus: Corpus, config: str, parts: dict[str, Any]) -> str:
             }
         ],
     )
+    describe(head, parts)
     rows = [{"split": split, "rows": len(part), "labels": _labels(corpus, part)} for split, part in parts.items()]
     return hub.render("dataset", head, corpus=corpus, features=corpus.features(), splits=rows)
 
@@ -116,7 +139,7 @@ def _labels(corpus: Corpus, rows: Any) -> str:
     return ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(names))
 
 
-def _size(rows: int) -> str:
+def size_of(rows: int) -> str:
     """The Hub's name for a number of rows."""
     steps = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
     return next((name for limit, name in steps if rows < limit), "1M<n<10M")

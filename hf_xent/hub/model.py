@@ -6,8 +6,8 @@
     method     the docstring of the trainer's file, and of the loss's, with their formulas and sources
     settings   the configuration's fields: those of the method, and those of transformers that are not at their default
 
-The Hub reads an evaluation from two places: `model-index` in the front matter, for any metric, and, for a dataset that
-is on the Hub, an entry in `.eval_results/`.
+The Hub reads an evaluation from two places: `model-index` in the front matter, for any metric, and, for benchmarks, an
+entry in `.eval_results/` (`hf_xent.hub.results`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from datetime import UTC, datetime
 from enum import Enum
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,22 @@ from ..losses.base import Loss
 from ..system import figures
 from ..system.machine import cpu_name
 from .cards import known, render
-from .usage import HERE, usage_of
+from .results import latest, rows, write_benchmarks
+from .usage import HERE, usage_of, with_tokenizer
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets")
-NOT_RESULTS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
-PRIVATE = re.compile(r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu")
+LIBRARIES = ("hf-xent", "torch", "transformers", "trl", "peft", "datasets")
+PRIVATE = re.compile(
+    r"hub_|push_to|.*(_dir|token|name)$|report_to|disable_tqdm|logging_|save_|_n_gpu|use_cpu|debug$|dataloader_pin|run_id"
+)
 """Settings of transformers that do not affect the result, or are private."""
+
+
+PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+MAIN = {"beta", "loss_type", "max_length"}
+"""Settings of TRL that are shown at their default too."""
+KEYWORDS = (
+    "dataset", "tags", "license", "language", "tasks", "finetuned_from", "benchmarks", "dataset_tags", "dataset_args",
+)  # fmt: skip
 
 
 class Carded:
@@ -53,21 +62,22 @@ class Carded:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, **metadata: Any
     ) -> None:
-        """Writes README.md, loss.png and `.eval_results/` into the output folder.
+        """Writes README.md, loss.png and, for benchmarks, `.eval_results/` into the output folder.
 
         Args:
             model_name: The title; None for the name of the folder.
             dataset_name: The data set of the training; like the keyword `dataset`, one Hub id or several.
             **metadata: `dataset`, `tags`, `license`, `language`, `tasks`, `finetuned_from`; `dataset_tags` names a
-                dataset too, and `dataset_args`, a keyword of transformers, is not shown.
+                dataset too, and `dataset_args`, a keyword of transformers, is not shown. `benchmarks` tells which
+                metrics are results of a benchmark with a data set on the Hub: {'accuracy': 'user/dataset:task'}.
 
         Raises:
             TypeError: For keywords that no card takes.
+            ValueError: For a benchmark's metric that was not measured.
         """
         trainer: Any = self
-        known = {"tags", "license", "language", "tasks", "finetuned_from", "dataset", "dataset_tags", "dataset_args"}
-        if unknown := metadata.keys() - known:
-            raise TypeError(f"create_model_card takes no {', '.join(unknown)}: its keywords are {', '.join(known)}")
+        if unknown := metadata.keys() - set(KEYWORDS):
+            raise TypeError(f"create_model_card takes no {', '.join(unknown)}: its keywords are {', '.join(KEYWORDS)}")
         if not trainer.is_world_process_zero():
             return
         folder = Path(trainer.args.output_dir)
@@ -100,39 +110,41 @@ def write_card(trainer: Any, folder: Path, name: str, metadata: dict[str, Any] |
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = getattr(model, "peft_config", None)  # set in models of PEFT
     base = metadata.get("finetuned_from") or _base(model.config._name_or_path)
-    results = _results(trainer.state.log_history)
+    results = latest(trainer.state.log_history)
     # without local paths, such as that of 'brown:FOLDER'
     datasets = [name for name in _as_list(metadata.get("dataset")) if not Path(name.partition(":")[2] or name).exists()]
     use = usage_of(model)
     tasks = [*_as_list(metadata.get("tasks")), *filter(None, [use and use.task])]
     task = tasks[0] if tasks else "text-generation" if model.can_generate() else "text-classification"
     library = use.library if use else "peft" if adapter else "transformers"
+    if use and hasattr(trainer.processing_class, "decode"):  # it is saved with the model
+        use = with_tokenizer(use)
     about = {**metadata, "base": base, "datasets": datasets, "task": task, "adapter": adapter, "library": library}
-    head = _head(trainer, name, about, results)
+    method, loss = _docs(type(trainer)), _loss(trainer.objective)
     text = render(
         "model",
-        head,
+        _head(trainer, name, about, results),
         name=name,
+        kind=_kind(model),
         use=use.section(trainer.hub_model_id or HERE) if use else "",
         base=base,
         adapter=bool(adapter),
-        datasets=datasets,
+        datasets=[f"[{name}](https://huggingface.co/datasets/{name})" if _is_id(name) else name for name in datasets],
         trainer=type(trainer).__name__,
         steps=trainer.state.global_step,
-        results=results,
-        method=_docs(type(trainer)),
-        loss=_loss(trainer.objective),
-        settings=settings(trainer.args),
+        results=rows(trainer.state.log_history),
+        method=_linked(method),
+        loss=loss and (loss[0], _linked(loss[1])),
+        settings=[row for row in settings(trainer.args) if loss is None or row[0] != "loss"],  # it has its section
         facts=trainer.card_facts,
         hardware=hardware(trainer.args.device),
-        versions={library: version(library) for library in LIBRARIES if library in sys.modules},
+        versions=_versions(),
         plot=_plot(trainer.state.log_history, folder / "loss.png"),
+        papers=_papers(method, loss[1] if loss else ""),
     )
+    notes = f"{name}, step {trainer.state.global_step}, evaluated by its training run"
+    write_benchmarks(folder, metadata.get("benchmarks") or {}, results, notes)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    for dataset in filter(_is_id, datasets):
-        eval_results(
-            folder, dataset, results, notes=f"{name}, step {trainer.state.global_step}, its own evaluation set"
-        )
 
 
 def origin(place: str) -> dict[str, Any]:
@@ -150,37 +162,25 @@ def origin(place: str) -> dict[str, Any]:
     return {**{key: card.get(key) for key in ("language", "datasets")}, "base_model": base, "license": license}
 
 
-def eval_results(folder: Path, dataset: str, results: dict[str, float], notes: str | None = None) -> None:
-    """Writes `.eval_results/{dataset}.yaml` with an entry for each metric; without results, no file.
-
-    Args:
-        folder: The folder to write into.
-        dataset: The Hub id of the data set of the evaluation.
-        results: Metric -> value.
-        notes: A remark on the measurement.
-    """
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-    from huggingface_hub.utils import yaml_dump
-
-    if not results:
-        return
-    date = datetime.now(UTC).date().isoformat()
-    entries = [EvalResultEntry(dataset, metric, value, date=date, notes=notes) for metric, value in results.items()]
-    path = folder / ".eval_results" / f"{dataset.replace('/', '--')}.yaml"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-
-
 def settings(args: Any) -> list[tuple[str, Any, str]]:
     """(name, value, meaning) of the method's fields, then of the others that are not at their default."""
     from transformers import TrainingArguments
 
     common = {field.name for field in fields(TrainingArguments)}
-    of_method = [f for f in fields(args) if f.name not in common]
+    of_method = [f for f in fields(args) if f.name not in common | _of_trl(args)]
     changed = [f for f in fields(TrainingArguments) if getattr(args, f.name) != _default(f)]
-    rows = [(f.name, getattr(args, f.name), _help(f)) for f in of_method + changed if not PRIVATE.match(f.name)]
+    shown = [f for f in of_method + changed if not PRIVATE.match(f.name) and not _help(f).startswith("Deprecated")]
+    rows = [(f.name, getattr(args, f.name), _help(f)) for f in shown]
     rows = [(name, value.value if isinstance(value, Enum) else value, text) for name, value, text in rows]
     return [row for row in rows if isinstance(row[1], int | float | str | list | None) and not _is_path(row[1])]
+
+
+def _of_trl(args: Any) -> set[str]:
+    """The fields of TRL's that a configuration of ours left at their default; without the main ones."""
+    if type(args).__module__.startswith("trl."):
+        return set()
+    theirs = {f.name for cls in type(args).__mro__ if cls.__module__.startswith("trl.") for f in fields(cls)}
+    return {f.name for f in fields(args) if f.name in theirs - MAIN and getattr(args, f.name) == _default(f)}
 
 
 def hardware(device: Any) -> str:
@@ -196,9 +196,9 @@ def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, flo
     from huggingface_hub import EvalResult, ModelCardData
 
     tags = ["hf_xent", _method(trainer), *_as_list(about.get("tags")), *(["lora"] if about["adapter"] else [])]
-    dataset = (about["datasets"] or ["held-out rows of the run"])[0]
-    dataset_type = dataset if _is_id(dataset) else "custom"
-    evaluation = [EvalResult(about["task"], dataset_type, dataset, metric, value) for metric, value in results.items()]
+    source = next(filter(_is_id, about["datasets"]), None)
+    rows = f"evaluation rows of the run{f', {source}' if source else ''}"
+    evaluation = [EvalResult(about["task"], source or "custom", rows, metric, x) for metric, x in results.items()]
     return ModelCardData(
         license=about.get("license") or known(about["base"]).get("license") or "unknown",
         language=about.get("language"),
@@ -212,13 +212,6 @@ def _head(trainer: Any, name: str, about: dict[str, Any], results: dict[str, flo
     )
 
 
-def _results(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The last evaluation, without the prefix and the times."""
-    last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
-    metrics = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and k not in NOT_RESULTS}
-
-
 def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
     """The fields of a loss of a registry and the docstring of its file; None for another loss."""
     known = isinstance(objective, Loss | ClassLoss)
@@ -227,6 +220,36 @@ def _loss(objective: Any) -> tuple[dict[str, Any], str] | None:
 
 def _docs(cls: type) -> str:
     return (sys.modules[cls.__module__].__doc__ or "").strip()
+
+
+def _kind(model: Any) -> str:
+    """The class of a model and its size; sharding derives a class of its own."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in base.parameters())
+    return f"{type(base).__name__.removeprefix('FSDP')} with {count:,} parameters"
+
+
+def _linked(docs: str) -> str:
+    """Text with links to the papers that it names."""
+    return PAPER.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", docs)
+
+
+def _papers(*docs: str) -> list[str]:
+    """The papers that the method and the loss name as their source."""
+    sources = [text.partition("Source:")[2] for text in docs]
+    sources = [re.split(r"\n(?:Data|Relations|Statistics):", text)[0] for text in sources]
+    return list(dict.fromkeys(found for text in sources for found in PAPER.findall(text)))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            if library.replace("-", "_") in sys.modules:
+                found[library] = version(library)
+        except PackageNotFoundError:  # it runs from its sources
+            continue
+    return found
 
 
 def _method(trainer: Any) -> str:

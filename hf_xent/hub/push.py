@@ -78,7 +78,7 @@ def push(
     validate(folder, repo_type)
     repo = {"repo_id": repo_id, "repo_type": repo_type}
     try:
-        _check_rights(repo_id, create_pr)
+        check_rights(repo_id, create_pr)
         repo["repo_id"] = _create(folder, repo, private)
         address, branch = _upload(folder, repo, revision, create_pr)
         missing = sorted(set(files(folder)) - _arrived(folder, repo, branch))
@@ -89,8 +89,16 @@ def push(
     return address
 
 
-def _check_rights(repo_id: str, create_pr: bool) -> None:
-    """Raises: PermissionError if the Hub says that the login may not write; a pull request needs no rights."""
+def check_rights(repo_id: str, create_pr: bool = False) -> None:
+    """Asks the Hub whether the login may write to a repository, before files are sent or a training begins.
+
+    Args:
+        repo_id: The repository, 'name', 'user/name' or 'organization/name'.
+        create_pr: Whether a pull request is meant, which needs no rights.
+
+    Raises:
+        PermissionError: It may not.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

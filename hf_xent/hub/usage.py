@@ -31,6 +31,13 @@ AUTO = {
     "KeypointDetection": "keypoint-detection",
 }
 """Suffix of a class AutoModelFor... of transformers -> the Hub's name of the task of its models."""
+EXAMPLES = {
+    "text-generation": """tokens = tokenizer("once upon a time", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(tokens, max_new_tokens=20)[0]))""",
+    "text-classification": """tokens = tokenizer("a text to classify", return_tensors="pt").input_ids
+print(model(tokens).logits)""",
+}
+"""The Hub's name of a task -> code that uses a model and its tokenizer."""
 BLOCK = re.compile(r"<!-- loads (?P<place>\S+) -->\s*```python\n(?P<code>.*?)```", re.DOTALL)
 """A block of code after a comment, which the Hub does not show, with the location from which the code loads."""
 
@@ -79,6 +86,22 @@ def usage_of(model: Any) -> Usage | None:
     if found is None or loss is None or loss["classes"] == base.config.num_labels:
         return found
     return replace(found, note="Its outputs are not its classes: `hf_xent.classes.predict(model, logits)` reads them.")
+
+
+def with_tokenizer(usage: Usage) -> Usage:
+    """The same with the tokenizer and an example, for a model of transformers or PEFT; another usage as it is.
+
+    Args:
+        usage: How the model is loaded, in one line after an import.
+    """
+    example = EXAMPLES.get(usage.task or "")
+    if example is None or not re.match(r"from (transformers|peft) import Auto", usage.code):
+        return usage
+    first, _, rest = usage.code.partition("\n")
+    more = "\nfrom transformers import AutoTokenizer" if first.startswith("from peft") else ", AutoTokenizer"
+    trust = ", trust_remote_code=True" if "trust_remote_code" in rest else ""
+    loads = f'tokenizer = AutoTokenizer.from_pretrained("PLACE"{trust})'
+    return replace(usage, code=f"{first}{more}\n{rest}\n{loads}\n{example}")
 
 
 def _of_class(model: Any, base: Any) -> Usage | None:

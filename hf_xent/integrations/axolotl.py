@@ -73,6 +73,8 @@ class XentPlugin(BasePlugin):
     It warns after the training if no loss was computed without logits, and says why.
     """
 
+    _patched = False  # axolotl calls `post_train` twice, before and after it saves the model
+
     def get_input_args(self) -> str:
         """The class of the plugin's options, as axolotl imports it."""
         return f"{XentArgs.__module__}.{XentArgs.__name__}"
@@ -88,14 +90,18 @@ class XentPlugin(BasePlugin):
             ValueError: What `hf_xent.patch` refuses.
         """
         patch(model, cfg.xent_loss, tail=cfg.xent_tail or 0.0)
+        self._patched = True
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
-        """Warn if the patch had no effect, and take it back.
+        """Warn if the patch had no effect, and take it back; a second call does nothing.
 
         Args:
             cfg: Axolotl's configuration.
             model: The model that was trained.
         """
+        if not self._patched:
+            return
+        self._patched = False
         if reason := patch_state(model).why_dense:
             warnings.warn(f"XentPlugin had no effect: {reason}", stacklevel=2)
         unpatch(model)

@@ -57,12 +57,13 @@ def configuration(recipe: Recipe) -> type:
     return getattr(import_module(f"..trainers.{file}", __package__), name)
 
 
-def parser(name: str, recipe: Recipe) -> Any:
+def parser(name: str, recipe: Recipe, *, with_model: bool = True) -> Any:
     """The parser of a recipe, TRL's, whose errors are exceptions.
 
     Args:
         name: The command.
         recipe: The recipe.
+        with_model: Whether `trl.ModelConfig` is read, too.
     """
     from trl import ModelConfig, TrlParser
 
@@ -70,7 +71,7 @@ def parser(name: str, recipe: Recipe) -> Any:
         def error(self, message: str) -> Any:
             raise ValueError(f"{message}: `hf-xent {name} --help-all` lists every argument")
 
-    kinds = [recipe.arguments, configuration(recipe), ModelConfig]
+    kinds = [recipe.arguments, configuration(recipe), *([ModelConfig] if with_model else [])]
     made = Parser(kinds, prog=f"hf-xent {name}", allow_abbrev=False, add_help=False)
     made.set_defaults_with_config(**_defaults(name, recipe))
     return made
@@ -106,12 +107,12 @@ def parse(name: str, recipe: Recipe, arguments: Sequence[str]) -> tuple[Any, Any
     known = {action.dest for action in made._actions}
     for key in settings:
         if key not in known:
-            raise ValueError(f"config has the unknown name {key!r}{_near(key, known)}")
+            raise ValueError(f"config has the unknown name {key!r}{near(key, known)}")
     made.set_defaults_with_config(**settings)
     *parsed, rest = made.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         unknown = next((word for word in rest if word.startswith("-")), rest[0])
-        raise ValueError(f"{unknown} is no argument of `hf-xent {name}`{_near(unknown.lstrip('-'), known)}")
+        raise ValueError(f"{unknown} is no argument of `hf-xent {name}`{near(unknown.lstrip('-'), known)}")
     data, config, model = parsed
     names = [(part, field.name) for part in parsed for field in fields(part) if field.init]
     given = {name: getattr(part, name) for part, name in names if name in settings or _is_given(name, arguments)}
@@ -123,9 +124,10 @@ def _is_given(name: str, arguments: Sequence[str]) -> bool:
     return any(word.partition("=")[0] in flags for word in arguments)
 
 
-def _near(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f": did you mean {near[0]!r}?" if near else ": `--help-all` lists every argument"
+def near(name: str, known: set[str]) -> str:
+    """The end of a message on an unknown name: the one that it is like, or where all are."""
+    found = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f": did you mean {found[0]!r}?" if found else ": `--help-all` lists every argument"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Recipe:
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Argument -> its default here, where that is another one than the dataclass has."""
 
+    shown: ClassVar[Mapping[str, str]] = {}
+    """Argument of TRL's configuration -> what the short help says of it, beside the fields of our own."""
+
     def check(self, setup: Setup) -> None:
         """Checks what can be checked before anything is loaded. Raises: ValueError."""
 

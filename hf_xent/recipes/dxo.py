@@ -1,4 +1,4 @@
-"""Train a text classifier for low false positive rates (DXO).
+"""Train a classifier for few false positives (DXO).
 
 Data: a column 'text' with a 'label' of 0 and 1, or other labels of which --positive names the one that counts as 1.
 Example: hf-xent dxo --model_name_or_path my/encoder --dataset_name texts.csv --loss pauc_cvar --max_steps 100

@@ -1,4 +1,4 @@
-"""Train on noisy targets, whose words may have moved (EISL).
+"""Train on targets whose words may have moved (EISL).
 
 Data: 'prompt' and 'completion', which a model with an encoder reads as source and target; for others also texts, chats.
 Example: hf-xent eisl --model_name_or_path my/bart --dataset_name pairs.jsonl --ce_steps 0.7 --max_steps 100

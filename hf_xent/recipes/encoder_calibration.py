@@ -1,4 +1,4 @@
-"""Train a head that hardens a frozen encoder against attacks.
+"""Train a head that hardens a frozen encoder.
 
 Data: a column 'text' or 'image' with a 'label', or a folder with a folder of pictures for each class.
 Example: hf-xent encoder-calibration --model_name_or_path my/clip --dataset_name my_pictures/ --class_template "a {}"

@@ -1,4 +1,4 @@
-"""Train a causal LM, without labels, to answer alike in all formats (F2C).
+"""Train for the same answer in all formats (F2C).
 
 Data: rows with the columns that your formats name, and a column of labels, the number of the answer, if you have one.
 Example: hf-xent f2c --dataset_name reviews.jsonl --formats formats.yaml --use_peft --max_steps 100

@@ -1,4 +1,4 @@
-"""Fine-tune a causal LM that agrees with itself under noise (NoiseFiT).
+"""Fine-tune to agree with oneself under noise (NoiseFiT).
 
 Data: texts, or 'messages', or 'prompt' and 'completion'.
 Example: hf-xent noisefit --dataset_name chats.jsonl --noise_std 0.1 --use_peft --max_steps 100

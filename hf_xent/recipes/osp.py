@@ -1,4 +1,4 @@
-"""Train on answers that the model samples and judges itself (OSP).
+"""Train on answers that a model judges itself (OSP).
 
 Data: 'prompt', text or a conversation, and for the evaluation 'chosen' and 'rejected'.
 Example: hf-xent osp --model_name_or_path smollm2 --dataset_name prompts.jsonl --num_generations 4 --use_peft
@@ -6,8 +6,9 @@ Example: hf-xent osp --model_name_or_path smollm2 --dataset_name prompts.jsonl -
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Setup
 from .preferences import PAIR, PreferenceArguments, PreferenceRecipe, with_numbers
@@ -39,6 +40,9 @@ class OSP(PreferenceRecipe):
 
     trainer, config = "OSPTrainer", "osp:OSPConfig"
     arguments = OSPArguments
+    shown: ClassVar[Mapping[str, str]] = {
+        name: text for name, text in PreferenceRecipe.shown.items() if name != "precompute_ref_log_probs"
+    }
 
     def check(self, setup: Setup) -> None:
         """Raises: ValueError for two judges."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import DataArguments, Recipe, Setup, split_rows
 
@@ -26,6 +27,12 @@ class PreferenceRecipe(Recipe):
     """A recipe of a trainer that is one of TRL's of preferences; adapters are made there, for the reference's sake."""
 
     arguments = PreferenceArguments
+    shown: ClassVar[Mapping[str, str]] = {
+        "beta": "How strongly the model is held to the reference.",
+        "max_length": "The most tokens of a prompt with an answer.",
+        "label_smoothing": "The share of labels that are taken for wrong (cDPO).",
+        "precompute_ref_log_probs": "Ask the reference once, before the training.",
+    }
 
     def model(self, setup: Setup) -> tuple[Any, Any]:
         """The model without adapters, which are in the keywords of the trainer, and its tokenizer."""

@@ -64,9 +64,12 @@ def run(
         progress.phase("loading the libraries")
         data, config, model, given = parse(name, recipe, arguments)
         setup = Setup(data, config, model, given, progress.phase)
-        if push:
-            config.push_to_hub = True  # the repository is made before training, so that a missing login is seen then
         recipe.check(setup)
+        if push or config.push_to_hub:
+            from ..hub.push import check_rights
+
+            check_rights(config.hub_model_id or Path(config.output_dir).name)  # not after the training
+            config.push_to_hub = True
         return _trained(name, recipe, setup, resume, progress)
 
 
@@ -87,12 +90,14 @@ def _trained(name: str, recipe: Recipe, setup: Setup, resume: bool, progress: Pr
     checkpoint = _checkpoint(config) if resume else None
     evaluates = trainer.eval_dataset is not None
     before = _evaluated(trainer, progress) if evaluates else {}
+    first = trainer.state.log_history[-1:] if evaluates else []
     progress.phase("training")
     with PeakMemory(config.device) as memory:
         trainer.train(resume_from_checkpoint=checkpoint)
     after = _evaluated(trainer, progress) if evaluates else {}
     progress.phase("saving")
     trainer.save_model(config.output_dir)
+    trainer.state.log_history[:0] = first  # training began a log of its own; the card shows both
     trainer.create_model_card(dataset_name=setup.data.dataset_name)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     outcome = Outcome(

@@ -1,4 +1,4 @@
-"""Train extractive question answering by self-distillation.
+"""Train question answering by self-distillation.
 
 Data: SQuAD's 'question', 'context' and 'answers', or a column 'answer' whose text is in the context; 'id' if you like.
 Example: hf-xent self-distil-qa --model_name_or_path my/encoder --dataset_name rajpurkar/squad --max_steps 100

@@ -1,4 +1,4 @@
-"""Fine-tune by TRL's SFT pipeline, under any loss of the registry.
+"""Fine-tune by TRL's SFT pipeline, under any loss.
 
 Data: as for TRL's SFTTrainer: texts, 'messages', or 'prompt' and 'completion'; packing and masks as there.
 Example: hf-xent sft --dataset_name chats.jsonl --loss focal:gamma=2 --packing --max_length 512 --max_steps 100

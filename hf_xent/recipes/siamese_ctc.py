@@ -1,4 +1,4 @@
-"""Train speech recognition towards the states of a text encoder.
+"""Train speech recognition beside a text encoder.
 
 Data: a column of sounds ('file', paths of WAV files, or 'audio') and 'text', its transcript: 'asterisk:FOLDER', ...
 Example: hf-xent siamese-ctc --model_name_or_path my/wav2vec2 --dataset_name asterisk:FOLDER --text_encoder my/bert

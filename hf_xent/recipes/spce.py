@@ -1,4 +1,4 @@
-"""Train on preferences with a strength and a weight each (SPCE).
+"""Train on preferences with a strength each (SPCE).
 
 Data: 'prompt', 'chosen', 'rejected', and if you have them 'preference_prob' and 'weight'; texts or conversations.
 Example: hf-xent spce --model_name_or_path smollm2 --dataset_name pairs.jsonl --beta 0.1 --use_peft --max_steps 100

@@ -184,12 +184,21 @@ def table(verdicts: dict[str, list[Verdict]]) -> str:
     lines = [
         "# Every language model of transformers, patched",
         "",
+        "`hf_xent.patch(model)` changes how a model computes its loss, not what comes out. This page lists the classes"
+        " for which that is tested: look up `model.config.model_type` in the mapping of the `Auto` class that loads"
+        " it.",
+        "",
         "Each class is built tiny and random (scale, softcap, auxiliary losses and head bias set wherever its"
-        " configuration has them) and run stock and patched on the same inputs, in training mode and float64: loss and"
-        " every parameter's gradient agree, or `tests/test_zoo.py` fails. *streamed*: no logits were made;"
-        " *materialized*: they were; *refused*: `patch` raised that error. *Other losses*: whether"
-        " `patch(model, loss=...)` puts one in the place of the model's cross-entropy, tried with a focal loss that"
-        " equals it (gamma = 0); *outside*: the model computes no loss.",
+        " configuration has them) and run stock and patched on the same inputs, in training mode and float64: loss"
+        " and every parameter's gradient agree, or `tests/test_zoo.py` fails.",
+        "",
+        "- *streamed*: the same loss, and no logits were made. *materialized*: the same loss, but the logits were"
+        " made, so that nothing is saved. *refused*: `patch` raised the error in the note, and the model is as it"
+        " was.",
+        "- *not run*: the stock model does not run by itself on these inputs. *not built*: it needs a package that"
+        " was not installed. Nothing is known about either. Notes are cut after 200 characters.",
+        "- *other losses*: whether `patch(model, loss=...)` puts one in the place of the model's cross-entropy,"
+        " tried with a focal loss that equals it (gamma = 0); *outside*: the model computes no loss.",
         "",
         "Several codebooks: the head of CSM's first one streams, and takes other losses; a depth decoder (CSM, Moshi)"
         " has a weight for each position, and keeps its logits of about a thousand columns. MusicGen and Bark have"
