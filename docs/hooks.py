@@ -54,8 +54,16 @@ def site_path(file: Path) -> str:
 def overview() -> str:
     """The README, with links to the site instead of GitHub for files that the site has."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<picture>.*?</picture>", lambda found: picture(found[0]), text, flags=re.DOTALL)
     text = re.sub(rf"\]\((?:{FILES}|{PICTURES})benchmarks/results/", "](results/", text)
-    return re.sub(rf"\]\({FILES}docs/", "](", text)
+    return re.sub(rf"\]\((?:{FILES}|{PICTURES})docs/", "](", text)
+
+
+def picture(html: str) -> str:
+    """A picture that follows the colors of the reader's system as one that follows those of the site."""
+    dark, light = (re.search(rf'\b{name}="([^"]*)"', html)[1] for name in ("srcset", "src"))
+    alt = re.search(r'\balt="([^"]*)"', html)[1]
+    return f"![{alt}]({light}#gh-light-mode-only)\n![{alt}]({dark}#gh-dark-mode-only)"
 
 
 def commands_page() -> str:
@@ -75,7 +83,7 @@ def commands_page() -> str:
             sections += walk(subcommand, (*path, name))
         return sections
 
-    return "\n".join(("---\nhide: [navigation]\n---", *walk(get_command(cli.app), ())))
+    return "\n".join(walk(get_command(cli.app), ()))
 
 
 def expand(nav: list[Any], files: Files) -> list[Any]:

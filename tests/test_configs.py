@@ -1,5 +1,6 @@
 """Every file of examples/configs/ is run as it stands, but for the model, the data, the steps and the sizes."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -24,7 +25,13 @@ from support.speech import of_waves, text_encoder
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "configs").glob("*.yaml"))
 LETTERS = "the quick brown fox jumps over the lazy dog A B Africans Americans Asians Europeans "
 COMMON = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-COMMON |= {"learning_rate": 1e-3, "eval_rows": 4, "warmup_steps": 0, "per_device_eval_batch_size": 4}
+COMMON |= {
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "eval_rows": 4,
+    "warmup_steps": 0,
+    "per_device_eval_batch_size": 4,
+}
 ROWS = {"dataset_train_split": "train[:16]"}
 ON_TINY = {
     "sft": {"dataset_train_split": "train[:4]", "max_length": 32},
@@ -69,7 +76,10 @@ def home(tmp_path_factory):
     _write(home / "pairs.jsonl", pairs)
     asked = {"question": "who jumps?", "context": "the quick fox jumps over the lazy dog", "answer": "quick fox"}
     _write(home / "questions.jsonl", [asked] * 12)
-    return home
+    gc.collect()
+    gc.freeze()  # training collects garbage often, which takes long in a process with so many modules
+    yield home
+    gc.unfreeze()
 
 
 def _write(path, rows):

@@ -114,6 +114,8 @@ def test_the_variables_of_the_hub_count(shell, tmp_path):
     offline = shell.run(*publish, code=1, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set" in offline and len(offline.strip().splitlines()) == 1
     assert "models/me/again" not in shell.server.repos
+    absent = shell.run("hf-xent", "data", "export", "wikimia", tmp_path / "absent", code=1, HF_HUB_OFFLINE="1")
+    assert "does not load: HF_HUB_OFFLINE is set, and it is not in the cache" in absent
     shell.run("hf", "download", "me/run")
     detect = ("hf-xent", "detect", "members", tmp_path / "rows.txt", "--model", "me/run", "--scores", "loss", "--json")
     (tmp_path / "rows.txt").write_text("the quick brown fox jumps\nover the lazy dog again\n")

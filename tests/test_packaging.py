@@ -86,7 +86,10 @@ def test_every_import_is_a_dependency(folder):
             "detect",
         ),
         **dict.fromkeys(
-            ("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers", "recipes", "dashboard"),
+            (
+                *("trainers", "callbacks", "experiments", "hub", "ln_free", "patching", "teachers", "recipes"),
+                *("dashboard", "planning"),
+            ),
             "train",
         ),
         **dict.fromkeys(("bench", "cli"), "all"),  # TRL is a contestant

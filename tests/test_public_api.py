@@ -21,6 +21,7 @@ from hf_xent import (
     localization,
     losses,
     ops,
+    planning,
     rasch,
     retrieval,
     robust,
@@ -73,6 +74,7 @@ PUBLIC = {
     continuous: """DigitHead DigitModel DigitModelConfig DigitModelOutput Quantiles""",
     cem: """Categorical CrossEntropyMethod Exponentials Found Integer RareEvent Real SearchOptions Space Trial estimate
         minimize probability search""",
+    planning: """GPUS Peak Plan Settings plan""",
     robust: """APGD ATTACKS Attack Attacked Ball Masking PGD PMA PMAPlus ascend attack get masking""",
 }
 MODULES = (*PUBLIC, trainers)

@@ -89,6 +89,8 @@ class Page(HTMLParser):
             self.links.append(given["href"])
         if tag in ("script", "img", "iframe", "source", "video", "audio", "embed") and given.get("src"):
             self.loaded.append(given["src"])
+        if given.get("srcset"):
+            self.loaded += [part.split()[0] for part in given["srcset"].split(",")]
         if tag == "link" and given.get("href") and given.get("rel") not in ("canonical", "prev", "next"):
             self.loaded.append(given["href"])
 
@@ -153,9 +155,8 @@ def test_formulas_become_mathml_and_mistakes_are_refused():
     assert inline.get("alttext") == r"p < \frac{1}{2}"
     assert "</math>,</span>" in page  # a comma stays with its formula
     signs = ElementTree.fromstring(formulas["mathml"](r"a = -\lVert b \rVert - c"))
-    attributes = [
-        (sign.text, sign.get("form"), sign.get("stretchy")) for sign in signs.iter() if sign.tag.endswith("}mo")
-    ]
+    found = [sign for sign in signs.iter() if sign.tag.endswith("}mo")]
+    attributes = [(sign.text, sign.get("form"), sign.get("stretchy")) for sign in found]
     minus, bars = "\u2212", ("\u2016", None, "false")
     assert attributes == [("=", None, None), (minus, "prefix", None), bars, bars, (minus, None, None)]
     for wrong, message in ((r"\nosuch{x}", "nosuch"), (r"\frac{1}{2", "braces"), (r"\left( x", "not understood")):

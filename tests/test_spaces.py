@@ -55,6 +55,7 @@ def test_memory(apps):
     assert list(table["loss"]) == ["stock", "TRL", "Liger", "cut-cross-entropy", "hf_xent"]
     assert len(bars) == 5 * 5 and bars["GiB"].sum() == pytest.approx(table["sum"].sum(), abs=0.2)
     assert (table["fits"] > 0).all() and "sequences of 16 tokens" in line
+    assert apps["memory"].source_of(" gpt2 ", None) == "gpt2"  # as the page's empty editor says it
     with pytest.raises(ValueError, match="is no JSON"):
         apps["memory"].memory("", "{", 64, "H100")
 

@@ -150,11 +150,10 @@ class Corpus:
             return f"{self.title}: cannot read {source.path}: {first_line(error)}"
         if self.repo is None:
             return f"{self.title} is not on the Hub: get it from {self.source}, then pass its location as path"
-        if (told := refusal(error)) is not None:
-            return f"{self.title}: {told}; or pass a local copy as path"
+        hint = "" if refusal(error) else ", for a gated dataset log in with `hf auth login`"
         return (
             f"{self.title}: {self.repo} on the Hub does not load: {first_line(error)}; without a connection pass a"
-            " local copy as path, for a mirror set HF_ENDPOINT, for a gated dataset log in with `hf auth login`"
+            f" local copy as path, for a mirror set HF_ENDPOINT{hint}"
         )
 
 

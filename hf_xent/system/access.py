@@ -22,12 +22,15 @@ def refusal(error: BaseException) -> str | None:
     Returns:
         A sentence that names the repository, or None if no refusal of the Hub is among the causes.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     for cause in _causes(error):
         if isinstance(cause, errors.LocalTokenNotFoundError):
             return f"there is no token: {LOGIN}"
-        if isinstance(cause, errors.OfflineModeIsEnabled):
+        if constants.HF_HUB_OFFLINE and (
+            isinstance(cause, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+            or str(cause).endswith("(OfflineModeIsEnabled)")  # of `datasets`, which raises it without its cause
+        ):
             return "HF_HUB_OFFLINE is set, and it is not in the cache (HF_HOME): unset it, or download it before"
         if type(cause).__name__ == "DatasetNotFoundError" and (told := _dataset(str(cause))):
             return told

@@ -23,9 +23,9 @@ the moment at which it takes the most. *fits* is the number of tokens in the lar
 """
 
 
-def source_of(model: str, config: str):
+def source_of(model: str, config: str | None):
     """What to plan for: the pasted config.json if there is one, else the model's name. Raises: ValueError."""
-    if not config.strip():
+    if not (config or "").strip():  # an editor in which nothing is written has None
         return model.strip()
     try:
         return json.loads(config)
@@ -33,12 +33,14 @@ def source_of(model: str, config: str):
         raise ValueError(f"the pasted config.json is no JSON ({error}): paste the whole file") from error
 
 
-def memory(model: str, config: str, tokens: float, gpu: str, **options) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+def memory(
+    model: str, config: str | None, tokens: float, gpu: str, **options
+) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """The peak memory of a training step.
 
     Args:
         model: A Hub id; not read if there is a config.
-        config: The content of a config.json, or ''.
+        config: The content of a config.json, if there is one.
         tokens: Tokens of a forward pass.
         gpu: A name in `hf_xent.planning.GPUS`, or its GB.
         **options: Further options of `hf_xent.planning.plan`.
