@@ -18,7 +18,7 @@ FILES_OF_ROOMS = """callbacks.patching callbacks.membership callbacks.curve call
     classes.spans callbacks.robust_accuracy models.projection data.corruptions experiments.attacking generation.paths
     generation.voting data.subwords data.segmentation data.asterisk data.target_noise speech.plots
     models.mask_net models.basnet models.landmarks models.table metrics.contours metrics.signals metrics.edits
-    integrations.axolotl integrations.llamafactory integrations.ms_swift"""
+    hub.results hub.rights integrations.axolotl integrations.llamafactory integrations.ms_swift"""
 API = ("hf_xent", *(f"hf_xent.{name}" for name in sorted(f"{ROOMS} {FILES_OF_ROOMS}".split())))
 """The packages and modules that users call; each has a page."""
 

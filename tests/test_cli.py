@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import hf_xent
 from hf_xent import cli
 from hf_xent.bench import memory
 from hf_xent.cli import options, output
@@ -626,6 +627,10 @@ def test_debug_shows_the_trace(monkeypatch):
     monkeypatch.setattr("sys.argv", ["hf-xent", "--debug", "train", "nonesuch"])
     with pytest.raises(ValueError, match="nonesuch"):
         cli.main()
+
+
+def test_the_version_is_shown():
+    assert invoke("--version").stdout.strip() == hf_xent.__version__
 
 
 def test_json_stands_alone_on_standard_output(model_folder, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from sklearn.metrics import auc
 
 import hf_xent
 from hf_xent import detection
@@ -700,6 +701,10 @@ def test_cli_scores_members(folder, suffix):
     assert list(summary["metrics"]) == ["loss", "min_k:k=0.3", "blind"] and summary["unscored"] == 1
     assert summary["higher_is"] == {"loss": "non-member", "min_k:k=0.3": "member"} and summary["texts"] == 19
     assert Path(summary["plot"]).read_bytes().startswith(b"\x89PNG")
+    stored = json.loads(Path(summary["report"]).read_text())
+    assert stored["run"]["label"] == "kind" and stored["summary"]["metrics"] == summary["metrics"]
+    areas = {name: auc(curve["fpr"], curve["tpr"]) for name, curve in stored["roc"].items()}
+    assert areas == pytest.approx({name: summary["metrics"][name]["auroc"] for name in areas}) and len(areas) == 2
     readers = {".csv": pandas.read_csv, ".parquet": pandas.read_parquet}
     table = readers.get(suffix, lambda f: pandas.read_json(f, lines=suffix == ".jsonl"))(output)
     assert list(table.columns) == ["text", "kind", "loss", "min_k:k=0.3"] and table["loss"].isna().sum() == 1

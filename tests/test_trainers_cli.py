@@ -82,6 +82,21 @@ def test_commands_are_listed_in_groups_without_cuts(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "ln-free"])
+def test_defaults_in_help_are_values(name):
+    from hf_xent.cli.recipes import sections
+
+    assert not any("default_factory" in text for _, rows in sections(name) for _, text in rows)
+
+
+@pytest.mark.parametrize("group", ["data", "distill", "ln-free", "scaling"])
+def test_commands_of_a_group_are_listed_in_full(group, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(cli.app, [group, "--help"]).stdout
+    assert "..." not in shown.partition("Commands:\n")[2] and max(map(len, shown.splitlines())) <= 80
+    assert all(f"\n  {name} " in shown for name in APP.commands[group].commands)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "ln-free"])
 def test_help_fits_a_terminal(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = CliRunner().invoke(cli.app, [name, "--help"]).stdout

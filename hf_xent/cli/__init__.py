@@ -12,6 +12,7 @@ from .detect import detect
 from .distill import app as distill
 from .extended import extended
 from .generate import generate
+from .grouped import Whole
 from .ln_free import app as ln_free
 from .plan import plan
 from .publish import publish
@@ -30,7 +31,7 @@ app.command(cls=extended(CLASSES))(classify)
 for command in (train, search, plan, check, losses, generate, detect, attack, show, publish, bench, report):
     app.command()(command)
 register("ln-free", ln_free, "train")
-app.add_typer(ln_free, name="ln-free")
-app.add_typer(distill, name="distill")
-app.add_typer(data)
-app.add_typer(scaling, name="scaling")
+app.add_typer(ln_free, name="ln-free", cls=Whole)
+app.add_typer(distill, name="distill", cls=Whole)
+app.add_typer(data, cls=Whole)
+app.add_typer(scaling, name="scaling", cls=Whole)

@@ -51,6 +51,14 @@ CONFIG_HELP = (
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     context: typer.Context,
@@ -59,6 +67,9 @@ def _options(
         bool, Option("--quiet", help="Print no tables and no progress: only files, JSON and errors.")
     ] = False,
     debug: Annotated[bool, Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
 ) -> None:
     """Apply the global options; `main` reads --debug."""
     _COMMAND.set(context.invoked_subcommand)

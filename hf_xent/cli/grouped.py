@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from typer.core import TyperGroup
 
@@ -18,14 +19,18 @@ GROUPS = {
 LONGEST = 200
 
 
-class Grouped(TyperGroup):
-    """The commands of the app, in groups."""
+class Whole(TyperGroup):
+    """Commands with the first sentence of each in full, which click would cut to one line."""
+
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    rest: ClassVar[str] = "Commands"
+    """The title of the commands that are in no group."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """A section for each group."""
         there = {name: self.commands[name] for name in self.list_commands(ctx)}
-        listed = {name for names in GROUPS.values() for name in names}
-        groups = {**GROUPS, "More": tuple(name for name in there if name not in listed)}
+        listed = {name for names in self.groups.values() for name in names}
+        groups = {**self.groups, self.rest: tuple(name for name in there if name not in listed)}
         width = max(map(len, there), default=0)
         for title, names in groups.items():
             commands = {name: there[name] for name in names if name in there}
@@ -33,3 +38,9 @@ class Grouped(TyperGroup):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+
+
+class Grouped(Whole):
+    """The commands of the app, in groups."""
+
+    groups, rest = GROUPS, "More"

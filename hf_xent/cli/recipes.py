@@ -72,7 +72,7 @@ def sections(name: str) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _described(text: str, default: Any) -> str:
-    shown = default is not None and default is not False and default != ""
+    shown = default not in (None, False, "") and not str(default).startswith("field(")  # made by a function
     return f"{text} [default: {default}]" if shown else text
 
 

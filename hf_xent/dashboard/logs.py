@@ -73,6 +73,7 @@ def evaluations(found: Series) -> Table | None:
             name = measure.replace("_", " ") + note.removeprefix(EVALUATION)
             first = shown(points[0][1]) if len(points) > 1 else ""
             rows.append([run, name, first, shown(points[-1][1])])
-    named = len({row[0] for row in rows}) > 1
+    kept = [i for i in range(4) if i != 0 or len({row[0] for row in rows}) > 1]  # the run, if there are several
+    kept = [i for i in kept if i != 2 or any(row[2] for row in rows)]  # the first, if there are several evaluations
     head = ["run", "evaluation", "first", "last"]
-    return Table("Evaluations", head if named else head[1:], rows if named else [r[1:] for r in rows]) if rows else None
+    return Table("Evaluations", [head[i] for i in kept], [[row[i] for i in kept] for row in rows]) if rows else None
