@@ -52,7 +52,7 @@ def test_folder_is_a_space(folder):
 
 def test_memory(apps):
     table, bars, line = apps["memory"].memory("", CONFIG.to_json_string(), 64, "H100", sequence_length=16)
-    assert list(table["loss"]) == ["stock", "TRL", "Liger", "cut-cross-entropy", "hf_xent"]
+    assert list(table["loss"]) == apps["memory"].NAMES
     assert len(bars) == 5 * 5 and bars["GiB"].sum() == pytest.approx(table["sum"].sum(), abs=0.2)
     assert (table["fits"] > 0).all() and "sequences of 16 tokens" in line
     assert apps["memory"].source_of(" gpt2 ", None) == "gpt2"  # as the page's empty editor says it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def build(config: Any, settings: Settings, device: str = "meta") -> Any:
     Raises:
         ValueError: Transformers has no model with a language-modeling head for the configuration.
     """
-    config._attn_implementation = settings.attention
+    if settings.attention == "eager":  # else what transformers chooses: a model may have no other
+        config._attn_implementation = "eager"
     dtype = torch.float32 if settings.mixed_precision else getattr(torch, settings.dtype)
     with quiet_loading(), torch.device(device):
         model = _class_of(config).from_config(config, dtype=dtype)
@@ -80,7 +82,9 @@ def _adapted(model: Any, rank: int) -> Any:
     """The model with LoRA adapters as those of `hf-xent train --lora`."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    with warnings.catch_warnings():  # about how weights are stored, which takes the same memory
+        warnings.filterwarnings("ignore", module="peft")
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def weight_bytes(model: nn.Module, *, four_bit: bool) -> int:

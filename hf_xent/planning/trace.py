@@ -102,9 +102,19 @@ def trace(model: Any, length: int, *, on_cpu: bool, autocast: torch.dtype | None
 
     Returns:
         What is alive after each allocation, for any batch size.
+
+    Raises:
+        ValueError: The step cannot be run without numbers.
     """
-    with _fake(model), as_with_numbers(on_cpu=on_cpu):
-        return Trace.of(*(_step(model, (batch, length), autocast, accumulate) for batch in (2, 3)))
+    try:
+        with _fake(model), as_with_numbers(on_cpu=on_cpu):
+            return Trace.of(*(_step(model, (batch, length), autocast, accumulate) for batch in (2, 3)))
+    except RuntimeError as error:  # such as shapes that depend on numbers
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose step does not run without numbers ({reason}): choose another"
+            " dtype or attention, or measure it"
+        ) from error
 
 
 def _step(model: Any, shape: tuple[int, int], autocast: torch.dtype | None, accumulate: bool) -> Timeline:

@@ -14,6 +14,7 @@ GIB = 2**30
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits")
 COLORS = dict(zip(COMPONENTS, ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677"), strict=True))
 TRAININGS = ("all weights", "LoRA", "LoRA, base in 4 bits")
+NAMES = ["stock", "TRL", "Liger", "cut-cross-entropy", "hf_xent"]
 LOSS = "loss"  # the column that names the way in which the loss is computed
 INTRODUCTION = """# How much memory does a training step take?
 
@@ -104,7 +105,7 @@ def interface() -> gr.Blocks:
         button = gr.Button("Estimate", variant="primary")
         table = gr.Dataframe(label="GiB at the peak", interactive=False)
         bars = gr.BarPlot(
-            x=LOSS, y="GiB", color="component", color_map=COLORS, label="GiB at the peak", sort=None, x_title=" "
+            x=LOSS, y="GiB", color="component", color_map=COLORS, label="GiB at the peak", sort=NAMES, x_title=" "
         )
         line = gr.Markdown()
         inputs = [model, config, tokens, dtype, training, optimizer, checkpointing, gpu]
