@@ -53,9 +53,9 @@ CONFIG_HELP = (
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from .. import __version__
+        from importlib.metadata import version
 
-        out.print(__version__, highlight=False)
+        out.print(version("hf-xent"), highlight=False)
         raise typer.Exit
 
 
