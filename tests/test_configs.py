@@ -222,13 +222,17 @@ def settings_of(folder):
 
 def test_the_file_of_distillation_runs_and_is_pushed(distilling, home, tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setattr(hub, "check_rights", seen.append)  # before the training
     monkeypatch.setattr(hub, "push", lambda folder, name, **options: seen.append((folder, name)))
     summary = invoked(*distilling, "--weight_decay", 0.25, "--push", "--hub_model_id", "me/student")
     settings, folder = settings_of(tmp_path / "out"), tmp_path / "out"
     assert summary["steps"] == 2 and math.isfinite(summary["last_loss"]) and summary["repository"] == "me/student"
     assert settings["more"] == {"weight_decay": 0.25, "hub_model_id": "me/student"} and settings["lora"] == 16
     assert settings["model"] == str(home / "llama") and settings["objective"] == "jsd:beta=0.5"  # words, then the file
-    assert seen == [(str(folder), "me/student")] and "DistillationTrainer" in (folder / "README.md").read_text()
+    assert (
+        seen == ["me/student", (str(folder), "me/student")]
+        and "DistillationTrainer" in (folder / "README.md").read_text()
+    )
     assert torch.load(folder / "training_args.bin", weights_only=False).weight_decay == 0.25
 
 

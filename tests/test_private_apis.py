@@ -4,6 +4,7 @@ API has a line for each name that can be imported: the rooms that use it, and th
 line for each that only an object has. A name that the package uses and neither has is a failure, too.
 """
 
+import argparse
 import ast
 import functools
 import importlib
@@ -229,6 +230,12 @@ def passed():
     return Pass.apply(torch.zeros(1, requires_grad=True))
 
 
+def fake_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode
+
+
 @functools.cache
 def rows():
     from datasets import Dataset
@@ -261,6 +268,16 @@ HELD = {
         lambda: says("_fsdp_wrapped_module", "torch", "distributed/fsdp/fully_sharded_data_parallel.py"),
     ),
     "torch: storage._cdata": ("lazy", lambda: isinstance(torch.zeros(1).untyped_storage()._cdata, int)),
+    "torch: aten._local_scalar_dense": (
+        "planning",
+        lambda: torch.ops.aten._local_scalar_dense.default(torch.ones(())) == 1,
+    ),
+    "torch: FakeTensorMode": ("planning", lambda: callable(fake_mode())),
+    "Python: ArgumentParser._actions": ("recipes, cli", lambda: argparse.ArgumentParser()._actions[0].dest == "help"),
+    "transformers: the _runtime of an evaluation": (
+        "dashboard",
+        lambda: says('f"{split}_runtime"', "transformers", "trainer_utils.py"),
+    ),
     "torch: OpOverload._schema": ("lazy", lambda: dispatched()._schema.arguments[0].alias_info is not None),
     "transformers: model._loss_function": ("patching", lambda: kept()._modules["_loss_function"]),
     "transformers: the property loss_function": ("patching", lambda: callable(type(kept()).loss_function.fset)),

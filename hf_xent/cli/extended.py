@@ -110,20 +110,33 @@ def more_of(context: Any) -> dict[str, Any]:
 
 
 def check_push(push: bool, run: Any) -> None:
-    """Raises: ValueError if a run that saves nothing is to be pushed, or a repository is named and not pushed to."""
+    """Checks, before anything is loaded, that a run can be pushed at its end.
+
+    Raises:
+        ValueError: A run that saves nothing is to be pushed, or a repository is named and not pushed to.
+        PermissionError: The Hub says that the login may not write there.
+    """
     if push and (not run.save or run.steps == 0):
         raise ValueError("push is given, but the model is not saved: train it, without --no-save")
     if not push and (idle := [name for name in run.more if name.startswith("hub_")]):
         raise ValueError(f"{idle[0]} is given, but push is not: set --push, or leave it out")
+    if push:
+        from .. import hub
+
+        hub.check_rights(_repository(run.output, run.more))
 
 
 def pushed(folder: str, more: Mapping[str, Any]) -> str:
     """Pushes a run's folder; returns the repository, `hub_model_id` or the folder's name."""
     from .. import hub
 
-    name = str(more.get("hub_model_id") or Path(folder).resolve().name)
+    name = _repository(folder, more)
     hub.push(folder, name, private=more.get("hub_private_repo"))
     return name
+
+
+def _repository(folder: str, more: Mapping[str, Any]) -> str:
+    return str(more.get("hub_model_id") or Path(folder).resolve().name)
 
 
 def _own(name: str, own: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from .cards import REQUIRED, known, render, set_license, validate
 from .model import Carded, Tokenless, origin, write_card
-from .push import files, push
+from .push import check_rights, files, push
 from .results import eval_results
 from .usage import Usage, set_place, usage_of
 
@@ -11,6 +11,7 @@ __all__ = [
     "Carded",
     "Tokenless",
     "Usage",
+    "check_rights",
     "eval_results",
     "files",
     "known",

@@ -66,9 +66,9 @@ def run(
         setup = Setup(data, config, model, given, progress.phase)
         recipe.check(setup)
         if push or config.push_to_hub:
-            from ..hub.push import check_rights
+            from .. import hub
 
-            check_rights(config.hub_model_id or Path(config.output_dir).name)  # not after the training
+            hub.check_rights(config.hub_model_id or Path(config.output_dir).name)  # not after the training
             config.push_to_hub = True
         return _trained(name, recipe, setup, resume, progress)
 
