@@ -37,7 +37,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Show a pipe in a table's code as GitHub does, without the backslash that Python-Markdown keeps; and formulas."""
+    """Show a pipe in a table's code as GitHub does, without the backslash that Python-Markdown keeps; and formulas.
+
+    Readers of the API need not know on which floor a room is.
+    """
+    html = re.sub(r"<p>Floor \d: (\w?)", lambda start: f"<p>{start[1].upper()}", html)
     return rendered(re.sub(r"<td.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL))
 
 
