@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are decorated, before hf_xent.ops.gpu is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+# read when trackio is imported, which other libraries do: its database is not that of the user
+os.environ["TRACKIO_DIR"] = os.path.join(tempfile.mkdtemp(prefix="trackio-"), "trackio")
 
 IMPLS = ("reference", "chunked", "triton")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -238,13 +238,16 @@ def page(browser):
     found.failures = []
     found.on("console", lambda line: found.failures.append(line.text) if line.type == "error" else None)
     found.on("pageerror", lambda error: found.failures.append(str(error)))
-    found.on("requestfailed", lambda request: found.failures.append(f"{request.url}: {request.failure}"))
+    # the next page cuts what the one before was still loading, such as the worker of the search
+    failed = lambda r: [] if ABORTED in str(r.failure) else [f"{r.url}: {r.failure}"]  # noqa: E731
+    found.on("requestfailed", lambda request: found.failures.extend(failed(request)))
     found.on("response", lambda r: found.failures.append(f"{r.url}: {r.status}") if r.status >= 400 else None)
     found.on("request", lambda r: None if r.url.startswith(LOCAL) else found.failures.append(f"asked for {r.url}"))
     yield found
     context.close()
 
 
+ABORTED = "net::ERR_ABORTED"
 LOCAL = ("http://127.0.0.1:", "data:", "blob:")
 
 

@@ -1,5 +1,6 @@
 """Trackers get what trainers log: trackio's database and TensorBoard's files have the numbers of `log_history`."""
 
+import os
 import warnings
 
 import numpy as np
@@ -17,14 +18,11 @@ OWN = {"step", *SUMMARY}
 
 
 @pytest.fixture(scope="module")
-def trackio(tmp_path_factory):
-    """trackio with a database of its own; it reads the variable when it is imported."""
-    folder = tmp_path_factory.mktemp("trackio")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(folder))
-        module = pytest.importorskip("trackio", reason="pip install -e .[dev]")
-        assert folder == module.utils.TRACKIO_DIR, "trackio was imported before this test, with another folder"
-        yield module
+def trackio():
+    """trackio with the database of the tests (tests/conftest.py)."""
+    module = pytest.importorskip("trackio", reason="pip install -e .[dev]")
+    assert str(module.utils.TRACKIO_DIR) == os.environ["TRACKIO_DIR"]
+    return module
 
 
 def options(folder, monkeypatch, name):

@@ -156,7 +156,8 @@ def check_output(output: Path, source: str, columns: list[str], names: tuple[str
     written = (output, report_file(output), output.with_suffix(".png"))
     inside = [file for file in written if file.resolve().is_relative_to(source_path.resolve())]
     if os.path.exists(source_path) and inside:  # the next run would read it as a source
-        raise ValueError(f"output is {output}, and {inside[0]} is (in) the source: name another file")
+        where = "which" if inside[0] == output else f"beside which {inside[0]} is written, which"
+        raise ValueError(f"output is {output}, {where} is (in) the source: name another file")
     if taken := [name for name in names if name in columns]:
         raise ValueError(
             f"{source} already has a column {taken[0]!r}, but the score of that name would be written beside it: rename"
