@@ -184,13 +184,9 @@ def adapted(model: Any, rank: int) -> Any:
 
 def checkpoint_of(run: Tuning, steps: int) -> str | None:
     """The newest checkpoint of a run that resumes; a finished one is refused: Trainer would take one step too many."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     if not run.resume:
         return None
-    checkpoint = get_last_checkpoint(run.output) if Path(run.output).is_dir() else None
-    if checkpoint is None:
-        raise ValueError(f"no checkpoint in {run.output}: train with save_steps first, or without resume")
+    checkpoint = newest_checkpoint(run.output)
     step = int(checkpoint.rsplit("-", 1)[1])
     if step >= steps:
         raise ValueError(
@@ -198,6 +194,16 @@ def checkpoint_of(run: Tuning, steps: int) -> str | None:
             " more steps"
         )
     return checkpoint
+
+
+def newest_checkpoint(folder: str) -> str:
+    """The newest checkpoint of a folder. Raises: ValueError if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if checkpoint is None:
+        raise ValueError(f"no checkpoint in {folder}: train with save_steps first, or without resume")
+    return str(checkpoint)
 
 
 def _blocks(run: Run, tokenizer: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..experiments.finetuning import PATCHED, Outcome, watching
+from ..experiments.finetuning import PATCHED, Outcome, newest_checkpoint, watching
 from ..models.quiet import quiet_loading
 from .base import Recipe, Setup
 from .registered import RECIPES
@@ -131,12 +131,9 @@ def _evaluated(trainer: Any, progress: Progress) -> dict[str, float]:
 def _checkpoint(config: Any) -> str:
     """The newest checkpoint of a run. Raises: ValueError if there is none, or the run had ended there."""
     from transformers import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
 
     folder = config.output_dir
-    found = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if found is None:
-        raise ValueError(f"no checkpoint in {folder}: train with --save_steps first, or without --resume")
+    found = newest_checkpoint(folder)
     state = TrainerState.load_from_json(str(Path(found) / "trainer_state.json"))
     ended = state.global_step >= config.max_steps > 0
     if ended or (config.max_steps <= 0 and (state.epoch or 0) >= config.num_train_epochs):

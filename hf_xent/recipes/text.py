@@ -58,16 +58,16 @@ def tokenized(source: str, split: str | None, data: TextArguments, tokenizer: An
     from ..data.text import load_rows, load_text, pack
 
     rows = load_rows(source, split)
-    if "messages" in rows.column_names:
-        encode = lambda row: _chat(row["messages"], tokenizer)  # noqa: E731
-    elif {"prompt", "completion"} <= {*rows.column_names}:
-        encode = lambda row: _completion(row["prompt"], row["completion"], tokenizer)  # noqa: E731
-    else:
-        column = data.dataset_text_field
+    columns, column = {*rows.column_names}, data.dataset_text_field
+    is_chat = "messages" in columns
+    if not is_chat and not {"prompt", "completion"} <= columns:
         return pack(load_text(source, split, column), tokenizer, data.block_size, column)
 
     def cut(row: Mapping[str, Any]) -> dict[str, list[int]]:
-        return {name: ids[: data.block_size] for name, ids in encode(row).items()}
+        whole = (
+            _chat(row["messages"], tokenizer) if is_chat else _completion(row["prompt"], row["completion"], tokenizer)
+        )
+        return {name: ids[: data.block_size] for name, ids in whole.items()}
 
     encoded = rows.map(cut, remove_columns=rows.column_names, desc="tokenize")
     kept = encoded.filter(lambda row: any(label != -100 for label in row["labels"]), desc="drop rows without labels")
@@ -91,7 +91,7 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[int]
 def _completion(prompt: Any, completion: Any, tokenizer: Any) -> dict[str, list[int]]:
     """The tokens of a prompt and its completion, which ends with EOS and alone has labels; both may be chats."""
     if not isinstance(prompt, str):
-        return _chat([*({**turn, "role": turn["role"]} for turn in prompt), *completion], tokenizer)
+        return _chat([*prompt, *completion], tokenizer)
     before = tokenizer(prompt)["input_ids"]
     if before[-1:] == [tokenizer.eos_token_id]:  # of a tokenizer that ends every text with it
         before = before[:-1]
