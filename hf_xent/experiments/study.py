@@ -10,12 +10,14 @@ Every arm runs with the same seeds, so differences to the baseline are taken see
 
     mean_s(x_s - b_s) +- t_{0.975, n-1} sd_s(x_s - b_s) / sqrt(n)        over the n seeds that both have
 
-which is wide for three seeds. It covers what the seed determines (data, order, noise), nothing else.
+which is wide for three seeds. It covers what the seed determines (data, order, noise), nothing else. What a study is to
+decide, and how small a difference it can find, is in claims.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isnan
@@ -43,8 +45,9 @@ class Study:
         metrics: The columns of the table; a run may record other metrics, too.
         baseline: The arm that the others are compared with.
         output: The folder of `results.json` and the card; existing results are read.
-        seeds: How many seeds each arm runs with, from 0.
+        seeds: How many seeds each arm runs with, from `first_seed`.
         settings: What all runs share. Results on disk that were obtained under other settings are refused, not mixed.
+        first_seed: The first seed; a pilot takes other seeds than the study.
 
     Raises:
         ValueError: If `results.json` exists but cannot be read, or has other settings.
@@ -56,13 +59,17 @@ class Study:
     output: Path
     seeds: int = 3
     settings: dict[str, Any] = field(default_factory=dict)
+    first_seed: int = 0
     results: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict, init=False)
     """Arm -> seed -> metric -> number."""
     tried: dict[str, dict[float, float]] = field(default_factory=dict, init=False)
     """Arm -> value that `tuned` has tried -> its validation metric."""
+    cost: dict[str, dict[int, float]] = field(default_factory=dict, init=False)
+    """Arm -> seed -> seconds of CPU that the run took, over all cores and with its child processes."""
 
     def __post_init__(self) -> None:
         self.output = Path(self.output)
+        self._spent = sum(os.times()[:4])
         if not self.file.exists():
             return
         try:
@@ -78,6 +85,8 @@ class Study:
         self.results = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in results.items()}
         tried = stored.get("tried", {})  # studies before it was kept have none
         self.tried = {arm: {float(value): score for value, score in scores.items()} for arm, scores in tried.items()}
+        cost = stored.get("cost", {})
+        self.cost = {arm: {int(seed): seconds for seed, seconds in rows.items()} for arm, rows in cost.items()}
 
     @property
     def file(self) -> Path:
@@ -93,8 +102,11 @@ class Study:
         Returns:
             An iterator of (arm, seed): all arms of one seed before those of the next.
         """
-        todo = [(arm, seed) for seed in range(self.seeds) for arm in arms if seed not in self.results.get(arm, {})]
-        yield from track(todo, description=self.name, console=Console(stderr=True))
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        todo = [(arm, seed) for seed in seeds for arm in arms if seed not in self.results.get(arm, {})]
+        for run in track(todo, description=self.name, console=Console(stderr=True)):
+            self._spent = sum(os.times()[:4])
+            yield run
 
     def record(self, arm: str, seed: int, **metrics: float) -> None:
         """Keep the numbers of one run, in `results` and on disk.
@@ -105,6 +117,8 @@ class Study:
             metrics: Metric -> number.
         """
         self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
+        started, self._spent = self._spent, sum(os.times()[:4])
+        self.cost.setdefault(arm, {})[seed] = round(self._spent - started, 2)
         self._write()
 
     def tuned(self, arm: str, values: Iterable[float], run: Callable[[float], float], *, higher: bool = True) -> float:
@@ -135,23 +149,33 @@ class Study:
         return (max if higher else min)(scores, key=scores.__getitem__)
 
     def _write(self) -> None:
-        stored = {"settings": self.settings, "results": self.results} | ({"tried": self.tried} if self.tried else {})
-        text = json.dumps(stored, indent=1)
+        stored = {"settings": self.settings, "results": self.results, "cost": self.cost}
+        text = json.dumps(stored | ({"tried": self.tried} if self.tried else {}), indent=1)
         replace_atomically(self.file, lambda draft: draft.write_text(text))
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """Seed -> the value of a metric for an arm; empty if the arm does not have the metric."""
         return {seed: row[metric] for seed, row in self.results.get(arm, {}).items() if metric in row}
 
-    def difference(self, arm: str, metric: str) -> tuple[float, float] | None:
-        """Mean difference to the baseline over the seeds that both have, and half the width of its 95 % interval.
+    def gaps(self, arm: str, metric: str, against: str | None = None) -> list[float]:
+        """The differences of an arm to another, the baseline by default, for the seeds that both have."""
+        values, reference = self.values(arm, metric), self.values(against or self.baseline, metric)
+        return [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+
+    def difference(self, arm: str, metric: str, against: str | None = None) -> tuple[float, float] | None:
+        """Mean difference to another arm over the seeds that both have, and half the width of its 95 % interval.
+
+        Args:
+            arm: The arm.
+            metric: The metric.
+            against: The other arm; None for the baseline.
 
         Returns:
-            (mean, half width); the half width is NaN if there is one common seed. None for the baseline or without one.
+            (mean, half width); the half width is NaN if there is one common seed. None for an arm against itself or
+            without a common seed.
         """
-        values, reference = self.values(arm, metric), self.values(self.baseline, metric)
-        gaps = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
-        if arm == self.baseline or not gaps:
+        gaps = self.gaps(arm, metric, against)
+        if arm == (against or self.baseline) or not gaps:
             return None
         n = len(gaps)
         half = float(student.ppf(0.975, n - 1)) * float(np.std(gaps, ddof=1)) / n**0.5 if n > 1 else float("nan")

@@ -1,0 +1,72 @@
+"""`python -m benchmarks.studies`, run in the root of the repository: studies of the methods, and their pages.
+
+python -m benchmarks.studies run emo            # resumes; the results and docs/results/emo.md are renewed
+python -m benchmarks.studies run emo --pilot    # other seeds: the spread from which the power is computed
+python -m benchmarks.studies page emo
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from benchmarks.studies.plan import PAGES, WORK, Job, Plan, write_page
+
+MODULES = {
+    "emo": "emo",
+    "noisefit": "noisefit",
+    "f2c": "f2c",
+    "preferences": "preferences",
+    "dxo": "dxo",
+    "dc_pdd": "dc_pdd",
+    "ln_free": "ln_free",
+    "sparse_tail": "sparse_tail",
+    "cce": "cce",
+}
+"""Page of docs/results -> the module with its PLANS."""
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+Name = Annotated[str, Argument(help=f"The study: {', '.join(MODULES)}.")]
+
+
+def plans(name: str) -> tuple[Plan, ...]:
+    """The plans of a page."""
+    if name not in MODULES:
+        raise ValueError(f"name is {name!r}: choose from {', '.join(MODULES)}")
+    found: tuple[Plan, ...] = import_module(f"benchmarks.studies.{MODULES[name]}").PLANS
+    return found
+
+
+@app.command()
+def run(
+    name: Name,
+    part: Annotated[str, Option(help="Only this one of its parts, such as 'membership-chinese'.")] = "",
+    pilot: Annotated[bool, Option(help="Run the pilot, with other seeds.")] = False,
+    seeds: Annotated[int, Option(help="Number of seeds; 0 for those that were planned.")] = 0,
+    arms: Annotated[str, Option(help="Only these arms, separated by semicolons.")] = "",
+    device: Annotated[str, Option(help="'cpu' or 'cuda'.")] = "cpu",
+    budget: Annotated[float, Option(help="A factor on steps, tokens and texts.")] = 1.0,
+) -> None:
+    """Run what has no results yet, and renew the page."""
+    chosen = [plan for plan in plans(name) if part in ("", plan.name)]
+    if not chosen:
+        raise ValueError(f"part is {part!r}: choose from {', '.join(plan.name for plan in plans(name))}")
+    job = Job(WORK / name, device=device, budget=budget)
+    for plan in chosen:
+        plan.execute(job, pilot=pilot, seeds=seeds or None, arms=tuple(arms.split(";")) if arms else ())
+    page(name)
+
+
+@app.command()
+def page(name: Name) -> None:
+    """Renew the blocks of a page from the results."""
+    file = PAGES / f"{name}.md"
+    write_page(file, plans(name))
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,163 @@
+"""A study of a method: what is run, and what is decided beforehand; its pages get both from here.
+
+Results are in benchmarks/results/studies/NAME/results.json, those of a pilot in NAME/pilot; they are kept run by run.
+docs/results/PAGE.md is written by hand but for two blocks of each study:
+
+    <!-- decided: NAME -->      the claims: arms, margins, and what the seeds can find with the pilot's spread
+    <!-- results: NAME -->      the table, the verdicts, the numbers by seed, the cost
+
+which end with <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_xent.experiments.claims import UNDECIDED, Claim, detectable
+from hf_xent.experiments.study import Study
+
+RESULTS, PAGES, WORK = Path("benchmarks/results/studies"), Path("docs/results"), Path("out/studies")
+PILOT_SEED = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where and how large to run.
+
+    Args:
+        work: A folder for models, texts and checkpoints, which later runs use again.
+        text: The folder of corpora.py.
+        base: The folder of base.py.
+        device: 'cpu' or 'cuda'.
+        budget: A factor on the steps, tokens and texts of a run.
+        tiny: The smallest run that goes through all the code, for tests.
+    """
+
+    work: Path
+    text: Path = WORK / "text"
+    base: Path = WORK / "base"
+    device: str = "cpu"
+    budget: float = 1.0
+    tiny: bool = False
+
+    def scaled(self, count: int, tiny: int = 1) -> int:
+        """A number of steps, tokens or texts under the budget."""
+        return tiny if self.tiny else max(1, round(count * self.budget))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study, before it runs.
+
+    Args:
+        name: Of its results, in lower case with hyphens.
+        arms: The arms, controls included, in the order of the table.
+        baseline: The arm that the table compares with.
+        metrics: The columns of the table.
+        claims: What it is to decide.
+        seeds: How many seeds.
+        run: From an arm, a seed and a job to the metrics.
+        settings: What all runs share.
+    """
+
+    name: str
+    arms: tuple[str, ...]
+    baseline: str
+    metrics: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    seeds: int
+    run: Callable[[str, int, Job], dict[str, float]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def study(self, job: Job | None = None, *, pilot: bool = False, seeds: int | None = None) -> Study:
+        """The study with the results that it has so far, those of a CPU with a budget of 1 unless a job says more."""
+        output, settings = RESULTS / self.name / ("pilot" if pilot else ""), dict(self.settings)
+        if job is not None and (job.budget, job.device) != (1, "cpu"):
+            output, settings = output / f"{job.device}-{job.budget:g}", settings | {"budget": job.budget}
+        options = {"seeds": seeds or self.seeds, "settings": settings, "first_seed": PILOT_SEED if pilot else 0}
+        return Study(self.name, self.metrics, self.baseline, output, **options)
+
+    def execute(self, job: Job, *, pilot: bool = False, seeds: int | None = None, arms: tuple[str, ...] = ()) -> None:
+        """Run what has no results yet."""
+        unknown = set(arms) - set(self.arms)
+        if unknown:
+            raise ValueError(f"arms has {sorted(unknown)}, which {self.name} does not have: choose from {self.arms}")
+        study = self.study(job, pilot=pilot, seeds=seeds)
+        for arm, seed in study.runs(arms or self.arms):
+            study.record(arm, seed, **self.run(arm, seed, job))
+
+    def decided(self) -> str:
+        """The block of the claims, with the power that the pilot's spread gives."""
+        pilot = self.study(pilot=True)
+        lines = [
+            f"{self.seeds} seeds. A difference counts if the 95 % interval of the paired mean excludes 0.", "",
+            "| arm | against | metric | better is | smallest that counts | pilot's spread | found with 80 % power |",
+            "|---|---|---|---|---:|---:|---:|",
+        ]  # fmt: skip
+        for claim in self.claims:
+            spread = claim.spread(pilot)
+            lines.append(
+                f"| {claim.arm} | {claim.against or self.baseline} | {claim.metric} |"
+                f" {'higher' if claim.higher else 'lower'} | {claim.margin:g} | {_number(spread)} |"
+                f" {_number(detectable(spread, self.seeds) if spread >= 0 else spread)} |"
+            )
+        return "\n".join(lines)
+
+    def results(self) -> str:
+        """The block of the results."""
+        study = self.study()
+        if not study.results:
+            return "No results yet."
+        claims = ["| claim | improvement, 95 % interval | verdict |", "|---|---|---|"]
+        for claim in self.claims:
+            low, high = claim.interval(study)
+            verdict = claim.verdict(study)
+            beyond = f" (up to {_number(high)} is possible)" if verdict == UNDECIDED and high == high else ""
+            claims.append(
+                f"| {claim.arm} against {claim.against or self.baseline}, {claim.metric}, {claim.margin:g} |"
+                f" {_number((low + high) / 2)} [{_number(low)}, {_number(high)}] | {verdict}{beyond} |"
+            )
+        runs = {(arm, seed) for arm, rows in study.results.items() for seed in rows}
+        planned = len(self.arms) * self.seeds
+        cost = sum(sum(rows.values()) for rows in study.cost.values()) / 3600
+        trial = sum(sum(rows.values()) for rows in self.study(pilot=True).cost.values()) / 3600
+        facts = f"{len(runs)} of {planned} planned runs; {cost:.2f} core-hours, and {trial:.2f} for the pilot."
+        return "\n\n".join([study.markdown(), "\n".join(claims), self._by_seed(study), facts])
+
+    def _by_seed(self, study: Study) -> str:
+        """The metrics of the claims by seed."""
+        seeds = sorted({seed for rows in study.results.values() for seed in rows})
+        lines = ["| by seed | " + " | ".join(map(str, seeds)) + " |", "|---" * (len(seeds) + 1) + "|"]
+        for metric in dict.fromkeys(claim.metric for claim in self.claims):
+            for arm in study.results:
+                values = study.values(arm, metric)
+                if values:
+                    cells = (_number(values[seed]) if seed in values else "" for seed in seeds)
+                    lines.append(f"| {metric}, {arm} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.4g}"
+
+
+def write_page(file: Path, plans: tuple[Plan, ...]) -> None:
+    """Renews the blocks of a page.
+
+    Raises:
+        ValueError: The page lacks a block.
+    """
+    text = file.read_text(encoding="utf-8")
+    for plan in plans:
+        for kind, block in (("decided", plan.decided()), ("results", plan.results())):
+            begin, end = f"<!-- {kind}: {plan.name} -->", "<!-- end -->"
+            pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+            if not pattern.search(text):
+                raise ValueError(f"{file} has no block `{begin} ... {end}`: add it where the {kind} belong")
+            body = f"{begin}\n\n{block}\n\n{end}"
+            text = pattern.sub(lambda _, body=body: body, text)
+    file.write_text(text, encoding="utf-8")
