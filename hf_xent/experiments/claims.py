@@ -54,9 +54,13 @@ def detectable(spread: float, seeds: int, power: float = 0.8, level: float = 0.0
     bound = float(student.ppf(1 - level / 2, seeds - 1))
 
     def excess(shift: float) -> float:
-        return float(nct.sf(bound, seeds - 1, shift) + nct.cdf(-bound, seeds - 1, shift)) - power
+        missed = nct.cdf(-bound, seeds - 1, shift)  # NaN far from zero, where it is 0
+        return float(nct.sf(bound, seeds - 1, shift) + np.nan_to_num(missed)) - power
 
-    return float(brentq(excess, 0.0, 2.0 * bound + 5.0)) * spread / seeds**0.5
+    high = 1.0
+    while excess(high) < 0:
+        high *= 1.5
+    return float(brentq(excess, 0.0, high)) * spread / seeds**0.5
 
 
 @dataclass(frozen=True)
