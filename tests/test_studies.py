@@ -81,11 +81,18 @@ def test_a_plan_runs_once_and_writes_the_blocks_of_its_page(tmp_path, monkeypatc
     assert "| ours | plain | loss | lower | 0.1 | 0 | 0 |" in written and "| loss, ours | 2.5 | 3.5 | 2.5 |" in written
     write_page(page, (made,))
     assert page.read_text() == written
-    with pytest.raises(ValueError, match=r"arms has \['theirs'\]"):
-        made.execute(job, arms=("theirs",))
     page.write_text("# Toy\n")
     with pytest.raises(ValueError, match=r"has no block `<!-- decided: toy -->"):
         write_page(page, (made,))
+
+
+def test_a_study_stops_in_time_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    made = Plan("toy", ("plain", "ours"), "plain", ("loss",), (), seeds=2, run=toy)
+    made.execute(plan.Job(tmp_path), minutes=-1)
+    assert not made.study().results
+    made.execute(plan.Job(tmp_path))
+    assert {arm: len(rows) for arm, rows in made.study().results.items()} == {"plain": 2, "ours": 2}
 
 
 def test_a_larger_budget_has_results_of_its_own(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """`python -m benchmarks.studies`, run in the root of the repository: studies of the methods, and their pages.
 
-python -m benchmarks.studies run emo            # resumes; the results and docs/results/emo.md are renewed
+python -m benchmarks.studies run emo            # resumes; docs/results/emo.md says what is decided
 python -m benchmarks.studies run emo --pilot    # other seeds: the spread from which the power is computed
 python -m benchmarks.studies page emo
 """
@@ -8,6 +8,7 @@ python -m benchmarks.studies page emo
 from __future__ import annotations
 
 from importlib import import_module
+from time import monotonic
 from typing import Annotated
 
 import typer
@@ -46,18 +47,17 @@ def run(
     part: Annotated[str, Option(help="Only this one of its parts, such as 'membership-chinese'.")] = "",
     pilot: Annotated[bool, Option(help="Run the pilot, with other seeds.")] = False,
     seeds: Annotated[int, Option(help="Number of seeds; 0 for those that were planned.")] = 0,
-    arms: Annotated[str, Option(help="Only these arms, separated by semicolons.")] = "",
     device: Annotated[str, Option(help="'cpu' or 'cuda'.")] = "cpu",
     budget: Annotated[float, Option(help="A factor on steps, tokens and texts.")] = 1.0,
+    minutes: Annotated[float, Option(help="Begin no further run after so many minutes.")] = float("inf"),
 ) -> None:
-    """Run what has no results yet, and renew the page."""
+    """Run what has no results yet."""
     chosen = [plan for plan in plans(name) if part in ("", plan.name)]
     if not chosen:
         raise ValueError(f"part is {part!r}: choose from {', '.join(plan.name for plan in plans(name))}")
-    job = Job(WORK / name, device=device, budget=budget)
+    job, end = Job(WORK / name, device=device, budget=budget), monotonic() + 60 * minutes
     for plan in chosen:
-        plan.execute(job, pilot=pilot, seeds=seeds or None, arms=tuple(arms.split(";")) if arms else ())
-    page(name)
+        plan.execute(job, pilot=pilot, seeds=seeds or None, minutes=(end - monotonic()) / 60)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from hf_xent.experiments.claims import UNDECIDED, Claim, detectable
@@ -81,13 +82,14 @@ class Plan:
         options = {"seeds": seeds or self.seeds, "settings": settings, "first_seed": PILOT_SEED if pilot else 0}
         return Study(self.name, self.metrics, self.baseline, output, **options)
 
-    def execute(self, job: Job, *, pilot: bool = False, seeds: int | None = None, arms: tuple[str, ...] = ()) -> None:
-        """Run what has no results yet."""
-        unknown = set(arms) - set(self.arms)
-        if unknown:
-            raise ValueError(f"arms has {sorted(unknown)}, which {self.name} does not have: choose from {self.arms}")
-        study = self.study(job, pilot=pilot, seeds=seeds)
-        for arm, seed in study.runs(arms or self.arms):
+    def execute(
+        self, job: Job, *, pilot: bool = False, seeds: int | None = None, minutes: float = float("inf")
+    ) -> None:
+        """Run what has no results yet, and begin no further run after some minutes."""
+        study, started = self.study(job, pilot=pilot, seeds=seeds), monotonic()
+        for arm, seed in study.runs(self.arms):
+            if monotonic() - started > 60 * minutes:
+                break
             study.record(arm, seed, **self.run(arm, seed, job))
 
     def decided(self) -> str:
