@@ -3,7 +3,7 @@
 MiniLM is trained whole under five objectives with equal batches, updates and schedules. Each seed draws four of five
 texts of every set, head and order; the arms of a seed share them. Scores of every run are kept in `job.work`.
 
-    python -m benchmarks.studies.dxo            # the learning rates, tried on validation texts under a seed of the pilot
+    python -m benchmarks.studies.dxo            # tries learning rates on validation texts, under a seed of the pilot
 """
 
 from __future__ import annotations
