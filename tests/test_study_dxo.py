@@ -134,3 +134,15 @@ def test_detectors_are_oriented(job):
     score = machine_scores.detector_scores("loss", job, texts)(asked)
     raw = dict(map(json.loads, (job.work / "detector-scores.jsonl").read_text().splitlines()))
     assert np.allclose(score, [-raw[text][0] for text in asked])
+
+
+def test_rates_are_tried_once_for_each_objective(job, tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(dxo, "validated", lambda arm, *_, learning_rate: tried.append(arm) or learning_rate)
+    best = dxo.rates(job, tmp_path)
+    assert set(best.values()) == {max(dxo.RATES)} and set(best) <= set(dxo.TRAINED)
+    assert dxo.rates(job, tmp_path) == best and len(tried) == len(best) * len(dxo.RATES)
+
+
+def test_validation_sees_no_test_text(job):
+    assert 0 <= dxo.validated(dxo.WORDS, 0, job) <= 1

@@ -1,13 +1,16 @@
 """DXO against BCE on machine text: the study of docs/results/dxo.md; machine_texts.py makes its texts.
 
 MiniLM is trained whole under five objectives with equal batches, updates and schedules. Each seed draws four of five
-texts of every set, the head and the order; the arms of a seed share them. Scores of every run are kept in `job.work`.
+texts of every set, head and order; the arms of a seed share them. Scores of every run are kept in `job.work`.
+
+    python -m benchmarks.studies.dxo            # tries learning rates on validation texts, under a seed of the pilot
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,12 @@ import hf_xent
 from benchmarks.studies import machine_texts
 from benchmarks.studies.base import train_tokenizer
 from benchmarks.studies.machine_scores import DETECTORS, detector_scores
-from benchmarks.studies.plan import Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, RESULTS, WORK, Job, Plan
 from hf_xent.experiments.claims import Claim
+from hf_xent.experiments.study import Study
 from hf_xent.metrics import ranking
 
-BATCH, UPDATES, SHARE, RATE = 64, 110, 0.8, 2e-4
+BATCH, UPDATES, SHARE, RATES = 64, 100, 0.8, (1e-4, 3e-4)
 BASELINE, METHOD, ALONE, WORDS = "BCE, balanced", "BCE, then tpAUC-KL", "tpAUC-KL", "bag of words"
 TRAINED: dict[str, dict[str, Any]] = {
     BASELINE: {"loss": "bce"},
@@ -36,6 +40,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     METHOD: {"loss": "tpauc_kl", "warm_start": 0.5},
     ALONE: {"loss": "tpauc_kl"},
 }
+RATE = dict.fromkeys(TRAINED, 3e-4)
+"""Arm -> the learning rate that did best in the pilot, of RATES; those under BCE have one for all."""
 ARMS = (*TRAINED, WORDS, *DETECTORS)
 KNOWN = tuple(name for name, counts in machine_texts.MACHINES.items() if "train" in counts)
 NEW = tuple(name for name in machine_texts.MACHINES if name not in KNOWN)
@@ -94,11 +100,11 @@ class Classifier:
         rows = self.tokenizer(texts, truncation=True, max_length=128)
         return Dataset.from_dict({name: rows[name] for name in ("input_ids", "attention_mask")})
 
-    def train(self, own: dict[str, list[str]], updates: int, rate: float = RATE, **options: Any) -> None:
+    def train(self, own: dict[str, list[str]], updates: int, **options: Any) -> None:
         """Trains under the options of an arm."""
         texts, labels = labeled(own)
         config = hf_xent.DXOConfig(
-            output_dir=str(self.job.work / "runs"), max_steps=updates, learning_rate=rate, warmup_steps=updates // 10,
+            output_dir=str(self.job.work / "runs"), max_steps=updates, warmup_steps=updates // 10,
             lr_scheduler_type="linear", per_device_train_batch_size=8 if self.job.tiny else BATCH, seed=self.seed,
             per_device_eval_batch_size=256, bf16=True, use_cpu=self.job.device == "cpu", logging_steps=20,
             save_strategy="no", report_to="none", disable_tqdm=True, weight_decay=0.0, **options,
@@ -132,7 +138,7 @@ def scores_of(arm: str, seed: int, job: Job, texts: Texts, **options: Any) -> Sc
         score = bag_of_words(texts["train"])
     else:
         score = Classifier(job, seed)
-        score.train(texts["train"], job.scaled(UPDATES, 4), **(TRAINED[arm] | options))
+        score.train(texts["train"], job.scaled(UPDATES, 4), **({"learning_rate": RATE[arm]} | TRAINED[arm] | options))
     tested = {split: own for split, own in texts.items() if split != "train"}
     values = iter(np.asarray(score([text for own in tested.values() for part in own.values() for text in part])))
     return {s: {k: np.array([next(values) for _ in part]) for k, part in own.items()} for s, own in tested.items()}
@@ -162,7 +168,6 @@ def measured(scores: Scores) -> dict[str, float]:
         "TPR@1%": ranking.tpr_at_fpr(*known, 0.01),
         "AUROC new": ranking.auroc(*new),
         "AUROC OOD": ranking.auroc(*genre),
-        "tpAUC validation": ranking.tpauc(*joined(scores["validation"]), 0.05, 0.5),
     }
     for split, own in scores.items():
         for name in own:
@@ -172,10 +177,27 @@ def measured(scores: Scores) -> dict[str, float]:
     return row
 
 
-def run(arm: str, seed: int, job: Job, **options: Any) -> dict[str, float]:
+def texts_of(seed: int, job: Job) -> Texts:
+    """The texts that a seed draws."""
+    return drawn(toy_texts() if job.tiny else machine_texts.read(job.work), seed)
+
+
+def validated(arm: str, seed: int, job: Job, **options: Any) -> float:
+    """The tpAUC of validation texts, for FPR <= 5 % and TPR >= 50 %, of an arm with other options."""
+    texts = {split: own for split, own in texts_of(seed, job).items() if split in ("train", "validation")}
+    return ranking.tpauc(*joined(scores_of(arm, seed, job, texts, **options)["validation"]), 0.05, 0.5)
+
+
+def rates(job: Job, output: Path) -> dict[str, float]:
+    """Arm -> the learning rate that does best; with half of the updates of the study."""
+    study = Study("rates", ("tpAUC validation",), BASELINE, output, seeds=1, first_seed=PILOT_SEED)
+    tries = {arm: partial(validated, arm, PILOT_SEED, job) for arm in (BASELINE, METHOD, ALONE)}
+    return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(learning_rate=rate)) for arm, t in tries.items()}
+
+
+def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     """One arm under one seed; its scores are kept."""
-    texts = drawn(toy_texts() if job.tiny else machine_texts.read(job.work), seed)
-    scores = scores_of(arm, seed, job, texts, **options)
+    scores = scores_of(arm, seed, job, texts_of(seed, job))
     folder = job.work / "scores"
     folder.mkdir(parents=True, exist_ok=True)
     flat = {f"{split}/{name}": values for split, own in scores.items() for name, values in own.items()}
@@ -196,6 +218,9 @@ PLAN = Plan(
     ),
     seeds=4,
     run=run,
-    settings={"batch": BATCH, "updates": UPDATES, "rate": RATE, "share of texts": SHARE},
+    settings={"batch": BATCH, "updates": UPDATES, "rates": RATE, "share of texts": SHARE},
 )
 PLANS = (PLAN,)
+
+if __name__ == "__main__":
+    print(rates(Job(WORK / "dxo", budget=0.5), RESULTS / "dxo" / "rates"))

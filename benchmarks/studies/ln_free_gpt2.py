@@ -40,8 +40,10 @@ def start(job: Job) -> tuple[Any, Any]:
 
 
 def _toy() -> Dataset:
-    words = "the quick brown fox jumps over a lazy dog and seven wizards".split()
-    return Dataset.from_dict({"text": [" ".join(words[(i * j + i) % 12 % 11] for j in range(60)) for i in range(1, 40)]})
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "seven", "wizards"]
+    return Dataset.from_dict(
+        {"text": [" ".join(words[(i * j + i) % 12 % 11] for j in range(60)) for i in range(1, 40)]}
+    )
 
 
 def blocks_of(job: Job, part: str, tokenizer: Any) -> Any:
@@ -63,7 +65,9 @@ def tuned(arm: str, seed: int, job: Job) -> tuple[Any, float]:
         "disable_tqdm": True, "memory_budget": 2**26, "bf16": True, "use_cpu": job.device == "cpu",
     }  # fmt: skip
     kind = hf_xent.XentTrainer if options is None else hf_xent.LNRemovalTrainer
-    trainer = kind(model, kind.config_class(**shared | (options or {})), train_dataset=blocks_of(job, "train", tokenizer))
+    trainer = kind(
+        model, kind.config_class(**shared | (options or {})), train_dataset=blocks_of(job, "train", tokenizer)
+    )
     trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     hf_xent.unpatch(model)

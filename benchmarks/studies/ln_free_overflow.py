@@ -1,11 +1,11 @@
 """Where a model without norms overflows: the token and the site at which its divisors leave the range, and a clip.
 
-    ratio      sigma_x / sigma of a token at a site: how much too long its hidden state is for the constant divisor
-    overflow   a block in which a hidden state is not finite; its tokens from there on have no loss
-    loss       nats per token, at most log V, which is also that of tokens without one
-    trigger    the first token of a block whose hidden state is not finite, with the first site where its ratio is
-               above FAR; a gated MLP whose input is r times too large returns r^2 times too much
-    clip       a divisor of max(sigma, sigma_x / limit): the map stays affine for tokens with a ratio below the limit
+ratio      sigma_x / sigma of a token at a site: how much too long its hidden state is for the constant divisor
+overflow   a block in which a hidden state is not finite; its tokens from there on have no loss
+loss       nats per token, at most log V, which is also that of tokens without one
+trigger    the first token of a block whose hidden state is not finite, with the first site where its ratio is
+           above FAR; a gated MLP whose input is r times too large returns r^2 times too much
+clip       a divisor of max(sigma, sigma_x / limit): the map stays affine for tokens with a ratio below the limit
 """
 
 from __future__ import annotations

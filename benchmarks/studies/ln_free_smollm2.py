@@ -9,7 +9,6 @@ of every token is at least sigma_x / CLIP, so that passes that would overflow tr
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
