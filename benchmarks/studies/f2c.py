@@ -135,7 +135,7 @@ def trainer_of(arm: str, model: Any, seed: int, job: Job, rows: Dataset | None =
     config = F2CConfig(
         output_dir=str(job.work / "run"), method=METHODS.get(arm, "f2c"), max_steps=job.scaled(STEPS, tiny=2),
         per_device_train_batch_size=2 if job.tiny else ITEMS, learning_rate=rate,
-        lr_scheduler_type="cosine", warmup_steps=0, seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=4,
+        lr_scheduler_type="cosine", warmup_steps=0, seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=2,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     if arm in METHODS:
@@ -242,7 +242,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 
 @app.command()
 def formats(
-    names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 80
+    names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 60
 ) -> None:
     """Print the formats in which the untrained model is above chance on the pilot's items, by balanced accuracy."""
     job = Job(WORK / "f2c")
