@@ -77,10 +77,14 @@ def test_a_plan_runs_once_and_writes_the_blocks_of_its_page(tmp_path, monkeypatc
     page.write_text("# Toy\n<!-- decided: toy --><!-- end -->\nText.\n<!-- results: toy --><!-- end -->\n")
     write_page(page, (made,))
     written = page.read_text()
-    assert "| ours against plain, loss, 0.1 | 0.5 [0.5, 0.5] | better |" in written and "6 of 6 planned runs" in written
+    assert (
+        "| ours against plain: loss, 0.1 or more | 0.5 [0.5, 0.5] | better |" in written
+        and "6 of 6 planned runs" in written
+    )
     assert "| ours | plain | loss | lower | 0.1 | 0 | 0 |" in written and "| loss, ours | 2.5 | 3.5 | 2.5 |" in written
     write_page(page, (made,))
     assert page.read_text() == written
+    assert plan.summary({"toy": (made,)}).splitlines()[2].startswith("| [toy](toy.md) | ours against plain: loss")
     page.write_text("# Toy\n")
     with pytest.raises(ValueError, match=r"has no block `<!-- decided: toy -->"):
         write_page(page, (made,))

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from benchmarks.studies.plan import PAGES, WORK, Job, Plan, write_page
+from benchmarks.studies.plan import PAGES, WORK, Job, Plan, replace_block, summary, write_page
 
 MODULES = {
     "emo": "emo",
@@ -65,6 +65,15 @@ def page(name: Name) -> None:
     """Renew the blocks of a page from the results."""
     file = PAGES / f"{name}.md"
     write_page(file, plans(name))
+    print(f"written: {file}")
+
+
+@app.command()
+def overview() -> None:
+    """Renew the table of docs/results/studies.md."""
+    pages = {name: plans(name) for name in MODULES if (PAGES / f"{name}.md").exists()}
+    file = PAGES / "studies.md"
+    replace_block(file, "<!-- summary -->", summary(pages))
     print(f"written: {file}")
 
 

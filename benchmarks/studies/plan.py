@@ -114,21 +114,26 @@ class Plan:
         study = self.study()
         if not study.results:
             return "No results yet."
-        claims = ["| claim | improvement, 95 % interval | verdict |", "|---|---|---|"]
-        for claim in self.claims:
-            low, high = claim.interval(study)
-            verdict = claim.verdict(study)
-            beyond = f" (up to {_number(high)} is possible)" if verdict == UNDECIDED and high == high else ""
-            claims.append(
-                f"| {claim.arm} against {claim.against or self.baseline}, {claim.metric}, {claim.margin:g} |"
-                f" {_number((low + high) / 2)} [{_number(low)}, {_number(high)}] | {verdict}{beyond} |"
-            )
-        runs = {(arm, seed) for arm, rows in study.results.items() for seed in rows}
-        planned = len(self.arms) * self.seeds
-        cost = sum(sum(rows.values()) for rows in study.cost.values()) / 3600
-        trial = sum(sum(rows.values()) for rows in self.study(pilot=True).cost.values()) / 3600
-        facts = f"{len(runs)} of {planned} planned runs; {cost:.2f} core-hours, and {trial:.2f} for the pilot."
+        claims = ["| claim | improvement, 95 % interval | verdict |", "|---|---|---|", *self.verdicts()]
+        runs = sum(len(rows) for rows in study.results.values())
+        facts = (
+            f"{runs} of {len(self.arms) * self.seeds} planned runs; {core_hours(study):.2f} core-hours, and"
+            f" {core_hours(self.study(pilot=True)):.2f} for the pilot."
+        )
         return "\n\n".join([study.markdown(), "\n".join(claims), self._by_seed(study), facts])
+
+    def verdicts(self, prefix: str = "") -> list[str]:
+        """A row of a table for each claim: what it is about, the interval, the verdict."""
+        study, rows = self.study(), []
+        for claim in self.claims:
+            (low, high), verdict = claim.interval(study), claim.verdict(study)
+            beyond = f" (up to {_number(high)} is possible)" if verdict == UNDECIDED and high == high else ""
+            rows.append(
+                f"{prefix}| {claim.arm} against {claim.against or self.baseline}: {claim.metric},"
+                f" {claim.margin:g} or more | {_number((low + high) / 2)} [{_number(low)}, {_number(high)}] |"
+                f" {verdict}{beyond} |"
+            )
+        return rows
 
     def _by_seed(self, study: Study) -> str:
         """The metrics of the claims by seed."""
@@ -143,23 +148,39 @@ class Plan:
         return "\n".join(lines)
 
 
+def core_hours(study: Study) -> float:
+    """What the runs of a study have cost."""
+    return sum(sum(rows.values()) for rows in study.cost.values()) / 3600
+
+
 def _number(value: float) -> str:
     return "" if value != value else f"{value:.4g}"
 
 
-def write_page(file: Path, plans: tuple[Plan, ...]) -> None:
-    """Renews the blocks of a page.
+def summary(plans: dict[str, tuple[Plan, ...]]) -> str:
+    """A table of the claims of all pages."""
+    lines = ["| study | claim | improvement, 95 % interval | verdict |", "|---|---|---|---|"]
+    for page, found in plans.items():
+        for plan in found:
+            lines += plan.verdicts(f"| [{plan.name}]({page}.md) ")
+    return "\n".join(lines)
+
+
+def replace_block(file: Path, begin: str, block: str) -> None:
+    """Renews what stands between a marker and the next end of a block.
 
     Raises:
-        ValueError: The page lacks a block.
+        ValueError: The page lacks the block.
     """
-    text = file.read_text(encoding="utf-8")
+    text, end = file.read_text(encoding="utf-8"), "<!-- end -->"
+    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{file} has no block `{begin} ... {end}`: add it where the block belongs")
+    file.write_text(pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", text), encoding="utf-8")
+
+
+def write_page(file: Path, plans: tuple[Plan, ...]) -> None:
+    """Renews the blocks of a page."""
     for plan in plans:
-        for kind, block in (("decided", plan.decided()), ("results", plan.results())):
-            begin, end = f"<!-- {kind}: {plan.name} -->", "<!-- end -->"
-            pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
-            if not pattern.search(text):
-                raise ValueError(f"{file} has no block `{begin} ... {end}`: add it where the {kind} belong")
-            body = f"{begin}\n\n{block}\n\n{end}"
-            text = pattern.sub(lambda _, body=body: body, text)
-    file.write_text(text, encoding="utf-8")
+        replace_block(file, f"<!-- decided: {plan.name} -->", plan.decided())
+        replace_block(file, f"<!-- results: {plan.name} -->", plan.results())

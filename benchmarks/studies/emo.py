@@ -1,0 +1,235 @@
+"""Is EMO more than a lower temperature? EMO, TaiLr, MixCE and cross-entropy at equal entropy; docs/results/emo.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import GPT2LMHeadModel, set_seed
+
+import hf_xent
+from benchmarks.studies import continuations
+from benchmarks.studies.base import documents, new_model, train_tokenizer
+from benchmarks.studies.continuations import PROMPT, distribution, surface, tempered
+from benchmarks.studies.plan import Job, Plan
+from hf_xent import data
+from hf_xent.experiments.claims import Claim
+from hf_xent.generation import sampling
+from hf_xent.models import loading
+from hf_xent.patching import head_of
+
+STEPS, ROWS, BLOCK, TEXTS, JUDGED, GREEDY = 120, 8, 256, 1000, 200, 100
+LOSSES = {
+    "MLE": "cross_entropy",
+    "EMO": "emo",
+    "EMO, cost of SmolLM2": "emo",
+    "EMO, cost shuffled": "emo",
+    "TaiLr": "tailr:gamma=0.001, w_min=0.2",
+    "MixCE": "mixce:eta=0.3",
+}
+RATES = dict.fromkeys(LOSSES, 1e-3)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What an arm samples from: a trained model, at a temperature or at the entropy of another model."""
+
+    model: str
+    temperature: float = 1.0
+    entropy_of: str | None = None
+
+
+ARMS = {
+    "MLE": Sampled("MLE"),
+    "EMO": Sampled("EMO"),
+    "EMO, cost of SmolLM2": Sampled("EMO, cost of SmolLM2"),
+    "TaiLr": Sampled("TaiLr"),
+    "MixCE": Sampled("MixCE"),
+    "MLE at EMO's entropy": Sampled("MLE", entropy_of="EMO"),
+    "TaiLr at EMO's entropy": Sampled("TaiLr", entropy_of="EMO"),
+    "MixCE at EMO's entropy": Sampled("MixCE", entropy_of="EMO"),
+    "EMO, cost of SmolLM2, at EMO's entropy": Sampled("EMO, cost of SmolLM2", entropy_of="EMO"),
+    "EMO, cost shuffled, at EMO's entropy": Sampled("EMO, cost shuffled", entropy_of="EMO"),
+    "EMO at MLE's entropy": Sampled("EMO", entropy_of="MLE"),
+    "MLE at temperature 0.7": Sampled("MLE", temperature=0.7),
+    "MLE at temperature 1.3": Sampled("MLE", temperature=1.3),
+}
+HUMAN = "human"
+
+
+@dataclass(frozen=True)
+class Material:
+    """The tokenizer, the starting model's folder (None: random weights) and the documents."""
+
+    tokenizer: Any
+    base: Path | None
+    train: Dataset
+    validation: Tensor  # blocks [B, BLOCK]
+    test: tuple[str, ...]
+
+    def model(self) -> Any:
+        """A fresh copy of the starting model."""
+        if self.base is not None:
+            return loading.load(str(self.base), dtype=torch.float32)[0]
+        set_seed(0)
+        return new_model(self.tokenizer, n_layer=1, n_embd=16, n_head=2, n_positions=PROMPT + continuations.NEW)
+
+
+@cache
+def material(job: Job) -> Material:
+    """Brown: 380 documents to train on, 20 to tune on, 100 to prompt from; for tests, sentences made of few words."""
+    if job.tiny:
+        words = [
+            "the",
+            "a",
+            "old",
+            "young",
+            "dog",
+            "cat",
+            "man",
+            "sees",
+            "likes",
+            "knows",
+            "and",
+            "then",
+            "but",
+            "it",
+            "she",
+            "walks",
+            "home",
+            "again",
+            "today",
+        ]
+        picks = torch.randint(len(words), (40, 700), generator=torch.Generator().manual_seed(0)).tolist()
+        texts, tokenizer, base, block = [" ".join(words[i] for i in row) for row in picks], None, None, 32
+        tokenizer = train_tokenizer(texts, vocabulary=300)
+        parts = {"train": texts[:10], "validation": texts[10:12], "test": texts[12:]}
+    else:
+        halves, base, block = documents(job.text, "brown"), job.base, BLOCK
+        rest = halves["train"]["text"][:]
+        parts = {"train": rest[70:], "validation": rest[:20], "test": halves["test"]["text"][:] + rest[20:70]}
+        tokenizer = loading.tokenizer_of(str(job.base))
+    packed = {
+        name: data.pack(Dataset.from_dict({"text": parts[name]}), tokenizer, block_size=block)
+        for name in ("train", "validation")
+    }
+    validation = torch.tensor(packed["validation"][:48]["input_ids"], device=job.device)
+    return Material(tokenizer, base, packed["train"], validation, tuple(parts["test"]))
+
+
+def smollm2_cost(tokenizer: Any) -> Tensor:
+    """An embedding for every token: the mean of SmolLM2's unit embeddings of the tokens that spell it."""
+    model, other = loading.load("smollm2", dtype=torch.float32)
+    units = normalize(head_of(model).weight.detach(), dim=-1)
+    spelled = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    spelled_by = other(spelled, add_special_tokens=False)["input_ids"]
+    return torch.stack([units[ids].mean(0) if ids else torch.zeros_like(units[0]) for ids in spelled_by])
+
+
+def loss_of(arm: str, model: Any, tokenizer: Any, job: Job) -> Any:
+    """The loss of an arm: a name, or EMO with a cost of its own."""
+    weight = head_of(model).weight.detach()
+    if arm == "EMO, cost shuffled":
+        return hf_xent.losses.EMO(cost=weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(7))])
+    if arm == "EMO, cost of SmolLM2":
+        return hf_xent.losses.EMO(cost=weight[:, : weight.shape[1] // 2] if job.tiny else smollm2_cost(tokenizer))
+    return LOSSES[arm]
+
+
+def train(arm: str, seed: int, job: Job, rate: float, steps: int) -> Any:
+    """Fine-tunes the starting model under an arm's loss; the rows and their order depend on the seed alone."""
+    found = material(job)
+    model = found.model()
+    config = hf_xent.EMOConfig(
+        output_dir=str(job.work / "run"), max_steps=steps, per_device_train_batch_size=2 if job.tiny else ROWS,
+        learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20), weight_decay=0.1,
+        adam_beta2=0.95, bf16=not job.tiny, use_cpu=job.device == "cpu", seed=seed, logging_steps=20,
+        save_strategy="no", report_to="none", memory_budget=2**26,
+    )  # fmt: skip
+    loss = loss_of(arm, model, found.tokenizer, job)
+    hf_xent.EMOTrainer(model, config, loss=loss, train_dataset=found.train).train()
+    return hf_xent.unpatch(model).eval()
+
+
+def trained(arm: str, seed: int, job: Job) -> Any:
+    """The model of an arm and a seed, in bfloat16 as it is sampled, trained once and kept."""
+    folder = job.work / "models" / f"{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
+    if not (folder / "config.json").exists():
+        train(arm, seed, job, RATES[arm], job.scaled(STEPS, tiny=2)).save_pretrained(folder)
+    dtype = torch.float32 if job.tiny else torch.bfloat16
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(job.device).eval()
+
+
+@cache
+def tools(job: Job) -> tuple[continuations.Encoder, continuations.Judge]:
+    """The sentence encoder and the judge."""
+    if job.tiny:
+        return continuations.toy_encoder, lambda prompts, texts: sum(map(len, texts)) / len("".join(prompts))
+    return continuations.sentence_encoder(job.device), continuations.language_model_judge("smollm2", job.device)
+
+
+def measured(samples: list[list[int]], among: continuations.Windows, job: Job) -> dict[str, float]:
+    """The metrics of samples that continue the prompts of windows."""
+    encode, judge = tools(job)
+    decode = material(job).tokenizer.batch_decode
+    texts, prompts, human = decode(samples), decode(among.prompts), decode(among.human)
+    embedded, judged = encode(texts), job.scaled(JUDGED, tiny=4)
+    coherence = (embedded * encode(prompts)).sum(-1).mean()
+    bits = judge(prompts[:judged], texts[:judged])
+    return distribution(encode(human), embedded) | surface(samples) | {"coherence": float(coherence), "bits": bits}
+
+
+def run(arm: str, seed: int, job: Job) -> dict[str, float]:
+    """The metrics of one arm under one seed."""
+    found = material(job)
+    among, other = continuations.windows(list(found.test), found.tokenizer, job.scaled(TEXTS, tiny=30), seed)
+    if arm == HUMAN:
+        return measured(other.human, among, job)
+    source = ARMS[arm]
+    model, temperature = trained(source.model, seed, job), source.temperature
+    if source.entropy_of is not None:
+        target = tempered(trained(source.entropy_of, seed, job), found.validation)[1]
+        temperature = sampling.temperature_at(model, found.validation, target)
+    nll, entropy = tempered(model, found.validation, temperature)
+    options = {"tokens": continuations.NEW, "seed": seed}
+    samples = sampling.sample(model, among.prompts, temperature=temperature, **options)
+    metrics = {"temperature": temperature, "perplexity": exp(nll), "entropy": entropy}
+    if arm == source.model:
+        greedy = sampling.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
+        metrics["greedy rep-4"] = surface(greedy)["rep-4"]
+    keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts[:20], samples[:20])
+    return metrics | measured(samples, among, job)
+
+
+def keep(file: Path, tokenizer: Any, prompts: list[list[int]], samples: list[list[int]]) -> None:
+    """Write some samples down, to be read."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pairs = zip(tokenizer.batch_decode(prompts), tokenizer.batch_decode(samples), strict=True)
+    file.write_text("\n\n".join(f"{prompt} >>> {text}" for prompt, text in pairs), encoding="utf-8")
+
+
+PLANS = (
+    Plan(
+        "emo",
+        (*ARMS, HUMAN),
+        "MLE",
+        ("mauve", "precision", "recall", "bits", "coherence", "distinct-2", "rep-4", "greedy rep-4", "perplexity",
+         "entropy", "temperature"),
+        (
+            Claim("EMO", "mauve", 0.03),
+            Claim("EMO", "mauve", 0.03, against="MLE at EMO's entropy"),
+            Claim("EMO, cost of SmolLM2, at EMO's entropy", "mauve", 0.03, against="MLE at EMO's entropy"),
+            Claim("EMO", "mauve", 0.03, against="EMO, cost shuffled, at EMO's entropy"),
+        ),
+        seeds=5,
+        run=run,
+        settings={"steps": STEPS, "tokens a step": ROWS * BLOCK, "texts": TEXTS, "losses": LOSSES, "rates": RATES},
+    ),
+)  # fmt: skip
