@@ -6,11 +6,11 @@ from math import isfinite, log
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
-from support.models import V, tiny, tiny_tokenizer
 
 from benchmarks.studies import continuations, emo
 from benchmarks.studies.plan import Job
 from hf_xent.generation.sampling import temperature_at
+from support.models import V, tiny, tiny_tokenizer
 
 PLAN = emo.PLANS[0]
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ WRITTEN = [name for name in MODULES if (PAGES / f"{name}.md").exists()]
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_page_has_its_sections_and_the_numbers_of_the_results(name, tmp_path):
-    page = shutil.copy(PAGES / f"{name}.md", tmp_path)
+    page = Path(shutil.copy(PAGES / f"{name}.md", tmp_path))
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
     write_page(page, plans(name))
@@ -24,7 +25,7 @@ def test_page_has_its_sections_and_the_numbers_of_the_results(name, tmp_path):
 
 
 def test_overview_has_the_claims_of_all_pages(tmp_path):
-    page = shutil.copy(PAGES / "studies.md", tmp_path)
+    page = Path(shutil.copy(PAGES / "studies.md", tmp_path))
     text = page.read_text(encoding="utf-8")
     replace_block(page, "<!-- summary -->", summary({name: plans(name) for name in WRITTEN}))
     assert page.read_text(encoding="utf-8") == text, "run `python -m benchmarks.studies overview`"

@@ -86,7 +86,27 @@ class Material:
 def material(job: Job) -> Material:
     """Brown: 380 documents to train on, 20 to tune on, 100 to prompt from; for tests, sentences made of few words."""
     if job.tiny:
-        words = "the a old young dog cat man sees likes knows and then but it she walks home again today".split()
+        words = [
+            "the",
+            "a",
+            "old",
+            "young",
+            "dog",
+            "cat",
+            "man",
+            "sees",
+            "likes",
+            "knows",
+            "and",
+            "then",
+            "but",
+            "it",
+            "she",
+            "walks",
+            "home",
+            "again",
+            "today",
+        ]
         picks = torch.randint(len(words), (40, 700), generator=torch.Generator().manual_seed(0)).tolist()
         texts, tokenizer, base, block = [" ".join(words[i] for i in row) for row in picks], None, None, 32
         tokenizer = train_tokenizer(texts, vocabulary=300)

@@ -40,11 +40,12 @@ PEOPLE = {
 MACHINES = {
     "smollm2": {"train": 480, "validation": 80, "test": 240, "genre": 200},
     "smollm2 T=0.7": {"train": 360, "validation": 60, "test": 180},
-    "few-shot": {"train": 300, "validation": 60, "test": 160},
+    "few-shot": {"train": 240, "validation": 48, "test": 128},
     "base": {"train": 460, "validation": 80, "test": 220, "genre": 150},
     "n-gram": {"test": 260, "genre": 200},
     "continued": {"test": 260, "genre": 200},
     "reworded": {"test": 240},
+    "gemma": {"test": 128},
 }
 """Generator -> split -> number of texts; those without 'train' are unknown to every detector that is trained."""
 MANUALS = ("anarchism", "debian-handbook", "debian-reference", "debian-policy", "developers-reference", "maint-guide")
@@ -124,7 +125,7 @@ def extend(file: Path, prompts: list[Row], make: Callable[[list[Row], int], list
 
 def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, **options: Any) -> list[str]:
     """Unbiased samples after prompts."""
-    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(prompts)["input_ids"]
     return tokenizer.batch_decode(sampling.sample(model, ids, tokens=tokens, **options), skip_special_tokens=True)
 
 
@@ -153,7 +154,7 @@ def few_shot(model: Any, tokenizer: Any, pool: list[Row], batch: list[Row], seed
     return [window(text.strip(' "\n'), PROMPT) for text in texts]
 
 
-def continued(folder: Path, rows: list[Row], device: str, blocks: int = 400) -> Any:
+def continued(folder: Path, rows: list[Row], device: str, blocks: int = 256) -> Any:
     """SmolLM2, pre-trained further on the passages of 'train' for one epoch; made once."""
     from datasets import Dataset
 
@@ -193,6 +194,8 @@ def makers(splits: dict[str, list[Row]], work: Path, base: Path, wordnet: Path |
     if (base / "pretrained.json").exists():
         own, its = loading.load(str(base))
         yield "base", lambda _: partial(continuations, own.to(device), its)
+    gemma, its_own = loading.load("gemma3-270m", dtype=torch.bfloat16)
+    yield "gemma", lambda _: partial(continuations, gemma.to(device), its_own)
 
 
 def _reworder(work: Path, table: dict[str, list[str]]) -> Callable[[str], Any]:
