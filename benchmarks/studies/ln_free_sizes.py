@@ -2,13 +2,13 @@
 
 python -m benchmarks.studies.ln_free_sizes out/studies/ln_free
 
-memory   `hf_xent.planning` on fake tensors: a step of the recipe's micro batch of 1024 tokens each, in bfloat16 as
-         the authors trained, at the bytes of weights, gradients, AdamW, activations and logits. An estimate.
-time     seconds of one core, of one true block of the size, forward and backward, and of one true optimizer step of its weights, on this
-         machine; a step is estimated from that as  micro batches x (layers x block + head) + optimizer, where the
-         head's products are taken to run at the block's rate. An estimate.
-removal  GPT-2 small alone is trained, in true size, to its first removal: the recipe with a micro batch and a
-         length that fit, so that the step of the schedule is reached; the loss before and after, and the memory.
+memory    `hf_xent.planning` on fake tensors: a step of the recipe's micro batch of 1024 tokens each, in bfloat16 as
+          the authors trained, with weights, gradients, AdamW, activations and logits. An estimate.
+time      seconds of one core, of one true block of the size, forward and backward, and of one true optimizer step
+          of its weights; a step is estimated from that as  tokens x (layers x block + head) + optimizer, where the
+          head is taken to cost what a block does for each parameter. An estimate.
+removal   GPT-2 small alone is trained, in true size, to its first removal, at the recipe's 20th step, with shorter
+          and fewer sequences.
 """
 
 from __future__ import annotations
