@@ -36,9 +36,9 @@ from hf_xent.system.files import replace_atomically
 
 DOSES = (1, 2, 4, 8, 16)
 ONCE, REPEATED, KEPT = 2000, 160, 0.1  # pieces that are read once and scored; of each other dose; share for the table
-PIECES = 12_000  # that a model reads, repetitions included
+PIECES = 10_000  # that a model reads, repetitions included
 TOKENS, ROWS, RATE, VOCABULARY = 127, 4, 1e-3, 8192  # of a piece at most, beside the start token; pieces in a step
-SIZE = {"n_layer": 6, "n_embd": 256, "n_head": 4, "n_positions": 128}
+SIZE = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}
 CAPS = (0.001, 0.01, 0.1, 1.0, 10.0)
 TABLES = ("kept", "other")
 LOWERED = "lowercase"
