@@ -464,6 +464,20 @@ def test_blind_sees_a_shift():
         detection.blind(["a", "b", "c"], [1, 0, 0])
 
 
+def test_blind_reads_characters_where_words_are_not_apart():
+    draw = np.random.default_rng(0)
+    letters = list("天地玄黄宇宙洪荒日月盈昃辰宿列张")
+
+    def text(mark):  # ten characters around a mark, without a space: as one word, no two texts share it
+        start = "".join(draw.choice(letters, 5))
+        return start + mark + "".join(draw.choice(letters, 5))
+
+    labels = [1] * 40 + [0] * 40
+    for marks in (("新", "旧"), ("さ", "カ")):
+        texts = [text(mark) for mark in marks for _ in range(40)]
+        assert metrics.auroc(labels, detection.blind(texts, labels)) > 0.9
+
+
 def test_missing_texts_and_labels_are_left_out():
     texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(30)]
     labels, scores = [1, 0, 1] * 10, rng.normal(size=30)

@@ -20,21 +20,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CATEGORIES = {
-    "fruits": "apple pear plum cherry grape lemon melon peach fig quince mango apricot",
-    "tools": "hammer saw chisel pliers wrench drill rasp plane anvil awl shovel rake",
-    "animals": "horse cow goat sheep rabbit fox wolf bear mouse otter badger deer",
-    "vehicles": "car truck bus tram train bicycle ship canoe wagon sledge barge scooter",
-    "clothes": "coat shirt glove scarf sock skirt jacket boot hat shawl vest apron",
-    "metals": "iron copper tin zinc lead silver gold nickel cobalt chrome bronze brass",
-    "instruments": "piano violin flute harp drum cello lute oboe organ horn guitar banjo",
-    "dishes": "soup stew omelette curry risotto pasta salad pie porridge goulash pizza lasagne",
+    "fruits": "apple pear plum cherry grape lemon melon peach",
+    "tools": "hammer saw chisel pliers wrench drill rasp plane",
+    "animals": "horse cow goat sheep rabbit fox wolf bear",
+    "clothes": "coat shirt glove scarf sock skirt jacket boot",
 }
 NOUNS = {category: nouns.split() for category, nouns in CATEGORIES.items()}
 CATEGORY = {noun: category for category, nouns in NOUNS.items() for noun in nouns}
 ADJECTIVES = ["old", "new", "small", "large", "red", "black", "heavy", "light", "plain", "fine", "cheap", "rare"]
 REMARKS = ["honestly", "frankly", "naturally", "certainly", "obviously", "basically"]
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-BETTER, SCALE, END, PAD = ("A", "B"), 1.5, "<end>", "<pad>"
+BETTER, SCALE, END, PAD = ("A", "B"), 1.0, "<end>", "<pad>"
 QUESTION = "{prompt} A {first} B {second} better"  # of two answers; the verdict is A or B
 LONGEST = 48  # tokens of an answer, at most
 
@@ -63,11 +59,11 @@ def answer(rng: random.Random, request: str) -> str:
     """An answer as an untrained writer gives it: often the wrong number of items, or an item of another category."""
     _, word, category, _ = request.split()
     number = {name: n for n, name in NUMBERS.items()}[word]
-    right = number if rng.random() < 0.2 else rng.randint(0, 6)
+    right = number if rng.random() < 0.2 else rng.randint(0, 5)
     others = [noun for noun in CATEGORY if CATEGORY[noun] != category]
-    nouns = rng.sample(NOUNS[category], right) + rng.sample(others, rng.choice((0, 0, 1, 1, 2, 3)))
+    nouns = rng.sample(NOUNS[category], right) + rng.sample(others, rng.choice((0, 0, 1, 1, 2)))
     parts = [f"{rng.choice(ADJECTIVES)} {noun}" for noun in nouns or [rng.choice(others)]]
-    parts += rng.sample(REMARKS, rng.choice((0, 0, 1, 2)))
+    parts += rng.sample(REMARKS, rng.choice((0, 0, 1)))
     rng.shuffle(parts)
     return " , ".join(parts) + " ."
 

@@ -26,7 +26,7 @@ from benchmarks.studies.plan import Job
 from hf_xent.generation import sampling
 from hf_xent.models.padding import padded
 
-SIZE = {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_positions": 128}
+SIZE = {"n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 128}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BINS = 10
 
@@ -40,7 +40,7 @@ def rows_of(lessons: list[tuple[str, str]], tokenizer: Any) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def base(job: Job, name: str, lessons: int, judged: float, rate: float = 2e-3) -> Any:
+def base(job: Job, name: str, lessons: int, judged: float, rate: float = 4e-3) -> Any:
     """A small GPT-2 that has learnt the task from mixed answers; it is trained once and kept."""
     folder = job.work / f"base-{name}-{job.device}-{job.budget:g}"
     if (folder / "config.json").exists():

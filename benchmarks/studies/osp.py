@@ -1,9 +1,9 @@
 """Self-judged rounds (OSP) on the task of naming.py, with judges of measured accuracy.
 
-The policy has learnt both to answer and to say which of two answers is better, the latter on other prompts (SELF-JUDGE,
-Yuan et al. 2024, trains so too); a reward head has learnt from votes on the same other prompts. Every judge's verdicts
-are used as probabilities, as OSP does, and as hard labels, which is iterated DPO. The program's probabilities are the
-known ones. `pairs right` is how often the better answer of a pair is the chosen one, where they differ; `strength error`
+The policy has learnt both to answer and to say which of two answers is better, the latter on other prompts (as in
+SELF-JUDGE, arXiv:2402.11253); a reward head has learnt from votes on the same other prompts. Every judge's verdicts are
+used as probabilities, as OSP does, and as hard labels, which is iterated DPO. The program's probabilities are the known
+ones. `pairs right` is how often the better answer of a pair is the chosen one, where they differ; `strength error` is
 the mean squared distance of a pair's probability from the known one.
 """
 
@@ -35,6 +35,10 @@ LESSONS, JUDGED, VOTES, REWARD_EPOCHS = 64_000, 0.6, 1500, 4
 
 class HardLabels(hf_xent.OSPTrainer):
     """Iterated DPO: the judge's preferred answer is chosen for certain."""
+
+    def judged_pairs(self, number: int) -> Dataset:
+        """The pairs of a round, as they were judged."""
+        return super().pairs(number)
 
     def pairs(self, number: int) -> Dataset:
         """The pairs of a round, with certain labels."""

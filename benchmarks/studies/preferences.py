@@ -1,9 +1,9 @@
 """Noisy preferences of known strength: SPCE, PSO and SPO against DPO and cDPO; and OSP, which is in osp.py.
 
-The task is that of naming.py. Arms that see one vote for each pair: DPO, cDPO, SPO and its control. Arms that see three:
-DPO on the majority, SPCE on the share. SPCE and PSO with the known probability have more information than any annotator
-gives, and are upper bounds. Every arm trains for the same number of epochs; metrics with "stopped" before them are those
-of the epoch with the smallest log loss of validation votes, the others those of the last.
+The task is that of naming.py. Arms that see one vote for each pair: DPO, cDPO, SPO and its control. Arms that see
+three: DPO on the majority, SPCE and PSO on the share. SPCE and PSO with the known probability know more than any
+annotator says, and are upper bounds. Every arm trains for the same number of epochs; metrics with "stopped" before them
+are those of the epoch with the smallest log loss of validation votes, the others those of the last.
 """
 
 from __future__ import annotations

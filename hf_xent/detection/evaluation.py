@@ -1,9 +1,9 @@
 """Evaluation of scores on texts with labels, beside that of a classifier of words, which uses no model.
 
 The blind baseline is a logistic regression on words and pairs of words, cross-validated: every text is scored by a
-classifier that was not trained on it. It does not use the model, so if it is better than chance, members and
-non-members differ in their topics (or in when they were written), and no score's AUROC is evidence of membership.
-PatentMIA and WikiMIA are such data sets.
+classifier that was not trained on it. In Chinese and Japanese, whose words are not apart, each character counts as a
+word. It does not use the model, so if it is better than chance, members and non-members differ in their topics (or in
+when they were written), and no score's AUROC is evidence of membership. PatentMIA and WikiMIA are such data sets.
 
 Source: Das, Zhang & Tramer 2024, Blind Baselines Beat Membership Inference Attacks, arXiv:2406.16201; the features are
 this project's choice.
@@ -23,6 +23,8 @@ from ..system.renamed import parameters
 from .scores import get
 
 BLIND = "blind"
+_UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana and Chinese characters
+_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]"
 
 
 def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> np.ndarray:
@@ -51,7 +53,7 @@ def blind(texts: Sequence[str], labels: ArrayLike, *, folds: int = 5, seed: int 
     least = int(np.bincount(truth[usable].astype(int), minlength=2).min())
     if least < 2:
         raise ValueError(f"one class has {least} texts: cross-validation needs at least two of each")
-    words = TfidfVectorizer(token_pattern=r"(?u)\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
+    words = TfidfVectorizer(token_pattern=_WORD, ngram_range=(1, 2), sublinear_tf=True)
     splits = StratifiedKFold(min(folds, least), shuffle=True, random_state=seed)
     classifier = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
     kept = [text for text, keep in zip(texts, usable, strict=True) if keep]

@@ -41,12 +41,11 @@ from ..generation.choices import answer_means
 from ..hub import Carded, Tokenless
 from ..metrics.consistency import consistency
 from ..models.contexts import eval_mode
-from ..patching import lazily, patch
+from ..patching import patch
 from ..system import renamed
 from .base import Method, Options
-from .batches import lazy
 from .consensus import Split, agreement, alignment, consensus, split
-from .f2c_items import COLUMNS, ItemCollator, check_gold
+from .f2c_items import COLUMNS, ROW, ItemCollator, check_gold, prefix_logits
 from .refusals import NO_MODEL_INIT, OWN_LOSS, refuse_encoder_decoder
 
 
@@ -174,11 +173,9 @@ class F2CTrainer(Method, Carded, Trainer):
     @torch.no_grad()
     def scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Mean log-probabilities of the answers' tokens [B, K, C], in evaluation mode."""
-        flat = {name: inputs[name].flatten(0, 2) for name in ("input_ids", "attention_mask")}
         with eval_mode(model):
-            with lazily(model):
-                logits = model(input_ids=flat["input_ids"], attention_mask=flat["attention_mask"]).logits
-            return answer_means(lazy(logits, flat["input_ids"].shape[1], "F2C"), inputs["answers"])
+            logits = prefix_logits(model, *(inputs[name].flatten(0, 2) for name in ROW))
+            return answer_means(logits, inputs["answers"])
 
     def _term(self, pick: tuple[int, int], logp: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
         """The loss of one item and answer, before the division by C, from logp [K, T, V] at its tokens [K, T]."""
@@ -235,11 +232,10 @@ class F2CTrainer(Method, Carded, Trainer):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities [n, K, T, V] at the tokens of n answers (item, label), and the tokens, padded by -100."""
         items, labels = ([pick[i] for pick in picks] for i in (0, 1))
-        chosen = {name: inputs[name][items, formats, labels] for name in ("input_ids", "attention_mask", "answers")}
-        shape = chosen["answers"].shape[:2]
-        ids, mask, answers = (x.flatten(0, 1) for x in chosen.values())
-        with lazily(model):
-            logits = lazy(model(input_ids=ids, attention_mask=mask).logits, ids.shape[1], "F2C")
+        chosen = [inputs[name][items, formats, labels] for name in ROW]
+        shape = chosen[0].shape[:2]
+        ids, mask, answers = (x.flatten(0, 1) for x in chosen)
+        logits = prefix_logits(model, ids, mask, answers)
         predicts = answers[:, 1:] != -100  # the positions that predict an answer's token
         length = int(predicts.sum(-1).max())
         first = predicts.int().argmax(-1)

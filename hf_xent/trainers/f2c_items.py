@@ -1,4 +1,4 @@
-"""Batches of F2C's items, each asked in several formats, and checks of the true labels that evaluation reads."""
+"""Batches of F2C's items, each asked in several formats, their logits, and checks of the true labels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.formats import PromptFormats
+from ..lazy import LazyLogits
+from ..patching import lazily
+from .batches import lazy
 
 COLUMNS = ("prompts", "answers", "gold")
+ROW = ("input_ids", "attention_mask", "answers")
 
 
 @dataclass
@@ -62,3 +66,17 @@ def check_gold(gold: Tensor | list[Any] | None, choices: int) -> None:
             f"gold has {wrong[0]!r}: evaluation needs the number of the right answer, 0 to {choices - 1}, or"
             " -1 where it is not known; map the labels, or build the rows with label=None"
         )
+
+
+def prefix_logits(model: nn.Module, ids: Tensor, mask: Tensor, answers: Tensor) -> LazyLogits:
+    """Logits [n, L, V] of sequences [n, L], right up to the position that predicts the last token of the answer.
+
+    That token is no input, so answers of one token have one forward of their prompt between them.
+    """
+    place = torch.arange(ids.shape[1], device=ids.device)
+    read = (mask > 0) & (place < torch.where(answers != -100, place, -1).amax(-1, keepdim=True))
+    rows, inverse = torch.where(read, ids, -1).unique(dim=0, return_inverse=True)
+    with lazily(model):
+        output = model(input_ids=rows.clamp(min=0), attention_mask=(rows >= 0).to(mask.dtype))
+    logits: Any = lazy(output.logits, ids.shape[1], "F2C")
+    return logits[inverse]
