@@ -450,3 +450,22 @@ def test_rows_that_are_no_items_are_refused(tmp_path, rows):
         collate([{"text": "fox"}])
     with pytest.raises(ValueError, match="every answer needs a token"):
         collate([{"prompts": [[5], [6]], "answers": [[[7], []], [[7], [8]]]}])
+
+
+def test_sequences_with_the_same_input_share_a_forward():
+    model = tiny("llama")
+    rows = [{"prompts": [[5, 6, 7], [8, 9]], "answers": [[[11], [12], [13]], [[21, 22], [21, 23], [24, 25, 26]]]}]
+    batch = PromptFormats.collate(rows)
+    trainer = F2CTrainer(model, F2CConfig(output_dir="unused", report_to="none", use_cpu=True))
+    seen = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    scores = trainer.scores(model, batch)
+    hook.remove()
+    assert [shape[0] for shape in seen] == [3], "5 6 7 | 8 9 21 | 8 9 24 25, each once"
+    for k, prompt in enumerate(rows[0]["prompts"]):
+        for c, answer in enumerate(rows[0]["answers"][k]):
+            logp = model(torch.tensor([prompt + answer])).logits.float().log_softmax(-1)[0]
+            dense = torch.stack([logp[len(prompt) + t - 1, token] for t, token in enumerate(answer)]).mean()
+            assert scores[0, k, c].item() == pytest.approx(dense.item(), abs=1e-5)

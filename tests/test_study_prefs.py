@@ -94,9 +94,7 @@ def test_all_judges_of_osp_run(job):
         assert all(math.isfinite(found[arm][name]) for name in plan.metrics), arm
     assert found["program"]["pairs right"] == 1 > found["random judge"]["pairs right"]
     assert found["program"]["strength error"] < found["reward head"]["strength error"]
-    assert (
-        found["self-judge"]["pairs right"] == found["self-judge, hard"]["pairs right"]
-    )  # in round 0
+    assert found["self-judge"]["pairs right"] == found["self-judge, hard"]["pairs right"]  # in round 0
     rewards = osp.reward_judge(job, 0)
     rows = [{"prompt": "name two fruits :"}] * 2
     texts = ["old pear .", "old pear , new fig ."]

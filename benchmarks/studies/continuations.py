@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from transformers import StaticCache
 
+from hf_xent.generation.prefixes import cache_name
+from hf_xent.generation.sampling import ends
 from hf_xent.metrics.diversity import distinct, mauve, repetition
 from hf_xent.models import loading
 
@@ -82,7 +86,7 @@ def toy_encoder(texts: list[str]) -> Tensor:
     """Counts of character pairs, projected at random: an encoder that is there for tests."""
     counts = torch.zeros(len(texts), 997)
     for row, text in zip(counts, texts, strict=True):
-        for pair in zip(text, text[1:], strict=False):
+        for pair in pairwise(text):
             row[(ord(pair[0]) * 31 + ord(pair[1])) % 997] += 1
     return normalize(counts @ torch.randn(997, 24, generator=torch.Generator().manual_seed(0)) + 1e-6, dim=-1)
 
@@ -94,18 +98,48 @@ def language_model_judge(name: str, device: str) -> Judge:
 
     @torch.no_grad()
     def bits(prompts: list[str], texts: list[str]) -> float:
-        total = characters = 0.0
-        for prompt, text in zip(prompts, texts, strict=True):
-            before, after = tokenizer(prompt)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not after:
-                continue
-            ids = torch.tensor([before + after], device=device)
-            logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()
-            chosen = logits.log_softmax(-1).gather(-1, ids[0, len(before) :, None])
-            total, characters = total - float(chosen.sum()) / log(2), characters + len(text)
-        return total / characters
+        rows = zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
+        pairs = [(before + after, len(before)) for before, after in rows if after]
+        total = 0.0
+        for i in range(0, len(pairs), 20):
+            longest = max(len(ids) for ids, _ in pairs[i : i + 20])
+            padded = [ids + [0] * (longest - len(ids)) for ids, _ in pairs[i : i + 20]]
+            logits = model(input_ids=torch.tensor(padded, device=device)).logits
+            for row, (ids, start) in zip(logits, pairs[i : i + 20], strict=True):
+                logp = row[start - 1 : len(ids) - 1].float().log_softmax(-1)
+                total -= float(logp.gather(-1, torch.tensor(ids[start:], device=device)[:, None]).sum()) / log(2)
+        return total / sum(map(len, texts))
 
     return bits
+
+
+@torch.no_grad()
+def sample(model: Any, prompts: list[list[int]], tokens: int, seed: int, temperature: float = 1.0) -> list[list[int]]:
+    """Continuations from the model's full distribution, up to an end token; temperature 0 is greedy decoding.
+
+    It is `hf_xent.generation.sampling.sample` for prompts of one length, in three quarters of the time. The draw of a
+    row at a position is the same for all models, so paired differences have less noise.
+    """
+    draws = torch.rand(len(prompts), tokens, generator=torch.Generator().manual_seed(seed))
+    rows, stop, name = [], ends(model), cache_name(model)
+    for i in range(0, len(prompts), 100):
+        ids, draw = torch.tensor(prompts[i : i + 100], device=model.device), draws[i : i + 100].to(model.device)
+        known, new = StaticCache(config=model.config, max_cache_len=ids.shape[1] + tokens), []
+        positions = torch.arange(ids.shape[1], device=model.device)[None]
+        for j in range(tokens):
+            state = model(input_ids=ids, **{name: known}, position_ids=positions, logits_to_keep=1)
+            ids, positions = drawn(state.logits[:, -1].float(), draw[:, j : j + 1], temperature), positions[:, -1:] + 1
+            new.append(ids)
+        rows += torch.cat(new, dim=1).tolist()
+    return [row[: next((j for j, token in enumerate(row) if token in stop), len(row))] for row in rows]
+
+
+def drawn(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
+    """The tokens [B, 1] at which the cumulative probabilities of logits [B, V] pass uniform draws [B, 1]."""
+    if not temperature:
+        return logits.argmax(dim=-1, keepdim=True)
+    sums = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(sums, draws * sums[:, -1:]).clamp(max=logits.shape[-1] - 1)
 
 
 def reach(of: Tensor) -> Tensor:

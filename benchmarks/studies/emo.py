@@ -13,19 +13,21 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import GPT2LMHeadModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import hf_xent
 from benchmarks.studies import continuations
 from benchmarks.studies.base import documents, new_model, train_tokenizer
 from benchmarks.studies.continuations import PROMPT, distribution, surface, tempered
-from benchmarks.studies.plan import Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, Job, Plan
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
+from hf_xent.experiments.study import Study
 from hf_xent.generation import sampling
 from hf_xent.models import loading
 from hf_xent.patching import head_of
 
-STEPS, ROWS, BLOCK, TEXTS, JUDGED, GREEDY = 120, 8, 256, 1000, 200, 100
+STEPS, ROWS, BLOCK, TEXTS, JUDGED, GREEDY = 60, 8, 256, 1000, 100, 100
 LOSSES = {
     "MLE": "cross_entropy",
     "EMO": "emo",
@@ -34,7 +36,8 @@ LOSSES = {
     "TaiLr": "tailr:gamma=0.001, w_min=0.2",
     "MixCE": "mixce:eta=0.3",
 }
-RATES = dict.fromkeys(LOSSES, 1e-3)
+START_RATE, RATES, TRIAL_STEPS = 1.5e-3, (2.5e-4, 5e-4, 1e-3), 30
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,6 @@ class Sampled:
 ARMS = {
     "MLE": Sampled("MLE"),
     "EMO": Sampled("EMO"),
-    "EMO, cost of SmolLM2": Sampled("EMO, cost of SmolLM2"),
     "TaiLr": Sampled("TaiLr"),
     "MixCE": Sampled("MixCE"),
     "MLE at EMO's entropy": Sampled("MLE", entropy_of="EMO"),
@@ -58,15 +60,13 @@ ARMS = {
     "EMO, cost of SmolLM2, at EMO's entropy": Sampled("EMO, cost of SmolLM2", entropy_of="EMO"),
     "EMO, cost shuffled, at EMO's entropy": Sampled("EMO, cost shuffled", entropy_of="EMO"),
     "EMO at MLE's entropy": Sampled("EMO", entropy_of="MLE"),
-    "MLE at temperature 0.7": Sampled("MLE", temperature=0.7),
-    "MLE at temperature 1.3": Sampled("MLE", temperature=1.3),
 }
 HUMAN = "human"
 
 
 @dataclass(frozen=True)
 class Material:
-    """The tokenizer, the starting model's folder (None: random weights) and the documents."""
+    """The tokenizer, the folder of the model of base.py (None: random weights) and the documents."""
 
     tokenizer: Any
     base: Path | None
@@ -74,39 +74,12 @@ class Material:
     validation: Tensor  # blocks [B, BLOCK]
     test: tuple[str, ...]
 
-    def model(self) -> Any:
-        """A fresh copy of the starting model."""
-        if self.base is not None:
-            return loading.load(str(self.base), dtype=torch.float32)[0]
-        set_seed(0)
-        return new_model(self.tokenizer, n_layer=1, n_embd=16, n_head=2, n_positions=PROMPT + continuations.NEW)
-
 
 @cache
 def material(job: Job) -> Material:
     """Brown: 380 documents to train on, 20 to tune on, 100 to prompt from; for tests, sentences made of few words."""
     if job.tiny:
-        words = [
-            "the",
-            "a",
-            "old",
-            "young",
-            "dog",
-            "cat",
-            "man",
-            "sees",
-            "likes",
-            "knows",
-            "and",
-            "then",
-            "but",
-            "it",
-            "she",
-            "walks",
-            "home",
-            "again",
-            "today",
-        ]
+        words = list("abcdefghijklmnopqrstuvwxyz")
         picks = torch.randint(len(words), (40, 700), generator=torch.Generator().manual_seed(0)).tolist()
         texts, tokenizer, base, block = [" ".join(words[i] for i in row) for row in picks], None, None, 32
         tokenizer = train_tokenizer(texts, vocabulary=300)
@@ -145,24 +118,59 @@ def loss_of(arm: str, model: Any, tokenizer: Any, job: Job) -> Any:
 
 def train(arm: str, seed: int, job: Job, rate: float, steps: int) -> Any:
     """Fine-tunes the starting model under an arm's loss; the rows and their order depend on the seed alone."""
-    found = material(job)
-    model = found.model()
-    config = hf_xent.EMOConfig(
-        output_dir=str(job.work / "run"), max_steps=steps, per_device_train_batch_size=2 if job.tiny else ROWS,
-        learning_rate=rate, lr_scheduler_type="linear", warmup_steps=max(1, steps // 20), weight_decay=0.1,
-        adam_beta2=0.95, bf16=not job.tiny, use_cpu=job.device == "cpu", seed=seed, logging_steps=20,
-        save_strategy="no", report_to="none", memory_budget=2**26,
-    )  # fmt: skip
+    return fine_tuned(start(job), arm, seed, job, {"learning_rate": rate, "max_steps": steps})
+
+
+def start(job: Job) -> Any:
+    """A fresh copy of the model that all arms start from: that of base.py after an epoch of Brown."""
+    folder, found = job.work / "start", material(job)
+    if not (folder / "config.json").exists():
+        if found.base is None:
+            set_seed(0)
+            model = new_model(found.tokenizer, n_layer=1, n_embd=16, n_head=2, n_positions=PROMPT + continuations.NEW)
+        else:
+            model = GPT2LMHeadModel.from_pretrained(found.base, dtype=torch.float32)
+        options = {"learning_rate": START_RATE, "lr_scheduler_type": "cosine"} | (
+            {"max_steps": 2} if job.tiny else {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 100}
+        )
+        fine_tuned(model, "MLE", PILOT_SEED - 1, job, options).save_pretrained(folder)
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def fine_tuned(model: Any, arm: str, seed: int, job: Job, options: dict[str, Any]) -> Any:
+    """The model after training, which goes on from a checkpoint if the options keep some."""
+    shared = {
+        "output_dir": str(job.work / "run"), "per_device_train_batch_size": 2 if job.tiny else ROWS,
+        "lr_scheduler_type": "linear", "warmup_steps": 0.05, "weight_decay": 0.1, "adam_beta2": 0.95,
+        "bf16": not job.tiny, "use_cpu": job.device == "cpu", "seed": seed, "logging_steps": 20, "save_strategy": "no",
+        "save_total_limit": 1, "report_to": "none", "memory_budget": 2**26,
+    }  # fmt: skip
+    config, found = hf_xent.EMOConfig(**shared | options), material(job)
     loss = loss_of(arm, model, found.tokenizer, job)
-    hf_xent.EMOTrainer(model, config, loss=loss, train_dataset=found.train).train()
+    trainer = hf_xent.EMOTrainer(model, config, loss=loss, train_dataset=found.train)
+    kept = get_last_checkpoint(config.output_dir) if config.save_strategy != "no" and job.work.exists() else None
+    trainer.train(resume_from_checkpoint=kept)
     return hf_xent.unpatch(model).eval()
+
+
+def rate(arm: str, job: Job) -> float:
+    """The learning rate of a loss: least validation loss at the best temperature, in short runs of the pilot's seed."""
+    loss, steps = LOSSES[arm], job.scaled(TRIAL_STEPS)
+    tuning = Study("rates", (), "", job.work / f"rates-{steps}", settings={"steps": steps})
+
+    def validated(value: float) -> float:
+        model = train("EMO" if loss == "emo" else arm, PILOT_SEED, job, value, steps)
+        return min(tempered(model, material(job).validation[:24], t)[0] for t in TEMPERATURES)
+
+    return tuning.tuned(loss, RATES[1:2] if job.tiny else RATES, validated, higher=False)
 
 
 def trained(arm: str, seed: int, job: Job) -> Any:
     """The model of an arm and a seed, in bfloat16 as it is sampled, trained once and kept."""
-    folder = job.work / "models" / f"{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
+    steps = job.scaled(STEPS, tiny=2)
+    folder = job.work / "models" / f"{steps}-{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
     if not (folder / "config.json").exists():
-        train(arm, seed, job, RATES[arm], job.scaled(STEPS, tiny=2)).save_pretrained(folder)
+        train(arm, seed, job, rate(arm, job), steps).save_pretrained(folder)
     dtype = torch.float32 if job.tiny else torch.bfloat16
     return GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(job.device).eval()
 
@@ -175,23 +183,32 @@ def tools(job: Job) -> tuple[continuations.Encoder, continuations.Judge]:
     return continuations.sentence_encoder(job.device), continuations.language_model_judge("smollm2", job.device)
 
 
-def measured(samples: list[list[int]], among: continuations.Windows, job: Job) -> dict[str, float]:
-    """The metrics of samples that continue the prompts of windows."""
-    encode, judge = tools(job)
-    decode = material(job).tokenizer.batch_decode
-    texts, prompts, human = decode(samples), decode(among.prompts), decode(among.human)
-    embedded, judged = encode(texts), job.scaled(JUDGED, tiny=4)
-    coherence = (embedded * encode(prompts)).sum(-1).mean()
-    bits = judge(prompts[:judged], texts[:judged])
-    return distribution(encode(human), embedded) | surface(samples) | {"coherence": float(coherence), "bits": bits}
+@cache
+def references(seed: int, job: Job) -> tuple[continuations.Windows, continuations.Windows, Tensor, Tensor]:
+    """The windows of a seed, two sets, and the embeddings of the first one's prompts and human continuations."""
+    found = material(job)
+    among, other = continuations.windows(list(found.test), found.tokenizer, job.scaled(TEXTS, tiny=30), seed)
+    embedded = (tools(job)[0](found.tokenizer.batch_decode(part)) for part in (among.prompts, among.human))
+    return among, other, *embedded
+
+
+def measured(samples: list[list[int]], seed: int, job: Job) -> dict[str, float]:
+    """The metrics of samples that continue the prompts of a seed."""
+    among, _, prompts, human = references(seed, job)
+    decode, (encode, judge), judged = material(job).tokenizer.batch_decode, tools(job), job.scaled(JUDGED, tiny=4)
+    texts = decode(samples)
+    embedded = encode(texts)
+    found = distribution(human, embedded) | surface(samples)
+    bits = judge(decode(among.prompts[:judged]), texts[:judged])
+    return found | {"coherence": float((embedded * prompts).sum(-1).mean()), "bits": bits}
 
 
 def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     """The metrics of one arm under one seed."""
     found = material(job)
-    among, other = continuations.windows(list(found.test), found.tokenizer, job.scaled(TEXTS, tiny=30), seed)
+    among, other, *_ = references(seed, job)
     if arm == HUMAN:
-        return measured(other.human, among, job)
+        return measured(other.human, seed, job)
     source = ARMS[arm]
     model, temperature = trained(source.model, seed, job), source.temperature
     if source.entropy_of is not None:
@@ -199,13 +216,13 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
         temperature = sampling.temperature_at(model, found.validation, target)
     nll, entropy = tempered(model, found.validation, temperature)
     options = {"tokens": continuations.NEW, "seed": seed}
-    samples = sampling.sample(model, among.prompts, temperature=temperature, **options)
+    samples = continuations.sample(model, among.prompts, temperature=temperature, **options)
     metrics = {"temperature": temperature, "perplexity": exp(nll), "entropy": entropy}
     if arm == source.model:
-        greedy = sampling.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
+        greedy = continuations.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
         metrics["greedy rep-4"] = surface(greedy)["rep-4"]
     keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts[:20], samples[:20])
-    return metrics | measured(samples, among, job)
+    return metrics | measured(samples, seed, job)
 
 
 def keep(file: Path, tokenizer: Any, prompts: list[list[int]], samples: list[list[int]]) -> None:

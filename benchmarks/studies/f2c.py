@@ -1,14 +1,13 @@
 """F2C: one answer in all formats, on four label sets; held-out formats, other label sets, and when a vote does harm.
 
     python -m benchmarks.studies.f2c formats                        # the formats that are kept, by the pilot's items
-    python -m benchmarks.studies.f2c rates continents topics        # a learning rate for each arm, by pilot seeds
+    python -m benchmarks.studies run f2c --part f2c-rates           # a learning rate for each arm, on the same items
 
 docs/results/f2c.md says what is decided.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from functools import cache, partial
 from typing import Annotated, Any
@@ -20,7 +19,18 @@ import typer
 from datasets import Dataset, disable_progress_bars
 from transformers import set_seed
 
+from benchmarks.studies.base import new_model, train_tokenizer
 from benchmarks.studies.f2c_items import KEPT, SETS, TINY, Item
+from benchmarks.studies.f2c_measures import (
+    CALIBRATED,
+    CONSTANT,
+    UNTRAINED,
+    VOTE,
+    amplification,
+    controlled,
+    measured,
+    votes,
+)  # fmt: skip
 from benchmarks.studies.f2c_when import WHEN, pooled
 from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
 from hf_xent import F2CConfig, F2CTrainer
@@ -31,23 +41,23 @@ from hf_xent.models import loading
 from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
-UNTRAINED, CALIBRATED, VOTE, CONSTANT = "untrained", "calibrated", "vote", "constant predictor"
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
-RATES = {"F2C": 3e-4, "CCE alone": 3e-4, "swarm": 3e-4}
-"""The learning rates that `rates` has chosen."""
-TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 24, 8, 100, 30, 0.2
+RATES, TUNED_ON = (1e-4, 3e-4, 1e-3), ("continents", "topics")
+TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 24, 8, 100, 20, 0.2
 METRICS = (
     "agreement", "f1", "f1_spread", "accuracy", "largest_share", "amplification",
     "new_agreement", "new_f1", "task_agreement", "task_f1",
 )  # fmt: skip
 SETTINGS = {
     "model": "smollm2", "steps": STEPS, "items a step": ITEMS, "formats": TRAINED_FORMATS, "held out": HELD_OUT,
-    "rates": RATES,
 }  # fmt: skip
 
 
 def load(job: Job) -> tuple[Any, Any]:
     """The model in bfloat16, and its tokenizer."""
+    if job.tiny:
+        tokenizer = train_tokenizer(["City 1 is in Africa, City 2 is near Asia, of, to and at"], 280)
+        return new_model(tokenizer, n_layer=1, n_embd=32, n_head=2).to(job.device), tokenizer
     model, tokenizer = loading.load("smollm2")
     return model.to(torch.bfloat16).to(job.device), tokenizer
 
@@ -103,71 +113,42 @@ def scored(trainer: F2CTrainer, rows: Dataset) -> np.ndarray:
 class Evaluation:
     """The scores of a model on a run's rows: training items, held-out ones in both kinds of formats, other sets."""
 
-    def __init__(self, name: str, seed: int, job: Job, tokenizer: Any):
+    def __init__(self, name: str, seed: int, job: Job, tokenizer: Any, elsewhere: bool = True):
         disable_progress_bars()
         trained, new = drawn(name, seed, job)
         train, test = split(name, seed, job)
         self.train = train[: job.scaled(STEPS * ITEMS, tiny=4)]
         self.parts = {"train": encoded(trained, self.train, tokenizer), "test": encoded(trained, test, tokenizer)}
         self.parts["new"] = encoded(new, test, tokenizer)
-        for other in (name,) if job.tiny else (other for other in SETS if other != name):
-            elsewhere = split(other, seed, job)[1][: job.scaled(ELSEWHERE, tiny=4)]
-            self.parts[f"task {other}"] = encoded(drawn(other, seed, job)[0], elsewhere, tokenizer)
+        for other in SETS if elsewhere else ():
+            if other != name:
+                items = split(other, seed, job)[1][: job.scaled(ELSEWHERE, tiny=4)]
+                self.parts[f"task {other}"] = encoded(drawn(other, seed, job)[0], items, tokenizer)
 
     def scores(self, trainer: F2CTrainer, train: bool = False) -> dict[str, np.ndarray]:
         """Part -> scores."""
         return {part: scored(trainer, rows) for part, rows in self.parts.items() if train or part != "train"}
 
 
-def measured(
-    predicted: dict[str, np.ndarray], gold: dict[str, np.ndarray], choices: dict[str, int]
-) -> dict[str, float]:
-    """The metrics of predictions [N, K] by part."""
-    reports = {part: consistency(table, gold[part], choices[part]) for part, table in predicted.items()}
-    test, tasks = reports["test"], [report for part, report in reports.items() if part.startswith("task")]
-    return {
-        "agreement": test.agreement, "f1": test.f1, "f1_spread": test.f1_spread, "accuracy": test.accuracy,
-        "vote_accuracy": test.vote_accuracy, "largest_share": max(test.marginals),
-        "new_agreement": reports["new"].agreement, "new_f1": reports["new"].f1,
-        "task_agreement": float(np.mean([report.agreement for report in tasks])),
-        "task_f1": float(np.mean([report.f1 for report in tasks])),
-        **{f"share_{i}": share for i, share in enumerate(test.marginals)},
-        **{f"{name}_{part.removeprefix('task ')}": getattr(report, name)
-           for part, report in reports.items() if part.startswith("task") for name in ("agreement", "f1")},
-    }  # fmt: skip
-
-
-def amplification(before: np.ndarray, after: np.ndarray, gold: np.ndarray) -> float:
-    """How much of the untrained model's surplus of each label is added to it: 0 unchanged, 1 doubled, -1 removed.
-
-    sum_c b_c d_c / sum_c b_c^2       b = share of answers - true share, untrained; d = change of the share
-    """
-    surplus = before - gold
-    return float((surplus * (after - before)).sum() / max((surplus**2).sum(), 1e-12))
-
-
-def votes(table: np.ndarray, choices: int) -> np.ndarray:
-    """The most common prediction [N] of predictions [N, K]; ties go to the lower label."""
-    return np.stack([(table == label).sum(1) for label in range(choices)], 1).argmax(1)
-
-
-def trainer_of(arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float = 0) -> F2CTrainer:
+def trainer_of(arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float = 0.0) -> F2CTrainer:
     """The trainer of an arm; that of the untrained model is never trained."""
     config = F2CConfig(
         output_dir=str(job.work / "run"), method=METHODS.get(arm, "f2c"), max_steps=job.scaled(STEPS, tiny=2),
-        per_device_train_batch_size=2 if job.tiny else ITEMS, learning_rate=rate or RATES.get(arm, 0),
-        lr_scheduler_type="cosine", warmup_steps=0, seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=4,
+        per_device_train_batch_size=2 if job.tiny else ITEMS, learning_rate=rate,
+        lr_scheduler_type="cosine", warmup_steps=0, seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=2,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     if arm in METHODS:
-        adapter = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+        adapter = peft.LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", fan_in_fan_out=job.tiny
+        )
         model = peft.get_peft_model(model, adapter)
     return F2CTrainer(model, config, train_dataset=rows)
 
 
 def untrained(name: str, seed: int, job: Job, evaluation: Evaluation, model: Any) -> dict[str, np.ndarray]:
     """The untrained model's scores by part, training items included; kept in the folder of the job."""
-    file = job.work / f"untrained-{name}-{seed}.npz"
+    file = job.work / f"untrained-{name}-{seed}-{len(evaluation.parts)}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **evaluation.scores(trainer_of(UNTRAINED, model, seed, job), train=True))
@@ -175,16 +156,20 @@ def untrained(name: str, seed: int, job: Job, evaluation: Evaluation, model: Any
         return dict(stored)
 
 
-def run(arm: str, seed: int, job: Job, name: str, rate: float = 0) -> dict[str, float]:
-    """The metrics of an arm under a seed, which draws the items, the formats, and the order of training."""
+def run(arm: str, seed: int, job: Job, name: str, rate: float | None = None) -> dict[str, float]:
+    """The metrics of an arm under a seed, which draws the items, the formats, and the order of training.
+
+    With a learning rate the other label sets are left out; else it is that of `f2c-rates`.
+    """
     set_seed(seed)
     model, tokenizer = load(job)
-    evaluation = Evaluation(name, seed, job, tokenizer)
+    evaluation = Evaluation(name, seed, job, tokenizer, elsewhere=rate is None)
     gold = {part: np.array(rows["gold"]) for part, rows in evaluation.parts.items()}
     before = untrained(name, seed, job, evaluation, model)
     choices = {part: table.shape[2] for part, table in before.items()}
     first = {part: table.argmax(-1) for part, table in before.items()}
     if arm in METHODS:
+        rate = rate or (RATES[1] if job.tiny else best_rate(arm))
         trainer = trainer_of(arm, model, seed, job, evaluation.parts["train"], rate)
         trainer.train()
         logged = [row["consensus"] for row in trainer.state.log_history if "consensus" in row]
@@ -208,28 +193,25 @@ def run(arm: str, seed: int, job: Job, name: str, rate: float = 0) -> dict[str, 
     return measured(predicted, gold, choices) | facts | ({"consensus": float(np.mean(logged))} if logged else {})
 
 
-def controlled(
-    arm: str, before: dict[str, np.ndarray], first: dict[str, np.ndarray], gold: dict[str, np.ndarray],
-    choices: dict[str, int],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """The predictions of the arms that are not trained.
+def tried(arm: str, seed: int, job: Job) -> dict[str, float]:
+    """An arm under a learning rate, on items of the pilot: seeds 0, 1, ... are of the label sets in turn."""
+    method, _, rate = arm.rpartition(" ")
+    turn, which = divmod(seed, len(TUNED_ON))
+    found = run(method, PILOT_SEED + turn, job, TUNED_ON[which], float(rate))
+    return found | {"sum": found["agreement"] + found["f1"]}
 
-    'calibrated' subtracts from each score the mean score of its answer in its format, over items without labels (the
-    training items where the formats are those of training, else the scored items themselves).
+
+def best_rate(arm: str) -> float:
+    """The learning rate with the largest sum of agreement and F1.
+
+    Raises:
+        ValueError: The plan `f2c-rates` has not been run to its end.
     """
-    if arm == UNTRAINED:
-        return {part: table for part, table in first.items() if part != "train"}
-    found = {}
-    for part, table in first.items():
-        if part == "train":
-            continue
-        if arm == CALIBRATED:
-            found[part] = (before[part] - before["train" if part == "test" else part].mean(0)).argmax(-1)
-        elif arm == VOTE:
-            found[part] = np.repeat(votes(table, choices[part])[:, None], table.shape[1], 1)
-        else:
-            found[part] = np.full_like(table, np.bincount(gold[part]).argmax())
-    return found
+    study = TUNING.study()
+    sums = {rate: study.values(f"{arm} {rate:g}", "sum") for rate in RATES}
+    if any(len(found) < TUNING.seeds for found in sums.values()):
+        raise ValueError(f"{study.file} lacks runs of {arm!r}: run the plan {TUNING.name} first")
+    return max(RATES, key=lambda rate: sum(sums[rate].values()))
 
 
 def plan_of(name: str) -> Plan:
@@ -249,14 +231,18 @@ POOLED = Plan(
     ),
     4 * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
 )  # fmt: skip
-PLANS = (*(plan_of(name) for name in SETS), POOLED, WHEN)
+TUNING = Plan(
+    "f2c-rates", tuple(f"{arm} {rate:g}" for arm in METHODS for rate in RATES), "F2C 0.0001",
+    ("sum", "agreement", "f1", "largest_share"), (), len(TUNED_ON), tried, SETTINGS,
+)  # fmt: skip
+PLANS = (TUNING, *(plan_of(name) for name in SETS), POOLED, WHEN)
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.command()
 def formats(
-    names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 80
+    names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 60
 ) -> None:
     """Print the formats in which the untrained model is above chance on the pilot's items, by balanced accuracy."""
     job = Job(WORK / "f2c")
@@ -270,22 +256,6 @@ def formats(
         recalls = np.array([[(column[gold == c] == c).mean() for c in labels] for column in answers.T]).mean(1)
         kept = [k for k, recall in enumerate(recalls) if recall >= 1 / len(labels) + 0.05]
         print(name, len(chosen), {k: round(float(recall), 3) for k, recall in enumerate(recalls)}, "kept", kept[:10])
-
-
-@app.command()
-def rates(
-    names: Annotated[list[str], typer.Argument(help="Label sets.")],
-    values: str = "1e-4,3e-4,1e-3",
-    seed: int = PILOT_SEED,
-) -> None:
-    """Print agreement and F1 of the pilot's held-out items by arm and learning rate."""
-    job, table = Job(WORK / "f2c"), {}
-    for name in names:
-        for arm in METHODS:
-            for rate in map(float, values.split(",")):
-                found = run(arm, seed, job, name, rate)
-                table[f"{name}, {arm}, {rate:g}"] = {key: round(found[key], 3) for key in METRICS}
-                print(json.dumps({f"{name}, {arm}, {rate:g}": table[f"{name}, {arm}, {rate:g}"]}), flush=True)
 
 
 if __name__ == "__main__":

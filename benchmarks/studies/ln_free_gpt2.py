@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import ByteLevelBPETokenizer  # noqa: F401  # the tokenizer of base.py needs it
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import hf_xent
@@ -23,7 +22,7 @@ from hf_xent import data, ln_free
 from hf_xent.experiments.claims import Claim
 
 STEPS, ROWS, RATE, SOURCES = 160, 8, 6e-4, ("wiki", "brown")
-HELD_OUT, PAIRS, ANALYZED = 96, 96, 24
+HELD_OUT, PAIRS, ANALYZED = 96, 64, 24
 """Held-out blocks for the losses, pairs for patching, and blocks for the attributions of heads."""
 REMOVALS: dict[str, dict[str, Any] | None] = {
     "original": None, "vanilla": None, "LN-free": {}, "LN-free, all at once": {"schedule": "at_once"},
@@ -56,13 +55,13 @@ def tuned(arm: str, seed: int, job: Job) -> tuple[Any, float]:
     """The model of an arm, and the worst training loss over five steps after the first removal."""
     model, tokenizer = start(job)
     if arm == "original":
-        return model.eval().to(job.device), float("nan")
+        return model.eval(), float("nan")
     steps, options = job.scaled(STEPS, 12), REMOVALS[arm]
     shared: dict[str, Any] = {
         "output_dir": str(job.work / "run"), "max_steps": steps, "per_device_train_batch_size": ROWS, "seed": seed,
         "learning_rate": RATE, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": RATE / 2},
-        "warmup_steps": steps // 12, "weight_decay": 0.01, "logging_steps": 5, "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "memory_budget": 2**26, "bf16": True, "use_cpu": job.device == "cpu",
+        "warmup_steps": steps // 12, "weight_decay": 0.01, "logging_steps": 5, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "memory_budget": 2**26, "bf16": True, "use_cpu": job.device == "cpu",
     }  # fmt: skip
     kind = hf_xent.XentTrainer if options is None else hf_xent.LNRemovalTrainer
     trainer = kind(
@@ -72,7 +71,7 @@ def tuned(arm: str, seed: int, job: Job) -> tuple[Any, float]:
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     hf_xent.unpatch(model)
     curve = [math.log(row["perplexity"]) for row in trainer.state.log_history if "loss" in row]
-    return model.eval(), max(curve)
+    return model.eval().cpu(), max(curve)
 
 
 def run(arm: str, seed: int, job: Job) -> dict[str, float]:
@@ -114,12 +113,14 @@ PLAN = Plan(
     name="ln-free-gpt2",
     arms=tuple(REMOVALS),
     baseline="vanilla",
-    metrics=("loss", "worst 5 steps", "patching error", "patching correlation", "DLA error (%)", "entropy moved (%)", "ECE"),
+    metrics=(
+        "loss", "worst 5 steps", "patching error", "patching correlation", "DLA error (%)", "entropy moved (%)", "ECE",
+    ),
     claims=(
         Claim("vanilla", "loss", 0.05, higher=False, against="LN-free"),
         Claim("LN-free", "loss", 0.01, higher=False, against="LN-free, all at once"),
         Claim("LN-free", "patching error", 0.05, higher=False),
-        Claim("LN-free", "entropy moved (%)", 0.5, higher=False),
+        Claim("LN-free", "DLA error (%)", 5.0, higher=False),
     ),
     seeds=4,
     run=run,

@@ -141,9 +141,11 @@ class Neurons:
         }
 
     def save(self, file: Path) -> None:
+        """Keep them for other runs."""
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, file: Path) -> Neurons:
+        """Read what `save` has written."""
         return cls(**json.loads(file.read_text()))

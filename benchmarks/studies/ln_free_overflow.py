@@ -95,7 +95,7 @@ def measured(model: Any, blocks: Tensor, tokenizer: Any, batch_size: int = 4) ->
                 ratios = torch.stack(seen)  # [sites, B, T]
                 found.ratios.append(ratios.amax(0).cpu())
                 names = [name for norm in norms for name in norm.sites[:1]]
-                found.triggers += _triggers(ratios, hidden.isfinite().all(-1), ids, names, tokenizer)
+                found.triggers += _triggers(ratios, hidden.isfinite().flatten(1).all(1), ids, names, tokenizer)
     finally:
         for hook in hooks:
             hook.remove()
@@ -103,19 +103,21 @@ def measured(model: Any, blocks: Tensor, tokenizer: Any, batch_size: int = 4) ->
 
 
 def _triggers(ratios: Tensor, finite: Tensor, ids: Tensor, names: list[str], tokenizer: Any) -> list[dict[str, Any]]:
-    """For each block that overflows: its first token that does, and where that token leaves the range."""
+    """For each block that overflows: the token that does, and where it leaves the range."""
     rows = []
-    for block in range(len(ids)):
-        broken = (~finite[block]).nonzero()
-        if not len(broken):
-            continue
-        position = int(broken[0])
-        path = ratios[:, block, position]
+    for block in (~finite).nonzero()[:, 0].tolist():
+        paths = ratios[:, block]  # [sites, T]
+        broken = (~paths.isfinite().all(1)).nonzero()
+        last = int(broken[0]) if len(broken) else len(paths)  # the first site that is not finite
+        at = paths[last - 1] if last else paths[0].nan_to_num(torch.inf)
+        position = int(at.argmax())
+        path = paths[:, position]
         far = (~(path < FAR)).nonzero()
         site = int(far[0]) if len(far) else len(names) - 1
         tokens = ids[block].tolist()
         rows.append({
             "position": position, "token": tokenizer.decode(tokens[position]), "site": names[site], "index": site,
+            "overflows at": names[min(last, len(names) - 1)],
             "before": tokenizer.decode(tokens[max(0, position - 12) : position]),
             "path": [float(f"{x:.3g}") for x in path.nan_to_num(-1, posinf=-1).tolist()],
         })  # fmt: skip

@@ -1,6 +1,7 @@
 """Attribution patching against activation patching, as a first-order estimate of it.
 
-    clean, corrupted   two sequences that differ in one token; metric m = logit of `answer` - logit of `other` at the end
+    clean, corrupted   two sequences that differ in one token
+    metric m           logit of `answer` - logit of `other` after the last token
     activation         m(corrupted run whose residual stream before layer l at position p is that of the clean run)
                        - m(corrupted run), by a forward pass for each l and p
     attribution        gradient of m in the corrupted run at (l, p) . (clean - corrupted residual), by one backward
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LENGTH, REACH = 24, 8
+LENGTH, REACH = 16, 8
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,9 @@ class Patching:
 
 def patched(model: Any, pairs: Pairs, batch_size: int = 64) -> Patching:
     """Both kinds of patching in a GPT-2, float32 and evaluation mode."""
-    parts = [
-        _of_batch(model, Pairs(*(x[i : i + batch_size] for x in (pairs.clean, pairs.corrupted, pairs.position, pairs.answers))))
-        for i in range(0, len(pairs.clean), batch_size)
-    ]  # fmt: skip
+    columns = (pairs.clean, pairs.corrupted, pairs.position, pairs.answers)
+    batches = zip(*(x.split(batch_size) for x in columns), strict=True)
+    parts = [_of_batch(model, Pairs(*batch)) for batch in batches]
     return Patching(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 

@@ -24,12 +24,12 @@ from hf_xent.experiments.claims import Claim
 from hf_xent.models import loading
 
 BLOCK, ROWS, RATE, CLIP = 256, 2, 2e-4, 2.0
-FADING, AFTER = 200, 60
+FADING, AFTER = 140, 60
 """Steps of the two phases."""
 BLOCKS = {"brown": 160, "debian-policy": 48}
 """Blocks on which overflow is measured, by source."""
 REMOVAL = {
-    "schedule": "at_once", "removal_start": 0.2, "removal_taper": 0.75, "sigma_weight": 0.0, "sigma_median": True,
+    "schedule": "at_once", "removal_start": 0.25, "removal_taper": 0.7, "sigma_weight": 0.0, "sigma_median": True,
     "spread_weight": 100.0,
 }  # fmt: skip
 AT_FULL_SHARE = REMOVAL | {"removal_taper": 0.0}
@@ -144,13 +144,14 @@ PLAN = Plan(
     arms=ARMS,
     baseline="vanilla",
     metrics=(
-        "loss", "overflow (%)", "manual: overflow (%)", "clip kept: loss", "clip active (% of tokens)", "entropy moved (%)",
+        "loss", "overflow (%)", "manual: overflow (%)", "clip kept: loss", "clip active (% of tokens)",
+        "entropy moved (%)",
     ),
     claims=(
         Claim("vanilla", "loss", 0.05, higher=False, against="LN-free"),
         Claim("LN-free", "overflow (%)", 1.0, higher=False, against="LN-free, faded only"),
         Claim("LN-free, clipped", "overflow (%)", 1.0, higher=False, against="LN-free"),
-        Claim("LN-free, clipped", "entropy moved (%)", 1.0, higher=False),
+        Claim("LN-free", "entropy moved (%)", 0.5, higher=False),
     ),
     seeds=3,
     run=run,
