@@ -26,10 +26,11 @@ TINY = {
 }  # fmt: skip
 MODELS = ("smollm2", "gemma3-270m")
 TRAININGS = [Training(*each) for each in product(MODELS, (False, True), (False, True))]
-ROOM, ROW, CLOSE = 512 << 20, 128, 1.05  # bytes; tokens of a sequence in a batch; how near the border is found
+ROOM, ROW, MOST = 1 << 30, 64, 8192  # bytes; tokens of a sequence in a batch; tokens beyond which nothing is tried
+CLOSE = 1.05  # how near the border is found
 CAPACITY, TIME = "cce-capacity", "cce-step-time"
 FEWEST = {"batch": 1, "sequence": 16}
-TOKENS = {"smollm2": 512, "gemma3-270m": 256}
+SHAPES = {"smollm2": (4, 128), "gemma3-270m": (2, 128)}
 
 
 def _shape(kind: str, size: int) -> dict[str, int]:
@@ -92,9 +93,7 @@ def border(fits: Callable[[int], bool], start: int, fewest: int, most: int) -> t
 
 def capacity(arm: str, seed: int, job: Job) -> dict[str, float]:
     """The largest batch and the longest sequence of one training, in tokens and in doublings."""
-    pilot = seed >= PILOT_SEED
-    number = (seed - PILOT_SEED) % len(TRAININGS) if pilot else seed
-    training, room = TRAININGS[number], ROOM // (4 if pilot else 1)
+    training, room = TRAININGS[seed % len(TRAININGS)], ROOM
     if job.tiny:
         training, room = Training(TINY, bool(seed % 2), False), 96 << 20
     file = job.work / f"{CAPACITY}-{seed}-{room >> 20}.json"
@@ -102,7 +101,7 @@ def capacity(arm: str, seed: int, job: Job) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind in ("batch", "sequence"):
         limit = planning.shapes.config_of(training.model).get_text_config().max_position_embeddings
-        most = 4096 if kind == "batch" else int(limit)
+        most = MOST // ROW if kind == "batch" else min(MOST, int(limit))
 
         def attempt(size: int, kind: str = kind) -> bool:
             key = f"{arm} {kind} {size}"
@@ -132,8 +131,8 @@ def step_time(arm: str, seed: int, job: Job) -> dict[str, float]:
         trainings = [training for training in trainings if not training.checkpointing]
     for training in trainings:
         if str(training) not in kept:
-            length = 32 if job.tiny else ROW
-            rows, rounds = 2 if job.tiny else TOKENS[training.model] // ROW, 2 if job.tiny or pilot else 6
+            rows, length = (2, 32) if job.tiny else SHAPES[training.model]
+            rounds = 2 if job.tiny or pilot else 4
             kept[str(training)] = remote("times", training, rows=rows, length=length, rounds=rounds)
             job.work.mkdir(parents=True, exist_ok=True)
             replace_atomically(file, lambda draft: draft.write_text(json.dumps(kept, indent=1)))
@@ -155,7 +154,7 @@ PLANS = (
         tuple(Claim(PATCHED, f"{kind} doublings", margin=0.585) for kind in ("batch", "sequence")),
         len(TRAININGS),
         capacity,
-        {"room_mib": ROOM >> 20, "row": ROW},
+        {"room_mib": ROOM >> 20, "row": ROW, "most": MOST},
     ),
-    Plan(TIME, (STOCK, PATCHED), STOCK, tuple(map(str, TRAININGS)), _times(), 3, step_time, {"row": ROW}),
+    Plan(TIME, (STOCK, PATCHED), STOCK, tuple(map(str, TRAININGS)), _times(), 3, step_time),
 )
