@@ -686,3 +686,29 @@ def test_earlier_names_of_the_state_still_work():
     assert (state.streamed, state.materialized, state.bypassed, state.reason, state.why_dense) == (1, 0, 0, "", "")
     count = (labels[:, 1:] != -100).sum()
     assert state.sums[False]["tokens"] == count == state.take(training=False)["tokens"] and not state.sums
+
+
+@pytest.mark.parametrize("between", ["nothing", "unpatch"])
+def test_a_model_is_trained_a_second_time_under_autocast(between, tmp_path):
+    """Accelerate leaves its wrapper around a patch's forward, which a second patch must not take for the stock one."""
+    from datasets import Dataset
+
+    ids = batch(8)[0].tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    options = {"max_steps": 2, "bf16": True, "use_cpu": True, "save_strategy": "no", "report_to": "none", "seed": 1}
+
+    def train(model):
+        config = hf_xent.XentConfig(output_dir=str(tmp_path), disable_tqdm=True, **options)
+        hf_xent.XentTrainer(model, config, train_dataset=rows).train()
+        return model
+
+    model = train(tiny("gpt2"))
+    fresh = tiny("gpt2")
+    fresh.load_state_dict(model.state_dict())
+    if between == "unpatch":
+        unpatch(model)
+    again, expected = train(model).state_dict(), train(fresh).state_dict()
+    assert all(torch.equal(again[name], x) for name, x in expected.items())
+    inputs = torch.tensor(ids)
+    logits = unpatch(model)(inputs).logits
+    assert isinstance(logits, torch.Tensor) and logits.shape == (8, 11, V)

@@ -1,6 +1,6 @@
 """The authors' recipes for GPT-2 small to XL, dry-run from random weights of true size: memory and time a step.
 
-python -m benchmarks.studies.ln_free_sizes out/studies/ln_free
+python -m benchmarks.studies.ln_free_sizes benchmarks/results/studies/ln-free-sizes
 
 memory    `hf_xent.planning` on fake tensors: a step of the recipe's micro batch of 1024 tokens each, in bfloat16 as
           the authors trained, with weights, gradients, AdamW, activations and logits. An estimate.
@@ -30,6 +30,8 @@ from hf_xent.trainers.ln_recipes import RECIPES
 
 SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 """Size -> layers, width, heads: those of the published checkpoints."""
+OPTIMIZERS = {"gpt2": "adamw_torch", "gpt2-medium": "adafactor"}
+"""Size that is trained to its first removal -> optimizer; AdamW's state of the second takes more than 2.5 GB."""
 CONTEXT, TIMED = 1024, 256
 """Tokens of a sequence of the recipes, and of the timed one."""
 
@@ -83,18 +85,18 @@ def step_time(size: str) -> dict[str, float]:
     return {"a token (ms)": 1000 * a_token, "step (s)": tokens * a_token + optimizer, "first removal": first}
 
 
-def to_first_removal(output: Path, steps: int = 22, length: int = 128) -> dict[str, Any]:
-    """GPT-2 small from random weights, trained by its recipe to the step after the first removal."""
+def to_first_removal(size: str, output: Path, steps: int = 22, length: int = 128) -> dict[str, Any]:
+    """A size from random weights, trained by its recipe to the step after the first removal."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config_of("gpt2")).bfloat16()
-    ids = torch.randint(0, 1000, (2 * steps, length)).tolist()
+    model = GPT2LMHeadModel(config_of(size)).bfloat16()
+    ids = torch.randint(0, 1000, (steps, length)).tolist()
     changes = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": steps, "bf16": False,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": steps, "bf16": False,
         "lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}, "save_strategy": "no",
-        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "schedule": "scaled",
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "schedule": "scaled", "optim": OPTIMIZERS[size],
         "removal_start": 20 / steps, "removal_end": (steps - 1) / steps, "memory_budget": 2**26,
     }  # fmt: skip
-    config = RECIPES["gpt2"].config(str(output / "run"), **changes)
+    config = RECIPES[size].config(str(output / "run"), **changes)
     start = process_time()
     trainer = hf_xent.LNRemovalTrainer(
         model, config, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids})
@@ -102,7 +104,7 @@ def to_first_removal(output: Path, steps: int = 22, length: int = 128) -> dict[s
     trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
     return {
-        "steps": steps, "tokens a step": 2 * length, "seconds": process_time() - start,
+        "optimizer": OPTIMIZERS[size], "steps": steps, "tokens a step": length, "seconds": process_time() - start,
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "norms": [row["norms"] for row in log], "loss": [float(row["loss"]) for row in log],
         "sigma term": [float(row["loss_sigma"]) for row in log],
@@ -110,7 +112,7 @@ def to_first_removal(output: Path, steps: int = 22, length: int = 128) -> dict[s
 
 
 def main(output: Annotated[Path, typer.Argument(help="The folder of sizes.json.")]) -> None:
-    """Estimates all sizes, and trains the smallest to its first removal."""
+    """Estimates all sizes, and trains the two smaller ones to their first removal."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "sizes.json"
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -120,10 +122,10 @@ def main(output: Annotated[Path, typer.Argument(help="The folder of sizes.json."
             found[size] |= {"time": step_time(size)}
             file.write_text(json.dumps(found, indent=1))
             print(size, found[size], flush=True)
-    if "removal" not in found:
-        found["removal"] = to_first_removal(output)
-        file.write_text(json.dumps(found, indent=1))
-    print(found["removal"])
+    for size in OPTIMIZERS:
+        if "removal" not in found[size]:
+            found[size]["removal"] = to_first_removal(size, output)
+            file.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -228,3 +228,13 @@ _CODE = noticing_forward(nn.Module).__code__
 def is_noticing(forward: Any) -> bool:
     """Whether a model's forward is a patch's."""
     return getattr(getattr(forward, "__func__", None), "__code__", None) is _CODE
+
+
+def wraps_noticing(forward: Any) -> bool:
+    """Whether a model's forward is a library's around that of a patch, as accelerate leaves it after a training."""
+    function = getattr(getattr(forward, "__func__", None), "__wrapped__", None)
+    while function is not None:
+        if getattr(function, "__code__", None) is _CODE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

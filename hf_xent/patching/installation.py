@@ -14,7 +14,7 @@ from .calls import ModelLoss
 from .forwards import OwnForward
 from .gathered import unit_of
 from .heads import branches_of, checked_head, inner_of, layers_of
-from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward
+from .hooks import LazyForward, after_forward, before_forward, is_lazy, is_noticing, noticing_forward, wraps_noticing
 from .products import LazyProducts
 from .trl import FusedHead, is_float32_forward
 
@@ -44,7 +44,7 @@ class Installation:
         self.make_heads_lazy(inner)
         self.take_over_fused_head(inner)
         forward: Any = inner.__dict__.get("forward")
-        self.previous_forward = None if is_noticing(forward) else forward
+        self.previous_forward = None if is_noticing(forward) or wraps_noticing(forward) else forward
         original = MethodType(type(inner).forward, inner)
         self.keepers = tuple(m for m in model.modules() if m is not inner and m.__dict__.get("forward") == original)
         self.set_forward(inner)
@@ -87,7 +87,8 @@ class Installation:
         These are PEFT's AdaLoRA, X-LoRA and adaption prompts (which store the forward they find), and older PEFT.
         """
         forward = MethodType(noticing_forward(type(inner)), inner)
-        for module in (inner, *self.keepers):
+        noticed = wraps_noticing(inner.__dict__.get("forward"))
+        for module in self.keepers if noticed else (inner, *self.keepers):
             module.__dict__["forward"] = forward
         inner.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate_for_data_parallel, inner)
 
