@@ -81,7 +81,8 @@ def fine_tune(arm: str, seed: int, job: Job, rate: float) -> dict[str, float]:
         output_dir=str(job.work / "run"), num_train_epochs=job.scaled(SIZE["epochs"]),
         warmup_steps=0 if job.tiny else 10, per_device_train_batch_size=SIZE["rows"], gradient_accumulation_steps=1,
         learning_rate=rate, lr_scheduler_type="cosine", seed=seed, logging_steps=1 if job.tiny else 10,
-        save_strategy="no", report_to="none", bf16=not job.tiny, use_cpu=job.device == "cpu", disable_tqdm=True, **options,
+        save_strategy="no", report_to="none", bf16=not job.tiny, use_cpu=job.device == "cpu", disable_tqdm=True,
+        **options,
     )  # fmt: skip
     trainer = kind(
         model, config, train_dataset=encode(made.rows(), tokenizer), data_collator=DataCollatorForSeq2Seq(tokenizer)
