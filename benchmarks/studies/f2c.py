@@ -42,7 +42,7 @@ from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
-RATES, TUNED_ON = (1e-4, 3e-4, 1e-3), ("continents", "sentiment")
+RATES, TUNED_ON = (3e-5, 1e-4, 3e-4), ("continents", "sentiment")
 TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 16, 8, 100, 20, 0.2
 METRICS = (
     "agreement", "f1", "f1_spread", "accuracy", "largest_share", "amplification",
