@@ -29,7 +29,7 @@ ARMS = (EXACT, AGAIN, SPARSE, FILTERED)
 TUNED = (EXACT, SPARSE, FILTERED)
 RULES = {SPARSE: tail_probes.TAIL, FILTERED: tail_probes.FILTER}
 TAIL, BUDGETS = 1e-3, {AGAIN: 5 << 20}
-METRICS = ("loss", "rare_loss", "rare_mass", "rare_norm", "noise", "bias", "columns", "time")
+METRICS = ("loss", "rare_loss", "rare_mass", "rare_norm", "noise", "bias", "columns", "time", "time in float32")
 PRETRAINING, FINETUNING = "sparse-tail-pretraining", "sparse-tail-finetuning"
 SOURCES = (*base.SOURCES, "brown")
 
@@ -115,6 +115,8 @@ class Curve(TrainerCallback):
         spent = median(self.seconds)
         is_tail = rule == tail_probes.TAIL
         found["time"] = tail_probes.time_ratio(twin, batches, TAIL, spent, self.bf16) if is_tail else 1.0
+        if is_tail and gradients:
+            found["time in float32"] = tail_probes.time_ratio(twin, batches, TAIL, spent, bf16=False)
         return found
 
     def metrics(self) -> dict[str, float]:
@@ -126,9 +128,11 @@ class Curve(TrainerCallback):
             for name, value in row.items()
             if mark != 1.0
         }
-        times = [row["time"] for row in self.measured.values()]
+        for name in ("time", "time in float32"):
+            times = [row[name] for row in self.measured.values() if name in row]
+            result |= {name: sum(times) / len(times), f"{name}@1": last[name]} if times else {}
         best = min(self.measured, key=lambda mark: self.measured[mark]["loss"])
-        result |= {"time@1": last["time"], "time": sum(times) / len(times), "best": best}
+        result["best"] = best
         result["best_loss"] = self.measured[best]["loss"]
         return {name: value for name, value in result.items() if value == value}
 

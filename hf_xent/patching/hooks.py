@@ -172,9 +172,6 @@ def noticing_forward(model_class: Any) -> Any:
         if compiling:
             return traced_call(self, patch, stock, has_labels(names, args, kwargs), args, kwargs)
         call = CALL.get()
-        if call is not None and call.model is self and call.entered and patch.previous_forward is not None:
-            # that forward wraps one of an earlier patch, as accelerate's does after training under autocast
-            return model_class.forward(self, *args, **kwargs)
         if call is not None and call.model is self and not call.entered:
             call.entered = True
             try:
@@ -187,8 +184,6 @@ def noticing_forward(model_class: Any) -> Any:
         output = None
         try:
             kwargs = Call.begin(self, args, kwargs)
-            if (begun := CALL.get()) is not None:
-                begun.entered = True
             output = stock(*args, **kwargs)
         finally:
             output = Call.end(self, output)
