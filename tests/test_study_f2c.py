@@ -107,5 +107,5 @@ def test_a_rate_is_chosen_by_the_sum_of_agreement_and_f1_of_all_its_runs(tmp_pat
             study.record(f"swarm {rate:g}", seed, sum=total)
     assert f2c.best_rate("swarm") == f2c.RATES[1]
     job = Job(tmp_path, tiny=True)
-    row = f2c.tried("swarm 0.001", 1, job)
+    row = f2c.tried("swarm 0.0003", 1, job)
     assert row["sum"] == row["agreement"] + row["f1"] and "task_f1" not in row

@@ -127,7 +127,7 @@ def _plan(language: str) -> Plan:
     scores = [name for name in SCORES if name != "lower case" or CORPORA[language].spaced]
     metrics = ("0x", *(f"{dose}x" for dose in DOSES), "repeated", "TPR@5%FPR", "recency", "shift")
     claims = (
-        Claim("loss", "1x", 0.02, against=BLIND),
+        Claim("loss", "1x", 0.05, against=BLIND),
         Claim(CALIBRATED, "1x", 0.02),
         Claim(CALIBRATED, "repeated", 0.03),
         Claim(CALIBRATED, "repeated", 0.03, against="DC-PDD a=0.01"),

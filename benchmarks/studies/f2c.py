@@ -1,6 +1,6 @@
 """F2C: one answer in all formats, on four label sets; held-out formats, other label sets, and when a vote does harm.
 
-    python -m benchmarks.studies.f2c formats                        # the formats that are kept, by the pilot's items
+    python -m benchmarks.studies.f2c                                # the formats that are kept, by the pilot's items
     python -m benchmarks.studies run f2c --part f2c-rates           # a learning rate for each arm, on the same items
 
 docs/results/f2c.md says what is decided.
@@ -31,7 +31,7 @@ from benchmarks.studies.f2c_measures import (
     measured,
     votes,
 )  # fmt: skip
-from benchmarks.studies.f2c_when import WHEN, pooled
+from benchmarks.studies.f2c_when import SEEDS, WHEN, pooled
 from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
 from hf_xent import F2CConfig, F2CTrainer
 from hf_xent.data import PromptFormats
@@ -42,8 +42,8 @@ from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
-RATES, TUNED_ON = (1e-4, 3e-4, 1e-3), ("continents", "topics")
-TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 24, 8, 100, 30, 0.2
+RATES, TUNED_ON = (3e-5, 1e-4, 3e-4), ("continents", "sentiment")
+TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 16, 8, 100, 20, 0.2
 METRICS = (
     "agreement", "f1", "f1_spread", "accuracy", "largest_share", "amplification",
     "new_agreement", "new_f1", "task_agreement", "task_f1",
@@ -220,7 +220,7 @@ def plan_of(name: str) -> Plan:
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"),
     )  # fmt: skip
-    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, 4, partial(run, name=name), SETTINGS)
+    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, SEEDS, partial(run, name=name), SETTINGS)
 
 
 POOLED = Plan(
@@ -229,19 +229,16 @@ POOLED = Plan(
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03), Claim("F2C", "new_f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"),
     ),
-    4 * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
+    SEEDS * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
 )  # fmt: skip
 TUNING = Plan(
-    "f2c-rates", tuple(f"{arm} {rate:g}" for arm in METHODS for rate in RATES), "F2C 0.0001",
+    "f2c-rates", ("untrained 0", *(f"{arm} {rate:g}" for arm in METHODS for rate in RATES)), "untrained 0",
     ("sum", "agreement", "f1", "largest_share"), (), len(TUNED_ON), tried, SETTINGS,
 )  # fmt: skip
 PLANS = (TUNING, *(plan_of(name) for name in SETS), POOLED, WHEN)
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
-
-@app.command()
-def formats(
+def main(
     names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 60
 ) -> None:
     """Print the formats in which the untrained model is above chance on the pilot's items, by balanced accuracy."""
@@ -259,4 +256,4 @@ def formats(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

@@ -15,7 +15,7 @@ from benchmarks.studies.plan import PILOT_SEED, Job, Plan
 from hf_xent.experiments.claims import Claim
 
 NAMES = ("f2c-continents", "f2c-topics", "f2c-sentiment", "f2c-genres")
-NOTHING = "no relation"
+NOTHING, SEEDS = "no relation", 3
 RELATIONS = {
     "gain of the vote": "train_vote_gain",
     "accuracy of the vote": "train_vote_accuracy",
@@ -66,5 +66,5 @@ WHEN = Plan(
         Claim("gain of the vote", "correlation", 0.5), Claim("accuracy of the vote", "correlation", 0.5),
         Claim("largest share of the vote", "correlation", 0.5, higher=False),
     ),
-    4, relation,
+    SEEDS, relation,
 )  # fmt: skip

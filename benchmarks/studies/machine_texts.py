@@ -50,7 +50,8 @@ MACHINES = {
 """Generator -> split -> number of texts; those without 'train' are unknown to every detector that is trained."""
 MANUALS = ("anarchism", "debian-handbook", "debian-reference", "debian-policy", "developers-reference", "maint-guide")
 FICTION = "klmnpr"  # the second letter of the names of Brown's files: novels, stories and humor
-TOKENS = {"continue": 58, "few-shot": 84}  # enough for WORDS words, and for PROMPT more
+LONGEST = 58  # tokens of SmolLM2 that a text may have; a generator that stops there has no longer ones
+TOKENS = {"continue": LONGEST, "few-shot": LONGEST + 26, "base": 96}  # of the generators' own
 SIGNS = str.maketrans("\u201c\u201d\u2018\u2019\u2013\u2014`", "\"\"''--'")  # curly quotes, long dashes
 
 Row = dict[str, Any]
@@ -123,18 +124,16 @@ def extend(file: Path, prompts: list[Row], make: Callable[[list[Row], int], list
             out.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, **options: Any) -> list[str]:
+def sample(model: Any, tokenizer: Any, prompts: list[str], **options: Any) -> list[str]:
     """Unbiased samples after prompts."""
     ids = tokenizer(prompts)["input_ids"]
-    return tokenizer.batch_decode(sampling.sample(model, ids, tokens=tokens, **options), skip_special_tokens=True)
+    return tokenizer.batch_decode(sampling.sample(model, ids, **options), skip_special_tokens=True)
 
 
-def continuations(model: Any, tokenizer: Any, batch: list[Row], seed: int, temperature: float = 1.0) -> list[Any]:
+def continuations(model: Any, tokenizer: Any, batch: list[Row], seed: int, **options: Any) -> list[Any]:
     """Windows that continue the prompts of some rows."""
-    texts = sample(
-        model, tokenizer, [r["prompt"] for r in batch], TOKENS["continue"], seed=seed, temperature=temperature
-    )
-    return [window(text) for text in texts]
+    options = {"tokens": TOKENS["continue"], "temperature": 1.0} | options
+    return [window(text) for text in sample(model, tokenizer, [r["prompt"] for r in batch], seed=seed, **options)]
 
 
 def few_shot(model: Any, tokenizer: Any, pool: list[Row], batch: list[Row], seed: int) -> list[Any]:
@@ -150,7 +149,7 @@ def few_shot(model: Any, tokenizer: Any, pool: list[Row], batch: list[Row], seed
         )
         chat = [{"role": "user", "content": request}]
         prompts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-    texts = sample(model, tokenizer, prompts, TOKENS["few-shot"], seed=seed)
+    texts = sample(model, tokenizer, prompts, tokens=TOKENS["few-shot"], seed=seed)
     return [window(text.strip(' "\n'), PROMPT) for text in texts]
 
 
@@ -193,7 +192,7 @@ def makers(splits: dict[str, list[Row]], work: Path, base: Path, wordnet: Path |
     yield "continued", lambda _: partial(continuations, further.to(device), same)
     if (base / "pretrained.json").exists():
         own, its = loading.load(str(base))
-        yield "base", lambda _: partial(continuations, own.to(device), its)
+        yield "base", lambda _: partial(continuations, own.to(device), its, tokens=TOKENS["base"])
     gemma, its_own = loading.load("gemma3-270m", dtype=torch.bfloat16)
     yield "gemma", lambda _: partial(continuations, gemma.to(device), its_own)
 
@@ -216,7 +215,11 @@ def file_of(work: Path, generator: str, split: str) -> Path:
 
 
 def read(work: Path) -> dict[str, dict[str, list[str]]]:
-    """Split -> 'people' or generator -> texts. Raises: ValueError if a generator's texts are missing or incomplete."""
+    """Split -> 'people' or generator -> texts of at most LONGEST tokens.
+
+    Raises:
+        ValueError: A generator's texts are missing or incomplete.
+    """
     splits: dict[str, list[Row]] = {split: [] for split in PEOPLE}
     for row in map(json.loads, (work / "people.jsonl").read_text(encoding="utf-8").splitlines()):
         splits[row["split"]].append(row)
@@ -226,9 +229,15 @@ def read(work: Path) -> dict[str, dict[str, list[str]]]:
             file = file_of(work, generator, split)
             lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
             if len(lines) < count:
-                raise ValueError(f"{file} has {len(lines)} of {count} texts: run `python -m {__spec__.name}`")
+                raise ValueError(f"{file} has {len(lines)} of {count} texts: run `python -m {__name__}`")
             texts[split][generator] = [t for t in (json.loads(line)["text"] for line in lines) if t]
-    return texts
+    return {split: {name: short(part) for name, part in own.items()} for split, own in texts.items()}
+
+
+def short(texts: list[str]) -> list[str]:
+    """The texts of at most LONGEST tokens, as the generators are held to; people's are longer in one case of twenty."""
+    rows = loading.tokenizer_of("smollm2")([" " + text for text in texts])["input_ids"]
+    return [text for text, ids in zip(texts, rows, strict=True) if len(ids) <= LONGEST]
 
 
 def main(

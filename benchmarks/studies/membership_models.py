@@ -36,9 +36,9 @@ from hf_xent.system.files import replace_atomically
 
 DOSES = (1, 2, 4, 8, 16)
 ONCE, REPEATED, KEPT = 2000, 160, 0.1  # pieces that are read once and scored; of each other dose; share for the table
-PIECES = 14_000  # that a model reads, repetitions included
-TOKENS, ROWS, RATE, VOCABULARY = 127, 8, 1e-3, 8192  # of a piece at most, beside the start token; pieces in a step
-SIZE = {"n_layer": 6, "n_embd": 256, "n_head": 4, "n_positions": 128}
+PIECES = 10_000  # that a model reads, repetitions included
+TOKENS, ROWS, RATE, VOCABULARY = 127, 4, 1e-3, 8192  # of a piece at most, beside the start token; pieces in a step
+SIZE = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}
 CAPS = (0.001, 0.01, 0.1, 1.0, 10.0)
 TABLES = ("kept", "other")
 LOWERED = "lowercase"
@@ -204,9 +204,9 @@ def pretrained(texts: list[str], tokenizer: Any, seed: int, output: Path, job: J
     model = new_model(tokenizer, **size)
     config = hf_xent.XentConfig(
         output_dir=str(output), num_train_epochs=1, per_device_train_batch_size=ROWS, learning_rate=RATE, seed=seed,
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=50,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=100,
         weight_decay=0.1, adam_beta2=0.95, bf16=not job.tiny, use_cpu=job.device == "cpu", report_to="none",
-        train_sampling_strategy="sequential", save_steps=400, save_total_limit=1, logging_steps=100,
+        train_sampling_strategy="sequential", save_steps=500, save_total_limit=1, logging_steps=100,
     )  # fmt: skip
     trainer = hf_xent.XentTrainer(model, config, train_dataset=rows, data_collator=collated)
     output.mkdir(parents=True, exist_ok=True)
