@@ -44,15 +44,15 @@ class Arm:
 
 SPO = {"gamma_w": 0.2, "gamma_l": 0.2}
 ARMS = {
-    "DPO": Arm("vote", 3e-4),
-    "cDPO": Arm("vote", 3e-4),
-    "SPO": Arm("vote", 3e-4, SPO),
-    "SPO, random phrases": Arm("vote", 3e-4, SPO | {"key_content": "random"}),
-    "DPO, majority of 3": Arm("majority", 3e-4),
-    "SPCE, share of 3": Arm("share", 3e-4),
-    "PSO, share of 3": Arm("share", 3e-4, {"method": "pso"}),
-    "SPCE, known p": Arm("known", 3e-4),
-    "PSO, known p": Arm("known", 3e-4, {"method": "pso"}),
+    "DPO": Arm("vote", 1e-4),
+    "cDPO": Arm("vote", 1e-4),
+    "SPO": Arm("vote", 1e-4, SPO),
+    "SPO, random phrases": Arm("vote", 1e-4, SPO | {"key_content": "random"}),
+    "DPO, majority of 3": Arm("majority", 1e-4),
+    "SPCE, share of 3": Arm("share", 1e-4),
+    "PSO, share of 3": Arm("share", 1e-4, {"method": "pso"}),
+    "SPCE, known p": Arm("known", 1e-4),
+    "PSO, known p": Arm("known", 1e-4, {"method": "pso"}),
 }
 UNTRAINED = "untrained"
 
@@ -122,8 +122,8 @@ METRICS = (
 )  # fmt: skip
 CLAIMS = (
     Claim("SPCE, share of 3", "calibration error", 0.02, higher=False, against="DPO, majority of 3"),
-    Claim("SPCE, share of 3", "stopped utility", 0.2, against="DPO, majority of 3"),
-    Claim("PSO, share of 3", "stopped utility", 0.2, against="DPO, majority of 3"),
+    Claim("SPCE, share of 3", "stopped utility", 0.15, against="DPO, majority of 3"),
+    Claim("PSO, share of 3", "stopped utility", 0.15, against="DPO, majority of 3"),
     Claim("SPO", "stopped accuracy", 0.02, against="SPO, random phrases"),
 )
 SETTINGS = {
@@ -131,6 +131,6 @@ SETTINGS = {
     "rates": {name: arm.rate for name, arm in ARMS.items()},
 }  # fmt: skip
 PLANS = (
-    Plan("preferences", (UNTRAINED, *ARMS), "DPO", METRICS, CLAIMS, 6, run, SETTINGS),
+    Plan("preferences", (UNTRAINED, *ARMS), "DPO", METRICS, CLAIMS, 8, run, SETTINGS),
     osp.PLAN,
 )
