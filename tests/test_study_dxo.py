@@ -100,8 +100,12 @@ def test_passages_are_windows_of_prose():
 def test_files_are_continued_and_read(tmp_path, monkeypatch):
     """An interrupted generator goes on where it was; `read` leaves out what ended early and says what is missing."""
     monkeypatch.setattr(machine_texts, "BATCH", 2)
-    monkeypatch.setattr(machine_texts, "MACHINES", {"toy T=1": {"test": 5}})
-    prompts = [{"source": "wiki", "split": "test", "prompt": "p", "text": f"t{i}"} for i in range(5)]
+    by_word = lambda _: lambda texts: {"input_ids": [text.split() for text in texts]}  # noqa: E731
+    monkeypatch.setattr(machine_texts.loading, "tokenizer_of", by_word)
+    monkeypatch.setattr(machine_texts, "LONGEST", 2)
+    monkeypatch.setattr(machine_texts, "MACHINES", {"toy T=1": {"test": 6}})
+    written = [*(f"t{i}" for i in range(5)), "three words long"]
+    prompts = [{"source": "wiki", "split": "test", "prompt": "p", "text": text} for text in written]
     (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     file, starts = machine_texts.file_of(tmp_path, "toy T=1", "test"), []
 
@@ -110,10 +114,10 @@ def test_files_are_continued_and_read(tmp_path, monkeypatch):
         return [None if start == 2 else row["text"] for row in rows]
 
     machine_texts.extend(file, prompts[:3], make)
-    with pytest.raises(ValueError, match="3 of 5"):
+    with pytest.raises(ValueError, match="3 of 6"):
         machine_texts.read(tmp_path)
     machine_texts.extend(file, prompts, make)
-    assert starts == [0, 2, 3]
+    assert starts == [0, 2, 3, 5]
     texts = machine_texts.read(tmp_path)["test"]
     assert texts == {"people": [f"t{i}" for i in range(5)], "toy T=1": ["t0", "t1", "t3", "t4"]}
 

@@ -36,7 +36,7 @@ BASELINE, METHOD, ALONE, WORDS = "BCE, balanced", "BCE, then tpAUC-KL", "tpAUC-K
 TRAINED: dict[str, dict[str, Any]] = {
     BASELINE: {"loss": "bce"},
     "BCE": {"loss": "bce", "sampling_rate": None},
-    "BCE, weighted": {"loss": "bce:pos_weight=4", "sampling_rate": None},
+    "BCE, weighted": {"loss": "bce:pos_weight=5.6", "sampling_rate": None},
     METHOD: {"loss": "tpauc_kl", "warm_start": 0.5},
     ALONE: {"loss": "tpauc_kl"},
 }
