@@ -33,9 +33,8 @@ def test_the_utility_counts_what_was_asked_for():
 def test_votes_are_drawn_from_the_known_probability_and_labels_keep_it():
     rows = naming.pairs(4000, "a", 0, 1, 2)
     p, votes = np.array([row["p"] for row in rows]), np.array([row["votes"] for row in rows])
-    for low in np.arange(0, 1, 0.2):
-        inside = (p >= low) & (p < low + 0.2)
-        assert votes[inside].mean() == pytest.approx(p[inside].mean(), abs=0.05)
+    for value in (0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))):  # utilities that differ by 0, 1 and -1
+        assert votes[abs(p - value) < 1e-9].mean() == pytest.approx(value, abs=0.05)
     data = naming.labelled(rows, [votes.mean() for votes in votes])
     assert min(data["preference_prob"]) >= 0.5
     i = next(i for i, row in enumerate(rows) if sum(row["votes"]) == 1)  # the second answer has two of three votes
