@@ -89,5 +89,5 @@ def test_every_arm_runs(tmp_path):
         )
         assert 0 < row["nll"] < 10
     assert len({row["nll"] for row in runs.values()}) == len(runs)
-    assert runs["NoiseFiT, sigma 0.3"]["divergence"] > runs["NoiseFiT, sigma 0"]["divergence"] > 0
+    assert runs["NoiseFiT, sigma 0.1"]["divergence"] > runs["NoiseFiT, sigma 0"]["divergence"] > 0
     assert noisefit.run("cross-entropy", 0, job) == runs["cross-entropy"]
