@@ -8,9 +8,11 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import MethodType
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
@@ -112,6 +114,18 @@ def test_autocast():
     assert ours[name].dtype == torch.float32
     error, allowed = (ours[name] - exact_grads[name]).norm(), (stock_grads[name] - exact_grads[name]).norm()
     assert error <= 2 * allowed + 1e-5
+
+
+def test_patched_again_after_accelerate_has_wrapped_the_forward_of_an_earlier_patch():
+    """As after a training under autocast: the wrapper stays, and holds a forward that asks for the patch there is."""
+    model, (ids, labels) = patch(tiny()), batch()
+    cast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(convert_outputs_to_fp32(cast), model)
+    expected = unpatch(model)(input_ids=ids, labels=labels).loss.item()
+    patch(model)
+    for call in (model, model.forward):  # the second goes past the hooks
+        assert call(input_ids=ids, labels=labels).loss.item() == pytest.approx(expected, rel=1e-2)
+    assert patch_state(model).streamed == 2
 
 
 def test_bfloat16_model_is_no_worse_than_stock():

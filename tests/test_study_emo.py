@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.studies import continuations, emo
+from benchmarks.studies import continuations, emo, plan
 from benchmarks.studies.plan import Job
 from hf_xent.generation import sampling
 from hf_xent.generation.sampling import temperature_at
@@ -27,13 +27,20 @@ def test_every_arm_runs_at_its_entropy_and_models_are_trained_once(tmp_path, mon
         assert all(map(isfinite, row.values())), arm
         assert all(0 <= row[name] <= 1 for name in ("mauve", "precision", "recall", "distinct-2", "rep-4")), arm
     assert rows["human"]["mauve"] > 0.9 > rows["MLE"]["mauve"]
-    for arm in (name for name in rows if name.endswith("at EMO's entropy")):
-        assert rows[arm]["entropy"] == pytest.approx(rows["EMO"]["entropy"], abs=1e-5)
-    assert rows["EMO at MLE's entropy"]["entropy"] == pytest.approx(rows["MLE"]["entropy"], abs=1e-5)
+    for arm in (name for name in rows if name.endswith("at MLE's entropy")):
+        assert rows[arm]["entropy"] == pytest.approx(rows["MLE"]["entropy"], abs=1e-5)
+    cooled = rows["EMO at the entropy of MLE at 0.8"]["entropy"]
+    assert cooled == pytest.approx(rows[emo.COOLED]["entropy"], abs=1e-5) and cooled < rows["MLE"]["entropy"]
     assert len({rows[arm]["perplexity"] for arm in emo.LOSSES if arm in rows}) == 4  # four losses, four models
     assert len(list((tmp_path / "models").iterdir())) == len(emo.LOSSES)
     assert set(json.loads((tmp_path / "rates-1/results.json").read_text())["tried"]) == set(emo.LOSSES.values())
 
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    emo.pilot(job, seeds=1)
+    assert set(PLAN.study(pilot=True).results) == {
+        *("MLE", "EMO at MLE's entropy", "EMO, cost shuffled, at MLE's entropy", "human"),
+        *("MLE at temperature 0.8", "EMO at the entropy of MLE at 0.8"),
+    }
     monkeypatch.setattr(emo, "train", None)  # nothing is trained again
     again = PLAN.run("EMO", 0, job)
     assert again == rows["EMO"]
@@ -60,6 +67,7 @@ def test_coverage_is_that_of_nearest_neighbors():
         expected = (torch.cdist(points, by).numpy() <= reach).any(1).mean()
         assert continuations.covered(points, by) == pytest.approx(expected, abs=1e-6)
     found = continuations.distribution(human, machine)
+    assert 1 > found["mauve c=1"] > found["mauve"]
     assert found["precision"] > found["recall"]  # a narrow machine is right, and misses much
     assert continuations.distribution(human, human)["recall"] == 1
 

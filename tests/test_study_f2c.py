@@ -23,13 +23,15 @@ def test_every_arm_is_measured(found):
     rows, job = found
     for arm, row in rows.items():
         assert {*f2c.METRICS} <= row.keys() and np.isfinite([*row.values()]).all()
-        assert all(0 <= row[name] <= 1 for name in f2c.METRICS if name != "amplification")
+        free = ("amplification", "last_amplification", "selected_step")
+        assert all(0 <= row[name] <= 1 for name in f2c.METRICS if name not in free)
+        assert (row["selected_step"] in (1, 2)) == (arm in f2c.METHODS)
         assert row["train_vote_share"] == rows["untrained"]["train_vote_share"], "the same untrained model"
         assert ("consensus" in row) == (arm in f2c.METHODS)
     assert rows["untrained"]["amplification"] == 0
     assert rows["vote"]["agreement"] == rows["constant predictor"]["agreement"] == 1
     assert rows["vote"]["f1"] != rows["constant predictor"]["f1"] or rows["vote"]["largest_share"] == 1
-    assert [file.name for file in job.work.glob("*.npz")] == ["untrained-continents-0-6.npz"]
+    assert [file.name for file in job.work.glob("*.npz")] == ["untrained-continents-0.npz"]
 
 
 def test_training_changes_scores_and_the_untrained_ones_are_read_again(found):
@@ -63,10 +65,36 @@ def test_the_formats_that_are_kept_leave_some_for_evaluation():
 
 
 def test_amplification_by_hand():
-    true, before = np.array([0.5, 0.5]), np.array([0.7, 0.3])
-    shares = {0.0: [0.7, 0.3], 1.0: [0.9, 0.1], -1.0: [0.5, 0.5], -2.0: [0.3, 0.7]}
-    for value, after in shares.items():
-        assert f2c_measures.amplification(before, np.array(after), true) == pytest.approx(value)
+    answers = lambda ones: np.arange(10).reshape(5, 2) < ones  # noqa: E731
+    true, before = np.array([0, 0, 1, 1]), answers(3).astype(int)  # a surplus of 0.2 of label 0
+    for value, ones in {0.0: 3, 1.0: 1, -1.0: 5, -2.0: 7}.items():
+        assert f2c_measures.amplification(before, answers(ones).astype(int), true, 2) == pytest.approx(value)
+
+
+def test_the_step_with_the_best_validation_f1_comes_back(found, monkeypatch):
+    _, job = found
+    model, tokenizer = f2c.load(job)
+    evaluation = f2c.Evaluation("continents", 1, job, tokenizer)
+    trainer = f2c.trainer_of("F2C", model, 1, job, evaluation.parts["train"], rate=1e-1)
+    selection = f2c.Selection(trainer, evaluation.validation, (1, 2, 3))
+    gold = np.array(evaluation.validation["gold"])
+    seen, real = [], f2c.scored
+
+    def right_at_the_second(trainer, rows):
+        seen.append({name: p.detach().clone() for name, p in selection.adapter().items()})
+        real(trainer, rows)
+        share = {1: 0, 2: 1, 3: 0}[len(seen)]
+        return np.eye(2)[np.repeat(gold if share else 1 - gold, 3).reshape(-1, 3)]
+
+    monkeypatch.setattr(f2c, "scored", right_at_the_second)
+    trainer.add_callback(selection)
+    trainer.args.max_steps = 3
+    trainer.train()
+    selection.restore()
+    assert (selection.step, selection.f1, len(seen)) == (2, 1.0, 3)
+    now = selection.adapter()
+    assert all((now[name] == value).all() for name, value in seen[1].items())
+    assert any((now[name] != value).any() for name, value in seen[2].items())
 
 
 def test_controls_that_are_not_trained():
@@ -87,7 +115,7 @@ def test_pooled_runs_and_relations_read_the_other_studies(tmp_path, monkeypatch)
         for seed in range(2):
             known = {"train_vote_gain": 0.1 * i, "train_vote_share": 1 - 0.1 * i, "train_vote_accuracy": (i % 2) / 10}
             study.record("untrained", seed, f1=0.5 + 0.01 * i + seed, **known)
-            study.record("F2C", seed, f1=0.5 + 0.03 * i + seed)
+            study.record("F2C", seed, f1=0.5 + 0.03 * i + seed, last_f1=0.5 + 0.03 * i + seed)
     job = Job(tmp_path)
     assert f2c_when.pooled("F2C", 6, job)["f1"] == pytest.approx(1.56), "the third label set, its second seed"
     assert f2c_when.relation("gain of the vote", 1, job)["correlation"] == pytest.approx(1)
@@ -95,17 +123,3 @@ def test_pooled_runs_and_relations_read_the_other_studies(tmp_path, monkeypatch)
     assert f2c_when.relation("no relation", 0, job) == {"correlation": 0}
     with pytest.raises(ValueError, match=r"no results of swarm with seed 0: run the plan f2c-continents"):
         f2c_when.pooled("swarm", 0, job)
-
-
-def test_a_rate_is_chosen_by_the_sum_of_agreement_and_f1_of_all_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    with pytest.raises(ValueError, match=r"lacks runs of 'swarm': run the plan f2c-rates first"):
-        f2c.best_rate("swarm")
-    study = f2c.TUNING.study()
-    for rate, sums in zip(f2c.RATES, ((1.0, 1.0), (0.9, 1.4), (1.2, 1.0)), strict=True):
-        for seed, total in enumerate(sums):
-            study.record(f"swarm {rate:g}", seed, sum=total)
-    assert f2c.best_rate("swarm") == f2c.RATES[1]
-    job = Job(tmp_path, tiny=True)
-    row = f2c.tried("swarm 0.001", 1, job)
-    assert row["sum"] == row["agreement"] + row["f1"] and "task_f1" not in row

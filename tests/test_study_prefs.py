@@ -22,25 +22,24 @@ def job(tmp_path_factory):
 
 def test_the_utility_counts_what_was_asked_for():
     request = "name three fruits :"
-    assert naming.utility(request, "old pear , honestly , new fig , red plum .") == 0
-    assert naming.utility(request, "old pear , new fig .") == -1  # one is missing
+    assert naming.utility(request, "old pear , honestly , new peach , red plum .") == 0
+    assert naming.utility(request, "old pear , new peach .") == -1  # one is missing
     assert naming.utility(request, "old pear , new pear , red plum .") == -2  # one is missing, one is repeated
-    assert naming.utility(request, "old pear , new fig , red plum , red saw , red cow .") == -2
-    p = naming.probability(request, "old pear , new fig , red plum .", "old pear .")
+    assert naming.utility(request, "old pear , new peach , red plum , red saw , red cow .") == -2
+    p = naming.probability(request, "old pear , new peach , red plum .", "old pear .")
     assert math.log(p / (1 - p)) == pytest.approx(2 / naming.SCALE)
 
 
 def test_votes_are_drawn_from_the_known_probability_and_labels_keep_it():
     rows = naming.pairs(4000, "a", 0, 1, 2)
     p, votes = np.array([row["p"] for row in rows]), np.array([row["votes"] for row in rows])
-    for low in np.arange(0, 1, 0.2):
-        inside = (p >= low) & (p < low + 0.2)
-        assert votes[inside].mean() == pytest.approx(p[inside].mean(), abs=0.05)
+    for value in (0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))):  # utilities that differ by 0, 1 and -1
+        assert votes[abs(p - value) < 1e-9].mean() == pytest.approx(value, abs=0.05)
     data = naming.labelled(rows, [votes.mean() for votes in votes])
     assert min(data["preference_prob"]) >= 0.5
     i = next(i for i, row in enumerate(rows) if sum(row["votes"]) == 1)  # the second answer has two of three votes
     assert data[i]["chosen"] == " " + rows[i]["second"] and data[i]["preference_prob"] == pytest.approx(2 / 3)
-    assert not set(naming.prompts(3)) & set(naming.prompts(0, 1, 2)) and len(naming.prompts(0, 1, 2, 3)) == 32
+    assert not set(naming.prompts(3)) & set(naming.prompts(0, 1, 2)) and len(naming.prompts(0, 1, 2, 3)) == 16
 
 
 def test_calibration_agrees_with_other_code():
@@ -67,7 +66,7 @@ def test_the_examiner_reads_the_log_probabilities_that_the_trainer_does(job):
 
 
 def test_a_policy_that_is_the_reference_has_no_divergence_and_wins_half(job):
-    model = naming_models.base(job, "writer", preferences.LESSONS, judged=0.0)
+    model = naming_models.base(job, "writer")
     examiner = naming_models.Examiner(model, naming.pairs(20, "t", 3), naming.pairs(20, "v", 0), 0.3, 4, 0)
     answered = examiner.answered(model)
     assert answered["KL"] == pytest.approx(0, abs=1e-6) and answered["wins"] == 0.5
@@ -83,7 +82,8 @@ def test_all_arms_of_preferences_run(job):
     for arm in preferences.ARMS:
         assert all(math.isfinite(found[arm][name]) for name in plan.metrics), arm
         assert 0 <= found[arm]["calibration error"] <= 1 and 0 <= found[arm]["accuracy"] <= 1
-    assert len({found[arm]["validation"] for arm in preferences.ARMS}) == len(preferences.ARMS)
+    different = ("DPO", "cDPO", "SPCE, known p", "PSO, known p")
+    assert len({found[arm]["validation"] for arm in different}) == 4
     assert {claim.arm for claim in plan.claims} <= set(plan.arms) and set(plan.metrics) <= set(found["DPO"])
 
 
@@ -97,7 +97,7 @@ def test_all_judges_of_osp_run(job):
     assert found["self-judge"]["pairs right"] == found["self-judge, hard"]["pairs right"]  # in round 0
     rewards = osp.reward_judge(job, 0)
     rows = [{"prompt": "name two fruits :"}] * 2
-    texts = ["old pear .", "old pear , new fig ."]
+    texts = ["old pear .", "old pear , new peach ."]
     torch.testing.assert_close(rewards(rows, texts, texts[::-1]), 1 - rewards(rows, texts[::-1], texts))
     chances = osp.chance(rows, texts, texts[::-1])
     assert chances == osp.chance(rows, texts, texts[::-1]) and chances[0] != chances[1]

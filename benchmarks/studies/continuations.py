@@ -157,6 +157,7 @@ def distribution(human: Tensor, machine: Tensor) -> dict[str, float]:
     others = machine @ machine.T
     return {
         "mauve": mauve(human, machine),
+        "mauve c=1": mauve(human, machine, scale=1.0),
         "precision": covered(machine, human),
         "recall": covered(human, machine),
         "alike": float((others.sum() - others.diagonal().sum()) / (len(machine) * (len(machine) - 1))),

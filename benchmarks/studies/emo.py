@@ -1,4 +1,8 @@
-"""Is EMO more than a lower temperature? EMO, TaiLr, MixCE and cross-entropy at equal entropy; docs/results/emo.md."""
+"""Is EMO more than another temperature? EMO, TaiLr, MixCE and cross-entropy at equal entropy; docs/results/emo.md.
+
+python -m benchmarks.studies.emo           # the pilot: the arms of the claims, a third of the steps, two seeds
+python -m benchmarks.studies run emo       # the study
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ import hf_xent
 from benchmarks.studies import continuations
 from benchmarks.studies.base import documents, new_model, train_tokenizer
 from benchmarks.studies.continuations import PROMPT, distribution, surface, tempered
-from benchmarks.studies.plan import PILOT_SEED, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
 from hf_xent.experiments.study import Study
@@ -36,30 +40,32 @@ LOSSES = {
     "TaiLr": "tailr:gamma=0.001, w_min=0.2",
     "MixCE": "mixce:eta=0.3",
 }
-START_RATE, RATES, TRIAL_STEPS = 1.5e-3, (2.5e-4, 5e-4, 1e-3), 30
+START_RATE, RATES, TRIAL_STEPS, PILOT_STEPS = 1.5e-3, (2.5e-4, 5e-4, 1e-3), 30, 20
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What an arm samples from: a trained model, at a temperature or at the entropy of another model."""
+    """What an arm samples from: a trained model, at a temperature or at the entropy of another arm."""
 
     model: str
     temperature: float = 1.0
     entropy_of: str | None = None
 
 
+COOLED = "MLE at temperature 0.8"
 ARMS = {
     "MLE": Sampled("MLE"),
     "EMO": Sampled("EMO"),
     "TaiLr": Sampled("TaiLr"),
     "MixCE": Sampled("MixCE"),
-    "MLE at EMO's entropy": Sampled("MLE", entropy_of="EMO"),
-    "TaiLr at EMO's entropy": Sampled("TaiLr", entropy_of="EMO"),
-    "MixCE at EMO's entropy": Sampled("MixCE", entropy_of="EMO"),
-    "EMO, cost of SmolLM2, at EMO's entropy": Sampled("EMO, cost of SmolLM2", entropy_of="EMO"),
-    "EMO, cost shuffled, at EMO's entropy": Sampled("EMO, cost shuffled", entropy_of="EMO"),
     "EMO at MLE's entropy": Sampled("EMO", entropy_of="MLE"),
+    "TaiLr at MLE's entropy": Sampled("TaiLr", entropy_of="MLE"),
+    "MixCE at MLE's entropy": Sampled("MixCE", entropy_of="MLE"),
+    "EMO, cost of SmolLM2, at MLE's entropy": Sampled("EMO, cost of SmolLM2", entropy_of="MLE"),
+    "EMO, cost shuffled, at MLE's entropy": Sampled("EMO, cost shuffled", entropy_of="MLE"),
+    COOLED: Sampled("MLE", temperature=0.8),
+    "EMO at the entropy of MLE at 0.8": Sampled("EMO", entropy_of=COOLED),
 }
 HUMAN = "human"
 
@@ -167,7 +173,7 @@ def rate(arm: str, job: Job) -> float:
 
 def trained(arm: str, seed: int, job: Job) -> Any:
     """The model of an arm and a seed, in bfloat16 as it is sampled, trained once and kept."""
-    steps = job.scaled(STEPS, tiny=2)
+    steps = job.scaled(STEPS if seed < PILOT_SEED else PILOT_STEPS, tiny=2)
     folder = job.work / "models" / f"{steps}-{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
     if not (folder / "config.json").exists():
         train(arm, seed, job, rate(arm, job), steps).save_pretrained(folder)
@@ -212,7 +218,8 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     source = ARMS[arm]
     model, temperature = trained(source.model, seed, job), source.temperature
     if source.entropy_of is not None:
-        target = tempered(trained(source.entropy_of, seed, job), found.validation)[1]
+        other_arm = ARMS[source.entropy_of]
+        target = tempered(trained(other_arm.model, seed, job), found.validation, other_arm.temperature)[1]
         temperature = sampling.temperature_at(model, found.validation, target)
     nll, entropy = tempered(model, found.validation, temperature)
     options = {"tokens": continuations.NEW, "seed": seed}
@@ -221,12 +228,12 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     if arm == source.model:
         greedy = continuations.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
         metrics["greedy rep-4"] = surface(greedy)["rep-4"]
-    keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts[:20], samples[:20])
+    keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts, samples)
     return metrics | measured(samples, seed, job)
 
 
 def keep(file: Path, tokenizer: Any, prompts: list[list[int]], samples: list[list[int]]) -> None:
-    """Write some samples down, to be read."""
+    """Write the samples down, to be read."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pairs = zip(tokenizer.batch_decode(prompts), tokenizer.batch_decode(samples), strict=True)
     file.write_text("\n\n".join(f"{prompt} >>> {text}" for prompt, text in pairs), encoding="utf-8")
@@ -237,16 +244,29 @@ PLANS = (
         "emo",
         (*ARMS, HUMAN),
         "MLE",
-        ("mauve", "precision", "recall", "bits", "coherence", "distinct-2", "rep-4", "greedy rep-4", "perplexity",
-         "entropy", "temperature"),
+        ("mauve", "mauve c=1", "precision", "recall", "bits", "coherence", "distinct-2", "rep-4", "greedy rep-4",
+         "perplexity", "entropy", "temperature"),
         (
-            Claim("EMO", "mauve", 0.03),
-            Claim("EMO", "mauve", 0.03, against="MLE at EMO's entropy"),
-            Claim("EMO, cost of SmolLM2, at EMO's entropy", "mauve", 0.03, against="MLE at EMO's entropy"),
-            Claim("EMO", "mauve", 0.03, against="EMO, cost shuffled, at EMO's entropy"),
+            Claim("EMO at MLE's entropy", "mauve c=1", 0.03),
+            Claim("EMO at MLE's entropy", "bits", 0.1, higher=False),
+            Claim("EMO at the entropy of MLE at 0.8", "mauve c=1", 0.03, against=COOLED),
+            Claim("EMO at MLE's entropy", "bits", 0.1, higher=False, against="EMO, cost shuffled, at MLE's entropy"),
         ),
         seeds=5,
         run=run,
         settings={"steps": STEPS, "tokens a step": ROWS * BLOCK, "texts": TEXTS, "losses": LOSSES, "rates": RATES},
     ),
 )  # fmt: skip
+
+
+def pilot(job: Job, seeds: int = 2) -> None:
+    """Run the arms of the claims, under the pilot's seeds."""
+    plan = PLANS[0]
+    study = plan.study(pilot=True, seeds=seeds)
+    claimed = {arm for claim in plan.claims for arm in (claim.arm, claim.against or plan.baseline)}
+    for arm, seed in study.runs([arm for arm in plan.arms if arm in claimed | {HUMAN}]):
+        study.record(arm, seed, **run(arm, seed, job))
+
+
+if __name__ == "__main__":
+    pilot(Job(WORK / "emo"))

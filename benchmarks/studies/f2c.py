@@ -1,7 +1,6 @@
 """F2C: one answer in all formats, on four label sets; held-out formats, other label sets, and when a vote does harm.
 
-    python -m benchmarks.studies.f2c formats                        # the formats that are kept, by the pilot's items
-    python -m benchmarks.studies run f2c --part f2c-rates           # a learning rate for each arm, on the same items
+    python -m benchmarks.studies.f2c                                # the formats that are kept, by the pilot's items
 
 docs/results/f2c.md says what is decided.
 """
@@ -17,7 +16,7 @@ import peft
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from benchmarks.studies.base import new_model, train_tokenizer
 from benchmarks.studies.f2c_items import KEPT, SETS, TINY, Item
@@ -31,7 +30,7 @@ from benchmarks.studies.f2c_measures import (
     measured,
     votes,
 )  # fmt: skip
-from benchmarks.studies.f2c_when import WHEN, pooled
+from benchmarks.studies.f2c_when import SEEDS, WHEN, pooled
 from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
 from hf_xent import F2CConfig, F2CTrainer
 from hf_xent.data import PromptFormats
@@ -42,14 +41,16 @@ from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
-RATES, TUNED_ON = (1e-4, 3e-4, 1e-3), ("continents", "topics")
-TRAINED_FORMATS, STEPS, ITEMS, HELD_OUT, ELSEWHERE, PILOT_SHARE = 6, 24, 8, 100, 20, 0.2
+RATE, STEPS, ITEMS, SELECTED = 3e-4, 12, 8, (2, 4, 8, 12)
+TRAINED_FORMATS, HELD_OUT, VALIDATION, ELSEWHERE, PILOT_SHARE = 6, 100, 30, 15, 0.2
 METRICS = (
     "agreement", "f1", "f1_spread", "accuracy", "largest_share", "amplification",
-    "new_agreement", "new_f1", "task_agreement", "task_f1",
+    "new_agreement", "new_f1", "task_agreement", "task_f1", "last_agreement", "last_f1", "last_largest_share",
+    "last_amplification", "selected_step",
 )  # fmt: skip
 SETTINGS = {
-    "model": "smollm2", "steps": STEPS, "items a step": ITEMS, "formats": TRAINED_FORMATS, "held out": HELD_OUT,
+    "model": "smollm2", "rate": RATE, "steps": STEPS, "selected": SELECTED, "items a step": ITEMS,
+    "formats": TRAINED_FORMATS, "held out": HELD_OUT, "validation": VALIDATION,
 }  # fmt: skip
 
 
@@ -113,14 +114,16 @@ def scored(trainer: F2CTrainer, rows: Dataset) -> np.ndarray:
 class Evaluation:
     """The scores of a model on a run's rows: training items, held-out ones in both kinds of formats, other sets."""
 
-    def __init__(self, name: str, seed: int, job: Job, tokenizer: Any, elsewhere: bool = True):
+    def __init__(self, name: str, seed: int, job: Job, tokenizer: Any):
         disable_progress_bars()
         trained, new = drawn(name, seed, job)
         train, test = split(name, seed, job)
-        self.train = train[: job.scaled(STEPS * ITEMS, tiny=4)]
-        self.parts = {"train": encoded(trained, self.train, tokenizer), "test": encoded(trained, test, tokenizer)}
+        known = min(job.scaled(VALIDATION, tiny=3), len(train) // 3)
+        self.validation = encoded(trained, train[:known], tokenizer)
+        train = train[known:][: job.scaled(STEPS * ITEMS, tiny=4)]
+        self.parts = {"train": encoded(trained, train, tokenizer), "test": encoded(trained, test, tokenizer)}
         self.parts["new"] = encoded(new, test, tokenizer)
-        for other in SETS if elsewhere else ():
+        for other in SETS:
             if other != name:
                 items = split(other, seed, job)[1][: job.scaled(ELSEWHERE, tiny=4)]
                 self.parts[f"task {other}"] = encoded(drawn(other, seed, job)[0], items, tokenizer)
@@ -130,12 +133,14 @@ class Evaluation:
         return {part: scored(trainer, rows) for part, rows in self.parts.items() if train or part != "train"}
 
 
-def trainer_of(arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float = 0.0) -> F2CTrainer:
+def trainer_of(
+    arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float = RATE
+) -> F2CTrainer:
     """The trainer of an arm; that of the untrained model is never trained."""
     config = F2CConfig(
         output_dir=str(job.work / "run"), method=METHODS.get(arm, "f2c"), max_steps=job.scaled(STEPS, tiny=2),
         per_device_train_batch_size=2 if job.tiny else ITEMS, learning_rate=rate,
-        lr_scheduler_type="cosine", warmup_steps=0, seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=2,
+        lr_scheduler_type="constant", seed=seed, bf16=True, use_cpu=job.device == "cpu", logging_steps=2,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     if arm in METHODS:
@@ -148,7 +153,7 @@ def trainer_of(arm: str, model: Any, seed: int, job: Job, rows: Dataset | None =
 
 def untrained(name: str, seed: int, job: Job, evaluation: Evaluation, model: Any) -> dict[str, np.ndarray]:
     """The untrained model's scores by part, training items included; kept in the folder of the job."""
-    file = job.work / f"untrained-{name}-{seed}-{len(evaluation.parts)}.npz"
+    file = job.work / f"untrained-{name}-{seed}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, **evaluation.scores(trainer_of(UNTRAINED, model, seed, job), train=True))
@@ -156,62 +161,83 @@ def untrained(name: str, seed: int, job: Job, evaluation: Evaluation, model: Any
         return dict(stored)
 
 
-def run(arm: str, seed: int, job: Job, name: str, rate: float | None = None) -> dict[str, float]:
-    """The metrics of an arm under a seed, which draws the items, the formats, and the order of training.
+class Selection(TrainerCallback):
+    """Keeps the adapter of the step, among some, with the best F1 on labeled validation items; the first of equals."""
 
-    With a learning rate the other label sets are left out; else it is that of `f2c-rates`.
-    """
+    def __init__(self, trainer: F2CTrainer, rows: Dataset, steps: tuple[int, ...]):
+        self.trainer, self.rows, self.steps = trainer, rows, steps
+        self.step, self.f1, self.kept = 0, -1.0, {}
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The parameters that are trained."""
+        return {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Scores the validation items after one of the steps."""
+        if state.global_step in self.steps:
+            table = scored(self.trainer, self.rows)
+            f1 = consistency(table.argmax(-1), np.array(self.rows["gold"]), table.shape[2]).f1
+            if f1 > self.f1:
+                kept = {name: p.detach().clone() for name, p in self.adapter().items()}
+                self.step, self.f1, self.kept = state.global_step, f1, kept
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the adapter that was kept back into the model."""
+        for name, parameter in self.adapter().items():
+            parameter.copy_(self.kept[name])
+
+
+def trained(arm: str, seed: int, job: Job, evaluation: Evaluation, model: Any) -> tuple[dict[str, Any], Any, Any]:
+    """The predictions by part of the step that validation selects, the last step's on held-out items, and facts."""
+    trainer = trainer_of(arm, model, seed, job, evaluation.parts["train"])
+    selection = Selection(trainer, evaluation.validation, (1, 2) if job.tiny else SELECTED)
+    trainer.add_callback(selection)
+    trainer.train()
+    last = scored(trainer, evaluation.parts["test"]).argmax(-1)
+    at_end = selection.step == trainer.state.global_step
+    selection.restore()
+    predicted = {
+        part: last if at_end and part == "test" else scored(trainer, rows).argmax(-1)
+        for part, rows in evaluation.parts.items() if part != "train"
+    }  # fmt: skip
+    logged = {name: [row[name] for row in trainer.state.log_history if name in row] for name in ("consensus", "loss")}
+    facts = {
+        "consensus": np.mean(logged["consensus"]),
+        "first_loss": logged["loss"][0],
+        "last_loss": logged["loss"][-1],
+    }
+    facts |= {"selected_step": selection.step, "validation_f1": selection.f1}
+    return predicted, last, {name: float(value) for name, value in facts.items()}
+
+
+def run(arm: str, seed: int, job: Job, name: str) -> dict[str, float]:
+    """The metrics of an arm under a seed, which draws the items, the formats, and the order of training."""
     set_seed(seed)
     model, tokenizer = load(job)
-    evaluation = Evaluation(name, seed, job, tokenizer, elsewhere=rate is None)
+    evaluation = Evaluation(name, seed, job, tokenizer)
     gold = {part: np.array(rows["gold"]) for part, rows in evaluation.parts.items()}
     before = untrained(name, seed, job, evaluation, model)
     choices = {part: table.shape[2] for part, table in before.items()}
     first = {part: table.argmax(-1) for part, table in before.items()}
     if arm in METHODS:
-        rate = rate or (RATES[1] if job.tiny else best_rate(arm))
-        trainer = trainer_of(arm, model, seed, job, evaluation.parts["train"], rate)
-        trainer.train()
-        logged = [row["consensus"] for row in trainer.state.log_history if "consensus" in row]
-        predicted = {part: table.argmax(-1) for part, table in evaluation.scores(trainer).items()}
+        predicted, last, facts = trained(arm, seed, job, evaluation, model)
     else:
-        predicted, logged = controlled(arm, before, first, gold, choices), []
-    c, true = choices["test"], gold["test"]
-    shares = [
-        np.bincount(table.ravel(), minlength=c) / table.size for table in (first["test"], predicted["test"], true)
-    ]
+        predicted = controlled(arm, before, first, gold, choices)
+        last, facts = predicted["test"], {"selected_step": 0.0}
+    found = measured(predicted, gold, choices) | facts
+    c, end = choices["test"], consistency(last, gold["test"], choices["test"])
+    found |= {"last_agreement": end.agreement, "last_f1": end.f1, "last_largest_share": max(end.marginals)}
+    for prefix, table in (("", predicted["test"]), ("last_", last)):
+        found[f"{prefix}amplification"] = amplification(first["test"], table, gold["test"], c)
     vote = votes(first["train"], c)
-    as_votes = np.repeat(vote[:, None], 2, 1)
-    facts = {
-        "amplification": amplification(*shares),
-        "train_vote_accuracy": float((vote == gold["train"]).mean()),
-        "train_vote_gain": consistency(as_votes, gold["train"], c).f1
-        - consistency(first["train"], gold["train"], c).f1,
+    single, together = (
+        consistency(table, gold["train"], c).f1 for table in (first["train"], np.repeat(vote[:, None], 2, 1))
+    )
+    return found | {
+        "train_vote_accuracy": float((vote == gold["train"]).mean()), "train_vote_gain": together - single,
         "train_vote_share": float(np.bincount(vote, minlength=c).max() / len(vote)),
-        "constant_accuracy": float(np.bincount(true).max() / len(true)),
-    }
-    return measured(predicted, gold, choices) | facts | ({"consensus": float(np.mean(logged))} if logged else {})
-
-
-def tried(arm: str, seed: int, job: Job) -> dict[str, float]:
-    """An arm under a learning rate, on items of the pilot: seeds 0, 1, ... are of the label sets in turn."""
-    method, _, rate = arm.rpartition(" ")
-    turn, which = divmod(seed, len(TUNED_ON))
-    found = run(method, PILOT_SEED + turn, job, TUNED_ON[which], float(rate))
-    return found | {"sum": found["agreement"] + found["f1"]}
-
-
-def best_rate(arm: str) -> float:
-    """The learning rate with the largest sum of agreement and F1.
-
-    Raises:
-        ValueError: The plan `f2c-rates` has not been run to its end.
-    """
-    study = TUNING.study()
-    sums = {rate: study.values(f"{arm} {rate:g}", "sum") for rate in RATES}
-    if any(len(found) < TUNING.seeds for found in sums.values()):
-        raise ValueError(f"{study.file} lacks runs of {arm!r}: run the plan {TUNING.name} first")
-    return max(RATES, key=lambda rate: sum(sums[rate].values()))
+    }  # fmt: skip
 
 
 def plan_of(name: str) -> Plan:
@@ -220,28 +246,21 @@ def plan_of(name: str) -> Plan:
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"),
     )  # fmt: skip
-    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, 4, partial(run, name=name), SETTINGS)
+    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, SEEDS, partial(run, name=name), SETTINGS)
 
 
 POOLED = Plan(
     "f2c-pooled", ARMS, UNTRAINED, METRICS,
     (
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03), Claim("F2C", "new_f1", 0.03),
-        Claim("F2C", "f1", 0.03, against="swarm"),
+        Claim("F2C", "f1", 0.03, against="swarm"), Claim("F2C", "last_f1", 0.03),
     ),
-    4 * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
+    SEEDS * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
 )  # fmt: skip
-TUNING = Plan(
-    "f2c-rates", tuple(f"{arm} {rate:g}" for arm in METHODS for rate in RATES), "F2C 0.0001",
-    ("sum", "agreement", "f1", "largest_share"), (), len(TUNED_ON), tried, SETTINGS,
-)  # fmt: skip
-PLANS = (TUNING, *(plan_of(name) for name in SETS), POOLED, WHEN)
-
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+PLANS = (*(plan_of(name) for name in SETS), POOLED, WHEN)
 
 
-@app.command()
-def formats(
+def main(
     names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 60
 ) -> None:
     """Print the formats in which the untrained model is above chance on the pilot's items, by balanced accuracy."""
@@ -259,4 +278,4 @@ def formats(
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)

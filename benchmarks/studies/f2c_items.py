@@ -213,7 +213,7 @@ KEPT = {
     "sentiment": (0, 1, 4, 6, 8, 9, 11, 13, 16, 17),
     "genres": (0, 2, 3, 4, 5, 6, 7, 8, 9, 10),
 }
-"""The formats that `python -m benchmarks.studies.f2c formats` has kept."""
+"""The formats that `python -m benchmarks.studies.f2c` has kept."""
 TINY = LabelSet(
     ("Africa", "Asia"),
     lambda text: [{"group": str(i), "city": f"City {i}", "label": i % 2} for i in range(20)],

@@ -27,13 +27,15 @@ def measured(
     }  # fmt: skip
 
 
-def amplification(before: np.ndarray, after: np.ndarray, gold: np.ndarray) -> float:
+def amplification(before: np.ndarray, after: np.ndarray, gold: np.ndarray, choices: int) -> float:
     """How much of the untrained model's surplus of each label is added to it: 0 unchanged, 1 doubled, -1 removed.
 
     sum_c b_c d_c / sum_c b_c^2       b = share of answers - true share, untrained; d = change of the share
     """
-    surplus = before - gold
-    return float((surplus * (after - before)).sum() / max((surplus**2).sum(), 1e-12))
+    shares = (np.bincount(table.ravel(), minlength=choices) / table.size for table in (before, after, gold))
+    first, then, true = shares
+    surplus = first - true
+    return float((surplus * (then - first)).sum() / max((surplus**2).sum(), 1e-12))
 
 
 def votes(table: np.ndarray, choices: int) -> np.ndarray:

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from time import process_time
 from typing import Annotated, Any
 
@@ -82,10 +85,13 @@ def step_time(size: str) -> dict[str, float]:
     all_parameters = layers * block["parameters"] + head
     optimizer = block["optimizer"] * all_parameters / block["parameters"]
     first = ln_free.Schedule.named(size).events[0][0]
-    return {"a token (ms)": 1000 * a_token, "step (s)": tokens * a_token + optimizer, "first removal": first}
+    return {
+        "a token (ms)": 1000 * a_token, "optimizer (s)": optimizer, "step (s)": tokens * a_token + optimizer,
+        "first removal": first,
+    }  # fmt: skip
 
 
-def to_first_removal(size: str, output: Path, steps: int = 22, length: int = 128) -> dict[str, Any]:
+def to_first_removal(size: str, steps: int = 22, length: int = 128) -> dict[str, Any]:
     """A size from random weights, trained by its recipe to the step after the first removal."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config_of(size)).bfloat16()
@@ -93,18 +99,19 @@ def to_first_removal(size: str, output: Path, steps: int = 22, length: int = 128
     changes = {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": steps, "bf16": False,
         "lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}, "save_strategy": "no",
-        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "schedule": "scaled", "optim": OPTIMIZERS[size],
-        "removal_start": 20 / steps, "removal_end": (steps - 1) / steps, "memory_budget": 2**26,
+        "use_cpu": True, "report_to": "none", "disable_tqdm": True, "optim": OPTIMIZERS[size], "memory_budget": 2**26,
+        "schedule": "scaled",
     }  # fmt: skip
-    config = RECIPES[size].config(str(output / "run"), **changes)
+    config = RECIPES[size].config(mkdtemp(), **changes)
+    schedule = ln_free.Schedule(ln_free.Schedule.named(size).events[:1])
     start = process_time()
-    trainer = hf_xent.LNRemovalTrainer(
-        model, config, train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids})
-    )
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = hf_xent.LNRemovalTrainer(model, config, schedule=schedule, train_dataset=rows)
     trainer.train()
+    seconds = (process_time() - start) / steps
     log = [row for row in trainer.state.log_history if "loss" in row]
     return {
-        "optimizer": OPTIMIZERS[size], "steps": steps, "tokens a step": length, "seconds": process_time() - start,
+        "optimizer": OPTIMIZERS[size], "steps": steps, "tokens a step": length, "seconds a step": seconds,
         "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "norms": [row["norms"] for row in log], "loss": [float(row["loss"]) for row in log],
         "sigma term": [float(row["loss_sigma"]) for row in log],
@@ -117,15 +124,17 @@ def main(output: Annotated[Path, typer.Argument(help="The folder of sizes.json."
     file = output / "sizes.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     for size in SHAPES:
-        if size not in found:
-            found[size] = {"memory": memory(size), "checkpointed": memory(size, gradient_checkpointing=True)}
-            found[size] |= {"time": step_time(size)}
-            file.write_text(json.dumps(found, indent=1))
-            print(size, found[size], flush=True)
-    for size in OPTIMIZERS:
-        if "removal" not in found[size]:
-            found[size]["removal"] = to_first_removal(size, output)
-            file.write_text(json.dumps(found, indent=1))
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "memory": partial(memory, size), "checkpointed": partial(memory, size, gradient_checkpointing=True),
+            "time": partial(step_time, size),
+        }  # fmt: skip
+        if size in OPTIMIZERS:
+            parts["removal"] = partial(to_first_removal, size)
+        for name, part in parts.items():
+            if name not in found.setdefault(size, {}):
+                found[size][name] = part()
+                file.write_text(json.dumps(found, indent=1))
+                print(size, name, found[size][name], flush=True)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,27 @@ CATEGORY = {noun: category for category, nouns in NOUNS.items() for noun in noun
 ADJECTIVES = ["old", "new", "small", "large", "red", "black", "heavy", "light", "plain", "fine", "cheap", "rare"]
 REMARKS = ["honestly", "frankly", "naturally", "certainly", "obviously", "basically"]
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-BETTER, SCALE, END, PAD = ("A", "B"), 1.0, "<end>", "<pad>"
-QUESTION = "{prompt} A {first} B {second} better"  # of two answers; the verdict is A or B
-LONGEST = 48  # tokens of an answer, at most
+SCALE, END, PAD = 0.5, "<end>", "<pad>"
+QUESTION, VERDICTS = "{prompt} {first} verdict", ("better", "worse")  # of an answer, compared with one that is not seen
+LONGEST = 40  # tokens of an answer, at most
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word."""
-    words = [PAD, END, "name", ":", ",", ".", "better", *BETTER, *NUMBERS.values(), *CATEGORIES, *ADJECTIVES, *REMARKS]
+    words = [
+        PAD,
+        END,
+        "name",
+        ":",
+        ",",
+        ".",
+        "verdict",
+        *VERDICTS,
+        *NUMBERS.values(),
+        *CATEGORIES,
+        *ADJECTIVES,
+        *REMARKS,
+    ]
     vocabulary = {word: i for i, word in enumerate([*words, *CATEGORY])}
     level = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -56,10 +69,10 @@ def prompts(*parts: int) -> list[str]:
 
 
 def answer(rng: random.Random, request: str) -> str:
-    """An answer as an untrained writer gives it: often the wrong number of items, or an item of another category."""
+    """An answer as an untrained writer gives it: often too few or too many items, or one of another category."""
     _, word, category, _ = request.split()
     number = {name: n for n, name in NUMBERS.items()}[word]
-    right = number if rng.random() < 0.2 else rng.randint(0, 5)
+    right = max(0, number + rng.choice((-2, -1, -1, 0, 1, 1, 2)))
     others = [noun for noun in CATEGORY if CATEGORY[noun] != category]
     nouns = rng.sample(NOUNS[category], right) + rng.sample(others, rng.choice((0, 0, 1, 1, 2)))
     parts = [f"{rng.choice(ADJECTIVES)} {noun}" for noun in nouns or [rng.choice(others)]]
@@ -117,7 +130,8 @@ def labelled(rows: list[dict[str, Any]], labels: list[float]) -> Dataset:
 def lessons(count: int, seed: int, judged: float) -> list[tuple[str, str]]:
     """Prompts and answers to learn the task from, the quality of which is that of `answer`.
 
-    A share of them are comparisons with a verdict, drawn as votes are; they are about the first two parts alone.
+    A share of them are an answer and a verdict on it, a vote between it and another one, which is not shown; they are
+    about the first two parts alone.
     """
     rng, found = random.Random(f"lessons {seed}"), []
     every, compared = prompts(0, 1, 2, 3), prompts(0, 1)
@@ -128,6 +142,6 @@ def lessons(count: int, seed: int, judged: float) -> list[tuple[str, str]]:
             continue
         request = rng.choice(compared)
         first, second = answer(rng, request), answer(rng, request)
-        verdict = BETTER[rng.random() >= probability(request, first, second)]
-        found.append((QUESTION.format(prompt=request, first=first, second=second), verdict))
+        verdict = VERDICTS[rng.random() >= probability(request, first, second)]
+        found.append((QUESTION.format(prompt=request, first=first), verdict))
     return found

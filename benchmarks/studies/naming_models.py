@@ -40,8 +40,12 @@ def rows_of(lessons: list[tuple[str, str]], tokenizer: Any) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def base(job: Job, name: str, lessons: int, judged: float, rate: float = 4e-3) -> Any:
-    """A small GPT-2 that has learnt the task from mixed answers; it is trained once and kept."""
+LESSONS = {"writer": (38_400, 0.0), "judge": (51_200, 0.7)}
+"""Model -> the number of lessons, and the share of them that are verdicts; the judge begins as the writer."""
+
+
+def base(job: Job, name: str, rate: float = 4e-3) -> Any:
+    """A small GPT-2 that has learnt the task from mixed answers, and a judge from verdicts; trained once and kept."""
     folder = job.work / f"base-{name}-{job.device}-{job.budget:g}"
     if (folder / "config.json").exists():
         return GPT2LMHeadModel.from_pretrained(folder).to(job.device)
@@ -49,14 +53,18 @@ def base(job: Job, name: str, lessons: int, judged: float, rate: float = 4e-3) -
     set_seed(0)
     size = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 128} if job.tiny else SIZE
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ends, **size, **DROPOUT))
+    if name == "judge":
+        model = base(job, "writer")
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ends, **size, **DROPOUT))
+    lessons, judged = LESSONS[name]
     arguments = hf_xent.XentConfig(
         output_dir=str(folder / "run"), num_train_epochs=1, per_device_train_batch_size=64, learning_rate=rate,
         warmup_steps=50, lr_scheduler_type="linear", weight_decay=0.01, logging_steps=50, save_strategy="no",
         report_to="none", use_cpu=job.device == "cpu", bf16=False, disable_tqdm=True,
-        train_sampling_strategy="group_by_length",
+        adam_beta2=0.98,
     )  # fmt: skip
-    rows = rows_of(naming.lessons(job.scaled(lessons, tiny=64), 0, judged), tokenizer)
+    rows = rows_of(naming.lessons(job.scaled(lessons, tiny=64), lessons, judged), tokenizer)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     hf_xent.XentTrainer(model, arguments, train_dataset=rows, data_collator=collator).train()
     model = hf_xent.unpatch(model).eval()

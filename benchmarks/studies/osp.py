@@ -1,10 +1,10 @@
 """Self-judged rounds (OSP) on the task of naming.py, with judges of measured accuracy.
 
-The policy has learnt both to answer and to say which of two answers is better, the latter on other prompts (as in
-SELF-JUDGE, arXiv:2402.11253); a reward head has learnt from votes on the same other prompts. Every judge's verdicts are
-used as probabilities, as OSP does, and as hard labels, which is iterated DPO. The program's probabilities are the known
-ones. `pairs right` is how often the better answer of a pair is the chosen one, where they differ; `strength error` is
-the mean squared distance of a pair's probability from the known one.
+The policy has learnt both to answer and to say whether an answer is better than others, the latter on other prompts (as
+in SELF-JUDGE, arXiv:2402.11253); a reward head has learnt from votes on the same other prompts. The verdicts of a judge
+are used as probabilities, as OSP does, and as hard labels, which is iterated DPO. The program's probabilities are the
+known ones. `pairs right` is how often the better answer of a pair is the chosen one, where the two differ, and
+`strength error` the mean squared distance of a pair's probability from the known one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from hf_xent.experiments.claims import Claim
 from hf_xent.generation.judging import ModelJudge
 from hf_xent.models.padding import padded
 
-PROMPTS, ROUNDS, K, BATCH, BETA, SAMPLES = 200, 4, 4, 16, 0.3, 64
-LESSONS, JUDGED, VOTES, REWARD_EPOCHS = 64_000, 0.6, 1500, 4
+PROMPTS, ROUNDS, K, BATCH, BETA, SAMPLES = 200, 4, 4, 16, 1.0, 128
+VOTES, REWARD_EPOCHS = 1500, 4
+QUESTION = Format(naming.QUESTION, naming.VERDICTS)
 
 
 class HardLabels(hf_xent.OSPTrainer):
@@ -74,6 +75,19 @@ def program(rows: Sequence[Any], first: Sequence[str], second: Sequence[str]) ->
 def chance(rows: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> list[float]:
     """Random probabilities, which depend on the two texts alone."""
     return [random.Random(f"{a} / {b}").random() for a, b in zip(first, second, strict=True)]
+
+
+@dataclass
+class SelfJudge(ModelJudge):
+    """Grades answers one by one: sigmoid of the difference of the logits of "better" against "worse" after each."""
+
+    format: Format = QUESTION
+    batch_size: int = 256
+
+    def __call__(self, rows: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> torch.Tensor:
+        """The probability that the first is better."""
+        grades = [super(SelfJudge, self).__call__(rows, side, side).double().logit() for side in (first, second)]
+        return (grades[0] - grades[1]).sigmoid()
 
 
 @dataclass
@@ -123,7 +137,7 @@ def reward_judge(job: Job, seed: int) -> RewardJudge:
 def judge_of(name: str, job: Job, seed: int) -> Callable[..., Any]:
     """A judge by its name; the model of the self-judge is the trainer's policy."""
     if name == "self":
-        return ModelJudge(format=Format(naming.QUESTION, naming.BETTER), batch_size=64)
+        return SelfJudge()
     return reward_judge(job, seed) if name == "reward" else {"program": program, "random": chance}[name]
 
 
@@ -138,7 +152,7 @@ def described(pairs: Dataset) -> dict[str, float]:
 
 def run(name: str, seed: int, job: Job, rate: float | None = None) -> dict[str, float]:
     """One arm under one seed."""
-    policy = naming_models.base(job, "judge", LESSONS, JUDGED)
+    policy = naming_models.base(job, "judge")
     examiner = Examiner(policy, None, None, BETA, job.scaled(SAMPLES, tiny=2), seed)
     if name == UNTRAINED:
         return examiner.answered(policy)

@@ -21,9 +21,8 @@ from benchmarks.studies.plan import Job, Plan
 from hf_xent import SPCEConfig, SPCETrainer, SPOConfig, SPOTrainer
 from hf_xent.experiments.claims import Claim
 
-PAIRS, EPOCHS, BATCH, BETA = 600, 8, 16, 0.3
-HELD_OUT, VALIDATION, SAMPLES = 1000, 400, 64
-LESSONS = 25_600
+PAIRS, EPOCHS, BATCH, BETA = 600, 8, 16, 1.0
+HELD_OUT, VALIDATION, SAMPLES = 1000, 400, 128
 
 LABELS = {
     "vote": lambda row: row["votes"][0],
@@ -45,15 +44,15 @@ class Arm:
 
 SPO = {"gamma_w": 0.2, "gamma_l": 0.2}
 ARMS = {
-    "DPO": Arm("vote", 3e-4),
-    "cDPO": Arm("vote", 3e-4),
-    "SPO": Arm("vote", 3e-4, SPO),
-    "SPO, random phrases": Arm("vote", 3e-4, SPO | {"key_content": "random"}),
-    "DPO, majority of 3": Arm("majority", 3e-4),
-    "SPCE, share of 3": Arm("share", 3e-4),
-    "PSO, share of 3": Arm("share", 3e-4, {"method": "pso"}),
-    "SPCE, known p": Arm("known", 3e-4),
-    "PSO, known p": Arm("known", 3e-4, {"method": "pso"}),
+    "DPO": Arm("vote", 1e-4),
+    "cDPO": Arm("vote", 1e-4),
+    "SPO": Arm("vote", 1e-4, SPO),
+    "SPO, random phrases": Arm("vote", 1e-4, SPO | {"key_content": "random"}),
+    "DPO, majority of 3": Arm("majority", 1e-4),
+    "SPCE, share of 3": Arm("share", 1e-4),
+    "PSO, share of 3": Arm("share", 1e-4, {"method": "pso"}),
+    "SPCE, known p": Arm("known", 1e-4),
+    "PSO, known p": Arm("known", 1e-4, {"method": "pso"}),
 }
 UNTRAINED = "untrained"
 
@@ -78,13 +77,13 @@ class Epochs(TrainerCallback):
 def fitted(name: str, seed: int, job: Job, rate: float | None = None) -> tuple[Any, Epochs]:
     """The trainer of an arm after its training, and what it kept."""
     arm = ARMS[name]
-    count = job.scaled(PAIRS, tiny=8)
+    count = job.scaled(PAIRS, tiny=24)
     rows = naming.pairs(count, f"train {seed}", 0, 1, 2)
     data = naming.labelled(rows, [LABELS[arm.labels](row) for row in rows])
     options = dict(arm.options)
     if name == "cDPO":  # the expected share of wrong labels, which a user has to estimate
         options["label_smoothing"] = mean(min(row["p"], 1 - row["p"]) for row in rows)
-    model = naming_models.base(job, "writer", LESSONS, judged=0.0)
+    model = naming_models.base(job, "writer")
     held_out = naming.pairs(job.scaled(HELD_OUT, tiny=20), f"test {seed}", 3)
     validation = naming.pairs(job.scaled(VALIDATION, tiny=20), f"validation {seed}", 0, 1, 2)
     samples = job.scaled(SAMPLES, tiny=2)
@@ -107,7 +106,7 @@ def fitted(name: str, seed: int, job: Job, rate: float | None = None) -> tuple[A
 def run(name: str, seed: int, job: Job) -> dict[str, float]:
     """One arm under one seed."""
     if name == UNTRAINED:
-        model = naming_models.base(job, "writer", LESSONS, judged=0.0)
+        model = naming_models.base(job, "writer")
         return Examiner(model, [], [], BETA, job.scaled(SAMPLES, tiny=2), seed).answered(model)
     trainer, epochs = fitted(name, seed, job)
     model, examiner = trainer.model, epochs.examiner
@@ -123,8 +122,8 @@ METRICS = (
 )  # fmt: skip
 CLAIMS = (
     Claim("SPCE, share of 3", "calibration error", 0.02, higher=False, against="DPO, majority of 3"),
-    Claim("SPCE, share of 3", "stopped utility", 0.2, against="DPO, majority of 3"),
-    Claim("PSO, share of 3", "stopped utility", 0.2, against="DPO, majority of 3"),
+    Claim("SPCE, share of 3", "stopped utility", 0.15, against="DPO, majority of 3"),
+    Claim("PSO, share of 3", "stopped utility", 0.15, against="DPO, majority of 3"),
     Claim("SPO", "stopped accuracy", 0.02, against="SPO, random phrases"),
 )
 SETTINGS = {
@@ -132,6 +131,6 @@ SETTINGS = {
     "rates": {name: arm.rate for name, arm in ARMS.items()},
 }  # fmt: skip
 PLANS = (
-    Plan("preferences", (UNTRAINED, *ARMS), "DPO", METRICS, CLAIMS, 6, run, SETTINGS),
+    Plan("preferences", (UNTRAINED, *ARMS), "DPO", METRICS, CLAIMS, 8, run, SETTINGS),
     osp.PLAN,
 )
