@@ -57,7 +57,7 @@ class Setting:
         return Setting(4, 2, 16, self.rate, 4, (0.5, 1.0), self.schedule, probes=3)
 
 
-PRETRAIN = Setting(steps=320, rows=8, length=256, rate=3e-3, test_rows=100, marks=(0.05, 0.25, 0.5, 1.0))
+PRETRAIN = Setting(steps=320, rows=8, length=256, rate=2e-3, test_rows=100, marks=(0.05, 0.25, 0.5, 1.0))
 FINETUNE = Setting(
     steps=96, rows=8, length=128, rate=2e-4, test_rows=80, marks=(0.17, 1 / 3, 2 / 3, 1.0), schedule="constant",
     epochs=3, probes=3,
@@ -188,7 +188,7 @@ def train(name: str, setting: Setting, arm: str, seed: int, job: Job) -> dict[st
     options = {"tail": TAIL} if arm == SPARSE else {"memory_budget": BUDGETS[arm]} if arm in BUDGETS else {}
     config = hf_xent.XentConfig(
         output_dir=str(job.work / "trainer"), max_steps=steps, per_device_train_batch_size=setting.rows, seed=seed,
-        learning_rate=setting.rate, lr_scheduler_type=setting.schedule, warmup_steps=max(1, steps // 20), bf16=True,
+        learning_rate=setting.rate, lr_scheduler_type=setting.schedule, warmup_steps=max(1, steps // 10), bf16=True,
         weight_decay=0.1, adam_beta2=0.95, use_cpu=job.device == "cpu", logging_steps=20, save_strategy="no",
         report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
