@@ -38,6 +38,7 @@ def test_differences_are_over_common_seeds_and_need_two(tmp_path):
     made.record("ours", 1, loss=9.0)  # the baseline has no such seed
     center, half = made.difference("ours", "loss")
     assert center == 2.0 and np.isnan(half)
+    assert made.cell("ours", "loss").endswith("; +2 (one seed)")
     assert made.difference("plain", "loss") is None and made.difference("ours", "other") is None
     assert made.cell("ours", "other") == ""
 

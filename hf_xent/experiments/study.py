@@ -188,7 +188,9 @@ class Study:
             return ""
         text = f"{mean(values):.4g}" + (f" ({np.std(values, ddof=1):.2g})" if len(values) > 1 else "")
         difference = self.difference(arm, metric)
-        return text if difference is None else f"{text}; {difference[0]:+.2g} ± {difference[1]:.2g}"
+        if difference is None:
+            return text
+        return f"{text}; {difference[0]:+.2g} " + ("(one seed)" if isnan(difference[1]) else f"± {difference[1]:.2g}")
 
     def markdown(self) -> str:
         """The table in Markdown, one line for each arm, for cards and pages."""
