@@ -190,7 +190,8 @@ class Study:
         difference = self.difference(arm, metric)
         if difference is None:
             return text
-        return f"{text}; {difference[0]:+.2g} " + ("(one seed)" if isnan(difference[1]) else f"± {difference[1]:.2g}")
+        width = "(one seed)" if len(self.gaps(arm, metric)) == 1 else f"± {difference[1]:.2g}"
+        return f"{text}; {difference[0]:+.2g} {width}"
 
     def markdown(self) -> str:
         """The table in Markdown, one line for each arm, for cards and pages."""
