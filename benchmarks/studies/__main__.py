@@ -3,6 +3,7 @@
 python -m benchmarks.studies run emo            # resumes; docs/results/emo.md says what is decided
 python -m benchmarks.studies run emo --pilot    # other seeds: the spread from which the power is computed
 python -m benchmarks.studies page emo
+python -m benchmarks.studies overview           # the table of docs/results/studies.md
 """
 
 from __future__ import annotations
@@ -16,28 +17,18 @@ from typer import Argument, Option
 
 from benchmarks.studies.plan import PAGES, WORK, Job, Plan, replace_block, summary, write_page
 
-MODULES = {
-    "emo": "emo",
-    "noisefit": "noisefit",
-    "f2c": "f2c",
-    "preferences": "preferences",
-    "dxo": "dxo",
-    "dc_pdd": "dc_pdd",
-    "ln_free": "ln_free",
-    "sparse_tail": "sparse_tail",
-    "cce": "cce",
-}
-"""Page of docs/results -> the module with its PLANS."""
+STUDIES = ("emo", "noisefit", "f2c", "preferences", "dxo", "dc_pdd", "ln_free", "sparse_tail", "cce")
+"""Each is a module here with its PLANS, and a page of docs/results."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-Name = Annotated[str, Argument(help=f"The study: {', '.join(MODULES)}.")]
+Name = Annotated[str, Argument(help=f"The study: {', '.join(STUDIES)}.")]
 
 
 def plans(name: str) -> tuple[Plan, ...]:
     """The plans of a page."""
-    if name not in MODULES:
-        raise ValueError(f"name is {name!r}: choose from {', '.join(MODULES)}")
-    found: tuple[Plan, ...] = import_module(f"benchmarks.studies.{MODULES[name]}").PLANS
+    if name not in STUDIES:
+        raise ValueError(f"name is {name!r}: choose from {', '.join(STUDIES)}")
+    found: tuple[Plan, ...] = import_module(f"benchmarks.studies.{name}").PLANS
     return found
 
 
@@ -71,9 +62,8 @@ def page(name: Name) -> None:
 @app.command()
 def overview() -> None:
     """Renew the table of docs/results/studies.md."""
-    pages = {name: plans(name) for name in MODULES if (PAGES / f"{name}.md").exists()}
     file = PAGES / "studies.md"
-    replace_block(file, "<!-- summary -->", summary(pages))
+    replace_block(file, "<!-- summary -->", summary({name: plans(name) for name in STUDIES}))
     print(f"written: {file}")
 
 
