@@ -12,6 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -23,9 +25,10 @@ from trl import RewardConfig, RewardTrainer
 import hf_xent
 from benchmarks.studies import naming, naming_models
 from benchmarks.studies.naming_models import Examiner
-from benchmarks.studies.plan import Job, Plan
+from benchmarks.studies.plan import RESULTS, WORK, Job, Plan
 from hf_xent.data import Format
 from hf_xent.experiments.claims import Claim
+from hf_xent.experiments.study import Study
 from hf_xent.generation.judging import ModelJudge
 from hf_xent.models.padding import padded
 
@@ -187,8 +190,21 @@ CLAIMS = (
     Claim("self-judge", "utility", 0.2, against="self-judge, hard"),
     Claim("reward head", "utility", 0.2, against="reward head, hard"),
 )
-SETTINGS = {
-    "prompts": PROMPTS, "rounds": ROUNDS, "samples a prompt": K, "pairs a step": BATCH, "beta": BETA,
-    "rates": {name: arm.rate for name, arm in ARMS.items()},
-}  # fmt: skip
-PLAN = Plan("osp", (UNTRAINED, *ARMS), UNTRAINED, METRICS, CLAIMS, 5, run, SETTINGS)
+SETTINGS = {"prompts": PROMPTS, "rounds": ROUNDS, "samples a prompt": K, "pairs a step": BATCH, "beta": BETA}
+RATES, TUNING_SEED = (1e-4, 3e-4), 100
+
+
+def rates(job: Job, output: Path) -> dict[str, float]:
+    """Arm -> the learning rate with the best utility, by the program, under a seed of the pilot."""
+    study = Study("rates", ("utility",), UNTRAINED, output, seeds=1, first_seed=TUNING_SEED, settings=SETTINGS)
+    tries = {arm: partial(run, arm, TUNING_SEED, job) for arm in ARMS}
+    return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(rate=rate)["utility"]) for arm, t in tries.items()}
+
+
+PLAN = Plan(
+    "osp", (UNTRAINED, *ARMS), UNTRAINED, METRICS, CLAIMS, 5, run,
+    SETTINGS | {"rates": {name: arm.rate for name, arm in ARMS.items()}},
+)  # fmt: skip
+
+if __name__ == "__main__":
+    print(rates(Job(WORK / "preferences"), RESULTS / "osp" / "rates"))
