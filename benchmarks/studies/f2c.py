@@ -1,6 +1,7 @@
 """F2C: one answer in all formats, on four label sets; held-out formats, other label sets, and when a vote does harm.
 
-    python -m benchmarks.studies.f2c                                # the formats that are kept, by the pilot's items
+    python -m benchmarks.studies.f2c formats                        # those that are kept, by the pilot's items
+    python -m benchmarks.studies.f2c rates                          # the learning rate of each arm, by the same
 
 docs/results/f2c.md says what is decided.
 """
@@ -31,17 +32,20 @@ from benchmarks.studies.f2c_measures import (
     votes,
 )  # fmt: skip
 from benchmarks.studies.f2c_when import SEEDS, WHEN, pooled
-from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, RESULTS, WORK, Job, Plan
 from hf_xent import F2CConfig, F2CTrainer
 from hf_xent.data import PromptFormats
 from hf_xent.experiments.claims import Claim
+from hf_xent.experiments.study import Study
 from hf_xent.metrics.consistency import consistency
 from hf_xent.models import loading
 from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
-RATE, STEPS, ITEMS, SELECTED = 3e-4, 12, 8, (2, 4, 8, 12)
+RATE = {"F2C": 1e-4, "CCE alone": 1e-4, "swarm": 1e-4}
+RATES, TUNED_ON = (3e-5, 1e-4), ("topics", "sentiment")
+STEPS, ITEMS, SELECTED = 32, 8, (4, 8, 16, 32)
 TRAINED_FORMATS, HELD_OUT, VALIDATION, ELSEWHERE, PILOT_SHARE = 6, 100, 30, 15, 0.2
 METRICS = (
     "agreement", "f1", "f1_spread", "accuracy", "largest_share", "amplification",
@@ -134,9 +138,10 @@ class Evaluation:
 
 
 def trainer_of(
-    arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float = RATE
+    arm: str, model: Any, seed: int, job: Job, rows: Dataset | None = None, rate: float | None = None
 ) -> F2CTrainer:
-    """The trainer of an arm; that of the untrained model is never trained."""
+    """The trainer of an arm, at its own rate by default; that of the untrained model is never trained."""
+    rate = RATE.get(arm, 0.0) if rate is None else rate
     config = F2CConfig(
         output_dir=str(job.work / "run"), method=METHODS.get(arm, "f2c"), max_steps=job.scaled(STEPS, tiny=2),
         per_device_train_batch_size=2 if job.tiny else ITEMS, learning_rate=rate,
@@ -188,9 +193,11 @@ class Selection(TrainerCallback):
             parameter.copy_(self.kept[name])
 
 
-def trained(arm: str, seed: int, job: Job, evaluation: Evaluation, model: Any) -> tuple[dict[str, Any], Any, Any]:
+def trained(
+    arm: str, seed: int, job: Job, evaluation: Evaluation, model: Any, rate: float | None = None
+) -> tuple[dict[str, Any], Any, Any]:
     """The predictions by part of the step that validation selects, the last step's on held-out items, and facts."""
-    trainer = trainer_of(arm, model, seed, job, evaluation.parts["train"])
+    trainer = trainer_of(arm, model, seed, job, evaluation.parts["train"], rate)
     selection = Selection(trainer, evaluation.validation, (1, 2) if job.tiny else SELECTED)
     trainer.add_callback(selection)
     trainer.train()
@@ -211,7 +218,7 @@ def trained(arm: str, seed: int, job: Job, evaluation: Evaluation, model: Any) -
     return predicted, last, {name: float(value) for name, value in facts.items()}
 
 
-def run(arm: str, seed: int, job: Job, name: str) -> dict[str, float]:
+def run(arm: str, seed: int, job: Job, name: str, rate: float | None = None) -> dict[str, float]:
     """The metrics of an arm under a seed, which draws the items, the formats, and the order of training."""
     set_seed(seed)
     model, tokenizer = load(job)
@@ -221,7 +228,7 @@ def run(arm: str, seed: int, job: Job, name: str) -> dict[str, float]:
     choices = {part: table.shape[2] for part, table in before.items()}
     first = {part: table.argmax(-1) for part, table in before.items()}
     if arm in METHODS:
-        predicted, last, facts = trained(arm, seed, job, evaluation, model)
+        predicted, last, facts = trained(arm, seed, job, evaluation, model, rate)
     else:
         predicted = controlled(arm, before, first, gold, choices)
         last, facts = predicted["test"], {"selected_step": 0.0}
@@ -258,9 +265,21 @@ POOLED = Plan(
     SEEDS * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
 )  # fmt: skip
 PLANS = (*(plan_of(name) for name in SETS), POOLED, WHEN)
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def main(
+@app.command()
+def rates() -> None:
+    """Print the rate of each arm with the best mean F1 on the pilot's items of two label sets, at the step kept."""
+    job = Job(WORK / "f2c")
+    study = Study("rates", ("f1",), UNTRAINED, RESULTS / "f2c-rates", settings={"steps": STEPS, "sets": TUNED_ON})
+    for arm in METHODS:
+        f1 = lambda rate, arm=arm: np.mean([run(arm, PILOT_SEED, job, name, rate)["f1"] for name in TUNED_ON])  # noqa: E731
+        print(arm, study.tuned(arm, RATES, f1))
+
+
+@app.command()
+def formats(
     names: Annotated[list[str] | None, typer.Argument(help="Label sets; all by default.")] = None, items: int = 60
 ) -> None:
     """Print the formats in which the untrained model is above chance on the pilot's items, by balanced accuracy."""
@@ -278,4 +297,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

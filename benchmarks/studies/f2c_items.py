@@ -202,10 +202,10 @@ GENRE_FORMATS = formats(
     ("Title: {text}\nSubject:", "Kind"),
 )
 SETS = {
-    "continents": LabelSet(_CONTINENTS, cities, CONTINENT_FORMATS),
     "topics": LabelSet(TOPICS, articles, TOPIC_FORMATS),
     "sentiment": LabelSet(("negative", "positive"), phrases, SENTIMENT_FORMATS),
     "genres": LabelSet(("news", "religion", "science", "fiction"), sentences, GENRE_FORMATS),
+    "continents": LabelSet(_CONTINENTS, cities, CONTINENT_FORMATS),
 }
 KEPT = {
     "continents": (0, 2, 3, 4, 5, 6, 7, 8, 9, 10),

@@ -14,7 +14,7 @@ from benchmarks.studies import plan
 from benchmarks.studies.plan import PILOT_SEED, Job, Plan
 from hf_xent.experiments.claims import Claim
 
-NAMES = ("f2c-continents", "f2c-topics", "f2c-sentiment", "f2c-genres")
+NAMES = ("f2c-topics", "f2c-sentiment", "f2c-genres", "f2c-continents")
 NOTHING, SEEDS = "no relation", 3
 RELATIONS = {
     "gain of the vote": "train_vote_gain",
