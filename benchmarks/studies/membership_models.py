@@ -39,7 +39,7 @@ ONCE, REPEATED, KEPT = 2000, 160, 0.1  # pieces that are read once and scored; o
 PIECES = 10_000  # that a model reads, repetitions included
 TOKENS, ROWS, RATE, VOCABULARY = 127, 4, 1e-3, 8192  # of a piece at most, beside the start token; pieces in a step
 SIZE = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 128}
-CAPS = (0.001, 0.01, 0.1, 1.0, 10.0)
+CAPS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 TABLES = ("kept", "other")
 LOWERED = "lowercase"
 
