@@ -191,7 +191,7 @@ CLAIMS = (
     Claim("reward head", "utility", 0.2, against="reward head, hard"),
 )
 SETTINGS = {"prompts": PROMPTS, "rounds": ROUNDS, "samples a prompt": K, "pairs a step": BATCH, "beta": BETA}
-RATES, TUNING_SEED = (1e-4, 3e-4), 100
+RATES, TUNING_SEED = (3e-5, 1e-4, 3e-4, 1e-3), 100
 
 
 def rates(job: Job, output: Path) -> dict[str, float]:
