@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
+from typer.testing import CliRunner
 
-from benchmarks.studies import plan
+from benchmarks.studies import __main__, plan
 from benchmarks.studies.plan import Plan, write_page
 from hf_xent.experiments.claims import BETTER, NONE, UNDECIDED, WORSE, Claim, detectable
 from hf_xent.experiments.study import Study
@@ -48,6 +49,17 @@ def filled(folder, gaps):
 )
 def test_verdicts_of_a_loss(tmp_path, gaps, verdict):
     assert Claim("ours", "loss", margin=0.1, higher=False).verdict(filled(tmp_path, gaps)) == verdict
+
+
+def test_compare_prints_a_difference_that_no_claim_asks_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    study = __main__.plans("noisefit")[0].study()
+    for seed, gap in enumerate([0.5, 0.7, 0.6, 0.6]):
+        study.record("control", seed, loss=2.0 + seed)
+        study.record("ours", seed, loss=2.0 + seed + gap)
+    result = CliRunner().invoke(__main__.app, ["compare", "noisefit", "ours", "control", "loss", "absent"])
+    low, high = ttest_1samp([0.5, 0.7, 0.6, 0.6], 0).confidence_interval(0.95)
+    assert result.output == f"noisefit: loss, ours - control: 0.6 [{low:.4g}, {high:.4g}]\n"
 
 
 def test_a_claim_may_be_about_another_arm_than_the_baseline(tmp_path):

@@ -4,6 +4,7 @@ python -m benchmarks.studies run emo            # resumes; docs/results/emo.md s
 python -m benchmarks.studies run emo --pilot    # other seeds: the spread from which the power is computed
 python -m benchmarks.studies page emo
 python -m benchmarks.studies overview           # the table of docs/results/studies.md
+python -m benchmarks.studies compare preferences "SPCE, share of 3" "DPO, majority of 3" KL utility
 """
 
 from __future__ import annotations
@@ -49,6 +50,22 @@ def run(
     job, end = Job(WORK / name, device=device, budget=budget), monotonic() + 60 * minutes
     for plan in chosen:
         plan.execute(job, pilot=pilot, seeds=seeds or None, minutes=(end - monotonic()) / 60)
+
+
+@app.command()
+def compare(
+    name: Name,
+    arm: Annotated[str, Argument(help="An arm of the study, such as 'DPO'.")],
+    against: Annotated[str, Argument(help="The arm that is subtracted.")],
+    metrics: Annotated[list[str], Argument(help="Columns of its results.")],
+) -> None:
+    """Print the mean paired difference of two arms over seeds with its 95 % interval, for what no claim asks."""
+    for plan in plans(name):
+        study = plan.study()
+        for metric in metrics:
+            if found := study.difference(arm, metric, against):
+                low, high = found[0] - found[1], found[0] + found[1]
+                print(f"{plan.name}: {metric}, {arm} - {against}: {found[0]:.4g} [{low:.4g}, {high:.4g}]")
 
 
 @app.command()
