@@ -142,7 +142,7 @@ def step_time(arm: str, seed: int, job: Job) -> dict[str, float]:
 
 def _times() -> tuple[Claim, ...]:
     plain = [str(training) for training in TRAININGS if not training.checkpointing]
-    return tuple(Claim(STOCK, name, margin=0.05, higher=False, against=PATCHED) for name in plain)
+    return tuple(Claim(PATCHED, name, margin=0.05, higher=False) for name in plain)
 
 
 PLANS = (
@@ -156,5 +156,5 @@ PLANS = (
         capacity,
         {"room_mib": ROOM >> 20, "row": ROW, "most": MOST},
     ),
-    Plan(TIME, (STOCK, PATCHED), STOCK, tuple(map(str, TRAININGS)), _times(), 3, step_time),
+    Plan(TIME, (STOCK, PATCHED), STOCK, tuple(map(str, TRAININGS)), _times(), 5, step_time),
 )
