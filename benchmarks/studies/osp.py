@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -191,14 +190,18 @@ CLAIMS = (
     Claim("reward head", "utility", 0.2, against="reward head, hard"),
 )
 SETTINGS = {"prompts": PROMPTS, "rounds": ROUNDS, "samples a prompt": K, "pairs a step": BATCH, "beta": BETA}
-RATES, TUNING_SEED = (3e-5, 1e-4, 3e-4, 1e-3), 100
+RATES, TUNING_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), (100, 101)
 
 
 def rates(job: Job, output: Path) -> dict[str, float]:
-    """Arm -> the learning rate with the best utility, by the program, under a seed of the pilot."""
-    study = Study("rates", ("utility",), UNTRAINED, output, seeds=1, first_seed=TUNING_SEED, settings=SETTINGS)
-    tries = {arm: partial(run, arm, TUNING_SEED, job) for arm in ARMS}
-    return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(rate=rate)["utility"]) for arm, t in tries.items()}
+    """Arm -> the learning rate with the best utility, by the program, as a mean over the seeds of the pilot."""
+    study, best = Study("rates", ("utility",), UNTRAINED, output, settings=SETTINGS), {}
+    for arm in ARMS:
+        names = [f"{arm}, seed {seed}" for seed in TUNING_SEEDS]
+        for name, seed in zip(names, TUNING_SEEDS, strict=True):
+            study.tuned(name, RATES, lambda rate, arm=arm, seed=seed: run(arm, seed, job, rate)["utility"])
+        best[arm] = max(RATES, key=lambda rate, names=names: mean(study.tried[name][rate] for name in names))
+    return best
 
 
 PLAN = Plan(
