@@ -67,9 +67,8 @@ def base(job: Job, name: str, rate: float = 4e-3) -> Any:
     rows = rows_of(naming.lessons(job.scaled(lessons, tiny=64), lessons, judged), tokenizer)
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     hf_xent.XentTrainer(model, arguments, train_dataset=rows, data_collator=collator).train()
-    model = hf_xent.unpatch(model).eval()
-    model.save_pretrained(folder)
-    return model
+    hf_xent.unpatch(model).save_pretrained(folder)
+    return GPT2LMHeadModel.from_pretrained(folder).to(job.device)  # as later runs get it
 
 
 @torch.no_grad()
