@@ -58,13 +58,13 @@ class Arm:
 
 
 ARMS = {
-    "self-judge": Arm("self", False, 1e-4),
-    "self-judge, hard": Arm("self", True, 1e-3),
-    "reward head": Arm("reward", False, 3e-4),
+    "self-judge": Arm("self", False, 3e-4),
+    "self-judge, hard": Arm("self", True, 3e-5),
+    "reward head": Arm("reward", False, 1e-4),
     "reward head, hard": Arm("reward", True, 1e-4),
     "program": Arm("program", False, 1e-3),
-    "program, hard": Arm("program", True, 1e-3),
-    "random judge": Arm("random", False, 3e-5),
+    "program, hard": Arm("program", True, 3e-4),
+    "random judge": Arm("random", False, 1e-3),
 }
 UNTRAINED = "untrained"
 
