@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from benchmarks.studies import __main__, plan
 from benchmarks.studies.plan import Plan, write_page
-from hf_xent.experiments.claims import BETTER, NONE, UNDECIDED, WORSE, Claim, detectable
+from hf_xent.experiments.claims import BETTER, NONE, SMALL, UNDECIDED, WORSE, Claim, detectable
 from hf_xent.experiments.study import Study
 
 
@@ -41,6 +41,8 @@ def filled(folder, gaps):
     ("gaps", "verdict"),
     [
         ((-0.5, -0.6, -0.4, -0.5), BETTER),
+        ((-0.05, -0.06, -0.04, -0.05), SMALL),
+        ((-0.05, -0.15, -0.1, -0.1), BETTER),
         ((0.5, 0.6, 0.4, 0.5), WORSE),
         ((0.01, -0.01, 0.02, -0.02), NONE),
         ((0.9, -0.9, 0.8, -0.8), UNDECIDED),

@@ -2,13 +2,14 @@
 
     claim = Claim("EMO", "mauve", margin=0.02)          # EMO's MAUVE is higher than the baseline's, by 0.02 or more
     detectable(spread=0.012, seeds=5)                   # 0.021: what five seeds find in four of five studies
-    claim.verdict(study)                                # "better", "worse", "no such effect" or "undecided"
+    claim.verdict(study)                                # "better", "better, by less than counts", "worse", ...
 
 The interval [low, high] of the mean paired difference (Student's, 95 %, signed so that more is better) decides:
 
     better: low > 0      worse: high < 0      no such effect: high < margin      undecided: neither
 
-"No such effect" means that an improvement of the margin or more is excluded; it wins over nothing else.
+"No such effect" means that an improvement of the margin or more is excluded. If that is so and low > 0, the verdict is
+"better, by less than counts".
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from scipy.stats import t as student
 if TYPE_CHECKING:
     from .study import Study
 
-BETTER, WORSE, NONE, UNDECIDED = "better", "worse", "no such effect", "undecided"
+BETTER, SMALL, WORSE, NONE, UNDECIDED = (
+    "better", "better, by less than counts", "worse", "no such effect", "undecided",
+)  # fmt: skip
 
 
 def detectable(spread: float, seeds: int, power: float = 0.8, level: float = 0.05) -> float:
@@ -99,10 +102,10 @@ class Claim:
         return float(np.std(gaps, ddof=1)) if len(gaps) > 1 else float("nan")
 
     def verdict(self, study: Study) -> str:
-        """What the study says: one of `BETTER`, `WORSE`, `NONE` and `UNDECIDED`."""
+        """What the study says: one of `BETTER`, `SMALL`, `WORSE`, `NONE` and `UNDECIDED`."""
         low, high = self.interval(study)
         if low > 0:
-            return BETTER
+            return BETTER if high >= self.margin else SMALL
         if high < 0:
             return WORSE
         return NONE if high < self.margin else UNDECIDED
