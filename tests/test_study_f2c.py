@@ -121,5 +121,5 @@ def test_pooled_runs_and_relations_read_the_other_studies(tmp_path, monkeypatch)
     assert f2c_when.relation("gain of the vote", 1, job)["correlation"] == pytest.approx(1)
     assert f2c_when.relation("largest share of the vote", 0, job)["correlation"] == pytest.approx(-1)
     assert f2c_when.relation("no relation", 0, job) == {"correlation": 0}
-    with pytest.raises(ValueError, match=r"no results of swarm with seed 0: run the plan f2c-continents"):
+    with pytest.raises(ValueError, match=r"no results of swarm with seed 0: run the plan f2c-topics"):
         f2c_when.pooled("swarm", 0, job)
