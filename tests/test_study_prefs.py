@@ -9,8 +9,9 @@ import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from benchmarks.studies import naming, naming_models, osp, preferences
+from benchmarks.studies import naming, naming_curves, naming_models, osp, preferences
 from benchmarks.studies.plan import Job
+from hf_xent.experiments.study import Study
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,6 +54,15 @@ def test_calibration_agrees_with_other_code():
     assert found["squared error"] == pytest.approx(brier_score_loss(y, q))
     exact = naming_models.calibration(torch.tensor(q), torch.tensor(q))
     assert exact["calibration error"] == exact["squared error"] == 0
+
+
+def test_a_curve_is_the_mean_over_all_pairs_of_all_seeds(tmp_path):
+    study, (low, *_, high) = Study("toy", (), "DPO", tmp_path), naming_models.CONFIDENCES
+    for seed, (share, said, known) in enumerate([(0.1, 0.52, 0.6), (0.3, 0.56, 0.5)]):
+        study.record("DPO", seed, **{f"{low}: share": share, f"{low}: said": said, f"{low}: known": known})
+    study.record("DPO", 2, **{f"{high}: share": 0.2, f"{high}: said": 0.95, f"{high}: known": 0.9})
+    assert np.array(naming_curves.curve(study, "DPO", "")) == pytest.approx(np.array([[0.55, 0.525], [0.95, 0.9]]))
+    assert naming_curves.curve(study, "DPO", "stopped ") == []
 
 
 def test_the_examiner_reads_the_log_probabilities_that_the_trainer_does(job):

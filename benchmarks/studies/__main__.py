@@ -64,8 +64,8 @@ def compare(
         study = plan.study()
         for metric in metrics:
             if found := study.difference(arm, metric, against):
-                low, high = found[0] - found[1], found[0] + found[1]
-                print(f"{plan.name}: {metric}, {arm} - {against}: {found[0]:.4g} [{low:.4g}, {high:.4g}]")
+                mean, half = found
+                print(f"{plan.name}: {metric}, {arm} - {against}: {mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]")
 
 
 @app.command()

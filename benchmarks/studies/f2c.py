@@ -262,7 +262,7 @@ POOLED = Plan(
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03), Claim("F2C", "new_f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"), Claim("F2C", "last_f1", 0.03),
     ),
-    SEEDS * len(SETS), partial(pooled, names=tuple(f"f2c-{name}" for name in SETS)), SETTINGS,
+    SEEDS * len(SETS), pooled, SETTINGS,
 )  # fmt: skip
 PLANS = (*(plan_of(name) for name in SETS), POOLED, WHEN)
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -274,8 +274,8 @@ def rates() -> None:
     job = Job(WORK / "f2c")
     study = Study("rates", ("f1",), UNTRAINED, RESULTS / "f2c-rates", settings={"steps": STEPS, "sets": TUNED_ON})
     for arm in METHODS:
-        f1 = lambda rate, arm=arm: np.mean([run(arm, PILOT_SEED, job, name, rate)["f1"] for name in TUNED_ON])  # noqa: E731
-        print(arm, study.tuned(arm, RATES, f1))
+        tries = partial(run, arm, PILOT_SEED, job)
+        print(arm, study.tuned(arm, RATES, lambda rate, t=tries: np.mean([t(name, rate)["f1"] for name in TUNED_ON])))
 
 
 @app.command()

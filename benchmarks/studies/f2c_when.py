@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.studies import plan
+from benchmarks.studies.f2c_items import SETS
 from benchmarks.studies.plan import PILOT_SEED, Job, Plan
 from hf_xent.experiments.claims import Claim
 
-NAMES = ("f2c-topics", "f2c-sentiment", "f2c-genres", "f2c-continents")
+NAMES = tuple(f"f2c-{name}" for name in SETS)
 NOTHING, SEEDS = "no relation", 3
 RELATIONS = {
     "gain of the vote": "train_vote_gain",
@@ -44,19 +45,19 @@ def json_results(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     return {arm: {int(seed): found for seed, found in rows.items()} for arm, rows in stored["results"].items()}
 
 
-def pooled(arm: str, seed: int, job: Job, names: tuple[str, ...] = NAMES) -> dict[str, float]:
+def pooled(arm: str, seed: int, job: Job) -> dict[str, float]:
     """The run of one label set: seeds 0, 1, 2, ... are the first seeds of all label sets in turn, then the second."""
     first = PILOT_SEED if seed >= PILOT_SEED else 0
-    turn, which = divmod(seed - first, len(names))
-    return row(names[which], arm, first + turn)
+    turn, which = divmod(seed - first, len(NAMES))
+    return row(NAMES[which], arm, first + turn)
 
 
-def relation(arm: str, seed: int, job: Job, names: tuple[str, ...] = NAMES) -> dict[str, float]:
+def relation(arm: str, seed: int, job: Job) -> dict[str, float]:
     """The correlation over label sets of F2C's change of F1, at the last step, with a number of the untrained vote."""
     if arm == NOTHING:
         return {"correlation": 0.0}
-    gains = [row(name, "F2C", seed)["last_f1"] - row(name, "untrained", seed)["f1"] for name in names]
-    known = [row(name, "untrained", seed)[RELATIONS[arm]] for name in names]
+    gains = [row(name, "F2C", seed)["last_f1"] - row(name, "untrained", seed)["f1"] for name in NAMES]
+    known = [row(name, "untrained", seed)[RELATIONS[arm]] for name in NAMES]
     return {"correlation": float(np.corrcoef(gains, known)[0, 1])}
 
 

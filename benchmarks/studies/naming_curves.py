@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.studies.naming_models import CONFIDENCES
 from benchmarks.studies.plan import RESULTS
+from benchmarks.studies.preferences import PLANS
 from hf_xent.experiments.study import Study
 from hf_xent.system.figures import panels, save
 
 ARMS = ("DPO, majority of 3", "SPCE, share of 3", "PSO, share of 3", "cDPO")
-BINS = tuple(f"confidence {0.5 + b / 10:.1f} to {0.6 + b / 10:.1f}" for b in range(5))
 
 
 def curve(study: Study, arm: str, prefix: str) -> list[tuple[float, float]]:
     """(said, known) of every bin of confidence, the mean over all pairs of all seeds in the bin."""
     points = []
-    for name in BINS:
+    for name in CONFIDENCES:
         share, said, known = (study.values(arm, f"{prefix}{name}: {what}") for what in ("share", "said", "known"))
         if total := sum(share.values()):
             points.append(tuple(sum(share[seed] * of[seed] for seed in share) / total for of in (said, known)))
@@ -38,6 +39,4 @@ def draw(study: Study, path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    from benchmarks.studies.preferences import PLANS
-
     print(draw(PLANS[0].study(), RESULTS / "preferences" / "calibration.png"))

@@ -29,6 +29,7 @@ from hf_xent.models.padding import padded
 SIZE = {"n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 128}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 BINS = 10
+CONFIDENCES = tuple(f"confidence {0.5 + b / 10:.1f} to {0.6 + b / 10:.1f}" for b in range(5))
 
 
 def rows_of(lessons: list[tuple[str, str]], tokenizer: Any) -> Dataset:
@@ -159,10 +160,9 @@ def calibration(q: Tensor, p: Tensor) -> dict[str, float]:
     found = {"calibration error": sum(gaps), "squared error": (q - p).square().mean().item()}
     confidence, known = torch.where(q >= 0.5, q, 1 - q), torch.where(q >= 0.5, p, 1 - p)
     bins = ((confidence - 0.5) * 10).long().clamp(max=4)
-    for b in range(5):
+    for b, name in enumerate(CONFIDENCES):
         inside = bins == b
         if inside.any():
-            name = f"confidence {0.5 + b / 10:.1f} to {0.6 + b / 10:.1f}"
             found |= {f"{name}: share": inside.double().mean().item()}
             found |= {f"{name}: said": confidence[inside].mean().item(), f"{name}: known": known[inside].mean().item()}
     return found
