@@ -62,6 +62,8 @@ def test_compare_prints_a_difference_that_no_claim_asks_for(tmp_path, monkeypatc
     result = CliRunner().invoke(__main__.app, ["compare", "noisefit", "ours", "control", "loss", "absent"])
     low, high = ttest_1samp([0.5, 0.7, 0.6, 0.6], 0).confidence_interval(0.95)
     assert result.output == f"noisefit: loss, ours - control: 0.6 [{low:.4g}, {high:.4g}]\n"
+    misspelt = CliRunner().invoke(__main__.app, ["compare", "noisefit", "our", "control", "loss"])
+    assert "'our' and 'control' have no common runs with ['loss']" in str(misspelt.exception)
 
 
 def test_a_claim_may_be_about_another_arm_than_the_baseline(tmp_path):

@@ -60,12 +60,20 @@ def compare(
     metrics: Annotated[list[str], Argument(help="Columns of its results.")],
 ) -> None:
     """Print the mean paired difference of two arms over seeds with its 95 % interval, for what no claim asks."""
+    lines = []
     for plan in plans(name):
         study = plan.study()
         for metric in metrics:
             if found := study.difference(arm, metric, against):
                 mean, half = found
-                print(f"{plan.name}: {metric}, {arm} - {against}: {mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]")
+                lines.append(
+                    f"{plan.name}: {metric}, {arm} - {against}: {mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]"
+                )
+    if not lines:
+        raise ValueError(
+            f"{arm!r} and {against!r} have no common runs with {metrics}: docs/results/{name}.md has the names"
+        )
+    print("\n".join(lines))
 
 
 @app.command()
