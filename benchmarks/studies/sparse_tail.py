@@ -219,6 +219,6 @@ CLAIMS = (
     Claim(SPARSE, "time", margin=0.05, higher=False),
 )
 PLANS = (
-    Plan(PRETRAINING, ARMS, EXACT, METRICS, CLAIMS, 3, _runner(PRETRAINING, PRETRAIN)),
+    Plan(PRETRAINING, ARMS, EXACT, METRICS, CLAIMS, 5, _runner(PRETRAINING, PRETRAIN)),
     Plan(FINETUNING, TUNED, EXACT, (*METRICS, "best_loss"), CLAIMS, 3, _runner(FINETUNING, FINETUNE)),
 )
