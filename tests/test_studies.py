@@ -121,3 +121,15 @@ def test_a_larger_budget_has_results_of_its_own(tmp_path, monkeypatch):
     made.execute(plan.Job(tmp_path, budget=2.0))
     assert (tmp_path / "toy/cpu-2/results.json").exists() and not made.study().results
     assert plan.Job(tmp_path, budget=0.5).scaled(7) == 4 and plan.Job(tmp_path, tiny=True).scaled(7, tiny=2) == 2
+
+
+def test_learning_rates_that_were_tried_stand_beside_what_was_decided(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    made = Plan("toy", ("plain",), "plain", ("loss",), (), seeds=1, run=toy)
+    assert "learning rate" not in made.decided()
+    study = plan.tuning("toy", plan.Job(tmp_path / "work"), {"steps": 3})
+    assert study.tuned("plain", (1e-3, 1e-4), lambda rate: 10 * rate) == 1e-3
+    block = made.decided().splitlines()
+    assert block[-3:] == ["| learning rate tried | 0.0001 | 0.001 |", "|---|---:|---:|", "| plain | 0.001 | 0.01 |"]
+    other = plan.tuning("toy", plan.Job(tmp_path / "work", budget=0.5))
+    assert not other.tried and tmp_path / "work" in other.output.parents

@@ -140,12 +140,12 @@ def test_detectors_are_oriented(job):
     assert np.allclose(score, [-raw[text][0] for text in asked])
 
 
-def test_rates_are_tried_once_for_each_objective(job, tmp_path, monkeypatch):
+def test_rates_are_tried_once_for_each_objective(job, monkeypatch):
     tried = []
     monkeypatch.setattr(dxo, "validated", lambda arm, *_, learning_rate: tried.append(arm) or learning_rate)
-    best = dxo.rates(job, tmp_path)
+    best = dxo.rates(job)
     assert set(best.values()) == {max(dxo.RATES)} and set(best) <= set(dxo.TRAINED)
-    assert dxo.rates(job, tmp_path) == best and len(tried) == len(best) * len(dxo.RATES)
+    assert dxo.rates(job) == best and len(tried) == len(best) * len(dxo.RATES)
 
 
 def test_validation_sees_no_test_text(job):

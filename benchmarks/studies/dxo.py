@@ -26,9 +26,8 @@ import hf_xent
 from benchmarks.studies import machine_texts
 from benchmarks.studies.base import train_tokenizer
 from benchmarks.studies.machine_scores import DETECTORS, detector_scores
-from benchmarks.studies.plan import PILOT_SEED, RESULTS, WORK, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent.experiments.claims import Claim
-from hf_xent.experiments.study import Study
 from hf_xent.metrics import ranking
 
 BATCH, UPDATES, SHARE, RATES = 64, 100, 0.8, (1e-4, 3e-4, 6e-4)
@@ -188,9 +187,9 @@ def validated(arm: str, seed: int, job: Job, **options: Any) -> float:
     return ranking.pauc(*joined(scores_of(arm, seed, job, texts, **options)["validation"]), 0.05)
 
 
-def rates(job: Job, output: Path) -> dict[str, float]:
+def rates(job: Job) -> dict[str, float]:
     """Arm -> the learning rate that does best."""
-    study = Study("rates", ("pAUC validation",), BASELINE, output, seeds=1, first_seed=PILOT_SEED)
+    study = tuning("dxo", job)
     tries = {arm: partial(validated, arm, PILOT_SEED, job) for arm in (BASELINE, METHOD, ALONE)}
     return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(learning_rate=rate)) for arm, t in tries.items()}
 
@@ -223,4 +222,4 @@ PLAN = Plan(
 PLANS = (PLAN,)
 
 if __name__ == "__main__":
-    print(rates(Job(WORK / "dxo"), RESULTS / "dxo" / "rates"))
+    print(rates(Job(WORK / "dxo")))

@@ -23,10 +23,9 @@ import hf_xent
 from benchmarks.studies import continuations
 from benchmarks.studies.base import documents, new_model, train_tokenizer
 from benchmarks.studies.continuations import PROMPT, distribution, surface, tempered
-from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
-from hf_xent.experiments.study import Study
 from hf_xent.generation import sampling
 from hf_xent.models import loading
 from hf_xent.patching import head_of
@@ -162,13 +161,13 @@ def fine_tuned(model: Any, arm: str, seed: int, job: Job, options: dict[str, Any
 def rate(arm: str, job: Job) -> float:
     """The learning rate of a loss: least validation loss at the best temperature, in short runs of the pilot's seed."""
     loss, steps = LOSSES[arm], job.scaled(TRIAL_STEPS)
-    tuning = Study("rates", (), "", job.work / f"rates-{steps}", settings={"steps": steps})
+    study = tuning("emo", job, {"steps": steps})
 
     def validated(value: float) -> float:
         model = train("EMO" if loss == "emo" else arm, PILOT_SEED, job, value, steps)
         return min(tempered(model, material(job).validation[:24], t)[0] for t in TEMPERATURES)
 
-    return tuning.tuned(loss, RATES[1:2] if job.tiny else RATES, validated, higher=False)
+    return study.tuned(loss, RATES[1:2] if job.tiny else RATES, validated, higher=False)
 
 
 def trained(arm: str, seed: int, job: Job) -> Any:

@@ -32,11 +32,10 @@ from benchmarks.studies.f2c_measures import (
     votes,
 )  # fmt: skip
 from benchmarks.studies.f2c_when import SEEDS, WHEN, pooled
-from benchmarks.studies.plan import PILOT_SEED, RESULTS, WORK, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent import F2CConfig, F2CTrainer
 from hf_xent.data import PromptFormats
 from hf_xent.experiments.claims import Claim
-from hf_xent.experiments.study import Study
 from hf_xent.metrics.consistency import consistency
 from hf_xent.models import loading
 from hf_xent.trainers.f2c_items import ItemCollator
@@ -272,7 +271,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 def rates() -> None:
     """Print the rate of each arm with the best mean F1 on the pilot's items of two label sets, at the step kept."""
     job = Job(WORK / "f2c")
-    study = Study("rates", ("f1",), UNTRAINED, RESULTS / "f2c-rates", settings={"steps": STEPS, "sets": TUNED_ON})
+    study = tuning(POOLED.name, job, {"steps": STEPS, "sets": TUNED_ON})
     for arm in METHODS:
         tries = partial(run, arm, PILOT_SEED, job)
         print(arm, study.tuned(arm, RATES, lambda rate, t=tries: np.mean([t(name, rate)["f1"] for name in TUNED_ON])))

@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import hf_xent
 from benchmarks.studies import base
 from benchmarks.studies.noisefit_facts import RELATIONS, UNKNOWN, Fact, World, world
-from benchmarks.studies.plan import Job, Plan
+from benchmarks.studies.plan import Job, Plan, tuning
 from hf_xent import NoiseFiTTrainer, XentTrainer
 from hf_xent.experiments.claims import Claim
-from hf_xent.experiments.study import Study
 
 ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "cross-entropy": (XentTrainer, {}),
@@ -200,9 +199,7 @@ def tuned(arm: str, job: Job) -> float:
     if job.tiny:
         return 3e-3
     like = "cross-entropy" if ARMS[arm][0] is XentTrainer else "NoiseFiT, sigma 0"
-    name = f"rates-{job.device}-{job.budget:g}"
-    study = Study(name, (), "", job.work / name, settings=SIZE)
-
+    study = tuning("noisefit", job, SIZE)
     return study.tuned(like, RATES, lambda rate: fine_tune(like, TUNING_SEED, job, rate)["accuracy"])
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -24,10 +23,9 @@ from trl import RewardConfig, RewardTrainer
 import hf_xent
 from benchmarks.studies import naming, naming_models
 from benchmarks.studies.naming_models import Examiner
-from benchmarks.studies.plan import RESULTS, WORK, Job, Plan
+from benchmarks.studies.plan import WORK, Job, Plan, tuning
 from hf_xent.data import Format
 from hf_xent.experiments.claims import Claim
-from hf_xent.experiments.study import Study
 from hf_xent.generation.judging import ModelJudge
 from hf_xent.models.padding import padded
 
@@ -193,9 +191,9 @@ SETTINGS = {"prompts": PROMPTS, "rounds": ROUNDS, "samples a prompt": K, "pairs 
 RATES, TUNING_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), (100, 101)
 
 
-def rates(job: Job, output: Path) -> dict[str, float]:
+def rates(job: Job) -> dict[str, float]:
     """Arm -> the learning rate with the best utility, by the program, as a mean over the seeds of the pilot."""
-    study, best = Study("rates", ("utility",), UNTRAINED, output, settings=SETTINGS), {}
+    study, best = tuning("osp", job, SETTINGS), {}
     for arm in ARMS:
         names = [f"{arm}, seed {seed}" for seed in TUNING_SEEDS]
         for name, seed in zip(names, TUNING_SEEDS, strict=True):
@@ -210,4 +208,4 @@ PLAN = Plan(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    print(rates(Job(WORK / "preferences"), RESULTS / "osp" / "rates"))
+    print(rates(Job(WORK / "preferences")))

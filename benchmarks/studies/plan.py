@@ -11,6 +11,7 @@ which end with <!-- end -->.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class Plan:
                 f" {'higher' if claim.higher else 'lower'} | {claim.margin:g} | {_number(spread)} |"
                 f" {_number(detectable(spread, self.seeds) if spread >= 0 else spread)} |"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + _tried(RESULTS / self.name / "rates"))
 
     def results(self) -> str:
         """The block of the results."""
@@ -146,6 +147,27 @@ class Plan:
                     cells = (_number(values[seed]) if seed in values else "" for seed in seeds)
                     lines.append(f"| {metric}, {arm} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def tuning(name: str, job: Job, settings: dict[str, Any] | None = None) -> Study:
+    """Where rates are tried before a study: beside its results, or in the folder of a job unlike the study's."""
+    usual = (job.budget, job.device, job.tiny) == (1, "cpu", False)
+    output = RESULTS / name / "rates" if usual else job.work / f"rates-{job.device}-{job.budget:g}"
+    return Study("rates", (), "", output, settings=settings or {})
+
+
+def _tried(folder: Path) -> list[str]:
+    """A table of the learning rates that were tried, in lines, after an empty one; none if no rate was."""
+    file = folder / "results.json"
+    if not file.exists():
+        return []
+    tried = json.loads(file.read_text())["tried"]
+    rates = sorted({rate for scores in tried.values() for rate in scores}, key=float)
+    lines = ["", "| learning rate tried | " + " | ".join(f"{float(rate):g}" for rate in rates) + " |"]
+    lines.append("|---" + "|---:" * len(rates) + "|")
+    for name, scores in tried.items():
+        lines.append(f"| {name} | " + " | ".join(_number(scores.get(rate, float("nan"))) for rate in rates) + " |")
+    return lines
 
 
 def core_hours(study: Study) -> float:
