@@ -114,3 +114,13 @@ def test_the_pilot_is_an_eighth():
     assert sparse_tail.PRETRAIN.pilot().steps * 8 == sparse_tail.PRETRAIN.steps
     assert replace(sparse_tail.PRETRAIN, epochs=1) == sparse_tail.PRETRAIN
     assert sparse_tail.PLANS[0].arms == sparse_tail.ARMS and set(sparse_tail.PLANS[1].arms) < set(sparse_tail.ARMS)
+
+
+def test_rates_are_tried_with_both_roundings(tmp_path):
+    job = Job(tmp_path, tiny=True)
+    best = sparse_tail.rates(job)
+    tried = sparse_tail.tuning(sparse_tail.PRETRAINING, job).tried
+    assert set(tried) == {sparse_tail.EXACT, sparse_tail.AGAIN} and set(tried[sparse_tail.EXACT]) == {
+        *sparse_tail.RATES
+    }
+    assert best == min(tried[sparse_tail.EXACT], key=tried[sparse_tail.EXACT].get)

@@ -3,11 +3,14 @@
 Two plans: a GPT-2 with 16,384 tokens pre-trained from nothing, and SmolLM2-135M fine-tuned on the Brown corpus until
 its held-out loss turns. Arms differ in the gradient of the head alone: exact; exact again with another order of sums,
 which shows what rounding alone does to a run; `tail=1e-3`; and the filter of Cut Cross-Entropy.
+
+    python -m benchmarks.studies.sparse_tail     # tries learning rates of pre-training, with the exact gradient
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from time import process_time
 from typing import Any
@@ -20,7 +23,7 @@ from transformers import AutoTokenizer, TrainerCallback, set_seed
 import hf_xent
 from benchmarks.studies import base, tail_probes
 from benchmarks.studies.filters import FilterTrainer
-from benchmarks.studies.plan import PILOT_SEED, Job, Plan
+from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
 
@@ -62,6 +65,7 @@ FINETUNE = Setting(
     steps=96, rows=8, length=128, rate=2e-4, test_rows=80, marks=(0.17, 1 / 3, 2 / 3, 1.0), schedule="constant",
     epochs=3, probes=3,
 )  # fmt: skip
+RATES = (5e-4, 1e-3, 2e-3)
 SIZE = {"n_layer": 2, "n_embd": 128, "n_head": 2}
 
 
@@ -204,6 +208,18 @@ def train(name: str, setting: Setting, arm: str, seed: int, job: Job) -> dict[st
     return found | {"seconds": process_time() - started}
 
 
+def rates(job: Job, seed: int = PILOT_SEED) -> float:
+    """The rate of pre-training with the least loss; tried with both roundings, which shows what rounding does at it."""
+    study, short = tuning(PRETRAINING, job), replace(PRETRAIN, marks=(1.0,))
+
+    def loss(rate: float, arm: str) -> float:
+        setting = replace(short.tiny() if job.tiny else short, rate=rate)
+        return train(PRETRAINING, setting, arm, seed, job)["loss"]
+
+    best = {arm: study.tuned(arm, RATES, partial(loss, arm=arm), higher=False) for arm in (EXACT, AGAIN)}
+    return best[EXACT]
+
+
 def _runner(name: str, setting: Setting) -> Any:
     def run(arm: str, seed: int, job: Job) -> dict[str, float]:
         short = setting.tiny() if job.tiny else setting.pilot() if seed >= PILOT_SEED else setting
@@ -222,3 +238,6 @@ PLANS = (
     Plan(PRETRAINING, ARMS, EXACT, METRICS, CLAIMS, 5, _runner(PRETRAINING, PRETRAIN)),
     Plan(FINETUNING, TUNED, EXACT, (*METRICS, "best_loss"), CLAIMS, 3, _runner(FINETUNING, FINETUNE)),
 )
+
+if __name__ == "__main__":
+    print(rates(Job(WORK / "sparse_tail")))
