@@ -26,6 +26,7 @@ from benchmarks.studies.filters import FilterTrainer
 from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
+from hf_xent.models import loading
 
 EXACT, AGAIN, SPARSE, FILTERED = "exact", "exact, other rounding", "tail 1e-3", "filter 2^-12"
 ARMS = (EXACT, AGAIN, SPARSE, FILTERED)
@@ -164,7 +165,7 @@ def corpus(job: Job, name: str, setting: Setting) -> tuple[Texts, Any]:
 def _tokenizer(job: Job, name: str) -> Any:
     if name == PRETRAINING or job.tiny:
         return AutoTokenizer.from_pretrained(job.work / PRETRAINING)
-    return hf_xent.models.loading.tokenizer_of("smollm2")
+    return loading.tokenizer_of("smollm2")
 
 
 def _tiny_parts() -> dict[str, Dataset]:
@@ -176,7 +177,7 @@ def _model(job: Job, name: str, tokenizer: Any) -> Any:
     if name == PRETRAINING or job.tiny:
         size = {"n_layer": 1, "n_embd": 16, "n_head": 2} if job.tiny else SIZE
         return base.new_model(tokenizer, **size)
-    return hf_xent.models.loading.load("smollm2", dtype="float32")[0]
+    return loading.load("smollm2", dtype="float32")[0]
 
 
 def train(name: str, setting: Setting, arm: str, seed: int, job: Job) -> dict[str, float]:
