@@ -190,7 +190,7 @@ def validated(arm: str, seed: int, job: Job, **options: Any) -> float:
 def rates(job: Job) -> dict[str, float]:
     """Arm -> the learning rate that does best."""
     study = tuning("dxo", job)
-    tries = {arm: partial(validated, arm, PILOT_SEED, job) for arm in (BASELINE, METHOD, ALONE)}
+    tries = {arm: partial(validated, arm, PILOT_SEED, job) for arm in TRAINED}
     return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(learning_rate=rate)) for arm, t in tries.items()}
 
 
