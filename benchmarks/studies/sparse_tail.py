@@ -61,7 +61,7 @@ class Setting:
         return Setting(4, 2, 16, self.rate, 4, (0.5, 1.0), self.schedule, probes=3)
 
 
-PRETRAIN = Setting(steps=320, rows=8, length=256, rate=2e-3, test_rows=100, marks=(0.05, 0.25, 0.5, 1.0))
+PRETRAIN = Setting(steps=320, rows=8, length=256, rate=1e-3, test_rows=100, marks=(0.05, 0.25, 0.5, 1.0))
 FINETUNE = Setting(
     steps=96, rows=8, length=128, rate=2e-4, test_rows=80, marks=(0.17, 1 / 3, 2 / 3, 1.0), schedule="constant",
     epochs=3, probes=3,
@@ -236,7 +236,7 @@ CLAIMS = (
     Claim(SPARSE, "time", margin=0.05, higher=False),
 )
 PLANS = (
-    Plan(PRETRAINING, ARMS, EXACT, METRICS, CLAIMS, 5, _runner(PRETRAINING, PRETRAIN)),
+    Plan(PRETRAINING, ARMS, EXACT, METRICS, CLAIMS, 3, _runner(PRETRAINING, PRETRAIN)),
     Plan(FINETUNING, TUNED, EXACT, (*METRICS, "best_loss"), CLAIMS, 3, _runner(FINETUNING, FINETUNE)),
 )
 
