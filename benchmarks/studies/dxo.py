@@ -30,7 +30,8 @@ from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
 from hf_xent.experiments.claims import Claim
 from hf_xent.metrics import ranking
 
-BATCH, UPDATES, SHARE, RATES = 64, 100, 0.8, (1e-4, 3e-4, 6e-4)
+BATCH, UPDATES, SHARE = 64, 100, 0.8
+RATES, SHUFFLED_RATES = (1e-4, 3e-4, 6e-4), (3e-5, 1e-4, 3e-4)
 BASELINE, METHOD, ALONE, WORDS = "BCE, balanced", "BCE, then tpAUC-KL", "tpAUC-KL", "bag of words"
 LONGER, FACTOR = "BCE, longer", 3  # as most classifiers are trained: shuffled, for a few epochs
 TRAINED: dict[str, dict[str, Any]] = {
@@ -40,8 +41,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     METHOD: {"loss": "tpauc_kl", "warm_start": 0.5},
     ALONE: {"loss": "tpauc_kl"},
 }
-RATE = dict.fromkeys(TRAINED, 3e-4)
-"""Arm -> the learning rate that did best in the pilot, of RATES; those under BCE have one for all."""
+RATE = dict.fromkeys(TRAINED, 3e-4) | {"BCE, weighted": 1e-4}
+"""Arm -> the learning rate that `rates` found to be the best."""
 ARMS = (*TRAINED, WORDS, *DETECTORS)
 KNOWN = tuple(name for name, counts in machine_texts.MACHINES.items() if "train" in counts)
 NEW = tuple(name for name in machine_texts.MACHINES if name not in KNOWN)
@@ -193,7 +194,8 @@ def rates(job: Job) -> dict[str, float]:
     """Arm -> the learning rate that does best."""
     study = tuning("dxo", job)
     tries = {arm: partial(validated, arm, PILOT_SEED, job) for arm in TRAINED}
-    return {arm: study.tuned(arm, RATES, lambda rate, t=t: t(learning_rate=rate)) for arm, t in tries.items()}
+    values = {arm: SHUFFLED_RATES if "sampling_rate" in TRAINED[arm] else RATES for arm in TRAINED}
+    return {arm: study.tuned(arm, values[arm], lambda rate, t=t: t(learning_rate=rate)) for arm, t in tries.items()}
 
 
 def run(arm: str, seed: int, job: Job) -> dict[str, float]:
