@@ -31,7 +31,7 @@ from hf_xent.experiments.claims import Claim
 from hf_xent.metrics import ranking
 
 BATCH, UPDATES, SHARE = 64, 100, 0.8
-RATES, SHUFFLED_RATES = (1e-4, 3e-4, 6e-4), (3e-5, 1e-4, 3e-4)
+RATES, SHUFFLED_RATES = (1e-4, 3e-4, 6e-4), (1e-5, 3e-5, 1e-4)
 BASELINE, METHOD, ALONE, WORDS = "BCE, balanced", "BCE, then tpAUC-KL", "tpAUC-KL", "bag of words"
 LONGER, FACTOR = "BCE, longer", 3  # as most classifiers are trained: shuffled, for a few epochs
 TRAINED: dict[str, dict[str, Any]] = {
