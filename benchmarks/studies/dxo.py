@@ -41,7 +41,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     METHOD: {"loss": "tpauc_kl", "warm_start": 0.5},
     ALONE: {"loss": "tpauc_kl"},
 }
-RATE = dict.fromkeys(TRAINED, 3e-4) | {"BCE, weighted": 1e-4}
+RATE = dict.fromkeys(TRAINED, 3e-4) | {"BCE, weighted": 1e-4, LONGER: 3e-5}
 """Arm -> the learning rate that `rates` found to be the best."""
 ARMS = (*TRAINED, WORDS, *DETECTORS)
 KNOWN = tuple(name for name, counts in machine_texts.MACHINES.items() if "train" in counts)
