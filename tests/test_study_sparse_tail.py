@@ -120,7 +120,6 @@ def test_rates_are_tried_with_both_roundings(tmp_path):
     job = Job(tmp_path, tiny=True)
     best = sparse_tail.rates(job)
     tried = sparse_tail.tuning(sparse_tail.PRETRAINING, job).tried
-    assert set(tried) == {sparse_tail.EXACT, sparse_tail.AGAIN} and set(tried[sparse_tail.EXACT]) == {
-        *sparse_tail.RATES
-    }
-    assert best == min(tried[sparse_tail.EXACT], key=tried[sparse_tail.EXACT].get)
+    exact = tried[sparse_tail.EXACT]
+    assert set(tried) == {sparse_tail.EXACT, sparse_tail.AGAIN} and set(exact) == {*sparse_tail.RATES}
+    assert best == min(exact, key=exact.get)
