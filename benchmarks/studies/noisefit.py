@@ -35,7 +35,7 @@ ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "NoiseFiT, sigma 0.1": (NoiseFiTTrainer, {"noise_std": 0.1}),
 }
 SIZE = {"persons": 32, "epochs": 20, "rows": 32, "dropout": 0.1}
-RATES, TUNING_SEED = (1e-3, 2e-3, 4e-3), 900
+RATES, TUNING_SEED = (5e-4, 1e-3, 2e-3, 4e-3), 900
 METRICS = (
     "accuracy", "consistency", "hallucination", "answered at 90 %", "AUROC", "abstention", "share error", "nll",
     "learned", "divergence", "noise", "rate",
