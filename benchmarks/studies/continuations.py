@@ -171,12 +171,12 @@ def surface(samples: list[list[int]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def tempered(model: Any, blocks: Tensor, temperature: float = 1.0) -> tuple[float, float]:
-    """The mean negative log-likelihood and entropy, in nats, of blocks [B, T] at a temperature."""
+def tempered(model: Any, blocks: Tensor, temperature: float = 1.0, start: int = 1) -> tuple[float, float]:
+    """The mean negative log-likelihood and entropy, in nats, of blocks [B, T] from a position at a temperature."""
     nll = entropy = count = 0.0
     for rows in blocks.split(8):
-        logp = (model(input_ids=rows).logits[:, :-1].float() / temperature).log_softmax(-1)
-        nll -= float(logp.gather(-1, rows[:, 1:, None]).sum())
+        logp = (model(input_ids=rows).logits[:, start - 1 : -1].float() / temperature).log_softmax(-1)
+        nll -= float(logp.gather(-1, rows[:, start:, None]).sum())
         entropy -= float((logp.exp() * logp).sum())
-        count += rows[:, 1:].numel()
+        count += rows[:, start:].numel()
     return nll / count, entropy / count

@@ -1,6 +1,6 @@
 """Is EMO more than another temperature? EMO, TaiLr, MixCE and cross-entropy at equal entropy; docs/results/emo.md.
 
-python -m benchmarks.studies.emo           # the pilot: the arms of the claims, a third of the steps, two seeds
+python -m benchmarks.studies.emo           # the pilot: the arms of the claims, two seeds
 python -m benchmarks.studies run emo       # the study
 """
 
@@ -30,7 +30,7 @@ from hf_xent.generation import sampling
 from hf_xent.models import loading
 from hf_xent.patching import head_of
 
-STEPS, ROWS, BLOCK, TEXTS, JUDGED, GREEDY = 60, 8, 256, 1000, 100, 100
+STEPS, ROWS, BLOCK, TEXTS, JUDGED, GREEDY, OWN = 60, 8, 256, 1000, 100, 100, 200
 LOSSES = {
     "MLE": "cross_entropy",
     "EMO": "emo",
@@ -39,7 +39,7 @@ LOSSES = {
     "TaiLr": "tailr:gamma=0.001, w_min=0.2",
     "MixCE": "mixce:eta=0.3",
 }
-START_RATE, RATES, TRIAL_STEPS, PILOT_STEPS = 1.5e-3, (2.5e-4, 5e-4, 1e-3), 30, 20
+START_RATE, RATES = 1.5e-3, (2.5e-4, 5e-4, 1e-3, 1.5e-3)
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 
 
@@ -63,6 +63,7 @@ ARMS = {
     "MixCE at MLE's entropy": Sampled("MixCE", entropy_of="MLE"),
     "EMO, cost of SmolLM2, at MLE's entropy": Sampled("EMO, cost of SmolLM2", entropy_of="MLE"),
     "EMO, cost shuffled, at MLE's entropy": Sampled("EMO, cost shuffled", entropy_of="MLE"),
+    "MLE at temperature 0.9": Sampled("MLE", temperature=0.9),
     COOLED: Sampled("MLE", temperature=0.8),
     "EMO at the entropy of MLE at 0.8": Sampled("EMO", entropy_of=COOLED),
 }
@@ -127,7 +128,10 @@ def train(arm: str, seed: int, job: Job, rate: float, steps: int) -> Any:
 
 
 def start(job: Job) -> Any:
-    """A fresh copy of the model that all arms start from: that of base.py after an epoch of Brown."""
+    """A fresh copy of the model that all arms start from: that of base.py after an epoch of Brown at a constant rate.
+
+    The rate falls in the steps of each arm, so that cross-entropy still has something to gain there.
+    """
     folder, found = job.work / "start", material(job)
     if not (folder / "config.json").exists():
         if found.base is None:
@@ -135,7 +139,7 @@ def start(job: Job) -> Any:
             model = new_model(found.tokenizer, n_layer=1, n_embd=16, n_head=2, n_positions=PROMPT + continuations.NEW)
         else:
             model = GPT2LMHeadModel.from_pretrained(found.base, dtype=torch.float32)
-        options = {"learning_rate": START_RATE, "lr_scheduler_type": "cosine"} | (
+        options = {"learning_rate": START_RATE, "lr_scheduler_type": "constant_with_warmup"} | (
             {"max_steps": 2} if job.tiny else {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 100}
         )
         fine_tuned(model, "MLE", PILOT_SEED - 1, job, options).save_pretrained(folder)
@@ -159,8 +163,8 @@ def fine_tuned(model: Any, arm: str, seed: int, job: Job, options: dict[str, Any
 
 
 def rate(arm: str, job: Job) -> float:
-    """The learning rate of a loss: least validation loss at the best temperature, in short runs of the pilot's seed."""
-    loss, steps = LOSSES[arm], job.scaled(TRIAL_STEPS)
+    """The learning rate of a loss: least validation loss at the best temperature, in runs of the pilot's seed."""
+    loss, steps = LOSSES[arm], job.scaled(STEPS, tiny=2)
     study = tuning("emo", job, {"steps": steps})
 
     def validated(value: float) -> float:
@@ -172,10 +176,9 @@ def rate(arm: str, job: Job) -> float:
 
 def trained(arm: str, seed: int, job: Job) -> Any:
     """The model of an arm and a seed, in bfloat16 as it is sampled, trained once and kept."""
-    steps = job.scaled(STEPS if seed < PILOT_SEED else PILOT_STEPS, tiny=2)
-    folder = job.work / "models" / f"{steps}-{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
+    folder = job.work / "models" / f"{seed}-{arm.replace(', ', '-').replace(' ', '-')}"
     if not (folder / "config.json").exists():
-        train(arm, seed, job, rate(arm, job), steps).save_pretrained(folder)
+        train(arm, seed, job, rate(arm, job), job.scaled(STEPS, tiny=2)).save_pretrained(folder)
     dtype = torch.float32 if job.tiny else torch.bfloat16
     return GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(job.device).eval()
 
@@ -224,6 +227,9 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     options = {"tokens": continuations.NEW, "seed": seed}
     samples = continuations.sample(model, among.prompts, temperature=temperature, **options)
     metrics = {"temperature": temperature, "perplexity": exp(nll), "entropy": entropy}
+    whole = [before + new for before, new in zip(among.prompts, samples, strict=True) if len(new) == continuations.NEW]
+    rows = torch.tensor(whole[:OWN], device=job.device)
+    metrics["own entropy"] = tempered(model, rows, temperature, PROMPT)[1]
     if arm == source.model:
         greedy = continuations.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
         metrics["greedy rep-4"] = surface(greedy)["rep-4"]
@@ -244,7 +250,7 @@ PLANS = (
         (*ARMS, HUMAN),
         "MLE",
         ("mauve", "mauve c=1", "precision", "recall", "bits", "coherence", "distinct-2", "rep-4", "greedy rep-4",
-         "perplexity", "entropy", "temperature"),
+         "perplexity", "entropy", "own entropy", "temperature"),
         (
             Claim("EMO at MLE's entropy", "mauve c=1", 0.03),
             Claim("EMO at MLE's entropy", "bits", 0.1, higher=False),
@@ -259,7 +265,8 @@ PLANS = (
 
 
 def pilot(job: Job, seeds: int = 2) -> None:
-    """Run the arms of the claims, under the pilot's seeds."""
+    """Run the arms of the claims, under the pilot's seeds; prints the validation loss of the model they start from."""
+    print(f"validation loss of the start: {tempered(start(job).to(job.device), material(job).validation)[0]:.4f}")
     plan = PLANS[0]
     study = plan.study(pilot=True, seeds=seeds)
     claimed = {arm for claim in plan.claims for arm in (claim.arm, claim.against or plan.baseline)}
