@@ -89,8 +89,8 @@ def test_every_arm_runs(tmp_path):
         )
         assert 0 < row["nll"] < 10
     assert len({row["nll"] for row in runs.values()}) == len(runs)
-    assert all(runs[f"NoiseFiT, sigma {sigma}"]["divergence"] > 0 for sigma in ("0", "0.01", "0.03", "0.1"))
-    assert runs["NoiseFiT, sigma 0"]["noise"] == 0 < runs["NoiseFiT, sigma 0.01"]["noise"]
-    ratio = runs["NoiseFiT, sigma 0.1"]["noise"] / runs["NoiseFiT, sigma 0.01"]["noise"]
-    assert ratio == pytest.approx(100, rel=1e-3)  # sigma counts twice
+    assert all(runs[f"NoiseFiT, sigma {sigma}"]["divergence"] > 0 for sigma in ("0", "0.03", "0.06", "0.1"))
+    assert runs["NoiseFiT, sigma 0"]["noise"] == 0 < runs["NoiseFiT, sigma 0.03"]["noise"]
+    ratio = runs["NoiseFiT, sigma 0.1"]["noise"] / runs["NoiseFiT, sigma 0.03"]["noise"]
+    assert ratio == pytest.approx((0.1 / 0.03) ** 2, rel=1e-3)  # sigma counts twice
     assert noisefit.run("cross-entropy", 0, job) == runs["cross-entropy"]

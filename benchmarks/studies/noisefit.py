@@ -30,8 +30,8 @@ ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "NEFTune": (XentTrainer, {"neftune_noise_alpha": 5.0}),
     "R-Drop": (NoiseFiTTrainer, {"method": "rdrop"}),
     "NoiseFiT, sigma 0": (NoiseFiTTrainer, {"noise_std": 0.0}),
-    "NoiseFiT, sigma 0.01": (NoiseFiTTrainer, {"noise_std": 0.01}),
     "NoiseFiT, sigma 0.03": (NoiseFiTTrainer, {"noise_std": 0.03}),
+    "NoiseFiT, sigma 0.06": (NoiseFiTTrainer, {"noise_std": 0.06}),
     "NoiseFiT, sigma 0.1": (NoiseFiTTrainer, {"noise_std": 0.1}),
 }
 SIZE = {"persons": 32, "epochs": 20, "rows": 32, "dropout": 0.1}
@@ -209,10 +209,10 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
 
 
 CLAIMS = (
-    Claim("NoiseFiT, sigma 0.03", "hallucination", 0.05, higher=False),
-    Claim("NoiseFiT, sigma 0.03", "AUROC", 0.03),
-    Claim("NoiseFiT, sigma 0.03", "accuracy", 0.03),
-    Claim("NoiseFiT, sigma 0.03", "hallucination", 0.05, higher=False, against="NoiseFiT, sigma 0"),
+    Claim("NoiseFiT, sigma 0.06", "hallucination", 0.05, higher=False),
+    Claim("NoiseFiT, sigma 0.06", "AUROC", 0.03),
+    Claim("NoiseFiT, sigma 0.06", "accuracy", 0.03),
+    Claim("NoiseFiT, sigma 0.06", "hallucination", 0.05, higher=False, against="NoiseFiT, sigma 0"),
 )
 SETTINGS = SIZE | {"rates": list(RATES), "tuning seed": TUNING_SEED}
 PLANS = (Plan("noisefit", tuple(ARMS), "cross-entropy", METRICS, CLAIMS, 6, run, SETTINGS),)
