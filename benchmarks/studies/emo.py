@@ -1,7 +1,7 @@
 """Is EMO more than another temperature? EMO, TaiLr, MixCE and cross-entropy at equal entropy; docs/results/emo.md.
 
-python -m benchmarks.studies.emo           # the pilot: the arms of the claims, two seeds
-python -m benchmarks.studies run emo       # the study
+python -m benchmarks.studies run emo --pilot --seeds 2
+python -m benchmarks.studies run emo
 """
 
 from __future__ import annotations
@@ -231,6 +231,7 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     rows = torch.tensor(whole[:OWN], device=job.device)
     metrics["own entropy"] = tempered(model, rows, temperature, PROMPT)[1]
     if arm == source.model:
+        metrics["gained"] = tempered(start(job).to(job.device), found.validation)[0] - nll
         greedy = continuations.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
         metrics["greedy rep-4"] = surface(greedy)["rep-4"]
     keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts, samples)
@@ -250,7 +251,7 @@ PLANS = (
         (*ARMS, HUMAN),
         "MLE",
         ("mauve", "mauve c=1", "precision", "recall", "bits", "coherence", "distinct-2", "rep-4", "greedy rep-4",
-         "perplexity", "entropy", "own entropy", "temperature"),
+         "perplexity", "gained", "entropy", "own entropy", "temperature"),
         (
             Claim("EMO at MLE's entropy", "mauve c=1", 0.03),
             Claim("EMO at MLE's entropy", "bits", 0.1, higher=False),
@@ -260,19 +261,7 @@ PLANS = (
         seeds=5,
         run=run,
         settings={"steps": STEPS, "tokens a step": ROWS * BLOCK, "texts": TEXTS, "losses": LOSSES, "rates": RATES},
+        pilot=("MLE", "EMO at MLE's entropy", "EMO, cost shuffled, at MLE's entropy", COOLED,
+               "EMO at the entropy of MLE at 0.8", HUMAN),
     ),
 )  # fmt: skip
-
-
-def pilot(job: Job, seeds: int = 2) -> None:
-    """Run the arms of the claims, under the pilot's seeds; prints the validation loss of the model they start from."""
-    print(f"validation loss of the start: {tempered(start(job).to(job.device), material(job).validation)[0]:.4f}")
-    plan = PLANS[0]
-    study = plan.study(pilot=True, seeds=seeds)
-    claimed = {arm for claim in plan.claims for arm in (claim.arm, claim.against or plan.baseline)}
-    for arm, seed in study.runs([arm for arm in plan.arms if arm in claimed | {HUMAN}]):
-        study.record(arm, seed, **run(arm, seed, job))
-
-
-if __name__ == "__main__":
-    pilot(Job(WORK / "emo"))

@@ -64,6 +64,7 @@ class Plan:
         seeds: How many seeds.
         run: From an arm, a seed and a job to the metrics.
         settings: What all runs share.
+        pilot: The arms of the pilot, which gives the spread of the claims; all by default.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Plan:
     seeds: int
     run: Callable[[str, int, Job], dict[str, float]]
     settings: dict[str, Any] = field(default_factory=dict)
+    pilot: tuple[str, ...] = ()
 
     def study(self, job: Job | None = None, *, pilot: bool = False, seeds: int | None = None) -> Study:
         """The study with the results that it has so far, those of a CPU with a budget of 1 unless a job says more."""
@@ -88,7 +90,7 @@ class Plan:
     ) -> None:
         """Run what has no results yet, and begin no further run after some minutes."""
         study, started = self.study(job, pilot=pilot, seeds=seeds), monotonic()
-        for arm, seed in study.runs(self.arms):
+        for arm, seed in study.runs((self.pilot or self.arms) if pilot else self.arms):
             if monotonic() - started > 60 * minutes:
                 break
             study.record(arm, seed, **self.run(arm, seed, job))
