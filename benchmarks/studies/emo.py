@@ -23,7 +23,7 @@ import hf_xent
 from benchmarks.studies import continuations
 from benchmarks.studies.base import documents, new_model, train_tokenizer
 from benchmarks.studies.continuations import PROMPT, distribution, surface, tempered
-from benchmarks.studies.plan import PILOT_SEED, WORK, Job, Plan, tuning
+from benchmarks.studies.plan import PILOT_SEED, Job, Plan, tuning
 from hf_xent import data
 from hf_xent.experiments.claims import Claim
 from hf_xent.generation import sampling
