@@ -42,6 +42,7 @@ from hf_xent.trainers.f2c_items import ItemCollator
 
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
+CLAIMED = (UNTRAINED, "F2C", "swarm")
 RATE = {"F2C": 1e-4, "CCE alone": 1e-4, "swarm": 1e-4}
 RATES, TUNED_ON = (3e-5, 1e-4), ("topics", "sentiment")
 STEPS, ITEMS, SELECTED = 32, 8, (4, 8, 16, 32)
@@ -252,7 +253,7 @@ def plan_of(name: str) -> Plan:
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"),
     )  # fmt: skip
-    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, SEEDS, partial(run, name=name), SETTINGS)
+    return Plan(f"f2c-{name}", ARMS, UNTRAINED, METRICS, claims, SEEDS, partial(run, name=name), SETTINGS, CLAIMED)
 
 
 POOLED = Plan(
@@ -261,7 +262,7 @@ POOLED = Plan(
         Claim("F2C", "agreement", 0.05), Claim("F2C", "f1", 0.03), Claim("F2C", "new_f1", 0.03),
         Claim("F2C", "f1", 0.03, against="swarm"), Claim("F2C", "last_f1", 0.03),
     ),
-    SEEDS * len(SETS), pooled, SETTINGS,
+    SEEDS * len(SETS), pooled, SETTINGS, CLAIMED,
 )  # fmt: skip
 PLANS = (*(plan_of(name) for name in SETS), POOLED, WHEN)
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

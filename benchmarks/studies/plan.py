@@ -130,11 +130,12 @@ class Plan:
         study, rows = self.study(), []
         for claim in self.claims:
             (low, high), verdict = claim.interval(study), claim.verdict(study)
-            beyond = f" (up to {_number(high)} is possible)" if verdict == UNDECIDED and high == high else ""
+            found = f"{_number((low + high) / 2)} [{_number(low)}, {_number(high)}] | {verdict}"
+            if verdict == UNDECIDED:
+                found = found + f" (up to {_number(high)} is possible)" if high == high else " | not run yet"
             rows.append(
                 f"{prefix}| {claim.arm} against {claim.against or self.baseline}: {claim.metric},"
-                f" {claim.margin:g} or more | {_number((low + high) / 2)} [{_number(low)}, {_number(high)}] |"
-                f" {verdict}{beyond} |"
+                f" {claim.margin:g} or more | {found} |"
             )
         return rows
 
