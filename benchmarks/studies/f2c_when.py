@@ -5,7 +5,6 @@ A run of these plans reads the results of `f2c-continents` and the others, which
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +31,10 @@ def row(name: str, arm: str, seed: int) -> dict[str, float]:
         ValueError: The run has no results yet.
     """
     folder: Path = plan.RESULTS / name / ("pilot" if seed >= PILOT_SEED else "")
-    results = json_results(folder)
-    if seed not in results.get(arm, {}):
+    rows = plan.stored(folder).get("results", {}).get(arm, {})
+    if str(seed) not in rows:
         raise ValueError(f"{folder} has no results of {arm} with seed {seed}: run the plan {name} first")
-    return results[arm][seed]
-
-
-def json_results(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """Arm -> seed -> metrics, of a folder; empty if nothing has run."""
-    file = folder / "results.json"
-    stored = json.loads(file.read_text()) if file.exists() else {"results": {}}
-    return {arm: {int(seed): found for seed, found in rows.items()} for arm, rows in stored["results"].items()}
+    return rows[str(seed)]
 
 
 def pooled(arm: str, seed: int, job: Job) -> dict[str, float]:

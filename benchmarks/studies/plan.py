@@ -159,12 +159,17 @@ def tuning(name: str, job: Job, settings: dict[str, Any] | None = None) -> Study
     return Study("rates", (), "", output, settings=settings or {})
 
 
+def stored(folder: Path) -> dict[str, Any]:
+    """What a results file holds, whatever its settings; nothing if there is none."""
+    file = folder / "results.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def _tried(folder: Path) -> list[str]:
     """A table of the learning rates that were tried, in lines, after an empty one; none if no rate was."""
-    file = folder / "results.json"
-    if not file.exists():
+    tried = stored(folder).get("tried")
+    if not tried:
         return []
-    tried = json.loads(file.read_text())["tried"]
     rates = sorted({rate for scores in tried.values() for rate in scores}, key=float)
     lines = ["", "| learning rate tried | " + " | ".join(f"{float(rate):g}" for rate in rates) + " |"]
     lines.append("|---" + "|---:" * len(rates) + "|")
