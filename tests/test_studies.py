@@ -78,6 +78,20 @@ def toy(arm, seed, job):
     return {"loss": 3.0 + seed % 2 - 0.5 * (arm == "ours")}
 
 
+def test_a_pilot_runs_its_own_arms_among_them_those_of_the_claims(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    claim = Claim("ours", "loss", margin=0.1, higher=False)
+    made = Plan("toy", ("plain", "ours", "other"), "plain", ("loss",), (claim,), 1, toy, pilot=("plain", "ours"))
+    job = plan.Job(tmp_path / "work")
+    made.execute(job, pilot=True)
+    made.execute(job)
+    assert set(made.study(pilot=True).results) == {"plain", "ours"}
+    assert set(made.study().results) == {"plain", "ours", "other"}
+    for found in (found for plans in map(__main__.plans, __main__.STUDIES) for found in plans if found.pilot):
+        claimed = {arm for claim in found.claims for arm in (claim.arm, claim.against or found.baseline)}
+        assert claimed <= set(found.pilot) <= set(found.arms), found.name
+
+
 def test_a_plan_runs_once_and_writes_the_blocks_of_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
     claim = Claim("ours", "loss", margin=0.1, higher=False)

@@ -35,6 +35,10 @@ def test_every_arm_runs_at_its_entropy_and_models_are_trained_once(tmp_path, mon
     assert len(list((tmp_path / "models").iterdir())) == len(emo.LOSSES)
     assert set(json.loads((tmp_path / "rates-cpu-1/results.json").read_text())["tried"]) == set(emo.LOSSES.values())
 
+    assert set(PLAN.pilot) == {
+        *("MLE", "EMO at MLE's entropy", "EMO, cost shuffled, at MLE's entropy", "human"),
+        *("MLE at temperature 0.8", "EMO at the entropy of MLE at 0.8"),
+    }
     monkeypatch.setattr(emo, "train", None)  # nothing is trained again
     again = PLAN.run("EMO", 0, job)
     assert again == rows["EMO"]

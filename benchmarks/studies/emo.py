@@ -146,6 +146,12 @@ def start(job: Job) -> Any:
     return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
 
 
+@cache
+def loss_of_start(job: Job) -> float:
+    """The validation loss of the model that all arms start from."""
+    return tempered(start(job).to(job.device), material(job).validation)[0]
+
+
 def fine_tuned(model: Any, arm: str, seed: int, job: Job, options: dict[str, Any]) -> Any:
     """The model after training, which goes on from a checkpoint if the options keep some."""
     shared = {
@@ -231,7 +237,7 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     rows = torch.tensor(whole[:OWN], device=job.device)
     metrics["own entropy"] = tempered(model, rows, temperature, PROMPT)[1]
     if arm == source.model:
-        metrics["gained"] = tempered(start(job).to(job.device), found.validation)[0] - nll
+        metrics["gained"] = loss_of_start(job) - nll
         greedy = continuations.sample(model, among.prompts[: job.scaled(GREEDY, tiny=4)], temperature=0.0, **options)
         metrics["greedy rep-4"] = surface(greedy)["rep-4"]
     keep(job.work / "texts" / f"{seed}-{arm}.txt", found.tokenizer, among.prompts, samples)
