@@ -7,8 +7,8 @@ memory    `hf_xent.planning` on fake tensors: a step of the recipe's micro batch
 time      seconds of one core, of one true block of the size, forward and backward, and of one true optimizer step
           of its weights; a step is estimated from that as  tokens x (layers x block + head) + optimizer, where the
           head is taken to cost what a block does for each parameter. An estimate.
-removal   GPT-2 small alone is trained, in true size, to its first removal, at the recipe's 20th step, with shorter
-          and fewer sequences.
+removal   every size is trained, in true size, to its first removal, at the recipe's step, with shorter and fewer
+          sequences.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from hf_xent.trainers.ln_recipes import RECIPES
 
 SHAPES = {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 """Size -> layers, width, heads: those of the published checkpoints."""
-OPTIMIZERS = {"gpt2": "adamw_torch", "gpt2-medium": "adafactor"}
-"""Size that is trained to its first removal -> optimizer; AdamW's state of the second takes more than 2.5 GB."""
+OPTIMIZERS = {"gpt2": "adamw_torch"} | dict.fromkeys(("gpt2-medium", "gpt2-large", "gpt2-xl"), "adafactor")
+"""Size -> optimizer on the way to the first removal; the state of AdamW takes as much memory as the model twice."""
 CONTEXT, TIMED = 1024, 256
 """Tokens of a sequence of the recipes, and of the timed one."""
 
@@ -91,9 +91,11 @@ def step_time(size: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def to_first_removal(size: str, steps: int = 22, length: int = 128) -> dict[str, Any]:
+def to_first_removal(size: str, length: int = 128) -> dict[str, Any]:
     """A size from random weights, trained by its recipe to the step after the first removal."""
     torch.manual_seed(0)
+    schedule = ln_free.Schedule(ln_free.Schedule.named(size).events[:1])
+    steps = schedule.events[0][0] + 2
     model = GPT2LMHeadModel(config_of(size)).bfloat16()
     ids = torch.randint(0, 1000, (steps, length)).tolist()
     changes = {
@@ -103,7 +105,6 @@ def to_first_removal(size: str, steps: int = 22, length: int = 128) -> dict[str,
         "schedule": "scaled",
     }  # fmt: skip
     config = RECIPES[size].config(mkdtemp(), **changes)
-    schedule = ln_free.Schedule(ln_free.Schedule.named(size).events[:1])
     start = process_time()
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     trainer = hf_xent.LNRemovalTrainer(model, config, schedule=schedule, train_dataset=rows)
@@ -119,17 +120,15 @@ def to_first_removal(size: str, steps: int = 22, length: int = 128) -> dict[str,
 
 
 def main(output: Annotated[Path, typer.Argument(help="The folder of sizes.json.")]) -> None:
-    """Estimates all sizes, and trains the two smaller ones to their first removal."""
+    """Estimates all sizes, and trains each to its first removal."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "sizes.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     for size in SHAPES:
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "memory": partial(memory, size), "checkpointed": partial(memory, size, gradient_checkpointing=True),
-            "time": partial(step_time, size),
+            "time": partial(step_time, size), "removal": partial(to_first_removal, size),
         }  # fmt: skip
-        if size in OPTIMIZERS:
-            parts["removal"] = partial(to_first_removal, size)
         for name, part in parts.items():
             if name not in found.setdefault(size, {}):
                 found[size][name] = part()
