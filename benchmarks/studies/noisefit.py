@@ -2,6 +2,8 @@
 
 Facts about invented persons (noisefit_facts.py) are fine-tuned into the GPT-2 of base.py, all of its weights. The model
 is asked in templates that training does not have, about persons with facts, with contradictory facts, and absent ones.
+
+    python -m benchmarks.studies.noisefit 0.08 0.09     # tries sigmas, on the persons on which rates are tried
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -20,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import hf_xent
 from benchmarks.studies import base
 from benchmarks.studies.noisefit_facts import RELATIONS, UNKNOWN, Fact, World, world
-from benchmarks.studies.plan import Job, Plan, tuning
+from benchmarks.studies.plan import WORK, Job, Plan, tuning
 from hf_xent import NoiseFiTTrainer, XentTrainer
 from hf_xent.experiments.claims import Claim
 
@@ -31,10 +34,10 @@ ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "cross-entropy, dropout": (XentTrainer, {}),
     "R-Drop, dropout": (NoiseFiTTrainer, {"method": "rdrop"}),
     "NoiseFiT, dropout instead of noise": (NoiseFiTTrainer, {"noise_std": 0.0}),
-    "NoiseFiT, sigma 0.03": (NoiseFiTTrainer, {"noise_std": 0.03}),
     "NoiseFiT, sigma 0.06": (NoiseFiTTrainer, {"noise_std": 0.06}),
-    "NoiseFiT, sigma 0.1": (NoiseFiTTrainer, {"noise_std": 0.1}),
+    "NoiseFiT, sigma 0.09": (NoiseFiTTrainer, {"noise_std": 0.09}),
 }
+CLAIMED, WEAK, CONTROL = "NoiseFiT, sigma 0.09", "NoiseFiT, sigma 0.06", "NoiseFiT, dropout instead of noise"
 SIZE = {"persons": 32, "epochs": 20, "rows": 32, "dropout of arms that have it": 0.1}
 RATES, TUNING_SEED = (2.5e-4, 5e-4, 1e-3, 2e-3), 900
 METRICS = (
@@ -203,7 +206,7 @@ def tuned(arm: str, job: Job) -> float:
         return 3e-3
     several, dropout = ARMS[arm][0] is NoiseFiTTrainer, "dropout" in arm
     kinds = {(False, False): "cross-entropy", (False, True): "cross-entropy, dropout",
-             (True, False): CLAIMED, (True, True): CONTROL}  # fmt: skip
+             (True, False): WEAK, (True, True): CONTROL}  # fmt: skip
     like = kinds[several, dropout]
     study = tuning("noisefit", job, SIZE)
     return study.tuned(like, RATES, lambda rate: fine_tune(like, TUNING_SEED, job, rate)["accuracy"])
@@ -214,7 +217,6 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
     return fine_tune(arm, seed, job, tuned(arm, job))
 
 
-CLAIMED, CONTROL = "NoiseFiT, sigma 0.06", "NoiseFiT, dropout instead of noise"
 CLAIMS = (
     Claim(CLAIMED, "hallucination", 0.05, higher=False),
     Claim(CLAIMED, "AUROC", 0.03),
@@ -225,6 +227,22 @@ SETTINGS = SIZE | {"rates": list(RATES), "tuning seed": TUNING_SEED}
 PLANS = (
     Plan(
         "noisefit", tuple(ARMS), "cross-entropy", METRICS, CLAIMS, 6, run, SETTINGS,
-        pilot=("cross-entropy", CONTROL, CLAIMED, "NoiseFiT, sigma 0.1"),
+        pilot=("cross-entropy", CONTROL, CLAIMED),
     ),
 )  # fmt: skip
+
+
+def main(sigmas: Annotated[list[float], typer.Argument(help="Values of sigma, such as 0.09.")]) -> None:
+    """Tries sigmas at the rate of NoiseFiT: what is learned, and how far the noisy passes are from the clean one."""
+    job = Job(WORK / "noisefit")
+    rate = tuned(WEAK, job)
+    for sigma in sigmas:
+        arm = f"NoiseFiT, sigma {sigma:g}"
+        ARMS.setdefault(arm, (NoiseFiTTrainer, {"noise_std": sigma}))
+        found = fine_tune(arm, TUNING_SEED, job, rate)
+        names = ("learned", "accuracy", "noise", "mean divergence", "divergence")
+        print(f"sigma {sigma:g}:", ", ".join(f"{name} {found[name]:.3g}" for name in names), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
