@@ -226,7 +226,7 @@ CLAIMS = (
 SETTINGS = SIZE | {"rates": list(RATES), "tuning seed": TUNING_SEED}
 PLANS = (
     Plan(
-        "noisefit", tuple(ARMS), "cross-entropy", METRICS, CLAIMS, 6, run, SETTINGS,
+        "noisefit", tuple(ARMS), "cross-entropy", METRICS, CLAIMS, 8, run, SETTINGS,
         pilot=("cross-entropy", CONTROL, CLAIMED),
     ),
 )  # fmt: skip
