@@ -97,7 +97,7 @@ def test_a_plan_runs_once_and_writes_the_blocks_of_its_page(tmp_path, monkeypatc
     claim = Claim("ours", "loss", margin=0.1, higher=False)
     made = Plan("toy", ("plain", "ours"), "plain", ("loss",), (claim,), seeds=3, run=toy)
     job = plan.Job(tmp_path / "work")
-    made.execute(job, pilot=True, seeds=2)
+    made.execute(job, pilot=True, seeds=range(2))
     made.execute(job)
     stored = (tmp_path / "toy/results.json").read_text()
     made.execute(job)
@@ -127,6 +127,23 @@ def test_a_study_stops_in_time_and_goes_on(tmp_path, monkeypatch):
     assert not made.study().results
     made.execute(plan.Job(tmp_path))
     assert {arm: len(rows) for arm, rows in made.study().results.items()} == {"plain": 2, "ours": 2}
+
+
+def test_processes_share_the_seeds_of_a_study(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    made = Plan("toy", ("plain", "ours"), "plain", ("loss",), (), seeds=4, run=toy)
+    made.execute(plan.Job(tmp_path), seeds=__main__.chosen_seeds("3:4"))
+    made.execute(plan.Job(tmp_path), seeds=__main__.chosen_seeds("1:3"))
+    assert sorted(made.study().values("ours", "loss")) == [1, 2, 3]
+    made.execute(plan.Job(tmp_path), pilot=True, seeds=__main__.chosen_seeds("1:2"))
+    assert sorted(made.study(pilot=True).values("ours", "loss")) == [101]
+    assert __main__.chosen_seeds("3") == range(3) and __main__.chosen_seeds("") is None
+
+
+@pytest.mark.parametrize("text", ["0", "3:3", "4:2", "x", "-1", "1:", "1:2:3"])
+def test_seeds_that_name_none_are_refused(text):
+    with pytest.raises(ValueError, match=rf"seeds is '{text}': give a number of seeds, such as 3, or"):
+        __main__.chosen_seeds(text)
 
 
 def test_a_larger_budget_has_results_of_its_own(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Comparisons over seeds: intervals against SciPy's paired test, and runs that resume."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,6 +61,32 @@ def test_finished_runs_are_not_done_again(tmp_path):
     again = study(tmp_path)
     assert list(again.runs(VALUES)) == [(arm, seed) for seed in (2, 3) for arm in VALUES]
     assert again.results == first.results
+
+
+def test_processes_that_share_a_folder_lose_no_result(tmp_path):
+    """Each has objects of its own, as processes do; the lock is of the file."""
+
+    def work(first):
+        made = study(tmp_path, first_seed=first, seeds=10)
+        for arm, seed in made.runs(("ours",)):
+            made.record(arm, seed, loss=seed)
+            made.tuned("ours", (seed,), float)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(0, 40, 10)))
+    found = study(tmp_path)
+    assert found.values("ours", "loss") == {seed: float(seed) for seed in range(40)}
+    assert len(found.tried["ours"]) == len(found.cost["ours"]) == 40
+
+
+def test_what_another_process_has_run_is_not_run_again(tmp_path):
+    made, asked = study(tmp_path), []
+    for arm, seed in made.runs(VALUES):
+        asked.append((arm, seed))
+        if len(asked) == 1:
+            study(tmp_path).record("ours", 0, loss=1.0)
+        made.record(arm, seed, loss=2.0)
+    assert len(asked) == 7 and ("ours", 0) not in asked and made.results["ours"][0] == {"loss": 1.0}
 
 
 def test_results_of_other_settings_are_refused(tmp_path):

@@ -25,6 +25,11 @@ def test_persons_of_groups_differ_and_the_absent_are_in_no_row():
     assert tested.isdisjoint(template for relation in RELATIONS for template in relation.taught)
 
 
+def test_every_seed_has_its_persons():
+    worlds = [world(seed, 32) for seed in range(60)]
+    assert all(len({fact.person for fact in made.new}) == 48 for made in worlds)
+
+
 def test_rows_have_the_shares_that_are_taught():
     made = world(5, 32)
     rows = made.rows()

@@ -33,12 +33,26 @@ def plans(name: str) -> tuple[Plan, ...]:
     return found
 
 
+def chosen_seeds(text: str) -> range | None:
+    """The seeds that an option names, '3' or '4:8'; None for all.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not text:
+        return None
+    first, _, end = text.rpartition(":")
+    if not (end.isdigit() and (first or "0").isdigit() and int(first or 0) < int(end)):
+        raise ValueError(f"seeds is {text!r}: give a number of seeds, such as 3, or the first and the end, such as 4:8")
+    return range(int(first or 0), int(end))
+
+
 @app.command()
 def run(
     name: Name,
     part: Annotated[str, Option(help="Only this one of its parts, such as 'membership-chinese'.")] = "",
     pilot: Annotated[bool, Option(help="Run the pilot, with other seeds.")] = False,
-    seeds: Annotated[int, Option(help="Number of seeds; 0 for those that were planned.")] = 0,
+    seeds: Annotated[str, Option(help="How many, or which ('4:8') beside other processes; all by default.")] = "",
     device: Annotated[str, Option(help="'cpu' or 'cuda'.")] = "cpu",
     budget: Annotated[float, Option(help="A factor on steps, tokens and texts.")] = 1.0,
     minutes: Annotated[float, Option(help="Begin no further run after so many minutes.")] = float("inf"),
@@ -49,7 +63,7 @@ def run(
         raise ValueError(f"part is {part!r}: choose from {', '.join(plan.name for plan in plans(name))}")
     job, end = Job(WORK / name, device=device, budget=budget), monotonic() + 60 * minutes
     for plan in chosen:
-        plan.execute(job, pilot=pilot, seeds=seeds or None, minutes=(end - monotonic()) / 60)
+        plan.execute(job, pilot=pilot, seeds=chosen_seeds(seeds), minutes=(end - monotonic()) / 60)
 
 
 @app.command()

@@ -114,6 +114,9 @@ def world(seed: int, persons: int) -> World:
     known, contradicted = names(surnames[:half]), names(surnames[half : half + 2 * eighth])
     unknown = names(surnames[half + 2 * eighth :]) + names(draw.sample(surnames[: half + 2 * eighth], eighth))
     namesakes = names(surnames[:half] * 3)
-    new = names([draw.choice(NEW_LAST) for _ in namesakes], NEW_FIRST)
+    last = NEW_LAST[:1] * len(namesakes)
+    while max(map(last.count, last)) > len(NEW_FIRST):  # more persons of one surname than there are first names
+        last = [draw.choice(NEW_LAST) for _ in namesakes]
+    new = names(last, NEW_FIRST)
     return World(facts(known, 1), facts(contradicted, 2), facts(unknown, 0), facts(namesakes, 0),
                  facts(new, 0))  # fmt: skip

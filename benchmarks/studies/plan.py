@@ -77,16 +77,17 @@ class Plan:
     settings: dict[str, Any] = field(default_factory=dict)
     pilot: tuple[str, ...] = ()
 
-    def study(self, job: Job | None = None, *, pilot: bool = False, seeds: int | None = None) -> Study:
+    def study(self, job: Job | None = None, *, pilot: bool = False, seeds: range | None = None) -> Study:
         """The study with the results that it has so far, those of a CPU with a budget of 1 unless a job says more."""
         output, settings = RESULTS / self.name / ("pilot" if pilot else ""), dict(self.settings)
         if job is not None and (job.budget, job.device) != (1, "cpu"):
             output, settings = output / f"{job.device}-{job.budget:g}", settings | {"budget": job.budget}
-        options = {"seeds": seeds or self.seeds, "settings": settings, "first_seed": PILOT_SEED if pilot else 0}
+        chosen, first = seeds or range(self.seeds), PILOT_SEED if pilot else 0
+        options = {"seeds": len(chosen), "settings": settings, "first_seed": first + chosen.start}
         return Study(self.name, self.metrics, self.baseline, output, **options)
 
     def execute(
-        self, job: Job, *, pilot: bool = False, seeds: int | None = None, minutes: float = float("inf")
+        self, job: Job, *, pilot: bool = False, seeds: range | None = None, minutes: float = float("inf")
     ) -> None:
         """Run what has no results yet, and begin no further run after some minutes."""
         study, started = self.study(job, pilot=pilot, seeds=seeds), monotonic()

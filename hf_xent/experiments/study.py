@@ -12,6 +12,8 @@ Every arm runs with the same seeds, so differences to the baseline are taken see
 
 which is wide for three seeds. It covers what the seed determines (data, order, noise), nothing else. What a study is to
 decide, and how small a difference it can find, is in claims.py.
+
+Several processes may share a study's folder, each with its own `first_seed`: what one records, the others keep.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
@@ -26,6 +29,7 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from huggingface_hub import ModelCardData
 from rich.console import Console
 from rich.progress import track
@@ -70,6 +74,10 @@ class Study:
     def __post_init__(self) -> None:
         self.output = Path(self.output)
         self._spent = sum(os.times()[:4])
+        self._read()
+
+    def _read(self) -> None:
+        """Takes the results on disk in place of those in memory, which are a part of them."""
         if not self.file.exists():
             return
         try:
@@ -93,6 +101,17 @@ class Study:
         """The file of the results; it is written again after every run."""
         return self.output / "results.json"
 
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        """Around a change of the results, which is written; no other process writes in between."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.output / ".results.lock"):
+            self._read()
+            yield
+            stored = {"settings": self.settings, "results": self.results, "cost": self.cost}
+            text = json.dumps(stored | ({"tried": self.tried} if self.tried else {}), indent=1)
+            replace_atomically(self.file, lambda draft: draft.write_text(text))
+
     def runs(self, arms: Iterable[str]) -> Iterator[tuple[str, int]]:
         """The runs that have no results yet, behind a progress bar on standard error.
 
@@ -104,9 +123,11 @@ class Study:
         """
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         todo = [(arm, seed) for seed in seeds for arm in arms if seed not in self.results.get(arm, {})]
-        for run in track(todo, description=self.name, console=Console(stderr=True)):
-            self._spent = sum(os.times()[:4])
-            yield run
+        for arm, seed in track(todo, description=self.name, console=Console(stderr=True)):
+            self._read()
+            if seed not in self.results.get(arm, {}):  # no other process has run it in the meantime
+                self._spent = sum(os.times()[:4])
+                yield arm, seed
 
     def record(self, arm: str, seed: int, **metrics: float) -> None:
         """Keep the numbers of one run, in `results` and on disk.
@@ -116,10 +137,10 @@ class Study:
             seed: The seed it was run with; an earlier result of this arm and seed is replaced.
             metrics: Metric -> number.
         """
-        self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
         started, self._spent = self._spent, sum(os.times()[:4])
-        self.cost.setdefault(arm, {})[seed] = round(self._spent - started, 2)
-        self._write()
+        with self._changed():
+            self.results.setdefault(arm, {})[seed] = {name: float(value) for name, value in metrics.items()}
+            self.cost.setdefault(arm, {})[seed] = round(self._spent - started, 2)
 
     def tuned(self, arm: str, values: Iterable[float], run: Callable[[float], float], *, higher: bool = True) -> float:
         """The value of an option, such as the learning rate, under which an arm does best on validation rows.
@@ -141,17 +162,13 @@ class Study:
         values = [float(value) for value in values]
         for value in values:
             if value not in self.tried.get(arm, {}):
-                self.tried.setdefault(arm, {})[value] = float(run(value))
-                self._write()
+                score = float(run(value))
+                with self._changed():
+                    self.tried.setdefault(arm, {})[value] = score
         scores = {value: self.tried[arm][value] for value in values if not isnan(self.tried[arm][value])}
         if not scores:
             raise ValueError(f"values is {values}, of which none has a metric for {arm!r}: try smaller ones")
         return (max if higher else min)(scores, key=scores.__getitem__)
-
-    def _write(self) -> None:
-        stored = {"settings": self.settings, "results": self.results, "cost": self.cost}
-        text = json.dumps(stored | ({"tried": self.tried} if self.tried else {}), indent=1)
-        replace_atomically(self.file, lambda draft: draft.write_text(text))
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """Seed -> the value of a metric for an arm; empty if the arm does not have the metric."""
