@@ -1,9 +1,8 @@
 """NoiseFiT: does agreement of noisy passes keep a model from confident wrong answers about what it was not taught?
 
-Facts about invented persons (noisefit_facts.py) are fine-tuned into the GPT-2 of base.py, all of its weights. The model
-is asked in templates that training does not have, about persons with facts, with contradictory facts, and absent ones.
-
-    python -m benchmarks.studies.noisefit 0.08 0.09     # tries sigmas, on the persons on which rates are tried
+Facts about invented persons (noisefit_facts.py) are fine-tuned into the GPT-2 of base.py, without its lower layers.
+The model is asked in templates that training does not have, about persons with facts, with contradictory facts, and
+absent ones.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import combinations
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -23,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import hf_xent
 from benchmarks.studies import base
 from benchmarks.studies.noisefit_facts import RELATIONS, UNKNOWN, Fact, World, world
-from benchmarks.studies.plan import WORK, Job, Plan, tuning
+from benchmarks.studies.plan import Job, Plan, tuning
 from hf_xent import NoiseFiTTrainer, XentTrainer
 from hf_xent.experiments.claims import Claim
 
@@ -34,12 +32,13 @@ ARMS: dict[str, tuple[type[XentTrainer], dict[str, Any]]] = {
     "cross-entropy, dropout": (XentTrainer, {}),
     "R-Drop, dropout": (NoiseFiTTrainer, {"method": "rdrop"}),
     "NoiseFiT, dropout instead of noise": (NoiseFiTTrainer, {"noise_std": 0.0}),
-    "NoiseFiT, sigma 0.06": (NoiseFiTTrainer, {"noise_std": 0.06}),
-    "NoiseFiT, sigma 0.09": (NoiseFiTTrainer, {"noise_std": 0.09}),
+    "NoiseFiT, sigma 0.1": (NoiseFiTTrainer, {"noise_std": 0.1}),
+    "NoiseFiT, sigma 0.15": (NoiseFiTTrainer, {"noise_std": 0.15}),
+    "NoiseFiT, sigma 0.2": (NoiseFiTTrainer, {"noise_std": 0.2}),
 }
-CLAIMED, WEAK, CONTROL = "NoiseFiT, sigma 0.09", "NoiseFiT, sigma 0.06", "NoiseFiT, dropout instead of noise"
-SIZE = {"persons": 32, "epochs": 20, "rows": 32, "dropout of arms that have it": 0.1}
-RATES, TUNING_SEED = (2.5e-4, 5e-4, 1e-3, 2e-3), 900
+CLAIMED, CONTROL = "NoiseFiT, sigma 0.15", "NoiseFiT, dropout instead of noise"
+SIZE = {"persons": 32, "epochs": 20, "rows": 32, "frozen layers": 3, "dropout of arms that have it": 0.1}
+RATES, TUNING_SEED = (5e-4, 1e-3, 2e-3), 900
 METRICS = (
     "accuracy", "consistency", "hallucination", "answered at 90 %", "AUROC", "abstention", "share error", "nll",
     "learned", "divergence", "mean divergence", "noise", "rate",
@@ -52,7 +51,7 @@ def load(job: Job, words: list[str], dropout: float) -> tuple[Any, Any]:
     rates = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     if job.tiny:
         tokenizer = base.train_tokenizer(words, vocabulary=700)
-        return base.new_model(tokenizer, n_layer=3, n_embd=48, n_head=4, **rates), tokenizer
+        return base.new_model(tokenizer, n_layer=4, n_embd=48, n_head=4, **rates), tokenizer
     return AutoModelForCausalLM.from_pretrained(job.base, **rates), AutoTokenizer.from_pretrained(job.base)
 
 
@@ -79,6 +78,7 @@ def fine_tune(arm: str, seed: int, job: Job, rate: float) -> dict[str, float]:
     made = world(seed, 8 if job.tiny else SIZE["persons"])
     dropout = SIZE["dropout of arms that have it"] if "dropout" in arm else 0.0
     model, tokenizer = load(job, [f"{q} {a}" for q, a in made.rows()] * 2, dropout)
+    model.transformer.h[: SIZE["frozen layers"]].requires_grad_(False)  # those that get noise; else it grows with them
     kind, options = ARMS[arm]
     config = kind.config_class(
         output_dir=str(job.work / "run"), num_train_epochs=job.scaled(SIZE["epochs"]),
@@ -206,7 +206,7 @@ def tuned(arm: str, job: Job) -> float:
         return 3e-3
     several, dropout = ARMS[arm][0] is NoiseFiTTrainer, "dropout" in arm
     kinds = {(False, False): "cross-entropy", (False, True): "cross-entropy, dropout",
-             (True, False): WEAK, (True, True): CONTROL}  # fmt: skip
+             (True, False): CLAIMED, (True, True): CONTROL}  # fmt: skip
     like = kinds[several, dropout]
     study = tuning("noisefit", job, SIZE)
     return study.tuned(like, RATES, lambda rate: fine_tune(like, TUNING_SEED, job, rate)["accuracy"])
@@ -230,19 +230,3 @@ PLANS = (
         pilot=("cross-entropy", CONTROL, CLAIMED),
     ),
 )  # fmt: skip
-
-
-def main(sigmas: Annotated[list[float], typer.Argument(help="Values of sigma, such as 0.09.")]) -> None:
-    """Tries sigmas at the rate of NoiseFiT: what is learned, and how far the noisy passes are from the clean one."""
-    job = Job(WORK / "noisefit")
-    rate = tuned(WEAK, job)
-    for sigma in sigmas:
-        arm = f"NoiseFiT, sigma {sigma:g}"
-        ARMS.setdefault(arm, (NoiseFiTTrainer, {"noise_std": sigma}))
-        found = fine_tune(arm, TUNING_SEED, job, rate)
-        names = ("learned", "accuracy", "noise", "mean divergence", "divergence")
-        print(f"sigma {sigma:g}:", ", ".join(f"{name} {found[name]:.3g}" for name in names), flush=True)
-
-
-if __name__ == "__main__":
-    typer.run(main)

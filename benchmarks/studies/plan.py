@@ -46,6 +46,11 @@ class Job:
     budget: float = 1.0
     tiny: bool = False
 
+    @property
+    def variant(self) -> str:
+        """The name of results unlike those of the study, which have a CPU and a budget of 1; '' for those."""
+        return "" if (self.budget, self.device) == (1, "cpu") else f"{self.device}-{self.budget:g}"
+
     def scaled(self, count: int, tiny: int = 1) -> int:
         """A number of steps, tokens or texts under the budget."""
         return tiny if self.tiny else max(1, round(count * self.budget))
@@ -80,8 +85,8 @@ class Plan:
     def study(self, job: Job | None = None, *, pilot: bool = False, seeds: range | None = None) -> Study:
         """The study with the results that it has so far, those of a CPU with a budget of 1 unless a job says more."""
         output, settings = RESULTS / self.name / ("pilot" if pilot else ""), dict(self.settings)
-        if job is not None and (job.budget, job.device) != (1, "cpu"):
-            output, settings = output / f"{job.device}-{job.budget:g}", settings | {"budget": job.budget}
+        if job is not None and job.variant:
+            output, settings = output / job.variant, settings | {"budget": job.budget}
         chosen, first = seeds or range(self.seeds), PILOT_SEED if pilot else 0
         options = {"seeds": len(chosen), "settings": settings, "first_seed": first + chosen.start}
         return Study(self.name, self.metrics, self.baseline, output, **options)
@@ -155,8 +160,8 @@ class Plan:
 
 def tuning(name: str, job: Job, settings: dict[str, Any] | None = None) -> Study:
     """Where rates are tried before a study: beside its results, or in the folder of a job unlike the study's."""
-    usual = (job.budget, job.device, job.tiny) == (1, "cpu", False)
-    output = RESULTS / name / "rates" if usual else job.work / f"rates-{job.device}-{job.budget:g}"
+    unlike = job.variant or ("tiny" if job.tiny else "")
+    output = job.work / f"rates-{unlike}" if unlike else RESULTS / name / "rates"
     return Study("rates", (), "", output, settings=settings or {})
 
 
