@@ -95,7 +95,7 @@ def test_every_arm_runs(tmp_path):
         assert 0 < row["nll"] < 10
     others = [row["nll"] for arm, row in runs.items() if "sigma" not in arm]  # the noise is too small to tell here
     assert len(set(others)) == len(others) == 6
-    assert all(runs[f"NoiseFiT, sigma {sigma}"]["mean divergence"] > 0 for sigma in ("0.1", "0.15", "0.2"))
+    assert all(runs[f"NoiseFiT, sigma {sigma}"]["mean divergence"] > 0 for sigma in ("0.1", "0.2"))
     assert runs[noisefit.CONTROL]["noise"] == 0 < runs[noisefit.CONTROL]["mean divergence"]  # dropout is on
     ratio = runs["NoiseFiT, sigma 0.2"]["noise"] / runs["NoiseFiT, sigma 0.1"]["noise"]
     assert ratio == pytest.approx(2**2, rel=1e-3)  # sigma counts twice
