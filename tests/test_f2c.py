@@ -452,11 +452,11 @@ def test_rows_that_are_no_items_are_refused(tmp_path, rows):
         collate([{"prompts": [[5], [6]], "answers": [[[7], []], [[7], [8]]]}])
 
 
-def test_sequences_with_the_same_input_share_a_forward():
+def test_sequences_with_the_same_input_share_a_forward(tmp_path):
     model = tiny("llama")
     rows = [{"prompts": [[5, 6, 7], [8, 9]], "answers": [[[11], [12], [13]], [[21, 22], [21, 23], [24, 25, 26]]]}]
     batch = PromptFormats.collate(rows)
-    trainer = F2CTrainer(model, F2CConfig(output_dir="unused", report_to="none", use_cpu=True))
+    trainer = F2CTrainer(model, F2CConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True))
     seen = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True

@@ -199,13 +199,13 @@ def separation(known: Tensor, absent: Tensor) -> dict[str, float]:
 def tuned(arm: str, job: Job) -> float:
     """The learning rate with the best accuracy, on persons of a seed of its own.
 
-    Each of four kinds of arms, of one pass or of several, with dropout or without, shares the rate of one of them.
+    NoiseFiT has a rate for each sigma; the other arms of one pass or of several, with dropout or without, share one.
     """
     if job.tiny:
         return 3e-3
     several, dropout = ARMS[arm][0] is NoiseFiTTrainer, "dropout" in arm
     kinds = {(False, False): "cross-entropy", (False, True): "cross-entropy, dropout",
-             (True, False): CLAIMED, (True, True): CONTROL}  # fmt: skip
+             (True, False): arm, (True, True): CONTROL}  # fmt: skip
     like = kinds[several, dropout]
     study = tuning("noisefit", job, SIZE)
     return study.tuned(like, RATES, lambda rate: fine_tune(like, TUNING_SEED, job, rate)["accuracy"])
