@@ -61,9 +61,9 @@ def run(
     chosen = [plan for plan in plans(name) if part in ("", plan.name)]
     if not chosen:
         raise ValueError(f"part is {part!r}: choose from {', '.join(plan.name for plan in plans(name))}")
-    job, end = Job(WORK / name, device=device, budget=budget), monotonic() + 60 * minutes
+    job, which, end = Job(WORK / name, device=device, budget=budget), chosen_seeds(seeds), monotonic() + 60 * minutes
     for plan in chosen:
-        plan.execute(job, pilot=pilot, seeds=chosen_seeds(seeds), minutes=(end - monotonic()) / 60)
+        plan.execute(job, pilot=pilot, seeds=which, minutes=(end - monotonic()) / 60)
 
 
 @app.command()
