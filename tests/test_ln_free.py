@@ -212,6 +212,55 @@ def test_a_share_of_a_norm_divides_by_a_geometric_mean(name):
         ln_free.remove(model, "v.1", 1.5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_clip_bounds_far_tokens_and_leaves_the_others(name):
+    model = seen(name)
+    for site in ln_free.sites(model):
+        ln_free.remove(model, site.name)
+    norm = next(iter(fake_norms(model).values()))
+    norm.sigma.fill_(1.0)
+    x = torch.randn(1, 5, len(norm.weight), generator=torch.Generator().manual_seed(0))
+    x[0, 2] *= 1000
+    x.requires_grad_()
+    plain = norm(x)
+    with ln_free.clipped(model, 3.0):
+        with ln_free.clipped(model, 1.5):
+            closer = norm(x)
+        bounded = norm(x)
+    real = (F.layer_norm if name == "gpt2" else F.rms_norm)(x, x.shape[-1:], eps=norm.eps) * norm.weight
+    bias = torch.zeros(()) if norm.bias is None else norm.bias
+    near, far = [0, 1, 3, 4], 2
+    assert torch.equal(bounded[0, near], plain[0, near]) and float(plain.detach().abs().max()) > 100
+    assert torch.allclose(bounded[0, far], (3.0 * real + bias)[0, far], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(closer[0, far], (1.5 * real + bias)[0, far], rtol=1e-5, atol=1e-5)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    for token, expected in ((far, 3.0 * real), (near[0], plain)):
+        slopes = [
+            torch.autograd.grad((y * weights)[0, token].sum(), x, retain_graph=True)[0] for y in (bounded, expected)
+        ]
+        assert torch.allclose(*slopes, rtol=1e-4, atol=1e-5 * float(slopes[1].abs().max()))
+    assert torch.equal(norm(x), plain)
+
+
+def test_a_clip_keeps_a_model_from_overflow_and_refuses_what_it_cannot_do():
+    model = seen("llama")
+    for site in ln_free.sites(model):
+        ln_free.remove(model, site.name)
+    ids = batch()[0]
+    before = logits(model, ids)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids[0, 2]] *= 1e12
+    assert not logits(model, ids).isfinite().all()
+    with ln_free.clipped(model):
+        assert logits(model, ids).isfinite().all()
+    assert before.isfinite().all() and not logits(model, ids).isfinite().all()
+    for limit in (0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"limit is .*: choose 1 or more"), ln_free.clipped(model, limit):
+            pass
+    with pytest.raises(ValueError, match="wrap"), ln_free.clipped(tiny("llama")):
+        pass
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("median", [False, True])
 def test_sigma_follows_tokens_that_are_no_padding(name, median):

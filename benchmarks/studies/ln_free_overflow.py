@@ -1,45 +1,24 @@
-"""Where a model without norms overflows: the token and the site at which its divisors leave the range, and a clip.
+"""Where a model without norms overflows: the token and the site at which its divisors leave the range.
 
 ratio      sigma_x / sigma of a token at a site: how much too long its hidden state is for the constant divisor
 overflow   a block in which a hidden state is not finite; its tokens from there on have no loss
 loss       nats per token, at most log V, which is also that of tokens without one
 trigger    the first token of a block whose hidden state is not finite, with the first site where its ratio is
            above FAR; a gated MLP whose input is r times too large returns r^2 times too much
-clip       a divisor of max(sigma, sigma_x / limit): the map stays affine for tokens with a ratio below the limit
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_xent.ln_free.norms import FakeNorm, fake_norms
+from hf_xent.ln_free.norms import FakeNorm
 
 FAR = 4.0
-
-
-@contextmanager
-def clipped(model: Any, limit: float) -> Iterator[None]:
-    """Bounds the ratios of removed norms until the context ends."""
-    norms = list(fake_norms(model).values())
-    for norm in norms:
-        norm.affine = partial(_clipped, norm, limit)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.affine
-
-
-def _clipped(norm: FakeNorm, limit: float, x: Tensor, sigma: Tensor) -> Tensor:
-    return type(norm).affine(norm, x, torch.maximum(sigma, norm.spread(x) / limit))
 
 
 @dataclass

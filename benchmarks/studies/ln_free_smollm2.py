@@ -17,7 +17,7 @@ from datasets import Dataset
 import hf_xent
 from benchmarks.studies.base import documents
 from benchmarks.studies.ln_free_neurons import Neurons
-from benchmarks.studies.ln_free_overflow import clipped, measured
+from benchmarks.studies.ln_free_overflow import measured
 from benchmarks.studies.plan import Job, Plan
 from hf_xent import data, ln_free
 from hf_xent.experiments.claims import Claim
@@ -100,7 +100,7 @@ def tuned(arm: str, seed: int, job: Job) -> tuple[Any, Any]:
     if arm == "LN-free":
         train(model, AT_FULL_SHARE | {"spread_limit": 0.05}, late, second, job, **end)
     elif arm == "LN-free, clipped":
-        with clipped(model, CLIP):
+        with ln_free.clipped(model, CLIP):
             train(model, AT_FULL_SHARE, late, second, job, **end)
     return model, tokenizer
 
@@ -117,7 +117,7 @@ def run(arm: str, seed: int, job: Job) -> dict[str, float]:
         "manual: loss": found["debian-policy"].loss, "manual: overflow (%)": 100 * found["debian-policy"].share,
     }  # fmt: skip
     if arm != "vanilla":
-        with clipped(model, CLIP):
+        with ln_free.clipped(model, CLIP):
             kept = measured(model, sets["brown"], tokenizer)
         metrics |= {
             "clip kept: loss": kept.loss, "clip kept: overflow (%)": 100 * kept.share,

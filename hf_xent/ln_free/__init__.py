@@ -19,7 +19,7 @@ from .card import save
 from .convert import to_eps_trick, to_true
 from .forms import form_of, is_ln_free
 from .loading import load
-from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm
+from .norms import FakeLayerNorm, FakeNorm, FakeRMSNorm, clipped
 from .removal import Site, calibrate, remove, restore, sites
 from .report import Report, draw_curves
 from .schedule import Schedule
@@ -37,6 +37,7 @@ __all__ = [
     "Verification",
     "analyze",
     "calibrate",
+    "clipped",
     "draw_curves",
     "form_of",
     "is_ln_free",

@@ -19,6 +19,9 @@ is Heimersheim 2024, arXiv:2409.13710. RMSNorm, shares and the median are ours.
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +62,7 @@ class FakeNorm(nn.Module):
     weight: Any
     bias: Any
     eps: Any
+    limit: float = math.inf  # of sigma_x / divisor; `clipped` sets it
 
     def take_over(self, norm: nn.Module, sites: tuple[str, ...], watch: Watch, momentum: float) -> None:
         """Takes over the parameters and the mode of a norm."""
@@ -82,7 +86,9 @@ class FakeNorm(nn.Module):
         return (self.centered(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def affine(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The norm of x with a given divisor."""
+        """The norm of x with a given divisor, which is raised to sigma_x / limit."""
+        if self.limit < math.inf:
+            sigma = torch.maximum(sigma, self.spread(x) / self.limit)
         y = self.centered(x) * (1 / sigma).to(x.dtype)
         y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
@@ -166,6 +172,38 @@ class FakeRMSNorm(FakeNorm, nn.RMSNorm):
     def centered(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
+
+
+@contextmanager
+def clipped(model: nn.Module, limit: float = 2.0) -> Iterator[None]:
+    """Within it, no removed norm returns a vector that is more than `limit` times as long as that of the real norm.
+
+        (x - mu) / max(sigma, sigma_x / limit) * weight + bias
+
+    A norm is still an affine map of every token with sigma_x <= limit sigma; it divides the others again. This keeps
+    models from overflow whose gated MLPs square what no norm divides. It acts in training and in evaluation, ends with
+    the context, and is part of no checkpoint.
+
+    Args:
+        model: A model whose norms are removable: after `wrap`, or from `load`.
+        limit: At least 1, which is the real norm for every token that is longer than sigma.
+
+    Raises:
+        ValueError: The limit is below 1, or the model has no removable norms.
+
+    Source: ours (docs/results/ln_free.md).
+    """
+    if not limit >= 1:
+        raise ValueError(f"limit is {limit}: choose 1 or more, such as 2")
+    norms = list(fake_norms(model).values())
+    before = [norm.limit for norm in norms]
+    try:
+        for norm in norms:
+            norm.limit = limit
+        yield
+    finally:
+        for norm, earlier in zip(norms, before, strict=True):
+            norm.limit = earlier
 
 
 def fake_norms(model: nn.Module) -> dict[str, FakeNorm]:
