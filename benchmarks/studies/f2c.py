@@ -43,7 +43,7 @@ from hf_xent.trainers.f2c_items import ItemCollator
 METHODS = {"F2C": "f2c", "CCE alone": "cce", "swarm": "swarm"}
 ARMS = (UNTRAINED, *METHODS, CALIBRATED, VOTE, CONSTANT)
 CLAIMED = (UNTRAINED, "F2C", "swarm")
-RATE = {"F2C": 1e-4, "CCE alone": 1e-4, "swarm": 1e-4}
+RATE = {"F2C": 3e-5, "CCE alone": 1e-4, "swarm": 1e-4}
 RATES, TUNED_ON = (3e-5, 1e-4), ("topics", "sentiment")
 STEPS, ITEMS, SELECTED = 32, 8, (4, 8, 16, 32)
 TRAINED_FORMATS, HELD_OUT, VALIDATION, ELSEWHERE, PILOT_SHARE = 6, 100, 30, 15, 0.2
