@@ -242,6 +242,21 @@ def test_a_clip_bounds_far_tokens_and_leaves_the_others(name):
     assert torch.equal(norm(x), plain)
 
 
+@torch.no_grad()
+def test_a_clip_of_one_path_leaves_the_values_of_the_real_norm():
+    model = seen("llama")
+    ln_free.remove(model, "qk.0")
+    norm = next(norm for norm in fake_norms(model).values() if "qk.0" in norm.sites)
+    norm.sigma.fill_(1.0)
+    x = 50 * torch.randn(1, 5, len(norm.weight), generator=torch.Generator().manual_seed(0))
+    real = F.rms_norm(x, x.shape[-1:], eps=norm.eps) * norm.weight
+    with ln_free.clipped(model, 3.0):
+        queries = norm(x)
+        values = queries * norm.ratio
+    assert torch.allclose(queries, 3.0 * real, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(values, real, rtol=1e-5, atol=1e-5)
+
+
 def test_a_clip_keeps_a_model_from_overflow_and_refuses_what_it_cannot_do():
     model = seen("llama")
     for site in ln_free.sites(model):

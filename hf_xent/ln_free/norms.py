@@ -86,9 +86,7 @@ class FakeNorm(nn.Module):
         return (self.centered(x.float()).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def affine(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The norm of x with a given divisor, which is raised to sigma_x / limit."""
-        if self.limit < math.inf:
-            sigma = torch.maximum(sigma, self.spread(x) / self.limit)
+        """The norm of x with a given divisor."""
         y = self.centered(x) * (1 / sigma).to(x.dtype)
         y = y if self.weight is None else y * self.weight
         return y if self.bias is None else y + self.bias
@@ -99,7 +97,7 @@ class FakeNorm(nn.Module):
             spread = self.spread(x).squeeze(-1)
             self.recorded_sigma = spread if self.watch.live else self.recorded_sigma
         if self.removed:
-            return self.affine(x, self.sigma)
+            return self.affine(x, self.sigma if self.limit == math.inf else self.divisor(self.spread(x), 1))
         if self.watch.live:
             self._update_sigma(x)
         if not any(self.shares):
@@ -116,10 +114,11 @@ class FakeNorm(nn.Module):
         return all(share == 1 for share in self.shares)
 
     def divisor(self, sigma_x: Tensor, share: float) -> Tensor:
-        """sigma_x^(1 - share) sigma^share for sigma_x [..., 1]; of shape [..., 1], or [] for share 1."""
-        if share == 1:
-            return self.sigma
-        return sigma_x ** (1 - share) * self.sigma**share if share else sigma_x
+        """sigma_x^(1 - share) sigma^share, at least sigma_x / limit, for sigma_x [..., 1]; [] if it is sigma alone."""
+        if not share:
+            return sigma_x
+        mixed = self.sigma if share == 1 else sigma_x ** (1 - share) * self.sigma**share
+        return mixed if self.limit == math.inf else torch.maximum(mixed, sigma_x / self.limit)
 
     @torch.no_grad()
     def _update_sigma(self, x: Tensor) -> None:
